@@ -1,0 +1,56 @@
+# Each target sets up what it needs, starting from a bare Python.
+VENV := .venv
+BIN := $(VENV)/bin
+NEW := 'import sys; sys.exit(sys.version_info < (3, 11))'
+found = $(shell $(1) -c $(NEW) 2> /dev/null && echo $(1))
+PYTHON ?= $(or $(call found,python3.11),$(call found,python3),$(call found,python3.12))
+NB ?=
+
+# More threads are slower on small models, and the last bits of a result depend on their number
+export OMP_NUM_THREADS := 1
+
+.PHONY: help train test test-slow export outputs readme docs bench clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+train: $(VENV)/.dev ## train a small CNN on handwritten digits, about ten seconds
+	$(BIN)/python examples/mnist.py
+
+test: $(VENV)/.dev ## run all tests and every notebook
+	$(BIN)/python -m pytest -n 2
+
+test-slow: $(VENV)/.dev ## run the tests that take minutes
+	$(BIN)/python -m pytest -n 2 -m slow
+
+export: $(VENV)/.dev ## write learnkit/ from the notebooks
+	$(BIN)/python tools/export.py
+
+outputs: export ## run the notebooks, store their outputs; of one: make outputs NB=nbs/02_data.ipynb
+	$(BIN)/python tools/outputs.py $(NB)
+
+readme: $(VENV)/.dev ## write README.md from nbs/index.ipynb
+	$(BIN)/python docs/build.py readme
+
+docs: $(VENV)/.docs ## write the documentation to site/
+	$(BIN)/python docs/build.py site
+
+bench: $(VENV)/.dev ## measure speed against the limits, into benchmarks/RESULTS.md
+	for f in $$(grep -l __main__ benchmarks/*.py); do $(BIN)/python $$f || exit 1; done
+
+clean: ## remove what the other targets made, .venv excepted
+	rm -rf site _docs _proc build dist *.egg-info .pytest_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# Installed anew when what is asked for changed
+$(VENV)/.dev: settings.ini constraints.txt setup.py pyproject.toml
+	@$(or $(PYTHON),false) -c $(NEW) || \
+	  { echo 'learnkit needs Python 3.11 or newer: make PYTHON=/path/to/python3.11'; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
+	touch $@

@@ -1,0 +1,248 @@
+"""Writes README.md (`readme`) or the documentation in site/ (`site`) from the notebooks
+
+A page is its notebook without the hidden cells and with the stored outputs; nothing is run. Of an
+exported definition it shows the signature as written, the docstring, and the source, folded away.
+Names in backticks become links."""
+import ast, base64, json, logging, os, re, shutil, sys
+from pathlib import Path
+from nbdev.doclinks import patch_name
+
+SHORT = 12 # lines of an exported cell that a page shows whole
+HIDDEN = {'hide', 'default_exp', 'exporti'} # directives
+FUNCTIONS = ast.FunctionDef, ast.AsyncFunctionDef
+DEFINITIONS = *FUNCTIONS, ast.ClassDef
+
+
+def read(notebook): # list of cells
+    "The cells that a reader sees; `#|` lines are taken out of `source` into the set `directives`"
+    cells = json.loads(notebook.read_text(encoding='utf-8'))['cells']
+    for cell in cells:
+        lines = ''.join(cell['source']).splitlines()
+        directives = [line[2:].strip() for line in lines if line.startswith('#|')]
+        cell['directives'] = {re.split(r'[:\s]+', directive)[0] for directive in directives}
+        cell['source'] = '\n'.join(line for line in lines if not line.startswith('#|')).strip('\n')
+    return [cell for cell in cells if cell['source'] and not cell['directives'] & HIDDEN]
+
+
+def numbered(root): # sorted list of paths
+    "The notebooks that make modules"
+    return sorted((root / 'nbs').glob('[0-9]*.ipynb'))
+
+
+def title(notebook):
+    "The text of the first heading"
+    prose = [cell['source'] for cell in read(notebook) if cell['cell_type'] == 'markdown']
+    return next((head[1] for text in prose if (head := re.match('# (.*)', text))), notebook.stem)
+
+
+def page_name(notebook): # file name of the page
+    "`09_learner.ipynb` -> `learner.md`"
+    return re.sub(r'^\d+_', '', notebook.stem) + '.md'
+
+
+# Exported definitions
+
+def is_public(name, node):
+    "Whether a definition gets a heading: no private name, and no setter of a property"
+    setter = any('set_prop' in ast.unparse(decorator) for decorator in node.decorator_list)
+    return isinstance(name, str) and not re.search(r'(^|\.)_[^_]', name) and not setter
+
+
+def definitions(source): # list of (name, node)
+    "The public definitions of a cell; a patched method is named with its class"
+    nodes = [node for node in ast.parse(source).body if isinstance(node, DEFINITIONS)]
+    return [(name, node) for node in nodes if is_public(name := patch_name(node), node)]
+
+
+def first_line(node): # index of a line
+    return min([node.lineno, *(o.lineno for o in getattr(node, 'decorator_list', []))]) - 1
+
+
+def signature(lines, node):
+    "The source of a definition down to its first statement, without `@patch`"
+    end = first_line(node.body[0])
+    text = [*lines[first_line(node):end], lines[end][:node.body[0].col_offset].rstrip()]
+    return [line for line in text if line.strip() not in ('', '@patch')]
+
+
+def class_signature(lines, node):
+    "The first line of a class, its annotated fields, and the signature of its constructor"
+    fields = [lines[o.lineno - 1:o.end_lineno] for o in node.body if isinstance(o, ast.AnnAssign)]
+    inits = [signature(lines, o) for o in node.body if getattr(o, 'name', '') == '__init__']
+    return [*signature(lines, node), *sum(fields + inits, [])]
+
+
+def methods(node):
+    "A list of the public methods written in the body of a class"
+    def args(method): return ast.unparse(method.args).removeprefix('self').removeprefix(', ')
+    public = [o for o in node.body if isinstance(o, FUNCTIONS) and o.name[0] != '_']
+    lines = (f'- `.{o.name}({args(o)})` {ast.get_docstring(o) or ""}' for o in public)
+    return '\n'.join(lines)
+
+
+def anchor(name): return name.lower().replace('__', '') # as `__` would be read as markdown
+
+
+def heading(name): return '### ' + name.replace('_', r'\_') + f' {{ #{anchor(name)} }}'
+
+
+def exported(source): # list of blocks
+    "Of an exported cell: nothing of imports, a few lines as they are, the source of more folded"
+    tree = ast.parse(source).body
+    lines, public = source.splitlines(), definitions(source)
+    if all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in tree): return []
+    if len(lines) <= SHORT: return [heading(name) for name, _ in public] + [code(source)]
+    page = []
+    for name, node in public:
+        is_class = isinstance(node, ast.ClassDef)
+        shown = class_signature(lines, node) if is_class else signature(lines, node)
+        page += [heading(name), code('\n'.join(shown)), ast.get_docstring(node) or '']
+        if is_class: page.append(methods(node))
+    return [*page, '??? quote "Source"\n' + indented(code(source))]
+
+
+# Cells and outputs
+
+def indented(text): return re.sub(r'(?m)^(?=.)', '    ', text)
+
+
+def code(source, language='python'):
+    "A fenced block; the fence is longer than any in the source"
+    fence = max(re.findall('`{3,}', source), key=len, default='``') + '`'
+    return f'{fence}{language}\n{source}\n{fence}'
+
+
+def output(out, # one output of a cell
+           save_image, # function of (bytes, extension) -> link
+          ): # one block
+    "The richest form of an output that a page can show"
+    text = lambda x: ''.join(x).rstrip()
+    if out['output_type'] == 'stream': return code(text(out['text']), 'text')
+    data = out.get('data', {})
+    kinds = ['image/png', 'image/svg+xml', 'text/html', 'text/markdown', 'text/plain']
+    kind = next(kind for kind in kinds if kind in data)
+    if kind == 'image/png': return f'![]({save_image(base64.b64decode(text(data[kind])), "png")})'
+    if kind == 'image/svg+xml': return f'![]({save_image(text(data[kind]).encode(), "svg")})'
+    if kind == 'text/html': return plain_html(text(data[kind]))
+    if kind == 'text/markdown': return text(data[kind])
+    return code(text(data[kind]), 'text')
+
+
+def plain_html(html):
+    "Without styles and blank lines, which would end a block of HTML inside markdown"
+    html = re.sub(r'<style.*?</style>', '', html, flags=re.S).replace(' border="1"', '')
+    return '<div>\n' + re.sub(r'\n\s*', '\n', html).strip() + '\n</div>'
+
+
+def blocks(notebook, # path
+           link, # function of markdown -> markdown with links
+           save_image, # function of (bytes, extension) -> link
+          ): # list of markdown blocks
+    "A notebook as a page"
+    page = []
+    for cell in read(notebook):
+        if cell['cell_type'] == 'markdown': page.append(link(cell['source']))
+        elif cell['directives'] & {'export', 'exports'}: page += exported(cell['source'])
+        elif 'echo' not in cell['directives']: page.append(code(cell['source']))
+        page += [output(out, save_image) for out in cell.get('outputs', [])]
+    return [block for block in page if block]
+
+
+def linked(text, # markdown
+           names, # dict: documented name -> address
+           place, # function of (link as written) -> link in the product
+          ): # markdown
+    "Turn names in backticks into links, and adapt links, outside of code and headings"
+    def name_link(match):
+        name = match[1].removesuffix('()')
+        return f'[`{match[1]}`]({names[name]})' if name in names else match[0]
+    def line(text):
+        if text.startswith(('#', '    ')): return text
+        text = re.sub(r'(?<=\]\()(?!\w+:|#)([^)#\s]+)', lambda match: place(match[1]), text)
+        return re.sub(r'(?<!\[)`([\w.]+(?:\(\))?)`', name_link, text)
+    parts = re.split(r'(^```.*?^```$)', text, flags=re.S | re.M)
+    parts[::2] = ['\n'.join(map(line, prose.split('\n'))) for prose in parts[::2]]
+    return ''.join(parts)
+
+
+def target(root, notebook, link): # path
+    "The file that a link means, seen from the notebook or, as in README.md, from the repository"
+    beside = (notebook.parent / link).resolve()
+    return beside if beside.exists() else (root / link).resolve()
+
+
+def image_saver(folder, stem, address):
+    "A function that numbers and writes the images of one page"
+    written = []
+    def save(image, extension):
+        folder.mkdir(parents=True, exist_ok=True)
+        written.append(folder / f'{stem}-{len(written) + 1}.{extension}')
+        written[-1].write_bytes(image)
+        return f'{address}/{written[-1].name}'
+    return save
+
+
+def names_of(notebook): # list of names
+    "Every documented name of a notebook"
+    cells = (cell for cell in read(notebook) if cell['directives'] & {'export', 'exports'})
+    return [name for cell in cells for name, _ in definitions(cell['source'])]
+
+
+# The two products
+
+def build_readme(root, to=None):
+    "README.md and docs/images/ from nbs/index.ipynb, into the folder `to`"
+    to, index = Path(to or root), root / 'nbs' / 'index.ipynb'
+    shutil.rmtree(to / 'docs' / 'images', ignore_errors=True)
+    names = {name: f'nbs/{nb.name}' for nb in numbered(root) for name in names_of(nb)}
+    def place(link): return Path(os.path.relpath(target(root, index, link), root)).as_posix()
+    save = image_saver(to / 'docs' / 'images', 'index', 'docs/images')
+    page = blocks(index, lambda text: linked(text, names, place), save)
+    (to / 'README.md').write_text('\n\n'.join(page) + '\n', encoding='utf-8')
+
+
+def page_of(root, notebook): # path below the folder of pages
+    return notebook.relative_to(root / 'nbs').parent / page_name(notebook)
+
+
+def write_page(root, notebook, names, pages):
+    "One notebook as markdown; the files of the repository that it links to come along"
+    def place(link):
+        file = target(root, notebook, link)
+        if not file.is_file(): return link # mkdocs complains
+        if file.suffix == '.ipynb': return f'/{page_of(root, file).as_posix()}'
+        copy = pages / file.relative_to(root)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        return '/' + Path(shutil.copy(file, copy)).relative_to(pages).as_posix()
+    page = pages / page_of(root, notebook)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    save = image_saver(page.parent / 'images', page.stem, 'images')
+    shown = blocks(notebook, lambda text: linked(text, names, place), save)
+    page.write_text('\n\n'.join(shown) + '\n', encoding='utf-8')
+
+
+def build_site(root):
+    "Pages in _docs/, the site in site/: home, tutorials, then the modules by number"
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config
+    logging.basicConfig(format='%(levelname)s: %(message)s') # warnings are of broken links
+    pages, nbs = root / '_docs', root / 'nbs'
+    shutil.rmtree(pages, ignore_errors=True)
+    names = {name: f'/{page_name(notebook)}#{anchor(name)}'
+             for notebook in numbered(root) for name in names_of(notebook)}
+    groups = {'Tutorials': sorted((nbs / 'tutorials').glob('*.ipynb')), 'Reference': numbered(root)}
+    nav = [{'Home': 'index.md'}]
+    write_page(root, nbs / 'index.ipynb', names, pages)
+    for group, notebooks in groups.items():
+        for notebook in notebooks: write_page(root, notebook, names, pages)
+        entries = [{title(notebook): page_of(root, notebook).as_posix()} for notebook in notebooks]
+        if entries: nav.append({group: entries})
+    shutil.copy(root / 'docs' / 'extra.css', pages)
+    build(load_config(str(root / 'docs' / 'mkdocs.yml'), nav=nav, docs_dir=str(pages),
+                      site_dir=str(root / 'site')))
+    print('written: site/index.html')
+
+
+if __name__ == '__main__':
+    product = {'readme': build_readme, 'site': build_site}[sys.argv[1]]
+    product(Path.cwd(), *sys.argv[2:])

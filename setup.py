@@ -1,0 +1,33 @@
+"Hands the metadata of settings.ini, its only home, to setuptools"
+import configparser, pathlib
+from setuptools import setup
+
+here = pathlib.Path(__file__).parent
+config = configparser.ConfigParser(delimiters='=')
+config.read(here / 'settings.ini', encoding='utf-8')
+cfg = config['DEFAULT']
+words = lambda key: cfg.get(key, '').split()
+lines = lambda key: [line for line in cfg.get(key, '').splitlines() if line]
+dev, docs = words('dev_requirements'), words('docs_requirements')
+
+setup(
+    name=cfg['lib_name'],
+    version=cfg['version'],
+    description=cfg['description'],
+    long_description=(here / 'README.md').read_text(encoding='utf-8'),
+    long_description_content_type='text/markdown',
+    author=cfg['author'],
+    license_expression=cfg['license'],
+    keywords=words('keywords'),
+    classifiers=lines('classifiers'),
+    python_requires='>=' + cfg['min_python'],
+    packages=[cfg['lib_path']],
+    package_data={cfg['lib_path']: ['py.typed']},
+    install_requires=words('requirements'),
+    extras_require={'dev': dev, 'docs': docs},
+    entry_points={
+        'console_scripts': lines('console_scripts'),
+        'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],
+    },
+    zip_safe=False,
+)

@@ -1,0 +1,269 @@
+"Loaders with workers, and properties that hold for every size, seed and epoch"
+import copy
+import itertools
+import pickle
+import random
+import time
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from torch.utils.data import (BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler,
+                              SubsetRandomSampler, TensorDataset, WeightedRandomSampler)
+from learnkit.data import *
+
+sizes = st.integers(1, 40)
+seeds = st.integers(0, 2**64)
+few = settings(max_examples=60, deadline=None)
+
+
+class Noisy(Dataset):
+    "Every sample draws from the three generators"
+    def __init__(self, n=22): self.n = n
+    def __len__(self): return self.n
+    def __getitem__(self, i): return i, random.random(), np.random.rand(), torch.rand(2)
+
+class Grouped(Noisy):
+    "Fetches whole batches"
+    def __getitems__(self, indices): return [(i, random.random(), len(indices)) for i in indices]
+
+class Failing(Noisy):
+    def __getitem__(self, i):
+        if i == 9: raise LookupError('sample nine is missing')
+        return super().__getitem__(i)
+
+class Ending(Noisy):
+    def __getitem__(self, i): return next(iter([])) if i == 9 else i
+
+def noisy_collate(samples): return torch.tensor([s[0] for s in samples]) + torch.rand(1) + random.random()
+
+def equal(a, b):
+    if isinstance(a, torch.Tensor): return torch.equal(a, b)
+    if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+def global_state():
+    state = np.random.get_state()
+    return random.getstate(), tuple(state[1].tolist()), state[2:], tuple(torch.get_rng_state().tolist())
+
+def make_loader(kind, n, bs, seed, shuffle=True):
+    if kind == 'tensors': return TensorLoader((torch.arange(n), torch.rand(n, 2)), bs, shuffle, seed)
+    return DatasetLoader(Noisy(n), bs, shuffle, seed)
+
+
+@pytest.mark.parametrize('kind', ['tensors', 'dataset'])
+@few
+@given(n=sizes, bs=sizes, seed=seeds, epoch=st.integers(0, 50), shuffle=st.booleans())
+def test_every_sample_once_in_full_batches(kind, n, bs, seed, epoch, shuffle):
+    dl = make_loader(kind, n, bs, seed, shuffle)
+    batches = [batch[0] for batch in dl.batches(epoch)]
+    assert torch.cat(batches).sort().values.tolist() == list(range(n))
+    assert [len(batch) for batch in batches] == [bs] * (n // bs) + ([n % bs] if n % bs else [])
+    assert len(dl) == len(batches) and dl.n_samples == n
+
+@pytest.mark.parametrize('kind', ['tensors', 'dataset'])
+@few
+@given(n=sizes, bs=sizes, seed=seeds, epoch=st.integers(0, 50), start=st.integers(0, 45))
+def test_started_later_an_epoch_goes_on_the_same(kind, n, bs, seed, epoch, start):
+    dl = make_loader(kind, n, bs, seed)
+    assert equal(list(dl.batches(epoch, start)), list(dl.batches(epoch))[start:])
+
+@pytest.mark.parametrize('kind', ['tensors', 'dataset'])
+@few
+@given(n=sizes, bs=sizes, seed=seeds, history=st.lists(st.integers(0, 5), max_size=3))
+def test_an_epoch_does_not_depend_on_what_was_read_before(kind, n, bs, seed, history):
+    dl = make_loader(kind, n, bs, seed)
+    fresh = [list(copy.copy(dl).batches(epoch)) for epoch in range(2)]
+    for taken in history: list(itertools.islice(dl, taken))
+    dl.set_epoch(0)
+    assert equal([list(dl), list(dl)], fresh)
+    assert dl.epoch == 2
+
+@pytest.mark.parametrize('kind', ['tensors', 'dataset'])
+@few
+@given(n=sizes, bs=sizes, seed=seeds)
+def test_iterating_leaves_the_global_generators_alone(kind, n, bs, seed):
+    dl, before = make_loader(kind, n, bs, seed), global_state()
+    list(dl)
+    assert global_state() == before
+    np.random.randn()  # numpy keeps a second normal value for later
+    before = global_state()
+    list(dl)
+    assert global_state() == before
+
+@few
+@given(n=sizes, bs=sizes, seed=seeds, epoch=st.integers(0, 50))
+def test_both_loaders_have_the_same_order(n, bs, seed, epoch):
+    a, b = (make_loader(kind, n, bs, seed).batches(epoch) for kind in ('tensors', 'dataset'))
+    assert equal([batch[0] for batch in a], [batch[0] for batch in b])
+
+@few
+@given(n=sizes, seed=seeds, valid_pct=st.floats(0, .999))
+def test_split_is_disjoint_and_complete(n, seed, valid_pct):
+    try: train, valid = split_samples(n, valid_pct, seed)
+    except ValueError: assert round(n * valid_pct) in (0, n)
+    else:
+        assert sorted(train.tolist() + valid.tolist()) == list(range(n))
+        assert equal(split_samples(n, valid_pct, seed), (train, valid))
+        assert len(valid) == round(n * valid_pct)
+
+@few
+@given(words=st.lists(st.lists(st.integers(0, 2**70), min_size=1, max_size=4), min_size=2, max_size=20, unique_by=tuple))
+def test_seeds_of_different_words_differ(words):
+    assert len({epoch_seed(*w) for w in words}) == len(words)
+    assert all(0 <= epoch_seed(*w) < 2**32 for w in words)
+
+def test_orders_differ_between_seeds_and_epochs():
+    orders = {tuple(epoch_order(50, seed, epoch).tolist()) for seed in range(10) for epoch in range(10)}
+    assert len(orders) == 100
+
+
+@pytest.mark.parametrize('ds', [Noisy(), Grouped()], ids=['items', 'groups'])
+@pytest.mark.parametrize('collate_fn', [None, noisy_collate])
+@pytest.mark.parametrize('shuffle', [False, True])
+def test_workers_give_the_same_batches(ds, collate_fn, shuffle):
+    loaders = [DatasetLoader(ds, 4, shuffle, 3, workers, collate_fn=collate_fn) for workers in (0, 1, 2)]
+    for _ in range(2):
+        here, *others = [list(dl) for dl in loaders]
+        assert all(equal(here, other) for other in others)
+    assert not equal(list(loaders[0].batches(0)), list(loaders[0].batches(1)))
+
+def test_own_getitems_is_used():
+    batch = next(iter(DatasetLoader(Grouped(), 4)))
+    assert batch[2].tolist() == [4] * 4
+
+@pytest.mark.parametrize('shuffle', [False, True])
+def test_persistent_workers_give_the_same_batches(shuffle):
+    dl = DatasetLoader(Noisy(), 4, shuffle, num_workers=2, persistent_workers=True)
+    here = DatasetLoader(Noisy(), 4, shuffle)
+    for _ in range(3): assert equal(list(dl), list(here))
+    assert equal(list(dl.batches(1, start=3)), list(here.batches(1, start=3)))
+
+def test_spawned_workers_give_the_same_batches():
+    here, spawned = (DatasetLoader(Noisy(6), 4, **kw) for kw in ({}, dict(num_workers=1, multiprocessing_context='spawn')))
+    assert equal(list(here), list(spawned))
+
+def test_workers_leave_the_global_generators_alone():
+    before = global_state()
+    list(DatasetLoader(Noisy(), 4, True, num_workers=2))
+    assert global_state() == before
+
+@pytest.mark.parametrize('persistent', [False, True])
+def test_leaving_early_does_not_hang(persistent):
+    dl = DatasetLoader(Noisy(200), 4, True, num_workers=2, persistent_workers=persistent)
+    started = time.monotonic()
+    for _ in range(3):
+        for batch in dl: break
+    assert equal(list(dl.batches(5))[0], next(iter(make_loader('dataset', 200, 4, None).batches(5))))
+    assert time.monotonic() - started < 60
+
+@pytest.mark.parametrize('num_workers', [0, 2])
+def test_errors_of_a_dataset_surface(num_workers):
+    with pytest.raises(LookupError) as info: list(DatasetLoader(Failing(), 4, num_workers=num_workers))
+    told = str(info.value) + ''.join(info.value.__notes__ if num_workers == 0 else [])
+    assert 'sample nine is missing' in told and 'in batch 2 of epoch 0, samples [8, 9, 10, 11]' in told
+    with pytest.raises(RuntimeError, match='StopIteration in batch 2'):
+        list(DatasetLoader(Ending(), 4, num_workers=num_workers))
+
+def test_the_generators_come_back_after_an_error():
+    before = global_state()
+    with pytest.raises(LookupError): list(DatasetLoader(Failing(), 4))
+    assert global_state() == before
+
+def test_pinning_follows_the_device(monkeypatch):
+    assert DatasetLoader(Noisy()).loader.pin_memory == (torch.cuda.is_available() or torch.xpu.is_available())
+    assert DatasetLoader(Noisy(), pin_memory=False).loader.pin_memory is False
+
+
+class Stream(IterableDataset):
+    def __iter__(self): return iter(range(10))
+
+def test_iterable_dataset_gets_a_plain_loader():
+    before = global_state()
+    dls = DataLoaders.from_datasets(Stream(), Stream(), bs=4, valid_bs=8, drop_last=True)
+    assert [b.tolist() for b in dls.train] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert [len(b) for b in dls.valid] == [8, 2]
+    assert global_state() == before
+
+def test_drop_last_and_shuffle_are_for_training():
+    dls = DataLoaders.from_datasets(Noisy(), Noisy(), Noisy(), bs=4, valid_bs=5, drop_last=True, num_workers=0)
+    assert (len(dls.train), len(dls.valid), len(dls.test)) == (5, 5, 5)
+    assert (dls.train.n_samples, dls.valid.n_samples) == (20, 22)
+    assert [dl.shuffle for dl in (dls.train, dls.valid, dls.test)] == [True, False, False]
+    assert not DataLoaders.from_datasets(Noisy(), shuffle=False).train.shuffle
+
+
+class OwnSampler:
+    "A sampler with generators and a counter of its own"
+    def __init__(self):
+        self.rng, self.legacy, self.py = np.random.default_rng(0), np.random.RandomState(0), random.Random(0)
+        self.generator, self.rounds = torch.Generator(), 0
+    def __len__(self): return 8
+    def __iter__(self):
+        self.rounds += 1
+        shift = self.rng.integers(8) + self.legacy.randint(8) + self.py.randrange(8) + self.rounds
+        return iter(((torch.randperm(8, generator=self.generator) + int(shift)) % 8).tolist())
+
+def seeded(): return torch.Generator().manual_seed(5)
+
+foreign = {
+    'plain': lambda: DataLoader(range(8), 2),
+    'shuffle': lambda: DataLoader(range(8), 2, shuffle=True),
+    'generator': lambda: DataLoader(range(8), 2, shuffle=True, generator=seeded()),
+    'sampler': lambda: DataLoader(range(8), 2, sampler=RandomSampler(range(8), generator=seeded())),
+    'subset': lambda: DataLoader(range(8), 2, sampler=SubsetRandomSampler(range(4), generator=seeded())),
+    'weighted': lambda: DataLoader(range(8), 2, sampler=WeightedRandomSampler([1.] * 8, 8, generator=seeded())),
+    'batch_sampler': lambda: DataLoader(range(8), batch_sampler=BatchSampler(RandomSampler(range(8), generator=seeded()), 2, False)),
+    'own': lambda: DataLoader(range(8), 2, sampler=OwnSampler()),
+    'own_batches': lambda: DataLoader(range(8), batch_sampler=BatchSampler(OwnSampler(), 2, False)),
+    'workers': lambda: DataLoader(range(8), 2, shuffle=True, generator=seeded(), num_workers=1),
+    'persistent': lambda: DataLoader(range(8), 2, shuffle=True, generator=seeded(), num_workers=1, persistent_workers=True),
+    'tensors': lambda: TensorLoader(torch.arange(8), 2, True),
+    'dataset': lambda: DatasetLoader(range(8), 2, True),
+    'dataset_workers': lambda: DatasetLoader(range(8), 2, True, num_workers=1, persistent_workers=True),
+    'list': lambda: [1, 2, 3],
+}
+
+@pytest.mark.parametrize('kind', foreign)
+def test_untouched(kind):
+    "Reading inside changes nothing outside, and gives what comes next"
+    dls = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        dls.append(foreign[kind]())
+    def read(dl):
+        torch.manual_seed(1)
+        return list(dl)
+    expected = [read(dls[0]) for _ in range(3)]
+    assert equal(read(dls[1]), expected[0])
+    before = dict(vars(dls[1])) if hasattr(dls[1], '__dict__') else None
+    with untouched(dls[1]) as same:
+        assert equal(read(same), expected[1])
+        next(iter(same))
+    if before: assert all(vars(dls[1])[key] is value for key, value in before.items())
+    assert equal([read(dls[1]), read(dls[1])], expected[1:])
+
+def test_untouched_while_another_iteration_runs():
+    dl = foreign['dataset_workers']()
+    running = iter(dl)
+    first = next(running)
+    with untouched(dl) as same: inside = list(same)
+    assert equal([first, *running], list(dl.batches(0))) and equal(inside, list(dl.batches(1)))
+
+def test_untouched_after_an_error():
+    dl = foreign['generator']()
+    with untouched(dl) as same: expected = list(same)
+    with pytest.raises(KeyError):
+        with untouched(dl) as same:
+            list(same)
+            raise KeyError
+    assert equal(list(dl), expected)
+
+@pytest.mark.parametrize('make', [lambda: iter([1]), lambda: (b for b in [1]), lambda: iter(TensorLoader(torch.arange(3)))])
+def test_untouched_refuses_iterators(make):
+    with pytest.raises(ValueError, match='reading it uses it up'):
+        with untouched(make()): pass
+
+def test_iterating_a_loader_does_not_pickle_badly():
+    dl = pickle.loads(pickle.dumps(TensorLoader(torch.arange(8), 2, True, seed=4)))
+    assert equal(list(dl), list(TensorLoader(torch.arange(8), 2, True, seed=4)))

@@ -1,0 +1,159 @@
+"What is generated is fresh, what is written is clean, and the package keeps its floors"
+import ast, importlib, importlib.metadata, re, sys, tomllib
+from pathlib import Path
+from types import ModuleType
+import pytest
+from house import (LIB, MODULES, NOTEBOOKS, NUMBERED, ROOT, SETTINGS, cells, copy, differences,
+                   found, output_text, outputs, run, short, tool, tree)
+
+# A module imports lower floors, and lower numbers of its own floor
+FLOORS = {
+    0: ['00_core', '01_store'],
+    1: ['02_data', '03_callback', '04_metrics', '05_optim', '06_fingerprint'],
+    2: ['07_recorder', '08_progress'],
+    3: ['09_learner'],
+    4: ['10_schedule', '11_lr_find', '12_track', '13_precision', '14_gradients', '15_resume',
+        '16_steps', '17_distributed', '18_inspect', '19_loggers'],
+    5: ['20_checkpointed'],
+    6: ['21_cli'],
+}
+PLACE = {name[3:]: (floor, int(name[:2])) for floor, names in FLOORS.items() for name in names}
+
+# A folder of somebody's machine; `ckpts/work/` and `{root}/tmp` are none
+MACHINE_PATH = re.compile(r'(?<![\w.>)}\]/-])/(?:work|home|root|tmp|Users|private|var/folders)\b'
+                          r'|\b[A-Z]:\\+Users\b')
+ADDRESS = re.compile(r'\b0x[0-9a-fA-F]{6,}')
+
+
+# Generated files
+
+def test_modules_are_fresh(tmp_path):
+    "learnkit/ is what the notebooks export: nothing stale, edited by hand or left over"
+    copy(tmp_path, 'nbs', 'tools', 'settings.ini', 'pyproject.toml')
+    (tmp_path / LIB.name).mkdir()
+    copy(tmp_path, f'{LIB.name}/py.typed')
+    run(sys.executable, 'tools/export.py', cwd=tmp_path)
+    assert differences(tmp_path, [LIB.name]) == [], 'run `make export`; edit notebooks, not modules'
+
+
+def test_readme_is_fresh(tmp_path):
+    "README.md and its images are what nbs/index.ipynb makes"
+    run(sys.executable, 'docs/build.py', 'readme', tmp_path)
+    assert differences(tmp_path, ['README.md', 'docs/images']) == [], 'run `make readme`'
+
+
+def test_notebooks_are_clean(tmp_path):
+    "Cleaning changes no notebook: no execution counts, no metadata of editors"
+    copy(tmp_path, 'nbs', 'pyproject.toml')
+    run(tool('nbdev-clean'), cwd=tmp_path)
+    assert differences(tmp_path, ['nbs']) == [], 'run `.venv/bin/nbdev-clean`'
+
+
+# Notebooks
+
+@pytest.mark.parametrize('notebook', NUMBERED, ids=short)
+def test_exports_its_module(notebook):
+    "NN_name.ipynb has `#| default_exp name` and stands in the table of floors"
+    name = notebook.stem[3:]
+    code = [''.join(cell['source']) for cell in cells(notebook) if cell['cell_type'] == 'code']
+    assert re.findall(r'^#\|\s*default_exp:?\s+(\S+)', '\n'.join(code), flags=re.M) == [name]
+    assert notebook.stem in sum(FLOORS.values(), []), 'add it to FLOORS'
+
+
+@pytest.mark.parametrize('notebook', NOTEBOOKS, ids=short)
+def test_outputs_are_good(notebook):
+    "No stored error and no address of an object"
+    for cell, out in outputs(notebook):
+        assert out['output_type'] != 'error', f'cell {cell}: {out["ename"]}: {out["evalue"]}'
+        assert not (hit := ADDRESS.search(output_text(out))), f'cell {cell} shows {hit[0]}'
+
+
+@pytest.mark.parametrize('notebook', NUMBERED, ids=short)
+def test_outputs_are_stored(notebook):
+    "A notebook is a page with its values and plots"
+    assert outputs(notebook), 'run `make outputs NB=' + short(notebook) + '`'
+
+
+FOLDERS = [LIB.name, 'docs', 'tools', 'examples', 'benchmarks', 'tests']
+TEXTS = [path for path in [*ROOT.glob('*'), *sum((found(name, '*') for name in FOLDERS), [])]
+         if path.suffix in ('.py', '.md', '.yml', '.css', '.toml', '.ini', '.txt', '.in')
+         or path.name == 'Makefile']
+TEXTS.remove(Path(__file__)) # the one that has to name them
+
+
+def test_no_machine_paths():
+    "Nothing names a folder of the machine it was written on"
+    said = {short(path): path.read_text(encoding='utf-8') for path in TEXTS}
+    for notebook in NOTEBOOKS:
+        parts = [''.join(cell['source']) for cell in cells(notebook)]
+        parts += [output_text(out) for _, out in outputs(notebook)]
+        said[short(notebook)] = '\n'.join(parts)
+    hits = [(name, text[hit.start():hit.end() + 30]) for name, text in said.items()
+            for hit in MACHINE_PATH.finditer(text)]
+    assert hits == []
+
+
+# The package
+
+def test_one_name_one_version():
+    "The metadata of settings.ini is what pyproject.toml, the module and the installed package say"
+    project = tomllib.loads((ROOT / 'pyproject.toml').read_text(encoding='utf-8'))['project']
+    installed = importlib.metadata.metadata(SETTINGS['lib_name'])
+    assert project['name'] == SETTINGS['lib_name'] == installed['Name']
+    assert 'version' in project['dynamic']
+    package = importlib.import_module(LIB.name)
+    versions = {SETTINGS['version'], package.__version__, installed['Version']}
+    assert len(versions) == 1, versions
+
+
+@pytest.mark.parametrize('path', found(LIB, '*.py'), ids=short)
+def test_no_star_imports(path):
+    imports = [node for node in ast.walk(tree(path)) if isinstance(node, ast.ImportFrom)]
+    assert [node.lineno for node in imports if node.names[0].name == '*'] == []
+
+
+def imported(path): # set of module names
+    "The modules of the package that a module imports anywhere; the package itself is '__init__'"
+    dotted = set()
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import): dotted |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            module = '.'.join(filter(None, [LIB.name if node.level else '', node.module]))
+            dotted |= {f'{module}.{alias.name}' for alias in node.names}
+    parts = [f'{name}.__init__'.split('.') for name in dotted]
+    return {module for package, module, *_ in parts if package == LIB.name}
+
+
+@pytest.mark.parametrize('path', MODULES, ids=short)
+def test_imports_go_down(path):
+    "A module imports lower numbers only, and so no higher floor and no circle"
+    unknown = imported(path) - PLACE.keys()
+    assert unknown == set(), 'import from the modules themselves, not from the package'
+    assert [name for name in imported(path) if PLACE[name] >= PLACE[path.stem]] == []
+
+
+def test_numbers_follow_floors():
+    assert [number for _, number in sorted(PLACE.values())] == list(range(len(PLACE)))
+
+
+def test_import_is_light():
+    "`import learnkit` loads nothing that only tables, plots and notebooks need"
+    heavy = ['pandas', 'matplotlib', 'IPython', 'sklearn', 'torchmetrics', 'nbdev']
+    code = f'import {LIB.name}, sys; print(*(name for name in {heavy} if name in sys.modules))'
+    assert run(sys.executable, '-c', code).stdout.split() == []
+
+
+def test_star_gives_the_public_names():
+    "`from learnkit import *` gives every public name of every module, and nothing else"
+    given = {}
+    exec(f'from {LIB.name} import *', given)
+    del given['__builtins__']
+    modules = [importlib.import_module(f'{LIB.name}.{path.stem}') for path in MODULES]
+    assert sorted(given) == sorted(name for module in modules for name in module.__all__)
+    for name, value in given.items():
+        assert not isinstance(value, ModuleType), name
+        home = getattr(value, '__module__', LIB.name)
+        assert home.split('.')[0] == LIB.name, f'{name} is from {home}'
+
+
+def test_is_typed(): assert (LIB / 'py.typed').exists()

@@ -1,0 +1,154 @@
+"Means and metrics over any cut into batches equal those over all samples at once"
+import math
+import pickle
+from functools import partial
+import numpy as np
+import pytest
+import torch
+import torchmetrics
+from hypothesis import given, settings, strategies as st
+from sklearn import metrics as sk
+from torch import nn
+from learnkit.metrics import *
+
+few = settings(max_examples=60, deadline=None)
+cuts = st.lists(st.integers(1, 9), min_size=1, max_size=8)
+functions = {'accuracy': accuracy, 'error_rate': error_rate, 'top_2': partial(top_k_accuracy, k=2),
+             'perplexity': perplexity}
+distances = {'mse': mse, 'mae': mae, 'rmse': rmse}
+
+
+def tallied(metrics, pred, targ, sizes):
+    tally = Tally(metrics)
+    tally.reset('cpu')
+    for p, t in zip(pred.split(sizes), targ.split(sizes)): tally.add(p, (t,), (p * 0).mean() + len(p), len(p))
+    return tally.compute()
+
+@few
+@given(sizes=cuts, seed=st.integers(0, 2**31))
+def test_classification_over_any_cut(sizes, seed):
+    n, rng = sum(sizes), torch.Generator().manual_seed(seed)
+    pred, targ = torch.randn(n, 4, generator=rng, dtype=torch.float64), torch.randint(4, (n,), generator=rng)
+    found = tallied(functions, pred, targ, sizes)
+    assert found['loss'] == pytest.approx(sum(s * s for s in sizes) / n)
+    for name, m in functions.items(): assert found[name] == pytest.approx(m(pred, targ).item(), rel=1e-12), name
+    assert found['accuracy'] == pytest.approx(sk.accuracy_score(targ, pred.argmax(1)), rel=1e-12)
+    assert found['top_2'] == pytest.approx(sk.top_k_accuracy_score(targ, pred, k=2, labels=range(4)), rel=1e-12)
+    assert math.log(found['perplexity']) == pytest.approx(sk.log_loss(targ, pred.softmax(1), labels=range(4)))
+
+@few
+@given(sizes=cuts, seed=st.integers(0, 2**31))
+def test_distances_over_any_cut(sizes, seed):
+    n, rng = sum(sizes), torch.Generator().manual_seed(seed)
+    pred, targ = (torch.randn(n, 3, generator=rng, dtype=torch.float64) for _ in range(2))
+    found = tallied(distances, pred, targ, sizes)
+    assert found['mse'] == pytest.approx(sk.mean_squared_error(targ, pred))
+    assert found['mae'] == pytest.approx(sk.mean_absolute_error(targ, pred))
+    assert found['rmse'] == pytest.approx(sk.mean_squared_error(targ, pred) ** .5)
+
+@few
+@given(sizes=cuts, seed=st.integers(0, 2**31))
+def test_objects_over_any_cut(sizes, seed):
+    n, rng = sum(sizes), torch.Generator().manual_seed(seed)
+    pred, targ = torch.randn(n, 3, generator=rng), torch.randint(3, (n,), generator=rng)
+    found = tallied([torchmetrics.Accuracy('multiclass', num_classes=3, average='micro'), accuracy,
+                     sklearn_metric(sk.matthews_corrcoef)], pred, targ, sizes)
+    assert found['multiclass_accuracy'] == pytest.approx(found['accuracy'])
+    assert found['matthews_corrcoef'] == sk.matthews_corrcoef(targ, pred.argmax(1))
+
+@few
+@given(values=st.lists(st.tuples(st.floats(-1e6, 1e6), st.integers(0, 9), st.booleans(), st.booleans()), max_size=12))
+def test_mean(values):
+    mean = Mean()
+    for value, n, as_tensor, n_as_tensor in values:
+        mean.add(torch.tensor(value, dtype=torch.float64) if as_tensor else value, torch.tensor(n) if n_as_tensor else n)
+    total = sum(n for _, n, _, _ in values)
+    if not total: assert math.isnan(mean.compute())
+    else: assert mean.compute() == pytest.approx(sum(v * n for v, n, _, _ in values) / total, rel=1e-9, abs=1e-9)
+    assert mean.n == total
+
+class Unread(torch.Tensor):
+    "A tensor that must not be read on the host"
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func in (torch.Tensor.item, torch.Tensor.cpu, torch.Tensor.tolist, torch.Tensor.__float__, torch.Tensor.__bool__,
+                    torch.Tensor.numpy): raise AssertionError(f'{func.__name__} waits for the device')
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+@pytest.mark.parametrize('m', [accuracy, error_rate, top_k_accuracy, binary_accuracy, mse, mae, rmse, perplexity], ids=metric_name)
+def test_add_does_not_wait_for_the_device(m):
+    classes = m in (accuracy, error_rate, top_k_accuracy, perplexity)
+    pred = torch.randn(6, 5).as_subclass(Unread)
+    targ = (torch.randint(5, (6,)) if classes else torch.rand(6, 5)).as_subclass(Unread)
+    tally = Tally(m)
+    tally.add(pred, (targ,), pred.sum(), 6)
+    with pytest.raises(AssertionError, match='waits for the device'): pred.sum().item()
+
+def test_losses_keep_no_graph():
+    tally, w = Tally(mse), torch.ones(3, requires_grad=True)
+    tally.add(w * 2, (torch.zeros(3),), (w * 2).sum(), 3)
+    assert all(value.grad_fn is None for value in tally.loss.values + tally.passes['mse'].mean.values)
+
+@pytest.mark.parametrize('m', [accuracy, error_rate, top_k_accuracy, perplexity], ids=metric_name)
+def test_classes_of_another_shape(m):
+    for shape in ((4, 1), (3,), (4, 6)):
+        with pytest.raises(ValueError, match='do not match'): m(torch.randn(4, 6), torch.zeros(shape, dtype=torch.long))
+
+@pytest.mark.parametrize('m', [binary_accuracy, mse, mae, rmse], ids=metric_name)
+def test_values_of_another_shape(m):
+    for shape in ((4,), (4, 4), (1, 1), ()):
+        with pytest.raises(ValueError, match='do not match'): m(torch.randn(4, 1), torch.zeros(shape))
+
+def test_directions_of_all():
+    up = (accuracy, top_k_accuracy, binary_accuracy)
+    down = (error_rate, mse, mae, rmse, perplexity)
+    assert all(higher_is_better(m) is True for m in up) and all(higher_is_better(m) is False for m in down)
+    assert higher_is_better(partial(partial(mse))) is False and metric_name(partial(partial(mse))) == 'mse'
+
+def test_names_of_results_are_the_names_announced():
+    collection = torchmetrics.MetricCollection([torchmetrics.MeanSquaredError(), torchmetrics.MeanAbsoluteError()])
+    for metrics in (None, mse, [mse, nn.L1Loss()], {'a': mse, 'b': collection}, [collection, sklearn_metric(sk.r2_score, pred='raw')]):
+        tally = Tally(metrics)
+        tally.add(torch.randn(4), (torch.randn(4),), None, 4)
+        assert list(tally.compute()) == tally.names
+
+def test_reset_starts_over():
+    tally = Tally([mse, torchmetrics.MeanSquaredError(), sklearn_metric(sk.mean_squared_error, False, 'raw', name='sk')])
+    for targ in (0., 2.):
+        tally.reset('cpu')
+        tally.add(torch.zeros(3), (torch.full((3,), targ),), 1., 3)
+        assert tally.compute() == {'loss': 1, 'mse': targ**2, 'mean_squared_error': targ**2, 'sk': targ**2}
+
+def test_an_error_names_its_metric():
+    tally = Tally([mse, accuracy])
+    with pytest.raises(ValueError) as info: tally.add(torch.zeros(3), (torch.zeros(3),), 1., 3)
+    assert info.value.__notes__ == ["(in metric 'accuracy')"]
+
+@pytest.mark.parametrize('name,pred,func', [('prob', torch.randn(20, 2), sk.roc_auc_score), ('prob', torch.randn(20, 1), sk.roc_auc_score),
+                                            ('raw', torch.randn(20), sk.roc_auc_score), ('binary', torch.randn(20, 1), sk.f1_score)])
+def test_sklearn_with_two_classes(name, pred, func):
+    targ = torch.arange(20) % 2
+    m = sklearn_metric(func, pred=name)
+    for p, t in zip(pred.split(6), targ.split(6)): m.update(p, t)
+    score = {'prob': lambda: pred.softmax(1)[:, 1] if pred.shape[1] == 2 else pred.sigmoid()[:, 0], 'raw': lambda: pred,
+             'binary': lambda: (pred[:, 0].sigmoid() > .5).long()}[name]()
+    assert m.compute() == func(targ, score)
+    assert m.name == func.__name__ and m.higher_is_better
+
+def test_sklearn_on_every_position_of_a_sequence():
+    pred, targ = torch.randn(4, 7, 3), torch.randint(3, (4, 7))
+    m = sklearn_metric(sk.accuracy_score)
+    m.update(pred, targ)
+    assert m.compute() == accuracy(pred, targ).item()
+
+def test_metrics_are_pickled_by_name():
+    assert pickle.loads(pickle.dumps(accuracy)) is accuracy
+
+def test_perplexity_leaves_out_ignored_targets():
+    pred, targ = torch.randn(2, 5, 7), torch.randint(7, (2, 5))
+    targ[:, 3:] = -100
+    assert torch.isclose(perplexity(pred, targ), perplexity(pred[:, :3], targ[:, :3]))
+
+def test_values_of_low_precision():
+    pred = torch.full((4,), 300.).half()
+    assert mse(pred, torch.zeros(4)).item() == 90000 and rmse(pred.bfloat16(), torch.zeros(4)).dtype == torch.float32
