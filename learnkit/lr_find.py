@@ -176,8 +176,8 @@ def suggestions(lrs, losses, # arrays, (n,)
                 suggest, # names in `SUGGESTIONS`
                ): # LRFinderResult
     "The result of a sweep, with one warning when it is too short to say anything"
-    finite = int(np.isfinite(losses).cumprod().sum())  # up to the first nan or inf
-    found = {name: SUGGESTIONS[name](lrs[:finite], losses[:finite]) for name in suggest}
+    usable = slice(len(lrs) // 10, int(np.isfinite(losses).cumprod().sum()))  # the start is noise
+    found = {name: SUGGESTIONS[name](lrs[usable], losses[usable]) for name in suggest}
     if suggest and all(map(math.isnan, found.values())):
         warnings.warn(f'lr_find has no suggestion: the loss fell nowhere in {len(lrs)} batches '
                       f'(rates {lrs[:1]} to {lrs[-1:]}); try a smaller start_lr, and look at the '

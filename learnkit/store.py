@@ -109,7 +109,7 @@ def _why_no_tensor(t:torch.Tensor): # str, or None when it can be stored
         return 'a subclass of Tensor would come back as a plain one; store what it is made of'
     if t.is_meta: return 'it is on the meta device and has no values'
     if t.is_nested or t.layout != torch.strided: return f'its layout is {t.layout}; make it dense with to_dense()'
-    if t.dtype not in _DTYPES: return f'{t.dtype} has no _place in a safetensors file'
+    if t.dtype not in _DTYPES: return f'{t.dtype} has no place in a safetensors file'
     return None
 
 # %% ../nbs/01_store.ipynb #4375ea73
@@ -270,7 +270,7 @@ def pack_tensor(self:_Packer, t, tag='$tensor', of=None): # JSON value
 def pack_array(self:_Packer, x): # JSON value
     "Arrays are stored as the tensors they would be"
     if x.dtype.kind not in 'biufc' or not x.dtype.isnative or x.dtype.itemsize > 8:
-        self.refuse(x, f'its dtype {x.dtype} has no _place in a safetensors file; convert it with astype')
+        self.refuse(x, f'its dtype {x.dtype} has no place in a safetensors file; convert it with astype')
     usable = x.flags.writeable and x.flags.c_contiguous  # torch warns about the others
     return self.pack_tensor(torch.from_numpy(x if usable else x.copy()), '$array')
 
@@ -334,7 +334,7 @@ def _text_digest(text): return hashlib.sha256(text.encode()).hexdigest()
 
 # %% ../nbs/01_store.ipynb #f2afe90b
 def _seal(metadata:dict): # 64 hex digits
-    "sha256 over all metadata but the _seal itself"
+    "sha256 over all metadata but the seal itself"
     return _text_digest(json.dumps({k: v for k, v in metadata.items() if k != 'sha256'}, sort_keys=True))
 
 # %% ../nbs/01_store.ipynb #bcca20ec

@@ -1,5 +1,5 @@
 "Batches of every form, exact means, predictions, state in and out, groups, and what the errors say"
-import collections, dataclasses, math, warnings
+import collections, copy, dataclasses, math, warnings
 from functools import partial
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def data(n=20, bs=4, seed=0):
 
 def make(train=None, valid=None, model=None, loss_func=F.mse_loss, **kwargs):
     torch.manual_seed(0)
-    learn = Learner(DataLoaders(train or data(), valid), model or nn.Linear(3, 1), loss_func, device='cpu', **kwargs)
+    learn = Learner(DataLoaders(data() if train is None else train, valid), model or nn.Linear(3, 1), loss_func, device='cpu', **kwargs)
     learn.remove_cb(Progress)
     return learn
 
@@ -396,8 +396,9 @@ def test_a_missing_loss_is_named():
     with pytest.raises(ValueError, match='the learner has no loss_func and the model returned a Tensor without a loss'): make(loss_func=None).fit(1)
 
 def test_seed_makes_a_run_repeatable():
+    start = nn.Sequential(nn.Linear(3, 8), nn.Dropout(), nn.Linear(8, 1))
     def run():
-        learn = make(model=nn.Sequential(nn.Linear(3, 8), nn.Dropout(), nn.Linear(8, 1)), seed=3)
+        learn = make(model=copy.deepcopy(start), seed=3)
         learn.fit(2)
         return learn.recorder.df.train_loss.tolist()
     assert run() == run()
