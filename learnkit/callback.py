@@ -131,16 +131,16 @@ def as_callbacks(cbs, # None, a Callback, a Callback class, or any nesting of it
 class Callbacks(MutableSequence):
     "An editable list of callbacks that knows which methods answer an event, in order"
     def __init__(self, cbs=None): # one, several or none; see `as_callbacks`
-        self.items, self._bound = [], {}
-        self.extend(as_callbacks(cbs))
+        self._replace(as_callbacks(cbs))
 
     def __len__(self): return len(self.items)
     def __getitem__(self, i): return self.items[i]
     def __repr__(self): return repr(self.items)
 
     def __delitem__(self, i):
-        del self.items[i]
-        self._bound = {}
+        items = self.items.copy()
+        del items[i]
+        self._replace(items)
 
     def __setitem__(self, i, cb):
         items = self.items.copy()
@@ -155,7 +155,7 @@ class Callbacks(MutableSequence):
         if len(set(map(id, items))) < len(items):
             twice = next(cb for i, cb in enumerate(items) if any(cb is c for c in items[:i]))
             raise ValueError(f'{twice!r} is in the list already: it would hear each event twice')
-        self.items, self._bound = items, {}
+        self.items, self.bound = items, Bound(items)
 
 # %% ../nbs/03_callback.ipynb #cd2efd2d
 def one_callback(cb): # a Callback or a class that needs no arguments
@@ -165,20 +165,17 @@ def one_callback(cb): # a Callback or a class that needs no arguments
     return cbs[0]
 
 # %% ../nbs/03_callback.ipynb #306f89da
-@patch
-def methods(self:Callbacks,
-            name:str, # event or step
-            phase:str, # 'train', 'valid', 'test', 'predict', 'lr_find' or None
-           ): # tuple of functions of the learner
-    "The methods that answer event `name` in `phase`, in order"
-    found = self._bound.get((name, phase))
-    if found is None:
+class Bound(dict):
+    "(event or step, phase) -> tuple of methods, each entry made when first asked for"
+    def __init__(self, cbs): self.cbs = sorted(cbs, key=lambda cb: cb.order)
+
+    def __missing__(self, key):
+        name, phase = key
         by_phase = name in BATCH_EVENTS or name in STEPS
-        heard = [cb for cb in sorted(self.items, key=lambda cb: cb.order)
-                 if not by_phase or phase in cb.phases]
-        bound = (getattr(cb, name, None) for cb in heard)
-        found = self._bound[name, phase] = tuple(method for method in bound if method is not None)
-    return found
+        heard = [cb for cb in self.cbs if not by_phase or phase in cb.phases]
+        methods = (getattr(cb, name, None) for cb in heard)
+        self[key] = tuple(method for method in methods if method is not None)
+        return self[key]
 
 # %% ../nbs/03_callback.ipynb #73039033
 @patch

@@ -7,27 +7,28 @@ __all__ = ['default_device', 'set_seed', 'rng_state', 'set_rng_state', 'isolated
            'to_host', 'batch_size', 'rank', 'world_size', 'is_main', 'rank0_only', 'rank0_first', 'sum_over_ranks']
 
 # %% ../nbs/00_core.ipynb #efdeaab6
-import copy, os, random
-from collections.abc import Mapping
+import copy, operator, os, random
+from collections.abc import Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
-from functools import partial, wraps
+from functools import wraps
 import numpy as np
 import torch
 import torch.distributed as dist
 
 # %% ../nbs/00_core.ipynb #fb62bdf1
 def default_device(): # torch.device with its index, or cpu
-    "The accelerator torch would use now (cuda, mps, xpu, ...), else the cpu"
+    "The accelerator that torch would use now (cuda, mps, xpu, ...), else the cpu"
     if not torch.accelerator.is_available(): return torch.device('cpu')
-    return torch.device(torch.accelerator.current_accelerator().type,
-                        torch.accelerator.current_device_index())
+    kind = torch.accelerator.current_accelerator().type
+    return torch.device(kind, torch.accelerator.current_device_index())
 
 # %% ../nbs/00_core.ipynb #4831ff01
-def set_seed(s:int, # from 0, below 2**32, which every generator takes
-             deterministic:bool=False, # whether torch must also use deterministic algorithms only
+def set_seed(s:int, # from 0 to 2**32 - 1, which every generator takes
+             deterministic:bool=False, # also have torch use deterministic algorithms only
             ):
     "Seed python, numpy and torch with all its accelerators"
+    s = operator.index(s)
     if not 0 <= s < 2**32: raise ValueError(f'seed {s}: it must be from 0 to 2**32 - 1')
     random.seed(s)
     np.random.seed(s)
@@ -38,75 +39,69 @@ def set_seed(s:int, # from 0, below 2**32, which every generator takes
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # read when cublas starts
 
 # %% ../nbs/00_core.ipynb #1f8db372
-def _python_rng_state(): # dict: version, keys, gauss
+def python_rng_state(): # dict: version, keys, gauss
     "The state of python's `random`"
     version, keys, gauss = random.getstate()
-    return {'version': version, 'keys': torch.from_numpy(np.array(keys)), 'gauss': gauss}
+    keys = torch.from_numpy(np.fromiter(keys, np.int64))
+    return {'version': version, 'keys': keys, 'gauss': gauss}
 
-# %% ../nbs/00_core.ipynb #dfb5577e
-def _numpy_rng_state(): # dict
+def numpy_rng_state(): # dict: bit_generator, state, has_gauss, gauss
     "The state of numpy's global generator, whatever bit generator it runs on"
     state = np.random.get_state(legacy=False)
-    as_plain = lambda v: torch.from_numpy(v.astype(np.int64)) if isinstance(v, np.ndarray) else int(v)
-    return {**state, 'state': {k: as_plain(v) for k, v in state['state'].items()}}
+    plain = lambda v: torch.from_numpy(v.astype(np.int64)) if isinstance(v, np.ndarray) else int(v)
+    return {**state, 'state': {key: plain(value) for key, value in state['state'].items()}}
 
-# %% ../nbs/00_core.ipynb #40ec9b75
-def _rng_module(kind:str, # device type, like 'cuda'
-              ): # (torch's module for it, its number of devices, whether it is in use)
-    "What torch offers for an accelerator"
-    module = torch.get_device_module(kind)
-    in_use = getattr(module, 'is_initialized', lambda: True)  # mps has no such function
-    return module, module.device_count(), in_use()
-
-# %% ../nbs/00_core.ipynb #b12ba0bd
-def _accelerator_rng_state(): # dict: kind, and states (one tensor a device) or seed; None without one
-    "The states of all local accelerators, without starting one that is not in use"
+# %% ../nbs/00_core.ipynb #dfb5577e
+def accelerator(): # (kind, torch's module for it, whether it is in use); None without one
+    "The accelerator of this machine"
     if not torch.accelerator.is_available(): return None
     kind = torch.accelerator.current_accelerator().type
-    module, count, in_use = _rng_module(kind)
-    # One that has not started begins with torch's seed: that number is its whole state
+    module = torch.get_device_module(kind)
+    return kind, module, kind == 'mps' or module.is_initialized()  # mps cannot be asked
+
+def accelerator_rng_state(): # dict: kind, and seed or states (a tensor for each device); None
+    "The state of every local accelerator"
+    if (found := accelerator()) is None: return None
+    kind, module, in_use = found
     if not in_use: return {'kind': kind, 'seed': torch.initial_seed()}
     if kind == 'mps': return {'kind': kind, 'states': [module.get_rng_state()]}
-    return {'kind': kind, 'states': [module.get_rng_state(i) for i in range(count)]}
+    return {'kind': kind, 'states': [module.get_rng_state(i) for i in range(module.device_count())]}
 
-# %% ../nbs/00_core.ipynb #20e1f6b3
+# %% ../nbs/00_core.ipynb #40ec9b75
 def rng_state(): # plain tree of dicts, numbers, None and tensors
     "The state of every random generator of this process"
-    return {'python': _python_rng_state(), 'numpy': _numpy_rng_state(), 'torch': torch.get_rng_state(),
-            'accelerator': _accelerator_rng_state()}
+    return {'python': python_rng_state(), 'numpy': numpy_rng_state(),
+            'torch': torch.get_rng_state(), 'accelerator': accelerator_rng_state()}
 
-# %% ../nbs/00_core.ipynb #e0bb9887
-def _set_accelerator_rng_state(state): # from `accelerator_rng_state`
-    "Restore the accelerators that are here; states of others are left aside"
-    if state is None or not torch.accelerator.is_available(): return
-    kind = torch.accelerator.current_accelerator().type
-    if kind != state['kind']: return
-    module, count, in_use = _rng_module(kind)
+# %% ../nbs/00_core.ipynb #20e1f6b3
+def set_accelerator_rng_state(state): # from `accelerator_rng_state`
+    "Restore the accelerators that are here"
+    if state is None or (found := accelerator()) is None or found[0] != state['kind']: return
+    kind, module, in_use = found
     if 'seed' in state:
-        # Neither used nor seeded since: nothing to do
-        if in_use or torch.initial_seed() != state['seed']: _torch_seed_all(module, state['seed'])
+        seed_all = module.manual_seed if kind == 'mps' else module.manual_seed_all
+        # If it was neither started nor seeded since, it is as it was
+        if in_use or torch.initial_seed() != state['seed']: seed_all(state['seed'])
     elif kind == 'mps': module.set_rng_state(state['states'][0])
     else:
-        for i, one in enumerate(state['states'][:count]): module.set_rng_state(one, i)
+        for i in range(min(module.device_count(), len(state['states']))):
+            module.set_rng_state(state['states'][i], i)
 
-def _torch_seed_all(module, seed):
-    "Seed all devices of an accelerator; mps knows one only"
-    getattr(module, 'manual_seed_all', module.manual_seed)(seed)
-
-# %% ../nbs/00_core.ipynb #a0ca7fbb
+# %% ../nbs/00_core.ipynb #ad8e1946
 def set_rng_state(state:dict, # from `rng_state`
                  ):
     "Put every random generator back to `state`"
     python, numpy = state['python'], state['numpy']
     random.setstate((python['version'], tuple(python['keys'].tolist()), python['gauss']))
-    as_array = lambda v: v.numpy() if isinstance(v, torch.Tensor) else v
-    np.random.set_state({**numpy, 'state': {k: as_array(v) for k, v in numpy['state'].items()}})
-    _set_accelerator_rng_state(state['accelerator'])  # compares seeds: before torch's own is restored
+    array = lambda v: v.numpy() if isinstance(v, torch.Tensor) else v
+    words = {key: array(value) for key, value in numpy['state'].items()}
+    np.random.set_state({**numpy, 'state': words})
+    set_accelerator_rng_state(state['accelerator'])  # before torch's: it looks at its seed
     torch.set_rng_state(state['torch'])
 
-# %% ../nbs/00_core.ipynb #a433ff61
+# %% ../nbs/00_core.ipynb #1733efa3
 @contextmanager
-def isolated_rng(seed:int=None, # seeds the generators inside; None: they go on from where they are
+def isolated_rng(seed:int=None, # for the generators inside; None: they go on from where they are
                 ):
     "Restore every random generator when the block ends, by an exception too"
     state = rng_state()
@@ -116,56 +111,53 @@ def isolated_rng(seed:int=None, # seeds the generators inside; None: they go on 
     finally: set_rng_state(state)
 
 # %% ../nbs/00_core.ipynb #3cd85d41
-def _has_to(x): # bool
-    "Whether `x` moves itself: an object with a method `to` that is no tensor, like a packed sequence"
-    return not isinstance(x, type) and callable(getattr(x, 'to', None))
+def moves_itself(x): # bool
+    "Whether `x` has a method `to` and is no tensor: a packed sequence, a tokenizer's output"
+    return callable(getattr(x, 'to', None)) and not isinstance(x, type)
+
+def with_items(x, items): # object of the type of `x`
+    "A copy of a list, dict or dataclass with other values; its constructor is not called again"
+    new = copy.copy(x)
+    for key, value in items:
+        if isinstance(x, (list, dict)): new[key] = value
+        else: object.__setattr__(new, key, value)  # also where the dataclass is frozen
+    return new
 
 # %% ../nbs/00_core.ipynb #3b7c1069
 def map_tensors(f, # tensor -> anything
-                x, # any nesting of tuple, list, dict, namedtuple, dataclass
+                x, # nesting of tuple, list, dict, namedtuple, dataclass, and classes made of these
                 whole=None, # what to do with objects that have a method `to`; None: keep them
                ): # the same nesting
     "Apply `f` to every tensor in `x`"
-    again = partial(map_tensors, f, whole=whole)
     if isinstance(x, torch.Tensor): return f(x)
+    again = lambda value: map_tensors(f, value, whole)
     if type(x) in (tuple, list): return type(x)(map(again, x))
     if type(x) is dict: return {key: again(value) for key, value in x.items()}
-    if _has_to(x): return whole(x) if whole else x
-    if isinstance(x, torch.Size): return x  # numbers, and it takes nothing else
+    if moves_itself(x): return whole(x) if whole else x
+    if isinstance(x, torch.Size): return x  # a tuple that holds nothing but numbers
     if isinstance(x, tuple): return getattr(x, '_make', type(x))(map(again, x))
-    if isinstance(x, (list, dict)): return _replaced(x, range(len(x)) if isinstance(x, list) else x, again)
-    if is_dataclass(x) and not isinstance(x, type): return _map_fields(again, x)
+    if isinstance(x, list): return with_items(x, [(i, again(item)) for i, item in enumerate(x)])
+    if isinstance(x, dict): return with_items(x, [(key, again(x[key])) for key in x])
+    if is_dataclass(x) and not isinstance(x, type):
+        return with_items(x, [(field.name, again(getattr(x, field.name))) for field in fields(x)])
     return x
 
-# %% ../nbs/00_core.ipynb #553ce76f
-def _replaced(x, # list or dict, of a subclass
-             keys, # all its keys
-             f,
-            ): # a copy with its own attributes, such as a default_factory
-    "A copy of `x` with `f` applied to each value"
-    new = copy.copy(x)
-    for key in list(keys): new[key] = f(x[key])
-    return new
+# %% ../nbs/00_core.ipynb #2e76f224
+def moved(x, device): # the same nesting
+    "`x` with every tensor brought to `device`"
+    cuda = torch.device(device).type == 'cuda'
+    # From pinned memory a GPU copies while python goes on; elsewhere not waiting is not safe
+    return map_tensors(lambda tensor: tensor.to(device, non_blocking=cuda), x,
+                       whole=lambda item: item.to(device))
 
-# %% ../nbs/00_core.ipynb #c14f33af
-def _map_fields(f,
-               x, # dataclass object; frozen ones too
-              ): # a copy
-    "A copy of `x` with `f` applied to each field; its constructor is not called again"
-    new = copy.copy(x)
-    for field in fields(x): object.__setattr__(new, field.name, f(getattr(x, field.name)))
-    return new
-
-# %% ../nbs/00_core.ipynb #9c9927e9
+# %% ../nbs/00_core.ipynb #59657503
 def to_device(x, # any nesting
-              device, # torch.device or its name
+              device, # torch.device, or its name
              ): # the same nesting
-    "Move every tensor of `x`; what is there already is not copied"
-    move = lambda item: item.to(device)
-    if type(x) in (tuple, list):  # nearly every batch, so without recursion
-        return type(x)([item.to(device) if isinstance(item, torch.Tensor) else
-                        map_tensors(move, item, whole=move) for item in x])
-    return map_tensors(move, x, whole=move)
+    "Move every tensor of `x`; one that is there already is not copied"
+    if type(x) not in (tuple, list): return moved(x, device)
+    return type(x)([item if isinstance(item, torch.Tensor) and item.device == device
+                    else moved(item, device) for item in x])
 
 # %% ../nbs/00_core.ipynb #fceaf0d4
 def detach(x): # the same nesting
@@ -173,66 +165,69 @@ def detach(x): # the same nesting
     return map_tensors(torch.Tensor.detach, x)
 
 # %% ../nbs/00_core.ipynb #62b066c1
-def to_host(x): # the same nesting, on the cpu, without graphs
-    "Detach every tensor of `x` and bring it to the cpu"
+def to_host(x): # the same nesting, on the cpu and without graphs
+    "Detach every tensor of `x` and bring it to the cpu; one that is there shares its memory"
     return map_tensors(lambda tensor: tensor.detach().cpu(), x, whole=lambda item: item.to('cpu'))
 
 # %% ../nbs/00_core.ipynb #a5fcb95e
-def _rows(x): # int, or None when there is no tensor
-    "The first dimension of the first tensor in `x` that has one, depth first"
+def n_rows(x): # int; None when there is no tensor with dimensions
+    "The first dimension of the first tensor in `x`, depth first"
     if isinstance(x, (torch.Tensor, np.ndarray)): return x.shape[0] if x.ndim else None
     if isinstance(x, Mapping): items = x.values()
     elif isinstance(x, (tuple, list)): items = x
     elif is_dataclass(x): items = [getattr(x, field.name, None) for field in fields(x)]
     else: return None
-    return next((n for n in map(_rows, items) if n is not None), None)
+    return next((n for n in map(n_rows, items) if n is not None), None)
 
 # %% ../nbs/00_core.ipynb #c8b4e06a
 def batch_size(batch): # int
     "How many samples: the first dimension of the first tensor, else `len`, else 1"
-    n = _rows(batch)
+    n = n_rows(batch)
     if n is not None: return n
-    return len(batch) if hasattr(batch, '__len__') else 1
+    return len(batch) if isinstance(batch, Sized) else 1
 
 # %% ../nbs/00_core.ipynb #3e7a3892
-def _has_group(): # bool
+def in_group(): # bool
     "Whether this process is in a process group of `torch.distributed`"
     return dist.is_available() and dist.is_initialized()
 
-def rank(): # int, 0 for a single process
+# %% ../nbs/00_core.ipynb #3d1fd0dd
+def rank(): # int; 0 for a single process
     "The number of this process"
-    return dist.get_rank() if _has_group() else int(os.environ.get('RANK', 0))
+    return dist.get_rank() if in_group() else int(os.environ.get('RANK', 0))
 
-def world_size(): # int, 1 for a single process
-    "How many processes train together"
-    return dist.get_world_size() if _has_group() else int(os.environ.get('WORLD_SIZE', 1))
+# %% ../nbs/00_core.ipynb #4205f2e3
+def world_size(): # int; 1 for a single process
+    "How many processes run together"
+    return dist.get_world_size() if in_group() else int(os.environ.get('WORLD_SIZE', 1))
 
+# %% ../nbs/00_core.ipynb #7b300485
 def is_main(): # bool
-    "Whether this is the process that prints and writes"
+    "Whether this is rank 0, the process that prints and writes"
     return rank() == 0
 
-# %% ../nbs/00_core.ipynb #3d1fd0dd
-def rank0_only(f): # function that returns None on other ranks
-    "Decorator: do it on rank 0 only"
+# %% ../nbs/00_core.ipynb #accdfcb1
+def rank0_only(f): # function that returns None on the other ranks
+    "Decorator: done on rank 0 alone"
     @wraps(f)
     def only(*args, **kwargs): return f(*args, **kwargs) if is_main() else None
     return only
 
-# %% ../nbs/00_core.ipynb #4205f2e3
+# %% ../nbs/00_core.ipynb #b717f00f
 @contextmanager
 def rank0_first():
-    "Rank 0 runs the block before the others do; a download then happens once"
-    group, main = _has_group(), is_main()
+    "Rank 0 runs the block while the others wait, then they run it: a download happens once"
+    group, main = in_group(), is_main()
     if group and not main: dist.barrier()
     try: yield
-    finally:  # the others wait, also when rank 0 fails
+    finally:  # the others wait here, also when rank 0 has failed
         if group and main: dist.barrier()
 
-# %% ../nbs/00_core.ipynb #7b300485
+# %% ../nbs/00_core.ipynb #83f30cef
 def sum_over_ranks(t:torch.Tensor): # tensor on the same device; `t` itself for a single process
-    "The sum of `t` over all processes; `t` is left as it is"
-    if not _has_group() or dist.get_world_size() == 1: return t
-    device = default_device() if dist.get_backend() == 'nccl' else t.device  # nccl takes no cpu tensors
+    "The sum of `t` over all processes, on each of them; `t` stays as it is"
+    if not in_group() or dist.get_world_size() == 1: return t
+    device = default_device() if dist.get_backend() == 'nccl' else t.device  # nccl: no cpu tensors
     total = t.detach().to(device, copy=True)
     dist.all_reduce(total)
     return total.to(t.device)

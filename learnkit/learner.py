@@ -114,7 +114,10 @@ def batch(self:Learner, batch):
 @patch(as_prop=True)
 def n_items(self:Learner): # int
     "The weight of this batch in every mean: its samples, or what was assigned (tokens, say)"
-    return batch_size(self._batch) if self._n_items is None else self._n_items
+    if self._n_items is not None: return self._n_items
+    first = self.xb[0] if self.xb else None
+    usual = type(first) is torch.Tensor and first.ndim
+    return first.shape[0] if usual else batch_size(self._batch)
 
 @patch(set_prop=True)
 def n_items(self:Learner, n): self._n_items = n
@@ -138,7 +141,7 @@ def training(self:Learner): # bool
 @patch
 def __call__(self:Learner, event:str):
     "Call the callbacks' methods for `event`"
-    for method in self._cbs.methods(event, self.phase):
+    for method in self._cbs.bound[event, self.phase]:
         try: method(self)
         except Cancel: raise
         except BaseException as error:
@@ -155,7 +158,7 @@ def _note(self:Learner, error, method, event):
 def _cleanup(self:Learner, level, error=None):
     "`cleanup_<level>` for every callback; what fails is a note on `error`, if there is one already"
     failed = []
-    for method in self._cbs.methods(f'cleanup_{level}', self.phase):
+    for method in self._cbs.bound[f'cleanup_{level}', self.phase]:
         try: method(self)
         except BaseException as new:
             if isinstance(new, Cancel) and self._ends(new): continue  # it is ending anyway
@@ -166,7 +169,7 @@ def _cleanup(self:Learner, level, error=None):
 
 # %% ../nbs/09_learner.ipynb #3032031e
 @patch
-def _level(self:Learner, name, body, ended=lambda: None):
+def _level(self:Learner, name, body, ended=None):
     "`before_X`, the body, `after_X`; a Cancel ends the level, `cleanup_X` comes whatever happens"
     self.levels.append(name)
     try:
@@ -175,9 +178,9 @@ def _level(self:Learner, name, body, ended=lambda: None):
             body()
         except Cancel as cancel:
             if not self._ends(cancel): raise
-            self._guarded(f'after_cancel_{name}')
-        ended()
-        self._guarded(f'after_{name}')
+            self._ending(f'after_cancel_{name}')
+        if ended: ended()
+        self._ending(f'after_{name}')
     except BaseException as error:
         self._cleanup(name, error)
         raise
@@ -185,8 +188,8 @@ def _level(self:Learner, name, body, ended=lambda: None):
     finally: self.levels.pop()
 
 @patch
-def _guarded(self:Learner, event):
-    "Call `event` of a level that is ending: a Cancel of that level changes nothing any more"
+def _ending(self:Learner, event):
+    "An event of a level that is ending: a Cancel of that level changes nothing any more"
     try: self(event)
     except Cancel as cancel:
         if not self._ends(cancel): raise
@@ -271,7 +274,7 @@ def _pass(self:Learner, phase, dl):
 @patch
 def _updates_something(self:Learner):
     "Whether there is anything to train: trainable parameters, or a step that is not the default one"
-    own_step = self._cbs.methods('step', self.phase) or type(self).step is not Learner.step
+    own_step = self._cbs.bound['step', self.phase] or type(self).step is not Learner.step
     return bool(own_step) or self.opt is not None and any(p.requires_grad for p in opt_params(self.opt))
 
 # %% ../nbs/09_learner.ipynb #3a8fef0b
@@ -302,7 +305,7 @@ def no_batches(learn:Learner): # str
 # %% ../nbs/09_learner.ipynb #ff362281
 @patch
 def _step(self:Learner, name):
-    methods = self._cbs.methods(name, self.phase)
+    methods = self._cbs.bound[name, self.phase]
     if methods: methods[-1](self)
     else: getattr(self, name)()
 
@@ -558,7 +561,7 @@ def no_logging(self:Learner):
 def show_training_loop(self:Learner):
     "Print the events and steps of a fit in order, with the callbacks that answer them"
     for depth, name in training_loop():
-        methods = self._cbs.methods(name, 'valid' if depth < 0 else 'train')
+        methods = self._cbs.bound[name, 'valid' if depth < 0 else 'train']
         owners = [name_of(method) for method in methods]
         if name in STEPS: owners = [owners[-1]] if owners else [f'{type(self).__name__}.{name}']
         print('  ' * abs(depth) + name + (f': {", ".join(owners)}' if owners else ''))
@@ -597,6 +600,7 @@ def _aside(self:Learner):
 def _measure(self:Learner, phase, dl):
     if dl is None: raise ValueError(f'no loader to {phase} on: give one, as dls.{phase} is None')
     recorder = () if self.recorder in self._cbs else self.recorder
+    self.recorder.results = {}
     with self._aside(), self.added_cbs(recorder), untouched(dl) as dl: self._evaluate(phase, dl)
     return dict(self.recorder.results)
 

@@ -42,6 +42,7 @@ class Recorder(Callback):
     def __init__(self):
         self.run, self.rows, self.times, self.chunks = -1, [], [], []
         self.results, self.tracked, self._epoch_results = {}, {}, {}
+        self.tally, self._cancelled, self._updates = None, False, 0
 
     def before_fit(self, learn): self.run += 1
 
@@ -50,23 +51,25 @@ class Recorder(Callback):
 
     def before_train(self, learn):
         group = learn.opt.param_groups[-1] if learn.opt else {}
-        self._mom_key = hyper_key(group, 'mom')
+        self._mom_key, self._updates = hyper_key(group, 'mom'), learn.steps_done
         self._loss, self._sizes, self._steps, self._lrs, self._moms = Series(), [], [], [], []
 
     def before_validate(self, learn):
         self.tally = Tally(learn.metrics)
         self.tally.reset(learn.device)
 
-    def before_batch(self, learn): self._step, self._cancelled = learn.steps_done, False
-    def after_cancel_batch(self, learn): self._cancelled = True  # counts in no mean
+    def after_cancel_batch(self, learn): self._cancelled = True  # it counts in no mean
 
     def after_batch(self, learn):
-        if self._cancelled or learn.loss is None: return
+        step, self._updates = self._updates, learn.steps_done
+        if self._cancelled or learn.loss is None:
+            self._cancelled = False
+            return
         loss, size = detached(learn.loss), learn.n_items
         if learn.phase != 'train': return self.tally.add(learn.pred, learn.yb, loss, size)
         self._loss.append(loss)
         self._sizes.append(size)
-        self._steps.append(self._step)
+        self._steps.append(step)
         if learn.opt is None: return
         group = learn.opt.param_groups[-1]  # the head's
         self._lrs.append(group['lr'])
@@ -82,7 +85,8 @@ class Recorder(Callback):
         self._epoch_results = {'train_loss': float(loss @ sizes / sizes.sum()) if n else math.nan}
 
     def after_validate(self, learn):
-        self.results = self.tally.compute()
+        if self.tally is None: return  # cancelled before it began
+        self.results, self.tally = self.tally.compute(), None
         if learn.levels == ['fit', 'epoch', 'validate']:  # the epoch's own, not one called inside it
             self._epoch_results['valid_loss'] = self.results['loss']
             self._epoch_results.update({k: v for k, v in self.results.items() if k != 'loss'})

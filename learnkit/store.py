@@ -17,400 +17,400 @@ from fastcore.basics import patch
 from safetensors import safe_open
 from torch import nn
 
-# %% ../nbs/01_store.ipynb #9ce99cca
+# %% ../nbs/01_store.ipynb #3cf15a01
 class StoreError(Exception):
-    "A tree cannot be stored or read; the text says which and why"
+    "A tree that cannot be stored, or a file that cannot be read; the text says why"
 
 class UnstorableError(StoreError, TypeError):
-    "A value that a file cannot hold; the text begins with its path in the tree"
+    "A value that no file can hold; the text begins with its place in the tree"
 
 class DamagedError(StoreError):
-    "A file is not what was written"
-
-# %% ../nbs/01_store.ipynb #0b5ad0af
-def _create(path): return open(path, 'xb', buffering=0)
-
-def _write(file, data):
-    data = memoryview(data)
-    while len(data): data = data[file.write(data):]  # a write may take a part
-
-def _fsync(fd): os.fsync(fd)
-def _rename(old, new): os.replace(old, new)
-def _link(old, new): os.link(old, new)
-def _unlink(path): os.unlink(path)
-
-# %% ../nbs/01_store.ipynb #3cf15a01
-def _check_target(path, overwrite:bool):
-    "Raise if nothing may be written to `path`"
-    if not overwrite and os.path.lexists(path):
-        raise FileExistsError(errno.EEXIST, 'there is a file already, and overwrite=False', str(path))
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise OSError(errno.EINVAL, 'something that is no file is in the way', str(path))
-
-# %% ../nbs/01_store.ipynb #d04cdafd
-def _place(temp, path, overwrite:bool):
-    "Give a whole file its name; without `overwrite`, only if the name is free"
-    if overwrite: return _rename(temp, path)
-    try: _link(temp, path)
-    except FileExistsError: raise
-    except OSError:  # no hard links here: claim the name with an empty file, which only one can make
-        _create(path).close()
-        _rename(temp, path)
+    "A file is not as it was written"
 
 # %% ../nbs/01_store.ipynb #c484b854
-def _sync_folder(path):
+def create(path): return open(path, 'xb', buffering=0)
+
+def write(file, data):
+    data = memoryview(data)
+    while len(data): data = data[file.write(data):]  # the system may take a part only
+
+def fsync(fd): os.fsync(fd)
+def rename(old, new): os.replace(old, new)
+def link(old, new): os.link(old, new)
+def unlink(path): os.unlink(path)
+
+# %% ../nbs/01_store.ipynb #400356b0
+def check_target(path, overwrite:bool):
+    "Raise if nothing may be written to `path`"
+    if not overwrite and os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, 'it exists, and overwrite is False', str(path))
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(errno.EINVAL, 'it exists and is no regular file', str(path))
+
+def give_name(temp, path, overwrite:bool):
+    "Give a whole file its name; without `overwrite`, only if the name is free"
+    if overwrite: return rename(temp, path)
+    try: link(temp, path)
+    except FileExistsError: raise
+    except OSError:  # no hard links here
+        create(path).close()
+        rename(temp, path)
+
+# %% ../nbs/01_store.ipynb #0a24c7ac
+def sync_folder(path):
     "Make the names in a folder durable"
     if os.name == 'nt': return  # there a folder cannot be opened
     fd = os.open(path, os.O_RDONLY)
-    try: _fsync(fd)
+    try: fsync(fd)
+    except OSError as error:
+        if error.errno != errno.EINVAL: raise  # some network file systems have no such thing
     finally: os.close(fd)
 
-# %% ../nbs/01_store.ipynb #400356b0
-def _explained(error:OSError, path): # OSError of the same class
-    "The error with the path of the file that was to be written, and what to look at"
+def explained(error:OSError, path): # OSError of the same class
+    "The error, naming the file that was to be written and what is in the way"
     text = error.strerror or str(error)
-    if error.errno == errno.ENOSPC: text += f', {shutil.disk_usage(path.parent).free / 2**20:.1f} MiB free'
+    if error.errno == errno.ENOSPC:
+        text += f', {shutil.disk_usage(path.parent).free / 2**20:.1f} MiB are free'
     if not path.parent.is_dir(): text = f'there is no folder {path.parent}'
     return OSError(error.errno or errno.EIO, text, str(path))
 
-# %% ../nbs/01_store.ipynb #0a24c7ac
+# %% ../nbs/01_store.ipynb #5aea752d
 def atomic_write(path, # file to write
-                 parts, # iterable of bytes-like objects, written one after the other
+                 parts, # iterable of bytes-like objects, one after the other
                  overwrite:bool=True, # False: FileExistsError if there is one
                 ): # Path of the file
-    "Write a file that is either there as a whole or not at all"
+    "Write a file that is there as a whole or not at all"
     path = Path(path)
-    _check_target(path, overwrite)
+    check_target(path, overwrite)
     temp = path.with_name(f'.learnkit-{os.getpid()}-{secrets.token_hex(4)}')
     try:
-        with _create(temp) as file:
-            for part in parts: _write(file, part)
-            _fsync(file.fileno())
-        _place(temp, path, overwrite)
-        _sync_folder(path.parent)
-    except OSError as error: raise _explained(error, path) from error
+        with create(temp) as file:
+            for part in parts: write(file, part)
+            fsync(file.fileno())
+        give_name(temp, path, overwrite)
+        sync_folder(path.parent)
+    except OSError as error: raise explained(error, path) from error
     finally:
-        with suppress(OSError): _unlink(temp)
+        with suppress(OSError): unlink(temp)  # it has its final name if all went well
     return path
 
-# %% ../nbs/01_store.ipynb #5aea752d
-# Names of the safetensors format; the last is younger than the oldest torch that works
-_DTYPES = {getattr(torch, name): code for code, name in {
-    'BOOL': 'bool', 'U8': 'uint8', 'I8': 'int8', 'U16': 'uint16', 'I16': 'int16', 'U32': 'uint32',
-    'I32': 'int32', 'U64': 'uint64', 'I64': 'int64', 'F16': 'float16', 'BF16': 'bfloat16', 'F32': 'float32',
-    'F64': 'float64', 'C64': 'complex64', 'F8_E4M3': 'float8_e4m3fn', 'F8_E5M2': 'float8_e5m2',
-    'F8_E4M3FNUZ': 'float8_e4m3fnuz', 'F8_E5M2FNUZ': 'float8_e5m2fnuz', 'F8_E8M0': 'float8_e8m0fnu',
-}.items() if hasattr(torch, name)}
+# %% ../nbs/01_store.ipynb #ea48cd33
+DTYPES = {getattr(torch, name): code for code, name in {
+    'BOOL': 'bool', 'U8': 'uint8', 'U16': 'uint16', 'U32': 'uint32', 'U64': 'uint64',
+    'I8': 'int8', 'I16': 'int16', 'I32': 'int32', 'I64': 'int64', 'F16': 'float16',
+    'BF16': 'bfloat16', 'F32': 'float32', 'F64': 'float64', 'C64': 'complex64',
+    'F8_E4M3': 'float8_e4m3fn', 'F8_E5M2': 'float8_e5m2', 'F8_E4M3FNUZ': 'float8_e4m3fnuz',
+    'F8_E5M2FNUZ': 'float8_e5m2fnuz', 'F8_E8M0': 'float8_e8m0fnu',
+}.items() if hasattr(torch, name)}  # the last came with torch 2.7
 
-# %% ../nbs/01_store.ipynb #58e17f1c
-def _why_no_tensor(t:torch.Tensor): # str, or None when it can be stored
+# %% ../nbs/01_store.ipynb #c45af6df
+def why_unstorable(t:torch.Tensor): # str; None when it can be stored
     "What keeps a tensor out of a file"
     if type(t) not in (torch.Tensor, nn.Parameter):
         return 'a subclass of Tensor would come back as a plain one; store what it is made of'
-    if t.is_meta: return 'it is on the meta device and has no values'
-    if t.is_nested or t.layout != torch.strided: return f'its layout is {t.layout}; make it dense with to_dense()'
-    if t.dtype not in _DTYPES: return f'{t.dtype} has no place in a safetensors file'
+    if t.is_meta: return 'on the meta device it has no values'
+    if t.layout != torch.strided: return f'its layout is {t.layout}; use to_dense()'
+    if t.is_nested: return 'it is nested; use to_padded_tensor() or unbind()'
+    if t.has_names(): return 'its dimensions have names; use rename(None)'
+    if t.dtype not in DTYPES: return f'the safetensors format has no {t.dtype}; convert it'
     return None
 
-# %% ../nbs/01_store.ipynb #4375ea73
-def _host_tensor(t:torch.Tensor): # contiguous cpu tensor; `t`'s own memory where it can be
+# %% ../nbs/01_store.ipynb #713ef7bf
+def host_tensor(t:torch.Tensor): # contiguous tensor on the cpu; with the memory of `t` if it is one
     "The tensor as it goes into a file"
     return t.detach().cpu().resolve_conj().resolve_neg().contiguous()
 
-def _tensor_bytes(t): # memoryview
-    "The memory of a contiguous cpu tensor"
+def tensor_bytes(t:torch.Tensor): # memoryview; `t` must be contiguous and on the cpu
+    "The memory of a tensor, not a copy"
     return memoryview(t.reshape(-1).view(torch.uint8).numpy())
 
-# %% ../nbs/01_store.ipynb #ea48cd33
+# %% ../nbs/01_store.ipynb #14a845d5
 def tensor_digest(t:torch.Tensor): # 64 hex digits
     "sha256 over dtype, shape and bytes"
-    t = _host_tensor(t)
+    t = host_tensor(t)
     sha = hashlib.sha256(f'{t.dtype}{list(t.shape)}'.encode())
-    sha.update(_tensor_bytes(t))
+    sha.update(tensor_bytes(t))
     return sha.hexdigest()
 
-# %% ../nbs/01_store.ipynb #c45af6df
-def tensor_digests(tensors): # list of 64 hex digits each
+def tensor_digests(tensors:list): # list of 64 hex digits each
     "`tensor_digest` of each, on several cores where that pays"
     if sum(t.nbytes for t in tensors) < 2**20: return list(map(tensor_digest, tensors))
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool: return list(pool.map(tensor_digest, tensors))
-
-# %% ../nbs/01_store.ipynb #713ef7bf
-def _safetensors_parts(tensors:dict, # name -> contiguous cpu tensor
-                      metadata:dict=None, # str -> str
-                     ): # iterator over bytes-like objects
-    "What a safetensors file consists of: length of the header, header, bytes of the tensors"
-    header, end = {'__metadata__': metadata} if metadata else {}, 0
-    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))  # keeps them aligned
-    for name, t in tensors.items():
-        start, end = end, end + t.nbytes
-        header[name] = {'dtype': _DTYPES[t.dtype], 'shape': list(t.shape), 'data_offsets': [start, end]}
-    text = json.dumps(header, separators=(',', ':')).encode()
-    text += b' ' * (-len(text) % 8)
-    if len(text) > _HEADER_LIMIT:
-        raise StoreError(f'the header would have {len(text):,} bytes, and safetensors reads no more than '
-                         f'{_HEADER_LIMIT:,}: keep long lists of numbers in tensors')
-    yield struct.pack('<Q', len(text)) + text
-    yield from map(_tensor_bytes, tensors.values())
-
-_HEADER_LIMIT = 100_000_000
-
-# %% ../nbs/01_store.ipynb #14a845d5
-_FORMAT = 1
-_MAX_DEPTH = 100
-_PLAIN_KEYS = (type(None), bool, int, float, str, tuple)
-_MAPPINGS = {'dict': dict, 'OrderedDict': OrderedDict, 'Counter': Counter}
-_SEQUENCES = {'tuple': tuple, 'Size': torch.Size, 'slice': slice}
-
-# %% ../nbs/01_store.ipynb #3ed5ff1b
-def _path_text(path): # str
-    "Where a value is in a tree, like `optimizer.state[3].exp_avg`"
-    text = ''.join(f'.{key}' if type(key) is str and key and key.isprintable() else f'[{key!r}]' for key in path)
-    return text.removeprefix('.') or 'tree'
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(tensor_digest, tensors))
 
 # %% ../nbs/01_store.ipynb #a029268d
-class _Packer:
-    "Turns a tree into values that JSON can hold, and collects its tensors"
+MAX_HEADER = 100_000_000  # bytes; safetensors reads no longer ones
+
+def safetensors_parts(tensors:dict, # name -> contiguous tensor on the cpu
+                      metadata:dict, # str -> str
+                     ): # iterator over bytes-like objects
+    "What a safetensors file consists of: header and tensors, the widest numbers first"
+    header, end = {'__metadata__': metadata} if metadata else {}, 0
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
+    for name, t in tensors.items():
+        start, end = end, end + t.nbytes
+        header[name] = {'dtype': DTYPES[t.dtype], 'shape': list(t.shape), 'data_offsets': [start, end]}
+    text = json.dumps(header, separators=(',', ':')).encode()
+    if len(text) > MAX_HEADER - 8:
+        raise StoreError(f'all that is no tensor takes {len(text):,} bytes, and {MAX_HEADER:,} can '
+                         'be read back; turn long lists of numbers into tensors')
+    text += b' ' * (-len(text) % 8)  # so that each tensor is aligned
+    yield struct.pack('<Q', len(text)) + text
+    yield from map(tensor_bytes, tensors.values())
+
+# %% ../nbs/01_store.ipynb #db49a3bf
+MAX_DEPTH = 100
+MAPPINGS = {kind.__name__: kind for kind in (dict, OrderedDict, Counter)}
+SEQUENCES = {kind.__name__: kind for kind in (list, tuple, torch.Size, slice)}
+CONTAINERS = {*MAPPINGS.values(), *SEQUENCES.values()}
+KEYS = {type(None), bool, int, float, str, tuple}
+STORABLE = ('None, bool, int, float, str, list, tuple, dict, OrderedDict, Counter, slice, torch.Size, '
+            'torch.dtype, torch.device, tensors, numpy arrays and numpy numbers')
+
+# %% ../nbs/01_store.ipynb #00a2adb7
+def place(path): # str
+    "Where a value is in a tree: `optimizer.state[3].exp_avg`; `tree` for the whole"
+    parts = (f'.{key}' if type(key) is str and key.isprintable() and key else f'[{key!r}]' for key in path)
+    return ''.join(parts).removeprefix('.') or 'tree'
+
+def is_text(s:str): # bool
+    "Whether a string is valid unicode, and not half of a surrogate pair"
+    try: return s.isascii() or s.encode() is not None
+    except UnicodeEncodeError: return False
+
+def advice(x): # str
+    "What to do about a value whose type is not stored"
+    for kind in (*CONTAINERS, bool, int, float, str, np.ndarray):
+        if isinstance(x, kind): return f'it would come back as {kind.__name__}; convert it to that first'
+    return f'a tree holds {STORABLE}'
+
+# %% ../nbs/01_store.ipynb #8c70cc57
+class Packer:
+    "Turns a tree into JSON values and finds its tensors on the way"
     def __init__(self,
-                 canonical:bool=False, # whether equal trees must give equal values
+                 canonical:bool=False, # whether equal trees give equal values
                 ):
         self.canonical, self.path, self.open = canonical, [], set()
-        self.found = []  # (path, tensor, node that is to name it, tag)
+        self.found = []  # (place, tensor, its node, the node's key), to be filled in later
 
-    def refuse(self, x, why): raise UnstorableError(f'{_path_text(self.path)}: {type(x)} cannot be stored: {why}')
+    def refuse(self, x, why):
+        raise UnstorableError(f'{place(self.path)}: {type(x)} cannot be stored: {why}')
 
-    def inside(self, key, x):
+    def inside(self, key, x): # JSON value
         "Pack a part of a container"
         self.path.append(key)
         packed = self.pack(x)
         self.path.pop()
         return packed
 
-# %% ../nbs/01_store.ipynb #db49a3bf
-@patch
-def pack(self:_Packer, x): # JSON value
-    "The value as itself where JSON has it exactly, else as `{'$kind': ...}`"
-    kind = type(x)
-    if x is None or kind is bool: return x
-    if kind is str: return x if _is_text(x) else {'$str': x.encode('utf-8', 'surrogatepass').hex()}
-    if kind is int: return x if -2**63 <= x < 2**63 else {'$int': hex(x)}
-    if kind is float: return x if math.isfinite(x) else {'$float': self.float_bits(x)}
-    if kind in _PACKED_CONTAINERS: return self.pack_container(x)
-    if isinstance(x, torch.Tensor): return self.pack_tensor(x)
-    if kind is np.ndarray: return self.pack_array(x)
-    if isinstance(x, np.generic): return self.pack_scalar(x)
-    if kind is torch.dtype: return {'$dtype': str(x).removeprefix('torch.')}
-    if kind is torch.device: return {'$device': str(x)}
-    self.refuse(x, _why_not(x))
-
-_PACKED_CONTAINERS = {list, *_MAPPINGS.values(), *_SEQUENCES.values()}
-
-# %% ../nbs/01_store.ipynb #00a2adb7
-def _is_text(s): # bool
-    "Whether a string is valid unicode, without half of a surrogate pair"
-    return s.isascii() or not any('\ud800' <= c <= '\udfff' for c in s)
-
-# %% ../nbs/01_store.ipynb #8c70cc57
-def _why_not(x): # str
-    "What to do about a value of a type that cannot be stored"
-    for base in (*_PACKED_CONTAINERS, bool, int, float, str, np.ndarray):
-        if isinstance(x, base): return f'it would come back as a plain {base.__name__}; convert it to one'
-    return ('a tree holds None, bool, int, float, str, list, tuple, dict, OrderedDict, Counter, slice, '
-            'torch.Size, torch.dtype, torch.device, tensors, numpy arrays and numpy numbers')
-
 # %% ../nbs/01_store.ipynb #447e6c35
 @patch
-def float_bits(self:_Packer, x): # 16 hex digits
-    return struct.pack('>d', math.nan if self.canonical and x != x else x).hex()
+def pack(self:Packer, x): # JSON value
+    "The value itself where JSON has it exactly, else `{'$kind': ...}`"
+    kind = type(x)
+    if x is None or kind is bool: return x
+    if kind is str: return x if is_text(x) else {'$str': x.encode('utf-8', 'surrogatepass').hex()}
+    if kind is int: return x if -2**63 <= x < 2**63 else {'$int': hex(x)}
+    if kind is float: return x if math.isfinite(x) else self.pack_float(x)
+    if kind in CONTAINERS: return self.pack_container(x)
+    if isinstance(x, torch.Tensor): return self.pack_tensor(x)
+    if kind is np.ndarray: return self.pack_array(x)
+    if isinstance(x, np.generic): return self.pack_number(x)
+    if kind is torch.dtype: return {'$dtype': str(x).removeprefix('torch.')}
+    if kind is torch.device: return {'$device': str(x)}
+    self.refuse(x, advice(x))
 
 # %% ../nbs/01_store.ipynb #444f02ac
 @patch
-def pack_container(self:_Packer, x): # JSON value
-    "Lists, and dicts with ordinary keys, as themselves; all others with their kind"
-    kind = type(x)
+def pack_container(self:Packer, x): # JSON value
+    "A list, dict or the like, with all that is in it"
     if id(x) in self.open: self.refuse(x, 'it contains itself')
-    if len(self.path) > _MAX_DEPTH: self.refuse(x, f'it is more than {_MAX_DEPTH} levels deep')
+    if len(self.path) > MAX_DEPTH: self.refuse(x, f'it is more than {MAX_DEPTH} levels deep')
     self.open.add(id(x))
-    if kind in _MAPPINGS.values(): packed = self.pack_mapping(x)
-    else:
-        items = (x.start, x.stop, x.step) if kind is slice else x
-        packed = [self.inside(i, item) for i, item in enumerate(items)]
-        if kind is not list: packed = {f'${kind.__name__}': packed}
+    packed = self.pack_mapping(x) if type(x) in MAPPINGS.values() else self.pack_sequence(x)
     self.open.remove(id(x))
     return packed
 
-# %% ../nbs/01_store.ipynb #d57a9f13
 @patch
-def pack_mapping(self:_Packer, x): # JSON value
-    "A dict whose keys are text becomes an object; else a list of keys and values"
-    if type(x) is dict and all(type(key) is str and _is_text(key) and key[:1] != '$' for key in x):
+def pack_sequence(self:Packer, x): # JSON value
+    items = (x.start, x.stop, x.step) if type(x) is slice else x
+    packed = [self.inside(i, item) for i, item in enumerate(items)]
+    return packed if type(x) is list else {f'${type(x).__name__}': packed}
+
+@patch
+def pack_mapping(self:Packer, x): # JSON value
+    if type(x) is dict and all(type(key) is str and is_text(key) and key[:1] != '$' for key in x):
         return {key: self.inside(key, value) for key, value in x.items()}
     items = [[self.pack_key(key), self.inside(key, value)] for key, value in x.items()]
     if self.canonical and type(x) is not OrderedDict: items.sort(key=lambda item: json.dumps(item[0]))
     return {f'${type(x).__name__}': items}
 
 @patch
-def pack_key(self:_Packer, key):
-    "Keys are numbers, text, None, and tuples of these"
-    if type(key) not in _PLAIN_KEYS: self.refuse(key, 'as a key of a dict; use text or numbers')
+def pack_key(self:Packer, key): # JSON value
+    if type(key) not in KEYS: self.refuse(key, 'as a key; use text, numbers, or tuples of them')
     return {'$tuple': [self.pack_key(part) for part in key]} if type(key) is tuple else self.pack(key)
 
-# %% ../nbs/01_store.ipynb #809ed990
+# %% ../nbs/01_store.ipynb #d57a9f13
 @patch
-def pack_tensor(self:_Packer, t, tag='$tensor', of=None): # JSON value
-    "A node whose value will be the name of the tensor"
-    why = _why_no_tensor(t)
-    if why: self.refuse(t if of is None else of, why)
-    node = {tag: None}
-    self.found.append((_path_text(self.path), t, node, tag))
+def pack_tensor(self:Packer, t, kind='$tensor'): # JSON value, to be filled in
+    if why := why_unstorable(t): self.refuse(t, why)
+    node = {kind: None}
+    self.found.append((place(self.path), t, node, kind))
     return node
 
-# %% ../nbs/01_store.ipynb #5dc4a270
 @patch
-def pack_array(self:_Packer, x): # JSON value
-    "Arrays are stored as the tensors they would be"
-    if x.dtype.kind not in 'biufc' or not x.dtype.isnative or x.dtype.itemsize > 8:
-        self.refuse(x, f'its dtype {x.dtype} has no place in a safetensors file; convert it with astype')
-    usable = x.flags.writeable and x.flags.c_contiguous  # torch warns about the others
-    return self.pack_tensor(torch.from_numpy(x if usable else x.copy()), '$array')
+def pack_array(self:Packer, x): # JSON value
+    if x.dtype.kind not in 'biufc' or x.dtype.itemsize > 8 or not x.dtype.isnative:
+        self.refuse(x, f'the safetensors format has no {x.dtype.str!r}; convert it with astype')
+    shared = x.flags.c_contiguous and x.flags.writeable  # torch would warn about the others
+    return self.pack_tensor(torch.from_numpy(x if shared else x.copy()), '$array')
 
 @patch
-def pack_scalar(self:_Packer, x): # JSON value
-    "numpy's numbers, by dtype and bytes"
+def pack_number(self:Packer, x): # JSON value
     name = x.dtype.name
-    if x.dtype.kind not in 'biufc' or np.dtype(name).type is not type(x) or x.dtype.char in 'gG':
-        self.refuse(x, 'it is no ordinary number; convert it to a python one')
-    return {'$numpy': [name, x.tobytes().hex()]}
+    if x.dtype.kind not in 'biufc' or x.dtype.char in 'gG' or np.dtype(name).type is not type(x):
+        self.refuse(x, 'convert it to an ordinary number or text')
+    return {'$number': [name, x.tobytes().hex()]}
 
-# %% ../nbs/01_store.ipynb #3a7b4bf0
-class _Unpacker:
+@patch
+def pack_float(self:Packer, x): # JSON value; nan has many bit patterns, but one digest
+    return {'$float': struct.pack('>d', math.nan if self.canonical and x != x else x).hex()}
+
+# %% ../nbs/01_store.ipynb #5dc4a270
+class Unpacker:
     "Turns JSON values back into a tree"
     def __init__(self, tensors:dict): self.tensors, self.used = tensors, set()
 
-    def tensor(self, name): # a tensor with memory of its own
-        "Equal tensors are one in the file and several in the tree"
-        t = self.tensors[name]
-        if name in self.used: return t.clone()
+    def tensor(self, name): # a tensor with memory of its own, also where the file has it once
+        if name in self.used: return self.tensors[name].clone()
         self.used.add(name)
-        return t
+        return self.tensors[name]
 
     def unpack(self, node):
-        if type(node) is list: return [self.unpack(item) for item in node]
+        "The value that was packed"
+        if type(node) is list: return list(map(self.unpack, node))
         if type(node) is not dict: return node
-        tag = next(iter(node), '')
-        if tag[:1] != '$': return {key: self.unpack(value) for key, value in node.items()}
-        return self.tagged(tag[1:], node[tag])
+        kind = next(iter(node), '')
+        if kind.startswith('$'): return self.tagged(kind[1:], node[kind])
+        return {key: self.unpack(value) for key, value in node.items()}
 
-# %% ../nbs/01_store.ipynb #fd3e955f
+# %% ../nbs/01_store.ipynb #3a7b4bf0
 @patch
-def tagged(self:_Unpacker, kind:str, value):
+def tagged(self:Unpacker, kind:str, value):
     "The value of `{'$kind': value}`"
-    if kind in _MAPPINGS:
-        new = _MAPPINGS[kind]()
-        for key, item in value: new[self.unpack(key)] = self.unpack(item)
-        return new
+    if kind in MAPPINGS:
+        mapping = MAPPINGS[kind]()
+        for key, item in value: mapping[self.unpack(key)] = self.unpack(item)
+        return mapping
     if kind == 'slice': return slice(*self.unpack(value))
-    if kind in _SEQUENCES: return _SEQUENCES[kind](self.unpack(value))
+    if kind in SEQUENCES: return SEQUENCES[kind](self.unpack(value))
     if kind == 'tensor': return self.tensor(value)
     if kind == 'array': return self.tensor(value).numpy()
-    if kind == 'numpy': return np.frombuffer(bytes.fromhex(value[1]), value[0])[0]
+    if kind == 'number': return np.frombuffer(bytes.fromhex(value[1]), value[0])[0]
     if kind == 'str': return bytes.fromhex(value).decode('utf-8', 'surrogatepass')
     if kind == 'int': return int(value, 16)
     if kind == 'float': return struct.unpack('>d', bytes.fromhex(value))[0]
     if kind == 'dtype': return getattr(torch, value)
     if kind == 'device': return torch.device(value)
-    raise StoreError(f'a value of kind {kind!r} is unknown to this version')
+    raise StoreError(f'unknown kind {kind!r}')
 
 # %% ../nbs/01_store.ipynb #d56db8a4
-def tree_digest(tree): # 64 hex digits
-    "sha256 over a tree: types, values and bits; the order of a dict's keys does not count"
-    packer = _Packer(canonical=True)
-    root = packer.pack(tree)
-    digests = tensor_digests([t for _, t, _, _ in packer.found])
-    for (_, _, node, tag), digest in zip(packer.found, digests): node[tag] = digest
-    return _text_digest(json.dumps(root, sort_keys=True))
-
-def _text_digest(text): return hashlib.sha256(text.encode()).hexdigest()
+def text_digest(text:str): return hashlib.sha256(text.encode()).hexdigest()
 
 # %% ../nbs/01_store.ipynb #f2afe90b
-def _seal(metadata:dict): # 64 hex digits
-    "sha256 over all metadata but the seal itself"
-    return _text_digest(json.dumps({k: v for k, v in metadata.items() if k != 'sha256'}, sort_keys=True))
-
-# %% ../nbs/01_store.ipynb #bcca20ec
-def _free_name(name, taken): # str
-    "The name, with a number behind it if it is taken"
-    n = 1
-    while (new := name if n == 1 else f'{name}~{n}') in taken or new == '__metadata__': n += 1
-    return new
+def tree_digest(tree): # 64 hex digits
+    "sha256 over types, values and bits; the order of the keys of a dict does not count"
+    packer = Packer(canonical=True)
+    root = packer.pack(tree)
+    digests = tensor_digests([t for _, t, _, _ in packer.found])
+    for (_, _, node, kind), digest in zip(packer.found, digests): node[kind] = digest
+    return text_digest(json.dumps(root, sort_keys=True))
 
 # %% ../nbs/01_store.ipynb #6229b6d7
-def save_tree(tree, # None, numbers, text, tensors, arrays, and containers of them
-              path, # file, by custom named `.safetensors`; its folder must exist
+FORMAT = 1  # to be raised when a file of today's learnkit could not be read by yesterday's
+
+def seal(metadata:dict): # 64 hex digits
+    "sha256 over all metadata but the seal itself; the same in every format"
+    unsealed = {key: value for key, value in metadata.items() if key != 'sha256'}
+    return text_digest(json.dumps(unsealed, sort_keys=True))
+
+def free_name(name, taken): # str
+    "The name, with a number behind it where it is taken"
+    n, new = 1, name
+    while new in taken or new == '__metadata__': n, new = n + 1, f'{name}~{n + 1}'
+    return new
+
+# %% ../nbs/01_store.ipynb #966d888e
+def save_tree(tree, # containers, numbers, text, tensors, arrays
+              path, # file, by custom named `.safetensors`, in a folder that exists
               overwrite:bool=True, # False: FileExistsError if there is one
              ): # Path of the file
     "Write a tree to one file, whole or not at all"
-    _check_target(path, overwrite)
-    packer = _Packer()
-    root = packer.pack(tree)
-    hosts = [_host_tensor(t) for _, t, _, _ in packer.found]
+    check_target(path, overwrite)
+    packer = Packer()
+    root = packer.pack(tree)  # all of the tree is checked before anything is written
+    hosts = [host_tensor(t) for _, t, _, _ in packer.found]
     tensors, names = {}, {}  # name -> tensor, digest -> name
-    for (name, _, node, tag), t, digest in zip(packer.found, hosts, tensor_digests(hosts)):
+    for (name, _, node, kind), t, digest in zip(packer.found, hosts, tensor_digests(hosts)):
         if digest not in names:
-            names[digest] = _free_name(name, tensors)
+            names[digest] = free_name(name, tensors)
             tensors[names[digest]] = t
-        node[tag] = names[digest]
-    metadata = {'learnkit': str(_FORMAT), 'tree': json.dumps(root, separators=(',', ':')),
+        node[kind] = names[digest]
+    metadata = {'learnkit': str(FORMAT), 'tree': json.dumps(root, separators=(',', ':')),
                 'tensors': json.dumps({name: digest for digest, name in names.items()})}
-    return atomic_write(path, _safetensors_parts(tensors, {**metadata, 'sha256': _seal(metadata)}), overwrite)
+    metadata['sha256'] = seal(metadata)
+    return atomic_write(path, safetensors_parts(tensors, metadata), overwrite)
 
-# %% ../nbs/01_store.ipynb #966d888e
-def _read_safetensors(path): # (metadata, dict name -> cpu tensor with memory of its own)
+# %% ../nbs/01_store.ipynb #2e493f76
+def read_safetensors(path): # (metadata, dict: name -> tensor with memory of its own)
     "All that is in a safetensors file"
     with open(path, 'rb'): pass  # python says best why a file cannot be opened
-    with safe_open(path, 'pt', backend='pread') as file:
+    with safe_open(path, 'pt', backend='pread') as file:  # not mmap, which dies when the file shrinks
         return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
 
-# %% ../nbs/01_store.ipynb #79abb77f
-def _check_seal(path, metadata:dict):
-    "Raise unless the metadata is what was written, and of a format known here"
+def check_seal(path, metadata:dict):
+    "Raise unless the metadata is as it was written, and of a format known here"
     if not metadata.keys() & {'learnkit', 'sha256'}:
         raise StoreError(f'{path} holds no tree: learnkit did not write it. '
                          'Its tensors can be read with safetensors.torch.load_file')
-    if metadata.get('sha256') != _seal(metadata): raise DamagedError(f'{path} is damaged: its header was changed')
-    if int(metadata['learnkit']) > _FORMAT:
-        raise StoreError(f'{path} is of format {metadata["learnkit"]}, made by a newer learnkit; '
-                         f'this one reads up to {_FORMAT}: update it')
+    if metadata.get('sha256') != seal(metadata):
+        raise DamagedError(f'{path} is damaged: its header is not as it was written')
+    if int(metadata['learnkit']) > FORMAT:
+        raise StoreError(f'{path} is of format {metadata["learnkit"]}, which a newer learnkit wrote; '
+                         f'this one reads up to {FORMAT}. Please update learnkit')
 
-# %% ../nbs/01_store.ipynb #dd8991e9
-def _check_tensors(path, tensors:dict, digests:dict):
+def check_tensors(path, tensors:dict, digests:dict):
     "Raise unless the tensors are those that were written"
     if tensors.keys() != digests.keys():
-        raise DamagedError(f'{path} is damaged: it has other tensors than its header says')
+        raise DamagedError(f'{path} is damaged: it holds other tensors than its header says')
     for name, digest in zip(tensors, tensor_digests(list(tensors.values()))):
-        if digest != digests[name]: raise DamagedError(f'{path} is damaged: tensor {name!r} is not what was written')
+        if digest != digests[name]:
+            raise DamagedError(f'{path} is damaged: tensor {name} is not as it was written')
 
-# %% ../nbs/01_store.ipynb #2e493f76
+# %% ../nbs/01_store.ipynb #27a9e4a9
 def load_tree(path): # the tree, its tensors on the cpu
-    "Read what `save_tree` wrote, exactly; anything else in the file is an error"
+    "Read what `save_tree` wrote, exactly; DamagedError if the file is not as it was written"
     try:
-        metadata, tensors = _read_safetensors(path)
-        _check_seal(path, metadata)
-        _check_tensors(path, tensors, json.loads(metadata['tensors']))
-        return _Unpacker(tensors).unpack(json.loads(metadata['tree']))
+        metadata, tensors = read_safetensors(path)
+        check_seal(path, metadata)
+        check_tensors(path, tensors, json.loads(metadata['tensors']))
+        return Unpacker(tensors).unpack(json.loads(metadata['tree']))
     except (StoreError, OSError, MemoryError): raise
     except Exception as error: raise DamagedError(f'{path} is damaged: {error}') from error
 
-# %% ../nbs/01_store.ipynb #27a9e4a9
+# %% ../nbs/01_store.ipynb #6cd4e27d
 def save_tensors(tensors:dict, # name -> tensor
-                 path, # file, by custom named `.safetensors`
+                 path, # file, by custom named `.safetensors`, in a folder that exists
                  overwrite:bool=True, # False: FileExistsError if there is one
                  metadata:dict=None, # str -> str
                 ): # Path of the file
-    "Write tensors under their names to a plain safetensors file, which any tool reads"
-    _check_target(path, overwrite)
+    "Write tensors to a plain safetensors file, which any tool reads"
+    check_target(path, overwrite)
     for name, t in tensors.items():
-        why = _why_no_tensor(t) if isinstance(t, torch.Tensor) else 'expected a tensor'
+        why = why_unstorable(t) if isinstance(t, torch.Tensor) else 'it is no tensor'
         if why: raise UnstorableError(f'{name}: {type(t)} cannot be stored: {why}')
-    hosts = {name: _host_tensor(t) for name, t in tensors.items()}
-    return atomic_write(path, _safetensors_parts(hosts, metadata), overwrite)
+    for text in (*tensors, *(metadata or {}), *(metadata or {}).values()):
+        if type(text) is not str or not is_text(text) or text == '__metadata__':
+            raise UnstorableError(f'{text!r}: names and metadata of a safetensors file must be text')
+    hosts = {name: host_tensor(t) for name, t in tensors.items()}
+    return atomic_write(path, safetensors_parts(hosts, metadata), overwrite)
