@@ -75,7 +75,7 @@ class Progress(Callback):
                  table:bool=True, # a table with a row an epoch
                  plot:bool=False, # a live plot of the losses in a notebook, once a second at most
                  print_every:int=1, # show every n-th epoch; the last one is always shown
-                 columns=None, # names of columns to show; None: all of them
+                 columns=None, # names of columns to show; None: all but run
                 ):
         if print_every < 1: raise ValueError(f'print_every={print_every}: must be at least 1')
         self.bar, self.table, self.plot = bar, table, plot
@@ -85,7 +85,7 @@ class Progress(Callback):
 
     def _forget(self, n_rows):
         self._table = self._shown = self._plot_shown = self._unshown = None
-        self._first, self._drawn = n_rows, -np.inf
+        self._seen, self._drawn = n_rows, -np.inf
 
     def before_fit(self, learn): self._forget(len(learn.recorder.rows))
 
@@ -102,7 +102,8 @@ class Progress(Callback):
 
     def after_epoch(self, learn):
         rows = learn.recorder.rows
-        if not is_main() or len(rows) == self._first: return
+        if not is_main() or len(rows) == self._seen: return
+        self._seen = len(rows)
         row = {**rows[-1], 'time': learn.recorder.times[-1]}
         last = learn.n_epoch is not None and learn.epoch + 1 == learn.n_epoch
         due = (learn.epoch + 1) % self.print_every == 0 or last
@@ -112,7 +113,8 @@ class Progress(Callback):
 
     def cleanup_fit(self, learn):
         self._close(learn)
-        if self.table and self._unshown: self._show(self._unshown)  # the fit ended early
+        self.after_epoch(learn)  # a callback may have ended the fit before this one heard of the epoch
+        if self.table and self._unshown: self._show(self._unshown)
         if self._table and in_notebook() and 'IN_TEST' in os.environ: display_table(self._table)
         if self.plot and in_notebook() and is_main(): self._draw(learn, last=True)
 
@@ -120,7 +122,7 @@ class Progress(Callback):
 @patch
 def _show(self:Progress, row):
     self._unshown = None
-    columns = list(self.columns or row)
+    columns = list(self.columns or [name for name in row if name != 'run'])
     if self._table is None or columns != self._table.columns:
         self._table, self._shown = Table(columns), None
         if not in_notebook(): print(self._table.line(columns), flush=True)
@@ -142,7 +144,7 @@ def display_table(table, # anything IPython can display
 @patch
 def _draw(self:Progress, learn, last=False):
     now, recorder = time.monotonic(), learn.recorder
-    if (now - self._drawn < 1 and not last) or len(recorder.rows) == self._first: return
+    if (now - self._drawn < 1 and not last) or not recorder.rows: return
     if not last and 'IN_TEST' in os.environ: return
     import matplotlib.pyplot as plt
     self._drawn = now

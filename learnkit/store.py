@@ -111,7 +111,6 @@ def why_unstorable(t:torch.Tensor): # str; None when it can be stored
     if t.is_meta: return 'on the meta device it has no values'
     if t.layout != torch.strided: return f'its layout is {t.layout}; use to_dense()'
     if t.is_nested: return 'it is nested; use to_padded_tensor() or unbind()'
-    if t.has_names(): return 'its dimensions have names; use rename(None)'
     if t.dtype not in DTYPES: return f'the safetensors format has no {t.dtype}; convert it'
     return None
 
@@ -148,8 +147,8 @@ def safetensors_parts(tensors:dict, # name -> contiguous tensor on the cpu
     header, end = {'__metadata__': metadata} if metadata else {}, 0
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))
     for name, t in tensors.items():
-        start, end = end, end + t.nbytes
-        header[name] = {'dtype': DTYPES[t.dtype], 'shape': list(t.shape), 'data_offsets': [start, end]}
+        header[name] = {'dtype': DTYPES[t.dtype], 'shape': list(t.shape),
+                        'data_offsets': [end, end := end + t.nbytes]}
     text = json.dumps(header, separators=(',', ':')).encode()
     if len(text) > MAX_HEADER - 8:
         raise StoreError(f'all that is no tensor takes {len(text):,} bytes, and {MAX_HEADER:,} can '
@@ -164,13 +163,14 @@ MAPPINGS = {kind.__name__: kind for kind in (dict, OrderedDict, Counter)}
 SEQUENCES = {kind.__name__: kind for kind in (list, tuple, torch.Size, slice)}
 CONTAINERS = {*MAPPINGS.values(), *SEQUENCES.values()}
 KEYS = {type(None), bool, int, float, str, tuple}
-STORABLE = ('None, bool, int, float, str, list, tuple, dict, OrderedDict, Counter, slice, torch.Size, '
-            'torch.dtype, torch.device, tensors, numpy arrays and numpy numbers')
+STORABLE = ('None, bool, int, float, str, list, tuple, dict, OrderedDict, Counter, slice, '
+            'torch.Size, torch.dtype, torch.device, tensors, numpy arrays and numpy numbers')
 
 # %% ../nbs/01_store.ipynb #00a2adb7
 def place(path): # str
     "Where a value is in a tree: `optimizer.state[3].exp_avg`; `tree` for the whole"
-    parts = (f'.{key}' if type(key) is str and key.isprintable() and key else f'[{key!r}]' for key in path)
+    plain = lambda key: type(key) is str and key.isprintable() and key
+    parts = [f'.{key}' if plain(key) else f'[{key!r}]' for key in path]
     return ''.join(parts).removeprefix('.') or 'tree'
 
 def is_text(s:str): # bool
@@ -181,7 +181,7 @@ def is_text(s:str): # bool
 def advice(x): # str
     "What to do about a value whose type is not stored"
     for kind in (*CONTAINERS, bool, int, float, str, np.ndarray):
-        if isinstance(x, kind): return f'it would come back as {kind.__name__}; convert it to that first'
+        if isinstance(x, kind): return f'it would come back as {kind.__name__}; convert it to one'
     return f'a tree holds {STORABLE}'
 
 # %% ../nbs/01_store.ipynb #8c70cc57
@@ -242,13 +242,15 @@ def pack_mapping(self:Packer, x): # JSON value
     if type(x) is dict and all(type(key) is str and is_text(key) and key[:1] != '$' for key in x):
         return {key: self.inside(key, value) for key, value in x.items()}
     items = [[self.pack_key(key), self.inside(key, value)] for key, value in x.items()]
-    if self.canonical and type(x) is not OrderedDict: items.sort(key=lambda item: json.dumps(item[0]))
+    if self.canonical and type(x) is not OrderedDict:
+        items.sort(key=lambda item: json.dumps(item[0]))
     return {f'${type(x).__name__}': items}
 
 @patch
 def pack_key(self:Packer, key): # JSON value
     if type(key) not in KEYS: self.refuse(key, 'as a key; use text, numbers, or tuples of them')
-    return {'$tuple': [self.pack_key(part) for part in key]} if type(key) is tuple else self.pack(key)
+    if type(key) is tuple: return {'$tuple': [self.pack_key(part) for part in key]}
+    return self.pack(key)
 
 # %% ../nbs/01_store.ipynb #d57a9f13
 @patch
@@ -365,7 +367,7 @@ def save_tree(tree, # containers, numbers, text, tensors, arrays
 def read_safetensors(path): # (metadata, dict: name -> tensor with memory of its own)
     "All that is in a safetensors file"
     with open(path, 'rb'): pass  # python says best why a file cannot be opened
-    with safe_open(path, 'pt', backend='pread') as file:  # not mmap, which dies when the file shrinks
+    with safe_open(path, 'pt', backend='pread') as file:  # mmap would die if the file shrank
         return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
 
 def check_seal(path, metadata:dict):
@@ -376,8 +378,8 @@ def check_seal(path, metadata:dict):
     if metadata.get('sha256') != seal(metadata):
         raise DamagedError(f'{path} is damaged: its header is not as it was written')
     if int(metadata['learnkit']) > FORMAT:
-        raise StoreError(f'{path} is of format {metadata["learnkit"]}, which a newer learnkit wrote; '
-                         f'this one reads up to {FORMAT}. Please update learnkit')
+        raise StoreError(f'{path} is of format {metadata["learnkit"]}, which a newer learnkit '
+                         f'wrote; this one reads up to {FORMAT}. Please update learnkit')
 
 def check_tensors(path, tensors:dict, digests:dict):
     "Raise unless the tensors are those that were written"
@@ -411,6 +413,6 @@ def save_tensors(tensors:dict, # name -> tensor
         if why: raise UnstorableError(f'{name}: {type(t)} cannot be stored: {why}')
     for text in (*tensors, *(metadata or {}), *(metadata or {}).values()):
         if type(text) is not str or not is_text(text) or text == '__metadata__':
-            raise UnstorableError(f'{text!r}: names and metadata of a safetensors file must be text')
+            raise UnstorableError(f'{text!r}: names and metadata must be text')
     hosts = {name: host_tensor(t) for name, t in tensors.items()}
     return atomic_write(path, safetensors_parts(hosts, metadata), overwrite)
