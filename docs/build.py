@@ -142,7 +142,8 @@ def blocks(notebook, # path
     page = []
     for cell in read(notebook):
         if cell['cell_type'] == 'markdown': page.append(link(cell['source']))
-        elif cell['directives'] & {'export', 'exports'}: page += exported(cell['source'])
+        elif 'exports' in cell['directives']: page.append(code(cell['source']))
+        elif 'export' in cell['directives']: page += exported(cell['source'])
         elif 'echo' not in cell['directives']: page.append(code(cell['source']))
         page += [output(out, save_image) for out in cell.get('outputs', [])]
     return [block for block in page if block]

@@ -12,19 +12,15 @@ from .store import (
     DamagedError, load_tree, save_tensors, save_tree, StoreError, tree_digest, UnstorableError,
 )
 from .data import (
-    as_tensors, check_dataset, check_loader, DataLoaders, dataset_loader, DatasetLoader, describe,
-    epoch_order, epoch_seed, EpochLoader, fetch_rng, Keys, loader_parts, own_workers, pinned,
-    rng_undo, SeededBatches, split_samples, TensorLoader, untouched,
+    DataLoaders, DatasetLoader, TensorLoader,
 )
 from .callback import (
     Callback, Cancel, CancelBackward, CancelBatch, CancelEpoch, CancelFit, CancelStep, CancelTrain,
     CancelValidate,
 )
 from .metrics import (
-    Accumulates, accuracy, as_number, Averaged, base_metric, binary_accuracy, check_names, column,
-    difference, Driven, error_rate, fraction, higher_is_better, mae, Mean, mean_and_finish, Metric,
-    metric, metric_name, mse, named_metrics, on_host, perplexity, rmse, same_shape, sklearn_metric,
-    sklearn_pred, SklearnMetric, Tally, top_k_accuracy,
+    accuracy, binary_accuracy, error_rate, mae, Metric, metric, mse, perplexity, rmse,
+    sklearn_metric, top_k_accuracy,
 )
 from .optim import (
     no_decay, param_groups, spread_lr,
@@ -49,16 +45,11 @@ __all__ = [
     'batch_size', 'default_device', 'detach', 'is_main', 'isolated_rng', 'map_tensors', 'rank',
     'rank0_first', 'rank0_only', 'rng_state', 'set_rng_state', 'set_seed', 'sum_over_ranks',
     'to_device', 'to_host', 'world_size', 'DamagedError', 'load_tree', 'save_tensors', 'save_tree',
-    'StoreError', 'tree_digest', 'UnstorableError', 'as_tensors', 'check_dataset', 'check_loader',
-    'DataLoaders', 'dataset_loader', 'DatasetLoader', 'describe', 'epoch_order', 'epoch_seed',
-    'EpochLoader', 'fetch_rng', 'Keys', 'loader_parts', 'own_workers', 'pinned', 'rng_undo',
-    'SeededBatches', 'split_samples', 'TensorLoader', 'untouched', 'Callback', 'Cancel',
-    'CancelBackward', 'CancelBatch', 'CancelEpoch', 'CancelFit', 'CancelStep', 'CancelTrain',
-    'CancelValidate', 'Accumulates', 'accuracy', 'as_number', 'Averaged', 'base_metric',
-    'binary_accuracy', 'check_names', 'column', 'difference', 'Driven', 'error_rate', 'fraction',
-    'higher_is_better', 'mae', 'Mean', 'mean_and_finish', 'Metric', 'metric', 'metric_name', 'mse',
-    'named_metrics', 'on_host', 'perplexity', 'rmse', 'same_shape', 'sklearn_metric',
-    'sklearn_pred', 'SklearnMetric', 'Tally', 'top_k_accuracy', 'no_decay', 'param_groups',
-    'spread_lr', 'Recorder', 'Progress', 'Learner', 'combine_scheds', 'ParamScheduler',
-    'sched_const', 'sched_cos', 'sched_exp', 'sched_lin', 'sched_poly', 'LRFinderResult',
+    'StoreError', 'tree_digest', 'UnstorableError', 'DataLoaders', 'DatasetLoader', 'TensorLoader',
+    'Callback', 'Cancel', 'CancelBackward', 'CancelBatch', 'CancelEpoch', 'CancelFit', 'CancelStep',
+    'CancelTrain', 'CancelValidate', 'accuracy', 'binary_accuracy', 'error_rate', 'mae', 'Metric',
+    'metric', 'mse', 'perplexity', 'rmse', 'sklearn_metric', 'top_k_accuracy', 'no_decay',
+    'param_groups', 'spread_lr', 'Recorder', 'Progress', 'Learner', 'combine_scheds',
+    'ParamScheduler', 'sched_const', 'sched_cos', 'sched_exp', 'sched_lin', 'sched_poly',
+    'LRFinderResult',
 ]

@@ -48,7 +48,7 @@ def python_rng_state(): # dict: version, keys, gauss
 def numpy_rng_state(): # dict: bit_generator, state, has_gauss, gauss
     "The state of numpy's global generator, whatever bit generator it runs on"
     state = np.random.get_state(legacy=False)
-    plain = lambda v: torch.from_numpy(v.astype(np.int64)) if isinstance(v, np.ndarray) else int(v)
+    plain = lambda v: torch.from_numpy(v) if isinstance(v, np.ndarray) else int(v)
     return {**state, 'state': {key: plain(value) for key, value in state['state'].items()}}
 
 # %% ../nbs/00_core.ipynb #dfb5577e

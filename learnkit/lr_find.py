@@ -179,7 +179,8 @@ def suggestions(lrs, losses, # arrays, (n,)
     usable = slice(len(lrs) // 10, int(np.isfinite(losses).cumprod().sum()))  # the start is noise
     found = {name: SUGGESTIONS[name](lrs[usable], losses[usable]) for name in suggest}
     if suggest and all(map(math.isnan, found.values())):
-        warnings.warn(f'lr_find has no suggestion: the loss fell nowhere in {len(lrs)} batches '
-                      f'(rates {lrs[:1]} to {lrs[-1:]}); try a smaller start_lr, and look at the '
-                      'loss function and the data', stacklevel=3)
+        swept = f'{lrs[0]:.1e} to {lrs[-1]:.1e}' if len(lrs) else 'none'
+        warnings.warn(f'lr_find has no suggestion: the loss fell nowhere over {len(lrs)} batches (rates '
+                      f'{swept}); try other rates or more batches, and look at the loss and the data',
+                      stacklevel=3)
     return LRFinderResult(lrs, losses, **found)

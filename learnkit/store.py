@@ -121,7 +121,9 @@ def host_tensor(t:torch.Tensor): # contiguous tensor on the cpu; with the memory
 
 def tensor_bytes(t:torch.Tensor): # memoryview; `t` must be contiguous and on the cpu
     "The memory of a tensor, not a copy"
-    return memoryview(t.reshape(-1).view(torch.uint8).numpy())
+    if not t.numel(): return memoryview(b"")  # torch refuses to view some of these as bytes
+    flat = t.as_strided((t.numel(),), (1,))  # a single number may have any stride
+    return memoryview(flat.view(torch.uint8).numpy())
 
 # %% ../nbs/01_store.ipynb #14a845d5
 def tensor_digest(t:torch.Tensor): # 64 hex digits

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from torch.utils.data import (BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler,
-                              SubsetRandomSampler, TensorDataset, WeightedRandomSampler)
+                              SubsetRandomSampler, WeightedRandomSampler, get_worker_info)
 from learnkit.data import *
 
 sizes = st.integers(1, 40)
@@ -128,6 +128,19 @@ def test_workers_give_the_same_batches(ds, collate_fn, shuffle):
         assert all(equal(here, other) for other in others)
     assert not equal(list(loaders[0].batches(0)), list(loaders[0].batches(1)))
 
+def test_each_batch_draws_other_numbers():
+    firsts = [batch[1][0].item() for epoch in range(3) for batch in DatasetLoader(Noisy(), 4).batches(epoch)]
+    assert len(set(firsts)) == len(firsts)
+
+class WorkerSeed(Noisy):
+    def __getitem__(self, i): return get_worker_info().seed
+
+def test_the_seed_of_a_worker_follows_the_epoch():
+    "What a worker_init_fn may use"
+    dl = DatasetLoader(WorkerSeed(), 4, num_workers=1)
+    again = [next(dl.batches(epoch))[0].item() for epoch in (0, 1, 0)]
+    assert again[0] == again[2] != again[1]
+
 def test_own_getitems_is_used():
     batch = next(iter(DatasetLoader(Grouped(), 4)))
     assert batch[2].tolist() == [4] * 4
@@ -170,7 +183,7 @@ def test_the_generators_come_back_after_an_error():
     with pytest.raises(LookupError): list(DatasetLoader(Failing(), 4))
     assert global_state() == before
 
-def test_pinning_follows_the_device(monkeypatch):
+def test_pinning_follows_the_device():
     assert DatasetLoader(Noisy()).loader.pin_memory == (torch.cuda.is_available() or torch.xpu.is_available())
     assert DatasetLoader(Noisy(), pin_memory=False).loader.pin_memory is False
 
@@ -264,6 +277,6 @@ def test_untouched_refuses_iterators(make):
     with pytest.raises(ValueError, match='reading it uses it up'):
         with untouched(make()): pass
 
-def test_iterating_a_loader_does_not_pickle_badly():
+def test_a_pickled_loader_is_the_same():
     dl = pickle.loads(pickle.dumps(TensorLoader(torch.arange(8), 2, True, seed=4)))
     assert equal(list(dl), list(TensorLoader(torch.arange(8), 2, True, seed=4)))

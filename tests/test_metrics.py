@@ -68,6 +68,12 @@ def test_mean(values):
     else: assert mean.compute() == pytest.approx(sum(v * n for v, n, _, _ in values) / total, rel=1e-9, abs=1e-9)
     assert mean.n == total
 
+def test_a_batch_without_weight_does_not_count():
+    mean = Mean()
+    mean.add(torch.tensor(math.nan), 0)
+    mean.add(torch.tensor(3.), 2)
+    assert mean.compute() == 3
+
 class Unread(torch.Tensor):
     "A tensor that must not be read on the host"
     @classmethod
@@ -112,6 +118,7 @@ def test_names_of_results_are_the_names_announced():
         tally = Tally(metrics)
         tally.add(torch.randn(4), (torch.randn(4),), None, 4)
         assert list(tally.compute()) == tally.names
+    assert Tally({'b': collection}).names == ['loss', 'b_MeanSquaredError', 'b_MeanAbsoluteError']
 
 def test_reset_starts_over():
     tally = Tally([mse, torchmetrics.MeanSquaredError(), sklearn_metric(sk.mean_squared_error, False, 'raw', name='sk')])
@@ -152,4 +159,4 @@ def test_perplexity_leaves_out_ignored_targets():
 
 def test_values_of_low_precision():
     pred = torch.full((4,), 300.).half()
-    assert mse(pred, torch.zeros(4)).item() == 90000 and rmse(pred.bfloat16(), torch.zeros(4)).dtype == torch.float32
+    assert mse(pred, torch.zeros(4).half()).item() == 90000 and rmse(pred.bfloat16(), torch.zeros(4)).dtype == torch.float32
