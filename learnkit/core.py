@@ -184,7 +184,8 @@ def batch_size(batch): # int
     "How many samples: the first dimension of the first tensor, else `len`, else 1"
     n = n_rows(batch)
     if n is not None: return n
-    return len(batch) if isinstance(batch, Sized) else 1
+    number = isinstance(batch, (torch.Tensor, np.ndarray))  # without dimensions, so without len
+    return len(batch) if isinstance(batch, Sized) and not number else 1
 
 # %% ../nbs/00_core.ipynb #3e7a3892
 def in_group(): # bool

@@ -173,14 +173,9 @@ def _level(self:Learner, name, body, ended=None):
     "`before_X`, the body, `after_X`; a Cancel ends the level, `cleanup_X` comes whatever happens"
     self.levels.append(name)
     try:
-        try:
-            self(f'before_{name}')
-            body()
-        except Cancel as cancel:
-            if not self._ends(cancel): raise
-            self._ending(f'after_cancel_{name}')
+        if self._cancelled(f'before_{name}', body): self._cancelled(f'after_cancel_{name}')
         if ended: ended()
-        self._ending(f'after_{name}')
+        self._cancelled(f'after_{name}')  # a Cancel here changes nothing: the level has ended
     except BaseException as error:
         self._cleanup(name, error)
         raise
@@ -188,34 +183,32 @@ def _level(self:Learner, name, body, ended=None):
     finally: self.levels.pop()
 
 @patch
-def _ending(self:Learner, event):
-    "An event of a level that is ending: a Cancel of that level changes nothing any more"
-    try: self(event)
+def _cancelled(self:Learner, event, body=None):
+    "Call the event, then the body; whether a Cancel of the innermost open level ended them"
+    try:
+        self(event)
+        if body: body()
     except Cancel as cancel:
         if not self._ends(cancel): raise
+        return True
 
 @patch
 def _ends(self:Learner, cancel):
-    "Whether `cancel` ends the innermost open level; it ends the outermost if its own is not open"
-    innermost_of_its_kind = cancel.level == self.levels[-1]
-    return innermost_of_its_kind or cancel.level not in self.levels and len(self.levels) == 1
+    "Whether `cancel` is meant for the innermost open level, or its own is not open and this the last"
+    return cancel.level == self.levels[-1] or cancel.level not in self.levels and len(self.levels) == 1
 
 # %% ../nbs/09_learner.ipynb #5be22058
 @patch
 def _all_epochs(self:Learner):
-    for self.epoch in itertools.count() if self._stop_at else range(self.n_epoch):
-        updates = self.updates
+    for self.epoch in range(self.n_epoch) if self._stop_at is None else itertools.count():
+        before = self.updates
         self._level('epoch', self._one_epoch, ended=self._count_epoch)
-        if self._stop_at and self.updates >= self._stop_at: return
-        if self._stop_at and self.updates == updates:
-            raise RuntimeError(f'fit(n_steps={self._stop_at}): epoch {self.epoch} made no update, so '
-                               'the fit would never end; is every step cancelled or nothing trainable?')
+        if self._enough(): break
+        if self._stop_at and self.updates == before: raise RuntimeError(no_progress(self))
 
 @patch
 def _one_epoch(self:Learner):
-    with self._pass('train', self.dls.train):
-        set_epoch(self.dl, self.epochs_done)
-        self._level('train', self._all_batches)
+    with self._pass('train', self.dls.train): self._level('train', self._all_batches)
     if self.dls.valid is not None: self._evaluate('valid', self.dls.valid)
 
 @patch
@@ -228,7 +221,7 @@ def _all_batches(self:Learner):
     for self.iter, batch in enumerate(self.dl):
         self.batch, self.pred, self.loss, self._n_items = to_device(batch, self.device), None, None, None
         self._level('batch', self._one_batch)
-        if self.training and self._stop_at and self.updates >= self._stop_at: break
+        if self._enough(): break
     if self.iter < 0: raise ValueError(no_batches(self))
 
 @patch
@@ -250,8 +243,7 @@ def _update(self:Learner):
         self._step('step')
     except CancelBackward: return self('after_cancel_backward')
     except CancelStep: return self('after_cancel_step')
-    self.updates += 1
-    self.steps_done += 1
+    self.updates, self.steps_done = self.updates + 1, self.steps_done + 1
     try: self('after_step')
     except CancelStep: pass  # the update has been made
     self._step('zero_grad')
@@ -263,6 +255,7 @@ def _pass(self:Learner, phase, dl):
     modes = [(module, module.training) for module in self.model.modules()]
     before = self.phase, self.dl, self.n_iter, self._can_update
     self.phase, self.dl, self.n_iter = phase, dl, length(dl)
+    if phase == 'train': set_epoch(dl, self.epochs_done)
     self._can_update = self.training and self._updates_something()
     self.model.train(self.training)
     try:
@@ -293,6 +286,12 @@ def set_epoch(dl, epoch:int):
     "Tell a loader, or its sampler, which epoch's order is wanted, if it can be told"
     for part in (dl, getattr(dl, 'sampler', None), getattr(dl, 'batch_sampler', None)):
         if callable(getattr(part, 'set_epoch', None)): part.set_epoch(epoch)
+
+# %% ../nbs/09_learner.ipynb #890f141f
+def no_progress(learn:Learner): # str
+    "The error for a fit of so many steps that would never end"
+    return (f'fit(n_steps={learn._stop_at}): epoch {learn.epoch} made no update, so the fit would '
+            'never end; is every step cancelled, or nothing trainable?')
 
 # %% ../nbs/09_learner.ipynb #a747bb35
 def no_batches(learn:Learner): # str
@@ -412,6 +411,11 @@ def _plan(self:Learner, n_epoch, n_steps):
 
 @patch
 def _count_epoch(self:Learner): self.epochs_done += 1
+
+@patch
+def _enough(self:Learner):
+    "Whether a training of so many steps has made them"
+    return self._stop_at is not None and self.training and self.updates >= self._stop_at
 
 @patch
 @contextmanager

@@ -314,9 +314,9 @@ def tagged(self:Unpacker, kind:str, value):
     if kind == 'str': return bytes.fromhex(value).decode('utf-8', 'surrogatepass')
     if kind == 'int': return int(value, 16)
     if kind == 'float': return struct.unpack('>d', bytes.fromhex(value))[0]
-    if kind == 'dtype': return getattr(torch, value)
+    if kind == 'dtype' and type(found := getattr(torch, value)) is torch.dtype: return found
     if kind == 'device': return torch.device(value)
-    raise StoreError(f'unknown kind {kind!r}')
+    raise StoreError(f'there is no {kind} {value!r}')
 
 # %% ../nbs/01_store.ipynb #d56db8a4
 def text_digest(text:str): return hashlib.sha256(text.encode()).hexdigest()

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch.utils.data import (BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler,
                               SubsetRandomSampler, WeightedRandomSampler, get_worker_info)
-from learnkit.data import *
+from learnkit.data import (DataLoaders, DatasetLoader, TensorLoader, epoch_order, epoch_seed, split_samples,
+                           untouched)
 
 sizes = st.integers(1, 40)
 seeds = st.integers(0, 2**64)

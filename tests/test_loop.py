@@ -1,5 +1,5 @@
 "The loop against its table: events in order, every Cancel from every event, cleanup after every exception"
-import itertools
+import inspect, itertools
 import pytest
 import torch
 from torch import nn
@@ -313,3 +313,9 @@ def test_validate_inside_a_fit_puts_everything_back(learn):
     assert len(seen) == 4
     from learnkit.store import tree_digest
     assert tree_digest(learn.state_dict()) == tree_digest(reference)
+
+
+def test_the_three_levels_stay_readable():
+    parts = ('_level', '_cancelled', '_ends', '_all_epochs', '_one_epoch', '_evaluate', '_all_batches', '_one_batch', '_update')
+    lines = [line for name in parts for line in inspect.getsource(getattr(Learner, name)).splitlines() if line.strip() != '@patch']
+    assert len(lines) < 70
