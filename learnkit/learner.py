@@ -150,8 +150,9 @@ def __call__(self:Learner, event:str):
 
 @patch
 def _note(self:Learner, error, method, event):
-    owner = getattr(method, '__self__', method)
-    error.add_note(f'(raised by {owner!r} in {event}, epoch {self.epoch}, batch {self.iter})')
+    owner = getattr(method, '__self__', None)
+    name = getattr(method, '__qualname__', repr(method)) if owner is None else repr(owner)
+    error.add_note(f'(raised by {name} in {event}, epoch {self.epoch}, batch {self.iter})')
 
 # %% ../nbs/09_learner.ipynb #212b9b23
 @patch

@@ -72,12 +72,14 @@ CASES = {
     'a full sweep': (None, None), 'an exception': (ValueError('midway'), ValueError),
     'an interruption': (KeyboardInterrupt(), KeyboardInterrupt), 'a Cancel': (CancelFit(), None), 'a cancelled batch': (CancelBatch(), None)}
 
-@pytest.mark.parametrize('kind', ['tensors', 'DataLoader', 'generator', 'persistent'])
-@pytest.mark.parametrize('case', CASES)
+KINDS = ['tensors', 'DataLoader', 'generator', 'persistent']
+
+@pytest.mark.parametrize('kind,case', [  # starting workers takes its time
+    pytest.param(kind, case, marks=pytest.mark.slow if kind == 'persistent' and case != 'a full sweep' else ())
+    for kind in KINDS for case in CASES])
 @pytest.mark.parametrize('trained', [False, True])
 def test_no_trace(kind, case, trained):
     error, raised = CASES[case]
-    if kind == 'persistent' and case != 'a full sweep': pytest.skip('starting workers is slow')
     learn = make(kind)
     if trained:
         learn.fit(1)
@@ -93,7 +95,7 @@ def test_no_trace(kind, case, trained):
     assert whole(learn) == before
     assert [id(t) for t in (*learn.model.parameters(), *learn.model.buffers())] == objects
 
-@pytest.mark.parametrize('kind', ['tensors', 'DataLoader', 'generator', 'persistent'])
+@pytest.mark.parametrize('kind', KINDS)
 def test_training_after_it_is_the_same_to_the_bit(kind):
     def run(sweep):
         learn = make(kind)
