@@ -134,7 +134,6 @@ def map_tensors(f, # tensor -> anything
     if type(x) in (tuple, list): return type(x)(map(again, x))
     if type(x) is dict: return {key: again(value) for key, value in x.items()}
     if moves_itself(x): return whole(x) if whole else x
-    if isinstance(x, torch.Size): return x  # a tuple that holds nothing but numbers
     if isinstance(x, tuple): return getattr(x, '_make', type(x))(map(again, x))
     if isinstance(x, list): return with_items(x, [(i, again(item)) for i, item in enumerate(x)])
     if isinstance(x, dict): return with_items(x, [(key, again(x[key])) for key in x])

@@ -105,7 +105,8 @@ def test_digests_tell_trees_apart(a, b):
 def same_set(a, b): # equal but for the order of keys and the bits of nan
     if isinstance(a, float) and isinstance(b, float) and a != a: return b != b
     if isinstance(a, dict) and type(a) is type(b) and not isinstance(a, OrderedDict):
-        return same_set(sorted(a.items(), key=repr), sorted(b.items(), key=repr))
+        order = lambda item: tree_digest(item[0]) # repr would not do: that of a Counter compares its values
+        return same_set(sorted(a.items(), key=order), sorted(b.items(), key=order))
     if isinstance(a, (list, tuple)) and type(a) is type(b): return len(a) == len(b) and all(map(same_set, a, b))
     return same(a, b)
 
@@ -168,6 +169,44 @@ def test_an_optimizer_and_its_model(path):
     loaded = load_tree(save_tree(tree, path))
     assert same(tree, loaded)
     with safe_open(path, 'pt') as file: assert {'model.0.weight', 'opt.state[0].exp_avg'} <= {*file.keys()}
+
+
+@pytest.mark.parametrize('value', [
+    '\ud83d\ude00', '\ud83d', ['\udfff\ud800'], {'\ud83d\ude00': 1, '😀': 2}, 10**5000, -2**63, 2**63, -2**63 - 1, math.inf, -math.inf,
+    *(struct.unpack('>d', bytes.fromhex(bits))[0] for bits in ('7ff8000000000000', 'fff8000000000000', '7ff8000000000123')),
+    -0., 5e-324, {math.inf: 1}, {1: 1, '1': 2}, {'$tensor': 'a'}, {'$dict': []}], ids=lambda value: ascii(value)[:20] if value != 10**5000 else 'huge')
+def test_what_json_has_not(path, value):
+    "Halves of surrogate pairs beside each other, long integers, the bits of nan, keys that look like kinds"
+    assert same(value, load_tree(save_tree(value, path)))
+    def strict(constant): raise AssertionError(constant)
+    with safe_open(path, 'pt') as file: json.loads(file.metadata()['tree'], parse_constant=strict)
+
+
+def test_names_that_clash(path):
+    tree = {'a.b': torch.zeros(1), 'a': {'b': torch.ones(1)}, 'a.b~2': torch.ones(2), '__metadata__': torch.ones(3)}
+    assert same(tree, load_tree(save_tree(tree, path)))
+
+
+def test_every_tensor_is_aligned(path):
+    "Other tools map the file into memory"
+    tree = {'x' * n: tensor(dtype, [3], n) for n, dtype in enumerate(DTYPES, 1)}
+    for n in range(9):
+        data = save_tree({**tree, 'text': 'x' * n}, path).read_bytes()
+        start = 8 + int.from_bytes(data[:8], 'little')
+        assert start % 8 == 0
+        for name, entry in json.loads(data[8:start]).items():
+            if name != '__metadata__': assert entry['data_offsets'][0] % tree[name].element_size() == 0
+
+
+def test_nan_has_one_digest():
+    nans = [struct.unpack('>d', bytes.fromhex(bits))[0] for bits in ('7ff8000000000000', 'fff8000000000000', '7ff8000000000123')]
+    assert len({tree_digest([nan]) for nan in nans}) == 1 and tree_digest([nans[0]]) != tree_digest([math.inf])
+
+
+def test_order_counts_in_an_ordered_dict_only():
+    for kind, differ in ((dict, False), (Counter, False), (OrderedDict, True)):
+        for items in ([(1, 1), (2, 2)], [('a', 1), ('b', 2)]):
+            assert (tree_digest(kind(dict(items))) != tree_digest(kind(dict(items[::-1])))) == differ
 
 
 # What is refused
@@ -295,7 +334,7 @@ def rewritten(path, **changes):
 @pytest.mark.parametrize('changes, error', [
     ({'learnkit': '2'}, 'format 2.*newer'), ({'learnkit': '2', 'sha256': 'f' * 64}, 'damaged'), ({'tree': '[1]', 'sha256': None}, 'damaged'),
     ({'tree': None}, 'damaged'), ({'tree': '{"$new": 1}'}, 'there is no new'), ({'tree': '{"$tensor": "b"}'}, 'damaged'), ({'tree': '[' * 10**5}, 'damaged'),
-    ({'tensors': '{}'}, 'damaged'), ({'tensors': '{"a": "0", "b": "0"}'}, 'damaged'), ({'learnkit': 'x'}, 'damaged'), ({'tree': '{"$dtype": "load"}'}, 'no dtype')])
+    ({'tensors': '{}'}, 'damaged'), ({'tensors': json.dumps({name: store.tensor_digest(torch.ones(3)) for name in 'ab'})}, 'damaged'), ({'learnkit': 'x'}, 'damaged'), ({'tree': '{"$dtype": "load"}'}, 'no dtype')])
 def test_metadata_that_makes_no_sense(path, changes, error):
     "Even with a right seal"
     save_tree({'a': torch.ones(3)}, path)
@@ -313,6 +352,20 @@ def test_files_of_others(path):
 
 
 # Failures and death in the middle of a write
+
+@pytest.mark.parametrize('overwrite', [True, False])
+def test_durable_before_it_is_named(path, monkeypatch, overwrite):
+    "The file is synced before it gets its name, and the folder after"
+    called, synced, fsync = failing_at(monkeypatch, 0, None), [], store.fsync
+    def watched(fd):
+        synced.append(os.path.isdir(os.readlink(f'/proc/self/fd/{fd}')))
+        fsync(fd)
+    if os.path.isdir('/proc/self/fd'): monkeypatch.setattr(store, 'fsync', watched)
+    save_tree(NEW, path, overwrite)
+    steps = [step for i, step in enumerate(called) if called[i - 1:i] != [step]] # one for each run of equal ones
+    assert steps == ['create', 'write', 'fsync', 'rename' if overwrite else 'link', 'fsync', 'unlink']
+    assert synced in ([], [False, True])
+
 
 STEPS = ['create', 'write', 'fsync', 'rename', 'link', 'unlink']
 
@@ -408,7 +461,7 @@ def test_not_written_when_it_exists(path, monkeypatch):
     save_tree('old', path)
     for name in STEPS: monkeypatch.setattr(store, name, None)
     for save in (save_tree, save_tensors):
-        with pytest.raises(FileExistsError, match='overwrite'): save({}, path, overwrite=False)
+        with pytest.raises(FileExistsError, match='overwrite'): save({'a': Thing()}, path, overwrite=False)
     assert load_tree(path) == 'old'
 
 
@@ -446,6 +499,17 @@ def test_killed_while_writing(path):
             if name == path.name: continue
             assert name.startswith(f'.learnkit-{process.pid}-')
             (path.parent / name).unlink()
+
+
+def test_a_system_that_writes_little_at_a_time():
+    class Slow:
+        def __init__(self): self.data = b''
+        def write(self, data):
+            self.data += bytes(data[:3])
+            return min(3, len(data))
+    slow = Slow()
+    store.write(slow, b'many bytes')
+    assert slow.data == b'many bytes'
 
 
 def test_mode_follows_the_umask(path):
