@@ -9,6 +9,7 @@ __all__ = ['Learner']
 import copy, inspect, itertools, math, warnings
 from contextlib import contextmanager
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 import torch
 from fastcore.basics import patch
@@ -46,6 +47,9 @@ class Learner:
                 ):
         if on_interrupt not in ('return', 'raise'):
             raise ValueError(f"on_interrupt={on_interrupt!r}: must be 'return' or 'raise'")
+        if not isinstance(model, nn.Module):
+            raise TypeError(f'model is a {type(model).__name__}, not an nn.Module; the order is '
+                            'Learner(dls, model, loss_func)')
         if seed is not None: set_seed(seed)
         self.dls, self.metrics, self.n_inp = as_dataloaders(dls), metrics, n_inp
         self.device = torch.device(device) if device is not None else default_device()
@@ -76,7 +80,8 @@ def as_dataloaders(dls): # DataLoaders or None
     "`dls` itself when it can be trained on, with a word of help when not"
     if dls is None: return DataLoaders(None)
     if all(hasattr(dls, name) for name in ('train', 'valid', 'test')): return dls
-    raise TypeError(f'dls is a {type(dls).__name__}; wrap loaders as DataLoaders(train, valid)')
+    raise TypeError(f'dls is a {type(dls).__name__}; wrap loaders as DataLoaders(train, valid), and '
+                    'give the model second: Learner(dls, model, loss_func)')
 
 # %% ../nbs/09_learner.ipynb #a655034b
 def chosen_lr(lr, # the learner's
@@ -126,7 +131,8 @@ def n_items(self:Learner, n): self._n_items = n
 @patch(as_prop=True)
 def position(self:Learner): # float, 0 to 1
     "How far this fit is, as the fraction of its updates that are done"
-    if not self.n_updates:
+    if self.n_updates == 0: return 1.
+    if self.n_updates is None:
         raise ValueError('how many updates this fit will make is unknown, as the training loader '
                          'has no length: use fit(n_steps=...)')
     return min(self.updates / self.n_updates, 1.)
@@ -398,9 +404,9 @@ def check_plan(n_epoch, n_steps):
     if (n_epoch is None) == (n_steps is None):
         raise ValueError(f'fit(n_epoch={n_epoch}, n_steps={n_steps}): give exactly one of the two')
     name, n = ('n_epoch', n_epoch) if n_steps is None else ('n_steps', n_steps)
-    if not isinstance(n, int) or isinstance(n, bool) or n < (name == 'n_steps'):
-        raise ValueError(f'fit({name}={n!r}): must be a whole number, at least '
-                         f'{int(name == "n_steps")}')
+    least = int(name == 'n_steps')
+    if not isinstance(n, Integral) or isinstance(n, bool) or n < least:
+        raise ValueError(f'fit({name}={n!r}): must be a whole number, at least {least}')
 
 # %% ../nbs/09_learner.ipynb #e860ac00
 @patch

@@ -8,6 +8,7 @@ __all__ = ['no_decay', 'param_groups', 'spread_lr']
 # %% ../nbs/05_optim.ipynb #eb909040
 import inspect
 from functools import partial
+from numbers import Real
 import torch
 from torch import nn
 
@@ -64,7 +65,9 @@ def spread_lr(lr, # float, list of n floats, slice(a, b) or slice(b)
         return [lr.stop] if n == 1 else [lr.start * ratio ** (i / (n - 1)) for i in range(n)]
     if isinstance(lr, (list, tuple)):
         if len(lr) != n: raise ValueError(f'lr={lr}: {len(lr)} rates for {n} groups of layers')
-        return list(lr)
+        return [spread_lr(one, 1)[0] for one in lr]
+    if not isinstance(lr, (Real, torch.Tensor)) or lr < 0:
+        raise ValueError(f'lr={lr!r}: must be a number, not negative, or slice(first, last), or a list')
     return [lr] * n
 
 # %% ../nbs/05_optim.ipynb #e75f683c
