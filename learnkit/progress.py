@@ -62,7 +62,8 @@ def make_bar(learn): # tqdm bar, disabled where nobody watches
         of = '' if learn.n_epoch is None else f'/{learn.n_epoch}'
         name = f'epoch {learn.epoch + 1}{of} {name}'
     hidden = not (in_notebook() or sys.stderr.isatty()) or not is_main() or 'IN_TEST' in os.environ
-    return tqdm(total=learn.n_iter, desc=name, leave=False, disable=hidden, dynamic_ncols=True)
+    return tqdm(total=learn.n_iter, desc=name, leave=False, disable=hidden, dynamic_ncols=True,
+                delay=0.3)  # a pass that is over at once needs no bar
 
 # %% ../nbs/08_progress.ipynb #7c4bcd4e
 class Progress(Callback):
