@@ -151,6 +151,10 @@ class Callbacks(MutableSequence):
         "Put one callback before position `i`"
         self._replace([*self.items[:i], one_callback(cb), *self.items[i:]])
 
+    def reverse(self):
+        "Turn the order around"
+        self._replace(self.items[::-1])
+
     def _replace(self, items):
         if len(set(map(id, items))) < len(items):
             twice = next(cb for i, cb in enumerate(items) if any(cb is c for c in items[:i]))

@@ -7,6 +7,8 @@ __all__ = ['Learner']
 
 # %% ../nbs/09_learner.ipynb #802b140e
 import copy, inspect, itertools, math, warnings
+from collections import OrderedDict
+from collections.abc import Iterable
 from contextlib import contextmanager
 from functools import partial
 from numbers import Integral
@@ -19,7 +21,7 @@ from .callback import (STEPS, Callback, Callbacks, Cancel, CancelBackward, Cance
                                CancelStep, as_callbacks)
 from .core import (batch_size, default_device, isolated_rng, map_tensors, rng_state,
                            set_rng_state, set_seed, to_device, to_host)
-from .data import DataLoaders, untouched
+from .data import DataLoaders, check_loader, untouched
 from .metrics import Tally
 from .optim import check_opt_state, load_opt_state, make_opt, needs_closure, opt_state, set_lr
 from .progress import Progress
@@ -67,7 +69,7 @@ class Learner:
         self.n_epoch = self.n_iter = self.n_updates = self._n_items = None
         self._can_update = self._with_loss = False
         self.make_opt()
-        Tally(metrics)  # a metric that cannot be used is an error now, not after an epoch
+        self.recorder.check_names(Tally(metrics).names)  # an error now, not after an epoch
         self('after_create')
 
     def __repr__(self):
@@ -163,16 +165,24 @@ def _note(self:Learner, error, method, event):
 # %% ../nbs/09_learner.ipynb #212b9b23
 @patch
 def _cleanup(self:Learner, level, error=None):
-    "`cleanup_<level>` for every callback; what fails is a note on `error`, if there is one already"
-    failed = []
+    "`cleanup_<level>` for every callback; of all that was raised, `error` included, the gravest surfaces"
+    raised = [] if error is None else [error]
     for method in self._cbs.bound[f'cleanup_{level}', self.phase]:
         try: method(self)
         except BaseException as new:
             if isinstance(new, Cancel) and self._ends(new): continue  # it is ending anyway
             if not isinstance(new, Cancel): self._note(new, method, f'cleanup_{level}')
-            failed.append(new)
-    if failed and error is None: raise failed[0]
-    for new in failed: error.add_note(f'(and cleanup_{level} failed: {new!r})')
+            raised.append(new)
+    if not raised: return
+    gravest = max(raised, key=gravity)  # the first of equals
+    for other in raised:
+        if other not in (gravest, error): gravest.add_note(f'(and cleanup_{level} raised {other!r})')
+    if gravest is not error: raise gravest from error
+
+# %% ../nbs/09_learner.ipynb #a78f2051
+def gravity(error): # int
+    "How much an exception matters: an interruption most, a Cancel least"
+    return 2 if not isinstance(error, Exception) else 0 if isinstance(error, Cancel) else 1
 
 # %% ../nbs/09_learner.ipynb #3032031e
 @patch
@@ -207,11 +217,12 @@ def _ends(self:Learner, cancel):
 # %% ../nbs/09_learner.ipynb #5be22058
 @patch
 def _all_epochs(self:Learner):
+    updates = []
     for self.epoch in range(self.n_epoch) if self._stop_at is None else itertools.count():
-        before = self.updates
         self._level('epoch', self._one_epoch, ended=self._count_epoch)
         if self._enough(): break
-        if self._stop_at and self.updates == before: raise RuntimeError(no_progress(self))
+        updates.append(self.updates)
+        if self._stop_at and updates[-3:] == updates[-1:] * 3: raise RuntimeError(no_progress(self))
 
 @patch
 def _one_epoch(self:Learner):
@@ -253,7 +264,7 @@ def _update(self:Learner):
     self.updates, self.steps_done = self.updates + 1, self.steps_done + 1
     try: self('after_step')
     except CancelStep: pass  # the update has been made
-    self._step('zero_grad')
+    finally: self._step('zero_grad')
 
 # %% ../nbs/09_learner.ipynb #661a6735
 @patch
@@ -261,11 +272,11 @@ def _update(self:Learner):
 def _pass(self:Learner, phase, dl):
     modes = [(module, module.training) for module in self.model.modules()]
     before = self.phase, self.dl, self.n_iter, self._can_update
-    self.phase, self.dl, self.n_iter = phase, dl, length(dl)
-    if phase == 'train': set_epoch(dl, self.epochs_done)
-    self._can_update = self.training and self._updates_something()
-    self.model.train(self.training)
     try:
+        self.phase, self.dl, self.n_iter = phase, dl, length(dl)
+        if self.levels[:1] == ['fit']: set_epoch(dl, self.epochs_done)
+        self._can_update = self.training and self._updates_something()
+        self.model.train(self.training)
         with torch.set_grad_enabled(self.training): yield
     finally:
         for module, mode in modes: module.training = mode
@@ -274,8 +285,12 @@ def _pass(self:Learner, phase, dl):
 @patch
 def _updates_something(self:Learner):
     "Whether there is anything to train: trainable parameters, or a step that is not the default one"
-    own_step = self._cbs.bound['step', self.phase] or type(self).step is not Learner.step
-    return bool(own_step) or self.opt is not None and any(p.requires_grad for p in opt_params(self.opt))
+    return self._overridden('step') or self.opt is not None and any(p.requires_grad for p in opt_params(self.opt))
+
+@patch
+def _overridden(self:Learner, step):
+    "Whether a callback or a subclass does this step in its own way"
+    return bool(self._cbs.bound[step, self.phase]) or getattr(type(self), step) is not getattr(Learner, step)
 
 # %% ../nbs/09_learner.ipynb #3a8fef0b
 def opt_params(opt:torch.optim.Optimizer): # iterator of parameters
@@ -286,7 +301,7 @@ def opt_params(opt:torch.optim.Optimizer): # iterator of parameters
 def length(dl): # int or None
     "How many batches `dl` has; None when it cannot tell"
     try: return len(dl)
-    except TypeError: return None
+    except (TypeError, NotImplementedError): return None
 
 # %% ../nbs/09_learner.ipynb #718e62e3
 def set_epoch(dl, epoch:int):
@@ -297,8 +312,8 @@ def set_epoch(dl, epoch:int):
 # %% ../nbs/09_learner.ipynb #890f141f
 def no_progress(learn:Learner): # str
     "The error for a fit of so many steps that would never end"
-    return (f'fit(n_steps={learn._stop_at}): epoch {learn.epoch} made no update, so the fit would '
-            'never end; is every step cancelled, or nothing trainable?')
+    return (f'fit(n_steps={learn._stop_at}): epoch {learn.epoch} and the two before made no update, so the '
+            'fit would never end; is every step cancelled, or nothing trainable?')
 
 # %% ../nbs/09_learner.ipynb #a747bb35
 def no_batches(learn:Learner): # str
@@ -312,8 +327,12 @@ def no_batches(learn:Learner): # str
 @patch
 def _step(self:Learner, name):
     methods = self._cbs.bound[name, self.phase]
-    if methods: methods[-1](self)
-    else: getattr(self, name)()
+    if not methods: return getattr(self, name)()
+    try: methods[-1](self)
+    except Cancel: raise
+    except BaseException as error:
+        self._note(error, methods[-1], name)
+        raise
 
 # %% ../nbs/09_learner.ipynb #d5e0792f
 @patch
@@ -383,10 +402,11 @@ def fit(self:Learner,
     "Train. Ctrl-C ends the fit and keeps what was reached (see `on_interrupt`)"
     if self.levels: raise RuntimeError(f'fit called while {self.levels[0]} is running')
     check_plan(n_epoch, n_steps)
+    if self._initial is None: self._initial = to_host(self.state_dict())
     with self.added_cbs(cbs), self._with_dls(dls):
         if self.dls.train is None: raise ValueError('there is no training data: dls.train is None')
         if reset_opt: self.make_opt()
-        if self._initial is None: self._initial = to_host(self.state_dict())
+        self._check_trained()
         self._plan(n_epoch, n_steps)
         if self.opt: set_lr(self.opt, self.lr if lr is None else lr)
         self.zero_grad()
@@ -397,6 +417,20 @@ def fit(self:Learner,
             warnings.warn(f'fit interrupted in epoch {self.epoch}, batch {self.iter}; the learner '
                           f'keeps the state of {self.steps_done} updates', stacklevel=2)
         finally: self.phase = None
+
+# %% ../nbs/09_learner.ipynb #b6449006
+@patch
+def _check_trained(self:Learner):
+    "Raise ValueError for a trainable parameter that no optimizer group holds: it would never be trained"
+    if self._cbs.bound['step', 'train'] or type(self).step is not Learner.step: return
+    held = {id(p) for p in opt_params(self.opt)} if self.opt else set()
+    parts = [('model', self.model), ('loss_func', self.loss_func)]
+    lost = [f'{part}.{name}' for part, module in parts if isinstance(module, nn.Module)
+            for name, p in module.named_parameters() if p.requires_grad and id(p) not in held]
+    if lost:
+        raise ValueError(f'{lost[0]} is trainable but in no group of the optimizer, {len(lost)} such in '
+                         'all. If the model was changed call make_opt() or fit(reset_opt=True); '
+                         'parameters of a loss go into a group by a splitter')
 
 # %% ../nbs/09_learner.ipynb #08632c4f
 def check_plan(n_epoch, n_steps):
@@ -487,7 +521,9 @@ def load_state_dict(self:Learner,
     except BaseException:
         self._cbs.load_state_dict(before)
         raise
-    self.model.load_state_dict(state['model'])
+    weights = OrderedDict(state['model'])
+    weights._metadata = self.model.state_dict()._metadata  # the versions of its modules
+    self.model.load_state_dict(weights)
     if self.opt: load_opt_state(self.opt, state['opt'])
     vars(self).update(state['counters'])
     set_rng_state(state['rng'])
@@ -512,7 +548,7 @@ def add_cb(self:Learner, cbs):
 def remove_cb(self:Learner, cbs):
     "Remove a callback, several, or all of a class; ValueError when there is none"
     found = find_callbacks(self._cbs, cbs)
-    self.cbs = [cb for cb in self._cbs if not any(cb is f for f in found)]
+    self._cbs[:] = [cb for cb in self._cbs if not any(cb is f for f in found)]
 
 # %% ../nbs/09_learner.ipynb #97131534
 def find_callbacks(have, # Callbacks
@@ -520,7 +556,8 @@ def find_callbacks(have, # Callbacks
                   ): # list of callbacks
     "The callbacks in `have` that `cbs` names"
     found = []
-    for wanted in cbs if isinstance(cbs, (list, tuple)) else [cbs]:
+    single = isinstance(cbs, (Callback, type, str)) or not isinstance(cbs, Iterable)
+    for wanted in [cbs] if single else list(cbs):
         match = [cb for cb in have if cb is wanted or isinstance(wanted, type) and type(cb) is wanted]
         if not match:
             raise ValueError(f'{wanted!r} is not among the callbacks: {list(have)}')
@@ -535,7 +572,7 @@ def added_cbs(self:Learner, cbs):
     added = as_callbacks(cbs)
     self.add_cb(added)
     try: yield self
-    finally: self.cbs = [cb for cb in self._cbs if not any(cb is a for a in added)]
+    finally: self._cbs[:] = [cb for cb in self._cbs if not any(cb is a for a in added)]
 
 # %% ../nbs/09_learner.ipynb #767c7c63
 @patch
@@ -543,12 +580,12 @@ def added_cbs(self:Learner, cbs):
 def removed_cbs(self:Learner, cbs):
     "Work without some callbacks (instances or classes) for the time of a `with` block"
     removed, before = find_callbacks(self._cbs, cbs), list(self._cbs)
-    self.cbs = [cb for cb in before if not any(cb is r for r in removed)]
+    self._cbs[:] = [cb for cb in before if not any(cb is r for r in removed)]
     try: yield self
     finally:
         joined = [cb for cb in self._cbs if not any(cb is b for b in before)]
         left = [cb for cb in before if any(cb is c for c in (*self._cbs, *removed))]
-        self.cbs = [*left, *joined]
+        self._cbs[:] = [*left, *joined]
 
 # %% ../nbs/09_learner.ipynb #ad5b94d8
 @patch
@@ -603,15 +640,17 @@ def _aside(self:Learner):
     "A pass on the side: the variables of the loop come back as they were"
     names = ('_batch', 'xb', 'yb', 'pred', 'loss', 'iter', '_n_items', '_with_loss', 'n_inp')
     before = {name: getattr(self, name) for name in names}
-    try: yield
-    finally: vars(self).update(before)
+    with self.recorder.apart():
+        try: yield
+        finally: vars(self).update(before)
 
 # %% ../nbs/09_learner.ipynb #631daed6
 @patch
 def _measure(self:Learner, phase, dl):
     if dl is None: raise ValueError(f'no loader to {phase} on: give one, as dls.{phase} is None')
     recorder = () if self.recorder in self._cbs else self.recorder
-    self.recorder.results = {}
+    self.recorder.results = {'loss': math.nan}
+    check_loader(dl)
     with self._aside(), self.added_cbs(recorder), untouched(dl) as dl: self._evaluate(phase, dl)
     return dict(self.recorder.results)
 
@@ -641,8 +680,10 @@ class Rows:
 
     def add(self, tensor): # (batch, ...), or 0-d: one row
         "Append the rows of `tensor`"
-        tensor = tensor.detach().reshape(-1, *tensor.shape[1:]) if tensor.ndim else tensor.detach()[None]
+        tensor = tensor.detach() if tensor.ndim else tensor.detach()[None]
         if self.buffer is None: self.buffer = tensor.new_empty((self.n, *tensor.shape[1:]), device='cpu')
+        if tensor.dtype != self.buffer.dtype:
+            raise ValueError(f'samples of {tensor.dtype} follow samples of {self.buffer.dtype}')
         if tensor.shape[1:] != self.buffer.shape[1:]:
             raise ValueError(f'samples of shape {tuple(tensor.shape[1:])} follow samples of shape '
                              f'{tuple(self.buffer.shape[1:])}: pad them to one shape')
@@ -665,10 +706,15 @@ class Gather:
 
     def add(self, batch): # any nesting of tensors; anything else is kept as a list of batches
         "Append the samples of `batch`"
-        if not only_tensors(batch): return self.batches.append(to_host(batch))
         leaves = []
         like = map_tensors(lambda tensor: leaves.append(tensor) or tensor.new_empty(0), batch)
-        if self.like is None: self.like, self.rows = like, [Rows(self.n) for _ in leaves]
+        sizes = {len(tensor) for tensor in leaves if tensor.ndim}
+        listed = not only_tensors(batch) or len(sizes) > 1 or isinstance(batch, list)
+        if self.like is None and not self.batches and not listed:
+            self.like, self.rows = like, [Rows(self.n) for _ in leaves]
+        if listed != bool(self.batches) and (self.batches or self.rows) or len(leaves) != len(self.rows) and not listed:
+            raise ValueError('the batches of this pass differ in structure and cannot be put together')
+        if listed: return self.batches.append(to_host(batch))
         for rows, tensor in zip(self.rows, leaves): rows.add(tensor)
 
     def read(self):
@@ -688,17 +734,32 @@ def only_tensors(x): # bool
 @patch
 def sample_losses(self:Learner): # tensor, (batch,)
     "The loss of each sample of the current batch"
-    loss_func, args = self.loss_func, (self.pred, *self.yb)
+    if self.loss_func is None and not self._overridden('get_loss'):
+        raise ValueError('losses of single samples need a loss_func: the model returns one for the batch')
+    n = batch_size(self.pred)
+    losses = None if self._overridden('get_loss') else unreduced(self.loss_func, self.pred, *self.yb)
+    return losses if losses is not None and losses.shape == (n,) else self._one_by_one(n)
+
+@patch
+def _one_by_one(self:Learner, n):
+    "The step `get_loss` for each of the `n` samples"
+    pred, yb, loss, losses = self.pred, self.yb, self.loss, []
+    try:
+        for i in range(n):
+            self.pred, self.yb = map_tensors(lambda t: t[i:i + 1], (pred, yb))
+            self._step('get_loss')
+            losses.append(self.loss)
+    finally: self.pred, self.yb, self.loss = pred, yb, loss
+    return torch.stack(losses)
+
+# %% ../nbs/09_learner.ipynb #7d239dfb
+def unreduced(loss_func, *args): # tensor, or None for a function that knows no reduction
+    "The loss with `reduction='none'`"
     if isinstance(loss_func, nn.Module) and hasattr(loss_func, 'reduction'):
         reduction, loss_func.reduction = loss_func.reduction, 'none'
-        try: losses = loss_func(*args)
+        try: return loss_func(*args)
         finally: loss_func.reduction = reduction
-    elif has_reduction(loss_func): losses = loss_func(*args, reduction='none')
-    else:
-        singles = (map_tensors(lambda t: t[i:i + 1], args) for i in range(batch_size(self.pred)))
-        losses = torch.stack([loss_of(self.pred) if loss_func is None else loss_func(*single)
-                              for single in singles])
-    return losses.flatten(1).mean(1) if losses.ndim > 1 else losses
+    return loss_func(*args, reduction='none') if has_reduction(loss_func) else None
 
 # %% ../nbs/09_learner.ipynb #8f77232b
 def has_reduction(loss_func): # bool
@@ -740,6 +801,7 @@ def get_preds(self:Learner,
     "Predictions and targets over `dl`, in its order; changes nothing"
     dl = self.dls.valid if dl is None else dl
     if dl is None: raise ValueError('no loader to predict on: give one, as dls.valid is None')
+    check_loader(dl)
     collect = Collect(with_loss, with_input, n_samples(dl))
     with self._aside(), self.added_cbs(collect), untouched(dl) as dl:
         self._with_loss = with_loss
@@ -806,16 +868,23 @@ def export(self:Learner,
 def reset(self:Learner):
     "Go back to the state before the first fit"
     if self._initial is None: return
+    before = self.opt
     self.make_opt()
-    self.load_state_dict(self._initial)
+    try: self.load_state_dict(self._initial)
+    except BaseException:
+        self.opt = before
+        raise
 
 # %% ../nbs/09_learner.ipynb #c7e0cd44
 @patch
 @contextmanager
 def no_trace(self:Learner):
     "Whatever happens inside, the learner is afterwards as it was before"
-    modules, params = list(self.model.modules()), list(opt_params(self.opt)) if self.opt else []
-    tensors = {id(t): t for t in (*self.model.parameters(), *self.model.buffers(), *params)}.values()
+    parts = [part for part in (self.model, self.loss_func) if isinstance(part, nn.Module)]
+    modules = [module for part in parts for module in part.modules()]
+    held = [*(t for part in parts for t in (*part.parameters(), *part.buffers())),
+            *(opt_params(self.opt) if self.opt else [])]
+    tensors = {id(t): t for t in held if 0 not in t.stride()}.values()  # an expanded one is not written to
     saved = [(t, t.detach().clone(), t.grad) for t in tensors]
     slots = [(slot, dict(slot)) for m in modules for slot in (m._parameters, m._buffers)]
     modes = [(m, m.training) for m in modules]
@@ -847,7 +916,8 @@ def kept_opt(opt): # optimizer or None
     if opt is None: yield
     else:
         state, groups = opt.state, opt.param_groups
-        opt.state = type(state)(dict, {param: copy.deepcopy(s) for param, s in state.items()})
+        opt.state = copy.copy(state)
+        opt.state.update({param: copy.deepcopy(values) for param, values in state.items()})
         opt.param_groups = [{k: v if k == 'params' else copy.deepcopy(v) for k, v in group.items()}
                             for group in groups]
         try: yield

@@ -15,7 +15,7 @@ from .callback import Callback
 from .data import untouched
 from .learner import Learner, set_epoch
 from .optim import set_hyper
-from .recorder import plot_axes, smooth
+from .recorder import detached, plot_axes, smooth
 
 # %% ../nbs/11_lr_find.ipynb #7a1171c1
 def steep(lrs, losses): # float
@@ -54,7 +54,7 @@ def longest_descent(values): # list of indices
     return way
 
 # %% ../nbs/11_lr_find.ipynb #c27c67c8
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LRFinderResult:
     "Rates, losses and suggestions of a trial run"
     lrs: np.ndarray # rates tried, (n,)
@@ -115,7 +115,7 @@ class RateSweep(Callback):
     def after_batch(self, learn):
         if learn.loss is None: return  # the batch was cancelled
         self.lrs.append(self.rates[learn.iter])
-        self.losses.append(float(learn.loss.detach()))
+        self.losses.append(float(detached(learn.loss)))
         now = smooth(self.losses, SMOOTHING)[-1]
         self.best = min(self.best, now)
         if self.stop_div and not now <= 4 * self.best: learn.stop()  # nan is not <= either

@@ -145,6 +145,8 @@ def make_opt(model:nn.Module,
     opt = (opt_func or default_opt)(groups, lr=lrs[-1])
     if wd is not None and 'weight_decay' not in opt.defaults:
         raise ValueError(f'wd={wd}: {type(opt).__name__} has no weight_decay')
+    for group in opt.param_groups:  # a rate that is a tensor is each group's own
+        if isinstance(group['lr'], torch.Tensor): group['lr'] = group['lr'].clone()
     set_lr(opt, lr)
     return opt
 

@@ -82,7 +82,7 @@ class Progress(Callback):
         self.bar, self.table, self.plot = bar, table, plot
         self.print_every, self.columns = print_every, columns
         self._tqdm = None
-        self._forget(0)
+        self._forget(None)
 
     def _forget(self, n_rows):
         self._table = self._shown = self._plot_shown = self._unshown = None
@@ -103,7 +103,7 @@ class Progress(Callback):
 
     def after_epoch(self, learn):
         rows = learn.recorder.rows
-        if not is_main() or len(rows) == self._seen: return
+        if not is_main() or self._seen is None or len(rows) <= self._seen: return
         self._seen = len(rows)
         row = {**rows[-1], 'time': learn.recorder.times[-1]}
         last = learn.n_epoch is not None and learn.epoch + 1 == learn.n_epoch
@@ -118,6 +118,7 @@ class Progress(Callback):
         if self.table and self._unshown: self._show(self._unshown)
         if self._table and in_notebook() and 'IN_TEST' in os.environ: display_table(self._table)
         if self.plot and in_notebook() and is_main(): self._draw(learn, last=True)
+        self._seen = None
 
 # %% ../nbs/08_progress.ipynb #027849a5
 @patch
@@ -149,6 +150,6 @@ def _draw(self:Progress, learn, last=False):
     if not last and 'IN_TEST' in os.environ: return
     import matplotlib.pyplot as plt
     self._drawn = now
-    ax = recorder.plot_loss(run=-1)
+    ax = recorder.plot_loss(run=recorder.rows[-1]['run'])
     self._plot_shown = display_table(ax.figure, self._plot_shown)
     plt.close(ax.figure)

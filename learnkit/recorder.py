@@ -7,6 +7,7 @@ __all__ = ['Recorder']
 
 # %% ../nbs/07_recorder.ipynb #7a7c6fbe
 import math, time
+from contextlib import contextmanager
 import numpy as np
 import torch
 from fastcore.basics import patch
@@ -21,7 +22,8 @@ class Series:
 
     def append(self, value): # a number or a detached tensor of one element
         "Add the next value, without reading it"
-        self.loose.append(value if isinstance(value, torch.Tensor) else torch.tensor(float(value)))
+        value = torch.as_tensor(value)
+        self.loose.append(value.reshape(()) if value.ndim else value)
         if len(self.loose) == 1024: self._pack()
 
     def _pack(self):
@@ -41,63 +43,80 @@ class Recorder(Callback):
 
     def __init__(self):
         self.run, self.rows, self.times, self.chunks = -1, [], [], []
-        self.results, self.tracked, self._epoch_results = {}, {}, {}
-        self.tally, self._cancelled, self._updates = None, False, 0
+        self.results, self.tracked, self.tally, self._cancelled = {}, {}, None, False
+        self._start, self._epoch_results, self._updates, self._mom_key = None, {}, 0, None
+        self._forget_steps()
+
+    def _forget_steps(self):
+        self._loss, self._sizes, self._steps, self._lrs, self._moms = Series(), [], [], [], []
 
     def before_fit(self, learn): self.run += 1
 
     def before_epoch(self, learn):
-        self._start, self._epoch_results = time.perf_counter(), {}
+        self._start, self._epoch_results, self.tracked = time.perf_counter(), {}, {}
 
     def before_train(self, learn):
         group = learn.opt.param_groups[-1] if learn.opt else {}
         self._mom_key, self._updates = hyper_key(group, 'mom'), learn.steps_done
-        self._loss, self._sizes, self._steps, self._lrs, self._moms = Series(), [], [], [], []
 
     def before_validate(self, learn):
+        if learn.phase == 'predict': return
         self.tally = Tally(learn.metrics)
         self.tally.reset(learn.device)
 
     def after_cancel_batch(self, learn): self._cancelled = True  # it counts in no mean
+    def cleanup_batch(self, learn): self._cancelled = False
 
     def after_batch(self, learn):
         step, self._updates = self._updates, learn.steps_done
-        if self._cancelled or learn.loss is None:
-            self._cancelled = False
-            return
+        if self._cancelled or learn.loss is None: return
         loss, size = detached(learn.loss), learn.n_items
-        if learn.phase != 'train': return self.tally.add(learn.pred, learn.yb, loss, size)
+        if learn.phase == 'train': self._add_step(learn, step, loss, size)
+        elif self.tally: self.tally.add(learn.pred, learn.yb, loss, size)
+
+    def _add_step(self, learn, step, loss, size):
         self._loss.append(loss)
         self._sizes.append(size)
         self._steps.append(step)
         if learn.opt is None: return
         group = learn.opt.param_groups[-1]  # the head's
-        self._lrs.append(group['lr'])
+        lr = group['lr']
+        self._lrs.append(lr.clone() if isinstance(lr, torch.Tensor) else lr)
         if self._mom_key: self._moms.append(group[self._mom_key])
 
     def after_train(self, learn):
-        n, loss, sizes = len(self._sizes), self._loss.read(), np.array(self._sizes, dtype=np.float64)
+        self._epoch_results = {'train_loss': self._flush(learn)}
+
+    def cleanup_train(self, learn): self._flush(learn)  # what an epoch that broke off has done
+
+    def _flush(self, learn): # float: the mean loss of the steps
+        n, loss, sizes = len(self._sizes), self._loss.read(), floats(self._sizes, len(self._sizes))
+        if not n: return math.nan
         moms = [mom[0] for mom in self._moms] if self._mom_key == 'betas' else self._moms
         self.chunks.append({
             'run': np.full(n, self.run), 'epoch': np.full(n, learn.epoch),
             'step': np.array(self._steps, dtype=np.int64), 'lr': floats(self._lrs, n),
             'mom': floats(moms, n), 'loss': loss})
-        self._epoch_results = {'train_loss': float(loss @ sizes / sizes.sum()) if n else math.nan}
+        self._forget_steps()
+        counted = sizes > 0  # a batch without samples may well be nan
+        return float(loss[counted] @ sizes[counted] / sizes.sum()) if counted.any() else math.nan
 
     def after_validate(self, learn):
-        if self.tally is None: return  # cancelled before it began
-        self.results, self.tally = self.tally.compute(), None
+        if self.tally is None: return  # predictions, or cancelled before it began
+        self.results = self.tally.compute()
         if learn.levels == ['fit', 'epoch', 'validate']:  # the epoch's own, not one called inside it
             self._epoch_results['valid_loss'] = self.results['loss']
             self._epoch_results.update({k: v for k, v in self.results.items() if k != 'loss'})
+
+    def cleanup_validate(self, learn): self.tally = None
 
     def after_epoch(self, learn):
         tracked = {name: mean.compute() for name, mean in self.tracked.items()}
         lr = get_hyper(learn.opt.param_groups[-1], 'lr') if learn.opt else float('nan')
         self.rows.append({'run': self.run, 'epoch': learn.epoch, **self._epoch_results, **tracked,
                           'lr': float(lr)})
-        self.times.append(time.perf_counter() - self._start)
-        self.tracked = {}
+        self.times.append(math.nan if self._start is None else time.perf_counter() - self._start)
+        self.tracked, self._epoch_results, self._start = {}, {}, None
 
 # %% ../nbs/07_recorder.ipynb #5086cd36
 def detached(value): # a tensor or a number
@@ -120,7 +139,31 @@ def track(self:Recorder,
           n=1, # weight of the value in the epoch's mean
          ):
     "Add a value to the row of this epoch; several in one epoch are averaged, weighted by `n`"
+    if f'{phase}_{name}' in RESERVED: raise ValueError(f'track({name!r}): {phase}_{name} is recorded already')
     self.tracked.setdefault(f'{phase}_{name}', Mean()).add(value, n)
+
+# %% ../nbs/07_recorder.ipynb #279a14d0
+RESERVED = ('run', 'epoch', 'train_loss', 'valid_loss', 'lr', 'time')  # columns of every history
+
+# %% ../nbs/07_recorder.ipynb #bca0e2dd
+@patch
+def check_names(self:Recorder,
+                names, # of metrics
+               ):
+    "Raise ValueError for a metric that is called like a column of every history"
+    taken = [name for name in names if name in RESERVED]
+    if taken: raise ValueError(f'a metric cannot be called {taken[0]!r}, as a column of the history is; '
+                               "give metrics as a dict: {'my_name': metric}")
+
+# %% ../nbs/07_recorder.ipynb #e6d97f18
+@patch
+@contextmanager
+def apart(self:Recorder):
+    "Whatever is recorded inside does not count for the epoch that is going on"
+    before = self.tally, self.tracked, self._cancelled, self._updates
+    self.tally, self.tracked, self._cancelled = None, {}, False
+    try: yield
+    finally: self.tally, self.tracked, self._cancelled, self._updates = before
 
 # %% ../nbs/07_recorder.ipynb #ec7d9c9e
 @patch(as_prop=True)
@@ -131,7 +174,8 @@ def df(self:Recorder): # DataFrame
     named = list(dict.fromkeys(name for row in self.rows for name in row))
     columns = [name for name in first if name in named or not self.rows]
     columns += [name for name in named if name not in (*first, 'lr')] + ['lr']
-    return pd.DataFrame(self.rows, columns=columns).assign(time=self.times)
+    times = [*self.times, *[math.nan] * len(self.rows)][:len(self.rows)]
+    return pd.DataFrame(self.rows, columns=columns).assign(time=times)
 
 # %% ../nbs/07_recorder.ipynb #8dcb55f9
 @patch(as_prop=True)

@@ -79,9 +79,10 @@ class ParamScheduler(Callback):
     def _apply(self, learn, position):
         for name, sched in self.scheds.items():
             values = sched if isinstance(sched, (list, tuple)) else None
-            for group in learn.opt.param_groups:
+            for i, group in enumerate(learn.opt.param_groups):
                 if name == 'mom' and get_hyper(group, 'mom') == 0: continue
-                set_hyper(group, name, (values[group['layer']] if values else sched)(position))
+                one = values[group.get('layer', i)] if values else sched
+                set_hyper(group, name, one(position))
 
 # %% ../nbs/10_schedule.ipynb #84ffc1e5
 @patch
@@ -96,9 +97,10 @@ def fit_one_cycle(self:Learner,
                   **kwargs, # n_steps, dls, reset_opt: as in `fit`
                  ):
     "Fit with the one-cycle schedule of learning rate and momentum"
+    if 'lr' in kwargs: raise TypeError('fit_one_cycle takes lr_max, the highest rate, not lr')
     check_share('pct_start', pct_start)
     shares = [pct_start, 1 - pct_start]
-    lrs = layer_lrs(self, lr_max, kwargs.get('reset_opt'))
+    lrs = layer_lrs(self, lr_max)
     scheds = {'lr': [combine_scheds(shares, [sched_cos(lr / div, lr), sched_cos(lr, lr / div_final)])
                      for lr in lrs]}
     if moms is not None and has_momentum(self):
@@ -112,9 +114,8 @@ def check_share(name, share):
     if not 0 <= share <= 1: raise ValueError(f'{name}={share}: must be between 0 and 1')
 
 # %% ../nbs/10_schedule.ipynb #97a1e562
-def layer_lrs(learn:Learner, lr, reset_opt=False): # list of floats
+def layer_lrs(learn:Learner, lr): # list of floats
     "The learning rate of each group of layers"
-    if reset_opt and learn.opt: learn.make_opt()
     if learn.opt is None: raise ValueError('a schedule needs an optimizer; this model has no parameters')
     return spread_lr(learn.lr if lr is None else lr, n_layers(learn.opt))
 
@@ -136,5 +137,5 @@ def fit_flat_cos(self:Learner,
     "Fit at a flat rate that falls along a cosine at the end"
     check_share('pct_start', pct_start)
     scheds = [combine_scheds([pct_start, 1 - pct_start], [sched_const(rate), sched_cos(rate, rate / div_final)])
-              for rate in layer_lrs(self, lr, kwargs.get('reset_opt'))]
+              for rate in layer_lrs(self, lr)]
     self.fit(n_epoch, cbs=[ParamScheduler({'lr': scheds}), *as_callbacks(cbs)], **kwargs)

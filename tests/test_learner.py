@@ -402,3 +402,91 @@ def test_seed_makes_a_run_repeatable():
         learn.fit(2)
         return learn.recorder.df.train_loss.tolist()
     assert run() == run()
+
+
+def test_what_is_tracked_on_the_side_does_not_reach_the_row():
+    value = lambda learn: learn.track('one', 1. if learn.levels == ['fit', 'epoch', 'validate', 'batch'] else 100.)
+    learn = make(valid=data(8), cbs=Callback(after_pred=value))
+    learn.validate()
+    learn.get_preds()
+    learn.fit(1, cbs=Callback(after_train=lambda learn: learn.validate()))
+    assert learn.recorder.df.valid_one[0] == 1. and 'predict_one' not in learn.recorder.df
+
+def test_a_cancel_before_the_recorder_repeats_no_numbers():
+    class Early(Callback):
+        order = -20
+        def before_train(self, learn):
+            if learn.epoch == 1: raise CancelTrain
+    learn = make(valid=data(8))
+    learn.fit(2, cbs=Early)
+    assert math.isnan(learn.recorder.df.train_loss[1]) and len(learn.recorder.steps) == learn.steps_done == 5
+
+def test_a_cancelled_validation_returns_nothing_old():
+    learn = make(valid=data(8))
+    learn.validate()
+    def refuse(learn): raise CancelValidate
+    with learn.added_cbs(Callback(order=-20, before_validate=refuse)): assert math.isnan(learn.validate()['loss'])
+
+def test_predictions_during_validation():
+    learn = make(valid=data(8))
+    plain = learn.validate()
+    with learn.added_cbs(Callback(after_pred=lambda learn: learn.phase == 'valid' and learn.predict(torch.ones(1, 3)))):
+        assert learn.validate() == plain
+        learn.fit(1)
+
+def test_steps_of_an_epoch_that_broke_off_are_kept():
+    learn = make()
+    learn.fit(2, cbs=Callback(after_step=lambda learn: learn.stop() if learn.updates == 7 else None))
+    assert len(learn.recorder.steps) == 6 and len(learn.recorder.df) == 1  # the batch of the stop did not end
+
+def test_reset_after_a_fit_with_its_own_stateful_callback():
+    class Count(Callback):
+        def state_dict(self): return {'n': 1}
+    learn = make()
+    before = digest(learn)
+    learn.fit(1, cbs=Count)
+    learn.reset()
+    assert digest(learn) == before
+
+def test_a_parameter_that_would_never_be_trained_is_an_error():
+    learn = make()
+    learn.model.extra = nn.Linear(3, 3)
+    with pytest.raises(ValueError, match='model.extra.weight is trainable but in no group'): learn.fit(1)
+    learn.fit(1, reset_opt=True)
+
+def test_structures_that_differ_are_not_mixed_up():
+    class Lists(nn.Module):
+        def forward(self, x): return [row for row in x]
+    batches = [(torch.ones(2, 3), torch.ones(2)), (torch.zeros(3, 3), torch.ones(3))]
+    preds, targs = make(model=Lists()).get_preds(batches)
+    assert [len(batch) for batch in preds] == [2, 3] and targs.shape == (5,)
+
+def test_losses_of_samples_follow_the_losses_own_rules():
+    own = make(valid=data(6), cbs=Callback(get_loss=lambda learn: setattr(learn, 'loss', (learn.pred - learn.yb[0]).abs().mean())))
+    preds, targs, losses = own.get_preds(with_loss=True)
+    assert torch.allclose(losses, (preds - targs).abs()[:, 0])
+    with pytest.raises(ValueError, match='need a loss_func'): make([{'x': x, 'y': y} for x, y in data(4)], model=Dicts(), loss_func=None).get_preds(
+        [{'x': x, 'y': y} for x, y in data(4)], with_loss=True)
+
+def test_a_rate_that_is_a_tensor_is_each_groups_own():
+    learn = make(lr=torch.tensor(0.01), opt_func=torch.optim.SGD)
+    learn.fit_one_cycle(1)
+    assert learn.lr.item() == pytest.approx(0.01) and learn.recorder.steps.lr.nunique() > 1
+
+def test_names_of_columns_are_refused():
+    with pytest.raises(ValueError, match="a metric cannot be called 'lr'"): make(metrics={'lr': mae})
+    learn = make()
+    with pytest.raises(ValueError, match='train_loss is recorded already'): learn.fit(1, cbs=Callback(after_loss=lambda learn: learn.track('loss', 1.)))
+
+def test_no_trace_with_an_expanded_buffer():
+    model = nn.Linear(3, 1)
+    model.register_buffer('pos', torch.arange(3.).expand(4, 3))
+    learn = make(model=model)
+    learn.lr_find(num_it=5)
+    learn.fit(1)
+
+def test_a_dataset_is_no_loader():
+    with pytest.raises(TypeError, match='holds samples, not batches'): make().validate(TensorDataset(torch.ones(6, 3), torch.ones(6, 1)))
+
+def test_lr_is_not_lr_max():
+    with pytest.raises(TypeError, match='takes lr_max'): make().fit_one_cycle(1, lr=0.5)

@@ -323,3 +323,38 @@ def test_the_three_levels_stay_readable():
     parts = ('_level', '_cancelled', '_ends', '_all_epochs', '_one_epoch', '_evaluate', '_all_batches', '_one_batch', '_update')
     lines = [line for name in parts for line in inspect.getsource(getattr(Learner, name)).splitlines() if line.strip() != '@patch']
     assert len(lines) < 70
+
+
+class Broken(Callback):
+    def __init__(self, error): self.error = error
+    def after_pred(self, learn): raise CancelTrain
+    def cleanup_batch(self, learn): raise self.error
+
+@pytest.mark.parametrize('error', [ValueError('disk full'), KeyboardInterrupt()])
+def test_an_error_in_cleanup_is_not_lost_to_a_cancel(learn, error):
+    learn.on_interrupt = 'raise'
+    with pytest.raises(type(error)): learn.fit(1, cbs=Broken(error))
+
+def test_gradients_are_zeroed_when_a_cancel_leaves_after_step(learn):
+    seen = []
+    look = Callback(before_batch=lambda learn: seen.append(learn.model.weight.grad) if learn.phase == 'train' else None)
+    learn.fit(2, cbs=[Callback(after_step=raiser(CancelBatch())), look])
+    assert seen == [None] * 4
+
+def test_a_defined_step_that_fails_is_named(learn):
+    with pytest.raises(ValueError) as caught: learn.fit(1, cbs=Callback(get_loss=raiser(ValueError('x'))))
+    assert any('get_loss' in note for note in caught.value.__notes__)
+
+def test_a_kept_list_of_callbacks_stays_the_learners(learn):
+    cbs, spy = learn.cbs, Spy()
+    learn.fit(1)
+    cbs.append(spy)
+    cbs.reverse()
+    learn.fit(1)
+    assert spy.trace and learn.cbs is cbs
+
+def test_one_cancelled_epoch_does_not_end_a_fit_of_steps(learn):
+    def skip(learn):
+        if learn.epoch == 1: raise CancelEpoch
+    learn.fit(n_steps=3, cbs=Callback(before_epoch=skip))
+    assert learn.updates == 3
