@@ -647,7 +647,7 @@ def _aside(self:Learner):
 # %% ../nbs/09_learner.ipynb #631daed6
 @patch
 def _measure(self:Learner, phase, dl):
-    if dl is None: raise ValueError(f'no loader to {phase} on: give one, as dls.{phase} is None')
+    if dl is None: raise ValueError(f'no data: give a loader, as dls.{phase} is None')
     recorder = () if self.recorder in self._cbs else self.recorder
     self.recorder.results = {'loss': math.nan}
     check_loader(dl)
@@ -800,7 +800,7 @@ def get_preds(self:Learner,
              ): # (preds, targs[, losses][, inputs]), tensors on the host, (samples, ...) each
     "Predictions and targets over `dl`, in its order; changes nothing"
     dl = self.dls.valid if dl is None else dl
-    if dl is None: raise ValueError('no loader to predict on: give one, as dls.valid is None')
+    if dl is None: raise ValueError('no data: give a loader, as dls.valid is None')
     check_loader(dl)
     collect = Collect(with_loss, with_input, n_samples(dl))
     with self._aside(), self.added_cbs(collect), untouched(dl) as dl:

@@ -94,7 +94,7 @@ def plot(self:LRFinderResult,
     ax.set(xscale='log', xlabel='learning rate', ylabel='loss')
     low, usual = losses.min(), losses[:max(len(losses) // 2, 1)].max()
     if usual > low: ax.set_ylim(low - 0.1 * (usual - low), usual + 0.5 * (usual - low))  # no room for the blow-up
-    if self.suggestions: ax.legend(frameon=False)
+    if ax.get_legend_handles_labels()[1]: ax.legend(frameon=False)
     return ax
 
 # %% ../nbs/11_lr_find.ipynb #bd78bb55
@@ -122,6 +122,7 @@ class RateSweep(Callback):
 
 # %% ../nbs/11_lr_find.ipynb #432cbc2b
 SMOOTHING = 0.9  # of the losses, as in `smooth`
+FEWEST = 10  # rates that a suggestion can be read from
 
 # %% ../nbs/11_lr_find.ipynb #3e05bcdf
 class Cycled:
@@ -165,8 +166,9 @@ def check_sweep(learn, start_lr, end_lr, num_it, suggest):
     if learn.levels: raise RuntimeError(f'lr_find called while {learn.levels[0]} is running')
     if learn.dls.train is None: raise ValueError('there is no training data: dls.train is None')
     if learn.opt is None: raise ValueError('lr_find needs an optimizer; this model has no parameters')
-    if not 0 < start_lr < end_lr:
-        raise ValueError(f'lr_find(start_lr={start_lr}, end_lr={end_lr}): needs 0 < start_lr < end_lr')
+    if not learn._updates_something(): raise ValueError('lr_find: no parameter is trainable')
+    if not 0 < start_lr < end_lr < math.inf:
+        raise ValueError(f'lr_find(start_lr={start_lr}, end_lr={end_lr}): needs 0 < start_lr < end_lr, finite')
     if num_it < 2: raise ValueError(f'lr_find(num_it={num_it}): needs at least 2 batches')
     unknown = [name for name in suggest if name not in SUGGESTIONS]
     if unknown: raise ValueError(f'no suggestion {unknown[0]!r}; have: {", ".join(SUGGESTIONS)}')
@@ -177,10 +179,12 @@ def suggestions(lrs, losses, # arrays, (n,)
                ): # LRFinderResult
     "The result of a sweep, with one warning when it is too short to say anything"
     usable = slice(len(lrs) // 10, int(np.isfinite(losses).cumprod().sum()))  # the start is noise
-    found = {name: SUGGESTIONS[name](lrs[usable], losses[usable]) for name in suggest}
+    enough = len(lrs[usable]) >= FEWEST
+    found = {name: SUGGESTIONS[name](lrs[usable], losses[usable]) if enough else math.nan
+             for name in suggest}
     if suggest and all(map(math.isnan, found.values())):
         swept = f'{lrs[0]:.1e} to {lrs[-1]:.1e}' if len(lrs) else 'none'
-        warnings.warn(f'lr_find has no suggestion: the loss fell nowhere over {len(lrs)} batches (rates '
-                      f'{swept}); try other rates or more batches, and look at the loss and the data',
+        warnings.warn(f'lr_find has no suggestion: {len(lrs)} rates ({swept}) are too few, or the '
+                      f'loss fell nowhere; try other rates or more batches, and look at the loss and the data',
                       stacklevel=3)
     return LRFinderResult(lrs, losses, **found)

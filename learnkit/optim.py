@@ -6,7 +6,7 @@
 __all__ = ['no_decay', 'param_groups', 'spread_lr']
 
 # %% ../nbs/05_optim.ipynb #eb909040
-import inspect
+import inspect, math
 from functools import partial
 from numbers import Real
 import torch
@@ -57,7 +57,7 @@ def spread_lr(lr, # float, list of n floats, slice(a, b) or slice(b)
              ): # list of n floats
     "`lr` as one learning rate for each group of layers"
     if isinstance(lr, slice):
-        if lr.step is not None or not lr.stop:
+        if lr.step is not None or not lr.stop or not 0 < lr.stop < math.inf:
             raise ValueError(f'lr={lr}: use slice(first, last) or slice(last)')
         if lr.start is None: return [lr.stop / 10] * (n - 1) + [lr.stop]
         if lr.start <= 0: raise ValueError(f'lr={lr}: a geometric spread needs a start above 0')
@@ -66,8 +66,8 @@ def spread_lr(lr, # float, list of n floats, slice(a, b) or slice(b)
     if isinstance(lr, (list, tuple)):
         if len(lr) != n: raise ValueError(f'lr={lr}: {len(lr)} rates for {n} groups of layers')
         return [spread_lr(one, 1)[0] for one in lr]
-    if not isinstance(lr, (Real, torch.Tensor)) or lr < 0:
-        raise ValueError(f'lr={lr!r}: must be a number, not negative, or slice(first, last), or a list')
+    if not isinstance(lr, (Real, torch.Tensor)) or not 0 <= lr < math.inf:  # nan is neither
+        raise ValueError(f'lr={lr!r}: must be a finite number, not negative, or slice(first, last), or a list')
     return [lr] * n
 
 # %% ../nbs/05_optim.ipynb #e75f683c

@@ -197,24 +197,27 @@ def smooth(values, # array, (n,)
            beta:float=0.9, # weight of the past, 0 <= beta < 1
           ): # array, (n,)
     "Exponential moving average of `values`, corrected for its start"
-    mean, out = 0., np.empty(len(values))
+    mean, weight, out = 0., 0., np.empty(len(values))
     for i, value in enumerate(values):
-        mean = beta * mean + (1 - beta) * value
-        out[i] = mean / (1 - beta ** (i + 1))
+        if np.isfinite(value):  # one that is not would spoil all that follow
+            mean, weight = beta * mean + (1 - beta) * value, beta * weight + (1 - beta)
+        out[i] = mean / weight if np.isfinite(value) else value
     return out
 
 # %% ../nbs/07_recorder.ipynb #cee71d54
-def plot_axes(n:int=1, # number of axes beside each other
-              height:float=3.,
+def plot_axes(n:int=1, # number of axes, at most four beside each other
+              height:float=3., # inches of a row
              ): # list of n Axes
     "Axes with a light grid, in the size of a notebook page"
     import matplotlib.pyplot as plt
-    fig, axes = plt.subplots(1, n, figsize=(max(5., 3.6 * n), height), squeeze=False,
-                             layout='constrained')
-    for ax in axes[0]:
+    rows, columns = -(-n // 4), min(n, 4)
+    fig, axes = plt.subplots(rows, columns, figsize=(max(5., 3.6 * columns), height * rows),
+                             squeeze=False, layout='constrained')
+    for ax in axes.flat[n:]: ax.set_visible(False)
+    for ax in axes.flat:
         ax.grid(alpha=0.25)
         ax.spines[['top', 'right']].set_visible(False)
-    return list(axes[0])
+    return list(axes.flat[:n])
 
 # %% ../nbs/07_recorder.ipynb #66f29cbb
 @patch
