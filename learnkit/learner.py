@@ -702,7 +702,8 @@ class Rows:
 # %% ../nbs/09_learner.ipynb #b8d5a65f
 class Gather:
     "Nested batches of tensors, put together sample by sample"
-    def __init__(self, n=None): self.n, self.like, self.rows, self.batches = n, None, [], []
+    def __init__(self, n=None):
+        self.n, self.form, self.like, self.rows, self.batches = n, None, None, [], []
 
     def add(self, batch): # any nesting of tensors; anything else is kept as a list of batches
         "Append the samples of `batch`"
@@ -710,9 +711,11 @@ class Gather:
         like = map_tensors(lambda tensor: leaves.append(tensor) or tensor.new_empty(0), batch)
         sizes = {len(tensor) for tensor in leaves if tensor.ndim}
         listed = not only_tensors(batch) or len(sizes) > 1 or isinstance(batch, list)
-        if self.like is None and not self.batches and not listed:
-            self.like, self.rows = like, [Rows(self.n) for _ in leaves]
-        if listed != bool(self.batches) and (self.batches or self.rows) or len(leaves) != len(self.rows) and not listed:
+        form = 'listed' if listed else len(leaves)
+        if self.form is None:
+            self.form = form
+            if not listed: self.like, self.rows = like, [Rows(self.n) for _ in leaves]
+        if form != self.form:
             raise ValueError('the batches of this pass differ in structure and cannot be put together')
         if listed: return self.batches.append(to_host(batch))
         for rows, tensor in zip(self.rows, leaves): rows.add(tensor)

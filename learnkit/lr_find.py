@@ -15,7 +15,7 @@ from .callback import Callback
 from .data import untouched
 from .learner import Learner, set_epoch
 from .optim import set_hyper
-from .recorder import detached, plot_axes, smooth
+from .recorder import RunningMean, detached, plot_axes
 
 # %% ../nbs/11_lr_find.ipynb #7a1171c1
 def steep(lrs, losses): # float
@@ -107,7 +107,8 @@ class RateSweep(Callback):
                  stop_div:bool, # end the pass when the loss diverges
                 ):
         self.rates, self.stop_div = lrs, stop_div
-        self.lrs, self.losses, self.best = [], [], math.inf
+        self.lrs, self.losses, self.best = [], [], math.inf  # the losses are smoothed
+        self.mean = RunningMean(SMOOTHING)
 
     def before_batch(self, learn):
         for group in learn.opt.param_groups: set_hyper(group, 'lr', float(self.rates[learn.iter]))
@@ -115,13 +116,13 @@ class RateSweep(Callback):
     def after_batch(self, learn):
         if learn.loss is None: return  # the batch was cancelled
         self.lrs.append(self.rates[learn.iter])
-        self.losses.append(float(detached(learn.loss)))
-        now = smooth(self.losses, SMOOTHING)[-1]
+        now = self.mean.add(float(detached(learn.loss)))
+        self.losses.append(now)
         self.best = min(self.best, now)
         if self.stop_div and not now <= 4 * self.best: learn.stop()  # nan is not <= either
 
 # %% ../nbs/11_lr_find.ipynb #432cbc2b
-SMOOTHING = 0.9  # of the losses, as in `smooth`
+SMOOTHING = 0.9  # of the losses, as in `RunningMean`
 FEWEST = 10  # rates that a suggestion can be read from
 
 # %% ../nbs/11_lr_find.ipynb #3e05bcdf
@@ -158,7 +159,7 @@ def lr_find(self:Learner,
         self.add_cb(sweep)
         with self._pass('lr_find', Cycled(dl, num_it, self.epochs_done)):
             self._level('lr_find', self._all_batches)
-    return suggestions(np.array(sweep.lrs), smooth(sweep.losses, SMOOTHING), suggest)
+    return suggestions(np.array(sweep.lrs), np.array(sweep.losses), suggest)
 
 # %% ../nbs/11_lr_find.ipynb #ae3f523f
 def check_sweep(learn, start_lr, end_lr, num_it, suggest):

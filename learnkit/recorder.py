@@ -193,16 +193,24 @@ def step_arrays(self:Recorder): # dict of arrays, (batches,) each
                                   *(chunk[name] for chunk in self.chunks)]) for name in names}
 
 # %% ../nbs/07_recorder.ipynb #9e3938cf
+class RunningMean:
+    "Exponential moving average, corrected for its start"
+    def __init__(self, beta): self.beta, self.mean, self.weight = beta, 0., 0.
+
+    def add(self, value:float): # float: the mean so far; `value` itself where it is not finite
+        "Take in the next value; one that is not finite would spoil all that follow"
+        if not math.isfinite(value): return value
+        self.mean = self.beta * self.mean + (1 - self.beta) * value
+        self.weight = self.beta * self.weight + (1 - self.beta)
+        return self.mean / self.weight
+
+# %% ../nbs/07_recorder.ipynb #45b39547
 def smooth(values, # array, (n,)
            beta:float=0.9, # weight of the past, 0 <= beta < 1
           ): # array, (n,)
-    "Exponential moving average of `values`, corrected for its start"
-    mean, weight, out = 0., 0., np.empty(len(values))
-    for i, value in enumerate(values):
-        if np.isfinite(value):  # one that is not would spoil all that follow
-            mean, weight = beta * mean + (1 - beta) * value, beta * weight + (1 - beta)
-        out[i] = mean / weight if np.isfinite(value) else value
-    return out
+    "The `RunningMean` at each of `values`"
+    mean = RunningMean(beta)
+    return np.array([mean.add(value) for value in values], dtype=np.float64)
 
 # %% ../nbs/07_recorder.ipynb #cee71d54
 def plot_axes(n:int=1, # number of axes, at most four beside each other
