@@ -22,7 +22,7 @@ BATCH_EVENTS = frozenset((
     'after_cancel_batch', 'after_batch', 'cleanup_batch'))
 EVENTS = frozenset(
     f'{when}_{level}' for level in (*LEVELS, 'lr_find')
-    for when in ('before', 'after_cancel', 'after', 'cleanup')) | BATCH_EVENTS | {'after_create'}
+    for when in ('before', 'after_cancel', 'after', 'cleanup')) | BATCH_EVENTS | {'after_create', 'at_rest'}
 
 # %% ../nbs/03_callback.ipynb #e2064cbf
 class Cancel(Exception):
@@ -57,12 +57,23 @@ class CancelStep(Cancel):
     "Skips the update of this batch: the gradients stay, `after_step` does not fire"
     level = 'step'
 
+# %% ../nbs/03_callback.ipynb #b1c4eabb
+class Interrupted(KeyboardInterrupt):
+    "A signal has ended the run after its batch; `signum` is its number"
+    def __init__(self, signum:int):
+        super().__init__(f'signal {signum}')
+        self.signum = signum
+
 # %% ../nbs/03_callback.ipynb #0b6d8122
 class Callback:
     "Methods named after events, called with the learner; or functions given by event name"
     order = 0        # sorts callbacks; the default ones are -10 (Recorder) and 90 (Progress)
     phases = PHASES  # phases whose batch events and steps this callback takes part in
     events = ()      # names of events of its own that start with before_, after_ or cleanup_
+    tracks = ()      # columns it adds to the history; None: it cannot say before they come
+    owns_lr = False  # whether it keeps the learning rate from fit to fit, so that a fit does not set it
+    external = False # whether it writes outside the learner; such are left out of dry runs
+    saves_to = None  # folder in which it keeps saves that a fit can go on from
 
     def __new__(cls, *args, **kwargs):
         self = super().__new__(cls)
@@ -99,6 +110,23 @@ class Callback:
 
     def load_state_dict(self, state):
         "Take over what `state_dict` returned"
+
+    def settings(self): # plain tree
+        "Class and constructor's arguments; an exact resume compares them"
+        args, kwargs = self.init_args
+        return {'class': type(self).__name__, 'args': plain_setting(args), 'kwargs': plain_setting(kwargs)}
+
+    def weights(self): # dict: name -> live tensor; None
+        "Weights besides the model's own that belong to it, as an average of them does"
+
+# %% ../nbs/03_callback.ipynb #437a8ef1
+def plain_setting(x): # plain values as they are, anything else as the name of its type
+    "An argument in a form that can be stored and compared"
+    if x is None or type(x) in (bool, int, float, str): return x
+    if isinstance(x, (list, tuple)): return [plain_setting(item) for item in x]
+    if isinstance(x, dict): return {str(key): plain_setting(value) for key, value in x.items()}
+    if isinstance(x, slice): return [plain_setting(x.start), plain_setting(x.stop)]
+    return getattr(x, '__qualname__', type(x).__qualname__)
 
 # %% ../nbs/03_callback.ipynb #9a89f9e5
 def check_events(names, # method or keyword names

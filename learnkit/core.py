@@ -7,11 +7,12 @@ __all__ = ['default_device', 'set_seed', 'rng_state', 'set_rng_state', 'isolated
            'to_host', 'batch_size', 'rank', 'world_size', 'is_main', 'rank0_only', 'rank0_first', 'sum_over_ranks']
 
 # %% ../nbs/00_core.ipynb #efdeaab6
-import copy, operator, os, random
+import copy, math, operator, os, random, re, signal, threading
 from collections.abc import Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from functools import wraps
+from types import MappingProxyType
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -39,17 +40,31 @@ def set_seed(s:int, # from 0 to 2**32 - 1, which every generator takes
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # read when cublas starts
 
 # %% ../nbs/00_core.ipynb #1f8db372
-def python_rng_state(): # dict: version, keys, gauss
-    "The state of python's `random`"
-    version, keys, gauss = random.getstate()
+def python_rng_state(rng=random): # dict: version, keys, gauss
+    "The state of python's `random`, or of a `random.Random`"
+    version, keys, gauss = rng.getstate()
     keys = torch.from_numpy(np.fromiter(keys, np.int64))
     return {'version': version, 'keys': keys, 'gauss': gauss}
 
-def numpy_rng_state(): # dict: bit_generator, state, has_gauss, gauss
-    "The state of numpy's global generator, whatever bit generator it runs on"
-    state = np.random.get_state(legacy=False)
-    plain = lambda v: torch.from_numpy(v) if isinstance(v, np.ndarray) else int(v)
-    return {**state, 'state': {key: plain(value) for key, value in state['state'].items()}}
+def set_python_rng_state(state, rng=random):
+    rng.setstate((state['version'], tuple(state['keys'].tolist()), state['gauss']))
+
+# %% ../nbs/00_core.ipynb #57f81583
+def plain_words(state): # dict whose arrays are tensors and whose numbers are python's
+    "A state of one of numpy's bit generators as a plain tree"
+    if isinstance(state, dict): return {key: plain_words(value) for key, value in state.items()}
+    if isinstance(state, np.ndarray): return torch.from_numpy(state.copy())
+    return int(state) if isinstance(state, np.integer) else state
+
+def numpy_words(state): # the inverse of `plain_words`
+    if isinstance(state, dict): return {key: numpy_words(value) for key, value in state.items()}
+    return state.numpy() if isinstance(state, torch.Tensor) else state
+
+def numpy_rng_state(rng=np.random): # dict: bit_generator, state, has_gauss, gauss
+    "The state of numpy's global generator or of a `RandomState`, whatever bit generator it runs on"
+    return plain_words(rng.get_state(legacy=False))
+
+def set_numpy_rng_state(state, rng=np.random): rng.set_state(numpy_words(state))
 
 # %% ../nbs/00_core.ipynb #dfb5577e
 def accelerator(): # (kind, torch's module for it, whether it is in use); None without one
@@ -91,13 +106,26 @@ def set_accelerator_rng_state(state): # from `accelerator_rng_state`
 def set_rng_state(state:dict, # from `rng_state`
                  ):
     "Put every random generator back to `state`"
-    python, numpy = state['python'], state['numpy']
-    random.setstate((python['version'], tuple(python['keys'].tolist()), python['gauss']))
-    array = lambda v: v.numpy() if isinstance(v, torch.Tensor) else v
-    words = {key: array(value) for key, value in numpy['state'].items()}
-    np.random.set_state({**numpy, 'state': words})
+    set_python_rng_state(state['python'])
+    set_numpy_rng_state(state['numpy'])
     set_accelerator_rng_state(state['accelerator'])  # before torch's: it looks at its seed
     torch.set_rng_state(state['torch'])
+
+# %% ../nbs/00_core.ipynb #5aabfe19
+def generator_state(rng): # plain tree; None for anything that is no generator
+    "The state of a generator object"
+    if isinstance(rng, torch.Generator): return rng.get_state()
+    if isinstance(rng, np.random.RandomState): return numpy_rng_state(rng)
+    if isinstance(rng, random.Random): return python_rng_state(rng)
+    if isinstance(rng, np.random.Generator): return plain_words(rng.bit_generator.state)
+    return None
+
+def set_generator_state(rng, state): # from `generator_state`
+    "Put a generator object back to `state`"
+    if isinstance(rng, torch.Generator): rng.set_state(state)
+    elif isinstance(rng, np.random.RandomState): set_numpy_rng_state(state, rng)
+    elif isinstance(rng, random.Random): set_python_rng_state(state, rng)
+    else: rng.bit_generator.state = numpy_words(state)
 
 # %% ../nbs/00_core.ipynb #1733efa3
 @contextmanager
@@ -231,3 +259,40 @@ def sum_over_ranks(t:torch.Tensor): # tensor on the same device; `t` itself for 
     total = t.detach().to(device, copy=True)
     dist.all_reduce(total)
     return total.to(t.device)
+
+# %% ../nbs/00_core.ipynb #333d8daa
+class Signals:
+    "Notes the first SIGINT, SIGTERM or SIGUSR1 in `caught` instead of dying of it"
+    numbers = tuple(getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGUSR1')
+                    if hasattr(signal, name))  # windows has no SIGUSR1
+
+    def __init__(self): self.caught, self.pid, self.before = None, os.getpid(), {}
+
+    def __enter__(self):
+        if threading.current_thread() is not threading.main_thread(): return self
+        for number in self.numbers:
+            if signal.getsignal(number) in (None, signal.SIG_IGN): continue  # not python's, not wanted
+            self.before[number] = signal.signal(number, self.note)
+        return self
+
+    def __exit__(self, *error):
+        while self.before: signal.signal(*self.before.popitem())
+
+    def note(self, number, frame):
+        if self.caught is None and os.getpid() == self.pid: self.caught = number
+        else:
+            self.__exit__()
+            signal.raise_signal(number)
+
+# %% ../nbs/00_core.ipynb #23bff9d7
+UNITS = MappingProxyType({'s': 1, 'sec': 1, 'second': 1, 'min': 60, 'minute': 60, 'h': 3600,
+                          'hour': 3600, 'd': 86400, 'day': 86400})
+
+def as_seconds(duration, # number of seconds, or text such as '90 s', '10 min', '1.5 hours', '1 day'
+              ): # float
+    "A duration in seconds"
+    found = re.fullmatch(r'\s*(\d+\.?\d*)\s*([a-z]+?)s?\s*', duration) if isinstance(duration, str) else None
+    if found and found[2] in UNITS: return float(found[1]) * UNITS[found[2]]
+    number = isinstance(duration, (int, float)) and not isinstance(duration, bool)
+    if number and 0 <= duration < math.inf: return float(duration)
+    raise ValueError(f"{duration!r} is no duration: give seconds, or text such as '90 s', '10 min', '2 h'")

@@ -6,8 +6,8 @@
 __all__ = ['TensorLoader', 'DatasetLoader', 'DataLoaders']
 
 # %% ../nbs/02_data.ipynb #6a520c88
-import copy, hashlib, random
-from collections.abc import Iterable, Iterator
+import copy, hashlib, itertools, random
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from operator import index
@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from fastcore.basics import noop, patch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
-from .core import default_device
+from .core import (default_device, generator_state, rng_state, set_generator_state,
+                           set_rng_state)
+from .store import tree_digest
 
 # %% ../nbs/02_data.ipynb #08518074
 def epoch_seed(seed:int, # of a loader
@@ -49,9 +51,12 @@ class EpochLoader:
     def set_epoch(self, epoch:int): self.epoch = epoch
     def __len__(self): return -(-self.n_samples // self.bs)
 
-    def __iter__(self):
+    def __iter__(self): return self.go_on(0)
+
+    def go_on(self, start:int): # iterator of batches
+        "The batches of this epoch from number `start` on; the next epoch is the next to be read"
         epoch, self.epoch = self.epoch, self.epoch + 1
-        return self.batches(epoch)
+        return self.batches(epoch, start)
 
     def __repr__(self):
         return (f'{type(self).__name__}(samples={self.n_samples}, batches={len(self)}, '
@@ -258,6 +263,15 @@ def split_samples(n:int, # samples
     return order[n_valid:].sort().values, order[:n_valid].sort().values
 
 # %% ../nbs/02_data.ipynb #522ec348
+def check_alike(train, valid): # tuples of tensors
+    "Raise ValueError when samples to validate on are of another kind than those to train on"
+    for a, b in zip(train, valid):
+        if a.shape[1:] != b.shape[1:] or a.is_floating_point() != b.is_floating_point():
+            raise ValueError(f'samples to validate on are {b.dtype} of shape {tuple(b.shape[1:])}, those to train '
+                             f'on {a.dtype} of shape {tuple(a.shape[1:])}; inputs and targets go together in '
+                             'one tuple: from_tensors((inputs, targets))')
+
+# %% ../nbs/02_data.ipynb #e434b4a9
 @patch(cls_method=True)
 def from_tensors(cls:DataLoaders,
                  tensors, # tensor or array, or a tuple of them: (samples, ...) each
@@ -273,6 +287,7 @@ def from_tensors(cls:DataLoaders,
     if valid and valid_pct: raise ValueError(f'give valid or valid_pct={valid_pct}, not both')
     if valid and len(valid) != len(tensors):
         raise ValueError(f'{len(tensors)} tensors to train on, but {len(valid)} to validate on')
+    check_alike(tensors, valid or tensors)
     split = split_samples(len(tensors[0]), valid_pct, seed)
     if valid_bs is None: valid_bs = bs
     if valid_pct: tensors, valid = [tuple(t[part.to(t.device)] for t in tensors) for part in split]
@@ -326,32 +341,30 @@ def untouched(dl, # any loader, or a list of batches
         raise ValueError(f'{type(dl).__name__} is an iterator: reading it uses it up, and that '
                          'cannot be undone; give a loader or a list of batches')
     before = [(part, dict(vars(part))) for part in loader_parts(dl)]
-    undos = [rng_undo(value) for _, attributes in before for value in attributes.values()]
+    held = generators(dl)
+    states = [generator_state(rng) for rng in held]
     try: yield own_workers(dl)
     finally:
         for part, attributes in before:
             vars(part).clear()
             vars(part).update(attributes)
-        for undo in undos: undo()
+        for rng, state in zip(held, states): set_generator_state(rng, state)
 
 # %% ../nbs/02_data.ipynb #19b9cc92
-def loader_parts(dl): # list of objects
-    "A loader, its samplers, and theirs, as far as they have attributes"
+def loader_parts(dl, *more): # list of objects
+    "A loader, its samplers, and theirs, as far as they have attributes; `more` names further parts"
     parts, todo = {}, [dl]
     while todo:
         part = todo.pop()
         if id(part) in parts or not hasattr(part, '__dict__'): continue
         parts[id(part)] = part
-        todo += [vars(part).get(name) for name in ('loader', 'sampler', 'batch_sampler')]
+        todo += [vars(part).get(name) for name in ('loader', 'sampler', 'batch_sampler', *more)]
     return list(parts.values())
 
-def rng_undo(rng): # function without arguments
-    "What sets a random generator back to where it is now; does nothing for other things"
-    if isinstance(rng, (torch.Generator, np.random.RandomState)):
-        return partial(rng.set_state, rng.get_state())
-    if isinstance(rng, random.Random): return partial(rng.setstate, rng.getstate())
-    if not isinstance(rng, np.random.Generator): return noop
-    return partial(setattr, rng.bit_generator, 'state', rng.bit_generator.state)
+def generators(dl): # list of random generators
+    "The generators that a loader, its samplers and its dataset hold, always in the same order"
+    held = [value for part in loader_parts(dl, 'dataset') for value in vars(part).values()]
+    return [value for value in held if generator_state(value) is not None]
 
 def own_workers(dl): # loader
     "A loader like `dl` with persistent workers of its own, if it has any"
@@ -360,4 +373,93 @@ def own_workers(dl): # loader
     if isinstance(dl, DatasetLoader): twin.loader = own_workers(dl.loader)
     elif dl._iterator is not None:  # new workers take a seed, which running ones would not
         twin._iterator, twin.generator = None, torch.Generator()
+    return twin
+
+# %% ../nbs/02_data.ipynb #da461df2
+def keeps_state(dl): # bool
+    "Whether a loader can say where it is and go back there, as torchdata's `StatefulDataLoader`"
+    return all(callable(getattr(dl, name, None)) for name in ('state_dict', 'load_state_dict'))
+
+def order_state(dl): # plain tree
+    "What the order of an epoch follows from; to be asked right before `iter(dl)`"
+    known = isinstance(dl, (EpochLoader, Sequence))
+    order = {'loader': describe(dl), 'seed': dl.seed if isinstance(dl, EpochLoader) else None}
+    if known or keeps_state(dl): return order
+    return {**order, 'rng': rng_state(), 'generators': list(map(generator_state, generators(dl)))}
+
+def check_resumable(dl):
+    "Raise ValueError for a loader whose batches cannot be come back to"
+    if isinstance(dl, Iterator) and not keeps_state(dl):
+        raise ValueError(f'{type(dl).__name__} is an iterator: what it has given is gone, so a fit over it '
+                         'cannot be continued; give a loader, a list of batches, or an iterable with '
+                         'state_dict and load_state_dict')
+
+def check_same_loader(dl, order):
+    "Raise ValueError when `order` is that of another loader"
+    here = order_state(dl) if isinstance(dl, EpochLoader) else {'loader': describe(dl), 'seed': None}
+    for what in ('loader', 'seed'):
+        if here[what] != order[what]:
+            raise ValueError(f'the saved training read from {order["loader"]}, {what} {order[what]}; this one '
+                             f'reads from {here["loader"]}, {what} {here[what]}: give it the same data')
+
+# %% ../nbs/02_data.ipynb #336d598f
+def resume_batches(dl, # the loader whose epoch was interrupted
+                   order, # its `order_state` at the start of that epoch; with 'own': its own state
+                   start:int, # number of the batch to go on with
+                   exact:bool=True, # False: what workers drew at random need not be the same
+                  ): # iterator of batches
+    "The rest of an epoch; moves the global random generators"
+    check_resumable(dl)
+    check_same_loader(dl, order)
+    if 'own' in order:
+        dl.load_state_dict(order['own'])
+        return iter(dl)
+    if isinstance(dl, EpochLoader): return dl.go_on(start)
+    if isinstance(dl, Sequence): return itertools.islice(dl, start, None)
+    begin_epoch(dl, order)
+    by_index = isinstance(dl, DataLoader) and not isinstance(dl.dataset, IterableDataset)
+    if by_index and dl.num_workers and not exact: return iter(without_first(dl, start))
+    if by_index and not dl.num_workers and (rest := skipped(dl, start)): return rest
+    begin_epoch(dl, order)
+    return replayed(dl, start)
+
+def begin_epoch(dl, order):
+    "Bring all generators to where they were when the epoch began"
+    fresh_workers(dl)
+    set_rng_state(order['rng'])
+    for rng, state in zip(generators(dl), order['generators']): set_generator_state(rng, state)
+
+def fresh_workers(dl):
+    "Let a `DataLoader` start new workers: those that persist hold random states that nobody can save"
+    if isinstance(dl, DataLoader) and dl.persistent_workers: dl._iterator = None
+
+# %% ../nbs/02_data.ipynb #d10fbc82
+def skipped(dl, start:int): # iterator; None when skipping would not give the same order
+    "The batches of a `DataLoader` without workers from `start` on; those before are not loaded"
+    batches = iter(dl)
+    if not start: return batches
+    batches._next_index()  # a sampler draws its order when it is first asked
+    before = tree_digest(rng_state())
+    for _ in range(start - 1): batches._next_index()
+    return batches if tree_digest(rng_state()) == before else None
+
+def replayed(dl, start:int): # iterator
+    "The batches from `start` on; those before are read and dropped"
+    batches = iter(dl)
+    for number in range(start):
+        if next(batches, dl) is dl:
+            raise ValueError(f'{describe(dl)} ended after {number} batches; {start} were read before the '
+                             'interruption, so the data is not the same')
+    return batches
+
+class LateSampler:
+    "A sampler without its first items"
+    def __init__(self, sampler, start:int): self.sampler, self.start = sampler, start
+    def __iter__(self):
+        yield from itertools.islice(self.sampler, self.start, None)  # lazily, as the sampler itself
+
+def without_first(dl, start:int): # DataLoader
+    "A loader like `dl` whose workers begin with batch `start`"
+    twin, name = copy.copy(dl), 'sampler' if dl.batch_sampler is None else 'batch_sampler'
+    vars(twin)[name] = LateSampler(getattr(dl, name), start)  # setattr is refused
     return twin

@@ -6,10 +6,11 @@
 __all__ = ['Learner']
 
 # %% ../nbs/09_learner.ipynb #802b140e
-import copy, inspect, itertools, math, warnings
+import copy, inspect, itertools, math, signal, time, warnings
 from collections import OrderedDict
 from collections.abc import Iterable
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from numbers import Integral
 from pathlib import Path
@@ -18,15 +19,17 @@ from fastcore.basics import patch
 from torch import nn
 from torch.utils.data import DataLoader
 from .callback import (STEPS, Callback, Callbacks, Cancel, CancelBackward, CancelFit,
-                               CancelStep, as_callbacks)
-from .core import (batch_size, default_device, isolated_rng, map_tensors, rng_state,
-                           set_rng_state, set_seed, to_device, to_host)
-from .data import DataLoaders, check_loader, untouched
+                               CancelStep, Interrupted, as_callbacks, plain_setting)
+from .core import (Signals, as_seconds, batch_size, default_device, generator_state,
+                           isolated_rng, map_tensors, rng_state, set_generator_state, set_rng_state,
+                           set_seed, to_device, to_host)
+from .data import (DataLoaders, check_loader, fresh_workers, generators, keeps_state,
+                           order_state, resume_batches, untouched)
 from .metrics import Tally
 from .optim import check_opt_state, load_opt_state, make_opt, needs_closure, opt_state, set_lr
-from .progress import Progress
+from .progress import Progress, say
 from .recorder import Recorder
-from .store import load_tree, save_tensors, save_tree
+from .store import load_newest, load_tree, save_tensors, save_tree
 
 # %% ../nbs/09_learner.ipynb #c7819677
 class Learner:
@@ -64,10 +67,12 @@ class Learner:
         self.cbs = [self.recorder, Progress(), *as_callbacks(cbs)]
         self.phase = self.dl = self._batch = self.pred = self.loss = None
         self.xb = self.yb = ()
-        self.levels, self._initial, self._stop_at = [], None, None
-        self.epoch = self.iter = self.updates = self.epochs_done = self.steps_done = 0
-        self.n_epoch = self.n_iter = self.n_updates = self._n_items = None
-        self._can_update = self._with_loss = False
+        self.epoch = self.iter = self.updates = self.epochs_done = self.steps_done = self.steps_skipped = 0
+        self.n_iter = self.limit = self.batches_per_epoch = self.compiled = self.scaler = None
+        self.batches_per_update, self.sync_grads, self.levels = 1, True, []
+        self._n_epoch = self._stop_at = self._deadline = self._n_items = self._initial = None
+        self._call = self._resumed = self._order = self._signals = None
+        self._can_update, self._with_loss, self._stage, self._still = False, False, 'train', []
         self.make_opt()
         self.recorder.check_names(Tally(metrics).names)  # an error now, not after an epoch
         self('after_create')
@@ -131,13 +136,37 @@ def n_items(self:Learner, n): self._n_items = n
 
 # %% ../nbs/09_learner.ipynb #2afe42a4
 @patch(as_prop=True)
+def updates_per_epoch(self:Learner): # int or None
+    "How many updates an epoch of this fit makes; None when the loader has no length"
+    n = self.batches_per_epoch
+    return n if n is None or self.batches_per_update == 1 else math.ceil(n / self.batches_per_update)
+
+# %% ../nbs/09_learner.ipynb #e27dad2b
+@patch(as_prop=True)
+def n_epoch(self:Learner): # int or None
+    "How many epochs this fit will make; None before the first fit, and where the loader cannot tell"
+    per_epoch = self.updates_per_epoch
+    if self._stop_at is None or not per_epoch: return self._n_epoch
+    return math.ceil(self._stop_at / per_epoch)
+
+# %% ../nbs/09_learner.ipynb #161c2795
+@patch(as_prop=True)
+def n_updates(self:Learner): # int or None
+    "How many updates this fit will make; None before the first fit, and where the loader cannot tell"
+    if self._stop_at is not None: return self._stop_at
+    per_epoch = self.updates_per_epoch
+    return None if per_epoch is None else self._n_epoch * per_epoch
+
+# %% ../nbs/09_learner.ipynb #5233ac7e
+@patch(as_prop=True)
 def position(self:Learner): # float, 0 to 1
     "How far this fit is, as the fraction of its updates that are done"
-    if self.n_updates == 0: return 1.
-    if self.n_updates is None:
+    n_updates = self.n_updates
+    if n_updates == 0: return 1.
+    if n_updates is None:
         raise ValueError('how many updates this fit will make is unknown, as the training loader '
                          'has no length: use fit(n_steps=...)')
-    return min(self.updates / self.n_updates, 1.)
+    return min(self.updates / n_updates, 1.)
 
 # %% ../nbs/09_learner.ipynb #39f243e9
 @patch(as_prop=True)
@@ -217,17 +246,21 @@ def _ends(self:Learner, cancel):
 # %% ../nbs/09_learner.ipynb #5be22058
 @patch
 def _all_epochs(self:Learner):
-    updates = []
-    for self.epoch in range(self.n_epoch) if self._stop_at is None else itertools.count():
+    for self.epoch in self._epochs():
+        self.iter, self._stage = -1, 'train'
         self._level('epoch', self._one_epoch, ended=self._count_epoch)
-        if self._enough(): break
-        updates.append(self.updates)
-        if self._stop_at and updates[-3:] == updates[-1:] * 3: raise RuntimeError(no_progress(self))
+        self._rest()
 
 @patch
 def _one_epoch(self:Learner):
-    with self._pass('train', self.dls.train): self._level('train', self._all_batches)
-    if self.dls.valid is not None: self._evaluate('valid', self.dls.valid)
+    if not self._resumes_at('validate'):
+        with self._pass('train', self.dls.train): self._level('train', self._all_batches)
+    self._stage = 'validate'
+    if self.dls.valid is None: return
+    try: self._evaluate('valid', self.dls.valid)
+    except Interrupted:
+        self('at_rest')  # validation leaves no trace, so here the state is whole again
+        raise
 
 @patch
 def _evaluate(self:Learner, phase, dl):
@@ -235,11 +268,13 @@ def _evaluate(self:Learner, phase, dl):
 
 @patch
 def _all_batches(self:Learner):
-    self.iter = -1
-    for self.iter, batch in enumerate(self.dl):
+    batches, start = self._batches()
+    self.iter = start - 1
+    for self.iter, batch in enumerate(batches, start):
         self.batch, self.pred, self.loss, self._n_items = to_device(batch, self.device), None, None, None
         self._level('batch', self._one_batch)
-        if self._enough(): break
+        self._rest()
+        if self._enough() or self.iter + 1 == self.limit: break
     if self.iter < 0: raise ValueError(no_batches(self))
 
 @patch
@@ -253,10 +288,20 @@ def _one_batch(self:Learner):
 
 @patch
 def _update(self:Learner):
+    loss = self.loss
     try:
-        self('before_backward')
-        self._step('backward')
+        try:
+            self('before_backward')
+            self._step('backward')
+        finally: self.loss = loss  # what callbacks made of it was for the backward pass alone
         self('after_backward')
+    except CancelBackward: self('after_cancel_backward')
+    except CancelStep: self('after_cancel_step')
+    else: self._make_step()
+
+@patch
+def _make_step(self:Learner):
+    try:
         self('before_step')
         self._step('step')
     except CancelBackward: return self('after_cancel_backward')
@@ -266,21 +311,28 @@ def _update(self:Learner):
     except CancelStep: pass  # the update has been made
     finally: self._step('zero_grad')
 
+# %% ../nbs/09_learner.ipynb #9fb35562
+@patch
+def _rest(self:Learner):
+    if self.phase == 'train': self('at_rest')
+    if self._signals is not None and self._signals.caught: raise Interrupted(self._signals.caught)
+
 # %% ../nbs/09_learner.ipynb #661a6735
 @patch
 @contextmanager
 def _pass(self:Learner, phase, dl):
     modes = [(module, module.training) for module in self.model.modules()]
-    before = self.phase, self.dl, self.n_iter, self._can_update
+    before = self.phase, self.dl, self.n_iter, self.limit, self._can_update
     try:
-        self.phase, self.dl, self.n_iter = phase, dl, length(dl)
+        self.phase, self.dl, self.n_iter, self.limit = phase, dl, length(dl), None
         if self.levels[:1] == ['fit']: set_epoch(dl, self.epochs_done)
         self._can_update = self.training and self._updates_something()
         self.model.train(self.training)
+        for module in self._still: module.training = False
         with torch.set_grad_enabled(self.training): yield
     finally:
         for module, mode in modes: module.training = mode
-        self.phase, self.dl, self.n_iter, self._can_update = before
+        self.phase, self.dl, self.n_iter, self.limit, self._can_update = before
 
 @patch
 def _updates_something(self:Learner):
@@ -338,7 +390,7 @@ def _step(self:Learner, name):
 @patch
 def get_pred(self:Learner):
     "Sets `pred`: the model's output for the inputs"
-    self.pred = self.model(*self.xb)
+    self.pred = (self.model if self.compiled is None else self.compiled)(*self.xb)
 
 # %% ../nbs/09_learner.ipynb #5d9dd85c
 @patch
@@ -396,27 +448,64 @@ def fit(self:Learner,
         lr=None, # learning rate for this fit, as in `Learner`; None: the learner's
         cbs=None, # callbacks for this fit only
         *, n_steps=None, # updates to make, over as many epochs as they take
+        max_time=None, # stop training after so long, and validate: seconds, or text such as '2 h'
         dls=None, # `DataLoaders` for this fit only
         reset_opt:bool=False, # start with a new optimizer; else its state goes on
+        resume=None, # go on with what was saved there: a folder or file, or 'latest': of the SaveState in cbs
+        resume_data:str='exact', # or 'skip': do not replay batches whose workers drew random numbers
        ):
     "Train. Ctrl-C ends the fit and keeps what was reached (see `on_interrupt`)"
     if self.levels: raise RuntimeError(f'fit called while {self.levels[0]} is running')
-    check_plan(n_epoch, n_steps)
+    check_plan(n_epoch, n_steps, resume_data)
+    deadline = None if max_time is None else time.monotonic() + as_seconds(max_time)
     if self._initial is None: self._initial = to_host(self.state_dict())
-    with self.added_cbs(cbs), self._with_dls(dls):
+    with self._interruptible(), self.added_cbs(cbs), self._with_dls(dls):
         if self.dls.train is None: raise ValueError('there is no training data: dls.train is None')
+        call = self._describe_call(n_epoch, n_steps, lr, reset_opt)
+        saved = self._find_saved(resume, call)
+        if saved and saved.complete: return self._take(saved)
         if reset_opt: self.make_opt()
         self._check_trained()
-        self._plan(n_epoch, n_steps)
-        if self.opt: set_lr(self.opt, self.lr if lr is None else lr)
+        self._plan(n_epoch, n_steps, deadline)
+        self._set_lr(lr)
         self.zero_grad()
-        self.phase = 'train'
-        try: self._level('fit', self._all_epochs)
-        except KeyboardInterrupt:
-            if self.on_interrupt == 'raise': raise
-            warnings.warn(f'fit interrupted in epoch {self.epoch}, batch {self.iter}; the learner '
-                          f'keeps the state of {self.steps_done} updates', stacklevel=2)
-        finally: self.phase = None
+        self._call, self._resumed, self._exact = call, saved, resume_data == 'exact'
+        if saved: self._start_from(saved)
+        self._run_fit()
+
+# %% ../nbs/09_learner.ipynb #ba895869
+@patch
+def _run_fit(self:Learner):
+    self.phase = 'train'
+    try:
+        self._level('fit', self._all_epochs)
+        self('at_rest')
+    except KeyboardInterrupt as stop:
+        if not self._returns(stop): raise
+        warnings.warn(f'fit interrupted in epoch {self.epoch}, batch {self.iter}; the learner '
+                      f'keeps the state of {self.steps_done} updates', stacklevel=3)
+    finally: self.phase = self._call = self._resumed = self._order = self._deadline = None
+
+@patch
+def _returns(self:Learner, stop):
+    "Whether fit returns to its caller after this interruption: Ctrl-C, and not a second signal after another"
+    signals = self._signals
+    if self.on_interrupt == 'raise': return False
+    if not isinstance(stop, Interrupted): return signals.caught is None
+    if stop.signum != signal.SIGINT: return False
+    signals.caught = None  # it has been acted on
+    return True
+
+# %% ../nbs/09_learner.ipynb #f2caf80e
+@patch
+def _set_lr(self:Learner, lr):
+    "The learning rate of a fit, unless a callback keeps it from fit to fit"
+    keeper = next((cb for cb in self._cbs if cb.owns_lr), None)
+    if keeper is None:
+        if self.opt: set_lr(self.opt, self.lr if lr is None else lr)
+    elif lr is not None:
+        raise ValueError(f'fit(lr={lr}): {keeper} sets the learning rate; change the one it starts from by '
+                         f'setup(lr={lr})')
 
 # %% ../nbs/09_learner.ipynb #b6449006
 @patch
@@ -433,7 +522,7 @@ def _check_trained(self:Learner):
                          'parameters of a loss go into a group by a splitter')
 
 # %% ../nbs/09_learner.ipynb #08632c4f
-def check_plan(n_epoch, n_steps):
+def check_plan(n_epoch, n_steps, resume_data='exact'):
     "Raise unless exactly one of the two is given, as a whole number"
     if (n_epoch is None) == (n_steps is None):
         raise ValueError(f'fit(n_epoch={n_epoch}, n_steps={n_steps}): give exactly one of the two')
@@ -441,22 +530,30 @@ def check_plan(n_epoch, n_steps):
     least = int(name == 'n_steps')
     if not isinstance(n, Integral) or isinstance(n, bool) or n < least:
         raise ValueError(f'fit({name}={n!r}): must be a whole number, at least {least}')
+    if resume_data not in ('exact', 'skip'):
+        raise ValueError(f"fit(resume_data={resume_data!r}): must be 'exact' or 'skip'")
 
 # %% ../nbs/09_learner.ipynb #e860ac00
 @patch
-def _plan(self:Learner, n_epoch, n_steps):
-    per_epoch = length(self.dls.train)
-    if n_steps is not None: n_epoch = math.ceil(n_steps / per_epoch) if per_epoch else None
-    self.n_epoch, self._stop_at, self.updates, self.epoch, self.iter = n_epoch, n_steps, 0, 0, 0
-    self.n_updates = n_steps or (None if per_epoch is None else n_epoch * per_epoch)
+def _plan(self:Learner, n_epoch, n_steps, deadline):
+    self._n_epoch, self._stop_at, self._deadline = n_epoch, n_steps, deadline
+    self.batches_per_epoch, self.batches_per_update = length(self.dls.train), 1
+    self.updates = self.epoch = self.iter = 0
 
 @patch
-def _count_epoch(self:Learner): self.epochs_done += 1
+def _count_epoch(self:Learner):
+    self.epochs_done, self._stage = self.epochs_done + 1, 'done'
 
 @patch
 def _enough(self:Learner):
-    "Whether a training of so many steps has made them"
-    return self._stop_at is not None and self.training and self.updates >= self._stop_at
+    "Whether a training has made the steps it was to make, or its time is up"
+    if not self.training: return False
+    return (self._stop_at is not None and self.updates >= self._stop_at) or self.time_is_up
+
+@patch(as_prop=True)
+def time_is_up(self:Learner): # bool
+    "Whether the fit has taken its `max_time`"
+    return self._deadline is not None and time.monotonic() >= self._deadline
 
 @patch
 @contextmanager
@@ -474,23 +571,55 @@ def stop(self:Learner):
     raise CancelFit
 
 # %% ../nbs/09_learner.ipynb #e127d7c4
+def plain_names(model:nn.Module): # dict: name -> name in the model
+    "Names of a state without the prefix that torch.compile gives to what it wraps"
+    return {name.replace('_orig_mod.', ''): name for name in model.state_dict()}
+
+def model_state(model:nn.Module): # dict: plain name -> live tensor
+    "The state of a model, the same for compiled and eager ones"
+    state = model.state_dict()
+    return {plain: state[name] for plain, name in plain_names(model).items()}
+
+def load_model_state(model:nn.Module, state):
+    "Load what `model_state` returned"
+    names = plain_names(model)
+    weights = OrderedDict((names[plain], value) for plain, value in state.items())
+    weights._metadata = model.state_dict()._metadata  # the versions of its modules
+    model.load_state_dict(weights)
+
+# %% ../nbs/09_learner.ipynb #2e786afa
 @patch
 def state_dict(self:Learner,
                copy:bool=True, # False: the live tensors, to be written out at once
-              ): # plain tree: model, opt, callbacks, rng, counters
+              ): # plain tree: model, opt, scaler, callbacks, rng, data, counters, fit
     "Everything training goes on from"
-    state = {'model': dict(self.model.state_dict()),
+    state = {'model': model_state(self.model),
              'opt': opt_state(self.opt) if self.opt else None,
+             'scaler': None if self.scaler is None else self.scaler.state_dict(),
              'callbacks': self._cbs.state_dict(), 'rng': rng_state(),
-             'counters': {'epochs_done': self.epochs_done, 'steps_done': self.steps_done}}
+             'data': {name: generator_states(getattr(self.dls, name)) for name in ('train', 'valid')},
+             'counters': {name: getattr(self, name) for name in COUNTERS}, 'fit': self._fit_state()}
     return map_tensors(lambda tensor: tensor.detach().clone(), state) if copy else state
 
-# %% ../nbs/09_learner.ipynb #2e786afa
+# %% ../nbs/09_learner.ipynb #2f3e47c0
+COUNTERS = ('epochs_done', 'steps_done', 'steps_skipped')
+
+def generator_states(dl): # list of (kind, state)
+    "The states of the random generators that a loader holds"
+    return [[type(rng).__name__, generator_state(rng)] for rng in generators(dl)]
+
+def set_generator_states(dl, states):
+    "Bring a loader's generators to `states`, unless it is another loader"
+    held = generators(dl)
+    if [type(rng).__name__ for rng in held] != [kind for kind, _ in states]: return
+    for rng, (_, state) in zip(held, states): set_generator_state(rng, state)
+
+# %% ../nbs/09_learner.ipynb #765f3afc
 def check_model_state(model:nn.Module,
                       state:dict, # what `model.state_dict()` returned
                      ):
     "Raise ValueError naming the first keys that differ when `state` is that of another model"
-    have = model.state_dict()
+    have = model_state(model)
     lost, extra = [k for k in have if k not in state], [k for k in state if k not in have]
     other = [f'{k} is {kind(state[k])} there and {kind(have[k])} here'
              for k in have if k in state and kind(have[k]) != kind(state[k])]
@@ -508,25 +637,197 @@ def kind(value): # str
 
 # %% ../nbs/09_learner.ipynb #9c92d312
 @patch
-def load_state_dict(self:Learner,
-                    state:dict, # what `state_dict` returned
-                   ):
-    "Go back to `state`: all of it, or, with an error, none"
+def check_state(self:Learner, state):
+    "Raise ValueError when `state` is that of another model, optimizer or set of callbacks"
     check_model_state(self.model, state['model'])
     if (self.opt is None) != (state['opt'] is None):
         raise ValueError('one of the saved learner and this one has an optimizer, the other has none')
     if self.opt: check_opt_state(self.opt, state['opt'])
-    before = self._cbs.state_dict()
+    self._cbs.check_state(state['callbacks'])
+
+# %% ../nbs/09_learner.ipynb #3036a764
+@patch
+def load_state_dict(self:Learner,
+                    state:dict, # what `state_dict` returned
+                   ):
+    "Go back to `state`: all of it, or, with an error, none. Where its fit was is for `fit(resume=)`"
+    self.check_state(state)
+    before = map_tensors(torch.clone, self._cbs.state_dict())
     try: self._cbs.load_state_dict(state['callbacks'])
     except BaseException:
         self._cbs.load_state_dict(before)
         raise
-    weights = OrderedDict(state['model'])
-    weights._metadata = self.model.state_dict()._metadata  # the versions of its modules
-    self.model.load_state_dict(weights)
+    load_model_state(self.model, state['model'])
     if self.opt: load_opt_state(self.opt, state['opt'])
+    self._load_scaler(state['scaler'])
     vars(self).update(state['counters'])
+    for name, states in state['data'].items(): set_generator_states(getattr(self.dls, name), states)
     set_rng_state(state['rng'])
+
+# %% ../nbs/09_learner.ipynb #79f6d62e
+@patch
+def _load_scaler(self:Learner, state):
+    if state is None: self.scaler = None
+    else:
+        self.scaler = self.scaler or torch.amp.GradScaler(self.device.type)
+        self.scaler.load_state_dict(state)
+
+# %% ../nbs/09_learner.ipynb #cba2f852
+@patch
+def _fit_state(self:Learner): # plain tree; None when no fit runs
+    "Where the running fit is, and with what arguments it was called"
+    if self._call is None: return None
+    if not self.levels: return {'call': self._call, 'complete': True}
+    grads = [param.grad for param in opt_params(self.opt)] if self.opt else []
+    order, train = self._order, self.dls.train
+    if order and keeps_state(train): order = {**order, 'own': train.state_dict()}
+    return {'call': self._call, 'complete': False, 'epoch': self.epoch + (self._stage == 'done'),
+            'stage': 'validate' if self._stage == 'validate' else 'train',
+            'batch': self.iter + 1 if 'train' in self.levels else 0, 'updates': self.updates,
+            'order': order, 'grads': grads if any(grad is not None for grad in grads) else None}
+
+# %% ../nbs/09_learner.ipynb #231b5b62
+@dataclass
+class Saved:
+    "A learner's state that was saved during a fit"
+    state: dict
+    times: list # seconds of the rows of its history
+    where: str
+
+    @property
+    def fit(self): return self.state['fit']
+
+    @property
+    def place(self): # 'epoch', 'train' or 'validate'; None where the fit is complete
+        "Before an epoch, between batches of training, or before a validation"
+        if self.fit['complete']: return None
+        return 'epoch' if self.fit['stage'] == 'train' and not self.fit['batch'] else self.fit['stage']
+
+# %% ../nbs/09_learner.ipynb #b30e8d4d
+@patch
+def _describe_call(self:Learner, n_epoch, n_steps, lr, reset_opt): # plain tree
+    "The call of fit, for comparison with the one that is to be continued"
+    whole = lambda n: None if n is None else int(n)
+    settings = [cb.settings() for cb in self._cbs]
+    return {'run': self.recorder.run + 1, 'n_epoch': whole(n_epoch), 'n_steps': whole(n_steps),
+            'lr': plain_setting(lr), 'reset_opt': bool(reset_opt),
+            'callbacks': [setting for setting in settings if setting is not None]}
+
+# %% ../nbs/09_learner.ipynb #9872c3f8
+@patch
+def _find_saved(self:Learner, resume, call): # Saved; None when there is nothing to go on from
+    "What `fit(resume=...)` is to go on from"
+    if resume is None: return None
+    if isinstance(resume, Saved): found = resume
+    else:
+        place = self._saves_of(resume)
+        tree, path = (load_tree(place), place) if place.is_file() else load_newest(place) or (None, None)
+        if tree is None: return say(self, f'nothing is saved in {place} yet: starting from the beginning')
+        found = Saved(tree['learner'], tree['times'], str(path))
+    check_call(found, call)
+    self.check_state(found.state)
+    return found
+
+@patch
+def _saves_of(self:Learner, resume): # Path of a folder or file
+    "Where to look for saves"
+    if resume != 'latest': return file if (file := self._file(resume)).is_file() else self.path / resume
+    folders = [cb.saves_to for cb in self._cbs if cb.saves_to is not None]
+    if len(folders) == 1: return self.path / folders[0]
+    raise ValueError(f"fit(resume='latest'): {len(folders)} callbacks save, so there is no saying which is meant; "
+                     + ('give their folder' if folders else 'add SaveState(path) to cbs'))
+
+# %% ../nbs/09_learner.ipynb #28a7526a
+def check_call(saved:Saved, call:dict):
+    "Raise ValueError unless `call` is the one that was interrupted"
+    if saved.fit is None:
+        raise ValueError(f'{saved.where} was not saved during a fit, so there is none to go on with: use load')
+    before, same_run = saved.fit['call'], (call['run'], call['run'] - (not saved.fit['complete']))
+    if before['run'] not in same_run:
+        raise ValueError(f"{saved.where} is of fit number {before['run']} of its learner, this one is number "
+                         f"{call['run']}: give each fit a folder of its own")
+    differ = [f'{name} {before[name]} -> {call[name]}' for name in call
+              if name != 'run' and before[name] != call[name]]
+    if differ: raise ValueError(f'{saved.where} is of a fit with other arguments: {"; ".join(differ)}. Call fit as '
+                                'before (n_epoch and n_steps are the total), or without resume')
+
+# %% ../nbs/09_learner.ipynb #d885784d
+@patch
+def _start_from(self:Learner, saved):
+    "Let the loop begin at the place of the save"
+    fit = saved.fit
+    self.updates, self.epochs_done = fit['updates'], saved.state['counters']['epochs_done']
+    where = {'epoch': f'epoch {fit["epoch"]}', 'train': f'epoch {fit["epoch"]}, batch {fit["batch"]}',
+             'validate': f'the validation of epoch {fit["epoch"]}'}
+    say(self, f'going on from {where[saved.place]}, as saved in {saved.where}')
+
+@patch
+def _take(self:Learner, saved):
+    "Take over a saved state"
+    self.load_state_dict(saved.state)
+    self.recorder.times = list(saved.times)
+    if saved.fit['complete']: return say(self, f'this fit is complete, as saved in {saved.where}')
+    self.updates, grads = saved.fit['updates'], saved.fit['grads']
+    for param, grad in zip(opt_params(self.opt) if self.opt else (), grads or itertools.repeat(None)):
+        param.grad = None if grad is None else torch.empty_like(param, dtype=grad.dtype).copy_(grad)
+
+@patch
+def _resumes_at(self:Learner, place): # bool
+    "Whether the save is from here; it is taken over then"
+    saved = self._resumed
+    if saved is None or saved.place != place: return False
+    self._resumed, order = None, saved.fit['order']
+    if place != 'train' and order and 'own' in order: self.dls.train.load_state_dict(order['own'])
+    self._take(saved)
+    return True
+
+# %% ../nbs/09_learner.ipynb #ce871065
+@patch
+def _epochs(self:Learner): # iterator of int
+    "The epochs that are still to come, until the fit has made its steps"
+    first, updates = self._resumed.fit['epoch'] if self._resumed else 0, []
+    if self._resumes_at('epoch') and self._enough(): return
+    for epoch in range(first, self._n_epoch) if self._stop_at is None else itertools.count(first):
+        yield epoch
+        if self._enough(): return
+        updates.append(self.updates)
+        if self._stop_at and updates[-3:] == updates[-1:] * 3: raise RuntimeError(no_progress(self))
+
+@patch
+def _batches(self:Learner): # (iterable, int)
+    "The batches of this pass that are still to come, and the number of the first"
+    if self.phase != 'train': return self.dl, 0
+    if self._resumed is None:
+        if any(cb.saves_to is not None for cb in self._cbs): fresh_workers(self.dl)
+        self._order = order_state(self.dl)
+        return self.dl, 0
+    fit = self._resumed.fit
+    self._order, start = fit['order'], fit['batch']
+    batches = resume_batches(self.dl, fit['order'], start, self._exact)
+    self._resumes_at('train')
+    return (() if self._enough() or start == self.limit else batches), start
+
+# %% ../nbs/09_learner.ipynb #30ad1c97
+@patch
+@contextmanager
+def _interruptible(self:Learner):
+    "What runs inside ends after its batch when a signal comes"
+    if self._signals is not None:  # the outer call acts on it
+        yield
+        return
+    try:
+        with Signals() as self._signals:
+            yield
+            if self._signals.caught: raise Interrupted(self._signals.caught)
+    except Interrupted as stop:
+        if stop.signum == signal.SIGINT: raise
+        raise SystemExit(128 + signal.SIGTERM) from stop
+    finally: self._signals = None
+
+@patch(as_prop=True)
+def interrupted(self:Learner): # int or None
+    "The signal that has come while something runs and will end it after this batch"
+    return None if self._signals is None else self._signals.caught
 
 # %% ../nbs/09_learner.ipynb #4e1877cd
 @patch(as_prop=True)
@@ -629,9 +930,10 @@ def training_loop(): # list of (depth, event or step); depth is negative in vali
     forward = ['get_pred', 'after_pred', 'get_loss', 'after_loss']
     update = ['before_backward', 'backward', 'after_backward', 'before_step', 'step', 'after_step',
               'zero_grad']
-    train = level(2, 'train', level(3, 'batch', [(4, name) for name in (*forward, *update)]))
+    batch = level(3, 'batch', [(4, name) for name in (*forward, *update)])
+    train = level(2, 'train', [*batch, (3, 'at_rest')])
     valid = level(-2, 'validate', level(-3, 'batch', [(-4, name) for name in forward]))
-    return level(0, 'fit', level(1, 'epoch', [*train, *valid]))
+    return [*level(0, 'fit', [*level(1, 'epoch', [*train, *valid]), (1, 'at_rest')]), (0, 'at_rest')]
 
 # %% ../nbs/09_learner.ipynb #78c8bf2b
 @patch
@@ -651,8 +953,11 @@ def _measure(self:Learner, phase, dl):
     recorder = () if self.recorder in self._cbs else self.recorder
     self.recorder.results = {'loss': math.nan}
     check_loader(dl)
-    with self._aside(), self.added_cbs(recorder), untouched(dl) as dl: self._evaluate(phase, dl)
-    return dict(self.recorder.results)
+    with self._interruptible(), self._aside(), self.added_cbs(recorder), untouched(dl) as dl:
+        self._evaluate(phase, dl)
+        tracked = {name.removeprefix(f'{phase}_'): mean.compute()
+                   for name, mean in self.recorder.tracked.items()}
+    return {**self.recorder.results, **tracked}
 
 # %% ../nbs/09_learner.ipynb #ba45030d
 @patch
@@ -806,7 +1111,7 @@ def get_preds(self:Learner,
     if dl is None: raise ValueError('no data: give a loader, as dls.valid is None')
     check_loader(dl)
     collect = Collect(with_loss, with_input, n_samples(dl))
-    with self._aside(), self.added_cbs(collect), untouched(dl) as dl:
+    with self._interruptible(), self._aside(), self.added_cbs(collect), untouched(dl) as dl:
         self._with_loss = with_loss
         self._evaluate('predict', dl)
     return tuple(part.read() for part in collect.parts.values())
@@ -842,8 +1147,13 @@ def save(self:Learner,
     "Write the learner's state to a file"
     path = self._file(name)
     path.parent.mkdir(parents=True, exist_ok=True)
-    tree = {'learner': self.state_dict(copy=False), 'times': self.recorder.times}
-    return save_tree(tree, path, overwrite=overwrite)
+    return save_tree(self.saved_tree(), path, overwrite=overwrite)
+
+# %% ../nbs/09_learner.ipynb #d3ea0664
+@patch
+def saved_tree(self:Learner): # plain tree
+    "What goes into a file: the state, and beside it the times, which are no part of it"
+    return {'learner': self.state_dict(copy=False), 'times': self.recorder.times}
 
 # %% ../nbs/09_learner.ipynb #9a624956
 @patch
@@ -864,7 +1174,7 @@ def export(self:Learner,
            path, # file to write
           ): # Path of the file
     "Write the weights alone, under their plain names, for use without learnkit"
-    return save_tensors(self.model.state_dict(), path)
+    return save_tensors(model_state(self.model), path)
 
 # %% ../nbs/09_learner.ipynb #ff43275b
 @patch
@@ -894,7 +1204,8 @@ def no_trace(self:Learner):
     extras = [(m, copy.deepcopy(m.get_extra_state())) for m in modules
               if type(m).get_extra_state is not nn.Module.get_extra_state]
     attributes, items = dict(vars(self)), list(self._cbs)
-    states = [(cb, copy.deepcopy(cb.state_dict())) for cb in self._cbs.stateful().values()]
+    states = [(part, copy.deepcopy(part.state_dict())) for part in
+              (*self._cbs.stateful().values(), *([self.scaler] if self.scaler else []))]
     with isolated_rng(), kept_opt(self.opt):
         for tensor in tensors: tensor.grad = None
         try: yield
@@ -910,7 +1221,7 @@ def no_trace(self:Learner):
                 with torch.no_grad(): tensor.copy_(value)
                 tensor.grad = grad
             for module, extra in extras: module.set_extra_state(extra)
-            for cb, state in states: cb.load_state_dict(state)
+            for part, state in states: part.load_state_dict(state)
 
 # %% ../nbs/09_learner.ipynb #11d70198
 @contextmanager

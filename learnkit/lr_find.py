@@ -154,8 +154,8 @@ def lr_find(self:Learner,
     check_sweep(self, start_lr, end_lr, num_it, suggest)
     rates = start_lr * (end_lr / start_lr) ** (np.arange(num_it) / (num_it - 1))
     sweep = RateSweep(rates, stop_div)
-    with untouched(self.dls.train) as dl, self.no_trace():
-        self._stop_at = None
+    with self._interruptible(), untouched(self.dls.train) as dl, self.no_trace():
+        self._stop_at = self._deadline = None
         self.add_cb(sweep)
         with self._pass('lr_find', Cycled(dl, num_it, self.epochs_done)):
             self._level('lr_find', self._all_batches)

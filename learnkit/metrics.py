@@ -39,6 +39,12 @@ class Mean:
         "The sum of the weights"
         return on_host(self.weights).sum().item()
 
+    def state_dict(self): # dict of float64 tensors
+        return {'values': on_host(self.values), 'weights': on_host(self.weights)}
+
+    def load_state_dict(self, state):
+        self.values, self.weights = state['values'].tolist(), state['weights'].tolist()
+
 # %% ../nbs/04_metrics.ipynb #4855137d
 def on_host(values, # list of numbers and tensors of one element
            ): # float64 tensor, (len(values),)

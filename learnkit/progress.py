@@ -88,6 +88,8 @@ class Progress(Callback):
         self._table = self._shown = self._plot_shown = self._unshown = None
         self._seen, self._drawn = n_rows, -np.inf
 
+    def settings(self): return None  # how it looks does not matter for what is computed
+
     def before_fit(self, learn): self._forget(len(learn.recorder.rows))
 
     def after_batch(self, learn):
@@ -102,15 +104,17 @@ class Progress(Callback):
     cleanup_train = cleanup_validate = cleanup_lr_find = _close
 
     def after_epoch(self, learn):
-        rows = learn.recorder.rows
-        if not is_main() or self._seen is None or len(rows) <= self._seen: return
-        self._seen = len(rows)
-        row = {**rows[-1], 'time': learn.recorder.times[-1]}
-        last = learn.n_epoch is not None and learn.epoch + 1 == learn.n_epoch
-        due = (learn.epoch + 1) % self.print_every == 0 or last
-        self._unshown = None if due else row
-        if self.table and due: self._show(row)
-        if self.plot and in_notebook(): self._draw(learn)
+        recorder = learn.recorder
+        if not is_main() or self._seen is None: return
+        for i in range(self._seen, len(recorder.rows)):  # several where a saved fit goes on
+            if recorder.rows[i]['run'] != recorder.rows[-1]['run']: continue
+            row = {**recorder.rows[i], 'time': recorder.times[i]}
+            last = learn.n_epoch is not None and row['epoch'] + 1 == learn.n_epoch
+            due = (row['epoch'] + 1) % self.print_every == 0 or last
+            self._unshown = None if due else row
+            if self.table and due: self._show(row)
+        if self.plot and in_notebook() and len(recorder.rows) > self._seen: self._draw(learn)
+        self._seen = max(self._seen, len(recorder.rows))
 
     def cleanup_fit(self, learn):
         self._close(learn)
@@ -131,6 +135,13 @@ def _show(self:Progress, row):
     self._table.add(row)
     if not in_notebook(): print(self._table.line(self._table.rows[-1]), flush=True)
     elif 'IN_TEST' not in os.environ: self._shown = display_table(self._table, self._shown)
+
+# %% ../nbs/08_progress.ipynb #c0eeb399
+def say(learn, # whose callbacks tell whether anything is to be shown
+        text:str,
+       ):
+    "Print a line where the table is shown too"
+    if is_main() and any(isinstance(cb, Progress) and cb.table for cb in learn.cbs): print(text, flush=True)
 
 # %% ../nbs/08_progress.ipynb #96844096
 def display_table(table, # anything IPython can display

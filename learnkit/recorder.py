@@ -34,7 +34,8 @@ class Series:
         "All values, in one transfer"
         if self.loose: self._pack()
         if not self.packed: return np.empty(0)
-        return torch.cat(self.packed).to('cpu', torch.float64).numpy()
+        self.packed = [torch.cat([part.to('cpu', torch.float64) for part in self.packed])]
+        return self.packed[0].numpy()
 
 # %% ../nbs/07_recorder.ipynb #89f4cd4d
 class Recorder(Callback):
@@ -42,7 +43,7 @@ class Recorder(Callback):
     order = -10
 
     def __init__(self):
-        self.run, self.rows, self.times, self.chunks = -1, [], [], []
+        self.run, self.epoch, self.rows, self.evals, self.times, self.chunks = -1, 0, [], [], [], []
         self.results, self.tracked, self.tally, self._cancelled = {}, {}, None, False
         self._start, self._epoch_results, self._updates, self._mom_key = None, {}, 0, None
         self._forget_steps()
@@ -50,10 +51,13 @@ class Recorder(Callback):
     def _forget_steps(self):
         self._loss, self._sizes, self._steps, self._lrs, self._moms = Series(), [], [], [], []
 
-    def before_fit(self, learn): self.run += 1
+    def before_fit(self, learn):
+        self.flush()  # steps of an epoch that a state was saved in
+        self.run += 1
 
     def before_epoch(self, learn):
-        self._start, self._epoch_results, self.tracked = time.perf_counter(), {}, {}
+        self.epoch, self._start = learn.epoch, time.perf_counter()
+        self._epoch_results, self.tracked = {}, {}
 
     def before_train(self, learn):
         group = learn.opt.param_groups[-1] if learn.opt else {}
@@ -82,21 +86,23 @@ class Recorder(Callback):
         group = learn.opt.param_groups[-1]  # the head's
         lr = group['lr']
         self._lrs.append(lr.clone() if isinstance(lr, torch.Tensor) else lr)
-        if self._mom_key: self._moms.append(group[self._mom_key])
+        if not self._mom_key: return
+        mom = group[self._mom_key]
+        self._moms.append(mom[0] if type(mom) is tuple else mom)
 
     def after_train(self, learn):
-        self._epoch_results = {'train_loss': self._flush(learn)}
+        self._epoch_results = {'train_loss': self.flush()}
 
-    def cleanup_train(self, learn): self._flush(learn)  # what an epoch that broke off has done
+    def cleanup_train(self, learn): self.flush()  # what an epoch that broke off has done
 
-    def _flush(self, learn): # float: the mean loss of the steps
+    def flush(self): # float: the mean loss of the steps
+        "Add the steps of the running epoch to the history"
         n, loss, sizes = len(self._sizes), self._loss.read(), floats(self._sizes, len(self._sizes))
         if not n: return math.nan
-        moms = [mom[0] for mom in self._moms] if self._mom_key == 'betas' else self._moms
         self.chunks.append({
-            'run': np.full(n, self.run), 'epoch': np.full(n, learn.epoch),
+            'run': np.full(n, self.run), 'epoch': np.full(n, self.epoch),
             'step': np.array(self._steps, dtype=np.int64), 'lr': floats(self._lrs, n),
-            'mom': floats(moms, n), 'loss': loss})
+            'mom': floats(self._moms, n), 'loss': loss})
         self._forget_steps()
         counted = sizes > 0  # a batch without samples may well be nan
         return float(loss[counted] @ sizes[counted] / sizes.sum()) if counted.any() else math.nan
@@ -243,6 +249,14 @@ def select(self:Recorder,
         raise ValueError(f'run={run}: this recorder has runs 0 to {self.run}')
     return rows, {name: values[steps['run'] == chosen] for name, values in steps.items()}
 
+# %% ../nbs/07_recorder.ipynb #67086d88
+def between(steps:dict, # as from `Recorder.step_arrays`
+            evals, # evaluations inside epochs
+           ): # list of (position among `steps`, validation loss)
+    "Where the evaluations inside epochs belong on the axis of `plot_loss`"
+    places = {(run, step): i for i, (run, step) in enumerate(zip(steps['run'], steps['step']))}
+    return [(places[at], row['valid_loss']) for row in evals if (at := (row['run'], row['step'] - 1)) in places]
+
 # %% ../nbs/07_recorder.ipynb #3123a7ff
 @patch
 def plot_loss(self:Recorder,
@@ -258,8 +272,9 @@ def plot_loss(self:Recorder,
         ax.plot(smooth(steps['loss'], beta), color=raw.get_color(), label='train')
     ends = [epoch_end(steps, row) for row in rows]
     valid = [row.get('valid_loss', np.nan) for row in rows]
-    if not np.isnan(valid).all():
-        ax.plot(ends, valid, 'o-', ms=3.5, color='C1', label='valid')
+    points = sorted([*zip(ends, valid), *between(steps, self.evals)])
+    if not np.isnan([value for _, value in points]).all():
+        ax.plot(*zip(*points), 'o-', ms=3.5, color='C1', label='valid')
     ax.set(xlabel='step', ylabel='loss')
     ax.legend(frameon=False)
     return ax
@@ -315,12 +330,40 @@ def plot_lr(self:Recorder,
 
 # %% ../nbs/07_recorder.ipynb #00daf51a
 @patch
-def state_dict(self:Recorder): # dict: run, rows, steps
-    "All rows and steps, without times"
+def state_dict(self:Recorder): # dict: run, rows, evals, steps, open
+    "All rows and steps, without times, and what the running epoch has gathered"
     steps = {name: torch.from_numpy(values) for name, values in self.step_arrays().items()}
-    return {'run': self.run, 'rows': [dict(row) for row in self.rows], 'steps': steps}
+    return {'run': self.run, 'rows': [dict(row) for row in self.rows],
+            'evals': [dict(row) for row in self.evals], 'steps': steps, 'open': self.open_state()}
 
 # %% ../nbs/07_recorder.ipynb #d16b1aa6
+@patch
+def open_state(self:Recorder): # plain tree; None between epochs
+    "What the row of the running epoch will be made of"
+    n = len(self._sizes)
+    if not (n or self.tracked or self._epoch_results): return None
+    columns = {'size': floats(self._sizes, n), 'step': np.array(self._steps, np.int64),
+               'lr': floats(self._lrs, n), 'mom': floats(self._moms, n), 'loss': self._loss.read()}
+    return {'epoch': self.epoch, 'updates': self._updates, 'results': dict(self._epoch_results),
+            'tracked': {name: mean.state_dict() for name, mean in self.tracked.items()},
+            'steps': {name: torch.from_numpy(values.copy()) for name, values in columns.items()}}
+
+@patch
+def reopen(self:Recorder, state):
+    "Take over what `open_state` returned"
+    self._forget_steps()
+    self.tracked, self._epoch_results = {}, {}
+    if state is None: return
+    self.epoch, self._updates, self._epoch_results = state['epoch'], state['updates'], dict(state['results'])
+    for name, mean in state['tracked'].items():
+        self.tracked[name] = Mean()
+        self.tracked[name].load_state_dict(mean)
+    steps = state['steps']
+    self._sizes, self._steps, self._lrs, self._moms = [
+        steps[name].tolist() for name in ('size', 'step', 'lr', 'mom')]
+    if len(self._sizes): self._loss.packed = [steps['loss'].clone()]
+
+# %% ../nbs/07_recorder.ipynb #f8bf0c82
 @patch
 def load_state_dict(self:Recorder,
                     state:dict, # what `state_dict` returned
@@ -333,5 +376,7 @@ def load_state_dict(self:Recorder,
         times = [known[i][1] if i < len(known) and known[i][0] == row else float('nan')
                  for i, row in enumerate(rows)]
     self.run, self.rows, self.times = state['run'], rows, list(times)
+    self.evals = [dict(row) for row in state['evals']]
     self.chunks = [{name: values.numpy().copy() for name, values in state['steps'].items()}]
-    self.results, self.tracked = {}, {}
+    self.results = {}
+    self.reopen(state['open'])

@@ -6,7 +6,7 @@
 __all__ = ['StoreError', 'UnstorableError', 'DamagedError', 'tree_digest', 'save_tree', 'load_tree', 'save_tensors']
 
 # %% ../nbs/01_store.ipynb #bb08328f
-import errno, hashlib, json, math, os, secrets, shutil, struct
+import errno, hashlib, json, math, os, re, secrets, shutil, struct, warnings
 from collections import Counter, OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -401,6 +401,39 @@ def load_tree(path): # the tree, its tensors on the cpu
         return Unpacker(tensors).unpack(json.loads(metadata['tree']))
     except (StoreError, OSError, MemoryError): raise
     except Exception as error: raise DamagedError(f'{path} is damaged: {error}') from error
+
+# %% ../nbs/01_store.ipynb #94f1b9c6
+def saves(folder): # list of Paths, the newest first
+    "The numbered saves in a folder"
+    found = {path: re.fullmatch(r'save-(\d+)', path.stem) for path in Path(folder).glob('save-*.safetensors')}
+    return sorted([path for path, match in found.items() if match], key=lambda path: -int(found[path][1]))
+
+# %% ../nbs/01_store.ipynb #3a0d45e5
+def save_next(tree, # as in `save_tree`
+              folder, # made if it is not there; one process at a time writes to it
+              keep:int=2, # how many saves remain, the new one included
+             ): # Path of the new file
+    "Write the next of the numbered saves, then remove what is too old"
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    number = 1 + max([int(path.stem.removeprefix('save-')) for path in saves(folder)], default=0)
+    path = save_tree(tree, folder/f'save-{number:06}.safetensors', overwrite=False)
+    for old in saves(folder)[keep:]: unlink(old)
+    for left in folder.glob('.learnkit-*'): unlink(left)  # by a process that was killed while it wrote
+    return path
+
+# %% ../nbs/01_store.ipynb #89bffb83
+def load_newest(folder): # (tree, Path); None when there is no save
+    "The newest sound save in a folder; damaged ones are set aside, with a warning"
+    for path in saves(folder):
+        try: return load_tree(path), path
+        except DamagedError as error:
+            aside = path.with_suffix('.damaged')
+            rename(path, aside)
+            warnings.warn(f'{error}. It is set aside as {aside.name}, and the save before it is used', stacklevel=3)
+    if bad := sorted(Path(folder).glob('save-*.damaged')):
+        raise DamagedError(f'no save in {folder} is sound: {", ".join(path.name for path in bad)} are damaged. '
+                           'Remove them to start afresh')
 
 # %% ../nbs/01_store.ipynb #6cd4e27d
 def save_tensors(tensors:dict, # name -> tensor

@@ -29,7 +29,7 @@ def _note(event):
             if self.left == -1: self.then(learn)
     return method
 
-for event in EVENTS: setattr(Spy, event, _note(event))
+for event in EVENTS - {'at_rest'}: setattr(Spy, event, _note(event))
 
 
 def batches(n, size=4): return [(torch.randn(size, 3), torch.randn(size, 1)) for _ in range(n)]
@@ -47,6 +47,12 @@ def spied(learn, spy, call=lambda learn: learn.fit(2)):
 
 
 def test_events_of_a_fit(learn): assert spied(learn, Spy()) == FIT
+
+def test_rest_comes_after_each_batch_of_training_each_epoch_and_the_fit(learn):
+    heard = []
+    spy = Spy()
+    with learn.added_cbs(Callback(order=99, at_rest=lambda learn: heard.append((spy.trace[-1], learn.levels[:]))), ): spied(learn, spy, lambda learn: learn.fit(1))
+    assert heard == [('cleanup_batch', ['fit', 'epoch', 'train'])] * 2 + [('cleanup_epoch', ['fit']), ('cleanup_fit', [])]
 
 def test_after_create_fires_once():
     spy = Spy()
