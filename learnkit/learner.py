@@ -23,10 +23,11 @@ from .callback import (STEPS, Callback, Callbacks, Cancel, CancelBackward, Cance
 from .core import (Signals, as_seconds, batch_size, default_device, generator_state,
                            isolated_rng, map_tensors, rng_state, set_generator_state, set_rng_state,
                            set_seed, to_device, to_host)
-from .data import (DataLoaders, check_loader, fresh_workers, generators, keeps_state,
-                           order_state, resume_batches, untouched)
+from .data import (DataLoaders, check_loader, check_same_loader, fresh_workers, generators,
+                           keeps_state, order_state, resume_batches, untouched)
 from .metrics import Tally
-from .optim import check_opt_state, load_opt_state, make_opt, needs_closure, opt_state, set_lr
+from .optim import (check_opt_state, freeze_layers, layer_table, load_opt_state, make_opt,
+                            needs_closure, opt_state, set_lr)
 from .progress import Progress, say
 from .recorder import Recorder
 from .store import load_newest, load_tree, save_tensors, save_tree
@@ -72,7 +73,8 @@ class Learner:
         self.batches_per_update, self.sync_grads, self.levels = 1, True, []
         self._n_epoch = self._stop_at = self._deadline = self._n_items = self._initial = None
         self._call = self._resumed = self._order = self._signals = None
-        self._can_update, self._with_loss, self._stage, self._still = False, False, 'train', []
+        self._can_update = self._with_loss = self._exact = self.time_is_up = False
+        self._stage, self._still = 'train', []  # modules that stay in evaluation mode
         self.make_opt()
         self.recorder.check_names(Tally(metrics).names)  # an error now, not after an epoch
         self('after_create')
@@ -314,8 +316,11 @@ def _make_step(self:Learner):
 # %% ../nbs/09_learner.ipynb #9fb35562
 @patch
 def _rest(self:Learner):
-    if self.phase == 'train': self('at_rest')
-    if self._signals is not None and self._signals.caught: raise Interrupted(self._signals.caught)
+    signum = self.interrupted  # one that comes while callbacks save waits for the next rest
+    if self.phase == 'train':
+        self.time_is_up = self._deadline is not None and time.monotonic() >= self._deadline
+        self('at_rest')
+    if signum: raise Interrupted(signum)
 
 # %% ../nbs/09_learner.ipynb #661a6735
 @patch
@@ -539,6 +544,7 @@ def _plan(self:Learner, n_epoch, n_steps, deadline):
     self._n_epoch, self._stop_at, self._deadline = n_epoch, n_steps, deadline
     self.batches_per_epoch, self.batches_per_update = length(self.dls.train), 1
     self.updates = self.epoch = self.iter = 0
+    self._stage, self.time_is_up = 'train', False
 
 @patch
 def _count_epoch(self:Learner):
@@ -549,11 +555,6 @@ def _enough(self:Learner):
     "Whether a training has made the steps it was to make, or its time is up"
     if not self.training: return False
     return (self._stop_at is not None and self.updates >= self._stop_at) or self.time_is_up
-
-@patch(as_prop=True)
-def time_is_up(self:Learner): # bool
-    "Whether the fit has taken its `max_time`"
-    return self._deadline is not None and time.monotonic() >= self._deadline
 
 @patch
 @contextmanager
@@ -698,10 +699,19 @@ class Saved:
     def fit(self): return self.state['fit']
 
     @property
+    def complete(self): return self.fit['complete']
+
+    @property
     def place(self): # 'epoch', 'train' or 'validate'; None where the fit is complete
         "Before an epoch, between batches of training, or before a validation"
-        if self.fit['complete']: return None
+        if self.complete: return None
         return 'epoch' if self.fit['stage'] == 'train' and not self.fit['batch'] else self.fit['stage']
+
+# %% ../nbs/09_learner.ipynb #ef8cbb33
+@patch(as_prop=True)
+def is_resumed(self:Learner): # bool
+    "Whether the fit that starts goes on from a save, which is yet to be taken over"
+    return self._resumed is not None
 
 # %% ../nbs/09_learner.ipynb #b30e8d4d
 @patch
@@ -726,6 +736,7 @@ def _find_saved(self:Learner, resume, call): # Saved; None when there is nothing
         found = Saved(tree['learner'], tree['times'], str(path))
     check_call(found, call)
     self.check_state(found.state)
+    if order := found.fit.get('order'): check_same_loader(self.dls.train, order)
     return found
 
 @patch
@@ -742,7 +753,7 @@ def check_call(saved:Saved, call:dict):
     "Raise ValueError unless `call` is the one that was interrupted"
     if saved.fit is None:
         raise ValueError(f'{saved.where} was not saved during a fit, so there is none to go on with: use load')
-    before, same_run = saved.fit['call'], (call['run'], call['run'] - (not saved.fit['complete']))
+    before, same_run = saved.fit['call'], (call['run'], call['run'] - (not saved.complete))
     if before['run'] not in same_run:
         raise ValueError(f"{saved.where} is of fit number {before['run']} of its learner, this one is number "
                          f"{call['run']}: give each fit a folder of its own")
@@ -766,7 +777,7 @@ def _take(self:Learner, saved):
     "Take over a saved state"
     self.load_state_dict(saved.state)
     self.recorder.times = list(saved.times)
-    if saved.fit['complete']: return say(self, f'this fit is complete, as saved in {saved.where}')
+    if saved.complete: return say(self, f'this fit is complete, as saved in {saved.where}')
     self.updates, grads = saved.fit['updates'], saved.fit['grads']
     for param, grad in zip(opt_params(self.opt) if self.opt else (), grads or itertools.repeat(None)):
         param.grad = None if grad is None else torch.empty_like(param, dtype=grad.dtype).copy_(grad)
@@ -1131,6 +1142,36 @@ def predict(self:Learner,
     with self._aside():
         self.n_inp = len(x) if isinstance(x, (tuple, list)) else 1
         return self.get_preds([x if isinstance(x, (tuple, list, dict)) else (x,)])[0]
+
+# %% ../nbs/09_learner.ipynb #0de758ca
+@patch
+def freeze_to(self:Learner,
+              n:int, # first group of layers that learns; negative: from the end
+              train_bn:bool=True, # whether norm layers of the frozen groups go on learning
+             ):
+    "Let only the groups of layers from `n` on learn"
+    if self.levels: raise RuntimeError(f'freeze_to called while {self.levels[0]} is running')
+    if self.opt is None: raise ValueError('nothing to freeze: this model has no parameters')
+    self._still = freeze_layers(self.model, self.opt, n, train_bn)
+
+# %% ../nbs/09_learner.ipynb #f4ae9ff3
+@patch
+def freeze(self:Learner, train_bn:bool=True):
+    "Let only the last group of layers, the head, learn"
+    self.freeze_to(-1, train_bn)
+
+# %% ../nbs/09_learner.ipynb #42cfee7d
+@patch
+def unfreeze(self:Learner):
+    "Let all layers learn"
+    self.freeze_to(0)
+
+# %% ../nbs/09_learner.ipynb #8e0ca8ed
+@patch
+def summary(self:Learner): # DataFrame
+    "The modules that hold parameters: shapes, sizes, group of layers, learning rate, whether they learn"
+    import pandas as pd
+    return pd.DataFrame(layer_table(self.model, self.opt))
 
 # %% ../nbs/09_learner.ipynb #d9f00fae
 @patch
