@@ -34,7 +34,7 @@ def main(
                           nn.Linear(576, 64), nn.ReLU(), nn.Linear(64, 10))  # 61,000 parameters
     learn = Learner(dls, model, nn.CrossEntropyLoss(label_smoothing=0.1), metrics=accuracy, device=device, path='runs/mnist')
     found = learn.lr_find()
-    learn.fit_one_cycle(epochs, found.valley)
+    learn.fit_one_cycle(epochs, found.valley, cbs=[SaveBest('accuracy'), EarlyStopping('accuracy', patience=5)])
     learn.save('model')
     learn.recorder.df.to_csv(learn.path / 'history.csv', index=False)
     figures = {'lr_find': found.plot().figure, 'curves': learn.recorder.plot_metrics()[0].figure,

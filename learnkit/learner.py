@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from .callback import (STEPS, Callback, Callbacks, Cancel, CancelBackward, CancelFit,
                                CancelStep, Interrupted, as_callbacks, plain_setting)
-from .core import (Signals, as_seconds, batch_size, default_device, generator_state,
+from .core import (Gather, Signals, as_seconds, batch_size, default_device, generator_state,
                            isolated_rng, map_tensors, rng_state, set_generator_state, set_rng_state,
                            set_seed, to_device, to_host)
 from .data import (DataLoaders, check_loader, check_same_loader, fresh_workers, generators,
@@ -258,11 +258,8 @@ def _one_epoch(self:Learner):
     if not self._resumes_at('validate'):
         with self._pass('train', self.dls.train): self._level('train', self._all_batches)
     self._stage = 'validate'
-    if self.dls.valid is None: return
-    try: self._evaluate('valid', self.dls.valid)
-    except Interrupted:
-        self('at_rest')  # validation leaves no trace, so here the state is whole again
-        raise
+    if self.dls.valid is not None:
+        with self._resting_if_interrupted(): self._evaluate('valid', self.dls.valid)
 
 @patch
 def _evaluate(self:Learner, phase, dl):
@@ -321,6 +318,18 @@ def _rest(self:Learner):
         self.time_is_up = self._deadline is not None and time.monotonic() >= self._deadline
         self('at_rest')
     if signum: raise Interrupted(signum)
+
+@patch
+@contextmanager
+def _resting_if_interrupted(self:Learner):
+    "A validation that a signal ends has not begun: its loader goes back, and the learner is at rest"
+    if self._is_saved(): fresh_workers(self.dls.valid)
+    before = generator_states(self.dls.valid)
+    try: yield
+    except Interrupted:
+        set_generator_states(self.dls.valid, before)
+        self('at_rest')
+        raise
 
 # %% ../nbs/09_learner.ipynb #661a6735
 @patch
@@ -771,6 +780,8 @@ def _start_from(self:Learner, saved):
     where = {'epoch': f'epoch {fit["epoch"]}', 'train': f'epoch {fit["epoch"]}, batch {fit["batch"]}',
              'validate': f'the validation of epoch {fit["epoch"]}'}
     say(self, f'going on from {where[saved.place]}, as saved in {saved.where}')
+    if not self._exact and saved.place == 'train' and getattr(self.dls.train, 'num_workers', 0):
+        say(self, 'what workers draw at random from here on is not what they would have drawn')
 
 @patch
 def _take(self:Learner, saved):
@@ -805,11 +816,14 @@ def _epochs(self:Learner): # iterator of int
         if self._stop_at and updates[-3:] == updates[-1:] * 3: raise RuntimeError(no_progress(self))
 
 @patch
+def _is_saved(self:Learner): return any(cb.saves_to is not None for cb in self._cbs)
+
+@patch
 def _batches(self:Learner): # (iterable, int)
     "The batches of this pass that are still to come, and the number of the first"
     if self.phase != 'train': return self.dl, 0
     if self._resumed is None:
-        if any(cb.saves_to is not None for cb in self._cbs): fresh_workers(self.dl)
+        if self._is_saved(): fresh_workers(self.dl)
         self._order = order_state(self.dl)
         return self.dl, 0
     fit = self._resumed.fit
@@ -985,69 +999,6 @@ def test(self:Learner,
         ): # dict: loss and metrics, floats
     "As `validate`, on the test data, in phase 'test'"
     return self._measure('test', self.dls.test if dl is None else dl)
-
-# %% ../nbs/09_learner.ipynb #fd4cc5fb
-class Rows:
-    "One tensor on the host that grows by batches"
-    def __init__(self,
-                 n=None, # rows to come, if known: then they are written in place, without copies
-                ):
-        self.n, self.filled, self.buffer = n or 0, 0, None
-
-    def add(self, tensor): # (batch, ...), or 0-d: one row
-        "Append the rows of `tensor`"
-        tensor = tensor.detach() if tensor.ndim else tensor.detach()[None]
-        if self.buffer is None: self.buffer = tensor.new_empty((self.n, *tensor.shape[1:]), device='cpu')
-        if tensor.dtype != self.buffer.dtype:
-            raise ValueError(f'samples of {tensor.dtype} follow samples of {self.buffer.dtype}')
-        if tensor.shape[1:] != self.buffer.shape[1:]:
-            raise ValueError(f'samples of shape {tuple(tensor.shape[1:])} follow samples of shape '
-                             f'{tuple(self.buffer.shape[1:])}: pad them to one shape')
-        end = self.filled + len(tensor)
-        if end > len(self.buffer):
-            more = self.buffer.new_empty((max(end, 2 * len(self.buffer)), *tensor.shape[1:]))
-            more[:self.filled] = self.buffer[:self.filled]
-            self.buffer = more
-        self.buffer[self.filled:end] = tensor
-        self.filled = end
-
-    def read(self): # tensor of exactly the rows that were added
-        "What was added"
-        return self.buffer if self.filled == len(self.buffer) else self.buffer[:self.filled].clone()
-
-# %% ../nbs/09_learner.ipynb #b8d5a65f
-class Gather:
-    "Nested batches of tensors, put together sample by sample"
-    def __init__(self, n=None):
-        self.n, self.form, self.like, self.rows, self.batches = n, None, None, [], []
-
-    def add(self, batch): # any nesting of tensors; anything else is kept as a list of batches
-        "Append the samples of `batch`"
-        leaves = []
-        like = map_tensors(lambda tensor: leaves.append(tensor) or tensor.new_empty(0), batch)
-        sizes = {len(tensor) for tensor in leaves if tensor.ndim}
-        listed = not only_tensors(batch) or len(sizes) > 1 or isinstance(batch, list)
-        form = 'listed' if listed else len(leaves)
-        if self.form is None:
-            self.form = form
-            if not listed: self.like, self.rows = like, [Rows(self.n) for _ in leaves]
-        if form != self.form:
-            raise ValueError('the batches of this pass differ in structure and cannot be put together')
-        if listed: return self.batches.append(to_host(batch))
-        for rows, tensor in zip(self.rows, leaves): rows.add(tensor)
-
-    def read(self):
-        "The nesting of the first batch, holding all samples; None when nothing came"
-        if self.batches: return self.batches
-        rows = iter(self.rows)
-        return None if self.like is None else map_tensors(lambda _: next(rows).read(), self.like)
-
-# %% ../nbs/09_learner.ipynb #7b8b3bca
-def only_tensors(x): # bool
-    "Whether `x` is a nesting of tuples, lists and dicts with nothing but tensors in it"
-    if isinstance(x, dict): return all(only_tensors(value) for value in x.values())
-    if isinstance(x, (tuple, list)): return all(only_tensors(value) for value in x)
-    return isinstance(x, torch.Tensor)
 
 # %% ../nbs/09_learner.ipynb #35b265cb
 @patch

@@ -490,3 +490,13 @@ def test_a_dataset_is_no_loader():
 
 def test_lr_is_not_lr_max():
     with pytest.raises(TypeError, match='takes lr_max'): make().fit_one_cycle(1, lr=0.5)
+
+def test_a_state_that_was_loaded_stays_as_it_is():
+    learn = make()
+    learn.fit(1)
+    state = learn.state_dict()
+    before = tree_digest(state)
+    for _ in range(2):
+        learn.load_state_dict(state)
+        learn.fit(1)
+        assert tree_digest(state) == before

@@ -29,11 +29,12 @@ class Augmented(Dataset):
         return self.x[i] + 0.1 * float(draw()), self.y[i]
 
 class Lazy:
-    "A sampler that draws from python's generator as it goes"
+    "A sampler that shuffles as it goes, by python's generator"
     def __init__(self, n): self.n = n
     def __len__(self): return self.n
     def __iter__(self):
-        for _ in range(self.n): yield random.randrange(self.n)
+        left = list(range(self.n))
+        while left: yield left.pop(random.randrange(len(left)))
 
 class Stream(IterableDataset):
     def __iter__(self):
@@ -118,17 +119,19 @@ PARTS = {
     'fp16': lambda: MixedPrecision('fp16'),
     'sgd': {'opt_func': lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9)},
     'steps': {'n_steps': True},
+    'valid': {'valid': lambda: DataLoader(TensorDataset(*samples(9, 1)), 4, shuffle=True, generator=seeded(9))},
     **{f'data: {name}': {'loader': make} for name, make in LOADERS.items()},
 }
 
 def train(*names, cbs=(), seed=0, **kwargs):
     "A fit of three epochs made of the named parts; returns the learner"
     parts = [PARTS[name] for name in names]
-    config = {'dropout': False, 'norm': False, 'fit': 'fit', 'opt_func': None, 'n_steps': False, 'loader': LOADERS['tensors']}
+    config = {'dropout': False, 'norm': False, 'fit': 'fit', 'opt_func': None, 'n_steps': False, 'loader': LOADERS['tensors'],
+              'valid': lambda: DataLoader(TensorDataset(*samples(9, 1)), 4)}
     for part in parts: config |= part if isinstance(part, dict) else {}
     set_seed(seed)
     model = net(dropout=config['dropout'], norm=config['norm'])
-    dls = DataLoaders(config['loader'](), DataLoader(TensorDataset(*samples(9, 1)), 4))
+    dls = DataLoaders(config['loader'](), config['valid']())
     learn = Learner(dls, model, F.mse_loss, config['opt_func'], lr=0.02, splitter=splitter, metrics=mae, device='cpu',
                     path=kwargs.pop('path', '.'))
     learn.remove_cb(Progress)
@@ -389,12 +392,13 @@ def test_skipping_reads_nothing_that_was_read(tmp_path):
         assert len(made) == N - 4 * BS
         shutil_rm(tmp_path / 'run')
 
-def test_resume_data_skip_leaves_workers_alone_and_goes_on_with_the_right_samples(tmp_path):
+def test_resume_data_skip_leaves_workers_alone_and_goes_on_with_the_right_samples(tmp_path, capsys):
     loader = lambda: DataLoader(TensorDataset(*samples()), BS, shuffle=True, num_workers=1)  # draws nothing, so even this is exact
     whole = outcome(train(dls=DataLoaders(loader())))
     with pytest.raises(PowerCut): train(cbs=[SaveState('run', '1 step'), at(9, power_cut)], path=tmp_path, dls=DataLoaders(loader()))
-    learn = train(cbs=[SaveState('run', '1 step')], path=tmp_path, dls=DataLoaders(loader()), resume='latest', resume_data='skip', seed=3)
+    learn = train(cbs=[SaveState('run', '1 step'), Progress()], path=tmp_path, dls=DataLoaders(loader()), resume='latest', resume_data='skip', seed=3)
     assert outcome(learn)['rows'] == whole['rows']
+    assert 'what workers draw at random from here on is not what they would have drawn' in capsys.readouterr().out
 
 def test_max_time_ends_the_fit_and_the_next_one_goes_on_exactly(tmp_path):
     whole = outcome(train('dropout', 'one cycle'))
@@ -432,7 +436,7 @@ def killed_until_done(tmp_path, names, seed, every='2 steps'):
     def work():
         seed = int(time.time()) if saves(tmp_path / 'run') else 0  # a fit that is begun again begins alike
         save_tree(outcome(train(*names, cbs=[SaveState('run', every), slow], path=tmp_path, seed=seed, resume='latest')), tmp_path / 'done')
-    while forked(work, kill_after=draw.uniform(0.01, 0.15)) != 0:
+    while forked(work, kill_after=draw.uniform(0.01, 0.1) * (1 + kills / 10) if kills else 0.03) != 0:
         kills += 1
         assert kills < 200
     done = load_tree(tmp_path / 'done')
@@ -480,7 +484,7 @@ def test_a_signal_during_validation_saves_and_goes_on(tmp_path, nth):
     class InValidation(Signal):
         phases = ('valid',)
         def send(self, learn): super().send(learn) if learn.phase == 'valid' else None
-    names = ('norm', 'best', 'early stop')
+    names = ('norm', 'best', 'early stop', 'valid')
     whole = outcome(train(*names))
     def work(): train(*names, cbs=[SaveState('run', '1 h'), InValidation('after_pred', signal.SIGTERM, nth)], path=tmp_path)
     assert os.waitstatus_to_exitcode(forked(work)) == 143
