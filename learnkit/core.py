@@ -214,6 +214,69 @@ def batch_size(batch): # int
     number = isinstance(batch, (torch.Tensor, np.ndarray))  # without dimensions, so without len
     return len(batch) if isinstance(batch, Sized) and not number else 1
 
+# %% ../nbs/00_core.ipynb #a8f50e20
+class Rows:
+    "One tensor on the host that grows by batches"
+    def __init__(self,
+                 n=None, # rows to come, if known: then they are written in place, without copies
+                ):
+        self.n, self.filled, self.buffer = n or 0, 0, None
+
+    def add(self, tensor): # (batch, ...), or 0-d: one row
+        "Append the rows of `tensor`"
+        tensor = tensor.detach() if tensor.ndim else tensor.detach()[None]
+        if self.buffer is None: self.buffer = tensor.new_empty((self.n, *tensor.shape[1:]), device='cpu')
+        if tensor.dtype != self.buffer.dtype:
+            raise ValueError(f'samples of {tensor.dtype} follow samples of {self.buffer.dtype}')
+        if tensor.shape[1:] != self.buffer.shape[1:]:
+            raise ValueError(f'samples of shape {tuple(tensor.shape[1:])} follow samples of shape '
+                             f'{tuple(self.buffer.shape[1:])}: pad them to one shape')
+        end = self.filled + len(tensor)
+        if end > len(self.buffer):
+            more = self.buffer.new_empty((max(end, 2 * len(self.buffer)), *tensor.shape[1:]))
+            more[:self.filled] = self.buffer[:self.filled]
+            self.buffer = more
+        self.buffer[self.filled:end] = tensor
+        self.filled = end
+
+    def read(self): # tensor of exactly the rows that were added
+        "What was added"
+        return self.buffer if self.filled == len(self.buffer) else self.buffer[:self.filled].clone()
+
+# %% ../nbs/00_core.ipynb #e8c0913f
+class Gather:
+    "Nested batches of tensors, put together sample by sample"
+    def __init__(self, n=None):
+        self.n, self.form, self.like, self.rows, self.batches = n, None, None, [], []
+
+    def add(self, batch): # any nesting of tensors; anything else is kept as a list of batches
+        "Append the samples of `batch`"
+        leaves = []
+        like = map_tensors(lambda tensor: leaves.append(tensor) or tensor.new_empty(0), batch)
+        sizes = {len(tensor) for tensor in leaves if tensor.ndim}
+        listed = not only_tensors(batch) or len(sizes) > 1 or isinstance(batch, list)
+        form = 'listed' if listed else len(leaves)
+        if self.form is None:
+            self.form = form
+            if not listed: self.like, self.rows = like, [Rows(self.n) for _ in leaves]
+        if form != self.form:
+            raise ValueError('the batches of this pass differ in structure and cannot be put together')
+        if listed: return self.batches.append(to_host(batch))
+        for rows, tensor in zip(self.rows, leaves): rows.add(tensor)
+
+    def read(self):
+        "The nesting of the first batch, holding all samples; None when nothing came"
+        if self.batches: return self.batches
+        rows = iter(self.rows)
+        return None if self.like is None else map_tensors(lambda _: next(rows).read(), self.like)
+
+# %% ../nbs/00_core.ipynb #e7f8d262
+def only_tensors(x): # bool
+    "Whether `x` is a nesting of tuples, lists and dicts with nothing but tensors in it"
+    if isinstance(x, dict): return all(only_tensors(value) for value in x.values())
+    if isinstance(x, (tuple, list)): return all(only_tensors(value) for value in x)
+    return isinstance(x, torch.Tensor)
+
 # %% ../nbs/00_core.ipynb #3e7a3892
 def in_group(): # bool
     "Whether this process is in a process group of `torch.distributed`"

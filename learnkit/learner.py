@@ -70,7 +70,7 @@ class Learner:
         self.xb = self.yb = ()
         self.epoch = self.iter = self.updates = self.epochs_done = self.steps_done = self.steps_skipped = 0
         self.n_iter = self.limit = self.batches_per_epoch = self.compiled = self.scaler = None
-        self.batches_per_update, self.sync_grads, self.levels = 1, True, []
+        self.batches_per_update, self.sync_grads, self.levels, self.fit_cbs = 1, True, [], []
         self._n_epoch = self._stop_at = self._deadline = self._n_items = self._initial = None
         self._call = self._resumed = self._order = self._signals = None
         self._can_update = self._with_loss = self._exact = self.time_is_up = False
@@ -475,6 +475,7 @@ def fit(self:Learner,
     if self._initial is None: self._initial = to_host(self.state_dict())
     with self._interruptible(), self.added_cbs(cbs), self._with_dls(dls):
         if self.dls.train is None: raise ValueError('there is no training data: dls.train is None')
+        self.fit_cbs = list(self._cbs)
         call = self._describe_call(n_epoch, n_steps, lr, reset_opt)
         saved = self._find_saved(resume, call)
         if saved and saved.complete: return self._take(saved)
@@ -1171,11 +1172,13 @@ def export(self:Learner,
 # %% ../nbs/09_learner.ipynb #ff43275b
 @patch
 def reset(self:Learner):
-    "Go back to the state before the first fit"
+    "Go back to the state before the first fit; an optimizer of another kind than then starts anew"
     if self._initial is None: return
-    before = self.opt
+    before, initial = self.opt, self._initial
     self.make_opt()
-    try: self.load_state_dict(self._initial)
+    now = opt_state(self.opt) if self.opt else None
+    if now and initial['opt'] and now['kind'] != initial['opt']['kind']: initial = {**initial, 'opt': now}
+    try: self.load_state_dict(initial)
     except BaseException:
         self.opt = before
         raise

@@ -8,9 +8,10 @@ __all__ = ['no_decay', 'param_groups', 'spread_lr']
 # %% ../nbs/05_optim.ipynb #eb909040
 import inspect, math
 from functools import partial
-from numbers import Real
+from numbers import Integral, Real
 import torch
 from torch import nn
+from .core import map_tensors
 
 # %% ../nbs/05_optim.ipynb #b2c65da7
 NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
@@ -150,6 +151,123 @@ def make_opt(model:nn.Module,
     set_lr(opt, lr)
     return opt
 
+# %% ../nbs/05_optim.ipynb #e80ed86e
+def freeze_layers(model:nn.Module,
+                  opt:torch.optim.Optimizer,
+                  n:int, # first group of layers that is trained; negative: from the end; 0: all are
+                  train_bn:bool=True, # False: norm layers of the frozen groups are frozen as well
+                 ): # list of modules whose running statistics should stand still
+    "Train the groups of layers from `n` on, and only those; gradients of the frozen are dropped"
+    first = first_trained(opt, n)
+    layers = param_layers(opt)
+    free = {i for i, layer in layers.items() if layer >= first}
+    if train_bn:
+        norms = [module for module in model.modules() if isinstance(module, NORM_LAYERS)]
+        free |= {id(p) for module in norms for p in module.parameters(recurse=False)}
+    for param in (p for group in opt.param_groups for p in group['params']):
+        learns = param.is_floating_point() or param.is_complex()  # integers cannot
+        param.requires_grad_(id(param) in free and learns)
+        if not param.requires_grad: param.grad = None  # an optimizer would use what is left there
+    return [] if train_bn else frozen_stats(model, layers, first)
+
+# %% ../nbs/05_optim.ipynb #1d61bd5f
+def first_trained(opt:torch.optim.Optimizer, n:int): # int, 0 or more
+    "`n` counted from the start; ValueError when there is no such group of layers"
+    total = n_layers(opt)
+    if total == 1 and n != 0:
+        raise ValueError(f'freezing to {n} needs groups of layers, but there is only one: give the learner '
+                         'a splitter, a function of the model -> lists of parameters, the head last')
+    if isinstance(n, bool) or not isinstance(n, Integral) or not -total <= n < total:
+        raise ValueError(f'freezing to {n!r}: must be a whole number from {-total} to {total - 1}, as there '
+                         f'are {total} groups of layers')
+    return int(n) % total
+
+# %% ../nbs/05_optim.ipynb #fdbb305c
+def param_layers(opt): # dict: id of a parameter -> index of its group of layers
+    "Which group of layers a parameter belongs to: the last one that holds it"
+    layers = {}
+    for i, group in enumerate(opt.param_groups if opt else ()):
+        for param in group['params']:
+            layers[id(param)] = max(group.get('layer', i), layers.get(id(param), 0))
+    return layers
+
+# %% ../nbs/05_optim.ipynb #7ac4360f
+def frozen_stats(model:nn.Module,
+                 layers:dict, # as from `param_layers`
+                 first:int, # first group of layers that is trained
+                ): # list of modules
+    "The modules with running statistics that lie wholly below group `first`"
+    found, before = [], set()  # before: the layers of the module with parameters that came last
+    for name, module in model.named_modules():
+        own = layers_of(module.parameters(recurse=False), layers)
+        before = own or before
+        if not isinstance(module, nn.modules.batchnorm._NormBase) or module.running_mean is None: continue
+        around = own or layers_around(model, name, layers)
+        if len({layer < first for layer in around}) != 1 and not own: around = before
+        if around and max(around) < first: found.append(module)
+    return found
+
+# %% ../nbs/05_optim.ipynb #e3402c27
+def layers_of(params, # parameters
+              layers:dict, # as from `param_layers`
+             ): # set of indices
+    "The groups of layers that hold these parameters"
+    return {layers[id(p)] for p in params if id(p) in layers}
+
+# %% ../nbs/05_optim.ipynb #00fa1df1
+def layers_around(model:nn.Module,
+                  name:str, # of a module in it
+                  layers:dict, # as from `param_layers`
+                 ): # set of indices; empty when no parameter has a group
+    "The groups of layers of the nearest module around this one that has any"
+    while name:
+        name = name.rpartition('.')[0]
+        if found := layers_of(model.get_submodule(name).parameters(), layers): return found
+    return set()
+
+# %% ../nbs/05_optim.ipynb #80c9ca08
+def layer_table(model:nn.Module,
+                opt=None, # optimizer; None: without groups and rates
+               ): # list of dicts: name, kind, shape, params, buffers, layer, lr, wd where any is set, trainable
+    "One row for each module that directly holds parameters or buffers"
+    seen, rows, groups = set(), [], {}
+    for i, group in enumerate(opt.param_groups if opt else ()):
+        hypers = {'layer': group.get('layer', i), 'lr': float(group['lr']), 'wd': get_hyper(group, 'wd')}
+        groups.update((id(p), hypers) for p in group['params'])
+    decays = any(hypers['wd'] for hypers in groups.values())
+    for name, module in model.named_modules():
+        params, buffers = list(module.parameters(recurse=False)), list(module.buffers(recurse=False))
+        if not params and not buffers: continue
+        held = [groups[id(p)] for p in params if id(p) in groups]
+        hypers = {key: one_or_text([h[key] for h in held]) for key in ('layer', 'lr')}
+        if decays: hypers['wd'] = held[0]['wd'] if held else None  # that of the weight, not of the bias
+        rows.append({'name': name, 'kind': type(module).__name__, 'shape': shape_text(params),
+                     'params': count_new(params, seen), 'buffers': count_new(buffers, seen),
+                     **hypers, 'trainable': how_trainable(params)})
+    return rows
+
+# %% ../nbs/05_optim.ipynb #d7d776e7
+def one_or_text(values): # None for none, the value where all are equal, else text
+    "The value they share, or all of them as text"
+    values = list(dict.fromkeys(values))
+    return None if not values else values[0] if len(values) == 1 else ', '.join(map(str, values))
+
+def shape_text(params): # str
+    "The shapes of the weights: of all matrices, or of the first parameter when there are none"
+    shapes = ['?' if nn.parameter.is_lazy(p) else 'x'.join(map(str, p.shape)) or '1' for p in params]
+    return ', '.join(text for text in shapes if 'x' in text or text == '?') or ''.join(shapes[:1])
+
+def count_new(tensors, seen:set): # int
+    "How many values the tensors have that are not in `seen`, to which they are added"
+    new = {id(t): t for t in tensors if id(t) not in seen}
+    seen.update(new)
+    return sum(0 if nn.parameter.is_lazy(t) else t.numel() for t in new.values())
+
+def how_trainable(params): # 'yes', 'no', 'partly', or '' without parameters
+    "Whether the parameters are trainable"
+    kinds = {p.requires_grad for p in params}
+    return 'partly' if len(kinds) == 2 else '' if not kinds else 'yes' if kinds == {True} else 'no'
+
 # %% ../nbs/05_optim.ipynb #050f7eb4
 def needs_closure(opt:torch.optim.Optimizer): # bool
     "Whether `opt.step` must be given a function that computes the loss anew"
@@ -181,7 +299,8 @@ def load_opt_state(opt:torch.optim.Optimizer,
                   ):
     "Load `state` into `opt`, its tensors in the memory layout of their parameters"
     check_opt_state(opt, state)
-    opt.load_state_dict({name: state[name] for name in ('state', 'param_groups')})
+    state = map_tensors(torch.clone, {name: state[name] for name in ('state', 'param_groups')})
+    opt.load_state_dict(state)  # takes some tensors over as they are, so they must be copies
     for param, values in opt.state.items():
         for name, value in values.items():
             if isinstance(value, torch.Tensor) and value.shape == param.shape:

@@ -46,6 +46,7 @@ class Recorder(Callback):
         self.run, self.epoch, self.rows, self.evals, self.times, self.chunks = -1, 0, [], [], [], []
         self.results, self.tracked, self.tally, self._cancelled = {}, {}, None, False
         self._start, self._epoch_results, self._updates, self._mom_key = None, {}, 0, None
+        self._last_lr = None
         self._forget_steps()
 
     def _forget_steps(self):
@@ -57,7 +58,7 @@ class Recorder(Callback):
 
     def before_epoch(self, learn):
         self.epoch, self._start = learn.epoch, time.perf_counter()
-        self._epoch_results, self.tracked = {}, {}
+        self._epoch_results, self.tracked, self._last_lr = {}, {}, None
 
     def before_train(self, learn):
         group = learn.opt.param_groups[-1] if learn.opt else {}
@@ -103,6 +104,7 @@ class Recorder(Callback):
             'run': np.full(n, self.run), 'epoch': np.full(n, self.epoch),
             'step': np.array(self._steps, dtype=np.int64), 'lr': floats(self._lrs, n),
             'mom': floats(self._moms, n), 'loss': loss})
+        self._last_lr = float(self.chunks[-1]['lr'][-1])  # schedules may have moved on since
         self._forget_steps()
         counted = sizes > 0  # a batch without samples may well be nan
         return float(loss[counted] @ sizes[counted] / sizes.sum()) if counted.any() else math.nan
@@ -118,11 +120,16 @@ class Recorder(Callback):
 
     def after_epoch(self, learn):
         tracked = {name: mean.compute() for name, mean in self.tracked.items()}
-        lr = get_hyper(learn.opt.param_groups[-1], 'lr') if learn.opt else float('nan')
+        lr = self._last_lr if self._last_lr is not None else current_lr(learn.opt)
         self.rows.append({'run': self.run, 'epoch': learn.epoch, **self._epoch_results, **tracked,
                           'lr': float(lr)})
         self.times.append(math.nan if self._start is None else time.perf_counter() - self._start)
         self.tracked, self._epoch_results, self._start = {}, {}, None
+
+# %% ../nbs/07_recorder.ipynb #f6a277a3
+def current_lr(opt): # float; nan without an optimizer
+    "The learning rate of the last group, the head"
+    return float(get_hyper(opt.param_groups[-1], 'lr')) if opt else math.nan
 
 # %% ../nbs/07_recorder.ipynb #5086cd36
 def detached(value): # a tensor or a number
@@ -345,6 +352,7 @@ def open_state(self:Recorder): # plain tree; None between epochs
     columns = {'size': floats(self._sizes, n), 'step': np.array(self._steps, np.int64),
                'lr': floats(self._lrs, n), 'mom': floats(self._moms, n), 'loss': self._loss.read()}
     return {'epoch': self.epoch, 'updates': self._updates, 'results': dict(self._epoch_results),
+            'lr': self._last_lr,
             'tracked': {name: mean.state_dict() for name, mean in self.tracked.items()},
             'steps': {name: torch.from_numpy(values.copy()) for name, values in columns.items()}}
 
@@ -355,6 +363,7 @@ def reopen(self:Recorder, state):
     self.tracked, self._epoch_results = {}, {}
     if state is None: return
     self.epoch, self._updates, self._epoch_results = state['epoch'], state['updates'], dict(state['results'])
+    self._last_lr = state['lr']
     for name, mean in state['tracked'].items():
         self.tracked[name] = Mean()
         self.tracked[name].load_state_dict(mean)

@@ -500,3 +500,12 @@ def test_a_state_that_was_loaded_stays_as_it_is():
         learn.load_state_dict(state)
         learn.fit(1)
         assert tree_digest(state) == before
+
+def test_reset_after_another_optimizer_was_set_up():
+    learn = make()
+    first = tree_digest(learn.model.state_dict())
+    learn.fit(1)
+    learn.setup(opt_func=torch.optim.SGD)
+    learn.fit(1)
+    learn.reset()
+    assert tree_digest(learn.model.state_dict()) == first and type(learn.opt) is torch.optim.SGD and learn.steps_done == 0
