@@ -36,9 +36,25 @@ from .learner import (
 )
 from .schedule import (
     combine_scheds, ParamScheduler, sched_const, sched_cos, sched_exp, sched_lin, sched_poly,
+    sched_warmup, TorchScheduler,
 )
 from .lr_find import (
     LRFinderResult,
+)
+from .track import (
+    AskToContinue, EarlyStopping, ReduceLROnPlateau, SaveBest, StopOnNaN,
+)
+from .precision import (
+    MixedPrecision,
+)
+from .gradients import (
+    EMA, GradientAccumulation, GradientClip, SWA,
+)
+from .resume import (
+    SaveState,
+)
+from .steps import (
+    ChannelsLast, CutMix, MixUp, OverfitResult, ShortEpoch, StageFuncs, ValidateEvery,
 )
 
 __all__ = [
@@ -51,5 +67,8 @@ __all__ = [
     'metric', 'mse', 'perplexity', 'rmse', 'sklearn_metric', 'top_k_accuracy', 'no_decay',
     'param_groups', 'spread_lr', 'Recorder', 'Progress', 'Learner', 'combine_scheds',
     'ParamScheduler', 'sched_const', 'sched_cos', 'sched_exp', 'sched_lin', 'sched_poly',
-    'LRFinderResult',
+    'sched_warmup', 'TorchScheduler', 'LRFinderResult', 'AskToContinue', 'EarlyStopping',
+    'ReduceLROnPlateau', 'SaveBest', 'StopOnNaN', 'MixedPrecision', 'EMA', 'GradientAccumulation',
+    'GradientClip', 'SWA', 'SaveState', 'ChannelsLast', 'CutMix', 'MixUp', 'OverfitResult',
+    'ShortEpoch', 'StageFuncs', 'ValidateEvery',
 ]

@@ -276,8 +276,10 @@ def test_the_norm_is_unscaled_and_skipped_updates_do_not_spoil_it():
 
 def test_a_search_for_a_rate_clips_and_tracks_nothing():
     learn = make_learner(cbs=GradientClip(1e-8))
+    tracked = []
+    learn.add_cb(Callback(after_batch=lambda learn: tracked.append(dict(learn.recorder.tracked)), phases=('lr_find',)))
     result = learn.lr_find(num_it=12, end_lr=1.)
-    assert result.losses.max() < 4 * result.losses.min() and learn.recorder.tracked == {}
+    assert result.losses.max() < 4 * result.losses.min() and tracked == [{}] * 12
 
 @pytest.mark.parametrize('kwargs', [{}, dict(max_norm=-1), dict(max_value=0), dict(max_norm=math.nan), dict(max_norm='1'), dict(max_value=True)])
 def test_bounds_are_numbers_above_0(kwargs):
@@ -444,14 +446,26 @@ def test_loaded_averages_follow_the_layout_of_their_weights():
     learn.dls.valid = x
     learn.fit(1)
     state = {name: t.contiguous() for name, t in learn.cbs[-1].state_dict()['average'].items()}
-    learn.cbs[-1].load_state_dict({'average': state, 'count': 3})
-    learn.fit(1)
-    assert learn.cbs[-1].weights()['0.weight'].stride() == learn.model[0].weight.stride()
+    kept = state['0.weight'].clone()
+    load = lambda learn: learn.cbs[1].load_state_dict({'average': state, 'count': 3})
+    for when in ('before_fit', 'before_train'):  # while idle comes first, then inside a fit
+        load(learn)
+        learn.fit(1, cbs=Callback(order=50, **{when: load}))
+        assert learn.cbs[1].weights()['0.weight'].stride() == learn.model[0].weight.stride() and learn.cbs[1].count == 6
+    assert torch.equal(state['0.weight'], kept)  # what was loaded is not written to
 
 def test_an_average_added_during_a_fit_begins_there():
     cb, learn = EMA(0.9), make_learner()
     learn.fit(1, cbs=Callback(before_batch=lambda learn: learn.add_cb(cb) if learn.iter == 3 and learn.training else None))
     assert cb.count == 3 and learn.ema_model is not None
+
+def test_a_copy_has_no_gradients_and_is_no_part_of_the_learner():
+    learn, found = make_learner(cbs=EMA(0.9)), []
+    learn.fit(1, cbs=Callback(before_step=lambda learn: found.append(learn.ema_model), phases=('train',)))
+    assert all(p.grad is None for model in found for p in model.parameters())
+    before = digest(learn)
+    with torch.no_grad(): learn.ema_model[0].weight.zero_()
+    assert digest(learn) == before and learn.cbs[-1].weights()['0.weight'].any()
 
 def test_no_average_is_a_clear_error():
     with pytest.raises(ValueError, match='train with EMA'): make_learner().ema_model

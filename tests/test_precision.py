@@ -150,6 +150,14 @@ def test_events_after_the_loss_are_outside():
     assert set(notes[7][1]) == {False}  # also where there is no loss
 
 
+def test_what_follows_a_cancel_is_outside():
+    after, seen = look('after_cancel_batch', lambda learn: autocast_on(), ('train', 'predict'))
+    learn = make_learner(cbs=[after, Callback(after_pred=raiser(CancelBatch()), order=96)]).to_bf16()
+    learn.fit(1)
+    learn.get_preds()
+    assert seen == [False] * 8
+
+
 def by_hand(learn, dtype, every=1, clip=None):
     "One epoch with torch's tools alone"
     scaler = torch.amp.GradScaler('cpu', enabled=dtype is torch.float16)
@@ -199,6 +207,11 @@ def test_evaluating_before_the_step_does_not_scale_gradients_again():
     plain.fit(1)
     nested.fit(1, cbs=Callback(before_step=lambda learn: learn.validate()))
     assert digest(plain) == digest(nested)
+
+def test_without_any_gradient_there_is_nothing_to_unscale():
+    learn = make_learner().to_fp16()
+    learn.fit(1, cbs=Callback(after_backward=lambda learn: learn.zero_grad()))
+    assert (learn.steps_done, learn.steps_skipped) == (6, 0)
 
 def test_the_reported_loss_is_not_scaled():
     fp16, fp32 = make_learner().to_fp16(), make_learner()
