@@ -119,8 +119,9 @@ def after_train(self:GradientAccumulation, learn):
     if not self.count: return
     if not learn.sync_grads and sync_model(learn.model, True):
         raise RuntimeError(
-            f'the epoch ended after {self.count} of {self.n} batches of a group, whose gradients were not '
-            'exchanged between the processes: give a loader with a length, and do not cancel the epoch')
+            f'the epoch ended after {self.count} of {self.n} batches of a group, with gradients that '
+            'the processes have not exchanged: give a loader with a length that it keeps to, and do '
+            'not cancel the epoch')
     self.completes = True
     learn._make_step()
 
@@ -180,7 +181,7 @@ def slots(model:nn.Module): # dict: plain name -> (dict of a module, key)
         for held in (module._parameters, module._buffers):
             for key, tensor in held.items():
                 if tensor is None or key in module._non_persistent_buffers_set: continue
-                if id(tensor) in seen or 0 in tensor.stride(): continue  # an expanded one is not written to
+                if id(tensor) in seen or 0 in tensor.stride(): continue  # is not written to
                 seen.add(id(tensor))
                 found[f'{prefix}.{key}'.replace('_orig_mod.', '').lstrip('.')] = held, key
     return found
@@ -198,7 +199,8 @@ def averages(tensor): # bool
 
 def copied(slots:dict): # set of names
     "The tensors that are copied rather than averaged"
-    params = {name for name, (tensors, key) in slots.items() if isinstance(tensors[key], nn.Parameter)}
+    params = {name for name, (tensors, key) in slots.items()
+              if isinstance(tensors[key], nn.Parameter)}
     return {name for name, tensor in held(slots).items()
             if not averages(tensor) or name not in params and not tensor.isfinite().all()}
 
@@ -216,10 +218,10 @@ def placed(value, tensor): # tensor
 
 # %% ../nbs/14_gradients.ipynb #bf841cc8
 def put(values:dict, # name -> tensor
-        tensors:dict, # name -> tensor, the same names in the same order
+        tensors:dict, # name -> tensor, the same names
        ):
     "Write values into tensors"
-    if tensors: torch._foreach_copy_(list(tensors.values()), list(values.values()))
+    for name, tensor in tensors.items(): tensor.copy_(values[name])
 
 # %% ../nbs/14_gradients.ipynb #8f6f03ac
 class Average(Callback):
@@ -325,11 +327,10 @@ def ema_model(self:Learner): # nn.Module
     "A copy of the model, in evaluation mode, with the average of `EMA` or `SWA` in it"
     both = (*self.cbs, *self.fit_cbs)
     owner = next((cb for cb in both if isinstance(cb, Average)), None)
-    if owner is None: raise ValueError('there is no average of the weights: train with EMA() or SWA() '
-                                       'among the callbacks')
+    if owner is None:
+        raise ValueError('there is no average of the weights: train with EMA() or SWA() in cbs')
     if owner.average is None: raise ValueError(f'{owner} has averaged nothing yet')
     model = copy.deepcopy(self.model).eval()
-    model.zero_grad()
     tensors = held(slots(model))
     if [*tensors] != [*owner.average]:
         raise ValueError(f'{owner} holds the average of another model than the learner has now')

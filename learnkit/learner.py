@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from numbers import Integral
 from pathlib import Path
+from textwrap import shorten
 import torch
 from fastcore.basics import patch
 from torch import nn
@@ -767,10 +768,25 @@ def check_call(saved:Saved, call:dict):
     if before['run'] not in same_run:
         raise ValueError(f"{saved.where} is of fit number {before['run']} of its learner, this one is number "
                          f"{call['run']}: give each fit a folder of its own")
-    differ = [f'{name} {before[name]} -> {call[name]}' for name in call
-              if name != 'run' and before[name] != call[name]]
+    differ = [callbacks_differ(before[name], call[name]) if name == 'callbacks' else
+              f'{name} {before[name]} -> {call[name]}'
+              for name in call if name != 'run' and before[name] != call[name]]
     if differ: raise ValueError(f'{saved.where} is of a fit with other arguments: {"; ".join(differ)}. Call fit as '
                                 'before (n_epoch and n_steps are the total), or without resume')
+
+# %% ../nbs/09_learner.ipynb #c8c1c316
+def callbacks_differ(before, now): # lists of what `Callback.settings` returned -> str
+    "In which callbacks two calls differ"
+    gone, new = [cb for cb in before if cb not in now], [cb for cb in now if cb not in before]
+    parts = [f'{what} {settings_text(cb)}' for what, cbs in (('then', gone), ('now', new)) for cb in cbs]
+    return f'callbacks {", ".join(parts)}' if parts else 'callbacks in another order'
+
+def settings_text(settings): # str
+    "A callback as it was made, cut where it gets long"
+    args, rest = settings.get('args', []), settings.get('kwargs') or {
+        name: value for name, value in settings.items() if name not in ('class', 'args', 'kwargs')}
+    given = [*map(repr, args), *(f'{name}={value!r}' for name, value in rest.items())]
+    return f'{settings["class"]}({shorten(", ".join(given), 60, placeholder=" ...")})'
 
 # %% ../nbs/09_learner.ipynb #d885784d
 @patch

@@ -53,7 +53,7 @@ def check_optimizer(learn:Learner,
     if learn.opt is None and needed: raise ValueError(f'{cb}: this learner has no optimizer')
     if learn._closure:
         raise ValueError(f'{cb} does not work with {type(learn.opt).__name__}, which computes the '
-                         'loss and its gradients by itself, several times a step: use another optimizer')
+                         'loss and its gradients anew in each step: use another optimizer')
 
 # %% ../nbs/13_precision.ipynb #8f2074ac
 def has_gradients(opt): # bool
@@ -66,7 +66,7 @@ def check_weights(learn:Learner):
     half = [name for name, param in learn.model.named_parameters()
             if param.requires_grad and param.dtype is torch.float16]
     if half:
-        raise ValueError(f'{half[0]} is float16: with fp16 the weights stay in float32 and only the '
+        raise ValueError(f'{half[0]} is float16: with fp16 the weights stay in float32, only the '
                          'computation is in 16 bits; use model.float()')
 
 # %% ../nbs/13_precision.ipynb #e94e22ff

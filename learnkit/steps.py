@@ -296,7 +296,7 @@ class Mix(Callback):
 # %% ../nbs/16_steps.ipynb #3f1e66e5
 class MixUp(Mix):
     """Trains on sums of two samples (Zhang et al. 2018): x' = lam * x + (1 - lam) * x[perm],
-    loss = lam * loss(pred, y) + (1 - lam) * loss(pred, y[perm]), with lam from Beta(alpha, alpha)"""
+    loss = lam * loss(pred, y) + (1 - lam) * loss(pred, y[perm]), lam from Beta(alpha, alpha)"""
     def __init__(self,
                  alpha:float=0.4, # near 0: hardly any mixing; 1: all shares are equally likely
                 ): super().__init__(alpha)
@@ -372,8 +372,9 @@ def check_loss_is_free(mix, learn):
     "Raise unless the loss is a function of predictions and targets that can be called twice"
     for method in learn.cbs.bound['get_loss', learn.phase]:
         if method == mix.get_loss: continue
-        raise ValueError(f'{mix}: {getattr(method, "__self__", method)!r} computes the loss as well, so '
-                         'that it cannot be mixed; have one of them, or use loss_func')
+        owner = getattr(method, '__self__', method)
+        raise ValueError(f'{mix}: {owner!r} computes the loss as well, so that it cannot be mixed; '
+                         'have one of them, or use loss_func')
     if learn.loss_func is None and type(learn).get_loss is Learner.get_loss:
         raise ValueError(f'{mix} needs a loss_func, as the loss is computed for two sets of '
                          'targets; here the model returns it')
@@ -483,7 +484,7 @@ def compile(self:Learner,
            ): # the learner
     "Have the model's computation compiled by `torch.compile`"
     if self.levels: raise RuntimeError(f'compile called while {self.levels[0]} is running')
-    compiled = torch.compile(self.model, **kwargs) if on else None
+    compiled = torch.compile(uncompiled(self.model), **kwargs) if on else None
     self.cbs = [cb for cb in self.cbs if not isinstance(cb, CompiledModel)]
     if on: self.add_cb(CompiledModel(**kwargs))
     self.compiled = compiled
@@ -498,7 +499,13 @@ class CompiledModel(Callback):
     def settings(self): return None  # compiling does not matter for what is computed
 
     def before_fit(self, learn):
-        if learn.compiled is not None and learn.compiled._orig_mod is not learn.model:
-            learn.compiled = torch.compile(learn.model, **self.kwargs)
+        model = uncompiled(learn.model)
+        if learn.compiled is None or uncompiled(learn.compiled) is model: return
+        learn.compiled = torch.compile(model, **self.kwargs)
 
     before_validate = before_lr_find = before_fit
+
+# %% ../nbs/16_steps.ipynb #fd9e2c14
+def uncompiled(model): # nn.Module
+    "The model that `torch.compile` has wrapped, or the model itself"
+    return getattr(model, '_orig_mod', model)

@@ -446,13 +446,15 @@ def test_loaded_averages_follow_the_layout_of_their_weights():
     learn.dls.valid = x
     learn.fit(1)
     state = {name: t.contiguous() for name, t in learn.cbs[-1].state_dict()['average'].items()}
-    kept = state['0.weight'].clone()
+    kept, strides = {name: t.clone() for name, t in state.items()}, []
     load = lambda learn: learn.cbs[1].load_state_dict({'average': state, 'count': 3})
+    see = Callback(after_step=lambda learn: strides.append(learn.cbs[1].weights()['0.weight'].stride()), phases=('train',), order=50)
     for when in ('before_fit', 'before_train'):  # while idle comes first, then inside a fit
         load(learn)
-        learn.fit(1, cbs=Callback(order=50, **{when: load}))
-        assert learn.cbs[1].weights()['0.weight'].stride() == learn.model[0].weight.stride() and learn.cbs[1].count == 6
-    assert torch.equal(state['0.weight'], kept)  # what was loaded is not written to
+        learn.fit(1, cbs=[Callback(order=50, **{when: load}), see])
+        assert learn.cbs[1].count == 6
+    assert set(strides) == {learn.model[0].weight.stride()}
+    assert all(torch.equal(state[name], kept[name]) for name in state)  # what was loaded is not written to
 
 def test_an_average_added_during_a_fit_begins_there():
     cb, learn = EMA(0.9), make_learner()

@@ -136,6 +136,19 @@ def test_a_phase_without_a_step_has_the_learners_own():
     assert learn.validate() == plain.validate()
     assert torch.equal(learn.get_preds()[0], plain.get_preds()[0])
 
+def test_values_can_be_read_by_run_and_phase():
+    learn = make(cbs=StageFuncs(step, step))
+    learn.fit(2)
+    learn.fit(1)
+    df = learn.recorder.df
+    assert df.run.tolist() == [0, 0, 1] and len(df[df.run == 1]) == 1
+    assert {phase: [name for name in df if name.startswith(phase)] for phase in ('train', 'valid')} == {
+        'train': ['train_loss', 'train_size'], 'valid': ['valid_loss', 'valid_size']}
+    import matplotlib.pyplot as plt
+    line, = learn.recorder.plot_metrics('valid_size', run=0)[0].lines
+    assert line.get_ydata().tolist() == df.valid_size[:2].tolist()
+    plt.close('all')
+
 def test_lr_find_uses_the_train_step():
     found, plain = make(loss_func=None, cbs=StageFuncs(step)).lr_find(num_it=12), make().lr_find(num_it=12)
     assert np.array_equal(found.losses, plain.losses)
@@ -791,7 +804,12 @@ def test_moments_keep_their_type_and_other_tensors_their_layout():
 
 # Compiling
 
-def test_compiled_and_eager_runs_load_each_others_states(tmp_path):
+@pytest.fixture
+def compiler():
+    "Without a memory of other models: after a few, torch would run them as they are"
+    torch._dynamo.reset()
+
+def test_compiled_and_eager_runs_load_each_others_states(compiler, tmp_path):
     eager, learn = make(path=tmp_path), make(path=tmp_path)
     assert learn.compile(backend='aot_eager') is learn and learn.compiled is not None
     train([eager, learn], 1)
@@ -810,14 +828,14 @@ def counting(calls): # a backend of torch.compile that notes its calls and leave
         return graph.forward
     return backend
 
-def test_the_compiled_function_is_called_in_the_mode_of_the_model():
+def test_the_compiled_function_is_called_in_the_mode_of_the_model(compiler):
     calls, model = [], nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(36, 2))
     learn, eager = make(model=model).compile(backend=counting(calls)), make(model=nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(36, 2)))
     eager.model.load_state_dict(model.state_dict())
     train([learn, eager])
     assert calls and learn.recorder.rows == eager.recorder.rows
 
-def test_compiling_can_be_taken_back_and_repeated():
+def test_compiling_can_be_taken_back_and_repeated(compiler):
     learn = make()
     before = list(learn.cbs)
     learn.compile(backend='eager')
@@ -827,7 +845,7 @@ def test_compiling_can_be_taken_back_and_repeated():
     learn.compile(False)
     assert learn.compiled is None and list(learn.cbs) == before
 
-def test_another_model_is_compiled_anew():
+def test_another_model_is_compiled_anew(compiler):
     calls = []
     learn = make().compile(backend=counting(calls))
     learn.validate()
@@ -841,7 +859,30 @@ def test_another_model_is_compiled_anew():
     learn.fit(1)
     assert weights(learn) != before
 
-def test_a_resume_may_be_compiled_or_not(tmp_path):
+def test_a_search_does_not_hide_that_the_model_is_another(compiler):
+    learn = make().compile(backend='eager')
+    learn.model = nn.Sequential(nn.Flatten(), nn.Linear(36, 2))
+    learn.make_opt()
+    learn.lr_find(num_it=12)
+    before = weights(learn)
+    learn.fit(1)
+    assert weights(learn) != before
+
+def test_a_model_that_was_compiled_by_hand_can_be_compiled(compiler):
+    calls, hand = [], []
+    learn = make(model=torch.compile(network(), backend=counting(hand))).compile(backend=counting(calls))
+    learn.fit(1)
+    assert calls and not hand
+    learn.compile(False).fit(1)
+    assert hand
+
+def test_compiling_that_fails_changes_nothing(compiler):
+    learn = make().compile(backend='eager')
+    before = learn.compiled, list(learn.cbs)
+    with pytest.raises(Exception): learn.compile(backend='no such backend')
+    assert (learn.compiled, list(learn.cbs)) == before
+
+def test_a_resume_may_be_compiled_or_not(compiler, tmp_path):
     whole = make(path=tmp_path)
     whole.fit(2)
     with pytest.raises(Off): make(path=tmp_path).fit(2, cbs=[SaveState('run', every='1 step'), off_at(5)])
@@ -849,7 +890,7 @@ def test_a_resume_may_be_compiled_or_not(tmp_path):
     learn.fit(2, cbs=SaveState('run', every='1 step'), resume='latest')
     assert learn.validate() == pytest.approx(whole.validate(), abs=1e-5)
 
-def test_a_model_that_was_compiled_by_hand_has_plain_names(tmp_path):
+def test_a_model_that_was_compiled_by_hand_has_plain_names(compiler, tmp_path):
     learn = make(model=torch.compile(network(), backend='eager'), path=tmp_path)
     learn.fit(1)
     assert list(learn.state_dict()['model']) == list(network().state_dict())
@@ -860,6 +901,14 @@ def test_a_model_that_was_compiled_by_hand_has_plain_names(tmp_path):
     from safetensors.torch import load_file
     network().load_state_dict(load_file(tmp_path/'weights.safetensors'))
 
-def test_structure_cannot_change_during_a_fit():
+def test_a_stage_function_can_use_what_was_compiled(compiler):
+    calls = []
+    def compiled_step(learn):
+        learn.get_pred()
+        return {'loss': F.cross_entropy(learn.pred, *learn.yb)}
+    make(cbs=StageFuncs(compiled_step)).compile(backend=counting(calls)).fit(1)
+    assert calls
+
+def test_structure_cannot_change_during_a_fit(compiler):
     for change in (lambda learn: learn.compile(), lambda learn: learn.to_channels_last()):
         with pytest.raises(RuntimeError, match='called while fit is running'): make(cbs=Callback(after_batch=change)).fit(1)
