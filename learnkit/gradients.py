@@ -111,7 +111,9 @@ def before_step(self:GradientAccumulation, learn):
 
 @patch
 def cleanup_batch(self:GradientAccumulation, learn):
-    if self.count and not has_gradients(learn.opt): self._forget()  # they were used, or dropped
+    if not self.count or has_gradients(learn.opt): return
+    # They were used or dropped; FSDP2 alone hides them until they are exchanged
+    if self.completes or not is_sharded(learn.model): self._forget()
 
 # %% ../nbs/14_gradients.ipynb #741d3dba
 @patch
@@ -119,9 +121,9 @@ def after_train(self:GradientAccumulation, learn):
     if not self.count: return
     if not learn.sync_grads and sync_model(learn.model, True):
         raise RuntimeError(
-            f'the epoch ended after {self.count} of {self.n} batches of a group, with gradients that '
-            'the processes have not exchanged: give a loader with a length that it keeps to, and do '
-            'not cancel the epoch')
+            f'the epoch ended after {self.count} of {self.n} batches of a group, with gradients '
+            'that the processes have not exchanged: give a loader with a length that it keeps to, '
+            'and do not cancel the epoch')
     self.completes = True
     learn._make_step()
 
@@ -147,6 +149,13 @@ def check_bound(name:str, # of the argument
         raise ValueError(f'GradientClip({name}={value!r}): must be a number above 0')
 
 # %% ../nbs/14_gradients.ipynb #d673bbda
+def whole(tensor): # plain tensor
+    "The value of a tensor that may be spread over processes"
+    if not in_group(): return tensor
+    from torch.distributed.tensor import DTensor
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+# %% ../nbs/14_gradients.ipynb #c5ebd2ae
 class GradientClip(Callback):
     "Bounds the gradients of each update, and keeps their norm before that"
     order, phases, tracks = -30, ('train', 'lr_find'), ('train_grad_norm',)
@@ -166,7 +175,7 @@ class GradientClip(Callback):
 
     def before_step(self, learn):
         params = list(opt_params(learn.opt))
-        self.norm = get_total_norm(gradients(learn.opt))
+        self.norm = whole(get_total_norm(gradients(learn.opt)))
         if self.max_norm is not None: clip_grads_with_norm_(params, self.max_norm, self.norm)
         if self.max_value is not None: clip_grad_value_(params, self.max_value)
 
@@ -223,6 +232,13 @@ def put(values:dict, # name -> tensor
     "Write values into tensors"
     for name, tensor in tensors.items(): tensor.copy_(values[name])
 
+# %% ../nbs/14_gradients.ipynb #d8da5e5e
+def reshard(model:nn.Module):
+    "Have a model of FSDP2 hold its parts again, not the whole weights that a forward pass leaves"
+    if not is_sharded(model): return
+    for module in model.modules():
+        if is_sharded(module): module.reshard()
+
 # %% ../nbs/14_gradients.ipynb #8f6f03ac
 class Average(Callback):
     "Keeps an average of the weights, which evaluations see"
@@ -253,6 +269,7 @@ class Average(Callback):
     def before_validate(self, learn):
         check_alone(learn, Average, 'evaluations can see only one average')
         if self.average is None or self._raw is not None: return
+        reshard(learn.model)
         self._find(learn)
         live = held(self._slots)
         self._raw, self._depth = {name: t.clone() for name, t in live.items()}, len(learn.levels)
@@ -260,6 +277,7 @@ class Average(Callback):
 
     def cleanup_validate(self, learn):
         if self._raw is None or len(learn.levels) != self._depth: return
+        reshard(learn.model)
         put(self._raw, held(self._slots))
         self._raw = None
 

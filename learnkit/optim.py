@@ -241,7 +241,8 @@ def layer_table(model:nn.Module,
         held = [groups[id(p)] for p in params if id(p) in groups]
         hypers = {key: one_or_text([h[key] for h in held]) for key in ('layer', 'lr')}
         if decays: hypers['wd'] = held[0]['wd'] if held else None  # that of the weight, not of the bias
-        rows.append({'name': name, 'kind': type(module).__name__, 'shape': shape_text(params),
+        plain = '.'.join(part for part in name.split('.') if part != '_orig_mod')  # of torch.compile
+        rows.append({'name': plain, 'kind': type(module).__name__, 'shape': shape_text(params),
                      'params': count_new(params, seen), 'buffers': count_new(buffers, seen),
                      **hypers, 'trainable': how_trainable(params)})
     return rows

@@ -1,5 +1,14 @@
 "Set before torch is imported: one thread, no bars, no windows"
-import os
+import os, signal, threading
 
 os.environ.update(OMP_NUM_THREADS='1', TQDM_DISABLE='1', MPLBACKEND='Agg')
 os.environ.pop('IN_TEST', None) # with it set, nbdev exports nothing
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def answers_to_ctrl_c():
+    "A shell that starts the tests in the background has them ignore Ctrl-C, which some tests send"
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)

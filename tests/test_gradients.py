@@ -220,6 +220,29 @@ def test_a_sharded_model_is_told(alone, monkeypatch):
     make_learner([8, 4, 8], model=Sharded(*make_model())).fit(1, cbs=GradientAccumulation(2))
     assert flags == [False, True, True, True]
 
+@pytest.mark.parametrize('precision', ['bf16', 'fp16'])
+def test_a_model_of_fsdp2_trains_as_a_plain_one(alone, precision):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    found = []
+    for shard in (False, True):
+        learn = make_learner([8, 4, 8, 8, 2], loss_func=small_loss, opt_func=None)
+        if shard:
+            fully_shard(learn.model, mesh=init_device_mesh('cpu', (1,)))
+            learn.make_opt()
+        learn.fit(2, lr=0.01, cbs=[GradientAccumulation(2), MixedPrecision(precision), GradientClip(0.01), EMA(0.5)])
+        found.append((learn.steps_done, learn.recorder.df.drop(columns='time').values.tolist()))
+    assert found[1][0] == found[0][0] == 6
+    torch.testing.assert_close(*[torch.tensor(rows, dtype=torch.float64) for _, rows in found], rtol=1e-4, atol=1e-6)
+
+def test_gradients_dropped_in_a_group_take_their_weight_along():
+    drop = lambda learn: learn.zero_grad() if learn.iter == 1 else None
+    ours = make_learner([8, 3, 4, 5], opt_func=torch.optim.SGD)
+    ours.fit(1, cbs=[GradientAccumulation(4), Callback(after_backward=drop, phases=('train',))])
+    theirs = make_learner(cut([8, 3, 4, 5])[2:], opt_func=torch.optim.SGD)
+    theirs.fit(1, cbs=GradientAccumulation(2))
+    close(ours, theirs)
+
 def test_a_search_for_a_rate_steps_on_every_batch():
     learn = make_learner(cbs=GradientAccumulation(4))
     before, losses = tree_digest(learn.state_dict()), learn.lr_find(num_it=12).losses

@@ -41,15 +41,6 @@ def train(learners, n_epoch=1, **kwargs):
         set_seed(1)
         learn.fit(n_epoch, **kwargs)
 
-
-@pytest.fixture(autouse=True)
-def ctrl_c():
-    "SIGINT interrupts, also where the tests were started in the background"
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 class Aside(Callback):
     "Plays no part in what is computed, so that a resumed fit may be without"
     def settings(self): return None
