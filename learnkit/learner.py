@@ -74,7 +74,7 @@ class Learner:
         self.batches_per_update, self.sync_grads, self.levels, self.fit_cbs = 1, True, [], []
         self._n_epoch = self._stop_at = self._deadline = self._n_items = self._initial = None
         self._call = self._resumed = self._order = self._signals = None
-        self._can_update = self._with_loss = self._exact = self.time_is_up = False
+        self._can_update = self._with_loss = self._exact = self.time_is_up = self.fit_ended = False
         self._stage, self._still = 'train', []  # modules that stay in evaluation mode
         self.make_opt()
         self.recorder.check_names(Tally(metrics).names)  # an error now, not after an epoch
@@ -476,7 +476,7 @@ def fit(self:Learner,
     if self._initial is None: self._initial = to_host(self.state_dict())
     with self._interruptible(), self.added_cbs(cbs), self._with_dls(dls):
         if self.dls.train is None: raise ValueError('there is no training data: dls.train is None')
-        self.fit_cbs = list(self._cbs)
+        self.fit_cbs, self.fit_ended, self.time_is_up = list(self._cbs), False, False
         call = self._describe_call(n_epoch, n_steps, lr, reset_opt)
         saved = self._find_saved(resume, call)
         if saved and saved.complete: return self._take(saved)
@@ -495,6 +495,7 @@ def _run_fit(self:Learner):
     self.phase = 'train'
     try:
         self._level('fit', self._all_epochs)
+        self.fit_ended = True
         self('at_rest')
     except KeyboardInterrupt as stop:
         if not self._returns(stop): raise
@@ -555,7 +556,7 @@ def _plan(self:Learner, n_epoch, n_steps, deadline):
     self._n_epoch, self._stop_at, self._deadline = n_epoch, n_steps, deadline
     self.batches_per_epoch, self.batches_per_update = length(self.dls.train), 1
     self.updates = self.epoch = self.iter = 0
-    self._stage, self.time_is_up = 'train', False
+    self._stage = 'train'
 
 @patch
 def _count_epoch(self:Learner):
@@ -739,16 +740,21 @@ def _describe_call(self:Learner, n_epoch, n_steps, lr, reset_opt): # plain tree
 def _find_saved(self:Learner, resume, call): # Saved; None when there is nothing to go on from
     "What `fit(resume=...)` is to go on from"
     if resume is None: return None
-    if isinstance(resume, Saved): found = resume
-    else:
-        place = self._saves_of(resume)
-        tree, path = (load_tree(place), place) if place.is_file() else load_newest(place) or (None, None)
-        if tree is None: return say(self, f'nothing is saved in {place} yet: starting from the beginning')
-        found = Saved(tree['learner'], tree['times'], str(path))
+    found = self._read_saved(resume)
+    if found is None:
+        return say(self, f'nothing is saved in {self._saves_of(resume)} yet: starting from the beginning')
     check_call(found, call)
     self.check_state(found.state)
     if order := found.fit.get('order'): check_same_loader(self.dls.train, order)
     return found
+
+@patch
+def _read_saved(self:Learner, resume): # Saved; None when there is none
+    "What was saved last"
+    if isinstance(resume, Saved): return resume
+    place = self._saves_of(resume)
+    tree, path = (load_tree(place), place) if place.is_file() else load_newest(place) or (None, None)
+    return None if tree is None else Saved(tree['learner'], tree['times'], str(path))
 
 @patch
 def _saves_of(self:Learner, resume): # Path of a folder or file
@@ -805,7 +811,9 @@ def _take(self:Learner, saved):
     "Take over a saved state"
     self.load_state_dict(saved.state)
     self.recorder.times = list(saved.times)
-    if saved.complete: return say(self, f'this fit is complete, as saved in {saved.where}')
+    if saved.complete:
+        self.fit_ended = True
+        return say(self, f'this fit is complete, as saved in {saved.where}')
     self.updates, grads = saved.fit['updates'], saved.fit['grads']
     for param, grad in zip(opt_params(self.opt) if self.opt else (), grads or itertools.repeat(None)):
         param.grad = None if grad is None else torch.empty_like(param, dtype=grad.dtype).copy_(grad)
@@ -846,8 +854,10 @@ def _batches(self:Learner): # (iterable, int)
     fit = self._resumed.fit
     self._order, start = fit['order'], fit['batch']
     batches = resume_batches(self.dl, fit['order'], start, self._exact)
+    done = self._enough() or start == self.limit
+    if done and 'own' in fit['order']: next(batches, None)  # some take their place only when they are read
     self._resumes_at('train')
-    return (() if self._enough() or start == self.limit else batches), start
+    return (() if done else batches), start
 
 # %% ../nbs/09_learner.ipynb #30ad1c97
 @patch
@@ -1060,14 +1070,15 @@ class Collect(Callback):
     order, phases = 95, ('predict',)
 
     def __init__(self, with_loss=False, with_input=False, n=None):
-        self.with_loss = with_loss
+        self.with_loss, self._input, self._cancelled = with_loss, (), False
         kinds = ['pred', 'targ', *(['loss'] if with_loss else []), *(['input'] if with_input else [])]
         self.parts = {kind: Gather(n) for kind in kinds}
 
-    def after_pred(self, learn): self._input = learn.xb
+    def before_batch(self, learn): self._input, self._cancelled = learn.xb, False
+    def after_cancel_batch(self, learn): self._cancelled = True
 
     def after_batch(self, learn):
-        if learn.pred is None: return  # the batch was cancelled
+        if self._cancelled: return
         found = {'pred': learn.pred, 'targ': unwrap(learn.yb), 'input': unwrap(self._input)}
         if self.with_loss: found['loss'] = learn.sample_losses()
         for kind, part in self.parts.items():

@@ -252,22 +252,32 @@ def fine_tune(self:Learner,
               pct_start:float=0.3, # as in `fit_one_cycle`
               div:float=5., # as in `fit_one_cycle`
               cbs=None, # callbacks for these fits only
+              resume=None, # as in `fit`; both fits save to the same folder
               **kwargs, # max_time, dls, reset_opt, and what `fit_one_cycle` takes, for each of the two fits
              ):
     "Train the head alone, then everything with smaller rates for the first layers"
-    if kwargs.get('resume') is not None:
-        raise ValueError('fine_tune is two fits, so there is no one place to resume from: call freeze, fit_one_cycle, '
-                         'unfreeze, fit_one_cycle yourself, each fit with a SaveState and resume of its own')
-    check_lr_free(self, as_callbacks(cbs))
+    cbs = as_callbacks(cbs)
+    check_lr_free(self, cbs)
     self.freeze()
-    done = []  # an interrupted fit returns as well, but has no end
-    if freeze_epochs:
-        ended = Callback(after_fit=lambda learn: done.append(True))
-        self.fit_one_cycle(freeze_epochs, slice(base_lr), pct_start=0.99, cbs=[*as_callbacks(cbs), ended], **kwargs)
-        if not done: return
+    if freeze_epochs and not has_gone_on(self, cbs, resume):
+        self.fit_one_cycle(freeze_epochs, slice(base_lr), pct_start=0.99, cbs=cbs, resume=resume, **kwargs)
+        if not self.fit_ended or self.time_is_up: return
+        resume = None
     self.unfreeze()
     rates = slice(base_lr / 2 / lr_mult, base_lr / 2)
-    self.fit_one_cycle(n_epoch, rates, pct_start=pct_start, div=div, cbs=cbs, **kwargs)
+    self.fit_one_cycle(n_epoch, rates, pct_start=pct_start, div=div, cbs=cbs, resume=resume, **kwargs)
+
+# %% ../nbs/10_schedule.ipynb #0acfd5d2
+def has_gone_on(learn:Learner, cbs,
+                resume, # as given to `fine_tune`
+               ): # bool
+    "Whether what was saved is of the second of two fits; the first then counts as done"
+    if resume is None: return False
+    with learn.added_cbs(cbs): saved = learn._read_saved(resume)
+    first = learn.recorder.run + 1
+    if saved is None or saved.fit is None or saved.fit['call']['run'] != first + 1: return False
+    learn.recorder.run = first
+    return True
 
 # %% ../nbs/10_schedule.ipynb #50094d7a
 class TorchScheduler(Callback):

@@ -599,13 +599,7 @@ def test_what_is_cancelled_every_time_leaves_nothing(event, error):
     learn.fit(2, cbs=[*cbs, Callback(**{event: raiser(error())})])
     clean(learn, cbs)
 
-@pytest.fixture
-def ctrl_c(): # python's own handler, also where the tests run in the background
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-def test_a_signal_in_the_middle_of_a_group_leaves_nothing(ctrl_c):
+def test_a_signal_in_the_middle_of_a_group_leaves_nothing():
     learn, cbs = make_learner([8] * 5, loss_func=small_loss), everything()
     stop = Callback(phases=('train',), after_pred=lambda learn: signal.raise_signal(signal.SIGINT) if learn.iter == 2 else None)
     with pytest.warns(UserWarning, match='fit interrupted'): learn.fit(2, cbs=[*cbs, stop])

@@ -186,12 +186,13 @@ def test_each_part_resumes_at_every_batch(tmp_path, name): resumes_everywhere(tm
 SAMPLE = [('dropout', 'data: torch'), ('norm', 'ema'), ('ema', 'accumulation'), ('accumulation', 'clip'), ('one cycle', 'plateau'),
           ('plateau', 'early stop'), ('early stop', 'best'), ('best', 'ema'), ('accumulation', 'fp16'), ('clip', 'fp16'),
           ('evaluations', 'early stop'), ('accumulation', 'data: stream'), ('steps', 'accumulation'), ('short', 'accumulation'),
-          ('one cycle', 'fp16'), ('mixup', 'data: loader'), ('sched', 'plateau'), ('swa', 'one cycle'), ('evaluations', 'best')]
+          ('one cycle', 'fp16'), ('mixup', 'data: loader'), ('sched', 'plateau'), ('swa', 'one cycle'), ('evaluations', 'best'), ('short', 'data: stateful')]
 
 @pytest.mark.parametrize('names', SAMPLE, ids='+'.join)
 def test_pairs_resume_at_every_batch(tmp_path, names): resumes_everywhere(tmp_path, *names, every=2)
 
 def can_go_together(a, b):
+    if {a, b} in ({'norm', 'data: no batches'}, {'one cycle', 'data: stream'}): return False  # single samples; no length
     return not ({a, b} <= {'fp16', 'bf16'} or {a, b} <= {'ema', 'swa'} or {'one cycle', 'sched', 'sched by epoch'} >= {a, b} or a.startswith('data') and b.startswith('data'))
 
 @pytest.mark.slow
@@ -305,6 +306,21 @@ def test_resume_from_a_folder_a_file_and_from_learn_save(tmp_path):
 def test_another_call_is_refused_with_the_difference(tmp_path, names, kwargs, text):
     cut(tmp_path)
     with pytest.raises(ValueError, match=text): train(*names, cbs=[SaveState('run')], path=tmp_path, resume='latest', **kwargs)
+
+@pytest.mark.parametrize('epochs_before', range(6))
+def test_fine_tune_goes_on_in_either_of_its_fits(tmp_path, epochs_before):
+    def fine_tune(*cbs, seed=0, **kwargs):
+        set_seed(seed)
+        learn = Learner(DataLoaders(LOADERS['torch'](), LOADERS['list']()), net(dropout=True), F.mse_loss, splitter=splitter, device='cpu', path=tmp_path)
+        learn.remove_cb(Progress)
+        learn.fine_tune(3, freeze_epochs=2, cbs=[SaveBest(), *cbs], **kwargs)
+        return outcome(learn)
+    def cut(learn):
+        if learn.epochs_done == epochs_before: raise PowerCut
+    whole = fine_tune()
+    try: fine_tune(SaveState('run'), On(order=200, before_epoch=cut, after_fit=lambda learn: cut(learn) if epochs_before == 5 else None))
+    except PowerCut: pass
+    assert fine_tune(SaveState('run'), seed=0 if epochs_before == 0 else 9, resume='latest') == whole
 
 def test_another_schedule_is_refused(tmp_path):
     cut(tmp_path, 'one cycle')

@@ -186,9 +186,8 @@ def test_fine_tune_goes_on_when_its_first_fit_is_stopped():
     learn.fine_tune(2, cbs=Callback(after_step=lambda learn: learn.stop()))
     assert learn.steps_done == 2 and learn.model[0].weight.requires_grad
 
-def test_fine_tune_needs_groups_and_takes_no_resume():
+def test_fine_tune_needs_groups():
     with pytest.raises(ValueError, match='splitter'): make().fine_tune(1)
-    with pytest.raises(ValueError, match='two fits'): make(splitter=halves).fine_tune(1, resume='latest')
 
 
 # torch's schedulers
