@@ -265,6 +265,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'learnkit.learner.Learner._make_step': ('learner.html#learner._make_step', 'learnkit/learner.py'),
                                   'learnkit.learner.Learner._measure': ('learner.html#learner._measure', 'learnkit/learner.py'),
                                   'learnkit.learner.Learner._note': ('learner.html#learner._note', 'learnkit/learner.py'),
+                                  'learnkit.learner.Learner._noting_the_end': ( 'learner.html#learner._noting_the_end',
+                                                                                'learnkit/learner.py'),
                                   'learnkit.learner.Learner._one_batch': ('learner.html#learner._one_batch', 'learnkit/learner.py'),
                                   'learnkit.learner.Learner._one_by_one': ('learner.html#learner._one_by_one', 'learnkit/learner.py'),
                                   'learnkit.learner.Learner._one_epoch': ('learner.html#learner._one_epoch', 'learnkit/learner.py'),

@@ -75,6 +75,7 @@ class Learner:
         self._n_epoch = self._stop_at = self._deadline = self._n_items = self._initial = None
         self._call = self._resumed = self._order = self._signals = None
         self._can_update = self._with_loss = self._exact = self.time_is_up = self.fit_ended = False
+        self._read_all = True
         self._stage, self._still = 'train', []  # modules that stay in evaluation mode
         self.make_opt()
         self.recorder.check_names(Tally(metrics).names)  # an error now, not after an epoch
@@ -697,7 +698,7 @@ def _fit_state(self:Learner): # plain tree; None when no fit runs
     return {'call': self._call, 'complete': False, 'epoch': self.epoch + (self._stage == 'done'),
             'stage': 'validate' if self._stage == 'validate' else 'train',
             'batch': self.iter + 1 if 'train' in self.levels else 0, 'updates': self.updates,
-            'order': order, 'grads': grads if any(grad is not None for grad in grads) else None}
+            'order': order, 'read_all': self._read_all, 'grads': grads if any(grad is not None for grad in grads) else None}
 
 # %% ../nbs/09_learner.ipynb #231b5b62
 @dataclass
@@ -824,7 +825,9 @@ def _resumes_at(self:Learner, place): # bool
     saved = self._resumed
     if saved is None or saved.place != place: return False
     self._resumed, order = None, saved.fit['order']
-    if place != 'train' and order and 'own' in order: self.dls.train.load_state_dict(order['own'])
+    if place != 'train' and order and 'own' in order:
+        self.dls.train.load_state_dict(order['own'])
+        if not saved.fit['read_all']: next(iter(self.dls.train), None)  # it would go on in the epoch that was left
     self._take(saved)
     return True
 
@@ -850,14 +853,24 @@ def _batches(self:Learner): # (iterable, int)
     if self._resumed is None:
         if self._is_saved(): fresh_workers(self.dl)
         self._order = order_state(self.dl)
-        return self.dl, 0
+        return self._noting_the_end(self.dl), 0
     fit = self._resumed.fit
     self._order, start = fit['order'], fit['batch']
     batches = resume_batches(self.dl, fit['order'], start, self._exact)
     done = self._enough() or start == self.limit
     if done and 'own' in fit['order']: next(batches, None)  # some take their place only when they are read
     self._resumes_at('train')
-    return (() if done else batches), start
+    return (() if done else self._noting_the_end(batches)), start
+
+@patch
+def _noting_the_end(self:Learner, batches): # iterable
+    "A loader that keeps its own state does not say whether an epoch of it was left early"
+    if not keeps_state(self.dl): return batches
+    def noted():
+        self._read_all = False
+        yield from batches
+        self._read_all = True
+    return noted()
 
 # %% ../nbs/09_learner.ipynb #30ad1c97
 @patch
