@@ -39,10 +39,10 @@ class Learner:
     def __init__(self,
                  dls, # `DataLoaders`
                  model:nn.Module, # moved to the device, changed in place
-                 loss_func=None, # function of (pred, *targets) -> scalar; None: the model returns its loss
+                 loss_func=None, # (pred, *targets) -> scalar; None: the model returns its loss
                  opt_func=None, # optimizer class or partial, called with (groups, lr=); None: AdamW
                  lr=1e-3, # default learning rate of a fit: float, slice(first, last) or list
-                 splitter=None, # function of the model -> lists of parameters that get their own rate
+                 splitter=None, # model -> lists of parameters that get their own rate
                  cbs=None, # callbacks besides `Recorder` and `Progress`
                  metrics=None, # function, metric object, list of them, or dict by name
                  wd=None, # weight decay, not applied to norms and biases; None: the optimizer's own
@@ -61,7 +61,8 @@ class Learner:
         self.dls, self.metrics, self.n_inp = as_dataloaders(dls), metrics, n_inp
         self.device = torch.device(device) if device is not None else default_device()
         self.model = model.to(self.device)
-        self.loss_func = loss_func.to(self.device) if isinstance(loss_func, nn.Module) else loss_func
+        is_module = isinstance(loss_func, nn.Module)
+        self.loss_func = loss_func.to(self.device) if is_module else loss_func
         self.opt_func, self.splitter, self.wd = opt_func, splitter, wd
         self.lr = chosen_lr(lr, opt_func)
         self.path, self.on_interrupt = Path(path), on_interrupt
@@ -69,7 +70,8 @@ class Learner:
         self.cbs = [self.recorder, Progress(), *as_callbacks(cbs)]
         self.phase = self.dl = self._batch = self.pred = self.loss = None
         self.xb = self.yb = ()
-        self.epoch = self.iter = self.updates = self.epochs_done = self.steps_done = self.steps_skipped = 0
+        self.epoch = self.iter = self.updates = 0
+        self.epochs_done = self.steps_done = self.steps_skipped = 0
         self.n_iter = self.limit = self.batches_per_epoch = self.compiled = self.scaler = None
         self.batches_per_update, self.sync_grads, self.levels, self.fit_cbs = 1, True, [], []
         self._n_epoch = self._stop_at = self._deadline = self._n_items = self._initial = None
@@ -91,8 +93,8 @@ def as_dataloaders(dls): # DataLoaders or None
     "`dls` itself when it can be trained on, with a word of help when not"
     if dls is None: return DataLoaders(None)
     if all(hasattr(dls, name) for name in ('train', 'valid', 'test')): return dls
-    raise TypeError(f'dls is a {type(dls).__name__}; wrap loaders as DataLoaders(train, valid), and '
-                    'give the model second: Learner(dls, model, loss_func)')
+    raise TypeError(f'dls is a {type(dls).__name__}; wrap loaders as DataLoaders(train, valid), '
+                    'and give the model second: Learner(dls, model, loss_func)')
 
 # %% ../nbs/09_learner.ipynb #a655034b
 def chosen_lr(lr, # the learner's
@@ -142,13 +144,13 @@ def n_items(self:Learner, n): self._n_items = n
 @patch(as_prop=True)
 def updates_per_epoch(self:Learner): # int or None
     "How many updates an epoch of this fit makes; None when the loader has no length"
-    n = self.batches_per_epoch
-    return n if n is None or self.batches_per_update == 1 else math.ceil(n / self.batches_per_update)
+    n, group = self.batches_per_epoch, self.batches_per_update
+    return n if n is None or group == 1 else math.ceil(n / group)
 
 # %% ../nbs/09_learner.ipynb #e27dad2b
 @patch(as_prop=True)
 def n_epoch(self:Learner): # int or None
-    "How many epochs this fit will make; None before the first fit, and where the loader cannot tell"
+    "How many epochs this fit will make; None before the first, and where the loader cannot tell"
     per_epoch = self.updates_per_epoch
     if self._stop_at is None or not per_epoch: return self._n_epoch
     return math.ceil(self._stop_at / per_epoch)
@@ -156,7 +158,7 @@ def n_epoch(self:Learner): # int or None
 # %% ../nbs/09_learner.ipynb #161c2795
 @patch(as_prop=True)
 def n_updates(self:Learner): # int or None
-    "How many updates this fit will make; None before the first fit, and where the loader cannot tell"
+    "How many updates this fit will make; None before the first, and where the loader cannot tell"
     if self._stop_at is not None: return self._stop_at
     per_epoch = self.updates_per_epoch
     return None if per_epoch is None else self._n_epoch * per_epoch
@@ -198,7 +200,7 @@ def _note(self:Learner, error, method, event):
 # %% ../nbs/09_learner.ipynb #212b9b23
 @patch
 def _cleanup(self:Learner, level, error=None):
-    "`cleanup_<level>` for every callback; of all that was raised, `error` included, the gravest surfaces"
+    "`cleanup_<level>` for every callback; of all that was raised the gravest surfaces"
     raised = [] if error is None else [error]
     for method in self._cbs.bound[f'cleanup_{level}', self.phase]:
         try: method(self)
@@ -209,7 +211,8 @@ def _cleanup(self:Learner, level, error=None):
     if not raised: return
     gravest = max(raised, key=gravity)  # the first of equals
     for other in raised:
-        if other not in (gravest, error): gravest.add_note(f'(and cleanup_{level} raised {other!r})')
+        if other in (gravest, error): continue
+        gravest.add_note(f'(and cleanup_{level} raised {other!r})')
     if gravest is not error: raise gravest from error
 
 # %% ../nbs/09_learner.ipynb #a78f2051
@@ -244,8 +247,9 @@ def _cancelled(self:Learner, event, body=None):
 
 @patch
 def _ends(self:Learner, cancel):
-    "Whether `cancel` is meant for the innermost open level, or its own is not open and this the last"
-    return cancel.level == self.levels[-1] or cancel.level not in self.levels and len(self.levels) == 1
+    "Whether `cancel` is meant for the innermost open level, or is not open and this the last"
+    level, open_levels = cancel.level, self.levels
+    return level == open_levels[-1] or level not in open_levels and len(open_levels) == 1
 
 # %% ../nbs/09_learner.ipynb #5be22058
 @patch
@@ -272,7 +276,8 @@ def _all_batches(self:Learner):
     batches, start = self._batches()
     self.iter = start - 1
     for self.iter, batch in enumerate(batches, start):
-        self.batch, self.pred, self.loss, self._n_items = to_device(batch, self.device), None, None, None
+        self.batch = to_device(batch, self.device)
+        self.pred = self.loss = self._n_items = None
         self._level('batch', self._one_batch)
         self._rest()
         if self._enough() or self.iter + 1 == self.limit: break
@@ -324,7 +329,7 @@ def _rest(self:Learner):
 @patch
 @contextmanager
 def _resting_if_interrupted(self:Learner):
-    "A validation that a signal ends has not begun: its loader goes back, and the learner is at rest"
+    "A validation that a signal ends has not begun: its loader goes back, the learner is at rest"
     if self._is_saved(): fresh_workers(self.dls.valid)
     before = generator_states(self.dls.valid)
     try: yield
@@ -352,13 +357,15 @@ def _pass(self:Learner, phase, dl):
 
 @patch
 def _updates_something(self:Learner):
-    "Whether there is anything to train: trainable parameters, or a step that is not the default one"
-    return self._overridden('step') or self.opt is not None and any(p.requires_grad for p in opt_params(self.opt))
+    "Whether there is anything to train: trainable parameters, or a step of another kind"
+    if self._overridden('step'): return True
+    return self.opt is not None and any(p.requires_grad for p in opt_params(self.opt))
 
 @patch
 def _overridden(self:Learner, step):
     "Whether a callback or a subclass does this step in its own way"
-    return bool(self._cbs.bound[step, self.phase]) or getattr(type(self), step) is not getattr(Learner, step)
+    if self._cbs.bound[step, self.phase]: return True
+    return getattr(type(self), step) is not getattr(Learner, step)
 
 # %% ../nbs/09_learner.ipynb #3a8fef0b
 def opt_params(opt:torch.optim.Optimizer): # iterator of parameters
@@ -380,15 +387,15 @@ def set_epoch(dl, epoch:int):
 # %% ../nbs/09_learner.ipynb #890f141f
 def no_progress(learn:Learner): # str
     "The error for a fit of so many steps that would never end"
-    return (f'fit(n_steps={learn._stop_at}): epoch {learn.epoch} and the two before made no update, so the '
-            'fit would never end; is every step cancelled, or nothing trainable?')
+    return (f'fit(n_steps={learn._stop_at}): epoch {learn.epoch} and the two before made no update, '
+            'so the fit would never end; is every step cancelled, or nothing trainable?')
 
 # %% ../nbs/09_learner.ipynb #a747bb35
 def no_batches(learn:Learner): # str
     "The error for a pass that found no data"
     again = learn.phase == 'train' and learn.epoch > 0
-    return (f'the {learn.phase} loader gave no batch in epoch {learn.epoch}' if learn.levels[0] == 'fit'
-            else 'the loader gave no batch') + (
+    where = f'the {learn.phase} loader gave no batch in epoch {learn.epoch}'
+    return (where if learn.levels[0] == 'fit' else 'the loader gave no batch') + (
         ': an iterator can be read only once, give a loader or a list' if again else '')
 
 # %% ../nbs/09_learner.ipynb #ff362281
@@ -467,8 +474,8 @@ def fit(self:Learner,
         max_time=None, # stop training after so long, and validate: seconds, or text such as '2 h'
         dls=None, # `DataLoaders` for this fit only
         reset_opt:bool=False, # start with a new optimizer; else its state goes on
-        resume=None, # go on with what was saved there: a folder or file, or 'latest': of the SaveState in cbs
-        resume_data:str='exact', # or 'skip': do not replay batches whose workers drew random numbers
+        resume=None, # go on from this folder or file, or 'latest': from that of the SaveState in cbs
+        resume_data:str='exact', # or 'skip': replay no batches whose workers drew random numbers
        ):
     "Train. Ctrl-C ends the fit and keeps what was reached (see `on_interrupt`)"
     if self.levels: raise RuntimeError(f'fit called while {self.levels[0]} is running')
@@ -506,7 +513,7 @@ def _run_fit(self:Learner):
 
 @patch
 def _returns(self:Learner, stop):
-    "Whether fit returns to its caller after this interruption: Ctrl-C, and not a second signal after another"
+    "Whether fit returns to its caller: after Ctrl-C, unless it is the second signal"
     signals = self._signals
     if self.on_interrupt == 'raise': return False
     if not isinstance(stop, Interrupted): return signals.caught is None
@@ -522,21 +529,21 @@ def _set_lr(self:Learner, lr):
     if keeper is None:
         if self.opt: set_lr(self.opt, self.lr if lr is None else lr)
     elif lr is not None:
-        raise ValueError(f'fit(lr={lr}): {keeper} sets the learning rate; change the one it starts from by '
-                         f'setup(lr={lr})')
+        raise ValueError(f'fit(lr={lr}): {keeper} sets the learning rate; change the one it starts '
+                         f'from by setup(lr={lr})')
 
 # %% ../nbs/09_learner.ipynb #b6449006
 @patch
 def _check_trained(self:Learner):
-    "Raise ValueError for a trainable parameter that no optimizer group holds: it would never be trained"
+    "Raise ValueError for a trainable parameter in no optimizer group: it would never be trained"
     if self._cbs.bound['step', 'train'] or type(self).step is not Learner.step: return
     held = {id(p) for p in opt_params(self.opt)} if self.opt else set()
     parts = [('model', self.model), ('loss_func', self.loss_func)]
     lost = [f'{part}.{name}' for part, module in parts if isinstance(module, nn.Module)
             for name, p in module.named_parameters() if p.requires_grad and id(p) not in held]
     if lost:
-        raise ValueError(f'{lost[0]} is trainable but in no group of the optimizer, {len(lost)} such in '
-                         'all. If the model was changed call make_opt() or fit(reset_opt=True); '
+        raise ValueError(f'{lost[0]} is trainable but in no group of the optimizer, {len(lost)} such '
+                         'in all. If the model was changed call make_opt() or fit(reset_opt=True); '
                          'parameters of a loss go into a group by a splitter')
 
 # %% ../nbs/09_learner.ipynb #08632c4f
@@ -611,7 +618,8 @@ def state_dict(self:Learner,
              'opt': opt_state(self.opt) if self.opt else None,
              'scaler': None if self.scaler is None else self.scaler.state_dict(),
              'callbacks': self._cbs.state_dict(), 'rng': rng_state(),
-             'data': {name: generator_states(getattr(self.dls, name)) for name in ('train', 'valid')},
+             'data': {'train': generator_states(self.dls.train),
+                      'valid': generator_states(self.dls.valid)},
              'counters': {name: getattr(self, name) for name in COUNTERS}, 'fit': self._fit_state()}
     return map_tensors(lambda tensor: tensor.detach().clone(), state) if copy else state
 
@@ -637,8 +645,9 @@ def check_model_state(model:nn.Module,
     lost, extra = [k for k in have if k not in state], [k for k in state if k not in have]
     other = [f'{k} is {kind(state[k])} there and {kind(have[k])} here'
              for k in have if k in state and kind(have[k]) != kind(state[k])]
-    problems = [f'{what}: {", ".join(keys[:3])}{" ..." if len(keys) > 3 else ""}' for what, keys in (
-        ('missing there', lost), ('unknown here', extra), ('different', other)) if keys]
+    found = {'missing there': lost, 'unknown here': extra, 'different': other}
+    problems = [f'{what}: {", ".join(keys[:3])}{" ..." if len(keys) > 3 else ""}'
+                for what, keys in found.items() if keys]
     if problems:
         raise ValueError(f'the saved model is not a {type(model).__name__} like this one; '
                          + '; '.join(problems) + '. Nothing was loaded.')
@@ -655,7 +664,7 @@ def check_state(self:Learner, state):
     "Raise ValueError when `state` is that of another model, optimizer or set of callbacks"
     check_model_state(self.model, state['model'])
     if (self.opt is None) != (state['opt'] is None):
-        raise ValueError('one of the saved learner and this one has an optimizer, the other has none')
+        raise ValueError('one of the saved learner and this one has an optimizer, the other none')
     if self.opt: check_opt_state(self.opt, state['opt'])
     self._cbs.check_state(state['callbacks'])
 
@@ -664,7 +673,7 @@ def check_state(self:Learner, state):
 def load_state_dict(self:Learner,
                     state:dict, # what `state_dict` returned
                    ):
-    "Go back to `state`: all of it, or, with an error, none. Where its fit was is for `fit(resume=)`"
+    "Go back to `state`: all of it, or, with an error, none; `fit(resume=)` goes on with its fit"
     self.check_state(state)
     before = map_tensors(torch.clone, self._cbs.state_dict())
     try: self._cbs.load_state_dict(state['callbacks'])
@@ -693,12 +702,13 @@ def _fit_state(self:Learner): # plain tree; None when no fit runs
     if self._call is None: return None
     if not self.levels: return {'call': self._call, 'complete': True}
     grads = [param.grad for param in opt_params(self.opt)] if self.opt else []
+    if all(grad is None for grad in grads): grads = None
     order, train = self._order, self.dls.train
     if order and keeps_state(train): order = {**order, 'own': train.state_dict()}
     return {'call': self._call, 'complete': False, 'epoch': self.epoch + (self._stage == 'done'),
             'stage': 'validate' if self._stage == 'validate' else 'train',
             'batch': self.iter + 1 if 'train' in self.levels else 0, 'updates': self.updates,
-            'order': order, 'read_all': self._read_all, 'grads': grads if any(grad is not None for grad in grads) else None}
+            'order': order, 'read_all': self._read_all, 'grads': grads}
 
 # %% ../nbs/09_learner.ipynb #231b5b62
 @dataclass
@@ -718,7 +728,8 @@ class Saved:
     def place(self): # 'epoch', 'train' or 'validate'; None where the fit is complete
         "Before an epoch, between batches of training, or before a validation"
         if self.complete: return None
-        return 'epoch' if self.fit['stage'] == 'train' and not self.fit['batch'] else self.fit['stage']
+        stage = self.fit['stage']
+        return 'epoch' if stage == 'train' and not self.fit['batch'] else stage
 
 # %% ../nbs/09_learner.ipynb #ef8cbb33
 @patch(as_prop=True)
@@ -743,7 +754,8 @@ def _find_saved(self:Learner, resume, call): # Saved; None when there is nothing
     if resume is None: return None
     found = self._read_saved(resume)
     if found is None:
-        return say(self, f'nothing is saved in {self._saves_of(resume)} yet: starting from the beginning')
+        where = self._saves_of(resume)
+        return say(self, f'nothing is saved in {where} yet: starting from the beginning')
     check_call(found, call)
     self.check_state(found.state)
     if order := found.fit.get('order'): check_same_loader(self.dls.train, order)
@@ -754,38 +766,44 @@ def _read_saved(self:Learner, resume): # Saved; None when there is none
     "What was saved last"
     if isinstance(resume, Saved): return resume
     place = self._saves_of(resume)
-    tree, path = (load_tree(place), place) if place.is_file() else load_newest(place) or (None, None)
-    return None if tree is None else Saved(tree['learner'], tree['times'], str(path))
+    found = (load_tree(place), place) if place.is_file() else load_newest(place)
+    if found is None: return None
+    tree, path = found
+    return Saved(tree['learner'], tree['times'], str(path))
 
 @patch
 def _saves_of(self:Learner, resume): # Path of a folder or file
     "Where to look for saves"
-    if resume != 'latest': return file if (file := self._file(resume)).is_file() else self.path / resume
+    if resume != 'latest':
+        file = self._file(resume)
+        return file if file.is_file() else self.path / resume
     folders = [cb.saves_to for cb in self._cbs if cb.saves_to is not None]
     if len(folders) == 1: return self.path / folders[0]
-    raise ValueError(f"fit(resume='latest'): {len(folders)} callbacks save, so there is no saying which is meant; "
-                     + ('give their folder' if folders else 'add SaveState(path) to cbs'))
+    raise ValueError(f"fit(resume='latest'): {len(folders)} callbacks save, so there is no saying which "
+                     'is meant; ' + ('give their folder' if folders else 'add SaveState(path) to cbs'))
 
 # %% ../nbs/09_learner.ipynb #28a7526a
 def check_call(saved:Saved, call:dict):
     "Raise ValueError unless `call` is the one that was interrupted"
     if saved.fit is None:
-        raise ValueError(f'{saved.where} was not saved during a fit, so there is none to go on with: use load')
+        raise ValueError(f'{saved.where} was not saved during a fit, so there is none to go on with: '
+                         'use load')
     before, same_run = saved.fit['call'], (call['run'], call['run'] - (not saved.complete))
     if before['run'] not in same_run:
-        raise ValueError(f"{saved.where} is of fit number {before['run']} of its learner, this one is number "
-                         f"{call['run']}: give each fit a folder of its own")
+        raise ValueError(f"{saved.where} is of fit number {before['run']} of its learner, this one is "
+                         f"number {call['run']}: give each fit a folder of its own")
     differ = [callbacks_differ(before[name], call[name]) if name == 'callbacks' else
               f'{name} {before[name]} -> {call[name]}'
               for name in call if name != 'run' and before[name] != call[name]]
-    if differ: raise ValueError(f'{saved.where} is of a fit with other arguments: {"; ".join(differ)}. Call fit as '
-                                'before (n_epoch and n_steps are the total), or without resume')
+    if differ:
+        raise ValueError(f'{saved.where} is of a fit with other arguments: {"; ".join(differ)}. Call fit '
+                         'as before (n_epoch and n_steps are the total), or without resume')
 
 # %% ../nbs/09_learner.ipynb #c8c1c316
 def callbacks_differ(before, now): # lists of what `Callback.settings` returned -> str
     "In which callbacks two calls differ"
     gone, new = [cb for cb in before if cb not in now], [cb for cb in now if cb not in before]
-    parts = [f'{what} {settings_text(cb)}' for what, cbs in (('then', gone), ('now', new)) for cb in cbs]
+    parts = [*(f'then {settings_text(cb)}' for cb in gone), *(f'now {settings_text(cb)}' for cb in new)]
     return f'callbacks {", ".join(parts)}' if parts else 'callbacks in another order'
 
 def settings_text(settings): # str
@@ -801,8 +819,9 @@ def _start_from(self:Learner, saved):
     "Let the loop begin at the place of the save"
     fit = saved.fit
     self.updates, self.epochs_done = fit['updates'], saved.state['counters']['epochs_done']
-    where = {'epoch': f'epoch {fit["epoch"]}', 'train': f'epoch {fit["epoch"]}, batch {fit["batch"]}',
-             'validate': f'the validation of epoch {fit["epoch"]}'}
+    epoch = f'epoch {fit["epoch"]}'
+    where = {'epoch': epoch, 'train': f'{epoch}, batch {fit["batch"]}',
+             'validate': f'the validation of {epoch}'}
     say(self, f'going on from {where[saved.place]}, as saved in {saved.where}')
     if not self._exact and saved.place == 'train' and getattr(self.dls.train, 'num_workers', 0):
         say(self, 'what workers draw at random from here on is not what they would have drawn')
@@ -816,7 +835,8 @@ def _take(self:Learner, saved):
         self.fit_ended = True
         return say(self, f'this fit is complete, as saved in {saved.where}')
     self.updates, grads = saved.fit['updates'], saved.fit['grads']
-    for param, grad in zip(opt_params(self.opt) if self.opt else (), grads or itertools.repeat(None)):
+    params = opt_params(self.opt) if self.opt else ()
+    for param, grad in zip(params, grads or itertools.repeat(None)):
         param.grad = None if grad is None else torch.empty_like(param, dtype=grad.dtype).copy_(grad)
 
 @patch
@@ -827,7 +847,8 @@ def _resumes_at(self:Learner, place): # bool
     self._resumed, order = None, saved.fit['order']
     if place != 'train' and order and 'own' in order:
         self.dls.train.load_state_dict(order['own'])
-        if not saved.fit['read_all']: next(iter(self.dls.train), None)  # it would go on in the epoch that was left
+        # It would go on in the epoch that was left early
+        if not saved.fit['read_all']: next(iter(self.dls.train), None)
     self._take(saved)
     return True
 
@@ -858,7 +879,7 @@ def _batches(self:Learner): # (iterable, int)
     self._order, start = fit['order'], fit['batch']
     batches = resume_batches(self.dl, fit['order'], start, self._exact)
     done = self._enough() or start == self.limit
-    if done and 'own' in fit['order']: next(batches, None)  # some take their place only when they are read
+    if done and 'own' in fit['order']: next(batches, None)  # some take their place when read
     self._resumes_at('train')
     return (() if done else self._noting_the_end(batches)), start
 
@@ -924,7 +945,7 @@ def find_callbacks(have, # Callbacks
     found = []
     single = isinstance(cbs, (Callback, type, str)) or not isinstance(cbs, Iterable)
     for wanted in [cbs] if single else list(cbs):
-        match = [cb for cb in have if cb is wanted or isinstance(wanted, type) and type(cb) is wanted]
+        match = [cb for cb in have if cb is wanted or type(cb) is wanted]
         if not match:
             raise ValueError(f'{wanted!r} is not among the callbacks: {list(have)}')
         found += match
@@ -998,7 +1019,8 @@ def training_loop(): # list of (depth, event or step); depth is negative in vali
     batch = level(3, 'batch', [(4, name) for name in (*forward, *update)])
     train = level(2, 'train', [*batch, (3, 'at_rest')])
     valid = level(-2, 'validate', level(-3, 'batch', [(-4, name) for name in forward]))
-    return [*level(0, 'fit', [*level(1, 'epoch', [*train, *valid]), (1, 'at_rest')]), (0, 'at_rest')]
+    epoch = [*level(1, 'epoch', [*train, *valid]), (1, 'at_rest')]
+    return [*level(0, 'fit', epoch), (0, 'at_rest')]
 
 # %% ../nbs/09_learner.ipynb #78c8bf2b
 @patch
@@ -1045,9 +1067,10 @@ def test(self:Learner,
 def sample_losses(self:Learner): # tensor, (batch,)
     "The loss of each sample of the current batch"
     if self.loss_func is None and not self._overridden('get_loss'):
-        raise ValueError('losses of single samples need a loss_func: the model returns one for the batch')
-    n = batch_size(self.pred)
-    losses = None if self._overridden('get_loss') else unreduced(self.loss_func, self.pred, *self.yb)
+        raise ValueError('losses of single samples need a loss_func: the model returns one for the '
+                         'batch')
+    n, own = batch_size(self.pred), self._overridden('get_loss')
+    losses = None if own else unreduced(self.loss_func, self.pred, *self.yb)
     return losses if losses is not None and losses.shape == (n,) else self._one_by_one(n)
 
 @patch
@@ -1084,7 +1107,7 @@ class Collect(Callback):
 
     def __init__(self, with_loss=False, with_input=False, n=None):
         self.with_loss, self._input, self._cancelled = with_loss, (), False
-        kinds = ['pred', 'targ', *(['loss'] if with_loss else []), *(['input'] if with_input else [])]
+        kinds = ['pred', 'targ', *['loss'] * with_loss, *['input'] * with_input]
         self.parts = {kind: Gather(n) for kind in kinds}
 
     def before_batch(self, learn): self._input, self._cancelled = learn.xb, False
@@ -1161,7 +1184,7 @@ def unfreeze(self:Learner):
 # %% ../nbs/09_learner.ipynb #8e0ca8ed
 @patch
 def summary(self:Learner): # DataFrame
-    "The modules that hold parameters: shapes, sizes, group of layers, learning rate, whether they learn"
+    "The modules that hold parameters: shapes, sizes, group of layers, rate, whether they learn"
     import pandas as pd
     return pd.DataFrame(layer_table(self.model, self.opt))
 
@@ -1217,7 +1240,8 @@ def reset(self:Learner):
     before, initial = self.opt, self._initial
     self.make_opt()
     now = opt_state(self.opt) if self.opt else None
-    if now and initial['opt'] and now['kind'] != initial['opt']['kind']: initial = {**initial, 'opt': now}
+    then = initial['opt']
+    if now and then and now['kind'] != then['kind']: initial = {**initial, 'opt': now}
     try: self.load_state_dict(initial)
     except BaseException:
         self.opt = before
@@ -1232,7 +1256,8 @@ def no_trace(self:Learner):
     modules = [module for part in parts for module in part.modules()]
     held = [*(t for part in parts for t in (*part.parameters(), *part.buffers())),
             *(opt_params(self.opt) if self.opt else [])]
-    tensors = {id(t): t for t in held if 0 not in t.stride()}.values()  # an expanded one is not written to
+    # An expanded tensor is not written to
+    tensors = {id(t): t for t in held if 0 not in t.stride()}.values()
     saved = [(t, t.detach().clone(), t.grad) for t in tensors]
     slots = [(slot, dict(slot)) for m in modules for slot in (m._parameters, m._buffers)]
     modes = [(m, m.training) for m in modules]

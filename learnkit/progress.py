@@ -26,7 +26,8 @@ def cell_text(name:str, # column
               value, # number, None or anything with a str
              ): # str
     "A value as it stands in the table"
-    if name == 'time': return '' if np.isnan(value) else f'{int(value) // 60:02d}:{int(value) % 60:02d}'
+    if name == 'time' and np.isnan(value): return ''
+    if name == 'time': return f'{int(value) // 60:02d}:{int(value) % 60:02d}'
     if value is None: return ''
     if isinstance(value, float): return f'{value:.2e}' if name == 'lr' else f'{value:.6f}'
     return str(value)
@@ -118,7 +119,7 @@ class Progress(Callback):
 
     def cleanup_fit(self, learn):
         self._close(learn)
-        self.after_epoch(learn)  # a callback may have ended the fit before this one heard of the epoch
+        self.after_epoch(learn)  # a callback may have ended the fit before this one heard of it
         if self.table and self._unshown: self._show(self._unshown)
         if self._table and in_notebook() and 'IN_TEST' in os.environ: display_table(self._table)
         if self.plot and in_notebook() and is_main(): self._draw(learn, last=True)
@@ -141,7 +142,8 @@ def say(learn, # whose callbacks tell whether anything is to be shown
         text:str,
        ):
     "Print a line where the table is shown too"
-    if is_main() and any(isinstance(cb, Progress) and cb.table for cb in learn.cbs): print(text, flush=True)
+    shows = any(isinstance(cb, Progress) and cb.table for cb in learn.cbs)
+    if shows and is_main(): print(text, flush=True)
 
 # %% ../nbs/08_progress.ipynb #96844096
 def display_table(table, # anything IPython can display

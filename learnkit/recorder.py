@@ -112,7 +112,7 @@ class Recorder(Callback):
     def after_validate(self, learn):
         if self.tally is None: return  # predictions, or cancelled before it began
         self.results = self.tally.compute()
-        if learn.levels == ['fit', 'epoch', 'validate']:  # the epoch's own, not one called inside it
+        if learn.levels == ['fit', 'epoch', 'validate']:  # the epoch's own, not one inside it
             self._epoch_results['valid_loss'] = self.results['loss']
             self._epoch_results.update({k: v for k, v in self.results.items() if k != 'loss'})
 
@@ -152,8 +152,9 @@ def track(self:Recorder,
           n=1, # weight of the value in the epoch's mean
          ):
     "Add a value to the row of this epoch; several in one epoch are averaged, weighted by `n`"
-    if f'{phase}_{name}' in RESERVED: raise ValueError(f'track({name!r}): {phase}_{name} is recorded already')
-    self.tracked.setdefault(f'{phase}_{name}', Mean()).add(value, n)
+    column = f'{phase}_{name}'
+    if column in RESERVED: raise ValueError(f'track({name!r}): {column} is recorded already')
+    self.tracked.setdefault(column, Mean()).add(value, n)
 
 # %% ../nbs/07_recorder.ipynb #279a14d0
 RESERVED = ('run', 'epoch', 'train_loss', 'valid_loss', 'lr', 'time')  # columns of every history
@@ -165,8 +166,9 @@ def check_names(self:Recorder,
                ):
     "Raise ValueError for a metric that is called like a column of every history"
     taken = [name for name in names if name in RESERVED]
-    if taken: raise ValueError(f'a metric cannot be called {taken[0]!r}, as a column of the history is; '
-                               "give metrics as a dict: {'my_name': metric}")
+    if taken:
+        raise ValueError(f'a metric cannot be called {taken[0]!r}, as a column of the history is; '
+                         "give metrics as a dict: {'my_name': metric}")
 
 # %% ../nbs/07_recorder.ipynb #e6d97f18
 @patch
@@ -262,7 +264,8 @@ def between(steps:dict, # as from `Recorder.step_arrays`
            ): # list of (position among `steps`, validation loss)
     "Where the evaluations inside epochs belong on the axis of `plot_loss`"
     places = {(run, step): i for i, (run, step) in enumerate(zip(steps['run'], steps['step']))}
-    return [(places[at], row['valid_loss']) for row in evals if (at := (row['run'], row['step'] - 1)) in places]
+    found = [(places.get((row['run'], row['step'] - 1)), row['valid_loss']) for row in evals]
+    return [(place, loss) for place, loss in found if place is not None]
 
 # %% ../nbs/07_recorder.ipynb #3123a7ff
 @patch
@@ -362,8 +365,8 @@ def reopen(self:Recorder, state):
     self._forget_steps()
     self.tracked, self._epoch_results = {}, {}
     if state is None: return
-    self.epoch, self._updates, self._epoch_results = state['epoch'], state['updates'], dict(state['results'])
-    self._last_lr = state['lr']
+    self.epoch, self._updates, self._last_lr = state['epoch'], state['updates'], state['lr']
+    self._epoch_results = dict(state['results'])
     for name, mean in state['tracked'].items():
         self.tracked[name] = Mean()
         self.tracked[name].load_state_dict(mean)

@@ -39,12 +39,13 @@ class SaveState(Callback):
     def at_rest(self, learn):
         if not self._is_due(learn) or not is_main(): return
         # Saves of an earlier fit go as soon as this one has its first
-        save_next(learn.saved_tree(), learn.path/self.saves_to, keep=1 if self._fresh else self.keep)
+        keep = 1 if self._fresh else self.keep
+        save_next(learn.saved_tree(), learn.path/self.saves_to, keep=keep)
         self._fresh, self._time_was_up = False, learn.time_is_up
         self._mark(learn)
 
     def _is_due(self, learn):
-        if self._time_was_up: return False  # what follows winds the fit up; it is to go on from before
+        if self._time_was_up: return False  # what follows winds up; the fit goes on from before
         if learn.time_is_up or learn.interrupted or not learn.levels: return True
         count, unit = self.every
         now = {'epoch': learn.epochs_done, 'step': learn.updates, 'second': time.monotonic()}[unit]
@@ -59,4 +60,5 @@ def as_period(every): # (number, 'epoch', 'step' or 'second')
         try: seconds = as_seconds(every)
         except ValueError: seconds = 0
         if seconds: return seconds, 'second'
-    raise ValueError(f"every={every!r}: say how often with a unit, as '1 epoch', '500 steps' or '10 min'")
+    raise ValueError(f"every={every!r}: say how often with a unit, as '1 epoch', '500 steps' or "
+                     "'10 min'")
