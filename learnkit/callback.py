@@ -9,6 +9,7 @@ __all__ = ['Cancel', 'CancelFit', 'CancelEpoch', 'CancelTrain', 'CancelValidate'
 # %% ../nbs/03_callback.ipynb #f7638a63
 import difflib
 from collections.abc import Iterable, MutableSequence
+import numpy as np
 from fastcore.basics import patch
 
 # %% ../nbs/03_callback.ipynb #de174d65
@@ -22,7 +23,8 @@ BATCH_EVENTS = frozenset((
     'after_cancel_batch', 'after_batch', 'cleanup_batch'))
 EVENTS = frozenset(
     f'{when}_{level}' for level in (*LEVELS, 'lr_find')
-    for when in ('before', 'after_cancel', 'after', 'cleanup')) | BATCH_EVENTS | {'after_create', 'at_rest'}
+    for when in ('before', 'after_cancel', 'after', 'cleanup')
+) | BATCH_EVENTS | {'after_create', 'at_rest'}
 
 # %% ../nbs/03_callback.ipynb #e2064cbf
 class Cancel(Exception):
@@ -71,7 +73,7 @@ class Callback:
     phases = PHASES  # phases whose batch events and steps this callback takes part in
     events = ()      # names of events of its own that start with before_, after_ or cleanup_
     tracks = ()      # columns it adds to the history; None: it cannot say before they come
-    owns_lr = False  # whether it keeps the learning rate from fit to fit, so that a fit does not set it
+    owns_lr = False  # whether it keeps the learning rate from fit to fit, so that no fit sets it
     external = False # whether it writes outside the learner; such are left out of dry runs
     saves_to = None  # folder in which it keeps saves that a fit can go on from
 
@@ -105,7 +107,7 @@ class Callback:
         return f'{type(self).__name__}({", ".join(given)})'
 
     def state_dict(self):
-        "What must survive a save and a load: a plain tree; override together with `load_state_dict`"
+        "What must survive save and load: a plain tree; override together with `load_state_dict`"
         return {}
 
     def load_state_dict(self, state):
@@ -114,7 +116,8 @@ class Callback:
     def settings(self): # plain tree
         "Class and constructor's arguments; an exact resume compares them"
         args, kwargs = self.init_args
-        return {'class': type(self).__name__, 'args': plain_setting(args), 'kwargs': plain_setting(kwargs)}
+        return {'class': type(self).__name__,
+                'args': plain_setting(args), 'kwargs': plain_setting(kwargs)}
 
     def weights(self): # dict: name -> live tensor; None
         "Weights besides the model's own that belong to it, as an average of them does"
@@ -122,6 +125,7 @@ class Callback:
 # %% ../nbs/03_callback.ipynb #437a8ef1
 def plain_setting(x): # plain values as they are, anything else as the name of its type
     "An argument in a form that can be stored and compared"
+    if isinstance(x, np.generic): x = x.item()
     if x is None or type(x) in (bool, int, float, str): return x
     if isinstance(x, (list, tuple)): return [plain_setting(item) for item in x]
     if isinstance(x, dict): return {str(key): plain_setting(value) for key, value in x.items()}

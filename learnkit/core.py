@@ -120,6 +120,13 @@ def generator_state(rng): # plain tree; None for anything that is no generator
     if isinstance(rng, np.random.Generator): return plain_words(rng.bit_generator.state)
     return None
 
+def seed_generator(rng, seed:int):
+    "Have a generator object start from `seed`"
+    if isinstance(rng, torch.Generator): rng.manual_seed(seed)
+    elif isinstance(rng, np.random.Generator):
+        rng.bit_generator.state = type(rng.bit_generator)(seed).state
+    else: rng.seed(seed)
+
 def set_generator_state(rng, state): # from `generator_state`
     "Put a generator object back to `state`"
     if isinstance(rng, torch.Generator): rng.set_state(state)
@@ -225,7 +232,8 @@ class Rows:
     def add(self, tensor): # (batch, ...), or 0-d: one row
         "Append the rows of `tensor`"
         tensor = tensor.detach() if tensor.ndim else tensor.detach()[None]
-        if self.buffer is None: self.buffer = tensor.new_empty((self.n, *tensor.shape[1:]), device='cpu')
+        if self.buffer is None:
+            self.buffer = tensor.new_empty((self.n, *tensor.shape[1:]), device='cpu')
         if tensor.dtype != self.buffer.dtype:
             raise ValueError(f'samples of {tensor.dtype} follow samples of {self.buffer.dtype}')
         if tensor.shape[1:] != self.buffer.shape[1:]:
@@ -260,7 +268,8 @@ class Gather:
             self.form = form
             if not listed: self.like, self.rows = like, [Rows(self.n) for _ in leaves]
         if form != self.form:
-            raise ValueError('the batches of this pass differ in structure and cannot be put together')
+            raise ValueError('the batches of this pass differ in structure '
+                             'and cannot be put together')
         if listed: return self.batches.append(to_host(batch))
         for rows, tensor in zip(self.rows, leaves): rows.add(tensor)
 
@@ -334,7 +343,8 @@ class Signals:
     def __enter__(self):
         if threading.current_thread() is not threading.main_thread(): return self
         for number in self.numbers:
-            if signal.getsignal(number) in (None, signal.SIG_IGN): continue  # not python's, not wanted
+            if signal.getsignal(number) in (None, signal.SIG_IGN):
+                continue  # not python's, not wanted
             self.before[number] = signal.signal(number, self.note)
         return self
 
@@ -354,8 +364,10 @@ UNITS = MappingProxyType({'s': 1, 'sec': 1, 'second': 1, 'min': 60, 'minute': 60
 def as_seconds(duration, # number of seconds, or text such as '90 s', '10 min', '1.5 hours', '1 day'
               ): # float
     "A duration in seconds"
-    found = re.fullmatch(r'\s*(\d+\.?\d*)\s*([a-z]+?)s?\s*', duration) if isinstance(duration, str) else None
+    text = duration if isinstance(duration, str) else ''
+    found = re.fullmatch(r'\s*(\d+\.?\d*)\s*([a-z]+?)s?\s*', text)
     if found and found[2] in UNITS: return float(found[1]) * UNITS[found[2]]
     number = isinstance(duration, (int, float)) and not isinstance(duration, bool)
     if number and 0 <= duration < math.inf: return float(duration)
-    raise ValueError(f"{duration!r} is no duration: give seconds, or text such as '90 s', '10 min', '2 h'")
+    raise ValueError(f'{duration!r} is no duration: give seconds, or text such as '
+                     "'90 s', '10 min', '2 h'")

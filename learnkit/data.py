@@ -6,7 +6,7 @@
 __all__ = ['TensorLoader', 'DatasetLoader', 'DataLoaders']
 
 # %% ../nbs/02_data.ipynb #6a520c88
-import copy, hashlib, itertools, random
+import copy, hashlib, itertools, random, signal
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from fastcore.basics import noop, patch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, get_worker_info
-from .core import (default_device, generator_state, rng_state, set_generator_state,
-                           set_rng_state)
+from .core import (default_device, generator_state, rng_state, seed_generator,
+                           set_generator_state, set_rng_state)
 from .store import tree_digest
 
 # %% ../nbs/02_data.ipynb #08518074
@@ -112,6 +112,23 @@ def batches(self:TensorLoader,
         for rows in zip(*[t[first:].split(self.bs) for t in self.tensors]):
             yield tuple([t.clone() for t in rows])  # changing a batch must not change the data
 
+# %% ../nbs/02_data.ipynb #99816e80
+def loader_parts(dl, *more): # list of objects
+    "A loader, its samplers, and theirs, as far as they have attributes; `more` names further parts"
+    parts, todo = {}, [dl]
+    while todo:
+        part = todo.pop()
+        if id(part) in parts or not hasattr(part, '__dict__'): continue
+        parts[id(part)] = part
+        todo += [vars(part).get(name) for name in ('loader', 'sampler', 'batch_sampler', *more)]
+    return list(parts.values())
+
+def generators(dl): # list of random generators
+    "The generators that a loader, its samplers and its dataset hold, always in the same order"
+    parts = loader_parts(dl, 'dataset', 'transform', 'target_transform', 'transforms')
+    held = [value for part in parts for value in vars(part).values()]
+    return [value for value in held if generator_state(value) is not None]
+
 # %% ../nbs/02_data.ipynb #e4b6d137
 @contextmanager
 def fetch_rng(seed:int):
@@ -135,15 +152,17 @@ class SeededBatches(Dataset):
                  collate_fn, # list of samples -> batch
                 ):
         self.dataset, self.seed, self.collate_fn = dataset, seed, collate_fn
+        self.own = generators(dataset)  # which would go their own ways in each worker
         self.fetch = getattr(dataset, '__getitems__', None) or self.one_by_one
 
     def one_by_one(self, samples): return [self.dataset[i] for i in samples]
 
     def __getitem__(self, key): # (epoch, number of the batch, its samples)
         epoch, number, samples = key
+        seed = epoch_seed(self.seed, epoch, number)
         try:
-            with fetch_rng(epoch_seed(self.seed, epoch, number)):
-                return self.collate_fn(self.fetch(samples))
+            for rng in self.own: seed_generator(rng, seed)
+            with fetch_rng(seed): return self.collate_fn(self.fetch(samples))
         except StopIteration as error:  # would end the epoch without a word
             raise RuntimeError(f'the dataset raised StopIteration in batch {number}') from error
         except Exception as error:
@@ -244,8 +263,11 @@ def check_loader(dl): # the loader, or None
 def describe(dl): # str
     "What a loader holds, as far as it says"
     if isinstance(dl, EpochLoader): return repr(dl)
-    try: return f'{type(dl).__name__}(batches={len(dl)})'
-    except TypeError: return type(dl).__name__
+    try: known = [f'batches={len(dl)}']
+    except TypeError: known = []
+    if isinstance(dl, DataLoader):
+        known += [f'bs={dl.batch_size}', f'sampler={type(dl.sampler).__name__}']
+    return type(dl).__name__ + (f'({", ".join(known)})' if known else '')
 
 # %% ../nbs/02_data.ipynb #8dde4327
 def split_samples(n:int, # samples
@@ -267,9 +289,10 @@ def check_alike(train, valid): # tuples of tensors
     "Raise ValueError when samples to validate on are of another kind than those to train on"
     for a, b in zip(train, valid):
         if a.shape[1:] != b.shape[1:] or a.is_floating_point() != b.is_floating_point():
-            raise ValueError(f'samples to validate on are {b.dtype} of shape {tuple(b.shape[1:])}, those to train '
-                             f'on {a.dtype} of shape {tuple(a.shape[1:])}; inputs and targets go together in '
-                             'one tuple: from_tensors((inputs, targets))')
+            raise ValueError(f'samples to validate on are {b.dtype} of shape {tuple(b.shape[1:])}, '
+                             f'those to train on {a.dtype} of shape {tuple(a.shape[1:])}; '
+                             'inputs and targets go together in one tuple: '
+                             'from_tensors((inputs, targets))')
 
 # %% ../nbs/02_data.ipynb #e434b4a9
 @patch(cls_method=True)
@@ -351,21 +374,6 @@ def untouched(dl, # any loader, or a list of batches
         for rng, state in zip(held, states): set_generator_state(rng, state)
 
 # %% ../nbs/02_data.ipynb #19b9cc92
-def loader_parts(dl, *more): # list of objects
-    "A loader, its samplers, and theirs, as far as they have attributes; `more` names further parts"
-    parts, todo = {}, [dl]
-    while todo:
-        part = todo.pop()
-        if id(part) in parts or not hasattr(part, '__dict__'): continue
-        parts[id(part)] = part
-        todo += [vars(part).get(name) for name in ('loader', 'sampler', 'batch_sampler', *more)]
-    return list(parts.values())
-
-def generators(dl): # list of random generators
-    "The generators that a loader, its samplers and its dataset hold, always in the same order"
-    held = [value for part in loader_parts(dl, 'dataset') for value in vars(part).values()]
-    return [value for value in held if generator_state(value) is not None]
-
 def own_workers(dl): # loader
     "A loader like `dl` with persistent workers of its own, if it has any"
     if not isinstance(dl, (DataLoader, DatasetLoader)): return dl
@@ -390,17 +398,19 @@ def order_state(dl): # plain tree
 def check_resumable(dl):
     "Raise ValueError for a loader whose batches cannot be come back to"
     if isinstance(dl, Iterator) and not keeps_state(dl):
-        raise ValueError(f'{type(dl).__name__} is an iterator: what it has given is gone, so a fit over it '
-                         'cannot be continued; give a loader, a list of batches, or an iterable with '
-                         'state_dict and load_state_dict')
+        raise ValueError(f'{type(dl).__name__} is an iterator: what it has given is gone, so a fit '
+                         'over it cannot be continued; give a loader, a list of batches, or an '
+                         'iterable with state_dict and load_state_dict')
 
 def check_same_loader(dl, order):
     "Raise ValueError when `order` is that of another loader"
-    here = order_state(dl) if isinstance(dl, EpochLoader) else {'loader': describe(dl), 'seed': None}
+    if isinstance(dl, EpochLoader): here = order_state(dl)
+    else: here = {'loader': describe(dl), 'seed': None}
     for what in ('loader', 'seed'):
         if here[what] != order[what]:
-            raise ValueError(f'the saved training read from {order["loader"]}, {what} {order[what]}; this one '
-                             f'reads from {here["loader"]}, {what} {here[what]}: give it the same data')
+            raise ValueError(f'the saved training read from {order["loader"]}, {what} '
+                             f'{order[what]}; this one reads from {here["loader"]}, {what} '
+                             f'{here[what]}: give it the same data')
 
 # %% ../nbs/02_data.ipynb #336d598f
 def resume_batches(dl, # the loader whose epoch was interrupted
@@ -429,8 +439,32 @@ def begin_epoch(dl, order):
     set_rng_state(order['rng'])
     for rng, state in zip(generators(dl), order['generators']): set_generator_state(rng, state)
 
+class LeaveSignals:
+    "Start of a worker that leaves signals to the process it works for"
+    def __init__(self, then): self.then = then # the loader's own `worker_init_fn`, or None
+
+    def __call__(self, worker_id):
+        for name in ('SIGINT', 'SIGUSR1'):
+            if hasattr(signal, name): signal.signal(getattr(signal, name), signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, die_next_time)
+        if self.then is not None: self.then(worker_id)
+
+def die_next_time(number, frame): signal.signal(number, signal.SIG_DFL)
+
+@contextmanager
+def shielded(dl):
+    "Workers started inside live through a signal that is sent to all processes of a group"
+    loader = dl.loader if isinstance(dl, DatasetLoader) else dl
+    if not isinstance(loader, DataLoader) or not loader.num_workers:
+        yield
+        return
+    before = loader.worker_init_fn
+    loader.worker_init_fn = LeaveSignals(before)
+    try: yield
+    finally: loader.worker_init_fn = before
+
 def fresh_workers(dl):
-    "Let a `DataLoader` start new workers: those that persist hold random states that nobody can save"
+    "Let a `DataLoader` start new workers: persistent ones hold random states that cannot be saved"
     if isinstance(dl, DataLoader) and dl.persistent_workers: dl._iterator = None
 
 # %% ../nbs/02_data.ipynb #d10fbc82
@@ -448,8 +482,8 @@ def replayed(dl, start:int): # iterator
     batches = iter(dl)
     for number in range(start):
         if next(batches, dl) is dl:
-            raise ValueError(f'{describe(dl)} ended after {number} batches; {start} were read before the '
-                             'interruption, so the data is not the same')
+            raise ValueError(f'{describe(dl)} ended after {number} batches; {start} were read '
+                             'before the interruption, so the data is not the same')
     return batches
 
 class LateSampler:

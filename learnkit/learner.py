@@ -24,14 +24,14 @@ from .callback import (STEPS, Callback, Callbacks, Cancel, CancelBackward, Cance
 from .core import (Gather, Signals, as_seconds, batch_size, default_device, generator_state,
                            isolated_rng, map_tensors, rng_state, set_generator_state, set_rng_state,
                            set_seed, to_device, to_host)
-from .data import (DataLoaders, check_loader, check_same_loader, fresh_workers, generators,
-                           keeps_state, order_state, resume_batches, untouched)
+from .data import (DataLoaders, check_loader, check_same_loader, describe, fresh_workers, generators,
+                           keeps_state, order_state, resume_batches, shielded, untouched)
 from .metrics import Tally
 from .optim import (check_opt_state, freeze_layers, layer_table, load_opt_state, make_opt,
                             needs_closure, opt_state, set_lr)
 from .progress import Progress, say
 from .recorder import Recorder
-from .store import load_newest, load_tree, save_tensors, save_tree
+from .store import load_newest, load_tree, save_tensors, save_tree, saves
 
 # %% ../nbs/09_learner.ipynb #c7819677
 class Learner:
@@ -77,7 +77,8 @@ class Learner:
         self._n_epoch = self._stop_at = self._deadline = self._n_items = self._initial = None
         self._call = self._resumed = self._order = self._signals = None
         self._can_update = self._with_loss = self._exact = self.time_is_up = self.fit_ended = False
-        self._read_all = True
+        self._read_all, self._begins_anew, self._resting = True, False, False
+        self._abandonable, self._patient = False, False
         self._stage, self._still = 'train', []  # modules that stay in evaluation mode
         self.make_opt()
         self.recorder.check_names(Tally(metrics).names)  # an error now, not after an epoch
@@ -323,8 +324,14 @@ def _rest(self:Learner):
     signum = self.interrupted  # one that comes while callbacks save waits for the next rest
     if self.phase == 'train':
         self.time_is_up = self._deadline is not None and time.monotonic() >= self._deadline
-        self('at_rest')
-    if signum: raise Interrupted(signum)
+        self._at_rest()
+    if signum and not self._patient: raise Interrupted(signum)
+
+@patch
+def _at_rest(self:Learner):
+    self._resting = True
+    try: self('at_rest')
+    finally: self._resting = False
 
 @patch
 @contextmanager
@@ -335,7 +342,7 @@ def _resting_if_interrupted(self:Learner):
     try: yield
     except Interrupted:
         set_generator_states(self.dls.valid, before)
-        self('at_rest')
+        self._at_rest()
         raise
 
 # %% ../nbs/09_learner.ipynb #661a6735
@@ -350,7 +357,7 @@ def _pass(self:Learner, phase, dl):
         self._can_update = self.training and self._updates_something()
         self.model.train(self.training)
         for module in self._still: module.training = False
-        with torch.set_grad_enabled(self.training): yield
+        with torch.set_grad_enabled(self.training), shielded(dl): yield
     finally:
         for module, mode in modes: module.training = mode
         self.phase, self.dl, self.n_iter, self.limit, self._can_update = before
@@ -485,15 +492,21 @@ def fit(self:Learner,
     with self._interruptible(), self.added_cbs(cbs), self._with_dls(dls):
         if self.dls.train is None: raise ValueError('there is no training data: dls.train is None')
         self.fit_cbs, self.fit_ended, self.time_is_up = list(self._cbs), False, False
-        call = self._describe_call(n_epoch, n_steps, lr, reset_opt)
-        saved = self._find_saved(resume, call)
-        if saved and saved.complete: return self._take(saved)
+        before = self.opt
         if reset_opt: self.make_opt()
+        try:
+            call = self._describe_call(n_epoch, n_steps, lr, reset_opt)
+            saved = self._find_saved(resume, call)
+        except BaseException:
+            self.opt = before
+            raise
+        if saved and saved.complete: return self._take(saved)
         self._check_trained()
         self._plan(n_epoch, n_steps, deadline)
         self._set_lr(lr)
         self.zero_grad()
         self._call, self._resumed, self._exact = call, saved, resume_data == 'exact'
+        self._begins_anew = resume is not None and saved is None
         if saved: self._start_from(saved)
         self._run_fit()
 
@@ -503,8 +516,9 @@ def _run_fit(self:Learner):
     self.phase = 'train'
     try:
         self._level('fit', self._all_epochs)
-        self.fit_ended = True
-        self('at_rest')
+        self.fit_ended = not self.time_is_up
+        self._at_rest()
+        if self.interrupted: raise Interrupted(self.interrupted)
     except KeyboardInterrupt as stop:
         if not self._returns(stop): raise
         warnings.warn(f'fit interrupted in epoch {self.epoch}, batch {self.iter}; the learner '
@@ -614,7 +628,7 @@ def state_dict(self:Learner,
                copy:bool=True, # False: the live tensors, to be written out at once
               ): # plain tree: model, opt, scaler, callbacks, rng, data, counters, fit
     "Everything training goes on from"
-    state = {'model': model_state(self.model),
+    state = {'model': model_state(self.model), 'loss_func': loss_state(self.loss_func),
              'opt': opt_state(self.opt) if self.opt else None,
              'scaler': None if self.scaler is None else self.scaler.state_dict(),
              'callbacks': self._cbs.state_dict(), 'rng': rng_state(),
@@ -622,6 +636,11 @@ def state_dict(self:Learner,
                       'valid': generator_states(self.dls.valid)},
              'counters': {name: getattr(self, name) for name in COUNTERS}, 'fit': self._fit_state()}
     return map_tensors(lambda tensor: tensor.detach().clone(), state) if copy else state
+
+# %% ../nbs/09_learner.ipynb #687bf298
+def loss_state(loss_func): # dict: name -> live tensor
+    "The parameters and buffers of a loss"
+    return model_state(loss_func) if isinstance(loss_func, nn.Module) else {}
 
 # %% ../nbs/09_learner.ipynb #2f3e47c0
 COUNTERS = ('epochs_done', 'steps_done', 'steps_skipped')
@@ -652,6 +671,15 @@ def check_model_state(model:nn.Module,
         raise ValueError(f'the saved model is not a {type(model).__name__} like this one; '
                          + '; '.join(problems) + '. Nothing was loaded.')
 
+# %% ../nbs/09_learner.ipynb #c4040935
+def check_loss_state(loss_func, state):
+    "Raise ValueError when `state` is that of another loss"
+    have = {name: kind(value) for name, value in loss_state(loss_func).items()}
+    need = {name: kind(value) for name, value in state.items()}
+    if have != need:
+        raise ValueError(f'the saved loss has the parameters and buffers {need or "none"}, this one has '
+                         f'{have or "none"}: give the learner the same loss_func')
+
 # %% ../nbs/09_learner.ipynb #d5a5a731
 def kind(value): # str
     "Shape and dtype of a tensor, the type of anything else"
@@ -663,6 +691,7 @@ def kind(value): # str
 def check_state(self:Learner, state):
     "Raise ValueError when `state` is that of another model, optimizer or set of callbacks"
     check_model_state(self.model, state['model'])
+    check_loss_state(self.loss_func, state['loss_func'])
     if (self.opt is None) != (state['opt'] is None):
         raise ValueError('one of the saved learner and this one has an optimizer, the other none')
     if self.opt: check_opt_state(self.opt, state['opt'])
@@ -681,6 +710,7 @@ def load_state_dict(self:Learner,
         self._cbs.load_state_dict(before)
         raise
     load_model_state(self.model, state['model'])
+    if state['loss_func']: load_model_state(self.loss_func, state['loss_func'])
     if self.opt: load_opt_state(self.opt, state['opt'])
     self._load_scaler(state['scaler'])
     vars(self).update(state['counters'])
@@ -705,7 +735,7 @@ def _fit_state(self:Learner): # plain tree; None when no fit runs
     if all(grad is None for grad in grads): grads = None
     order, train = self._order, self.dls.train
     if order and keeps_state(train): order = {**order, 'own': train.state_dict()}
-    return {'call': self._call, 'complete': False, 'epoch': self.epoch + (self._stage == 'done'),
+    return {'call': self._call, 'complete': False, 'at_rest': self._resting, 'epoch': self.epoch + (self._stage == 'done'),
             'stage': 'validate' if self._stage == 'validate' else 'train',
             'batch': self.iter + 1 if 'train' in self.levels else 0, 'updates': self.updates,
             'order': order, 'read_all': self._read_all, 'grads': grads}
@@ -741,10 +771,13 @@ def is_resumed(self:Learner): # bool
 @patch
 def _describe_call(self:Learner, n_epoch, n_steps, lr, reset_opt): # plain tree
     "The call of fit, for comparison with the one that is to be continued"
-    whole = lambda n: None if n is None else int(n)
     settings = [cb.settings() for cb in self._cbs]
-    return {'run': self.recorder.run + 1, 'n_epoch': whole(n_epoch), 'n_steps': whole(n_steps),
-            'lr': plain_setting(lr), 'reset_opt': bool(reset_opt),
+    lr = self.lr if lr is None else lr
+    hypers = {} if self.opt is None else {k: v for k, v in self.opt.defaults.items() if k != 'lr'}
+    return {'run': self.recorder.run + 1, 'begun': self.steps_done,
+            **plain_setting({'n_epoch': n_epoch, 'n_steps': n_steps, 'lr': lr, 'reset_opt': reset_opt,
+                             'optimizer': hypers, 'loss_func': self.loss_func}),
+            'valid': None if self.dls.valid is None else describe(self.dls.valid),
             'callbacks': [setting for setting in settings if setting is not None]}
 
 # %% ../nbs/09_learner.ipynb #9872c3f8
@@ -755,9 +788,15 @@ def _find_saved(self:Learner, resume, call): # Saved; None when there is nothing
     found = self._read_saved(resume)
     if found is None:
         where = self._saves_of(resume)
+        check_no_other_saves(self, where)
         return say(self, f'nothing is saved in {where} yet: starting from the beginning')
-    check_call(found, call)
     self.check_state(found.state)
+    check_call(found, call)
+    begun, begins = found.fit['call']['begun'], call['begun']
+    if not found.complete and call['run'] != found.fit['call']['run']: begins = begun  # in this learner
+    if begun != begins:
+        return say(self, f'what is saved in {found.where} began after {begun} updates, this fit begins after '
+                         f'{begins}: starting from the beginning')
     if order := found.fit.get('order'): check_same_loader(self.dls.train, order)
     return found
 
@@ -769,11 +808,14 @@ def _read_saved(self:Learner, resume): # Saved; None when there is none
     found = (load_tree(place), place) if place.is_file() else load_newest(place)
     if found is None: return None
     tree, path = found
+    if not isinstance(tree, dict) or 'learner' not in tree: raise ValueError(f'{path} holds no learner')
     return Saved(tree['learner'], tree['times'], str(path))
 
 @patch
 def _saves_of(self:Learner, resume): # Path of a folder or file
     "Where to look for saves"
+    if not isinstance(resume, (str, Path)) or not str(resume):
+        raise TypeError(f"fit(resume={resume!r}): give the folder of a SaveState, a file, or 'latest'")
     if resume != 'latest':
         file = self._file(resume)
         return file if file.is_file() else self.path / resume
@@ -788,21 +830,42 @@ def check_call(saved:Saved, call:dict):
     if saved.fit is None:
         raise ValueError(f'{saved.where} was not saved during a fit, so there is none to go on with: '
                          'use load')
+    if not saved.complete and not saved.fit['at_rest']:
+        raise ValueError(f'{saved.where} was saved while a batch or an epoch was not over, so the fit cannot go '
+                         'on exactly from there: save in the event at_rest, or with SaveState')
     before, same_run = saved.fit['call'], (call['run'], call['run'] - (not saved.complete))
     if before['run'] not in same_run:
+        if before['run'] < call['run']:
+            raise ValueError(f'{saved.where} is of a fit that this learner has made already: make the learner '
+                             'anew to run all again, leave resume out to train on, or, if it is a second '
+                             'fit, give it a SaveState with a folder of its own')
         raise ValueError(f"{saved.where} is of fit number {before['run']} of its learner, this one is "
                          f"number {call['run']}: give each fit a folder of its own")
     differ = [callbacks_differ(before[name], call[name]) if name == 'callbacks' else
               f'{name} {before[name]} -> {call[name]}'
-              for name in call if name != 'run' and before[name] != call[name]]
+              for name in call if name not in ('run', 'begun') and not same(before[name], call[name])]
     if differ:
         raise ValueError(f'{saved.where} is of a fit with other arguments: {"; ".join(differ)}. Call fit '
                          'as before (n_epoch and n_steps are the total), or without resume')
 
 # %% ../nbs/09_learner.ipynb #c8c1c316
+def same(a, b): # bool
+    "Whether two plain settings are equal; nan is equal to itself"
+    return a == b or repr(a) == repr(b)
+
+def check_no_other_saves(learn, where):
+    "Raise ValueError when a fit is to go on from a folder without saves, while that of its SaveState has some"
+    for cb in learn.cbs:
+        if cb.saves_to is None or learn.path / cb.saves_to == where: continue
+        if saves(learn.path / cb.saves_to):
+            raise ValueError(f'nothing is saved in {where}, but {learn.path / cb.saves_to}, to which {cb} saves, '
+                             "holds saves: use resume='latest' to go on with them, or leave resume out")
+
+# %% ../nbs/09_learner.ipynb #aec1c8e7
 def callbacks_differ(before, now): # lists of what `Callback.settings` returned -> str
     "In which callbacks two calls differ"
-    gone, new = [cb for cb in before if cb not in now], [cb for cb in now if cb not in before]
+    lacks = lambda cbs, cb: not any(same(cb, other) for other in cbs)
+    gone, new = [cb for cb in before if lacks(now, cb)], [cb for cb in now if lacks(before, cb)]
     parts = [*(f'then {settings_text(cb)}' for cb in gone), *(f'now {settings_text(cb)}' for cb in new)]
     return f'callbacks {", ".join(parts)}' if parts else 'callbacks in another order'
 
@@ -1027,8 +1090,10 @@ def training_loop(): # list of (depth, event or step); depth is negative in vali
 @contextmanager
 def _aside(self:Learner):
     "A pass on the side: the variables of the loop come back as they were"
-    names = ('_batch', 'xb', 'yb', 'pred', 'loss', 'iter', '_n_items', '_with_loss', 'n_inp')
+    names = ('_batch', 'xb', 'yb', 'pred', 'loss', 'iter', '_n_items', '_with_loss', 'n_inp', '_patient')
     before = {name: getattr(self, name) for name in names}
+    # A fit that goes on around this pass can come to rest only when it is over
+    self._patient = 'fit' in self.levels and not self._abandonable
     with self.recorder.apart():
         try: yield
         finally: vars(self).update(before)

@@ -41,7 +41,7 @@ def valley(lrs, losses): # float
 # %% ../nbs/11_lr_find.ipynb #bfb8cfaf
 def longest_descent(values): # list of indices
     "The longest strictly falling subsequence (patience sorting, n log n)"
-    tails, before = [], [-1] * len(values)  # tails[k]: index that ends the best descent of length k+1
+    tails, before = [], [-1] * len(values)  # tails[k]: where the best descent of length k+1 ends
     for i, value in enumerate(values):
         low, high = 0, len(tails)
         while low < high:
@@ -90,10 +90,12 @@ def plot(self:LRFinderResult,
     ax.plot(lrs, losses, color='C0')
     for i, (name, lr) in enumerate(self.suggestions.items()):
         height = np.interp(math.log(lr), np.log(lrs), losses)
-        if lrs[0] <= lr <= lrs[-1]: ax.plot(lr, height, 'o', color=f'C{i + 1}', label=f'{name} {lr:.1e}')
+        if lrs[0] <= lr <= lrs[-1]:
+            ax.plot(lr, height, 'o', color=f'C{i + 1}', label=f'{name} {lr:.1e}')
     ax.set(xscale='log', xlabel='learning rate', ylabel='loss')
     low, usual = losses.min(), losses[:max(len(losses) // 2, 1)].max()
-    if usual > low: ax.set_ylim(low - 0.1 * (usual - low), usual + 0.5 * (usual - low))  # no room for the blow-up
+    if usual > low:  # no room for the blow-up
+        ax.set_ylim(low - 0.1 * (usual - low), usual + 0.5 * (usual - low))
     if ax.get_legend_handles_labels()[1]: ax.legend(frameon=False)
     return ax
 
@@ -166,10 +168,12 @@ def check_sweep(learn, start_lr, end_lr, num_it, suggest):
     "Raise for a sweep that cannot be made"
     if learn.levels: raise RuntimeError(f'lr_find called while {learn.levels[0]} is running')
     if learn.dls.train is None: raise ValueError('there is no training data: dls.train is None')
-    if learn.opt is None: raise ValueError('lr_find needs an optimizer; this model has no parameters')
+    if learn.opt is None:
+        raise ValueError('lr_find needs an optimizer; this model has no parameters')
     if not learn._updates_something(): raise ValueError('lr_find: no parameter is trainable')
     if not 0 < start_lr < end_lr < math.inf:
-        raise ValueError(f'lr_find(start_lr={start_lr}, end_lr={end_lr}): needs 0 < start_lr < end_lr, finite')
+        raise ValueError(f'lr_find(start_lr={start_lr}, end_lr={end_lr}): '
+                         'needs 0 < start_lr < end_lr, finite')
     if num_it < 2: raise ValueError(f'lr_find(num_it={num_it}): needs at least 2 batches')
     unknown = [name for name in suggest if name not in SUGGESTIONS]
     if unknown: raise ValueError(f'no suggestion {unknown[0]!r}; have: {", ".join(SUGGESTIONS)}')
@@ -186,6 +190,6 @@ def suggestions(lrs, losses, # arrays, (n,)
     if suggest and all(map(math.isnan, found.values())):
         swept = f'{lrs[0]:.1e} to {lrs[-1]:.1e}' if len(lrs) else 'none'
         warnings.warn(f'lr_find has no suggestion: {len(lrs)} rates ({swept}) are too few, or the '
-                      f'loss fell nowhere; try other rates or more batches, and look at the loss and the data',
-                      stacklevel=3)
+                      'loss fell nowhere; try other rates or more batches, and look at the loss '
+                      'and the data', stacklevel=3)
     return LRFinderResult(lrs, losses, **found)

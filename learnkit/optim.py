@@ -25,7 +25,7 @@ def no_decay(model:nn.Module): # set of ids of parameters
 
 # %% ../nbs/05_optim.ipynb #586cf42c
 def param_groups(model:nn.Module,
-                 splitter=None, # function of the model -> list of lists of parameters; None: one list
+                 splitter=None, # function of the model -> lists of parameters; None: one list
                  wd=None, # weight decay of the decaying parameters; None: leave it to the optimizer
                 ): # list of dicts for a torch optimizer
     "The parameters of `model` as optimizer groups"
@@ -34,8 +34,8 @@ def param_groups(model:nn.Module,
     if wd is None: groups = [(i, ps, {}) for i, ps in enumerate(split)]
     else:
         bare = no_decay(model)
-        groups = [(i, [p for p in ps if (id(p) in bare) == out], {'weight_decay': 0. if out else wd})
-                  for i, ps in enumerate(split) for out in (False, True)]
+        groups = [(i, [p for p in ps if (id(p) in bare) == out], {'weight_decay': decay})
+                  for i, ps in enumerate(split) for out, decay in ((False, wd), (True, 0.))]
     return [{'params': ps, 'layer': i, **hypers} for i, ps, hypers in groups if ps]
 
 # %% ../nbs/05_optim.ipynb #f5fdac70
@@ -68,7 +68,8 @@ def spread_lr(lr, # float, list of n floats, slice(a, b) or slice(b)
         if len(lr) != n: raise ValueError(f'lr={lr}: {len(lr)} rates for {n} groups of layers')
         return [spread_lr(one, 1)[0] for one in lr]
     if not isinstance(lr, (Real, torch.Tensor)) or not 0 <= lr < math.inf:  # nan is neither
-        raise ValueError(f'lr={lr!r}: must be a finite number, not negative, or slice(first, last), or a list')
+        raise ValueError(f'lr={lr!r}: must be a finite number, not negative, '
+                         'or slice(first, last), or a list')
     return [lr] * n
 
 # %% ../nbs/05_optim.ipynb #e75f683c
@@ -134,8 +135,9 @@ def make_opt(model:nn.Module,
             ): # optimizer, or None for a model without parameters
     "An optimizer over the groups of `model`"
     if isinstance(opt_func, torch.optim.Optimizer):
+        kind = type(opt_func).__name__
         raise TypeError(f'opt_func is an optimizer that exists already; give its class, e.g. '
-                        f'opt_func={type(opt_func).__name__} or partial({type(opt_func).__name__}, ...)')
+                        f'opt_func={kind} or partial({kind}, ...)')
     lazy = [name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)]
     if lazy:
         raise ValueError(f'parameter {lazy[0]!r} has no shape yet: run one batch through the model '
@@ -175,11 +177,12 @@ def first_trained(opt:torch.optim.Optimizer, n:int): # int, 0 or more
     "`n` counted from the start; ValueError when there is no such group of layers"
     total = n_layers(opt)
     if total == 1 and n != 0:
-        raise ValueError(f'freezing to {n} needs groups of layers, but there is only one: give the learner '
-                         'a splitter, a function of the model -> lists of parameters, the head last')
+        raise ValueError(f'freezing to {n} needs groups of layers, but there is only one: give the '
+                         'learner a splitter, a function of the model -> lists of parameters, '
+                         'the head last')
     if isinstance(n, bool) or not isinstance(n, Integral) or not -total <= n < total:
-        raise ValueError(f'freezing to {n!r}: must be a whole number from {-total} to {total - 1}, as there '
-                         f'are {total} groups of layers')
+        raise ValueError(f'freezing to {n!r}: must be a whole number from {-total} to {total - 1}, '
+                         f'as there are {total} groups of layers')
     return int(n) % total
 
 # %% ../nbs/05_optim.ipynb #fdbb305c
@@ -201,7 +204,8 @@ def frozen_stats(model:nn.Module,
     for name, module in model.named_modules():
         own = layers_of(module.parameters(recurse=False), layers)
         before = own or before
-        if not isinstance(module, nn.modules.batchnorm._NormBase) or module.running_mean is None: continue
+        is_norm = isinstance(module, nn.modules.batchnorm._NormBase)
+        if not is_norm or module.running_mean is None: continue
         around = own or layers_around(model, name, layers)
         if len({layer < first for layer in around}) != 1 and not own: around = before
         if around and max(around) < first: found.append(module)
@@ -228,20 +232,23 @@ def layers_around(model:nn.Module,
 # %% ../nbs/05_optim.ipynb #80c9ca08
 def layer_table(model:nn.Module,
                 opt=None, # optimizer; None: without groups and rates
-               ): # list of dicts: name, kind, shape, params, buffers, layer, lr, wd where any is set, trainable
+               ): # dicts: name, kind, shape, params, buffers, layer, lr, wd if any set, trainable
     "One row for each module that directly holds parameters or buffers"
     seen, rows, groups = set(), [], {}
     for i, group in enumerate(opt.param_groups if opt else ()):
-        hypers = {'layer': group.get('layer', i), 'lr': float(group['lr']), 'wd': get_hyper(group, 'wd')}
+        hypers = {'layer': group.get('layer', i), 'lr': float(group['lr']),
+                  'wd': get_hyper(group, 'wd')}
         groups.update((id(p), hypers) for p in group['params'])
     decays = any(hypers['wd'] for hypers in groups.values())
     for name, module in model.named_modules():
-        params, buffers = list(module.parameters(recurse=False)), list(module.buffers(recurse=False))
+        params = list(module.parameters(recurse=False))
+        buffers = list(module.buffers(recurse=False))
         if not params and not buffers: continue
         held = [groups[id(p)] for p in params if id(p) in groups]
         hypers = {key: one_or_text([h[key] for h in held]) for key in ('layer', 'lr')}
-        if decays: hypers['wd'] = held[0]['wd'] if held else None  # that of the weight, not of the bias
-        plain = '.'.join(part for part in name.split('.') if part != '_orig_mod')  # of torch.compile
+        if decays: hypers['wd'] = held[0]['wd'] if held else None  # the weight's, not the bias's
+        parts = [part for part in name.split('.') if part != '_orig_mod']  # of torch.compile
+        plain = '.'.join(parts)
         rows.append({'name': plain, 'kind': type(module).__name__, 'shape': shape_text(params),
                      'params': count_new(params, seen), 'buffers': count_new(buffers, seen),
                      **hypers, 'trainable': how_trainable(params)})
@@ -255,7 +262,8 @@ def one_or_text(values): # None for none, the value where all are equal, else te
 
 def shape_text(params): # str
     "The shapes of the weights: of all matrices, or of the first parameter when there are none"
-    shapes = ['?' if nn.parameter.is_lazy(p) else 'x'.join(map(str, p.shape)) or '1' for p in params]
+    shapes = ['?' if nn.parameter.is_lazy(p) else 'x'.join(map(str, p.shape)) or '1'
+              for p in params]
     return ', '.join(text for text in shapes if 'x' in text or text == '?') or ''.join(shapes[:1])
 
 def count_new(tensors, seen:set): # int

@@ -371,8 +371,9 @@ def reopen(self:Recorder, state):
         self.tracked[name] = Mean()
         self.tracked[name].load_state_dict(mean)
     steps = state['steps']
-    self._sizes, self._steps, self._lrs, self._moms = [
-        steps[name].tolist() for name in ('size', 'step', 'lr', 'mom')]
+    known = lambda values: [] if values.isnan().all() else values.tolist()  # no lr without optimizer
+    self._sizes, self._steps = steps['size'].tolist(), steps['step'].tolist()
+    self._lrs, self._moms = known(steps['lr']), known(steps['mom'])
     if len(self._sizes): self._loss.packed = [steps['loss'].clone()]
 
 # %% ../nbs/07_recorder.ipynb #f8bf0c82

@@ -6,11 +6,11 @@
 __all__ = ['SaveState']
 
 # %% ../nbs/15_resume.ipynb #7ec369bb
-import re, time
+import re, time, warnings
 from .callback import Callback
 from .core import as_seconds, is_main
 from .data import check_resumable
-from .store import save_next
+from .store import check_storable, save_next, saves
 
 # %% ../nbs/15_resume.ipynb #2361c1f4
 class SaveState(Callback):
@@ -30,7 +30,13 @@ class SaveState(Callback):
 
     def before_fit(self, learn):
         check_resumable(learn.dls.train)
+        folder = learn.path/self.saves_to
+        if is_main(): folder.mkdir(parents=True, exist_ok=True)  # an error now, not after an epoch
+        check_storable(learn.saved_tree())
         self._fresh, self._time_was_up = not learn.is_resumed, False
+        if self._fresh and saves(folder) and not learn._begins_anew:
+            warnings.warn(f'{folder} holds saves of an earlier fit, which go when this one saves; '
+                          "fit(..., resume='latest') would have gone on with it", stacklevel=5)
         self._mark(learn)
 
     def _mark(self, learn):

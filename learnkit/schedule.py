@@ -38,7 +38,8 @@ def sched_cos(start, end): # function of position
 def sched_exp(start, end): # function of position
     "A constant factor per step; both ends must have the same sign and not be 0"
     if not start * end > 0:
-        raise ValueError(f'sched_exp({start}, {end}): needs two ends of one sign, neither of them 0')
+        raise ValueError(f'sched_exp({start}, {end}): needs two ends of one sign, '
+                         'neither of them 0')
     return lambda pos: start * (end / start) ** pos
 
 # %% ../nbs/10_schedule.ipynb #5977afca
@@ -52,12 +53,12 @@ def combine_scheds(pcts, # share of each schedule, adding up to 1
                   ): # function of position
     "One schedule after another"
     if len(pcts) != len(scheds) or min(pcts) < 0 or abs(sum(pcts) - 1) > 1e-6:
-        raise ValueError(f'combine_scheds({list(pcts)}): needs a share for each of the {len(scheds)} '
-                         f'schedules, none negative, with sum 1 (not {sum(pcts)})')
+        raise ValueError(f'combine_scheds({list(pcts)}): needs a share for each of the '
+                         f'{len(scheds)} schedules, none negative, with sum 1 (not {sum(pcts)})')
     parts = [(pct, sched) for pct, sched in zip(pcts, scheds) if pct > 0]
     ends = [*itertools.accumulate(pct for pct, _ in parts)]
     def combined(pos):
-        i = min(bisect.bisect_right(ends, pos + 1e-12), len(parts) - 1)  # the sums of shares are rounded
+        i = min(bisect.bisect_right(ends, pos + 1e-12), len(parts) - 1)  # the sums are rounded
         pct, sched = parts[i]
         return sched(min(max((pos - (ends[i] - pct)) / pct, 0.), 1.))
     return combined
@@ -82,7 +83,7 @@ class ParamScheduler(Callback):
     phases = ('train',)
 
     def __init__(self,
-                 scheds:dict, # hyperparameter ('lr', 'mom', 'wd', ...) -> schedule, or list of one per group of layers
+                 scheds:dict, # 'lr', 'mom', 'wd', ... -> schedule, or list: one per group of layers
                 ):
         self.scheds = scheds
 
@@ -91,7 +92,8 @@ class ParamScheduler(Callback):
         for name, sched in self.scheds.items():
             n = n_layers(learn.opt)
             if isinstance(sched, (list, tuple)) and len(sched) != n:
-                raise ValueError(f'ParamScheduler: {len(sched)} schedules of {name!r} for {n} groups')
+                raise ValueError(f'ParamScheduler: {len(sched)} schedules of {name!r} '
+                                 f'for {n} groups')
         if 'lr' in self.scheds: check_lr_free(learn)
         self._apply(learn, learn.position)
 
@@ -111,12 +113,13 @@ def check_lr_free(learn, cbs=()):
     "Raise ValueError when a callback keeps the learning rate from fit to fit"
     keeper = next((cb for cb in (*learn.cbs, *cbs) if cb.owns_lr), None)
     if keeper:
-        raise ValueError(f'{keeper} sets the learning rate already, and a second schedule would fight with it: call '
-                         'fit(n), or take it off first, by remove_cb or setup(step_sched=False, epoch_sched=False)')
+        raise ValueError(f'{keeper} sets the learning rate already, and a second schedule would '
+                         'fight with it: call fit(n), or take it off first, by remove_cb or '
+                         'setup(step_sched=False, epoch_sched=False)')
 
 # %% ../nbs/10_schedule.ipynb #b735c27f
 @patch
-def curves(self:ParamScheduler): # dict: hyperparameter -> list of values, or list of such lists for groups of layers
+def curves(self:ParamScheduler): # dict: name -> list of values, or of such lists by group of layers
     "The schedules at 21 positions from 0 to 1"
     def curve(sched):
         if isinstance(sched, (list, tuple)): return [curve(one) for one in sched]
@@ -132,11 +135,11 @@ def settings(self:ParamScheduler): # plain tree
 @patch
 def fit_one_cycle(self:Learner,
                   n_epoch=None, # epochs; or give n_steps
-                  lr_max=None, # highest rate: float, slice(first, last) or list; None: the learner's
+                  lr_max=None, # top rate: float, slice(first, last) or list; None: the learner's
                   div:float=25., # the fit starts at lr_max / div
                   div_final:float=1e5, # and ends at lr_max / div_final
                   pct_start:float=0.25, # share of the fit in which the rate climbs
-                  moms=(0.95, 0.85, 0.95), # momentum at the start, the top and the end; None: leave it
+                  moms=(0.95, 0.85, 0.95), # momentum at start, top and end; None: leave it
                   cbs=None, # callbacks for this fit only
                   **kwargs, # n_steps, max_time, dls, reset_opt, resume, resume_data: as in `fit`
                  ):
@@ -146,8 +149,8 @@ def fit_one_cycle(self:Learner,
     check_share('pct_start', pct_start)
     shares = [pct_start, 1 - pct_start]
     lrs = layer_lrs(self, lr_max)
-    scheds = {'lr': [combine_scheds(shares, [sched_cos(lr / div, lr), sched_cos(lr, lr / div_final)])
-                     for lr in lrs]}
+    cosines = [[sched_cos(lr / div, lr), sched_cos(lr, lr / div_final)] for lr in lrs]
+    scheds = {'lr': [combine_scheds(shares, pair) for pair in cosines]}
     if moms is not None and has_momentum(self):
         first, top, last = moms
         scheds['mom'] = combine_scheds(shares, [sched_cos(first, top), sched_cos(top, last)])
@@ -156,7 +159,8 @@ def fit_one_cycle(self:Learner,
 # %% ../nbs/10_schedule.ipynb #97a1e562
 def layer_lrs(learn:Learner, lr): # list of floats
     "The learning rate of each group of layers"
-    if learn.opt is None: raise ValueError('a schedule needs an optimizer; this model has no parameters')
+    if learn.opt is None:
+        raise ValueError('a schedule needs an optimizer; this model has no parameters')
     return spread_lr(learn.lr if lr is None else lr, n_layers(learn.opt))
 
 # %% ../nbs/10_schedule.ipynb #34576af6
@@ -192,7 +196,7 @@ def fit_wsd(self:Learner,
             lr=None, # rate of the stable part, as in `fit`
             pct_warmup:float=0.05, # share of the fit in which the rate climbs from 0
             pct_decay:float=0.2, # share of the fit in which it falls
-            decay='sqrt', # 'sqrt', 'linear', 'cos', or a function of (start, end) -> schedule, as `sched_exp`
+            decay='sqrt', # 'sqrt', 'linear', 'cos', or function of (start, end), as `sched_exp`
             div_final:float=math.inf, # the fit ends at lr / div_final; inf: at 0
             cbs=None, # callbacks for this fit only
             **kwargs, # n_steps, max_time, dls, reset_opt, resume, resume_data: as in `fit`
@@ -213,8 +217,8 @@ def decay_func(decay): # function of (start, end) -> schedule
     if callable(decay): return decay
     named = {'sqrt': partial(sched_poly, power=0.5), 'linear': sched_lin, 'cos': sched_cos}
     if decay in named: return named[decay]
-    raise ValueError(f'decay={decay!r}: must be one of {", ".join(map(repr, named))}, or a function of '
-                     '(start, end) that returns a schedule')
+    raise ValueError(f'decay={decay!r}: must be one of {", ".join(map(repr, named))}, '
+                     'or a function of (start, end) that returns a schedule')
 
 # %% ../nbs/10_schedule.ipynb #8d217ed4
 @patch
@@ -230,7 +234,8 @@ def fit_sgdr(self:Learner,
             ):
     "Fit with cosines that start anew"
     if 'lr' in kwargs: raise TypeError('fit_sgdr takes lr_max, the highest rate, not lr')
-    if 'n_steps' in kwargs: raise TypeError('fit_sgdr: the length is that of the cycles; n_steps cannot be given')
+    if 'n_steps' in kwargs:
+        raise TypeError('fit_sgdr: the length is that of the cycles; n_steps cannot be given')
     check_lr_free(self, as_callbacks(cbs))
     check_share('pct_warmup', pct_warmup)
     for name, n in (('n_cycles', n_cycles), ('cycle_len', cycle_len), ('cycle_mult', cycle_mult)):
@@ -238,7 +243,8 @@ def fit_sgdr(self:Learner,
             raise ValueError(f'fit_sgdr({name}={n!r}): must be a whole number, at least 1')
     lengths = [cycle_len * cycle_mult ** i for i in range(n_cycles)]
     shares = [n / sum(lengths) for n in lengths]
-    scheds = [combine_scheds(shares, [sched_cos(lr, lr / div_final)] * n_cycles) for lr in layer_lrs(self, lr_max)]
+    scheds = [combine_scheds(shares, [sched_cos(lr, lr / div_final)] * n_cycles)
+              for lr in layer_lrs(self, lr_max)]
     scheds = [sched_warmup(sched, pct_warmup) for sched in scheds]
     self.fit(sum(lengths), cbs=[ParamScheduler({'lr': scheds}), *as_callbacks(cbs)], **kwargs)
 
@@ -253,19 +259,21 @@ def fine_tune(self:Learner,
               div:float=5., # as in `fit_one_cycle`
               cbs=None, # callbacks for these fits only
               resume=None, # as in `fit`; both fits save to the same folder
-              **kwargs, # max_time, dls, reset_opt, and what `fit_one_cycle` takes, for each of the two fits
+              **kwargs, # max_time, dls, reset_opt, and what `fit_one_cycle` takes, for both fits
              ):
     "Train the head alone, then everything with smaller rates for the first layers"
     cbs = as_callbacks(cbs)
     check_lr_free(self, cbs)
     self.freeze()
     if freeze_epochs and not has_gone_on(self, cbs, resume):
-        self.fit_one_cycle(freeze_epochs, slice(base_lr), pct_start=0.99, cbs=cbs, resume=resume, **kwargs)
+        self.fit_one_cycle(freeze_epochs, slice(base_lr), pct_start=0.99,
+                           cbs=cbs, resume=resume, **kwargs)
         if not self.fit_ended or self.time_is_up: return
         resume = None
     self.unfreeze()
     rates = slice(base_lr / 2 / lr_mult, base_lr / 2)
-    self.fit_one_cycle(n_epoch, rates, pct_start=pct_start, div=div, cbs=cbs, resume=resume, **kwargs)
+    self.fit_one_cycle(n_epoch, rates, pct_start=pct_start, div=div,
+                       cbs=cbs, resume=resume, **kwargs)
 
 # %% ../nbs/10_schedule.ipynb #0acfd5d2
 def has_gone_on(learn:Learner, cbs,
@@ -276,25 +284,27 @@ def has_gone_on(learn:Learner, cbs,
     with learn.added_cbs(cbs): saved = learn._read_saved(resume)
     first = learn.recorder.run + 1
     if saved is None or saved.fit is None or saved.fit['call']['run'] != first + 1: return False
-    learn.recorder.run = first
+    learn.recorder.run, learn.steps_done = first, saved.fit['call']['begun']  # as after the first
     return True
 
 # %% ../nbs/10_schedule.ipynb #50094d7a
 class TorchScheduler(Callback):
-    "Drives a scheduler of `torch.optim.lr_scheduler`, or one with timm's protocol, over all fits of a learner"
+    "Drives a scheduler of `torch.optim`, or one with timm's protocol, over all fits of a learner"
     phases, owns_lr = ('train',), True
 
     def __init__(self,
-                 sched_func, # function of the optimizer -> scheduler, e.g. partial(StepLR, step_size=10)
+                 sched_func, # function of optimizer -> scheduler, as partial(StepLR, step_size=10)
                  per:str='step', # 'step' it after each update, or after each 'epoch'
-                 monitor:str='valid_loss', # column of the history that ReduceLROnPlateau and timm's get
+                 monitor:str='valid_loss', # history column that ReduceLROnPlateau and timm's get
                 ):
-        if per not in ('step', 'epoch'): raise ValueError(f"TorchScheduler(per={per!r}): must be 'step' or 'epoch'")
+        if per not in ('step', 'epoch'):
+            raise ValueError(f"TorchScheduler(per={per!r}): must be 'step' or 'epoch'")
         if not callable(sched_func):
-            raise TypeError(f'TorchScheduler: sched_func is a {type(sched_func).__name__}; give a function of the '
-                            'optimizer that makes the scheduler, e.g. partial(StepLR, step_size=10)')
+            raise TypeError(f'TorchScheduler: sched_func is a {type(sched_func).__name__}; '
+                            'give a function of the optimizer that makes the scheduler, '
+                            'e.g. partial(StepLR, step_size=10)')
         self.sched_func, self.per, self.monitor = sched_func, per, monitor
-        self.due = self.cut = False  # due: an update waits to be counted; cut: the epoch was cancelled
+        self.due = self.cut = False  # due: an update is not counted yet; cut: epoch cancelled
         self.forget()
 
     def forget(self):
@@ -316,12 +326,14 @@ class TorchScheduler(Callback):
     def cleanup_batch(self, learn):  # not before: a batch keeps the rate that it was trained with
         if not self.due: return
         self.due = False
-        if is_timm(self.scheduler): self.scheduler.step_update(num_updates=self.updates, metric=None)
+        if is_timm(self.scheduler):
+            self.scheduler.step_update(num_updates=self.updates, metric=None)
         elif self.per == 'step': self.scheduler.step()
 
     def after_epoch(self, learn):
         self.epochs += 1
-        if is_timm(self.scheduler): self.scheduler.step(self.epochs, metric=self.value(learn, needed=False))
+        if is_timm(self.scheduler):
+            self.scheduler.step(self.epochs, metric=self.value(learn, needed=False))
         elif isinstance(self.scheduler, ReduceLROnPlateau):
             value = self.value(learn, needed=not self.cut)
             if value is not None: self.scheduler.step(value)
@@ -331,8 +343,8 @@ class TorchScheduler(Callback):
         "What the history says about `monitor`"
         row = learn.recorder.rows[-1] if learn.recorder.rows else {}
         if needed and self.monitor not in row:
-            raise ValueError(f'TorchScheduler(monitor={self.monitor!r}): no {self.monitor!r} was recorded; '
-                             f'have: {", ".join(row)}')
+            raise ValueError(f'TorchScheduler(monitor={self.monitor!r}): no {self.monitor!r} '
+                             f'was recorded; have: {", ".join(row)}')
         return row.get(self.monitor)
 
 # %% ../nbs/10_schedule.ipynb #550d6845
@@ -343,13 +355,13 @@ def is_timm(scheduler): # bool
 # %% ../nbs/10_schedule.ipynb #314ba6b2
 @patch
 def build(self:TorchScheduler, learn):
-    "Make the scheduler for the learner's optimizer: at its beginning, or where a loaded state has it"
+    "Make the scheduler for the learner's optimizer: at its start, or where a loaded state has it"
     if learn.opt is None: raise ValueError('TorchScheduler: this learner has no optimizer')
     groups = learn.opt.param_groups
     loaded = self.loaded if all('initial_lr' in group for group in groups) else None
     before = hypers(learn.opt)
     try:
-        if not any(cb.opt is learn.opt for cb in torch_schedulers(learn.cbs)):  # the first for this optimizer
+        if not any(cb.opt is learn.opt for cb in torch_schedulers(learn.cbs)):  # the first for it
             for group in groups: group.pop('initial_lr', None)
             set_lr(learn.opt, learn.lr)
         scheduler = check_scheduler(self.sched_func(learn.opt), learn.opt, self.per)
@@ -367,9 +379,10 @@ def torch_schedulers(cbs, per=None): # list of TorchSchedulers
     "Those among the callbacks, all or of one kind"
     return [cb for cb in cbs if isinstance(cb, TorchScheduler) and per in (None, cb.per)]
 
-def hypers(opt:torch.optim.Optimizer): # list of (group, its items, values of those that are tensors)
+def hypers(opt:torch.optim.Optimizer): # list of (group, its items, values of its tensors)
     "What the groups hold now, for `put_back`"
-    def tensors(group): return {k: v.clone() for k, v in group.items() if isinstance(v, torch.Tensor)}
+    def tensors(group):
+        return {k: v.clone() for k, v in group.items() if isinstance(v, torch.Tensor)}
     return [(group, dict(group), tensors(group)) for group in opt.param_groups]
 
 def put_back(saved):
@@ -385,9 +398,11 @@ def check_scheduler(scheduler, opt, per): # the scheduler
     if not callable(getattr(scheduler, 'step', None)):
         raise TypeError(f'TorchScheduler: sched_func returned a {kind}, which is no scheduler')
     if scheduler.optimizer is not opt:
-        raise ValueError(f'TorchScheduler: the {kind} is for another optimizer than sched_func was given')
+        raise ValueError(f'TorchScheduler: the {kind} is for another optimizer than '
+                         'sched_func was given')
     if per == 'step' and isinstance(scheduler, ReduceLROnPlateau):
-        raise ValueError(f"TorchScheduler: {kind} looks at an epoch's result, so give it per='epoch'")
+        raise ValueError(f"TorchScheduler: {kind} looks at an epoch's result, "
+                         "so give it per='epoch'")
     return scheduler
 
 # %% ../nbs/10_schedule.ipynb #ddbdab61
@@ -396,7 +411,8 @@ def state_dict(self:TorchScheduler): # dict: kind, scheduler, epochs, updates
     "Where the schedule is; `scheduler` is None when it has not begun"
     if self.scheduler is None and self.loaded: return copy.deepcopy(self.loaded)
     state = None if self.scheduler is None else without_functions(self.scheduler.state_dict())
-    return {'kind': type(self.scheduler).__name__, 'scheduler': state, 'epochs': self.epochs, 'updates': self.updates}
+    return {'kind': type(self.scheduler).__name__, 'scheduler': state,
+            'epochs': self.epochs, 'updates': self.updates}
 
 @patch
 def load_state_dict(self:TorchScheduler, state):
@@ -410,7 +426,8 @@ def settings(self:TorchScheduler): # plain tree
     "What a resumed fit compares"
     func = self.sched_func
     made_by = [func.func, func.args, func.keywords] if isinstance(func, partial) else func
-    return {'class': type(self).__name__, 'sched': plain_setting(made_by), 'per': self.per, 'monitor': self.monitor}
+    return {'class': type(self).__name__, 'sched': plain_setting(made_by),
+            'per': self.per, 'monitor': self.monitor}
 
 # %% ../nbs/10_schedule.ipynb #bfc472ca
 def without_functions(state:dict): # dict
@@ -427,8 +444,8 @@ def load_scheduler(scheduler, state):
     "Bring a scheduler to a saved state; ValueError when that is of another kind"
     kind = type(scheduler).__name__
     if state['kind'] != kind:
-        raise ValueError(f'the saved scheduler is {state["kind"]}, this one is {kind}: give the sched_func '
-                         'that made the saved one')
+        raise ValueError(f'the saved scheduler is {state["kind"]}, this one is {kind}: '
+                         'give the sched_func that made the saved one')
     scheduler.load_state_dict(copy.deepcopy(state['scheduler']))  # some change what they are given
 
 # %% ../nbs/10_schedule.ipynb #25003394
@@ -437,14 +454,15 @@ def setup(self:Learner,
           loss_func=None, # as in `Learner`
           opt_func=None, # as in `Learner`; a new optimizer over the present groups of layers
           lr=None, # default learning rate from now on; alone, the optimizer keeps its state
-          epoch_sched=None, # function of the optimizer -> scheduler, stepped after each epoch; False: take it off
+          epoch_sched=None, # optimizer -> scheduler, stepped after each epoch; False: take it off
           step_sched=None, # likewise, stepped after each update
          ): # the learner
     "Change how the model is trained; an error changes nothing"
     if self.levels: raise RuntimeError(f'setup called while {self.levels[0]} is running')
     with unchanged_on_error(self):
         if loss_func is not None:
-            self.loss_func = loss_func.to(self.device) if isinstance(loss_func, nn.Module) else loss_func
+            if isinstance(loss_func, nn.Module): loss_func = loss_func.to(self.device)
+            self.loss_func = loss_func
         if opt_func is not None or lr is not None: change_opt(self, opt_func, lr)
         for per, sched in (('epoch', epoch_sched), ('step', step_sched)):
             if sched is not None: change_scheduler(self, per, sched)
@@ -474,7 +492,7 @@ def change_scheduler(learn, per, sched):
 
 @contextmanager
 def unchanged_on_error(learn):
-    "What the block has done to a learner's loss, optimizer, rate and callbacks is undone if it fails"
+    "What the block did to a learner's loss, optimizer, rate and callbacks is undone if it fails"
     attributes, groups = dict(vars(learn)), hypers(learn.opt) if learn.opt else []
     schedulers = [(cb, dict(vars(cb))) for cb in torch_schedulers(learn.cbs)]
     try: yield

@@ -151,7 +151,10 @@ class ValidateEvery(Callback):
 
     def evaluate(self, learn):
         "Validate now, and tell the others"
-        with learn.no_logging(): found = learn.validate()
+        learn._abandonable = True  # it can be made up for later
+        try:
+            with learn.no_logging(): found = learn.validate()
+        finally: learn._abandonable = False
         measured = {name: value for name, value in found.items() if name in learn.recorder.results}
         tracked = {f'valid_{name}': value for name, value in found.items() if name not in measured}
         learn.recorder.evals.append({

@@ -330,6 +330,11 @@ def tree_digest(tree): # 64 hex digits
     for (_, _, node, kind), digest in zip(packer.found, digests): node[kind] = digest
     return text_digest(json.dumps(root, sort_keys=True))
 
+# %% ../nbs/01_store.ipynb #84129ef5
+def check_storable(tree):
+    "Raise UnstorableError, naming the place, for a tree that `save_tree` would refuse"
+    Packer().pack(tree)
+
 # %% ../nbs/01_store.ipynb #6229b6d7
 FORMAT = 1  # to be raised when a file of today's learnkit could not be read by yesterday's
 
@@ -405,10 +410,21 @@ def load_tree(path): # the tree, its tensors on the cpu
 # %% ../nbs/01_store.ipynb #94f1b9c6
 def saves(folder): # list of Paths, the newest first
     "The numbered saves in a folder"
-    found = {path: re.fullmatch(r'save-(\d+)', path.stem) for path in Path(folder).glob('save-*.safetensors')}
-    return sorted([path for path, match in found.items() if match], key=lambda path: -int(found[path][1]))
+    paths = Path(folder).glob('save-*.safetensors')
+    found = {path: re.fullmatch(r'save-(\d+)', path.stem) for path in paths}
+    numbered = [path for path, match in found.items() if match]
+    return sorted(numbered, key=lambda path: -int(found[path][1]))
 
 # %% ../nbs/01_store.ipynb #3a0d45e5
+def is_left_over(temp): # bool
+    "Whether a half-written file was left by a process of this machine that is no more"
+    found = re.fullmatch(r'\.learnkit-(\d+)-\w+', temp.name)
+    try: os.kill(int(found[1]) if found else os.getpid(), 0)
+    except ProcessLookupError: return True
+    except PermissionError: return False  # somebody else's, and alive
+    return False
+
+# %% ../nbs/01_store.ipynb #d970b935
 def save_next(tree, # as in `save_tree`
               folder, # made if it is not there; one process at a time writes to it
               keep:int=2, # how many saves remain, the new one included
@@ -416,10 +432,15 @@ def save_next(tree, # as in `save_tree`
     "Write the next of the numbered saves, then remove what is too old"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob('.learnkit-*'):
+        if is_left_over(left): unlink(left)
     number = 1 + max([int(path.stem.removeprefix('save-')) for path in saves(folder)], default=0)
-    path = save_tree(tree, folder/f'save-{number:06}.safetensors', overwrite=False)
+    path = folder/f'save-{number:06}.safetensors'
+    try: save_tree(tree, path, overwrite=False)
+    except FileExistsError as error:
+        text = 'another process saves to this folder too; give each run a folder of its own'
+        raise FileExistsError(error.errno, text, str(path)) from error
     for old in saves(folder)[keep:]: unlink(old)
-    for left in folder.glob('.learnkit-*'): unlink(left)  # by a process that was killed while it wrote
     return path
 
 # %% ../nbs/01_store.ipynb #89bffb83
@@ -430,9 +451,11 @@ def load_newest(folder): # (tree, Path); None when there is no save
         except DamagedError as error:
             aside = path.with_suffix('.damaged')
             rename(path, aside)
-            warnings.warn(f'{error}. It is set aside as {aside.name}, and the save before it is used', stacklevel=3)
+            warnings.warn(f'{error}. It is set aside as {aside.name}, '
+                          'and the save before it is used', stacklevel=3)
     if bad := sorted(Path(folder).glob('save-*.damaged')):
-        raise DamagedError(f'no save in {folder} is sound: {", ".join(path.name for path in bad)} are damaged. '
+        names = ', '.join(path.name for path in bad)
+        raise DamagedError(f'no save in {folder} is sound: {names} are damaged. '
                            'Remove them to start afresh')
 
 # %% ../nbs/01_store.ipynb #6cd4e27d

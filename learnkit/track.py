@@ -13,7 +13,8 @@ from fastcore.basics import patch
 from torch import nn
 from .callback import Callback
 from .core import is_main, map_tensors, rank0_first, sum_over_ranks, world_size
-from .learner import check_model_state, load_model_state, model_state
+from .learner import (check_loss_state, check_model_state, load_model_state, loss_state,
+                              model_state)
 from .metrics import Accumulates, SklearnMetric, Tally, base_metric, named_metrics
 from .optim import check_opt_state, get_hyper, load_opt_state, opt_state, set_hyper
 from .progress import say
@@ -178,7 +179,8 @@ def live_snapshot(learn): # plain tree of live tensors
         whole = opt_state(learn.opt)
         opt = {'kind': whole['kind'], 'state': whole['state'],
                'param_groups': [{'params': group['params']} for group in whole['param_groups']]}
-    return {'model': model_state(learn.model), 'opt': opt, 'weights': weights_beside(learn.cbs)}
+    return {'model': model_state(learn.model), 'loss_func': loss_state(learn.loss_func), 'opt': opt,
+            'weights': weights_beside(learn.cbs)}
 
 # %% ../nbs/12_track.ipynb #88fe8969
 def weights_beside(cbs): # dict: callback's name -> dict of live tensors
@@ -198,11 +200,13 @@ def put_snapshot(learn,
                 ):
     "Bring a snapshot back into the model, the optimizer and the callbacks"
     check_model_state(learn.model, tree['model'])
+    check_loss_state(learn.loss_func, tree['loss_func'])
     beside = weights_beside(learn.cbs)
     then = tree['weights']
     both = [(name, beside[name], then[name]) for name in beside if name in then]
     for name, have, saved in both: check_alike(name, have, saved)
     load_model_state(learn.model, tree['model'])
+    if tree['loss_func']: load_model_state(learn.loss_func, tree['loss_func'])
     if learn.opt and tree['opt']: put_opt_values(learn.opt, tree['opt'])
     with torch.no_grad():
         for _, have, saved in both:
@@ -280,6 +284,13 @@ def check_place(saver, learn):
                              'give each a path of its own')
 
 # %% ../nbs/12_track.ipynb #85a090f5
+@patch
+def take(self:SaveBest, learn, row):
+    "Look at a row that holds the monitor"
+    # What winds up a fit whose time is up is not in its saves, and its file must agree with them
+    if self.path is None or not learn.time_is_up or not learn._is_saved(): Tracker.take(self, learn, row)
+
+# %% ../nbs/12_track.ipynb #21563ec0
 @patch
 def look(self:SaveBest, learn, row, better):
     if not better: return

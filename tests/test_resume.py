@@ -299,7 +299,7 @@ def test_resume_from_a_folder_a_file_and_from_learn_save(tmp_path):
     assert outcome(train('norm', path=tmp_path, seed=3, resume='mine')) == whole
 
 @pytest.mark.parametrize('names, kwargs, text', [
-    ((), {'n_epoch': 4}, 'n_epoch 3 -> 4'), ((), {'lr': 0.1}, 'lr None -> 0.1'), ((), {'n_epoch': None, 'n_steps': 18}, 'n_steps None -> 18'),
+    ((), {'n_epoch': 4}, 'n_epoch 3 -> 4'), ((), {'lr': 0.1}, 'lr 0.02 -> 0.1'), ((), {'n_epoch': None, 'n_steps': 18}, 'n_steps None -> 18'),
     (('clip',), {}, 'callbacks'), (('early stop',), {}, 'callbacks'), (('one cycle',), {}, 'callbacks'), ((), {'reset_opt': True}, 'reset_opt False -> True'),
     (('norm',), {}, 'the saved model is not a Sequential like this one'), (('sgd',), {}, 'the saved optimizer is AdamW'),
     (('data: list',), {}, 'the saved training read from TensorLoader')])
@@ -328,7 +328,7 @@ def test_another_schedule_is_refused(tmp_path):
 
 def test_another_fit_of_the_learner_is_refused(tmp_path):
     learn = train(cbs=[SaveState('run')], path=tmp_path)
-    with pytest.raises(ValueError, match='is of fit number 0 of its learner, this one is number 1'): learn.fit(3, cbs=SaveState('run'), resume='latest')
+    with pytest.raises(ValueError, match='is of a fit that this learner has made already'): learn.fit(3, cbs=SaveState('run'), resume='latest')
 
 def test_an_interrupted_fit_goes_on_in_the_same_learner(tmp_path):
     whole = outcome(train('dropout', 'best'))
@@ -577,3 +577,142 @@ def test_a_forked_child_answers_signals_by_itself():
         os.kill(pid, signal.SIGTERM)
         assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGTERM
     assert forked(lambda: train(cbs=[On(before_batch=child_dies)])) == 0
+
+
+# -- What users did to it
+
+def test_workers_live_through_a_signal_to_the_whole_group(tmp_path):
+    for i, (loader, signum) in enumerate(itertools.product((WORKERS['workers'], WORKERS['own workers']), (signal.SIGINT, signal.SIGTERM))):
+        folder = tmp_path / str(i)
+        def send(learn):
+            if learn.updates == 8: os.killpg(os.getpgid(0), signum)
+        def work():
+            os.setpgid(0, 0)
+            learn = train(cbs=[SaveState('run', '1 h'), On(before_batch=send)], path=folder, dls=DataLoaders(loader()))
+            os._exit(7 if learn.steps_done == 9 and not learn.fit_ended else 8)
+        assert os.waitstatus_to_exitcode(forked(work)) == (7 if signum == signal.SIGINT else 143)
+        whole = outcome(train(dls=DataLoaders(loader())))
+        assert outcome(train(cbs=[SaveState('run', '1 h')], path=folder, dls=DataLoaders(loader()), seed=2, resume='latest')) == whole
+
+def two_fits(tmp_path, interrupt=None, seed=0):
+    set_seed(seed)
+    learn = Learner(DataLoaders(LOADERS['tensors'](), LOADERS['list']()), net(dropout=True), F.mse_loss, device='cpu', path=tmp_path)
+    learn.remove_cb(Progress)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        learn.fit(2, cbs=[SaveState('a'), *([interrupt] if interrupt else [])], resume='latest')
+        learn.fit(3, cbs=SaveState('b'), resume='latest')
+    return outcome(learn)
+
+def test_a_second_fit_that_began_too_early_is_begun_again(tmp_path):
+    whole = two_fits(tmp_path / 'whole')
+    interrupted = two_fits(tmp_path / 'cut', at(4, lambda learn: os.kill(os.getpid(), signal.SIGINT)))
+    assert interrupted != whole and two_fits(tmp_path / 'cut', seed=3) == whole
+
+@pytest.mark.parametrize('opt', ['Adagrad', 'Adadelta', 'Rprop'])
+def test_optimizers_without_momentum(tmp_path, opt, monkeypatch):
+    monkeypatch.setitem(PARTS, opt, {'opt_func': getattr(torch.optim, opt)})
+    resumes_everywhere(tmp_path, opt, every=4)
+
+class Weighted(nn.Module):
+    "A loss that learns how much its parts count"
+    def __init__(self):
+        super().__init__()
+        self.log_var = nn.Parameter(torch.zeros(()))
+        self.register_buffer('seen', torch.zeros(()))
+    def forward(self, pred, targ):
+        self.seen += 1
+        return (pred - targ).square().mean() * (-self.log_var).exp() + self.log_var
+
+def test_parameters_and_buffers_of_the_loss_are_part_of_the_state(tmp_path):
+    def run(*cbs, seed=0, **kwargs):
+        set_seed(seed)
+        loss = Weighted()
+        learn = Learner(DataLoaders(LOADERS['tensors'](), LOADERS['list']()), net(), loss, device='cpu', path=tmp_path, lr=.05,
+                        splitter=lambda model: [list(model.parameters()) + [loss.log_var]])
+        learn.remove_cb(Progress)
+        learn.fit(3, cbs=[SaveBest(), *cbs], **kwargs)
+        return outcome(learn), loss.log_var.item(), loss.seen.item()
+    whole = run()
+    with pytest.raises(PowerCut): run(SaveState('run', '1 step'), at(9, power_cut))
+    assert run(SaveState('run'), seed=3, resume='latest') == whole
+
+def test_a_new_optimizer_goes_on_too(tmp_path):
+    def run(*cbs, **kwargs):
+        learn = train()
+        learn.opt_func = torch.optim.SGD
+        learn.path = tmp_path
+        learn.fit(2, cbs=list(cbs), reset_opt=True, **kwargs)
+        return outcome(learn)
+    whole = run()
+    with pytest.raises(PowerCut): run(SaveState('b', '1 step'), at(9, power_cut))
+    assert run(SaveState('b'), resume='latest') == whole
+    learn = train()
+    before = learn.opt
+    with pytest.raises(ValueError): learn.fit(2, reset_opt=True, cbs=SaveState(tmp_path / 'b'), resume='latest')
+    assert learn.opt is before
+
+def test_a_signal_during_a_validation_of_ones_own_waits_for_its_end(tmp_path):
+    ran = []
+    def look(learn):
+        ran.append(learn.validate(samples_list()))
+    class InLook(Signal):
+        phases = ('valid',)
+        def send(self, learn): super().send(learn) if 'train' in learn.levels and learn.phase == 'valid' else None
+    whole = outcome(train('dropout'))
+    def work(): train('dropout', cbs=[SaveState('run', '1 h'), On(after_batch=lambda learn: look(learn) if learn.training and learn.updates == 8 else None), InLook('after_pred', signal.SIGTERM, 1)], path=tmp_path)
+    assert os.waitstatus_to_exitcode(forked(work)) == 143
+    assert load_tree(saves(tmp_path / 'run')[0])['learner']['fit']['batch'] == 2
+    assert outcome(train('dropout', cbs=[SaveState('run')], path=tmp_path, seed=3, resume='latest')) == whole
+
+def samples_list(): return LOADERS['list']()
+
+def test_saves_of_an_earlier_fit_go_with_a_warning(tmp_path):
+    train(cbs=[SaveState('run')], path=tmp_path)
+    with pytest.warns(UserWarning, match='holds saves of an earlier fit, which go when this one saves'): train(cbs=[SaveState('run')], path=tmp_path)
+    with pytest.raises(ValueError, match="nothing is saved in .*rum, but .*run, to which SaveState.* saves, holds saves"):
+        train(cbs=[SaveState('run')], path=tmp_path, resume='rum')
+    for wrong in (True, False, '', 3):
+        with pytest.raises(TypeError, match="give the folder of a SaveState, a file, or 'latest'"): train(cbs=[SaveState('run')], path=tmp_path, resume=wrong)
+
+@pytest.mark.parametrize('event', ['before_batch', 'after_loss', 'after_step', 'after_batch', 'after_train', 'after_epoch'])
+def test_a_file_written_between_rests_is_no_place_to_go_on_from(tmp_path, event):
+    def save(learn): learn.save('mine') if learn.updates == 7 or event in ('after_train', 'after_epoch') else None
+    train(cbs=[On(**{event: save})], path=tmp_path)
+    with pytest.raises(ValueError, match='was saved while a batch or an epoch was not over'): train(path=tmp_path, resume='mine')
+
+def test_a_generator_in_the_dataset_gives_the_same_with_any_number_of_workers():
+    def drawn(workers): return [x.tolist() for epoch in range(2) for x, _ in DataLoaders.from_datasets(Augmented('own'), bs=BS, num_workers=workers).train.batches(epoch)]
+    assert drawn(0) == drawn(2)
+    assert drawn(0)[:6] != drawn(0)[6:]
+
+def test_a_folder_that_cannot_be_is_an_error_at_the_start(tmp_path):
+    (tmp_path / 'run').write_text('')
+    learn = None
+    with pytest.raises(OSError): learn = train(cbs=[SaveState('run')], path=tmp_path)
+    assert learn is None
+
+def test_settings_of_numpy_and_nan_compare_as_they_should(tmp_path):
+    class My(Callback):
+        def __init__(self, x): self.x = x
+    def cut_with(cb):
+        shutil_rm(tmp_path / 'run')
+        with pytest.raises(PowerCut): train(cbs=[cb, SaveState('run'), at(8, power_cut)], path=tmp_path)
+    for before, now in ((float('nan'), float('nan')), (np.float64(.9), .9), (np.int64(3), 3)):
+        cut_with(My(before))
+        train(cbs=[My(now), SaveState('run')], path=tmp_path, resume='latest')
+    cut_with(My(np.float64(.9)))
+    with pytest.raises(ValueError, match=r'then My\(0.9\), now My\(0.99\)'): train(cbs=[My(.99), SaveState('run')], path=tmp_path, resume='latest')
+
+def test_a_best_file_agrees_with_the_save_when_time_is_up(tmp_path):
+    whole = outcome(train('best of all', path=tmp_path / 'whole'))
+    for stop in range(1, 18):
+        folder = tmp_path / str(stop)
+        class Clock(Callback):
+            order = -300
+            def settings(self): return None
+            def at_rest(self, learn):
+                if learn.updates == stop: learn.time_is_up = True
+            def after_train(self, learn): pass
+        train('best of all', cbs=[SaveState('run'), Clock()], path=folder, max_time=1000)
+        assert outcome(train('best of all', cbs=[SaveState('run')], path=folder, seed=5, resume='latest')) == whole
