@@ -343,8 +343,8 @@ class Signals:
     def __enter__(self):
         if threading.current_thread() is not threading.main_thread(): return self
         for number in self.numbers:
-            if signal.getsignal(number) in (None, signal.SIG_IGN):
-                continue  # not python's, not wanted
+            if signal.getsignal(number) not in (signal.SIG_DFL, signal.default_int_handler):
+                continue  # ignored, or the program has a handler of its own, which stays
             self.before[number] = signal.signal(number, self.note)
         return self
 

@@ -568,6 +568,14 @@ def test_an_ignored_signal_stays_ignored():
         assert train(cbs=[Signal('after_pred', signal.SIGUSR1)]).steps_done == 18
     assert forked(work) == 0
 
+def test_handlers_of_the_program_stay_in_charge():
+    caught = []
+    def work():
+        signal.signal(signal.SIGUSR1, lambda number, frame: caught.append(number))
+        learn = train(cbs=[Signal('after_pred', signal.SIGUSR1)])
+        os._exit(0 if learn.steps_done == 18 and caught == [signal.SIGUSR1] else 1)
+    assert forked(work) == 0
+
 def test_a_forked_child_answers_signals_by_itself():
     def child_dies(learn):
         if learn.updates: return
