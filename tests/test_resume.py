@@ -208,6 +208,7 @@ def test_workers_resume(tmp_path, name, monkeypatch):
 @pytest.mark.parametrize('part', ['dropout', 'norm', 'ema', 'accumulation', 'one cycle', 'evaluations'])
 @pytest.mark.parametrize('name', WORKERS)
 def test_workers_resume_at_every_batch(tmp_path, name, part, monkeypatch):
+    if (name, part) == ('streaming workers', 'one cycle'): pytest.skip('a schedule needs a loader with a length, or n_steps')
     monkeypatch.setitem(PARTS, name, {'loader': WORKERS[name]})
     resumes_everywhere(tmp_path, name, part)
 
