@@ -122,6 +122,9 @@ class Callback:
     def weights(self): # dict: name -> live tensor; None
         "Weights besides the model's own that belong to it, as an average of them does"
 
+    def drop_weights(self):
+        "The model went back to a time when `weights` were not there yet: forget them"
+
 # %% ../nbs/03_callback.ipynb #437a8ef1
 def plain_setting(x): # plain values as they are, anything else as the name of its type
     "An argument in a form that can be stored and compared"

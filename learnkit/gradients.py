@@ -6,7 +6,7 @@
 __all__ = ['GradientAccumulation', 'GradientClip', 'EMA', 'SWA']
 
 # %% ../nbs/14_gradients.ipynb #c38db495
-import copy, math
+import copy, math, warnings
 from numbers import Integral, Real
 import torch
 from fastcore.basics import patch
@@ -76,6 +76,9 @@ class GradientAccumulation(Callback):
 
     def before_fit(self, learn):
         check_whole('GradientAccumulation: n', self.n)
+        if getattr(learn.loss_func, 'reduction', None) == 'sum':
+            raise ValueError("GradientAccumulation: the loss has reduction='sum', and sums cannot be weighted by "
+                             "samples; use reduction='mean'")
         check_alone(learn, GradientAccumulation, 'change n of the one')
         check_optimizer(learn, self)
         learn.batches_per_update = self.n
@@ -170,7 +173,10 @@ class GradientClip(Callback):
         check_bound('max_value', max_value)
         self.max_norm, self.max_value, self.norm = max_norm, max_value, None
 
-    def before_fit(self, learn): check_optimizer(learn, self)
+    def before_fit(self, learn):
+        check_alone(learn, GradientClip, 'keep one, with both bounds if need be')
+        check_optimizer(learn, self)
+
     before_lr_find = before_fit
 
     def before_step(self, learn):
@@ -257,6 +263,7 @@ class Average(Callback):
         self.count, self._slots, self._copied = state['count'], None, None
 
     def weights(self): return self.average
+    def drop_weights(self): self.average, self.count = None, 0
 
     def before_fit(self, learn):
         check_alone(learn, Average, 'evaluations can see only one average')
@@ -384,3 +391,8 @@ class SWA(Average):
         if rest: return
         if entered == 1: self._begin(learn)
         else: self._take_in(learn, 1 / entered)
+
+    def after_fit(self, learn):
+        if self.count < self.every:
+            warnings.warn(f'{self} has averaged nothing: the fit made {learn.updates} updates and ended before '
+                          'the average began; start it earlier', stacklevel=2)

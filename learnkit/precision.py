@@ -6,7 +6,7 @@
 __all__ = ['MixedPrecision']
 
 # %% ../nbs/13_precision.ipynb #4bfa090a
-import torch
+import torch, warnings
 from fastcore.basics import patch
 from .callback import PHASES, Callback, CancelStep
 from .core import map_tensors
@@ -78,6 +78,7 @@ class MixedPrecision(Callback):
                  dtype=None, # 'bf16', 'fp16' or the torch type; None: bf16 where the device has it
                 ):
         self.dtype = as_half(dtype)
+        self._counts = 0, 0  # updates made and skipped before this epoch
         self._open, self._unscaled = {}, False  # depth -> region; whether gradients were divided
 
     def settings(self): return {'class': type(self).__name__, 'dtype': str(self.dtype)}
@@ -134,6 +135,8 @@ def _leave(self:MixedPrecision, learn):
     if region is not None: region.__exit__(None, None, None)
 
 # %% ../nbs/13_precision.ipynb #7ca3d6f1
+SMALLEST_SCALE = 2. ** -16 # of the loss
+
 @patch
 def before_backward(self:MixedPrecision, learn):
     if self.scales(learn): learn.loss = learn.scaler.scale(learn.loss)
@@ -148,9 +151,22 @@ def before_step(self:MixedPrecision, learn):
     after = learn.scaler.scale(one)
     self._unscaled = bool((after >= before) & (after > 0))  # the one wait for the device
     if self._unscaled: return
+    # A scale of 0 would never grow again
+    if after < SMALLEST_SCALE: learn.scaler.update(SMALLEST_SCALE)
     learn.steps_skipped += 1
     learn._step('zero_grad')
     raise CancelStep
+
+@patch
+def before_train(self:MixedPrecision, learn): self._counts = learn.updates, learn.steps_skipped
+
+@patch
+def after_train(self:MixedPrecision, learn):
+    updates, skipped = self._counts
+    if learn.updates > updates or learn.steps_skipped == skipped: return
+    warnings.warn(f'epoch {learn.epoch} changed nothing: its {learn.steps_skipped - skipped} updates were '
+                  'skipped, as gradients were infinite or nan at every loss scale. Look for nan in the '
+                  'loss and the data, or train in bf16', stacklevel=2)
 
 @patch
 def _put_back(self:MixedPrecision, learn):

@@ -7,10 +7,10 @@ __all__ = ['sched_const', 'sched_lin', 'sched_cos', 'sched_exp', 'sched_poly', '
            'TorchScheduler']
 
 # %% ../nbs/10_schedule.ipynb #20daae9a
-import bisect, copy, itertools, math
+import bisect, copy, itertools, math, warnings
 from contextlib import contextmanager
 from functools import partial
-from numbers import Integral
+from numbers import Integral, Real
 import torch
 from fastcore.basics import patch
 from torch import nn
@@ -91,6 +91,10 @@ class ParamScheduler(Callback):
         if learn.opt is None: raise ValueError('ParamScheduler: this learner has no optimizer')
         for name, sched in self.scheds.items():
             n = n_layers(learn.opt)
+            rivals = [cb for cb in learn.cbs if isinstance(cb, ParamScheduler) and name in cb.scheds]
+            if len(rivals) > 1:
+                raise ValueError(f'ParamScheduler: {len(rivals)} schedules of {name!r} in one fit, of which '
+                                 'only the last would count; give one')
             if isinstance(sched, (list, tuple)) and len(sched) != n:
                 raise ValueError(f'ParamScheduler: {len(sched)} schedules of {name!r} '
                                  f'for {n} groups')
@@ -257,6 +261,7 @@ def fine_tune(self:Learner,
               lr_mult:float=100, # the first group learns at base_lr / 2 / lr_mult
               pct_start:float=0.3, # as in `fit_one_cycle`
               div:float=5., # as in `fit_one_cycle`
+              train_bn:bool=True, # whether norm layers learn along with the head
               cbs=None, # callbacks for these fits only
               resume=None, # as in `fit`; both fits save to the same folder
               **kwargs, # max_time, dls, reset_opt, and what `fit_one_cycle` takes, for both fits
@@ -264,16 +269,31 @@ def fine_tune(self:Learner,
     "Train the head alone, then everything with smaller rates for the first layers"
     cbs = as_callbacks(cbs)
     check_lr_free(self, cbs)
-    self.freeze()
-    if freeze_epochs and not has_gone_on(self, cbs, resume):
-        self.fit_one_cycle(freeze_epochs, slice(base_lr), pct_start=0.99,
-                           cbs=cbs, resume=resume, **kwargs)
-        if not self.fit_ended or self.time_is_up: return
-        resume = None
+    if not isinstance(base_lr, Real) or 'lr' in kwargs or 'lr_max' in kwargs:
+        raise TypeError('fine_tune takes base_lr, the rate of the head, as one number; it makes the others')
+    learns, still = [(p, p.requires_grad) for p in self.model.parameters()], self._still
+    self.freeze(train_bn)
+    try: ended, resume = self._tune_head(freeze_epochs, base_lr, cbs, resume, kwargs)
+    except BaseException:  # a body that stays frozen unnoticed would spoil what follows
+        for param, was in learns: param.requires_grad_(was)
+        self._still = still
+        raise
+    if not ended:
+        return warnings.warn('fine_tune ended before its second fit, and the body is still frozen: '
+                             'call unfreeze(), or fine_tune again', stacklevel=2)
     self.unfreeze()
     rates = slice(base_lr / 2 / lr_mult, base_lr / 2)
     self.fit_one_cycle(n_epoch, rates, pct_start=pct_start, div=div,
                        cbs=cbs, resume=resume, **kwargs)
+
+# %% ../nbs/10_schedule.ipynb #8a2385cf
+@patch
+def _tune_head(self:Learner, freeze_epochs, base_lr, cbs, resume, kwargs):
+    "The first fit of `fine_tune`: whether it ended by itself, and where the second is to go on"
+    if not freeze_epochs or has_gone_on(self, cbs, resume): return True, resume
+    self.fit_one_cycle(freeze_epochs, slice(base_lr), pct_start=0.99,
+                       cbs=cbs, resume=resume, **kwargs)
+    return self.fit_ended, None
 
 # %% ../nbs/10_schedule.ipynb #0acfd5d2
 def has_gone_on(learn:Learner, cbs,
@@ -310,11 +330,14 @@ class TorchScheduler(Callback):
     def forget(self):
         "Start again, at the beginning, at the next fit"
         self.scheduler = self.opt = self.loaded = None
-        self.epochs = self.updates = 0
+        self.epochs, self.updates, self.scale = 0, 0, 1.
 
     def before_fit(self, learn):
         if self.opt is not learn.opt or self.opt is None: self.build(learn)
-        self.loaded, self.due = None, False
+        self.loaded, self.due, self.scale = None, False, 1.
+        if is_timm(self.scheduler): return
+        for group, lr in zip(learn.opt.param_groups, self.scheduler.get_last_lr()):
+            set_hyper(group, 'lr', lr)  # a fit without this callback may have changed it
 
     def before_epoch(self, learn): self.cut = False
     def after_cancel_epoch(self, learn): self.cut = True
@@ -327,17 +350,27 @@ class TorchScheduler(Callback):
         if not self.due: return
         self.due = False
         if is_timm(self.scheduler):
-            self.scheduler.step_update(num_updates=self.updates, metric=None)
-        elif self.per == 'step': self.scheduler.step()
+            self.advance(self.scheduler.step_update, num_updates=self.updates, metric=None)
+        elif self.per == 'step': self.advance(self.scheduler.step)
 
     def after_epoch(self, learn):
         self.epochs += 1
         if is_timm(self.scheduler):
-            self.scheduler.step(self.epochs, metric=self.value(learn, needed=False))
+            self.advance(self.scheduler.step, self.epochs, metric=self.value(learn, needed=False))
         elif isinstance(self.scheduler, ReduceLROnPlateau):
             value = self.value(learn, needed=not self.cut)
-            if value is not None: self.scheduler.step(value)
-        elif self.per == 'epoch': self.scheduler.step()
+            if value is not None: self.advance(self.scheduler.step, value)
+        elif self.per == 'epoch': self.advance(self.scheduler.step)
+
+    def advance(self, step, *args, **kwargs):
+        "Take a step of the scheduler, which does not see the factor that a plateau has put on its rates"
+        self.multiply(1 / self.scale)
+        step(*args, **kwargs)
+        self.multiply(self.scale)
+
+    def multiply(self, factor):
+        if factor == 1: return
+        for group in self.opt.param_groups: set_hyper(group, 'lr', group['lr'] * factor)
 
     def value(self, learn, needed): # float, None when there is none
         "What the history says about `monitor`"
@@ -411,7 +444,7 @@ def state_dict(self:TorchScheduler): # dict: kind, scheduler, epochs, updates
     "Where the schedule is; `scheduler` is None when it has not begun"
     if self.scheduler is None and self.loaded: return copy.deepcopy(self.loaded)
     state = None if self.scheduler is None else without_functions(self.scheduler.state_dict())
-    return {'kind': type(self.scheduler).__name__, 'scheduler': state,
+    return {'kind': type(self.scheduler).__name__, 'scheduler': state, 'scale': self.scale,
             'epochs': self.epochs, 'updates': self.updates}
 
 @patch
@@ -419,7 +452,8 @@ def load_state_dict(self:TorchScheduler, state):
     "Go on from there, with the optimizer that the learner has by then"
     if state['scheduler'] is None: return self.forget()
     if self.scheduler is not None: load_scheduler(self.scheduler, state)
-    self.loaded, self.epochs, self.updates = copy.deepcopy(state), state['epochs'], state['updates']
+    self.loaded, self.scale = copy.deepcopy(state), state['scale']
+    self.epochs, self.updates = state['epochs'], state['updates']
 
 @patch
 def settings(self:TorchScheduler): # plain tree

@@ -19,7 +19,7 @@ from .metrics import Accumulates, SklearnMetric, Tally, base_metric, named_metri
 from .optim import check_opt_state, get_hyper, load_opt_state, opt_state, set_hyper
 from .progress import say
 from .recorder import detached
-from .schedule import ParamScheduler
+from .schedule import ParamScheduler, torch_schedulers
 from .store import StoreError, load_tree, save_tree
 
 # %% ../nbs/12_track.ipynb #591febb4
@@ -91,6 +91,9 @@ class Tracker(Callback):
                  min_delta:float, # an improvement is larger than this
                 ):
         self.monitor, self.mode, self.min_delta, self.higher = monitor, mode, min_delta, None
+        if isinstance(monitor, torch.optim.Optimizer):
+            raise TypeError(f"this {type(self).__name__} is learnkit's callback; import torch's own as "
+                            '`from torch.optim import lr_scheduler` for a TorchScheduler')
         if not isinstance(monitor, str):
             raise TypeError(f'{self.short}: monitor is a column of the history, give its name')
         check_choice(self, 'mode', mode, (None, 'min', 'max'))
@@ -179,19 +182,20 @@ def live_snapshot(learn): # plain tree of live tensors
         whole = opt_state(learn.opt)
         opt = {'kind': whole['kind'], 'state': whole['state'],
                'param_groups': [{'params': group['params']} for group in whole['param_groups']]}
+    beside = {name: cb.weights() for name, cb in keepers(learn).items()}
     return {'model': model_state(learn.model), 'loss_func': loss_state(learn.loss_func), 'opt': opt,
-            'weights': weights_beside(learn.cbs)}
+            'weights': {name: weights for name, weights in beside.items() if weights is not None}}
 
 # %% ../nbs/12_track.ipynb #88fe8969
-def weights_beside(cbs): # dict: callback's name -> dict of live tensors
-    "The weights that callbacks keep, by class name and occurrence"
-    found, seen = {}, {}
-    for cb in cbs:
-        weights = cb.weights()
-        if weights is None: continue
+def keepers(learn): # dict: name -> callback
+    "The callbacks of the learner and of its last fit that keep weights, by class name and occurrence"
+    both, found, seen = [*learn.cbs], {}, {}
+    both += [cb for cb in learn.fit_cbs if not any(cb is other for other in both)]
+    for cb in both:
+        if type(cb).weights is Callback.weights: continue
         name = type(cb).__name__
         seen[name] = seen.get(name, -1) + 1
-        found[name if seen[name] == 0 else f'{name}.{seen[name]}'] = weights
+        found[name if seen[name] == 0 else f'{name}.{seen[name]}'] = cb
     return found
 
 # %% ../nbs/12_track.ipynb #24f9f466
@@ -201,10 +205,12 @@ def put_snapshot(learn,
     "Bring a snapshot back into the model, the optimizer and the callbacks"
     check_model_state(learn.model, tree['model'])
     check_loss_state(learn.loss_func, tree['loss_func'])
-    beside = weights_beside(learn.cbs)
-    then = tree['weights']
-    both = [(name, beside[name], then[name]) for name in beside if name in then]
+    beside, then = keepers(learn), tree['weights']
+    both = [(name, cb.weights(), then[name]) for name, cb in beside.items()
+            if name in then and cb.weights() is not None]
     for name, have, saved in both: check_alike(name, have, saved)
+    for name, cb in beside.items():
+        if name not in then: cb.drop_weights()
     load_model_state(learn.model, tree['model'])
     if tree['loss_func']: load_model_state(learn.loss_func, tree['loss_func'])
     if learn.opt and tree['opt']: put_opt_values(learn.opt, tree['opt'])
@@ -315,7 +321,7 @@ def write_best(file, # Path
 
 # %% ../nbs/12_track.ipynb #ba05a9c2
 def read_best(file, # Path
-              mark:dict, # as given to `write_best`
+              mark:dict=None, # as given to `write_best`; None: whatever it is
              ): # plain tree
     "The snapshot in a file; an error unless it is the one that is meant"
     try: tree = load_tree(file)
@@ -324,7 +330,7 @@ def read_best(file, # Path
                                 'is gone') from error
     if not isinstance(tree, dict) or 'best' not in tree:
         raise StoreError(f'{file} holds no best model')
-    if tree['best'] != mark:
+    if mark is not None and tree['best'] != mark:
         raise StoreError(f'{file} holds another model ({describe(tree["best"])}) than the best one '
                          f'({describe(mark)}): something else has written to it')
     return tree
@@ -341,9 +347,12 @@ def load_best(self:SaveBest,
               learn, # the learner
              ):
     "Bring the best model back: weights, buffers, optimizer state of each parameter, averages"
-    if self.best is None: raise ValueError(f'{self.short}: there is no best model yet')
+    file = None if self.path is None else learn._file(self.path)
+    if self.best is None and (file is None or not file.exists()):
+        raise ValueError(f'{self.short}: there is no best model yet')
     tree = self.snapshot
-    if tree is None:
+    if self.best is None: tree = read_best(file)  # of an earlier process
+    elif tree is None:
         names = ('monitor', 'best', 'best_run', 'best_epoch', 'best_step')
         mark = {name: getattr(self, name) for name in names}
         with rank0_first(): tree = read_best(learn._file(self.place), mark)  # rank 0 has written it
@@ -375,7 +384,7 @@ class EarlyStopping(Tracker):
         if self.count < self.patience: return
         why = 'was never a number' if self.best is None else f'was not better than {self.best:.6g}'
         say(learn, f'{self.short}: stopped in epoch {row["epoch"]}, as {self.monitor} {why} '
-                   f'in {self.patience} looks')
+                   f'in {self.patience} look{"s" * (self.patience > 1)}')
         learn.stop()
 
 # %% ../nbs/12_track.ipynb #6ec4e070
@@ -422,6 +431,7 @@ def look(self:ReduceLROnPlateau, learn, row, better):
     if self.count < self.patience: return
     self.count, self.rest, self.scale = 0, self.cooldown, self.scale * self.factor
     if not self.scheduled: self.multiply(learn, self.factor)
+    for cb in torch_schedulers(learn.cbs): cb.scale *= self.factor  # what it sets from now on
 
 # %% ../nbs/12_track.ipynb #e9f894d8
 @patch
@@ -463,7 +473,8 @@ class StopOnNaN(Callback):
     def look(self, learn):
         "Stop the fit unless the loss of this batch is a finite number on every rank"
         loss = detached(learn.loss)
-        bad = 0. if loss is None else float(not all_finite(loss))
+        counts = loss is not None and learn.n_items > 0  # a mean over nothing is nan
+        bad = float(counts and not all_finite(loss))
         if not sum_over_ranks(torch.tensor(bad)): return
         lr = f', lr {float(get_hyper(learn.opt.param_groups[-1], "lr")):.3g}' if learn.opt else ''
         warnings.warn(f'fit stopped: the loss is {loss_text(loss)} in epoch {learn.epoch}, batch '

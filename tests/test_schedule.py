@@ -352,7 +352,7 @@ def test_it_starts_again_with_a_new_optimizer(name, per):
 
 def test_state_is_plain_and_is_a_copy():
     learn = scheduled('MultiStepLR', 'step')
-    assert learn.cbs[-1].state_dict() == {'kind': 'NoneType', 'scheduler': None, 'epochs': 0, 'updates': 0}
+    assert learn.cbs[-1].state_dict() == {'kind': 'NoneType', 'scheduler': None, 'epochs': 0, 'updates': 0, 'scale': 1.}
     learn.fit(1)
     state = learn.cbs[-1].state_dict()
     assert type(state['scheduler']['milestones']) is Counter and state['updates'] == 5

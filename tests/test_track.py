@@ -469,7 +469,7 @@ def test_it_says_why(capsys):
     assert capsys.readouterr().out == ''
     learn.add_cb(Progress)
     learn.fit(3)
-    assert "EarlyStopping('valid_x'): stopped in epoch 1, as valid_x was not better than 3 in 1 looks" in capsys.readouterr().out
+    assert "EarlyStopping('valid_x'): stopped in epoch 1, as valid_x was not better than 3 in 1 look" in capsys.readouterr().out
 
 def rates(values, *cbs, **kwargs):
     plateau = ReduceLROnPlateau('valid_x', mode='min', **{'factor': 0.5, **kwargs})
