@@ -77,8 +77,8 @@ class GradientAccumulation(Callback):
     def before_fit(self, learn):
         check_whole('GradientAccumulation: n', self.n)
         if getattr(learn.loss_func, 'reduction', None) == 'sum':
-            raise ValueError("GradientAccumulation: the loss has reduction='sum', and sums cannot be weighted by "
-                             "samples; use reduction='mean'")
+            raise ValueError("GradientAccumulation: the loss has reduction='sum', and sums cannot be "
+                             "weighted by samples; use reduction='mean'")
         check_alone(learn, GradientAccumulation, 'change n of the one')
         check_optimizer(learn, self)
         learn.batches_per_update = self.n
@@ -394,5 +394,5 @@ class SWA(Average):
 
     def after_fit(self, learn):
         if self.count < self.every:
-            warnings.warn(f'{self} has averaged nothing: the fit made {learn.updates} updates and ended before '
-                          'the average began; start it earlier', stacklevel=2)
+            warnings.warn(f'{self} has averaged nothing: the fit made {learn.updates} updates and ended '
+                          'before the average began; start it earlier', stacklevel=2)

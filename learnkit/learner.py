@@ -394,8 +394,8 @@ def set_epoch(dl, epoch:int):
 # %% ../nbs/09_learner.ipynb #890f141f
 def no_progress(learn:Learner): # str
     "The error for a fit of so many steps that would never end"
-    return (f'fit(n_steps={learn._stop_at}): epoch {learn.epoch} and the two before made no update, '
-            'so the fit would never end; is every step cancelled, or nothing trainable?')
+    return (f'fit(n_steps={learn._stop_at}): epoch {learn.epoch} and the two before made no update,'
+            ' so the fit would never end; is every step cancelled, or nothing trainable?')
 
 # %% ../nbs/09_learner.ipynb #a747bb35
 def no_batches(learn:Learner): # str
@@ -481,7 +481,7 @@ def fit(self:Learner,
         max_time=None, # stop training after so long, and validate: seconds, or text such as '2 h'
         dls=None, # `DataLoaders` for this fit only
         reset_opt:bool=False, # start with a new optimizer; else its state goes on
-        resume=None, # go on from this folder or file, or 'latest': from that of the SaveState in cbs
+        resume=None, # go on from this folder or file, or 'latest': that of the SaveState in cbs
         resume_data:str='exact', # or 'skip': replay no batches whose workers drew random numbers
        ):
     "Train. Ctrl-C ends the fit and keeps what was reached (see `on_interrupt`)"
@@ -519,6 +519,7 @@ def _run_fit(self:Learner):
         self.fit_ended = not self.time_is_up
         self._at_rest()
         if self.interrupted: raise Interrupted(self.interrupted)
+        if self.time_is_up: say(self, f'max_time is up: the fit made {self.updates} updates')
     except KeyboardInterrupt as stop:
         if not self._returns(stop): raise
         warnings.warn(f'fit interrupted in epoch {self.epoch}, batch {self.iter}; the learner '
@@ -539,6 +540,8 @@ def _returns(self:Learner, stop):
 @patch
 def _set_lr(self:Learner, lr):
     "The learning rate of a fit, unless a callback keeps it from fit to fit"
+    if isinstance(lr, Callback) or isinstance(lr, type):
+        raise TypeError(f'fit(lr={lr}): callbacks are given as cbs=')
     keeper = next((cb for cb in self._cbs if cb.owns_lr), None)
     if keeper is None:
         if self.opt: set_lr(self.opt, self.lr if lr is None else lr)
@@ -556,8 +559,8 @@ def _check_trained(self:Learner):
     lost = [f'{part}.{name}' for part, module in parts if isinstance(module, nn.Module)
             for name, p in module.named_parameters() if p.requires_grad and id(p) not in held]
     if lost:
-        raise ValueError(f'{lost[0]} is trainable but in no group of the optimizer, {len(lost)} such '
-                         'in all. If the model was changed call make_opt() or fit(reset_opt=True); '
+        raise ValueError(f'{lost[0]} is trainable but in no group of the optimizer, {len(lost)} '
+                         'such in all. If the model was changed call make_opt() or fit(reset_opt=True); '
                          'parameters of a loss go into a group by a splitter')
 
 # %% ../nbs/09_learner.ipynb #08632c4f
@@ -677,8 +680,8 @@ def check_loss_state(loss_func, state):
     have = {name: kind(value) for name, value in loss_state(loss_func).items()}
     need = {name: kind(value) for name, value in state.items()}
     if have != need:
-        raise ValueError(f'the saved loss has the parameters and buffers {need or "none"}, this one has '
-                         f'{have or "none"}: give the learner the same loss_func')
+        raise ValueError(f'the saved loss has the parameters and buffers {need or "none"}, this one '
+                         f'has {have or "none"}: give the learner the same loss_func')
 
 # %% ../nbs/09_learner.ipynb #d5a5a731
 def kind(value): # str
@@ -735,7 +738,8 @@ def _fit_state(self:Learner): # plain tree; None when no fit runs
     if all(grad is None for grad in grads): grads = None
     order, train = self._order, self.dls.train
     if order and keeps_state(train): order = {**order, 'own': train.state_dict()}
-    return {'call': self._call, 'complete': False, 'at_rest': self._resting, 'epoch': self.epoch + (self._stage == 'done'),
+    return {'call': self._call, 'complete': False, 'at_rest': self._resting,
+            'epoch': self.epoch + (self._stage == 'done'),
             'stage': 'validate' if self._stage == 'validate' else 'train',
             'batch': self.iter + 1 if 'train' in self.levels else 0, 'updates': self.updates,
             'order': order, 'read_all': self._read_all, 'grads': grads}
@@ -775,8 +779,8 @@ def _describe_call(self:Learner, n_epoch, n_steps, lr, reset_opt): # plain tree
     lr = self.lr if lr is None else lr
     hypers = {} if self.opt is None else {k: v for k, v in self.opt.defaults.items() if k != 'lr'}
     return {'run': self.recorder.run + 1, 'begun': self.steps_done,
-            **plain_setting({'n_epoch': n_epoch, 'n_steps': n_steps, 'lr': lr, 'reset_opt': reset_opt,
-                             'optimizer': hypers, 'loss_func': self.loss_func}),
+            **plain_setting({'n_epoch': n_epoch, 'n_steps': n_steps, 'lr': lr,
+                             'reset_opt': reset_opt, 'optimizer': hypers, 'loss_func': self.loss_func}),
             'valid': None if self.dls.valid is None else describe(self.dls.valid),
             'callbacks': [setting for setting in settings if setting is not None]}
 
@@ -793,10 +797,11 @@ def _find_saved(self:Learner, resume, call): # Saved; None when there is nothing
     self.check_state(found.state)
     check_call(found, call)
     begun, begins = found.fit['call']['begun'], call['begun']
-    if not found.complete and call['run'] != found.fit['call']['run']: begins = begun  # in this learner
+    in_this_learner = not found.complete and call['run'] != found.fit['call']['run']
+    if in_this_learner: begins = begun
     if begun != begins:
-        return say(self, f'what is saved in {found.where} began after {begun} updates, this fit begins after '
-                         f'{begins}: starting from the beginning')
+        return say(self, f'what is saved in {found.where} began after {begun} updates, this fit begins '
+                         f'after {begins}: starting from the beginning')
     if order := found.fit.get('order'): check_same_loader(self.dls.train, order)
     return found
 
@@ -808,45 +813,49 @@ def _read_saved(self:Learner, resume): # Saved; None when there is none
     found = (load_tree(place), place) if place.is_file() else load_newest(place)
     if found is None: return None
     tree, path = found
-    if not isinstance(tree, dict) or 'learner' not in tree: raise ValueError(f'{path} holds no learner')
+    if not isinstance(tree, dict) or 'learner' not in tree:
+        raise ValueError(f'{path} holds no learner')
     return Saved(tree['learner'], tree['times'], str(path))
 
 @patch
 def _saves_of(self:Learner, resume): # Path of a folder or file
     "Where to look for saves"
     if not isinstance(resume, (str, Path)) or not str(resume):
-        raise TypeError(f"fit(resume={resume!r}): give the folder of a SaveState, a file, or 'latest'")
+        raise TypeError(f'fit(resume={resume!r}): give the folder of a SaveState, a file, or '
+                        "'latest'")
     if resume != 'latest':
         file = self._file(resume)
         return file if file.is_file() else self.path / resume
     folders = [cb.saves_to for cb in self._cbs if cb.saves_to is not None]
     if len(folders) == 1: return self.path / folders[0]
-    raise ValueError(f"fit(resume='latest'): {len(folders)} callbacks save, so there is no saying which "
-                     'is meant; ' + ('give their folder' if folders else 'add SaveState(path) to cbs'))
+    advice = 'give their folder' if folders else 'add SaveState(path) to cbs'
+    raise ValueError(f"fit(resume='latest'): {len(folders)} callbacks save, so there is no saying "
+                     f'which is meant; {advice}')
 
 # %% ../nbs/09_learner.ipynb #28a7526a
 def check_call(saved:Saved, call:dict):
     "Raise ValueError unless `call` is the one that was interrupted"
     if saved.fit is None:
-        raise ValueError(f'{saved.where} was not saved during a fit, so there is none to go on with: '
-                         'use load')
+        raise ValueError(f'{saved.where} was not saved during a fit, so there is none to go on '
+                         'with: use load')
     if not saved.complete and not saved.fit['at_rest']:
-        raise ValueError(f'{saved.where} was saved while a batch or an epoch was not over, so the fit cannot go '
-                         'on exactly from there: save in the event at_rest, or with SaveState')
+        raise ValueError(f'{saved.where} was saved while a batch or an epoch was not over, so the fit '
+                         'cannot go on exactly from there: save in the event at_rest, or with SaveState')
     before, same_run = saved.fit['call'], (call['run'], call['run'] - (not saved.complete))
     if before['run'] not in same_run:
         if before['run'] < call['run']:
-            raise ValueError(f'{saved.where} is of a fit that this learner has made already: make the learner '
-                             'anew to run all again, leave resume out to train on, or, if it is a second '
-                             'fit, give it a SaveState with a folder of its own')
-        raise ValueError(f"{saved.where} is of fit number {before['run']} of its learner, this one is "
-                         f"number {call['run']}: give each fit a folder of its own")
+            raise ValueError(f'{saved.where} is of a fit that this learner has made already: make '
+                             'the learner anew to run all again, leave resume out to train on, or, '
+                             'if it is a second fit, give it a SaveState with a folder of its own')
+        raise ValueError(f"{saved.where} is of fit number {before['run']} of its learner, this one "
+                         f"is number {call['run']}: give each fit a folder of its own")
+    names = [name for name in call if not same(before[name], call[name])]
     differ = [callbacks_differ(before[name], call[name]) if name == 'callbacks' else
               f'{name} {before[name]} -> {call[name]}'
-              for name in call if name not in ('run', 'begun') and not same(before[name], call[name])]
+              for name in names if name not in ('run', 'begun')]
     if differ:
-        raise ValueError(f'{saved.where} is of a fit with other arguments: {"; ".join(differ)}. Call fit '
-                         'as before (n_epoch and n_steps are the total), or without resume')
+        raise ValueError(f'{saved.where} is of a fit with other arguments: {"; ".join(differ)}. Call '
+                         'fit as before (n_epoch and n_steps are the total), or without resume')
 
 # %% ../nbs/09_learner.ipynb #c8c1c316
 def same(a, b): # bool
@@ -854,19 +863,21 @@ def same(a, b): # bool
     return a == b or repr(a) == repr(b)
 
 def check_no_other_saves(learn, where):
-    "Raise ValueError when a fit is to go on from a folder without saves, while that of its SaveState has some"
+    "Raise ValueError when there is nothing to go on from, but in the folder of a SaveState there is"
     for cb in learn.cbs:
         if cb.saves_to is None or learn.path / cb.saves_to == where: continue
         if saves(learn.path / cb.saves_to):
-            raise ValueError(f'nothing is saved in {where}, but {learn.path / cb.saves_to}, to which {cb} saves, '
-                             "holds saves: use resume='latest' to go on with them, or leave resume out")
+            raise ValueError(f'nothing is saved in {where}, but {learn.path / cb.saves_to}, to which '
+                             f"{cb} saves, holds saves: use resume='latest' to go on with them, or "
+                             'leave resume out')
 
 # %% ../nbs/09_learner.ipynb #aec1c8e7
 def callbacks_differ(before, now): # lists of what `Callback.settings` returned -> str
     "In which callbacks two calls differ"
     lacks = lambda cbs, cb: not any(same(cb, other) for other in cbs)
     gone, new = [cb for cb in before if lacks(now, cb)], [cb for cb in now if lacks(before, cb)]
-    parts = [*(f'then {settings_text(cb)}' for cb in gone), *(f'now {settings_text(cb)}' for cb in new)]
+    parts = [f'then {settings_text(cb)}' for cb in gone]
+    parts += [f'now {settings_text(cb)}' for cb in new]
     return f'callbacks {", ".join(parts)}' if parts else 'callbacks in another order'
 
 def settings_text(settings): # str
@@ -1090,7 +1101,8 @@ def training_loop(): # list of (depth, event or step); depth is negative in vali
 @contextmanager
 def _aside(self:Learner):
     "A pass on the side: the variables of the loop come back as they were"
-    names = ('_batch', 'xb', 'yb', 'pred', 'loss', 'iter', '_n_items', '_with_loss', 'n_inp', '_patient')
+    names = ('_batch', 'xb', 'yb', 'pred', 'loss', 'iter', '_n_items', '_with_loss', 'n_inp',
+             '_patient')
     before = {name: getattr(self, name) for name in names}
     # A fit that goes on around this pass can come to rest only when it is over
     self._patient = 'fit' in self.levels and not self._abandonable
@@ -1285,7 +1297,9 @@ def load(self:Learner,
     path = self._file(name)
     tree = load_tree(path)
     if not isinstance(tree, dict) or 'learner' not in tree:
-        raise ValueError(f'{path} holds no learner')
+        best = isinstance(tree, dict) and 'best' in tree
+        raise ValueError(f'{path} holds no learner' + (
+            ', but a best model: SaveBest(path=...).load_best(learn) loads it' if best else ''))
     self.load_state_dict(tree['learner'])
     self.recorder.times = tree['times']
 
@@ -1294,7 +1308,7 @@ def load(self:Learner,
 def export(self:Learner,
            path, # file to write
           ): # Path of the file
-    "Write the weights alone, under their plain names, for use without learnkit"
+    "Write the weights alone, for use without learnkit; those of an average are in `ema_model`"
     return save_tensors(model_state(self.model), path)
 
 # %% ../nbs/09_learner.ipynb #ff43275b

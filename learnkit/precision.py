@@ -78,14 +78,15 @@ class MixedPrecision(Callback):
                  dtype=None, # 'bf16', 'fp16' or the torch type; None: bf16 where the device has it
                 ):
         self.dtype = as_half(dtype)
-        self._counts = 0, 0  # updates made and skipped before this epoch
         self._open, self._unscaled = {}, False  # depth -> region; whether gradients were divided
+        self._warned = False  # in this fit, of a scale that cannot fall any more
 
     def settings(self): return {'class': type(self).__name__, 'dtype': str(self.dtype)}
     def type_on(self, device): return self.dtype or best_half(device)
     def scales(self, learn): return self.type_on(learn.device) is torch.float16
 
     def before_fit(self, learn):
+        self._warned = False
         self._check(learn)
         check_optimizer(learn, self, needed=self.scales(learn))
         if not self.scales(learn): return
@@ -151,22 +152,20 @@ def before_step(self:MixedPrecision, learn):
     after = learn.scaler.scale(one)
     self._unscaled = bool((after >= before) & (after > 0))  # the one wait for the device
     if self._unscaled: return
-    # A scale of 0 would never grow again
-    if after < SMALLEST_SCALE: learn.scaler.update(SMALLEST_SCALE)
+    if after < SMALLEST_SCALE: self._reach_bottom(learn)
     learn.steps_skipped += 1
     learn._step('zero_grad')
     raise CancelStep
 
 @patch
-def before_train(self:MixedPrecision, learn): self._counts = learn.updates, learn.steps_skipped
-
-@patch
-def after_train(self:MixedPrecision, learn):
-    updates, skipped = self._counts
-    if learn.updates > updates or learn.steps_skipped == skipped: return
-    warnings.warn(f'epoch {learn.epoch} changed nothing: its {learn.steps_skipped - skipped} updates were '
-                  'skipped, as gradients were infinite or nan at every loss scale. Look for nan in the '
-                  'loss and the data, or train in bf16', stacklevel=2)
+def _reach_bottom(self:MixedPrecision, learn):
+    "Keep the scale from falling to 0, from where it would never grow again; say so once a fit"
+    learn.scaler.update(SMALLEST_SCALE)
+    if self._warned: return
+    self._warned = True
+    warnings.warn(f'{learn.steps_skipped + 1} updates were skipped so far: the gradients are infinite '
+                  'or nan at every loss scale. Look for nan in the loss and the data, or train in bf16',
+                  stacklevel=2)
 
 @patch
 def _put_back(self:MixedPrecision, learn):

@@ -91,10 +91,11 @@ class ParamScheduler(Callback):
         if learn.opt is None: raise ValueError('ParamScheduler: this learner has no optimizer')
         for name, sched in self.scheds.items():
             n = n_layers(learn.opt)
-            rivals = [cb for cb in learn.cbs if isinstance(cb, ParamScheduler) and name in cb.scheds]
+            others = [cb.scheds for cb in learn.cbs if isinstance(cb, ParamScheduler)]
+            rivals = [scheds for scheds in others if name in scheds]
             if len(rivals) > 1:
-                raise ValueError(f'ParamScheduler: {len(rivals)} schedules of {name!r} in one fit, of which '
-                                 'only the last would count; give one')
+                raise ValueError(f'ParamScheduler: {len(rivals)} schedules of {name!r} in one fit, '
+                                 'of which only the last would count; give one')
             if isinstance(sched, (list, tuple)) and len(sched) != n:
                 raise ValueError(f'ParamScheduler: {len(sched)} schedules of {name!r} '
                                  f'for {n} groups')
@@ -270,7 +271,8 @@ def fine_tune(self:Learner,
     cbs = as_callbacks(cbs)
     check_lr_free(self, cbs)
     if not isinstance(base_lr, Real) or 'lr' in kwargs or 'lr_max' in kwargs:
-        raise TypeError('fine_tune takes base_lr, the rate of the head, as one number; it makes the others')
+        raise TypeError('fine_tune takes base_lr, the rate of the head, as one number, and makes '
+                        'the others')
     learns, still = [(p, p.requires_grad) for p in self.model.parameters()], self._still
     self.freeze(train_bn)
     try: ended, resume = self._tune_head(freeze_epochs, base_lr, cbs, resume, kwargs)
@@ -363,7 +365,7 @@ class TorchScheduler(Callback):
         elif self.per == 'epoch': self.advance(self.scheduler.step)
 
     def advance(self, step, *args, **kwargs):
-        "Take a step of the scheduler, which does not see the factor that a plateau has put on its rates"
+        "Take a step of the scheduler, which does not see the factor a plateau has put on its rates"
         self.multiply(1 / self.scale)
         step(*args, **kwargs)
         self.multiply(self.scale)

@@ -92,8 +92,8 @@ class Tracker(Callback):
                 ):
         self.monitor, self.mode, self.min_delta, self.higher = monitor, mode, min_delta, None
         if isinstance(monitor, torch.optim.Optimizer):
-            raise TypeError(f"this {type(self).__name__} is learnkit's callback; import torch's own as "
-                            '`from torch.optim import lr_scheduler` for a TorchScheduler')
+            raise TypeError(f"this {type(self).__name__} is learnkit's callback; import torch's own "
+                            'as `from torch.optim import lr_scheduler` for a TorchScheduler')
         if not isinstance(monitor, str):
             raise TypeError(f'{self.short}: monitor is a column of the history, give its name')
         check_choice(self, 'mode', mode, (None, 'min', 'max'))
@@ -188,7 +188,7 @@ def live_snapshot(learn): # plain tree of live tensors
 
 # %% ../nbs/12_track.ipynb #88fe8969
 def keepers(learn): # dict: name -> callback
-    "The callbacks of the learner and of its last fit that keep weights, by class name and occurrence"
+    "The callbacks of the learner and its last fit that keep weights, by class and occurrence"
     both, found, seen = [*learn.cbs], {}, {}
     both += [cb for cb in learn.fit_cbs if not any(cb is other for other in both)]
     for cb in both:
@@ -294,7 +294,8 @@ def check_place(saver, learn):
 def take(self:SaveBest, learn, row):
     "Look at a row that holds the monitor"
     # What winds up a fit whose time is up is not in its saves, and its file must agree with them
-    if self.path is None or not learn.time_is_up or not learn._is_saved(): Tracker.take(self, learn, row)
+    if self.path is not None and learn.time_is_up and learn._is_saved(): return
+    Tracker.take(self, learn, row)
 
 # %% ../nbs/12_track.ipynb #21563ec0
 @patch
