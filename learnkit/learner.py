@@ -321,9 +321,10 @@ def _make_step(self:Learner):
 # %% ../nbs/09_learner.ipynb #9fb35562
 @patch
 def _rest(self:Learner):
-    signum = self.interrupted  # one that comes while callbacks save waits for the next rest
+    signals = self._signals
+    signum = signals and signals.caught  # one that comes while callbacks save waits for the next rest
     if self.phase == 'train':
-        self.time_is_up = self._deadline is not None and time.monotonic() >= self._deadline
+        if self._deadline is not None: self.time_is_up = time.monotonic() >= self._deadline
         self._at_rest()
     if signum and not self._patient: raise Interrupted(signum)
 
