@@ -5,8 +5,9 @@
 __version__ = "0.1.0"
 
 from .core import (
-    batch_size, default_device, detach, is_main, isolated_rng, map_tensors, rank, rank0_first,
-    rank0_only, rng_state, set_rng_state, set_seed, sum_over_ranks, to_device, to_host, world_size,
+    batch_size, default_device, detach, is_main, isolated_rng, map_tensors, pure, rank, rank0_first,
+    rank0_only, result, rng_state, set_rng_state, set_seed, structural, sum_over_ranks, to_device,
+    to_host, world_size,
 )
 from .store import (
     DamagedError, load_tree, save_tensors, save_tree, StoreError, tree_digest, UnstorableError,
@@ -58,17 +59,17 @@ from .steps import (
 )
 
 __all__ = [
-    'batch_size', 'default_device', 'detach', 'is_main', 'isolated_rng', 'map_tensors', 'rank',
-    'rank0_first', 'rank0_only', 'rng_state', 'set_rng_state', 'set_seed', 'sum_over_ranks',
-    'to_device', 'to_host', 'world_size', 'DamagedError', 'load_tree', 'save_tensors', 'save_tree',
-    'StoreError', 'tree_digest', 'UnstorableError', 'DataLoaders', 'DatasetLoader', 'TensorLoader',
-    'Callback', 'Cancel', 'CancelBackward', 'CancelBatch', 'CancelEpoch', 'CancelFit', 'CancelStep',
-    'CancelTrain', 'CancelValidate', 'accuracy', 'binary_accuracy', 'error_rate', 'mae', 'Metric',
-    'metric', 'mse', 'perplexity', 'rmse', 'sklearn_metric', 'top_k_accuracy', 'no_decay',
-    'param_groups', 'spread_lr', 'Recorder', 'Progress', 'Learner', 'combine_scheds',
-    'ParamScheduler', 'sched_const', 'sched_cos', 'sched_exp', 'sched_lin', 'sched_poly',
-    'sched_warmup', 'TorchScheduler', 'LRFinderResult', 'AskToContinue', 'EarlyStopping',
-    'ReduceLROnPlateau', 'SaveBest', 'StopOnNaN', 'MixedPrecision', 'EMA', 'GradientAccumulation',
-    'GradientClip', 'SWA', 'SaveState', 'ChannelsLast', 'CutMix', 'MixUp', 'OverfitResult',
-    'ShortEpoch', 'StageFuncs', 'ValidateEvery',
+    'batch_size', 'default_device', 'detach', 'is_main', 'isolated_rng', 'map_tensors', 'pure',
+    'rank', 'rank0_first', 'rank0_only', 'result', 'rng_state', 'set_rng_state', 'set_seed',
+    'structural', 'sum_over_ranks', 'to_device', 'to_host', 'world_size', 'DamagedError',
+    'load_tree', 'save_tensors', 'save_tree', 'StoreError', 'tree_digest', 'UnstorableError',
+    'DataLoaders', 'DatasetLoader', 'TensorLoader', 'Callback', 'Cancel', 'CancelBackward',
+    'CancelBatch', 'CancelEpoch', 'CancelFit', 'CancelStep', 'CancelTrain', 'CancelValidate',
+    'accuracy', 'binary_accuracy', 'error_rate', 'mae', 'Metric', 'metric', 'mse', 'perplexity',
+    'rmse', 'sklearn_metric', 'top_k_accuracy', 'no_decay', 'param_groups', 'spread_lr', 'Recorder',
+    'Progress', 'Learner', 'combine_scheds', 'ParamScheduler', 'sched_const', 'sched_cos',
+    'sched_exp', 'sched_lin', 'sched_poly', 'sched_warmup', 'TorchScheduler', 'LRFinderResult',
+    'AskToContinue', 'EarlyStopping', 'ReduceLROnPlateau', 'SaveBest', 'StopOnNaN',
+    'MixedPrecision', 'EMA', 'GradientAccumulation', 'GradientClip', 'SWA', 'SaveState',
+    'ChannelsLast', 'CutMix', 'MixUp', 'OverfitResult', 'ShortEpoch', 'StageFuncs', 'ValidateEvery',
 ]

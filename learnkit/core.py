@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['default_device', 'set_seed', 'rng_state', 'set_rng_state', 'isolated_rng', 'map_tensors', 'to_device', 'detach',
-           'to_host', 'batch_size', 'rank', 'world_size', 'is_main', 'rank0_only', 'rank0_first', 'sum_over_ranks']
+           'to_host', 'batch_size', 'rank', 'world_size', 'is_main', 'rank0_only', 'rank0_first', 'sum_over_ranks',
+           'pure', 'structural', 'result']
 
 # %% ../nbs/00_core.ipynb #efdeaab6
 import copy, math, operator, os, random, re, signal, threading
 from collections.abc import Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
-from functools import wraps
+from functools import singledispatch, wraps
 from types import MappingProxyType
 import numpy as np
 import torch
@@ -356,6 +357,57 @@ class Signals:
         else:
             self.__exit__()
             signal.raise_signal(number)
+
+# %% ../nbs/00_core.ipynb #000a9bbc
+def pure(method):
+    "Decorator: the method leaves its object as it was, random generators too; it answers a question"
+    method.kind = 'pure'
+    return method
+
+def structural(method):
+    "Decorator: the method changes how things are put together, quickly; so every run calls it"
+    method.kind = 'structural'
+    return method
+
+# %% ../nbs/00_core.ipynb #af300401
+def unrecorded(method):
+    "Decorator: each call of the method is carried out and none is kept"
+    method.kind = 'unrecorded'
+    return method
+
+def kind_of(method): # 'pure', 'structural', 'unrecorded'; None where nothing is said
+    "What a decorator has said about a method"
+    return getattr(method, 'kind', None)
+
+# %% ../nbs/00_core.ipynb #8b4d6b65
+@singledispatch
+def result_fields(x): # dict: name -> value; None for anything that is no registered result
+    "What a result consists of"
+    return None
+
+# %% ../nbs/00_core.ipynb #efe1a2c8
+def result(cls):
+    "Decorator: objects of this dataclass can be kept as results of a method"
+    if not (isinstance(cls, type) and is_dataclass(cls)):
+        raise TypeError(f'@result: {cls!r} is no dataclass; put @dataclass below @result')
+    result_fields.register(cls, lambda x: {field.name: getattr(x, field.name) for field in fields(x)})
+    return cls
+
+# %% ../nbs/00_core.ipynb #61a8f6e5
+def full_name(cls): # str
+    "Module and name of a class or function"
+    return f'{cls.__module__}.{cls.__qualname__}'
+
+def result_class(name:str): # class; None where there is none
+    "The class registered under this full name; the last one, as a notebook's cell may run twice"
+    found = [cls for cls in result_fields.registry if full_name(cls) == name]
+    return found[-1] if found else None
+
+def make_result(cls, values:dict): # object of `cls`
+    "A result made of its fields; the constructor is not called again"
+    made = object.__new__(cls)
+    for name, value in values.items(): object.__setattr__(made, name, value)
+    return made
 
 # %% ../nbs/00_core.ipynb #23bff9d7
 UNITS = MappingProxyType({'s': 1, 'sec': 1, 'second': 1, 'min': 60, 'minute': 60, 'h': 3600,

@@ -22,10 +22,10 @@ from torch.utils.data import DataLoader
 from .callback import (STEPS, Callback, Callbacks, Cancel, CancelBackward, CancelFit,
                                CancelStep, Interrupted, as_callbacks, plain_setting)
 from .core import (Gather, Signals, as_seconds, batch_size, default_device, generator_state,
-                           isolated_rng, map_tensors, rng_state, set_generator_state, set_rng_state,
-                           set_seed, to_device, to_host)
-from .data import (DataLoaders, check_loader, check_same_loader, describe, fresh_workers, generators,
-                           keeps_state, order_state, resume_batches, shielded, untouched)
+                           isolated_rng, map_tensors, pure, rng_state, set_generator_state,
+                           set_rng_state, set_seed, structural, to_device, to_host, unrecorded)
+from .data import (DataLoaders, check_loader, check_same_loader, describe, fresh_workers,
+                           generators, keeps_state, order_state, resume_batches, shielded, untouched)
 from .metrics import Tally
 from .optim import (check_opt_state, freeze_layers, layer_table, load_opt_state, make_opt,
                             needs_closure, opt_state, set_lr)
@@ -75,7 +75,7 @@ class Learner:
         self.n_iter = self.limit = self.batches_per_epoch = self.compiled = self.scaler = None
         self.batches_per_update, self.sync_grads, self.levels, self.fit_cbs = 1, True, [], []
         self._n_epoch = self._stop_at = self._deadline = self._n_items = self._initial = None
-        self._call = self._resumed = self._order = self._signals = None
+        self._call = self._resumed = self._order = self._signals = self._saving = None
         self._can_update = self._with_loss = self._exact = self.time_is_up = self.fit_ended = False
         self._read_all, self._begins_anew, self._resting = True, False, False
         self._abandonable, self._patient = False, False
@@ -419,12 +419,14 @@ def _step(self:Learner, name):
 
 # %% ../nbs/09_learner.ipynb #d5e0792f
 @patch
+@unrecorded
 def get_pred(self:Learner):
     "Sets `pred`: the model's output for the inputs"
     self.pred = (self.model if self.compiled is None else self.compiled)(*self.xb)
 
 # %% ../nbs/09_learner.ipynb #5d9dd85c
 @patch
+@unrecorded
 def get_loss(self:Learner):
     "Sets `loss`: `loss_func(pred, *targets)`, or the loss in the model's own output"
     if self.loss_func is not None: self.loss = self.loss_func(self.pred, *self.yb)
@@ -441,12 +443,14 @@ def loss_of(pred): # the loss in a model's output
 
 # %% ../nbs/09_learner.ipynb #7d08fe88
 @patch
+@unrecorded
 def backward(self:Learner):
     "Adds the gradients of `loss` to the parameters"
     self.loss.backward()
 
 # %% ../nbs/09_learner.ipynb #97114230
 @patch
+@unrecorded
 def step(self:Learner):
     "Updates the parameters"
     if self._closure: self.opt.step(self._closure)
@@ -454,6 +458,7 @@ def step(self:Learner):
 
 # %% ../nbs/09_learner.ipynb #43727b76
 @patch
+@unrecorded
 def zero_grad(self:Learner):
     "Forgets the gradients"
     if self.opt:  # what Optimizer.zero_grad does, at a tenth of its cost
@@ -462,6 +467,7 @@ def zero_grad(self:Learner):
 
 # %% ../nbs/09_learner.ipynb #c7a0baac
 @patch
+@structural
 def make_opt(self:Learner):
     "Make a new optimizer over the model's parameters; state of the old one is gone"
     self.opt = make_opt(self.model, self.opt_func, self.lr, self.splitter, self.wd)
@@ -489,6 +495,7 @@ def fit(self:Learner,
     if self.levels: raise RuntimeError(f'fit called while {self.levels[0]} is running')
     check_plan(n_epoch, n_steps, resume_data)
     deadline = None if max_time is None else time.monotonic() + as_seconds(max_time)
+    if self._saving: cbs, resume = self._saving(cbs, resume)  # see `saving_to`
     if self._initial is None: self._initial = to_host(self.state_dict())
     with self._interruptible(), self.added_cbs(cbs), self._with_dls(dls):
         if self.dls.train is None: raise ValueError('there is no training data: dls.train is None')
@@ -604,6 +611,7 @@ def _with_dls(self:Learner, dls):
 
 # %% ../nbs/09_learner.ipynb #e594e1c6
 @patch
+@unrecorded
 def stop(self:Learner):
     "End the running fit (or whatever is running), from a callback or a step"
     if not self.levels: raise RuntimeError('stop called, but nothing is running')
@@ -628,6 +636,7 @@ def load_model_state(model:nn.Module, state):
 
 # %% ../nbs/09_learner.ipynb #2e786afa
 @patch
+@unrecorded
 def state_dict(self:Learner,
                copy:bool=True, # False: the live tensors, to be written out at once
               ): # plain tree: model, opt, scaler, callbacks, rng, data, counters, fit
@@ -692,6 +701,7 @@ def kind(value): # str
 
 # %% ../nbs/09_learner.ipynb #9c92d312
 @patch
+@unrecorded
 def check_state(self:Learner, state):
     "Raise ValueError when `state` is that of another model, optimizer or set of callbacks"
     check_model_state(self.model, state['model'])
@@ -703,6 +713,7 @@ def check_state(self:Learner, state):
 
 # %% ../nbs/09_learner.ipynb #3036a764
 @patch
+@unrecorded
 def load_state_dict(self:Learner,
                     state:dict, # what `state_dict` returned
                    ):
@@ -1001,12 +1012,14 @@ def cbs(self:Learner, cbs): self._cbs = Callbacks(cbs)
 
 # %% ../nbs/09_learner.ipynb #2e17c9e3
 @patch
+@structural
 def add_cb(self:Learner, cbs):
     "Add a callback, several, or a class that needs no arguments"
     self._cbs.extend(as_callbacks(cbs))
 
 # %% ../nbs/09_learner.ipynb #9d8ae397
 @patch
+@structural
 def remove_cb(self:Learner, cbs):
     "Remove a callback, several, or all of a class; ValueError when there is none"
     found = find_callbacks(self._cbs, cbs)
@@ -1062,6 +1075,7 @@ def no_bar(self:Learner):
 
 # %% ../nbs/09_learner.ipynb #ec98220c
 @patch
+@unrecorded
 def no_logging(self:Learner):
     "Neither bars nor tables for the time of a `with` block"
     return self.removed_cbs([cb for cb in self._cbs if isinstance(cb, Progress)])
@@ -1126,6 +1140,7 @@ def _measure(self:Learner, phase, dl):
 
 # %% ../nbs/09_learner.ipynb #ba45030d
 @patch
+@pure
 def validate(self:Learner,
              dl=None, # loader with targets; None: `dls.valid`
             ): # dict: loss and metrics, floats
@@ -1134,6 +1149,7 @@ def validate(self:Learner,
 
 # %% ../nbs/09_learner.ipynb #12479223
 @patch
+@pure
 def test(self:Learner,
          dl=None, # loader with targets; None: `dls.test`
         ): # dict: loss and metrics, floats
@@ -1142,6 +1158,7 @@ def test(self:Learner,
 
 # %% ../nbs/09_learner.ipynb #35b265cb
 @patch
+@unrecorded
 def sample_losses(self:Learner): # tensor, (batch,)
     "The loss of each sample of the current batch"
     if self.loss_func is None and not self._overridden('get_loss'):
@@ -1205,6 +1222,7 @@ def unwrap(items:tuple): # the only item, None for none, else the tuple
 
 # %% ../nbs/09_learner.ipynb #01eb1360
 @patch
+@pure
 def get_preds(self:Learner,
               dl=None, # loader; None: `dls.valid`
               with_loss:bool=False, # also the loss of each sample, (samples,)
@@ -1228,6 +1246,7 @@ def n_samples(dl): # int or None
 
 # %% ../nbs/09_learner.ipynb #26c4efb8
 @patch
+@pure
 def predict(self:Learner,
             x, # inputs of a batch, (batch, ...); a tuple for a model with several
            ): # the model's output on the host
@@ -1238,6 +1257,7 @@ def predict(self:Learner,
 
 # %% ../nbs/09_learner.ipynb #0de758ca
 @patch
+@structural
 def freeze_to(self:Learner,
               n:int, # first group of layers that learns; negative: from the end
               train_bn:bool=True, # whether norm layers of the frozen groups go on learning
@@ -1249,18 +1269,21 @@ def freeze_to(self:Learner,
 
 # %% ../nbs/09_learner.ipynb #f4ae9ff3
 @patch
+@structural
 def freeze(self:Learner, train_bn:bool=True):
     "Let only the last group of layers, the head, learn"
     self.freeze_to(-1, train_bn)
 
 # %% ../nbs/09_learner.ipynb #42cfee7d
 @patch
+@structural
 def unfreeze(self:Learner):
     "Let all layers learn"
     self.freeze_to(0)
 
 # %% ../nbs/09_learner.ipynb #8e0ca8ed
 @patch
+@pure
 def summary(self:Learner): # DataFrame
     "The modules that hold parameters: shapes, sizes, group of layers, rate, whether they learn"
     import pandas as pd
@@ -1274,6 +1297,7 @@ def _file(self:Learner, name):
 
 # %% ../nbs/09_learner.ipynb #582d2bd3
 @patch
+@unrecorded
 def save(self:Learner,
          name, # file name under `path`, '.safetensors' is added
          overwrite:bool=True, # False: FileExistsError when the file is there
@@ -1285,6 +1309,7 @@ def save(self:Learner,
 
 # %% ../nbs/09_learner.ipynb #d3ea0664
 @patch
+@unrecorded
 def saved_tree(self:Learner): # plain tree
     "What goes into a file: the state, and beside it the times, which are no part of it"
     return {'learner': self.state_dict(copy=False), 'times': self.recorder.times}
@@ -1306,6 +1331,7 @@ def load(self:Learner,
 
 # %% ../nbs/09_learner.ipynb #8e9602ea
 @patch
+@unrecorded
 def export(self:Learner,
            path, # file to write
           ): # Path of the file
@@ -1347,6 +1373,7 @@ def no_trace(self:Learner):
     states = [(part, copy.deepcopy(part.state_dict())) for part in
               (*self._cbs.stateful().values(), *([self.scaler] if self.scaler else []))]
     with isolated_rng(), kept_opt(self.opt):
+        self._saving = None  # what leaves no trace saves nothing
         for tensor in tensors: tensor.grad = None
         try: yield
         finally:
@@ -1379,6 +1406,7 @@ def kept_opt(opt): # optimizer or None
 
 # %% ../nbs/09_learner.ipynb #5e7e42a8
 @patch
+@unrecorded
 def track(self:Learner,
           name:str, # column `<phase>_<name>` of `recorder.df`
           value, # number or tensor of one element; not read before the epoch ends

@@ -12,6 +12,7 @@ from types import MappingProxyType
 import numpy as np
 from fastcore.basics import patch
 from .callback import Callback
+from .core import pure, result
 from .data import untouched
 from .learner import Learner, set_epoch
 from .optim import set_hyper
@@ -54,6 +55,7 @@ def longest_descent(values): # list of indices
     return way
 
 # %% ../nbs/11_lr_find.ipynb #c27c67c8
+@result
 @dataclass(frozen=True, eq=False)
 class LRFinderResult:
     "Rates, losses and suggestions of a trial run"
@@ -145,6 +147,7 @@ class Cycled:
 
 # %% ../nbs/11_lr_find.ipynb #6ba09d9b
 @patch
+@pure
 def lr_find(self:Learner,
             start_lr:float=1e-7, # first rate
             end_lr:float=10, # last rate

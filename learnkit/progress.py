@@ -137,6 +137,21 @@ def _show(self:Progress, row):
     if not in_notebook(): print(self._table.line(self._table.rows[-1]), flush=True)
     elif 'IN_TEST' not in os.environ: self._shown = display_table(self._table, self._shown)
 
+# %% ../nbs/08_progress.ipynb #39fbf144
+@patch
+def show_again(self:Progress,
+               rows:list, # of a recorder
+               times:list, # seconds of each row
+              ):
+    "Print rows of the history as they were shown when they were made, a table for each fit"
+    if not self.table or not is_main(): return
+    lasts = {row['run']: i for i, row in enumerate(rows)}
+    for i, row in enumerate(rows):
+        if not i or row['run'] != rows[i - 1]['run']: self._forget(None)
+        if (row['epoch'] + 1) % self.print_every and i not in lasts.values(): continue
+        self._show({**row, 'time': times[i]})
+        if i in lasts.values() and in_notebook() and 'IN_TEST' in os.environ: display_table(self._table)
+
 # %% ../nbs/08_progress.ipynb #c0eeb399
 def say(learn, # whose callbacks tell whether anything is to be shown
         text:str,

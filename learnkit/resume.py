@@ -6,10 +6,14 @@
 __all__ = ['SaveState']
 
 # %% ../nbs/15_resume.ipynb #7ec369bb
-import re, time, warnings
-from .callback import Callback
+import itertools, re, time, warnings
+from contextlib import contextmanager
+from pathlib import Path
+from fastcore.basics import patch
+from .callback import Callback, as_callbacks
 from .core import as_seconds, is_main
 from .data import check_resumable
+from .learner import Learner
 from .store import check_storable, save_next, saves
 
 # %% ../nbs/15_resume.ipynb #2361c1f4
@@ -68,3 +72,24 @@ def as_period(every): # (number, 'epoch', 'step' or 'second')
         if seconds: return seconds, 'second'
     raise ValueError(f"every={every!r}: say how often with a unit, as '1 epoch', '500 steps' or "
                      "'10 min'")
+
+# %% ../nbs/15_resume.ipynb #af775574
+@patch
+@contextmanager
+def saving_to(self:Learner,
+              path, # folder, below the learner's `path`
+              every='1 epoch', # as in `SaveState`
+             ): # the learner
+    "The fits in a `with` block save to numbered folders in `path`, and go on from what is there"
+    path, numbers = self.path/path, itertools.count()
+    as_period(every)  # an error now
+    def kept(cbs, resume): # the callbacks of the next fit, and where it goes on
+        if resume is not None:
+            raise ValueError(f'fit(resume={resume!r}): inside of saving_to each fit goes on by itself; '
+                             'leave resume out')
+        folder = path/str(next(numbers))
+        return [*as_callbacks(cbs), SaveState(folder, every)], folder if saves(folder) else None
+    before = self._saving, self.on_interrupt
+    self._saving, self.on_interrupt = kept, 'raise'
+    try: yield self
+    finally: self._saving, self.on_interrupt = before

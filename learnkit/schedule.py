@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from torch import nn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from .callback import Callback, as_callbacks, plain_setting
+from .core import structural
 from .learner import Learner
 from .optim import get_hyper, n_layers, set_hyper, set_lr, spread_lr
 
@@ -486,6 +487,7 @@ def load_scheduler(scheduler, state):
 
 # %% ../nbs/10_schedule.ipynb #25003394
 @patch
+@structural
 def setup(self:Learner,
           loss_func=None, # as in `Learner`
           opt_func=None, # as in `Learner`; a new optimizer over the present groups of layers

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from .callback import Callback, Interrupted
-from .core import batch_size, map_tensors, only_tensors
+from .core import batch_size, map_tensors, only_tensors, pure, result, structural
 from .data import DataLoaders, untouched
 from .learner import Learner, length, set_epoch
 from .metrics import named_metrics
@@ -222,6 +222,7 @@ def check_batches(n):
 
 # %% ../nbs/16_steps.ipynb #f266cd15
 @patch
+@pure
 def dry_run(self:Learner,
             steps:int=2, # batches of training, and of validation
             cbs=None, # further callbacks, as the fit to come will get
@@ -383,6 +384,7 @@ def check_loss_is_free(mix, learn):
                          'targets; here the model returns it')
 
 # %% ../nbs/16_steps.ipynb #8d8a0dc6
+@result
 @dataclass(frozen=True, eq=False)
 class OverfitResult:
     "The losses of a training on few samples"
@@ -406,6 +408,7 @@ class OverfitResult:
 
 # %% ../nbs/16_steps.ipynb #86e95b6d
 @patch
+@pure
 def overfit(self:Learner,
             batches:int=1, # the first ones of the next epoch
             n_steps:int=100, # updates, one a batch
@@ -466,6 +469,7 @@ def channels_last(x): # tensor
 
 # %% ../nbs/16_steps.ipynb #69dbb996
 @patch
+@structural
 def to_channels_last(self:Learner): # the learner
     "Lay out weights, the optimizer's state and all image batches with channels side by side"
     if self.levels: raise RuntimeError(f'to_channels_last called while {self.levels[0]} is running')
@@ -481,6 +485,7 @@ def to_channels_last(self:Learner): # the learner
 
 # %% ../nbs/16_steps.ipynb #311efaf1
 @patch
+@structural
 def compile(self:Learner,
             on:bool=True, # False: back to the model as it is
             **kwargs, # of `torch.compile`: mode, backend, dynamic, fullgraph ...
