@@ -10,7 +10,8 @@ from .core import (
     to_host, world_size,
 )
 from .store import (
-    DamagedError, load_tree, save_tensors, save_tree, StoreError, tree_digest, UnstorableError,
+    DamagedError, Garbage, load_tree, LockedError, save_tensors, save_tree, Store, StoreError,
+    tree_digest, UnstorableError,
 )
 from .data import (
     DataLoaders, DatasetLoader, TensorLoader,
@@ -25,6 +26,9 @@ from .metrics import (
 )
 from .optim import (
     no_decay, param_groups, spread_lr,
+)
+from .fingerprint import (
+    as_text, call_arguments, differences, Fingerprint, fingerprint, UnfingerprintableError, versions,
 )
 from .recorder import (
     Recorder,
@@ -57,19 +61,25 @@ from .resume import (
 from .steps import (
     ChannelsLast, CutMix, MixUp, OverfitResult, ShortEpoch, StageFuncs, ValidateEvery,
 )
+from .checkpointed import (
+    Checkpointed, CheckpointedLearner, StaleCheckpoint,
+)
 
 __all__ = [
     'batch_size', 'default_device', 'detach', 'is_main', 'isolated_rng', 'map_tensors', 'pure',
     'rank', 'rank0_first', 'rank0_only', 'result', 'rng_state', 'set_rng_state', 'set_seed',
-    'structural', 'sum_over_ranks', 'to_device', 'to_host', 'world_size', 'DamagedError',
-    'load_tree', 'save_tensors', 'save_tree', 'StoreError', 'tree_digest', 'UnstorableError',
-    'DataLoaders', 'DatasetLoader', 'TensorLoader', 'Callback', 'Cancel', 'CancelBackward',
-    'CancelBatch', 'CancelEpoch', 'CancelFit', 'CancelStep', 'CancelTrain', 'CancelValidate',
-    'accuracy', 'binary_accuracy', 'error_rate', 'mae', 'Metric', 'metric', 'mse', 'perplexity',
-    'rmse', 'sklearn_metric', 'top_k_accuracy', 'no_decay', 'param_groups', 'spread_lr', 'Recorder',
-    'Progress', 'Learner', 'combine_scheds', 'ParamScheduler', 'sched_const', 'sched_cos',
-    'sched_exp', 'sched_lin', 'sched_poly', 'sched_warmup', 'TorchScheduler', 'LRFinderResult',
-    'AskToContinue', 'EarlyStopping', 'ReduceLROnPlateau', 'SaveBest', 'StopOnNaN',
-    'MixedPrecision', 'EMA', 'GradientAccumulation', 'GradientClip', 'SWA', 'SaveState',
-    'ChannelsLast', 'CutMix', 'MixUp', 'OverfitResult', 'ShortEpoch', 'StageFuncs', 'ValidateEvery',
+    'structural', 'sum_over_ranks', 'to_device', 'to_host', 'world_size', 'DamagedError', 'Garbage',
+    'load_tree', 'LockedError', 'save_tensors', 'save_tree', 'Store', 'StoreError', 'tree_digest',
+    'UnstorableError', 'DataLoaders', 'DatasetLoader', 'TensorLoader', 'Callback', 'Cancel',
+    'CancelBackward', 'CancelBatch', 'CancelEpoch', 'CancelFit', 'CancelStep', 'CancelTrain',
+    'CancelValidate', 'accuracy', 'binary_accuracy', 'error_rate', 'mae', 'Metric', 'metric', 'mse',
+    'perplexity', 'rmse', 'sklearn_metric', 'top_k_accuracy', 'no_decay', 'param_groups',
+    'spread_lr', 'as_text', 'call_arguments', 'differences', 'Fingerprint', 'fingerprint',
+    'UnfingerprintableError', 'versions', 'Recorder', 'Progress', 'Learner', 'combine_scheds',
+    'ParamScheduler', 'sched_const', 'sched_cos', 'sched_exp', 'sched_lin', 'sched_poly',
+    'sched_warmup', 'TorchScheduler', 'LRFinderResult', 'AskToContinue', 'EarlyStopping',
+    'ReduceLROnPlateau', 'SaveBest', 'StopOnNaN', 'MixedPrecision', 'EMA', 'GradientAccumulation',
+    'GradientClip', 'SWA', 'SaveState', 'ChannelsLast', 'CutMix', 'MixUp', 'OverfitResult',
+    'ShortEpoch', 'StageFuncs', 'ValidateEvery', 'Checkpointed', 'CheckpointedLearner',
+    'StaleCheckpoint',
 ]

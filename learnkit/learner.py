@@ -508,9 +508,9 @@ def fit(self:Learner,
         except BaseException:
             self.opt = before
             raise
-        if saved and saved.complete: return self._take(saved)
-        self._check_trained()
+        if saved is None or not saved.complete: self._check_trained()
         self._plan(n_epoch, n_steps, deadline)
+        if saved and saved.complete: return self._take(saved)
         self._set_lr(lr)
         self.zero_grad()
         self._call, self._resumed, self._exact = call, saved, resume_data == 'exact'
@@ -745,7 +745,8 @@ def _load_scaler(self:Learner, state):
 def _fit_state(self:Learner): # plain tree; None when no fit runs
     "Where the running fit is, and with what arguments it was called"
     if self._call is None: return None
-    if not self.levels: return {'call': self._call, 'complete': True}
+    ended = {name: getattr(self, name) for name in ('epoch', 'iter', 'updates')}
+    if not self.levels: return {'call': self._call, 'complete': True, **ended}
     grads = [param.grad for param in opt_params(self.opt)] if self.opt else []
     if all(grad is None for grad in grads): grads = None
     order, train = self._order, self.dls.train
@@ -919,6 +920,7 @@ def _take(self:Learner, saved):
     self.recorder.times = list(saved.times)
     if saved.complete:
         self.fit_ended = True
+        vars(self).update({name: saved.fit[name] for name in ('epoch', 'iter', 'updates')})
         return say(self, f'this fit is complete, as saved in {saved.where}')
     self.updates, grads = saved.fit['updates'], saved.fit['grads']
     params = opt_params(self.opt) if self.opt else ()
@@ -1045,7 +1047,7 @@ def find_callbacks(have, # Callbacks
 def added_cbs(self:Learner, cbs):
     "Callbacks for the time of a `with` block"
     added = as_callbacks(cbs)
-    self.add_cb(added)
+    self._cbs.extend(added)
     try: yield self
     finally: self._cbs[:] = [cb for cb in self._cbs if not any(cb is a for a in added)]
 

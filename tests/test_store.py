@@ -328,7 +328,7 @@ def rewritten(path, **changes):
     with safe_open(path, 'pt') as file: metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
     metadata = {key: value for key, value in {**metadata, **changes}.items() if value is not None}
     if changes.get('sha256', '') == '': metadata['sha256'] = store.seal(metadata)
-    return store.atomic_write(path, store.safetensors_parts(tensors, metadata))
+    return store.save_items(path, tensors.items(), metadata)
 
 
 @pytest.mark.parametrize('changes, error', [
