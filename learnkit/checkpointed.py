@@ -10,6 +10,7 @@ import copy, inspect, json, math, shutil, time, warnings
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 import numpy as np
 import torch
 from fastcore.basics import patch
@@ -139,6 +140,7 @@ class Checkpointed:
     unseeded = ()  # likewise, where nothing is recorded before
     once = ()  # methods that a block may call once
     laid = ()  # structure that comes back together with the state
+    trained = ()  # structure whose values are in the state
     of_the_model = ()  # pure methods that need no optimizer,
     of_training = ()  # and the parts of state and structure that they do not follow from
 
@@ -166,9 +168,9 @@ def _live_state(self:Checkpointed): # dict
     return self.state_dict()
 
 @patch
-def _root(self:Checkpointed): # dict: name -> value
-    "What a run follows from that is neither state nor structure"
-    return self.ledger.given
+def _root(self:Checkpointed, given:dict): # dict: name -> value
+    "What a run follows from besides state and structure; `given` are the constructor's arguments"
+    return given
 
 @patch
 def _structure(self:Checkpointed): # dict: name -> value
@@ -253,7 +255,7 @@ class Call:
 class Ledger:
     "What is recorded under which id, and where the host stands"
     def __init__(self, host, store, given, on_change, save_every, keep, code):
-        self.host, self.store, self.given, self.on_change = host, store, given, on_change
+        self.host, self.store, self.on_change = host, store, on_change
         self.save_every, self.keep, self.code = save_every, keep, code
         self.at = None  # Place where the host stands; None: at the beginning
         self.line = ()  # ids on the way there, the last one first
@@ -263,6 +265,7 @@ class Ledger:
         self.memo = {}  # digests of large tensors, see `fingerprint`
         self.guards = {}  # name -> function, in the host while a block is open
         self.warned = set()  # code that is known to have changed
+        self.root = self.described(host._root(given))  # as it is before anything is trained
 
 @dataclass(frozen=True)
 class Place:
@@ -286,13 +289,16 @@ def ask(self:Ledger, method:str, args, kwargs): # Call
 
 # %% ../nbs/20_checkpointed.ipynb #865c60c6
 @patch
-def structure(self:Ledger, more=()): # dict: name -> Fingerprint
+def structure(self:Ledger): # dict: name -> Fingerprint
     "What the results of calls follow from, as it is now"
+    return self.described(self.host._structure())
+
+@patch
+def described(self:Ledger, values:dict): # dict: name -> Fingerprint
+    "Values by name; of what the host trains the build alone, as its weights are in the state"
     where = type(self.host).__name__
-    described = {**self.host._structure(), **dict(more)}
-    return {name: fingerprint({name: value}, where, memo=self.memo,
-                              weights=name not in ('model', 'loss_func', 'layers'))
-            for name, value in described.items()}
+    return {name: fingerprint({name: value}, where, memo=self.memo, weights=name not in self.host.trained)
+            for name, value in values.items()}
 
 # %% ../nbs/20_checkpointed.ipynb #ed169723
 def as_dict(state): # dict
@@ -467,9 +473,10 @@ def begin(self:Ledger, id, description, parent): # Block
     elif node is not None and place_of(node) != self.at and self.on_change == 'error':
         raise StaleCheckpoint(self.elsewhere(node))
     self.check_finished(self.at)
-    structure = self.structure(self.host._root().items() if self.at is None else ())
+    structure = {**self.structure(), **(self.root if self.at is None else {})}
     seen = calls_of(node)
     problems = [] if node is None else self.beginning_differs(node, structure)
+    if problems and not self.is_worth_keeping(node): node, problems = None, []
     if problems: self.changed(node, 0, problems)
     if problems or node is None: node = self.new_node(id, description, node)
     block = Block(self, id, {**node, 'description': description or node['description']}, structure)
@@ -506,7 +513,7 @@ def go_to_parent(self:Ledger, id, node, parent):
     "Roll back to the parent that is asked for"
     if node is not None and place_of(node) != Place(parent) and self.on_change == 'error':
         raise StaleCheckpoint(f'checkpoint {id_text(id)} is recorded from {self.told(place_of(node))}, '
-                              f'not from checkpoint {id_text(parent)}: {self.ways_on(node)}')
+                              f'not from checkpoint {id_text(parent)}.{self.ways_on(node)}')
     self.roll(Place(parent))
 
 @patch
@@ -531,9 +538,16 @@ def elsewhere(self:Ledger, node): # str
     first = 'make the learner anew' if place is None else (
         f'run the block of checkpoint {id_text(place.id)} first, or learn.rollback({id_text(place.id)})')
     return (f'checkpoint {id_text(node["id"])} is recorded from {self.told(place)}, and the learner '
-            f'stands at {self.told(self.at)}: {first}; {self.ways_on(node)}')
+            f'stands at {self.told(self.at)}: {first}.{self.ways_on(node)}')
 
 # %% ../nbs/20_checkpointed.ipynb #eb3bea58
+@patch
+def is_worth_keeping(self:Ledger, node, first=0): # bool
+    "Whether anything was computed in a checkpoint from a call on; one that failed at once is not"
+    calls, work = node['calls'][first:], self.store.work(node['id'])
+    saves = (path for k in range(first, len(node['calls'])) for path in (work/str(k)).rglob('*'))
+    return any(path.is_file() for path in saves) or any(call['status'] == 'complete' for call in calls) or not first and node['closed']
+
 @patch
 def beginning_differs(self:Ledger, node, structure): # list of str
     "How the beginning of a checkpoint differs from what is recorded"
@@ -559,8 +573,7 @@ def changed(self:Ledger, node, k, problems):
     "What is asked for differs from what is recorded from call `k` on"
     text = f'checkpoint {id_text(node["id"])} is recorded otherwise: {"; ".join(problems)}'
     if self.on_change == 'error':
-        depends = self.dependents(node, k)
-        raise StaleCheckpoint(f'{text}. {depends}{self.ways_on(node)}')
+        raise StaleCheckpoint(f'{text}.{self.dependents(node, k)}{self.ways_on(node)}')
     self.why = f'{text}, and on_change is rerun'
     if self.planning: raise PlanEnds(f'{text}; it would be computed anew from there')
     self.host._say(f'{text}; computing anew from there')
@@ -570,9 +583,8 @@ def dependents(self:Ledger, node, k): # str
     "What was computed from the result of call `k`"
     later = [call['text'] for call in node['calls'][k + 1:]]
     below = [id_text(id) for id in self.below(node['id'])]
-    texts = ([f'the later {", ".join(later)}'] if later else []) + (
-        [f'checkpoint {", ".join(below)}'] if below else [])
-    return f'What depends on it: {"; ".join(texts)}. ' if texts else ''
+    texts = later + [f'checkpoint {id}' for id in below]
+    return f'\n  What depends on it: {", ".join(texts)}.' if texts else ''
 
 @patch
 def below(self:Ledger, id): # list of ids
@@ -585,8 +597,8 @@ def below(self:Ledger, id): # list of ids
 def ways_on(self:Ledger, node): # str
     "What to do about a checkpoint that is stale"
     id = id_text(node['id'])
-    return (f'Undo the change, record under a new id, or let on_change=\'rerun\' compute it anew; '
-            f'learn.delete_checkpoint({id}) forgets it')
+    return (f"\n  Ways on: undo the change; record under a new id; on_change='rerun' computes it anew, with "
+            f'all that depends on it; learn.delete_checkpoint({id}) forgets it.')
 
 # %% ../nbs/20_checkpointed.ipynb #5ab75829
 class PlanEnds(BaseException):
@@ -614,7 +626,7 @@ def numbered(self:Ledger, block, call):
     recorded = node['calls'][k] if k < len(node['calls']) else None
     parts = self.observe(block)
     if recorded and (problems := self.call_differs(node, k, call, parts)):
-        self.changed(node, k, problems)
+        if self.is_worth_keeping(node, k): self.changed(node, k, problems)
         node['calls'], recorded = node['calls'][:k], None
     if recorded and recorded['status'] == 'complete':
         self.check_code(node, recorded, call)
@@ -671,7 +683,7 @@ def check_code(self:Ledger, node, recorded, call):
     if not changed: return
     text = (f'checkpoint {id_text(node["id"])}: the code of {", ".join(changed)} has changed since '
             f'{call.text} was computed')
-    if self.code == 'strict': raise StaleCheckpoint(f'{text}. {self.dependents(node, -1)}{self.ways_on(node)}')
+    if self.code == 'strict': raise StaleCheckpoint(f'{text}.{self.dependents(node, -1)}{self.ways_on(node)}')
     new = [name for name in changed if (name, now[name]) not in self.warned]
     self.warned |= {(name, now[name]) for name in new}
     if new: warnings.warn(f'{text}; what is recorded is used', stacklevel=6)
@@ -727,13 +739,17 @@ def check_carriers(self:Ledger, call, carriers, states):
 def tell(self:Ledger, id, recorded, strays=()):
     "One line on a call that was fetched"
     when = time.strftime('%Y-%m-%d %H:%M', time.localtime(recorded['ended']))
-    off = f' (it began with another {", ".join(strays)} than now)' if strays else ''
+    words = ', '.join(f'other {STRAYS.get(part, part)}' for part in strays)
+    off = f' (it had begun with {words})' if strays else ''
     self.host._say(f'checkpoint {id_text(id)}: {recorded["text"]} fetched from {self.store.folder}, '
                    f'computed in {duration(recorded["seconds"])} on {when}{off}')
+
+STRAYS = MappingProxyType({'model': 'weights', 'rng': 'random numbers', 'data': 'positions in the data'})
 
 # %% ../nbs/20_checkpointed.ipynb #7587333a
 def duration(seconds:float): # str
     "As people say it"
+    if seconds < 0.1: return 'less than 0.1 s'
     if seconds < 60: return f'{seconds:.1f} s'
     minutes, seconds = divmod(round(seconds), 60)
     return f'{minutes} min {seconds} s' if minutes < 60 else f'{minutes // 60} h {minutes % 60} min'
@@ -902,7 +918,8 @@ def close(self:Ledger, block):
     "The block ends: what is recorded beyond it is stale, and an empty block is a bookmark"
     node, n = block._node, len(block._made)
     if extra := node['calls'][n:]:
-        self.changed(node, n - 1, [f'removed: {call["text"]}' for call in extra])
+        if self.is_worth_keeping(node, n):
+            self.changed(node, n - 1, [f'removed: {call["text"]}' for call in extra])
         self.hold(block)
         node['calls'] = node['calls'][:n]
     if not n: self.bookmark(block)
@@ -1246,6 +1263,7 @@ class CheckpointedLearner(Checkpointed, Learner):
     "A learner whose method calls are kept: run a script again and only what is new is computed"
     drifts, unseeded, once = ('rng', 'data'), ('model', 'rng', 'data'), ('setup',)
     laid = ('lr', 'layers')  # structure that comes back together with the state
+    trained = ('model', 'loss_func')
     of_the_model = ('validate', 'test', 'get_preds', 'predict')  # these need no optimizer
     of_training = ('opt', 'scaler', 'counters', 'opt_func', 'lr', 'wd', 'splitter', 'layers')
 
@@ -1253,7 +1271,7 @@ class CheckpointedLearner(Checkpointed, Learner):
     def _is_busy(self): return bool(self.levels)
     def _say(self, text): say(self, text)
 
-    def _root(self): return {'seed': self.ledger.given['seed'], 'model': self.model}
+    def _root(self, given): return {'seed': given['seed'], 'model': self.model}
 
     def _structure(self):
         names = ('loss_func', 'opt_func', 'lr', 'wd', 'splitter', 'n_inp')

@@ -518,10 +518,10 @@ def differences(before, # tree of arguments by name
 def compared(name, a, b): # list of str
     "How two descriptions that go by a name differ"
     if dumps(a) == dumps(b): return []
+    if tag(a) == tag(b) == '$tuple': a, b = a['$tuple'], b['$tuple']
     kinds = tag(a), tag(b)
     if isinstance(a, dict) and isinstance(b, dict) and kinds[0] == kinds[1]:
         return compared_dicts(name, kinds[0], a, b)
-    if kinds == ('$tuple', '$tuple'): a, b = a['$tuple'], b['$tuple']
     if isinstance(a, list) and isinstance(b, list): return compared_lists(name, a, b)
     lists = [x if isinstance(x, list) else [] if x is None else [x] for x in (a, b)]
     if any(tag(item) == '$callback' for item in itertools.chain(*lists)): return compared_lists(name, *lists)

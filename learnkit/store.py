@@ -132,6 +132,11 @@ def remove_folder(path):
         else: unlink(entry.path)
     rmdir(path)
 
+def clear(path):
+    "Remove a file, or a folder with all that is in it, if it is there"
+    if path.is_dir() and not path.is_symlink(): remove_folder(path)
+    elif os.path.lexists(path): unlink(path)
+
 # %% ../nbs/01_store.ipynb #ea48cd33
 DTYPES = {getattr(torch, name): code for code, name in {
     'BOOL': 'bool', 'U8': 'uint8', 'U16': 'uint16', 'U32': 'uint32', 'U64': 'uint64',
@@ -775,6 +780,7 @@ def check_format(self:Store):
     try: found = strict_json(read_text(path))
     except FileNotFoundError:
         if made: raise DamagedError(f'{path} is missing: put back {{"format": {FORMAT}}}') from None
+        self.format = None  # also when another process has removed the store
         return
     except NotADirectoryError: raise StoreError(f'{self.folder} is no folder') from None
     except ValueError as error: raise DamagedError(f'{path} is damaged: {error}') from None
@@ -833,6 +839,12 @@ def begin_writing(self:Store):
         write_bytes(self.folder/'holder.json', json.dumps(holder).encode())
 
 @patch
+def end_writing(self:Store):
+    "What the last to let the lock go does"
+    if (self.holder() or {}).get('pid') != os.getpid(): return  # the store was removed, and made anew
+    with suppress(OSError): unlink(self.folder/'holder.json')  # the next one would overwrite it
+
+@patch
 def acquire(self:Store, lock, wait):
     "Get the lock; LockedError if another process keeps it"
     make_folder(self.folder)
@@ -860,9 +872,9 @@ def writing(self:Store,
         yield self
     finally:
         if os.getpid() == process:  # and not a child that was forked off inside
-            if lock.lock_counter == 1:
-                with suppress(OSError): unlink(self.folder/'holder.json')
-            lock.release()
+            try:
+                if lock.lock_counter == 1: self.end_writing()
+            finally: lock.release()
 
 # %% ../nbs/01_store.ipynb #6e807c7a
 @patch
@@ -937,12 +949,6 @@ def delete(self:Store, id):
 def work(self:Store, id): # Path
     "The folder for the saves of a running call"
     return self.part('work')/file_name(check_id(id))
-
-# %% ../nbs/01_store.ipynb #4016bb37
-def clear(path):
-    "Remove a file, or a folder with all that is in it, if it is there"
-    if path.is_dir() and not path.is_symlink(): remove_folder(path)
-    elif os.path.lexists(path): unlink(path)
 
 # %% ../nbs/01_store.ipynb #8ae99a0e
 def part_digests(tree, canonical): # dict: key -> 64 hex digits

@@ -108,7 +108,7 @@ def test_an_unseeded_start_is_fetched_and_reported(tmp_path, capsys):
     learn.add_cb(Progress())
     again = script(learn)
     assert digest(first) == digest(again)
-    assert 'model' in capsys.readouterr().out.splitlines()[0]
+    assert 'other weights, other random numbers' in capsys.readouterr().out.splitlines()[0]
 
 
 def test_the_table_is_printed_again(tmp_path, capsys):
@@ -485,6 +485,20 @@ def test_a_running_call_with_other_arguments_is_stale(tmp_path):
     end, plain = digest(learn), make(tmp_path / 'other')
     plain.fit(4)
     assert end == digest(plain)
+
+
+def test_a_call_that_failed_at_once_leaves_nothing_to_compare_with(tmp_path):
+    learn = make(tmp_path)
+    with pytest.raises(ValueError):
+        with learn.checkpoint(1) as cp: cp.fit(-1)
+    with learn.checkpoint(1) as cp:
+        with pytest.raises(TypeError): cp.fit(2, cbs='no callback')
+        cp.fit(2)
+    learn = make(tmp_path, opt_func=partial(SGD, foreach='no'), name='other')
+    with pytest.raises(Exception):
+        with learn.checkpoint(1) as cp: cp.fit(1, dls=3)
+    learn = make(tmp_path, lr=0.5, name='other')
+    with learn.checkpoint(1) as cp: cp.fit(1)
 
 
 # The cache
