@@ -1,4 +1,4 @@
-"Train a small CNN on real handwritten digits: find a learning rate, run one cycle, look at the mistakes."
+"Train a small CNN on real handwritten digits: find a learning rate, run one cycle, look at the mistakes. Run it twice."
 import matplotlib.pyplot as plt
 import torch
 from fastcore.script import call_parse
@@ -32,12 +32,15 @@ def main(
     set_seed(seed)
     model = nn.Sequential(*block(1, 16), *block(16, 32), *block(32, 64), nn.Flatten(),
                           nn.Linear(576, 64), nn.ReLU(), nn.Linear(64, 10))  # 61,000 parameters
-    learn = Learner(dls, model, nn.CrossEntropyLoss(label_smoothing=0.1), metrics=accuracy, device=device, path='runs/mnist')
-    found = learn.lr_find()
-    learn.fit_one_cycle(epochs, found.valley, cbs=[SaveBest('accuracy'), EarlyStopping('accuracy', patience=5)])
+    learn = CheckpointedLearner(dls, model, nn.CrossEntropyLoss(label_smoothing=0.1), metrics=accuracy, device=device,
+                                path='runs/mnist', name='mnist', on_change='rerun')  # with other options: computed anew
+    with learn.checkpoint(1, 'one cycle') as cp:
+        found = cp.lr_find()
+        cp.fit_one_cycle(epochs, found.valley, cbs=[SaveBest('accuracy'), EarlyStopping('accuracy', patience=5)])
+        preds, accuracy_reached = cp.get_preds(with_input=True), cp.validate()['accuracy']
     learn.save('model')
     learn.recorder.df.to_csv(learn.path / 'history.csv', index=False)
     figures = {'lr_find': found.plot().figure, 'curves': learn.recorder.plot_metrics()[0].figure,
-               'mistakes': plot_mistakes(*learn.get_preds(with_input=True))}
+               'mistakes': plot_mistakes(*preds)}
     for name, figure in figures.items(): figure.savefig(learn.path / f'{name}.png', dpi=150)
-    print(f'{found}\nheld-out accuracy {learn.validate()["accuracy"]:.1%}, results in {learn.path}/')
+    print(f'{found}\nheld-out accuracy {accuracy_reached:.1%}, results in {learn.path}/')

@@ -24,7 +24,7 @@ from .learner import (Learner, check_loss_state, check_model_state, load_model_s
 from .progress import Progress, say
 from .schedule import torch_schedulers
 from .store import (DamagedError, Store, UnstorableError, check_id, check_name, check_storable,
-                            id_text, text_digest)
+                            id_text, text_digest, tree_digest)
 from .track import SaveBest
 
 # %% ../nbs/20_checkpointed.ipynb #766a5848
@@ -157,9 +157,10 @@ class Checkpointed:
                                        ('code', code, ('warn', 'strict'))):
             if value not in choices: raise ValueError(f'{option}={value!r}: must be one of {choices}')
         store = Store(Path(root)/check_name(name), name)
-        given = call_arguments(super().__init__, args, kwargs)
+        given, own = call_arguments(super().__init__, args, kwargs), set(vars(self))
         super().__init__(*args, **kwargs)
-        self.ledger = Ledger(self, store, given, on_change, save_every, keep, code)
+        hosts = {*(vars(self).keys() - own), 'ledger'}
+        self.ledger = Ledger(self, store, given, hosts, on_change, save_every, keep, code)
 
 # %% ../nbs/20_checkpointed.ipynb #90e06078
 @patch
@@ -254,8 +255,9 @@ class Call:
 # %% ../nbs/20_checkpointed.ipynb #50606d7c
 class Ledger:
     "What is recorded under which id, and where the host stands"
-    def __init__(self, host, store, given, on_change, save_every, keep, code):
+    def __init__(self, host, store, given, hosts, on_change, save_every, keep, code):
         self.host, self.store, self.on_change = host, store, on_change
+        self.hosts = frozenset(hosts)  # attributes that the host's class sets; others are a subclass's
         self.save_every, self.keep, self.code = save_every, keep, code
         self.at = None  # Place where the host stands; None: at the beginning
         self.line = ()  # ids on the way there, the last one first
@@ -282,6 +284,7 @@ def ask(self:Ledger, method:str, args, kwargs): # Call
     found = fingerprint(values, method, memo=self.memo)
     def text(value):
         if isinstance(value, Callback): return repr(value)
+        if type(value) is list and callbacks_in(value): return f'[{", ".join(map(text, value))}]'
         return as_text(fingerprint(value, method, memo=self.memo).tree)
     shown = [*map(text, args), *(f'{name}={text(value)}' for name, value in kwargs.items())]
     return Call(method, args, kwargs, kind, values, found, self.structure(),
@@ -1262,7 +1265,7 @@ def plan(self:Checkpointed):
 class CheckpointedLearner(Checkpointed, Learner):
     "A learner whose method calls are kept: run a script again and only what is new is computed"
     drifts, unseeded, once = ('rng', 'data'), ('model', 'rng', 'data'), ('setup',)
-    laid = ('lr', 'layers')  # structure that comes back together with the state
+    laid = ('lr', 'layers', 'attributes')  # structure that comes back together with the state
     trained = ('model', 'loss_func')
     of_the_model = ('validate', 'test', 'get_preds', 'predict')  # these need no optimizer
     of_training = ('opt', 'scaler', 'counters', 'opt_func', 'lr', 'wd', 'splitter', 'layers')
@@ -1279,7 +1282,25 @@ class CheckpointedLearner(Checkpointed, Learner):
                 'metrics': fresh_metrics(self.metrics),
                 'cbs': [cb for cb in self.cbs if cb is not self.recorder],
                 'model': outline(self.model), 'data': self.dls,
-                'layers': {'frozen': frozen(self), 'still': still(self)}}
+                'layers': {'frozen': frozen(self), 'still': still(self)},
+                'attributes': own_attributes(self)}
+
+# %% ../nbs/20_checkpointed.ipynb #b79823ac
+def own_attributes(learn): # dict: name -> value
+    "Plain values that a subclass has given the learner, or all learners of its class"
+    inherited = [cls for cls in type(learn).__mro__ if not issubclass(CheckpointedLearner, cls)]
+    found = {name: value for cls in reversed(inherited) for name, value in vars(cls).items()
+             if not callable(value) and not isinstance(value, (property, classmethod, staticmethod))}
+    mine = vars(learn).keys() - learn.ledger.hosts - learn.ledger.guards.keys()
+    found |= {name: getattr(learn, name) for name in mine}
+    return {name: value for name, value in found.items() if name[0] != '_' and is_storable(value)}
+
+def is_same(a, b): return tree_digest(a) == tree_digest(b)
+
+def is_storable(x): # bool
+    try: check_storable(x)
+    except UnstorableError: return False
+    return True
 
 # %% ../nbs/20_checkpointed.ipynb #162442ea
 def fresh_metrics(metrics): # the same nesting
@@ -1325,7 +1346,7 @@ PLACES = ('epoch', 'iter', 'updates', 'batches_per_epoch', 'batches_per_update',
 def _beside(self:CheckpointedLearner): # plain tree
     "Times, layers that learn, default rate, and where the last fit ended"
     return {'times': list(self.recorder.times), 'lr': self.lr, 'frozen': frozen(self),
-            'still': still(self), 'places': {name: getattr(self, name) for name in PLACES}}
+            'still': still(self), 'attributes': own_attributes(self), 'places': {name: getattr(self, name) for name in PLACES}}
 
 @patch
 def _lay_beside(self:CheckpointedLearner, tree):
@@ -1337,6 +1358,9 @@ def _lay_beside(self:CheckpointedLearner, tree):
         if param.is_floating_point() or param.is_complex(): param.requires_grad_(name not in fixed)
     self._still = [modules[name] for name in tree['still']]
     vars(self).update(tree['places'])
+    inherited = own_attributes(self)
+    vars(self).update({name: value for name, value in tree['attributes'].items()
+                       if name not in inherited or not is_same(inherited[name], value)})
 
 # %% ../nbs/20_checkpointed.ipynb #59bf9078
 STRUCTURE = ('loss_func', 'opt_func', 'lr', 'wd', 'splitter', 'metrics', 'n_inp', 'model', 'compiled')

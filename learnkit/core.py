@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from functools import singledispatch, wraps
+from pathlib import Path
 from types import MappingProxyType
 import numpy as np
 import torch
@@ -408,6 +409,12 @@ def make_result(cls, values:dict): # object of `cls`
     made = object.__new__(cls)
     for name, value in values.items(): object.__setattr__(made, name, value)
     return made
+
+# %% ../nbs/00_core.ipynb #50346d11
+def short_path(path): # str
+    "A path as it is told to people: from the current folder on, if it lies below it"
+    path, here = Path(path), Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 # %% ../nbs/00_core.ipynb #23bff9d7
 UNITS = MappingProxyType({'s': 1, 'sec': 1, 'second': 1, 'min': 60, 'minute': 60, 'h': 3600,

@@ -23,7 +23,8 @@ from .callback import (STEPS, Callback, Callbacks, Cancel, CancelBackward, Cance
                                CancelStep, Interrupted, as_callbacks, plain_setting)
 from .core import (Gather, Signals, as_seconds, batch_size, default_device, generator_state,
                            isolated_rng, map_tensors, pure, rng_state, set_generator_state,
-                           set_rng_state, set_seed, structural, to_device, to_host, unrecorded)
+                           set_rng_state, set_seed, short_path, structural, to_device, to_host,
+                           unrecorded)
 from .data import (DataLoaders, check_loader, check_same_loader, describe, fresh_workers,
                            generators, keeps_state, order_state, resume_batches, shielded, untouched)
 from .metrics import Tally
@@ -828,7 +829,7 @@ def _read_saved(self:Learner, resume): # Saved; None when there is none
     tree, path = found
     if not isinstance(tree, dict) or 'learner' not in tree:
         raise ValueError(f'{path} holds no learner')
-    return Saved(tree['learner'], tree['times'], str(path))
+    return Saved(tree['learner'], tree['times'], short_path(path))
 
 @patch
 def _saves_of(self:Learner, resume): # Path of a folder or file

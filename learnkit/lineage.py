@@ -116,11 +116,11 @@ def left_behind(self:Lineage, id): # bool
 @patch
 def parts_at(self:Lineage, id, call=None): # dict: part -> digest; None: it is not there
     "The state after a call of a checkpoint, or at its end"
-    node = self.nodes[id]
-    n = call + 1 if isinstance(call, int) else len(node['calls'])
-    if n > len(node['calls']): return None
-    if n: return node['calls'][n - 1]['after']
-    return node['begin'] and node['begin']['parts']
+    calls, begin = self.nodes[id]['calls'], self.nodes[id]['begin']
+    n = call + 1 if isinstance(call, int) else len(calls)
+    if n > len(calls): return None
+    if n < len(calls) and calls[n]['begin']: return calls[n]['begin']['parts']
+    return calls[n - 1]['after'] if n else begin and begin['parts']
 
 # %% ../nbs/21_lineage.ipynb #7d21cd2d
 def total_epochs(node): # int

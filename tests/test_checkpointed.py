@@ -235,11 +235,14 @@ class Pair:
     right: object
 
 
+CALLS = []
+
+
 class Own(CheckpointedLearner):
-    calls = 0
+    alpha = 1.
 
     def give(self, value):
-        Own.calls += 1
+        CALLS.append(1)
         return value
 
     def train(self, n):
@@ -248,7 +251,7 @@ class Own(CheckpointedLearner):
 
     @pure
     def ask(self, value=None):
-        Own.calls += 1
+        CALLS.append(1)
         return value
 
     @structural
@@ -267,9 +270,12 @@ class Own(CheckpointedLearner):
     def failing(self):
         self.fit(1)
         raise OSError('no more')
-    def show_me(self): Own.calls += 1
+    def note(self):
+        self.fit(1)
+        self.noted = {'at': self.epochs_done, 'weights': self.model[0].weight.detach().clone()}
+    def show_me(self): CALLS.append(1)
     @unrecorded
-    def quiet(self): Own.calls += 1
+    def quiet(self): CALLS.append(1)
 
 def once(tmp_path, method, *args, cls=Own, **kwargs):
     learn = make(tmp_path, cls=cls)
@@ -285,9 +291,9 @@ frame = pd.DataFrame({'a': [1, 2], 'b': [0.5, math.nan], 'c': ['x', None], 'd': 
     np.float32(0.5), Pair(1, [Pair(torch.ones(2), None)]), frame, frame.set_index('c'), frame['b'], frame.iloc[:0], torch.float16,
     {'$tensor': 1}, {'learnkit': 'result'}, 2**70, frame.set_index('d').rename_axis(columns='k')], ids=lambda v: type(v).__name__)
 def test_results_come_back_as_they_were(tmp_path, value):
-    Own.calls = 0
+    CALLS.clear()
     first, again = once(tmp_path, 'give', value)[1], once(tmp_path, 'give', value)[1]
-    assert Own.calls == 1
+    assert len(CALLS) == 1
     assert type(first) is type(again)
     def same(a, b):
         if isinstance(a, pd.DataFrame): return pd.testing.assert_frame_equal(a, b) is None
@@ -300,11 +306,11 @@ def test_results_come_back_as_they_were(tmp_path, value):
 
 def test_a_falsy_result_is_not_computed_again(tmp_path):
     for value in (0, None, False, '', []):
-        Own.calls = 0
+        CALLS.clear()
         learn = make(tmp_path / repr(value), cls=Own)
         with learn.checkpoint(1) as cp: cp.fit(0)
         for _ in range(3): assert learn.cache(1).ask(value) == value
-        assert Own.calls == 1
+        assert len(CALLS) == 1
 
 
 def test_a_result_that_cannot_be_kept_is_refused_and_its_training_is_not_lost(tmp_path):
@@ -373,6 +379,40 @@ def test_structure_that_comes_back_with_the_state_needs_no_word(tmp_path):
     assert learn.lr == again.lr == 0.5
 
 
+class Scaled(Own):
+    def __init__(self, *args, scale=1., **kwargs):
+        super().__init__(*args, **kwargs)
+        self.scale = scale
+    def get_loss(self):
+        super().get_loss()
+        self.loss = self.loss * self.scale * self.alpha
+
+
+def test_what_a_subclass_adds_counts(tmp_path):
+    once(tmp_path, 'fit', 1, cls=Scaled)
+    def run(**kwargs):
+        learn = make(tmp_path, cls=Scaled, **kwargs)
+        with learn.checkpoint(1) as cp: cp.fit(1)
+    run(scale=1.)
+    with pytest.raises(StaleCheckpoint, match='scale'): run(scale=2.)
+    class Stronger(Scaled): alpha = 2.
+    learn = make(tmp_path, cls=Stronger)
+    with pytest.raises(StaleCheckpoint, match='alpha'), learn.checkpoint(1) as cp: cp.fit(1)
+    learn = make(tmp_path, cls=Scaled)
+    learn.alpha = 3.
+    with pytest.raises(StaleCheckpoint, match='alpha'), learn.checkpoint(1) as cp: cp.fit(1)
+
+
+def test_attributes_that_a_method_sets_come_back(tmp_path):
+    learn, _ = once(tmp_path, 'note')
+    again, _ = once(tmp_path, 'note')
+    assert again.noted['at'] == 1 and torch.equal(again.noted['weights'], learn.noted['weights'])
+    with again.checkpoint(2) as cp: cp.fit(1)
+    again.noted = None
+    again.rollback(1)
+    assert again.noted['at'] == 1
+
+
 def test_a_users_structural_method_is_executed_on_every_run(tmp_path):
     def run():
         learn = make(tmp_path, cls=Own)
@@ -392,9 +432,9 @@ def test_what_shows_or_is_unrecorded_always_runs(tmp_path):
             cp.show_me()
             cp.quiet()
             cp.recorder.plot_loss()
-    Own.calls = 0
+    CALLS.clear()
     run(), run()
-    assert Own.calls == 4
+    assert len(CALLS) == 4
 
 
 # Running calls
@@ -531,16 +571,16 @@ def test_cache_computes_on_the_checkpoint_and_leaves_the_learner_as_it_is(tmp_pa
 def test_other_arguments_are_a_miss_beside_the_first(tmp_path):
     learn = make(tmp_path, cls=Own)
     with learn.checkpoint(1) as cp: cp.fit(1)
-    Own.calls = 0
+    CALLS.clear()
     for _ in range(2):
         for value in (1, 1., True, 'x', None): assert repr(learn.cache(1).ask(value)) == repr(value)
         assert learn.cache(1).ask() is None
-    assert Own.calls == 5
+    assert len(CALLS) == 5
     other = data(5)
     assert learn.cache(1).validate(other.valid) != learn.cache(1).validate()
     learn.cache(1).delete('ask')
     learn.cache(1).ask(1)
-    assert Own.calls == 6
+    assert len(CALLS) == 6
     learn.cache(1).delete()
     assert not learn.ledger.store.read(1)['answers']
     with pytest.raises(KeyError, match='no answers of'): learn.cache(1).delete('ask')
