@@ -16,7 +16,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 from .callback import Callback
-from .core import (full_name, kind_of, make_result, result_class, result_fields, set_rng_state,
+from .core import (callers_level, full_name, kind_of, make_result, result_class, result_fields, set_rng_state,
                            unrecorded)
 from .fingerprint import as_text, call_arguments, differences, fingerprint, versions
 from .learner import (Learner, check_loss_state, check_model_state, load_model_state,
@@ -635,8 +635,7 @@ def numbered(self:Ledger, block, call):
         self.check_code(node, recorded, call)
         try: return self.fetch(block, call, recorded, parts)
         except DamagedError as error:
-            warnings.warn(f'{error}. {call.text} of checkpoint {id_text(block._id)} is computed anew',
-                          stacklevel=4)
+            warnings.warn(f'{error}. {call.text} of checkpoint {id_text(block._id)} is computed anew', stacklevel=callers_level())
             self.why = f'{call.text}: {error}'
     elif recorded: self.why = f'{call.text} was broken off and goes on'
     elif k or not node['calls']: self.why = f'{call.text}: no such call is recorded'
@@ -689,13 +688,12 @@ def check_code(self:Ledger, node, recorded, call):
     if self.code == 'strict': raise StaleCheckpoint(f'{text}.{self.dependents(node, -1)}{self.ways_on(node)}')
     new = [name for name in changed if (name, now[name]) not in self.warned]
     self.warned |= {(name, now[name]) for name in new}
-    if new: warnings.warn(f'{text}; what is recorded is used', stacklevel=6)
+    if new: warnings.warn(f'{text}; what is recorded is used', stacklevel=callers_level())
 
 @patch
 def code_of(self:Ledger, call): # dict: name -> digest
     "The code that a call refers to, as far as it is a user's own"
-    method = inspect.getattr_static(type(self.host), call.method)
-    parts = [fingerprint(method, call.method), call.arguments, *call.structure.values()]
+    parts = [fingerprint(type(self.host)), call.arguments, *call.structure.values(), *self.root.values()]
     return {name: digest for part in parts for name, digest in part.code.items()}
 
 # %% ../nbs/20_checkpointed.ipynb #0707f072
@@ -895,7 +893,7 @@ def stand_before(self:Ledger, block, k):
         saved = self.state_before(node, j)
         if saved['state'] is None: continue
         try: self.load(saved, self.captured.get((id, j)))
-        except DamagedError as error: warnings.warn(f'{error}', stacklevel=6)
+        except DamagedError as error: warnings.warn(f'{error}', stacklevel=callers_level())
         else: break
     else:
         raise StaleCheckpoint(f'no sound state before {block._made[k - 1].text if k else "it"} is left '
@@ -913,7 +911,7 @@ def make_again(self:Ledger, block, i):
     with self.unguarded(): getattr(self.host, call.method)(*call.args, **call.kwargs)
     if self.parts() != recorded['after']:
         warnings.warn(f'{call.text} gave another state than the one recorded: it is not deterministic, '
-                      'or code or versions differ', stacklevel=7)
+                      'or code or versions differ', stacklevel=callers_level())
 
 # %% ../nbs/20_checkpointed.ipynb #774e25ac
 @patch
@@ -978,8 +976,7 @@ def find_answer(self:Ledger, node, key, call): # dict; None
     "The record of a question, unless its values are lost"
     found = next((answer for answer in node['answers'] if answer['key'] == key), None)
     if found is None or self.store.holds([found['result'], found['callbacks']]): return found
-    warnings.warn(f'the answer to {call.text} is lost with a damaged file and is computed anew',
-                  stacklevel=5)
+    warnings.warn(f'the answer to {call.text} is lost with a damaged file and is computed anew', stacklevel=callers_level())
 
 @patch
 def fetch_answer(self:Ledger, node, call, found):

@@ -8,9 +8,9 @@ __all__ = []
 # %% ../nbs/22_cli.ipynb #f2e9fb85
 import argparse, os, sys, time
 from pathlib import Path
-from .checkpointed import Checkpointed, Ledger
-from .lineage import (Lineage, NoCheckpoint, age_text, explain_text, one_line, print_text,
-                              show_text, size_text, terminal_width, tree_text)
+from .lineage import (HasChildren, Lineage, NoCheckpoint, age_text, delete_checkpoint,
+                              explain_text, one_line, print_text, show_text, size_text,
+                              terminal_width, tree_text)
 from .store import RESERVED, Store, StoreError, check_name, id_text, parse_id, size_of
 
 # %% ../nbs/22_cli.ipynb #d2c76d57
@@ -94,26 +94,17 @@ def confirm(question:str):
     print(file=sys.stderr)
     raise CommandError('nothing was deleted: nobody answered; --yes deletes without asking')
 
-class Keeper(Checkpointed):
-    "A store without a learner"
-    def __init__(self, store):
-        self.ledger = Ledger(self, store, {}, 'error', '1 epoch', 'calls', 'warn')
-
 def rm(args):
     "Delete a run, or one of its checkpoints"
     store = open_run(args.root, args.name)
     if args.id is None: return rm_run(store, args)
-    lineage = Lineage(store)
-    id = lineage.node(args.id)['id']
-    if (children := lineage.children().get(id)) and not args.force:
-        names = ', '.join(map(id_text, children))
-        raise CommandError(f'checkpoint {names} goes on from {id_text(id)}: delete that first, or '
-                           'give --force, which keeps what it needs')
-    if not args.yes: confirm(f'delete checkpoint {id_text(id)} of {args.name}?')
-    try: Keeper(store).delete_checkpoint(id, args.force)
-    except (ValueError, LookupError) as error:  # it has changed meanwhile
-        raise CommandError(error.args[0]) from None
-    print_text(f'checkpoint {id_text(id)} is deleted; `learnkit gc {args.name}` frees its space')
+    lineage, name = Lineage(store), id_text(args.id)
+    if args.id not in lineage.damaged: lineage.node(args.id)
+    if (children := lineage.children().get(args.id)) and not args.force:
+        raise CommandError(str(HasChildren(args.id, children)).replace('force it', 'give --force'))
+    if not args.yes: confirm(f'delete checkpoint {name} of {args.name}?')
+    delete_checkpoint(store, args.id, args.force)
+    print_text(f'checkpoint {name} is deleted; `learnkit gc {args.name}` frees its space')
 
 def rm_run(store, args):
     "Delete a run with all its checkpoints"
@@ -183,7 +174,7 @@ def main(argv=None): # exit code
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt: return 130
-    except (CommandError, NoCheckpoint, StoreError, OSError) as error:
+    except (CommandError, NoCheckpoint, HasChildren, StoreError, OSError) as error:
         print(f'learnkit: {one_line(str(error))}', file=sys.stderr)
         return 1
     return 0

@@ -8,7 +8,7 @@ __all__ = ['default_device', 'set_seed', 'rng_state', 'set_rng_state', 'isolated
            'pure', 'structural', 'result']
 
 # %% ../nbs/00_core.ipynb #efdeaab6
-import copy, math, operator, os, random, re, signal, threading
+import copy, math, operator, os, random, re, signal, sys, threading
 from collections.abc import Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -415,6 +415,14 @@ def short_path(path): # str
     "A path as it is told to people: from the current folder on, if it lies below it"
     path, here = Path(path), Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+# %% ../nbs/00_core.ipynb #240bce51
+def callers_level(): # int
+    "The `stacklevel` at which a warning points to the code that has called learnkit"
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals.get('__name__', '').partition('.')[0] in ('learnkit', 'contextlib'):
+        frame, level = frame.f_back, level + 1
+    return level
 
 # %% ../nbs/00_core.ipynb #23bff9d7
 UNITS = MappingProxyType({'s': 1, 'sec': 1, 'second': 1, 'min': 60, 'minute': 60, 'h': 3600,

@@ -116,11 +116,26 @@ def left_behind(self:Lineage, id): # bool
 @patch
 def parts_at(self:Lineage, id, call=None): # dict: part -> digest; None: it is not there
     "The state after a call of a checkpoint, or at its end"
-    calls, begin = self.nodes[id]['calls'], self.nodes[id]['begin']
+    saved = self.saved_at(id, call)
+    return saved and saved['parts']
+
+@patch
+def saved_at(self:Lineage, id, call=None): # dict: parts, state, beside; None: it is not there
+    "What is stored of the state after a call of a checkpoint, or at its end"
+    node = self.nodes[id]
+    calls, begin = node['calls'], node['begin']
     n = call + 1 if isinstance(call, int) else len(calls)
     if n > len(calls): return None
-    if n < len(calls) and calls[n]['begin']: return calls[n]['begin']['parts']
-    return calls[n - 1]['after'] if n else begin and begin['parts']
+    if n < len(calls) and calls[n]['begin']: return calls[n]['begin']
+    if not n: return begin and self.saved_begin(node)
+    return {'parts': calls[n - 1]['after'], **{k: calls[n - 1][k] for k in ('state', 'beside')}}
+
+@patch
+def saved_begin(self:Lineage, node): # dict: parts, state, beside
+    "What is stored of the state that a checkpoint began from; it may be its parent's"
+    begin, parent = node['begin'], node['parent']
+    if begin['state'] is not None or parent not in self.nodes: return begin
+    return {**(self.saved_at(parent, node['parent_call']) or begin), 'parts': begin['parts']}
 
 # %% ../nbs/21_lineage.ipynb #7d21cd2d
 def total_epochs(node): # int
@@ -763,3 +778,25 @@ def show_text(store, id): # list of lines
     return [head(lineage, id)[2:].rstrip(), *sections(parts, otherwise='none')]
 
 def listed(texts): return [text] if (text := ', '.join(texts)) else []
+
+# %% ../nbs/21_lineage.ipynb #a2876fbd
+def delete_checkpoint(store, id,
+                      force:bool=False, # also when others go on from it; they keep what they need
+                     ):
+    "Delete a checkpoint with its answers; `gc` then frees the space"
+    with store.writing():
+        lineage, id = Lineage(store), check_id(id)
+        if id not in lineage.damaged: lineage.node(id)
+        children = lineage.children().get(id, [])
+        if children and not force: raise HasChildren(id, children)
+        for child in [lineage.nodes[child] for child in children]:
+            if child['begin']: child['begin'] |= lineage.saved_begin(child)
+            store.write(child)
+        store.delete(id)
+
+class HasChildren(ValueError):
+    "Others go on from a checkpoint that is to be deleted"
+    def __init__(self, id, children):
+        names = ', '.join(map(id_text, children))
+        super().__init__(f'{names} went on from checkpoint {id_text(id)}: delete that first, or force '
+                         'it, which keeps what they need')

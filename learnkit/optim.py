@@ -302,15 +302,26 @@ def check_opt_state(opt:torch.optim.Optimizer,
         raise ValueError(f'the saved optimizer has groups of {need} parameters, this one has '
                          f'groups of {have}: the splitter or wd differs')
 
+# %% ../nbs/05_optim.ipynb #5b43c077
+def copied_like(param, # parameter; None: of no parameter
+                values, # what an optimizer keeps of it
+               ): # the same nesting
+    "Copies of tensors, those in the shape of the parameter in its memory layout and on its device"
+    def copied(value):
+        if param is None or value.shape != param.shape: return value.clone()
+        return torch.empty_like(param, dtype=value.dtype).copy_(value)
+    return map_tensors(copied, values)
+
 # %% ../nbs/05_optim.ipynb #fc4b9880
 def load_opt_state(opt:torch.optim.Optimizer,
                    state:dict, # what `opt_state` returned
                   ):
     "Load `state` into `opt`, its tensors in the memory layout of their parameters"
     check_opt_state(opt, state)
-    state = map_tensors(torch.clone, {name: state[name] for name in ('state', 'param_groups')})
-    opt.load_state_dict(state)  # takes some tensors over as they are, so they must be copies
-    for param, values in opt.state.items():
-        for name, value in values.items():
-            if isinstance(value, torch.Tensor) and value.shape == param.shape:
-                values[name] = torch.empty_like(param, dtype=value.dtype).copy_(value)
+    params = (param for group in opt.param_groups for param in group['params'])
+    keys = (key for group in state['param_groups'] for key in group['params'])
+    held = dict(zip(keys, params))
+    # The optimizer takes tensors over as they are, so they must be copies
+    opt.load_state_dict({'param_groups': map_tensors(torch.clone, state['param_groups']),
+                         'state': {key: copied_like(held.get(key), values)
+                                   for key, values in state['state'].items()}})
