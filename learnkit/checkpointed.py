@@ -669,7 +669,7 @@ def call_differs(self:Ledger, node, k, call, parts): # list of str
 def strays(self:Ledger, node, k, parts): # list of parts
     "Parts of the state that stand elsewhere than recorded, and may"
     free = self.host.unseeded if k == 0 and node['parent'] is None else self.host.drifts
-    before = node['calls'][k]['before'] if k < len(node['calls']) else node['begin']['parts']
+    before = self.state_before(node, k)['parts']
     return [part for part in unequal(before, parts) if part in free]
 
 def unequal(a, b): # list of parts
@@ -792,7 +792,7 @@ def compute(self:Ledger, block, call, parts, recorded):
         self.stand_before(block, k)
         parts = saved['parts']
     record = self.new_record(call, parts)
-    if parts != saved['parts']: record['begin'] = self.here(parts)
+    if self.has_left(saved, parts): record['begin'] = self.here(parts)
     elif recorded: record['begin'] = recorded['begin']
     node['described'].update(trees(call.structure))
     node['closed'], work = False, self.store.work(id)/str(k)
@@ -814,11 +814,17 @@ def record_begin(self:Ledger, block, parts):
     "Note where a checkpoint begins; its state is stored unless it is its parent's end"
     node = block._node
     place = place_of(node)
-    own = place is None or place.call == 'best' or self.state_at(place)['parts'] != parts
+    own = place is None or place.call == 'best' or self.has_left(self.state_at(place), parts)
     begin = self.here(parts) if own else {'parts': parts, 'state': None, 'beside': None}
     node['described'].update(trees(block._structure))
     node['begin'] = begin | {'structure': digests(block._structure)}
     self.begins[block._id] = self.state_before(node, 0), place, self.line[1:]
+
+@patch
+def has_left(self:Ledger, saved, parts): # bool
+    "Whether the host has moved on from a recorded state, or what lies beside it was changed"
+    if saved['parts'] != parts: return True
+    return tree_digest(self.store.get(saved['beside'])) != tree_digest(self.host._beside())
 
 @patch
 def here(self:Ledger, parts): # dict: parts, state, beside
@@ -960,15 +966,24 @@ def answer_key(self:Ledger, call, parts, structure:dict): # 64 hex digits
 @patch
 def question(self:Ledger, block, call):
     "A pure method in a block: answered from the table of the checkpoint, or put into it"
-    parts = self.observe(block)
+    seen = self.observe(block)
+    parts = self.settled(block, seen)
     key = self.answer_key(call, parts, digests(call.structure))
     if found := self.find_answer(block._node, key, call): return self.fetch_answer(block._node, call, found)
     self.why = f'{call.text}: not asked before at this state'
     if self.planning: raise PlanEnds(f'checkpoint {id_text(block._id)}: {call.text} would be computed')
     if not self.hold(block): return self.question(block, call)
     if block._node['begin'] is None: self.record_begin(block, parts)
-    if block._moved: self.stand_before(block, len(block._made))
+    if block._moved or parts != seen: self.stand_before(block, len(block._made))
     return self.work_out(block._node, call, key)
+
+@patch
+def settled(self:Ledger, block, parts): # dict: part of the state -> digest
+    "The recorded state where the host stands elsewhere only in what may differ, else where it stands"
+    node, k = block._node, len(block._made)
+    if node['begin'] is None: return parts
+    before, strays = self.state_before(node, k)['parts'], self.strays(node, k, parts)
+    return before if set(unequal(before, parts)) <= set(strays) else parts
 
 # %% ../nbs/20_checkpointed.ipynb #6cd9bd5d
 @patch
@@ -1210,6 +1225,7 @@ def delete_checkpoint(self:Checkpointed,
     "Delete a checkpoint with its answers; `gc` then frees the space"
     ledger = self.ledger
     ledger.check_idle('delete_checkpoint')
+    ledger.node(id)  # an error before anything is written
     with ledger.store.writing():
         node = ledger.node(id)
         nodes = [ledger.store.read(other) for other in ledger.store.ids()]

@@ -193,8 +193,9 @@ def tensor_digests(tensors): # iterator of 64 hex digits each
     first = list(islice(waiting, 2))
     digests = lambda group: list(map(tensor_digest, group))
     if len(first) < 2: return (yield from chain(*map(digests, first)))
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        yield from chain.from_iterable(pool.map(digests, chain(first, waiting)))
+    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+    try: yield from chain.from_iterable(pool.map(digests, chain(first, waiting)))
+    finally: pool.shutdown(cancel_futures=True)  # when nobody wants the rest
 
 # %% ../nbs/01_store.ipynb #a029268d
 MAX_HEADER = 100_000_000  # bytes; safetensors reads no longer ones
@@ -988,8 +989,10 @@ def write_pack(folder, items, room): # Path
 @patch
 def refresh(self:Store):
     "Take note of packs that have come and gone"
-    paths = sorted(path for path in self.part('packs').glob('*.safetensors') if path.is_file())
-    known, self.packs = self.packs, {}
+    folder, known, self.packs = self.part('packs'), self.packs, {}
+    entries = list(os.scandir(folder)) if folder.exists() else []
+    paths = sorted(folder/entry.name for entry in entries
+                   if entry.name.endswith('.safetensors') and entry.is_file())
     for path in paths:
         try: self.packs[path] = known.get(path) or pack_sizes(path)
         except FileNotFoundError: pass  # swept at this moment
