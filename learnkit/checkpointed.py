@@ -1382,18 +1382,28 @@ STRUCTURE = ('loss_func', 'opt_func', 'lr', 'wd', 'splitter', 'metrics', 'n_inp'
 def _capture(self:CheckpointedLearner): # dict of live objects
     "Everything the learner is put together from, but not the state of its optimizer"
     return {'attributes': {name: getattr(self, name) for name in STRUCTURE}, 'cbs': list(self.cbs),
-            'modules': [(m, dict(m._modules)) for m in self.model.modules()],
+            'modules': [(m, dict(m._modules), public(m)) for m in self.model.modules()],
             'opt': (self.opt_func, self.wd, self.splitter, type(self.opt),
                     [id(p) for p in opt_params(self.opt)] if self.opt else [])}
+
+def public(module): # dict
+    "The attributes of a module that are not torch's own bookkeeping"
+    return {name: value for name, value in vars(module).items() if name[0] != '_' and name != 'training'}
+
+def put_modules_back(modules):
+    "Give modules the parts and attributes they had"
+    for module, parts, attributes in modules:
+        module._modules.clear()
+        module._modules.update(parts)
+        for name in public(module).keys() - attributes.keys(): delattr(module, name)
+        vars(module).update(attributes)
 
 @patch
 def _rebuild(self:CheckpointedLearner, captured):
     "Put the learner together as it was; an optimizer that was another one is made anew"
     remake = self._capture()['opt'] != captured['opt']
     vars(self).update(captured['attributes'])
-    for module, children in captured['modules']:
-        module._modules.clear()
-        module._modules.update(children)
+    put_modules_back(captured['modules'])
     self.cbs = captured['cbs']
     if not remake: return
     self.make_opt()
@@ -1436,10 +1446,7 @@ def _apart(self:CheckpointedLearner):
     try:
         with self.no_trace():
             try: yield
-            finally:
-                for module, children in captured['modules']:
-                    module._modules.clear()
-                    module._modules.update(children)
+            finally: put_modules_back(captured['modules'])
     finally:
         for cb, before in schedulers: vars(cb).update(before)
         self._lay_beside(beside)

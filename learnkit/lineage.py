@@ -38,28 +38,31 @@ class Lineage:
     @property
     def ids(self): return sort_ids([*self.nodes, *self.damaged])
 
-    @property
-    def deleted(self): # list of ids
-        "Those that only children know"
-        parents = {node['parent'] for node in self.nodes.values()} - {None}
-        return sort_ids([id for id in parents if id not in self.nodes and id not in self.damaged])
-
     def parent(self, id): return self.nodes[id]['parent'] if id in self.nodes else None
 
-    def children(self): # dict: id -> sorted list of ids
-        "Who goes on from whom"
-        found = {}
-        for id in self.ids:
-            if (parent := self.parent(id)) is not None: found.setdefault(parent, []).append(id)
-        return found
+# %% ../nbs/21_lineage.ipynb #7a3fb433
+@patch
+def children(self:Lineage): # dict: id -> sorted list of ids
+    "Who goes on from whom"
+    found = {}
+    for id in self.ids:
+        if (parent := self.parent(id)) is not None: found.setdefault(parent, []).append(id)
+    return found
 
-    def line(self, id): # list of ids
-        "A checkpoint, the one it goes on from, and so on"
-        found = {}
-        while id is not None and id not in found:
-            found[id] = True
-            id = self.parent(id)
-        return list(found)
+@patch
+def line(self:Lineage, id): # list of ids
+    "A checkpoint, the one it goes on from, and so on"
+    found = {}
+    while id is not None and id not in found:
+        found[id] = True
+        id = self.parent(id)
+    return list(found)
+
+@patch(as_prop=True)
+def deleted(self:Lineage): # list of ids
+    "Those that only children know"
+    parents = {node['parent'] for node in self.nodes.values()} - {None}
+    return sort_ids([id for id in parents if id not in self.nodes and id not in self.damaged])
 
 # %% ../nbs/21_lineage.ipynb #298b1568
 @dataclass(frozen=True)
@@ -441,9 +444,10 @@ def draw_lines(self:Figure):
     for id, (x, y) in places.items():
         if (parent := self.lineage.parent(id)) is None: continue
         left, top = places[parent]
-        look = dict(color='C0', lw=2, zorder=2) if id in self.way else dict(color='0.7', lw=1.1, zorder=1)
+        color, width = ('C0', 2) if id in self.way else ('0.7', 1.1)
         broken = self.lineage.status(id) in ('stale', 'running')
-        self.ax.plot([left, left, x], [top, y, y], ls=(0, (3, 2)) if broken else '-', **look)
+        self.ax.plot([left, left, x], [top, y, y], color=color, lw=width, zorder=width,
+                     ls=(0, (3, 2)) if broken else '-')
 
 @patch
 def draw_marks(self:Figure):
@@ -798,5 +802,5 @@ class HasChildren(ValueError):
     "Others go on from a checkpoint that is to be deleted"
     def __init__(self, id, children):
         names = ', '.join(map(id_text, children))
-        super().__init__(f'{names} went on from checkpoint {id_text(id)}: delete that first, or force '
-                         'it, which keeps what they need')
+        super().__init__(f'{names} went on from checkpoint {id_text(id)}: delete that first, or '
+                         'force it, which keeps what they need')

@@ -422,6 +422,14 @@ def test_a_users_structural_method_is_executed_on_every_run(tmp_path):
         return learn
     first, again = run(), run()
     assert again.model[2].p == 0. and digest(first) == digest(again)
+    with again.checkpoint(2, parent=1) as cp: cp.fit(1)
+    other = make(tmp_path, cls=Own, name='other')
+    with other.checkpoint(0): pass
+    other.cache(0).shallow()
+    assert other.model[2].p == 0.3
+    with other.checkpoint(1) as cp: cp.shallow()
+    assert other.rollback(0).model[2].p == 0.3
+    assert other.rollback(1).model[2].p == 0.
 
 
 def test_what_shows_or_is_unrecorded_always_runs(tmp_path):
