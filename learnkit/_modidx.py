@@ -615,6 +615,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'learnkit/fingerprint.py'),
                                       'learnkit.fingerprint.given_names': ('fingerprint.html#given_names', 'learnkit/fingerprint.py'),
                                       'learnkit.fingerprint.globals_read': ('fingerprint.html#globals_read', 'learnkit/fingerprint.py'),
+                                      'learnkit.fingerprint.has_source': ('fingerprint.html#has_source', 'learnkit/fingerprint.py'),
                                       'learnkit.fingerprint.in_brackets': ('fingerprint.html#in_brackets', 'learnkit/fingerprint.py'),
                                       'learnkit.fingerprint.inner': ('fingerprint.html#inner', 'learnkit/fingerprint.py'),
                                       'learnkit.fingerprint.innermost': ('fingerprint.html#innermost', 'learnkit/fingerprint.py'),

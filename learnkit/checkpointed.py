@@ -18,10 +18,12 @@ from torch import nn
 from .callback import Callback
 from .core import (callers_level, full_name, kind_of, make_result, result_class, result_fields, set_rng_state,
                            unrecorded)
-from .fingerprint import as_text, call_arguments, differences, fingerprint, versions
+from .fingerprint import (UnfingerprintableError, as_text, call_arguments, differences,
+                                  fingerprint, versions)
 from .learner import (Learner, check_loss_state, check_model_state, load_model_state,
                               opt_params)
 from .progress import Progress, say
+from .resume import as_period
 from .schedule import torch_schedulers
 from .store import (DamagedError, Store, UnstorableError, check_id, check_name, check_storable,
                             id_text, text_digest, tree_digest)
@@ -151,16 +153,19 @@ class Checkpointed:
                  save_every:str='1 epoch', # how often a long call saves: '500 steps', '10 min'
                  keep:str='calls', # the state after each of the 'calls', or after the 'last' one
                  code:str='warn', # when code has changed, or 'strict': an error
+                 ignore=(), # names of arguments, or of the constructor's, that make no difference
                  **kwargs):
         for option, value, choices in (('on_change', on_change, ('error', 'rerun')),
                                        ('keep', keep, ('calls', 'last')),
                                        ('code', code, ('warn', 'strict'))):
             if value not in choices: raise ValueError(f'{option}={value!r}: must be one of {choices}')
+        as_period(save_every)  # an error now
+        if isinstance(ignore, str): raise TypeError(f'ignore={ignore!r}: give a tuple of names')
         store = Store(Path(root)/check_name(name), name)
         given, own = call_arguments(super().__init__, args, kwargs), set(vars(self))
         super().__init__(*args, **kwargs)
         hosts = {*(vars(self).keys() - own), 'ledger'}
-        self.ledger = Ledger(self, store, given, hosts, on_change, save_every, keep, code)
+        self.ledger = Ledger(self, store, given, hosts, on_change, save_every, keep, code, tuple(ignore))
 
 # %% ../nbs/20_checkpointed.ipynb #90e06078
 @patch
@@ -255,10 +260,10 @@ class Call:
 # %% ../nbs/20_checkpointed.ipynb #50606d7c
 class Ledger:
     "What is recorded under which id, and where the host stands"
-    def __init__(self, host, store, given, hosts, on_change, save_every, keep, code):
+    def __init__(self, host, store, given, hosts, on_change, save_every, keep, code, ignore):
         self.host, self.store, self.on_change = host, store, on_change
         self.hosts = frozenset(hosts)  # attributes that the host's class sets; others are a subclass's
-        self.save_every, self.keep, self.code = save_every, keep, code
+        self.save_every, self.keep, self.code, self.ignore = save_every, keep, code, ignore
         self.at = None  # Place where the host stands; None: at the beginning
         self.line = ()  # ids on the way there, the last one first
         self.begins = {}  # id -> where it began, also when it is deleted
@@ -281,11 +286,12 @@ def ask(self:Ledger, method:str, args, kwargs): # Call
     "What is asked for"
     kind, bound = method_kind(self.host, method), getattr(type(self.host), method)
     values = call_arguments(bound.__get__(self.host), args, kwargs)
-    found = fingerprint(values, method, memo=self.memo)
+    found = fingerprint(values, method, self.ignore, self.memo)
     def text(value):
         if isinstance(value, Callback): return repr(value)
         if type(value) is list and callbacks_in(value): return f'[{", ".join(map(text, value))}]'
-        return as_text(fingerprint(value, method, memo=self.memo).tree)
+        try: return as_text(fingerprint(value, method, memo=self.memo).tree)
+        except UnfingerprintableError: return type(value).__name__  # one that is ignored
     shown = [*map(text, args), *(f'{name}={text(value)}' for name, value in kwargs.items())]
     return Call(method, args, kwargs, kind, values, found, self.structure(),
                 f'{method}({", ".join(shown)})')
@@ -301,7 +307,7 @@ def described(self:Ledger, values:dict): # dict: name -> Fingerprint
     "Values by name; of what the host trains the build alone, as its weights are in the state"
     where = type(self.host).__name__
     return {name: fingerprint({name: value}, where, memo=self.memo, weights=name not in self.host.trained)
-            for name, value in values.items()}
+            for name, value in values.items() if name not in self.ignore}
 
 # %% ../nbs/20_checkpointed.ipynb #ed169723
 def as_dict(state): # dict

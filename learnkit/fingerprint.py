@@ -545,8 +545,9 @@ def source_of(file:str): # str
     return ''.join(linecache.getlines(file))
 
 # %% ../nbs/06_fingerprint.ipynb #ac86c493
+@lru_cache(maxsize=4096)
 def function_node(code): # ast node; None where there is no source that gives this code
-    "The source of a function, as it is in its file now"
+    "The source of a function, as it is in its file when it is first asked for"
     functions, _ = parsed(source_of(code.co_filename))
     same = [(other, node) for other, node in functions.get(code.co_qualname, ())
             if compiled_digest(other) == compiled_digest(code)]
@@ -681,6 +682,8 @@ def class_digest(cls): # 64 hex digits
     bases = [full_name(base) for base in cls.__bases__]
     return json_digest([bases, own, class_body(cls)])
 
+def has_source(func): return not is_own(func.__module__) or function_node(func.__code__) is not None
+
 def class_body(cls): # JSON value
     "What the source of a class holds besides methods; None where it cannot be had"
     files = [func.__code__.co_filename for func in methods(cls).values()
@@ -689,7 +692,7 @@ def class_body(cls): # JSON value
     texts = map(source_of, dict.fromkeys([*files, *([home] if home else [])]))
     found = (parsed(text)[1].get(cls.__qualname__) for text in texts)
     node = next((node for node in found if node is not None), None)
-    if node is None: return None
+    if node is None or not all(map(has_source, methods(cls).values())): return None
     defined = (*FUNCTIONS, ast.ClassDef, ast.Pass)
     rest = [part for part in node.body if not isinstance(part, defined)]
     return plain_node([*rest, *node.bases, *node.keywords, *node.decorator_list])

@@ -360,6 +360,7 @@ PLAIN = str.maketrans('├└─│●◐○✗·←…×', '|`-|*+ox.<~x')  # o
 
 def printable(text, encoding): # str
     "The text as far as an output can show it, drawn with ASCII where it has no lines"
+    text = ''.join(c if c.isprintable() or c == '\n' else ' ' for c in text)
     try: text.encode(encoding)
     except UnicodeEncodeError: text = text.translate(PLAIN)
     return text.encode(encoding, 'backslashreplace').decode(encoding)

@@ -216,6 +216,21 @@ def test_a_change_inside_a_block_is_stale(tmp_path):
     with pytest.raises(StaleCheckpoint, match='was changed: model'): run(False)
 
 
+def test_what_cannot_be_told_is_an_error_that_names_the_ways_out(tmp_path):
+    from learnkit.fingerprint import UnfingerprintableError
+    file = open(os.devnull)
+    learn = make(tmp_path, cls=Own)
+    with pytest.raises(UnfingerprintableError, match='give.*value.*__fingerprint__.*ignore'):
+        with learn.checkpoint(1) as cp: cp.give({'x': file})
+    learn = make(tmp_path, cls=Own, ignore=('metrics', 'n_epoch'))
+    with learn.checkpoint(1) as cp: cp.fit(1)
+    learn = make(tmp_path, cls=Own, ignore=('metrics', 'n_epoch'), metrics=None)
+    with learn.checkpoint(1) as cp: cp.fit(2)
+    assert Fits.n == 3
+    for wrong in (dict(on_change='x'), dict(keep='x'), dict(code='x'), dict(save_every=3)):
+        with pytest.raises(ValueError): make(tmp_path, **wrong)
+
+
 def test_values_that_are_equal_but_not_alike_are_told_apart(tmp_path):
     def run(n):
         learn = make(tmp_path, cls=Own)
