@@ -6,7 +6,7 @@
 __all__ = ['StaleCheckpoint', 'Checkpointed', 'CheckpointedLearner']
 
 # %% ../nbs/20_checkpointed.ipynb #7c636d0a
-import copy, inspect, json, math, shutil, time, warnings
+import copy, functools, inspect, json, math, shutil, time, warnings
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,8 +136,26 @@ class StaleCheckpoint(Exception):
     "What a script asks for is not what is recorded; the text shows how they differ and the ways on"
 
 # %% ../nbs/20_checkpointed.ipynb #f60c44d4
+def noting_its_end(init): # constructor
+    "A constructor after which what the script sets on the object counts"
+    @functools.wraps(init)
+    def whole(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self.ledger.settle()
+    return whole
+
+# %% ../nbs/20_checkpointed.ipynb #90e06078
 class Checkpointed:
     "Gives each method call of the class beside it a place under a checkpoint id"
+    def __new__(cls, *args, **kwargs):
+        self = super().__new__(cls)
+        self.ledger_given = args, kwargs
+        return self
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if '__init__' in vars(cls): cls.__init__ = noting_its_end(cls.__init__)
+
     drifts = ()  # parts of the state that may stand elsewhere when a call is fetched
     unseeded = ()  # likewise, where nothing is recorded before
     once = ()  # methods that a block may call once
@@ -154,7 +172,7 @@ class Checkpointed:
                  keep:str='calls', # the state after each of the 'calls', or after the 'last' one
                  code:str='warn', # when code has changed, or 'strict': an error
                  ignore=(), # names of arguments, or of the constructor's, that make no difference
-                 **kwargs):
+                 **kwargs): # as the class beside it takes
         for option, value, choices in (('on_change', on_change, ('error', 'rerun')),
                                        ('keep', keep, ('calls', 'last')),
                                        ('code', code, ('warn', 'strict'))):
@@ -162,12 +180,24 @@ class Checkpointed:
         as_period(save_every)  # an error now
         if isinstance(ignore, str): raise TypeError(f'ignore={ignore!r}: give a tuple of names')
         store = Store(Path(root)/check_name(name), name)
-        given, own = call_arguments(super().__init__, args, kwargs), set(vars(self))
+        given, own = call_arguments(super().__init__, args, kwargs), set(vars(self)) - {'ledger_given'}
         super().__init__(*args, **kwargs)
-        hosts = {*(vars(self).keys() - own), 'ledger'}
+        hosts = {*(vars(self).keys() - own), 'ledger', 'ledger_given'}
         self.ledger = Ledger(self, store, given, hosts, on_change, save_every, keep, code, tuple(ignore))
+        self.ledger.settle()
 
-# %% ../nbs/20_checkpointed.ipynb #90e06078
+# %% ../nbs/20_checkpointed.ipynb #f6647bc0
+def added_arguments(cls, args, kwargs): # dict: name -> value
+    "What a subclass's constructor takes for itself"
+    taken = {name for base in cls.__mro__ if issubclass(CheckpointedLearner, base) or base is Checkpointed
+             for name in inspect.signature(base.__init__).parameters}
+    bound = inspect.signature(cls.__init__).bind(None, *args, **kwargs)
+    bound.apply_defaults()
+    kinds = {name: param.kind for name, param in bound.signature.parameters.items()}
+    return {name: value for name, value in bound.arguments.items() if name not in taken
+            and kinds[name] not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)}
+
+# %% ../nbs/20_checkpointed.ipynb #0f708486
 @patch
 def _live_state(self:Checkpointed): # dict
     "The state, not a copy"
@@ -217,6 +247,11 @@ def _apart(self:Checkpointed):
     before = copy.deepcopy(self.state_dict())
     try: yield
     finally: self.load_state_dict(before)
+
+@patch
+def _attributes(self:Checkpointed): # dict: name -> plain value
+    "Attributes besides the state that a script may set between calls"
+    return {}
 
 @patch
 def _carriers(self:Checkpointed, arguments:dict): # list of objects with a state
@@ -273,6 +308,7 @@ class Ledger:
         self.guards = {}  # name -> function, in the host while a block is open
         self.warned = set()  # code that is known to have changed
         self.root = self.described(host._root(given))  # as it is before anything is trained
+        self.outside, self.seen = {}, {}  # attributes that the script has set between calls
 
 @dataclass(frozen=True)
 class Place:
@@ -282,8 +318,28 @@ class Place:
 
 # %% ../nbs/20_checkpointed.ipynb #9e7d4088
 @patch
+def settle(self:Ledger):
+    "What the host counts for itself, in its constructor or in a call, makes no difference"
+    self.seen = self.host._attributes()
+
+@patch
+def look(self:Ledger):
+    "What the script has set on the host since the last call makes one"
+    now = self.host._attributes()
+    for name in {**self.seen, **now}:
+        if name not in now or name not in self.seen or not is_same(now[name], self.seen[name]):
+            self.outside[name] = now.get(name)
+    self.seen = now
+
+def is_same(a, b): # bool
+    "Whether two plain values are equal to the bit"
+    return a is b or tree_digest(a) == tree_digest(b)
+
+# %% ../nbs/20_checkpointed.ipynb #865c60c6
+@patch
 def ask(self:Ledger, method:str, args, kwargs): # Call
     "What is asked for"
+    self.look()
     kind, bound = method_kind(self.host, method), getattr(type(self.host), method)
     values = call_arguments(bound.__get__(self.host), args, kwargs)
     found = fingerprint(values, method, self.ignore, self.memo)
@@ -296,11 +352,11 @@ def ask(self:Ledger, method:str, args, kwargs): # Call
     return Call(method, args, kwargs, kind, values, found, self.structure(),
                 f'{method}({", ".join(shown)})')
 
-# %% ../nbs/20_checkpointed.ipynb #865c60c6
+# %% ../nbs/20_checkpointed.ipynb #e38d85fb
 @patch
 def structure(self:Ledger): # dict: name -> Fingerprint
     "What the results of calls follow from, as it is now"
-    return self.described(self.host._structure())
+    return self.described({**self.host._structure(), 'attributes': dict(self.outside)})
 
 @patch
 def described(self:Ledger, values:dict): # dict: name -> Fingerprint
@@ -357,6 +413,7 @@ def load(self:Ledger, saved:dict, captured=None):
     tree = self.store.get({'state': saved['state'], 'beside': saved['beside']})
     with self.unguarded(): self.host._lay(as_given(tree['state']), captured)
     self.host._lay_beside(tree['beside'])
+    self.settle()
 
 # %% ../nbs/20_checkpointed.ipynb #0c17e8b8
 @patch
@@ -476,6 +533,7 @@ def place_of(node): # Place; None for one that goes on from no other
 @patch
 def begin(self:Ledger, id, description, parent): # Block
     "Bring the host to where the checkpoint begins, and compare with what is recorded"
+    self.look()
     node = self.store.read(id)
     if parent is not None: self.go_to_parent(id, node, check_id(parent))
     elif id in self.line: self.go_to_begin(id, node)
@@ -524,6 +582,9 @@ def go_to_parent(self:Ledger, id, node, parent):
         raise StaleCheckpoint(f'checkpoint {id_text(id)} is recorded from {self.told(place_of(node))}, '
                               f'not from checkpoint {id_text(parent)}.{self.ways_on(node)}')
     self.roll(Place(parent))
+    if id in self.line:
+        raise ValueError(f'checkpoint {id_text(parent)} is, or goes on from, checkpoint {id_text(id)}, which '
+                         'so cannot go on from it: choose a new id')
 
 @patch
 def go_to_begin(self:Ledger, id, node):
@@ -731,6 +792,7 @@ def fetch(self:Ledger, block, call, recorded, parts):
 @patch
 def done(self:Ledger, block, call):
     "A call of a block is fetched or computed"
+    self.settle()
     block._made.append(call)
     self.captured[block._id, len(block._made)] = self.host._capture()
 
@@ -855,6 +917,7 @@ def make(self:Ledger, block, call, record, work):
     block._moved = True
     with self.unguarded(), host.saving_to(work.absolute(), self.save_every):
         result = getattr(host, call.method)(*call.args, **call.kwargs)
+    self.settle()
     if call.kind == 'changes': self.check_structure(call)
     returns_host = result is host
     packed = None if returns_host else self.packed(call, result)
@@ -1199,6 +1262,7 @@ def roll(self:Ledger, place, schedulers=True):
     with self.host._kept(schedulers):
         self.host._lay(as_given(tree['state']), captured, best=tree['best'])
         self.host._lay_beside(tree['beside'])
+    self.settle()
     self.at, self.line = place, self.line_to(node)
 
 @patch
@@ -1285,7 +1349,7 @@ class CheckpointedLearner(Checkpointed, Learner):
     "A learner whose method calls are kept: run a script again and only what is new is computed"
     drifts, unseeded, once = ('rng', 'data'), ('model', 'rng', 'data'), ('setup',)
     laid = ('lr', 'layers', 'attributes')  # structure that comes back together with the state
-    trained = ('model', 'loss_func')
+    trained = ('model', 'loss_func', 'splitter', 'opt_func')
     of_the_model = ('validate', 'test', 'get_preds', 'predict')  # these need no optimizer
     of_training = ('opt', 'scaler', 'counters', 'opt_func', 'lr', 'wd', 'splitter', 'layers')
 
@@ -1293,7 +1357,10 @@ class CheckpointedLearner(Checkpointed, Learner):
     def _is_busy(self): return bool(self.levels)
     def _say(self, text): say(self, text)
 
-    def _root(self, given): return {'seed': given['seed'], 'model': self.model}
+    def _root(self, given):
+        args, kwargs = self.ledger_given
+        return {'seed': given['seed'], 'model': self.model, 'class': class_attributes(type(self)),
+                'constructor': added_arguments(type(self), args, kwargs)}
 
     def _structure(self):
         names = ('loss_func', 'opt_func', 'lr', 'wd', 'splitter', 'n_inp')
@@ -1301,20 +1368,28 @@ class CheckpointedLearner(Checkpointed, Learner):
                 'metrics': fresh_metrics(self.metrics),
                 'cbs': [cb for cb in self.cbs if cb is not self.recorder],
                 'model': outline(self.model), 'data': self.dls,
-                'layers': {'frozen': frozen(self), 'still': still(self)},
-                'attributes': own_attributes(self)}
+                'layers': {'frozen': frozen(self), 'still': still(self)}}
+
+    def _attributes(self): return {**own_attributes(self), **module_attributes(self.model)}
 
 # %% ../nbs/20_checkpointed.ipynb #b79823ac
 def own_attributes(learn): # dict: name -> value
-    "Plain values that a subclass has given the learner, or all learners of its class"
-    inherited = [cls for cls in type(learn).__mro__ if not issubclass(CheckpointedLearner, cls)]
-    found = {name: value for cls in reversed(inherited) for name, value in vars(cls).items()
-             if not callable(value) and not isinstance(value, (property, classmethod, staticmethod))}
+    "Plain values that a subclass has given its learner"
     mine = vars(learn).keys() - learn.ledger.hosts - learn.ledger.guards.keys()
-    found |= {name: getattr(learn, name) for name in mine}
-    return {name: value for name, value in found.items() if name[0] != '_' and is_storable(value)}
+    found = {name: getattr(learn, name) for name in sorted(mine) if name[0] != '_'}
+    return {name: value for name, value in found.items() if is_storable(value)}
 
-def is_same(a, b): return tree_digest(a) == tree_digest(b)
+def class_attributes(cls): # dict: name -> value
+    "Plain values that a subclass gives all its learners"
+    inherited = [base for base in reversed(cls.__mro__) if not issubclass(CheckpointedLearner, base)]
+    found = {name: value for base in inherited for name, value in vars(base).items() if name[0] != '_'}
+    return {name: value for name, value in found.items() if is_storable(value)}
+
+def module_attributes(model:nn.Module): # dict: path -> value
+    "Numbers and text that modules hold as attributes"
+    return {f'model.{path}.{name}'.replace('..', '.'): value for path, module in model.named_modules()
+            for name, value in vars(module).items() if name[0] != '_' and name != 'training'
+            and isinstance(value, (bool, int, float, str, type(None)))}
 
 def is_storable(x): # bool
     try: check_storable(x)
@@ -1365,7 +1440,8 @@ PLACES = ('epoch', 'iter', 'updates', 'batches_per_epoch', 'batches_per_update',
 def _beside(self:CheckpointedLearner): # plain tree
     "Times, layers that learn, default rate, and where the last fit ended"
     return {'times': list(self.recorder.times), 'lr': self.lr, 'frozen': frozen(self),
-            'still': still(self), 'attributes': own_attributes(self), 'places': {name: getattr(self, name) for name in PLACES}}
+            'still': still(self), 'attributes': own_attributes(self), 'outside': dict(self.ledger.outside),
+            'places': {name: getattr(self, name) for name in PLACES}}
 
 @patch
 def _lay_beside(self:CheckpointedLearner, tree):
@@ -1377,9 +1453,8 @@ def _lay_beside(self:CheckpointedLearner, tree):
         if param.is_floating_point() or param.is_complex(): param.requires_grad_(name not in fixed)
     self._still = [modules[name] for name in tree['still']]
     vars(self).update(tree['places'])
-    inherited = own_attributes(self)
-    vars(self).update({name: value for name, value in tree['attributes'].items()
-                       if name not in inherited or not is_same(inherited[name], value)})
+    vars(self).update(tree['attributes'])
+    self.ledger.outside = dict(tree['outside'])
 
 # %% ../nbs/20_checkpointed.ipynb #59bf9078
 STRUCTURE = ('loss_func', 'opt_func', 'lr', 'wd', 'splitter', 'metrics', 'n_inp', 'model', 'compiled')

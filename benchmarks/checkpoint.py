@@ -1,0 +1,223 @@
+"What checkpoints cost: a rerun, memory, time and bytes; 20 million parameters with Adam's moments are 240 MB"
+import random, statistics, subprocess, sys, tempfile, time
+from functools import partial
+from pathlib import Path
+from common import ratio, report, torch
+from loop import mnist_cnn
+from learnkit import *
+from learnkit import resume
+from learnkit.checkpointed import CheckpointedLearner
+from learnkit.store import Store
+from torch import nn
+from torch.optim import Adam
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+IDS, MB = range(1, 11), 2**20
+
+
+def tiny(): return DataLoaders.from_tensors((torch.randn(4, 1000), torch.randn(4, 1000)), bs=4, device='cpu')
+
+def large(layers): return nn.Sequential(*(nn.Linear(1000, 1000, bias=False) for _ in range(layers)))
+
+def learner(cls, folder, layers=20, **kwargs):
+    "A learner of a large model with tiny data, without a table"
+    if cls is not Learner: kwargs |= {'name': 'run', 'root': folder}
+    torch.manual_seed(0)
+    learn = cls(tiny(), large(layers), nn.MSELoss(), Adam, lr=1e-4, path=folder, device='cpu', **kwargs)
+    learn.remove_cb(Progress)
+    return learn
+
+
+# A rerun
+
+def script(folder):
+    "Ten checkpoints, each of a fit of one step"
+    learn = learner(CheckpointedLearner, folder)
+    for id in IDS:
+        with learn.checkpoint(id) as cp: cp.fit(n_steps=1)
+
+def read(folder):
+    "Read the states that a rerun fetches, each once, digests checked"
+    store = Store(folder/'run')
+    for id in IDS:
+        call = store.read(id)['calls'][0]
+        store.get({name: call[name] for name in ('state', 'beside')})
+
+def read_plainly(folder):
+    "Bring the packs into the system's cache"
+    for path in (folder/'run'/'packs').iterdir():
+        with open(path, 'rb', buffering=0) as file:
+            while file.read(MB): pass
+
+def rerun(folder, rounds): # (seconds, steps that reruns made)
+    "Seconds of the script, run again, and of reading alone; what the system had forgotten is read before"
+    script(folder)
+    steps = []
+    hook = register_optimizer_step_pre_hook(lambda *_: steps.append(1))
+    seconds = {'script': [], 'read': [], 'model': []}
+    for i in range(rounds + 1):  # the first one warms up and is dropped
+        for name, function in (('script', script), ('read', read), ('model', partial(learner, CheckpointedLearner))):
+            read_plainly(folder)
+            start = time.perf_counter()
+            function(folder)
+            if i: seconds[name].append(time.perf_counter() - start)
+    hook.remove()
+    return seconds, len(steps)
+
+
+# Memory, in a process of its own
+
+def memory(folder, cls): # number of bytes
+    "Growth of the peak of memory in a second fit"
+    learn = learner(cls, folder)
+    def fit(id):
+        if cls is Learner: return learn.fit(n_steps=1)
+        with learn.checkpoint(id) as cp: cp.fit(n_steps=1)
+    fit(1)
+    before = status('VmRSS')
+    Path('/proc/self/clear_refs').write_text('5')  # the peak begins anew
+    fit(2)
+    return status('VmHWM') - before
+
+def status(name): # number of bytes
+    lines = Path('/proc/self/status').read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name + ':'))
+
+def child(cls): # number of bytes
+    "What `memory` returns in a fresh process"
+    with tempfile.TemporaryDirectory() as folder:
+        done = subprocess.run([sys.executable, __file__, cls.__name__, folder], check=True,
+                              capture_output=True, text=True)
+    return int(done.stdout.splitlines()[-1])
+
+
+# Time in a block
+
+class Timed(CheckpointedLearner):
+    "Notes when its fit begins and ends"
+    def fit(self, *args, **kwargs):
+        start = clocks()
+        try: return super().fit(*args, **kwargs)
+        finally: self.inside = passed(start)
+
+def clocks(): return time.perf_counter(), time.process_time()
+def passed(start): return tuple(now - then for now, then in zip(clocks(), start))
+
+def mlp_fit(cls, folder, **kwargs):
+    "A learner of a small MLP, and how many epochs it is fitted"
+    x, y = torch.randn(9600, 20), torch.randint(2, (9600,))
+    model = nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 2))
+    return quiet(cls, folder, (x, y), 32, model, **kwargs), 8
+
+def cnn_fit(cls, folder, **kwargs):
+    "Likewise with a CNN"
+    x, y = torch.rand(640, 1, 28, 28), torch.randint(10, (640,))
+    return quiet(cls, folder, (x, y), 64, mnist_cnn(), **kwargs), 4
+
+def quiet(cls, folder, data, bs, model, **kwargs):
+    dls = DataLoaders.from_tensors(data, bs=bs, device='cpu')
+    learn = cls(dls, model, nn.CrossEntropyLoss(), path=folder, device='cpu', **kwargs)
+    learn.remove_cb(Progress)
+    return learn
+
+def in_block(make, folder): # (seconds around the fit, processor seconds of the fit)
+    learn, n_epoch = make(Timed, folder, name='run', root=folder)
+    start = clocks()
+    with learn.checkpoint(1) as cp: cp.fit(n_epoch)
+    return passed(start)[0] - learn.inside[0], learn.inside[1]
+
+def alone(make, folder):
+    learn, n_epoch = make(Learner, folder)
+    start = clocks()
+    learn.fit(n_epoch, cbs=SaveState('saves'))
+    return 0., passed(start)[1]
+
+def alone_again(make, folder):
+    "What the same fit differs by is noise"
+    return alone(make, folder)
+
+def commit(make, folder):
+    "Write the state to a store that is there already, and a node"
+    learn, n_epoch = make(Learner, folder)
+    learn.fit(n_steps=1)
+    store = Store(folder/'run')
+    with store.writing():
+        start = clocks()
+        root, _ = store.put(learn.state_dict(copy=False))
+        store.write({'id': 1, 'root': root})
+        return passed(start)
+
+class Saving:
+    "Notes the processor seconds of saves, which both fits make alike"
+    def __init__(self): self.seconds, self.save = 0., resume.save_next
+    def __call__(self, *args, **kwargs):
+        start = clocks()
+        try: return self.save(*args, **kwargs)
+        finally: self.seconds += passed(start)[1]
+
+def overhead(make, rounds): # dict: name -> medians of (seconds around the fit, processor seconds of the fit)
+    "A fit in a block, the same one that saves as often, and one commit, in turn"
+    seconds = {}
+    saving = resume.save_next = Saving()
+    for i in range(rounds + 1):
+        for contestant in random.Random(i).sample((in_block, alone, alone_again, commit), 4):
+            with tempfile.TemporaryDirectory() as folder:
+                torch.manual_seed(0)
+                saving.seconds = 0.
+                around, fit = contestant(make, Path(folder))
+            if i: seconds.setdefault(contestant.__name__, []).append((around, fit - saving.seconds))
+    resume.save_next = saving.save
+    return {name: [statistics.median(column) for column in zip(*rows)] for name, rows in seconds.items()}
+
+
+# Bytes
+
+def packed(folder): return sum(path.stat().st_size for path in (folder/'run'/'packs').iterdir())
+
+def body_and_head(model): return [list(model[:-1].parameters()), list(model[-1].parameters())]
+
+def forks(folder, layers=5): # (ten forks over their parent, ten trained heads over heads with moments)
+    "Bytes of ten forks, and of ten fits of the last layer with a frozen body"
+    learn = learner(CheckpointedLearner, folder, layers, splitter=body_and_head)
+    with learn.checkpoint('body') as cp: cp.fit(n_steps=1)
+    parent = packed(folder)
+    for id in IDS:
+        with learn.checkpoint(id, parent='body'): pass
+    forked = packed(folder)
+    for id in IDS:
+        with learn.checkpoint(f'head-{id}', parent=id) as cp:
+            cp.freeze()
+            cp.fit(n_steps=2, lr=1e-4 * id)
+    heads = 3 * len(IDS) * sum(p.nbytes for p in learn.model[-1].parameters())
+    return forked / parent, (packed(folder) - forked) / heads
+
+
+def measured(function, *args, **kwargs):
+    with tempfile.TemporaryDirectory() as folder: return function(Path(folder), *args, **kwargs)
+
+
+def main(rounds):
+    seconds, steps = measured(rerun, 5)
+    again, model = ratio(seconds, 'script', 'read'), ratio(seconds, 'model', 'read')
+    state = 3 * 20 * 4 * 10**6
+    more = (child(CheckpointedLearner) - child(Learner)) / state
+    forked, heads = measured(forks)
+    rows = [('steps trained by the rerun of ten complete checkpoints, 240 MB each', f'{steps}', '0', steps == 0),
+            ('time of that rerun over reading the states, digests checked', f'{again:.2f}x', 'at most 2x', again <= 2),
+            ('of that: making the model and the learner', f'{model:.2f}x', '', True),
+            ('peak of memory of a fit in a block, over that of a plain fit', f'{more:+.2f} states', 'at most one', more <= 1)]
+    for what, make in (('20-32-2 MLP', mlp_fit), ('small CNN', cnn_fit)):
+        found = overhead(make, rounds)
+        (around, inside), (_, plain), (one, _) = found['in_block'], found['alone'], found['commit']
+        over, noise = inside / plain, abs(found['alone_again'][1] / plain - 1)
+        rows += [(f'fit in a block over one with SaveState, saves left out, {what}',
+                  f'{over:.3f}x, noise {noise:.3f}', 'at most 1.01x', over <= 1.01 + noise),
+                 (f'what a block adds around the fit, in commits of a state, {what}', f'{around / one:.1f}', '', True)]
+    rows += [('bytes of a checkpoint and ten forks over those of the checkpoint', f'{forked:.3f}x', '1x', forked == 1),
+             ('bytes of ten heads trained with a frozen body, over heads with moments', f'{heads:.3f}x', 'at most 1.05x', heads <= 1.05)]
+    report('Checkpoints', rows)
+
+
+if __name__ == '__main__':
+    if len(sys.argv) == 1: main(25)
+    else: print(memory(Path(sys.argv[2]), {'Learner': Learner}.get(sys.argv[1], CheckpointedLearner)))
