@@ -28,7 +28,7 @@ from .optim import (
     no_decay, param_groups, spread_lr,
 )
 from .fingerprint import (
-    Fingerprint, fingerprint, joined, UnfingerprintableError,
+    Fingerprint, fingerprint, UnfingerprintableError,
 )
 from .recorder import (
     Recorder,
@@ -65,8 +65,7 @@ from .checkpointed import (
     Checkpointed, CheckpointedLearner, StaleCheckpoint,
 )
 from .lineage import (
-    checkpoints_table, COLUMNS, explain_text, plot_tree, sections, summary, table_row, tree_text,
-    troubles,
+    checkpoints_table, explain_text, plot_tree, tree_text,
 )
 
 __all__ = [
@@ -78,12 +77,12 @@ __all__ = [
     'CancelBackward', 'CancelBatch', 'CancelEpoch', 'CancelFit', 'CancelStep', 'CancelTrain',
     'CancelValidate', 'accuracy', 'binary_accuracy', 'error_rate', 'mae', 'Metric', 'metric', 'mse',
     'perplexity', 'rmse', 'sklearn_metric', 'top_k_accuracy', 'no_decay', 'param_groups',
-    'spread_lr', 'Fingerprint', 'fingerprint', 'joined', 'UnfingerprintableError', 'Recorder',
-    'Progress', 'Learner', 'combine_scheds', 'ParamScheduler', 'sched_const', 'sched_cos',
-    'sched_exp', 'sched_lin', 'sched_poly', 'sched_warmup', 'TorchScheduler', 'LRFinderResult',
-    'AskToContinue', 'EarlyStopping', 'ReduceLROnPlateau', 'SaveBest', 'StopOnNaN',
-    'MixedPrecision', 'EMA', 'GradientAccumulation', 'GradientClip', 'SWA', 'SaveState',
-    'ChannelsLast', 'CutMix', 'MixUp', 'OverfitResult', 'ShortEpoch', 'StageFuncs', 'ValidateEvery',
-    'Checkpointed', 'CheckpointedLearner', 'StaleCheckpoint', 'checkpoints_table', 'COLUMNS',
-    'explain_text', 'plot_tree', 'sections', 'summary', 'table_row', 'tree_text', 'troubles',
+    'spread_lr', 'Fingerprint', 'fingerprint', 'UnfingerprintableError', 'Recorder', 'Progress',
+    'Learner', 'combine_scheds', 'ParamScheduler', 'sched_const', 'sched_cos', 'sched_exp',
+    'sched_lin', 'sched_poly', 'sched_warmup', 'TorchScheduler', 'LRFinderResult', 'AskToContinue',
+    'EarlyStopping', 'ReduceLROnPlateau', 'SaveBest', 'StopOnNaN', 'MixedPrecision', 'EMA',
+    'GradientAccumulation', 'GradientClip', 'SWA', 'SaveState', 'ChannelsLast', 'CutMix', 'MixUp',
+    'OverfitResult', 'ShortEpoch', 'StageFuncs', 'ValidateEvery', 'Checkpointed',
+    'CheckpointedLearner', 'StaleCheckpoint', 'checkpoints_table', 'explain_text', 'plot_tree',
+    'tree_text',
 ]

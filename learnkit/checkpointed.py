@@ -19,7 +19,7 @@ from .callback import Callback
 from .core import (callers_level, full_name, kind_of, make_result, result_class, result_fields, set_rng_state,
                            unrecorded)
 from .fingerprint import (UnfingerprintableError, as_text, call_arguments, differences,
-                                  fingerprint, versions)
+                                  fingerprint, globals_read, versions)
 from .learner import (Learner, check_loss_state, check_model_state, load_model_state,
                               opt_params)
 from .progress import Progress, say
@@ -309,6 +309,7 @@ class Ledger:
         self.warned = set()  # code that is known to have changed
         self.root = self.described(host._root(given))  # as it is before anything is trained
         self.outside, self.seen = {}, {}  # attributes that the script has set between calls
+        self.fetched = Fetched()
 
 @dataclass(frozen=True)
 class Place:
@@ -349,8 +350,19 @@ def ask(self:Ledger, method:str, args, kwargs): # Call
         try: return as_text(fingerprint(value, method, memo=self.memo).tree)
         except UnfingerprintableError: return type(value).__name__  # one that is ignored
     shown = [*map(text, args), *(f'{name}={text(value)}' for name, value in kwargs.items())]
-    return Call(method, args, kwargs, kind, values, found, self.structure(),
+    reads = constants_read(inspect.getattr_static(type(self.host), method))
+    structure = self.structure() | (self.described({'method': reads}) if reads else {})
+    return Call(method, args, kwargs, kind, values, found, structure,
                 f'{method}({", ".join(shown)})')
+
+def constants_read(func): # dict: name -> value
+    "The global numbers and texts that a user's method reads"
+    if full_name(func).startswith('learnkit.'): return {}
+    return {name: value for name, value in globals_read(func) if is_constant(value)}
+
+def is_constant(x): # bool
+    if isinstance(x, tuple): return all(map(is_constant, x))
+    return isinstance(x, (bool, int, float, complex, str, bytes, type(None)))
 
 # %% ../nbs/20_checkpointed.ipynb #e38d85fb
 @patch
@@ -389,22 +401,26 @@ def node(self:Ledger, id): # dict
 
 # %% ../nbs/20_checkpointed.ipynb #8ee0e8e6
 @patch
-def state_before(self:Ledger, node, k): # dict: parts, state, beside; state None: it was not kept
-    "The recorded state before call `k` of a checkpoint; after the last one, its end"
-    calls = node['calls']
-    if k < len(calls) and calls[k]['begin'] is not None: return calls[k]['begin']
-    if k:
-        call = calls[k - 1]
+def state_after(self:Ledger, node, n): # dict: parts, state, beside; state None: it was not kept
+    "The recorded state after the first `n` calls of a checkpoint"
+    if n:
+        call = node['calls'][n - 1]
         return {'parts': call['after'], 'state': call['state'], 'beside': call['beside']}
     begin = node['begin']
     if begin['state'] is not None or node['parent'] is None: return begin
     return self.state_at(Place(node['parent'], node['parent_call']))
 
 @patch
-def state_at(self:Ledger, place): # as `state_before`
-    "The recorded state of a place"
+def state_before(self:Ledger, node, k): # as `state_after`
+    "The recorded state before call `k`: that after the one before, unless the script changed it"
+    begin = node['calls'][k]['begin'] if k < len(node['calls']) else None
+    return begin or self.state_after(node, k)
+
+@patch
+def state_at(self:Ledger, place): # as `state_after`
+    "The recorded state of a place; of the best one, which is no state of its own, the end"
     node = self.node(place.id)
-    return self.state_before(node, len(node['calls']) if place.call is None else place.call + 1)
+    return self.state_after(node, len(node['calls']) if place.call in (None, 'best') else place.call + 1)
 
 # %% ../nbs/20_checkpointed.ipynb #c7bc637a
 @patch
@@ -630,11 +646,12 @@ def beginning_differs(self:Ledger, node, structure): # list of str
 @patch
 def structure_differs(self:Ledger, node, recorded, now, ignore=()): # list of str
     "How the host is put together now, compared with what is recorded"
-    texts = []
-    for name in [name for name in {**recorded, **now} if name not in ignore]:
+    texts, names = [], [name for name in {**recorded, **now} if name not in ignore]
+    differ = [name for name in names if name not in now or recorded.get(name) != now[name].digest]
+    if 'built_model' in differ and 'model' in differ: differ.remove('model')  # the same twice
+    for name in differ:
         if name not in now or name not in recorded: texts.append(f'{name} is not part of both')
-        elif recorded[name] != now[name].digest:
-            texts += differences(node['described'][recorded[name]], now[name].tree)
+        else: texts += differences(node['described'][recorded[name]], now[name].tree)
     return [f'{type(self.host).__name__}: {text}' for text in texts]
 
 # %% ../nbs/20_checkpointed.ipynb #f4faf983
@@ -660,8 +677,10 @@ def dependents(self:Ledger, node, k): # str
 def below(self:Ledger, id): # list of ids
     "The checkpoints that go on from this one, directly or not"
     nodes = {other: self.store.read(other) for other in self.store.ids()}
-    children = [other for other, node in nodes.items() if node['parent'] == id and other != id]
-    return [other for child in children for other in (child, *self.below(child))]
+    found = [id]
+    for above in found:  # which grows
+        found += [other for other, node in nodes.items() if node['parent'] == above and other not in found]
+    return found[1:]
 
 @patch
 def ways_on(self:Ledger, node): # str
@@ -718,7 +737,38 @@ def observe(self:Ledger, block): # dict: part of the state -> digest
 @patch
 def parts(self:Ledger): # dict: part of the state -> digest
     "The digests of the host's state"
-    return self.store.digests_of(as_dict(self.host._live_state()))
+    return self.store.digests_of(as_dict(self.host._live_state()), self.fetched.get)
+
+# %% ../nbs/20_checkpointed.ipynb #41a0a7f9
+class Fetched:
+    "Large tensors that were just fetched, and so hashed: while they are as they were, not again"
+    def __init__(self, state=None, root=None):
+        found = [] if root is None else with_digests(state, root)
+        self.known = {t.data_ptr(): (mark(t), t, digest) for t, digest in found if is_large(t)}
+
+    def get(self, t): # 64 hex digits; None for any other tensor
+        "The digest of a tensor that has not changed"
+        if not is_large(t) or t.data_ptr() not in self.known: return None
+        before, _, digest = self.known[t.data_ptr()]
+        return digest if mark(t) == before else None
+
+def is_large(t): return t.nbytes >= 2**20 and t.is_contiguous() and t.device.type == 'cpu'
+
+def mark(t): # tuple
+    "What shows that a tensor was written to: torch's counter, and sums that see other ways too"
+    words = t.detach().view(-1).view(torch.uint8)
+    rows = words[:words.numel() // 4096 * 4096].view(torch.int64).view(-1, 512).sum(1)
+    rest = words[rows.numel() * 4096:].sum(dtype=torch.int64)
+    return t._version, t.dtype, t.shape, int(rows.sum() + rest), int((rows * torch.arange(1, len(rows) + 1)).sum())
+
+def with_digests(live, node): # iterator of (tensor, digest)
+    "The tensors of a state beside their names in its record"
+    if isinstance(live, torch.Tensor): yield live, node['$tensor']
+    elif type(live) is dict:
+        inner = dict(node['$dict']) if '$dict' in node else node
+        for key, value in live.items(): yield from with_digests(value, inner[key])
+    elif type(live) in (list, tuple):
+        for value, item in zip(live, node if type(live) is list else node['$tuple']): yield from with_digests(value, item)
 
 @patch
 def call_differs(self:Ledger, node, k, call, parts): # list of str
@@ -779,8 +829,10 @@ def fetch(self:Ledger, block, call, recorded, parts):
     tree = self.store.get({name: recorded[name] for name in names})
     self.check_carriers(call, carriers, tree['callbacks'])
     if 'state' in tree:
+        self.fetched = Fetched()  # lets go of what was there before
         with self.unguarded(): host._lay(as_given(tree['state']), None)
         host._lay_beside(tree['beside'])
+        self.fetched = Fetched(as_dict(host._live_state()), recorded['state'])
     for cb, (_, state) in zip(carriers, tree['callbacks']): cb.load_state_dict(state)
     block._moved = recorded['state'] is None and (block._moved or not structural)
     self.done(block, call)
@@ -913,17 +965,19 @@ def clear(folder):
 def make(self:Ledger, block, call, record, work):
     "Make a call and record what came of it; if it fails the record says that it runs"
     host, node, k = self.host, block._node, len(block._made)
+    self.fetched = Fetched()
     carriers, mark, start = host._carriers(call.values), host._mark(), time.perf_counter()
     block._moved = True
     with self.unguarded(), host.saving_to(work.absolute(), self.save_every):
         result = getattr(host, call.method)(*call.args, **call.kwargs)
     self.settle()
-    if call.kind == 'changes': self.check_structure(call)
+    after = self.structure()
+    if call.kind == 'changes': self.check_structure(call, after)
     returns_host = result is host
     packed = None if returns_host else self.packed(call, result)
     roots, parts = self.put(packed, carriers)
     record.update(roots, after=parts, status='complete', returns_host=returns_host,
-                  structure_after=digests(after := self.structure()),
+                  structure_after=digests(after),
                   seconds=time.perf_counter() - start, ended=time.time(),
                   report=host._report(mark, carriers))
     node['described'].update(trees(after))
@@ -948,9 +1002,8 @@ def packed(self:Ledger, call, result): # plain tree
     return tree
 
 @patch
-def check_structure(self:Ledger, call):
+def check_structure(self:Ledger, call, after):
     "Raise RuntimeError when a call has changed what a later run, which fetches it, would not change"
-    after = self.structure()
     texts = [text for name, now in after.items() if name not in self.host.laid
              for text in differences(call.structure[name].tree, now.tree)]
     if texts:
@@ -1044,7 +1097,9 @@ def question(self:Ledger, block, call):
     if not self.hold(block): return self.question(block, call)
     if block._node['begin'] is None: self.record_begin(block, parts)
     if block._moved or parts != seen: self.stand_before(block, len(block._made))
-    return self.work_out(block._node, call, key)
+    answer = self.work_out(block._node, call, key)
+    self.settle()
+    return answer
 
 @patch
 def settled(self:Ledger, block, parts): # dict: part of the state -> digest
@@ -1158,8 +1213,8 @@ def structure_for(self:Ledger, node, call): # dict: name -> digest
     if (node['id'], len(node['calls'])) not in self.captured:
         self.check_alike(node, {name: recorded[name] for name in names},
                          {name: now[name] for name in names})
-    data = {'data': now['data'].digest} if 'data' in now else {}
-    return {name: recorded[name] for name in names} | data
+    here = {name: now[name].digest for name in ('data', 'method') if name in now}
+    return {name: recorded[name] for name in names} | here
 
 def end_structure(node): # dict: name -> digest
     "The structure at the end of a checkpoint"
@@ -1248,7 +1303,7 @@ def roll(self:Ledger, place, schedulers=True):
     "Bring the host to a place"
     node = self.node(place.id)
     k = self.calls_before(node, place)
-    saved, captured = self.state_before(node, k), self.captured.get((place.id, k))
+    saved, captured = self.state_after(node, k), self.captured.get((place.id, k))
     if saved['state'] is None: raise not_kept(node)
     if captured is None:
         now = self.structure()
@@ -1284,31 +1339,6 @@ def line_to(self:Ledger, node): # tuple of ids
     place = place_of(node)
     before = self.store.read(place.id) if place else None
     return (node['id'], *(self.line_to(before) if before else (place.id,) if place else ()))
-
-# %% ../nbs/20_checkpointed.ipynb #bf8ae84a
-@patch
-@unrecorded
-def delete_checkpoint(self:Checkpointed,
-                      id, # of a checkpoint
-                      force:bool=False, # also when others go on from it; they keep what they need
-                     ):
-    "Delete a checkpoint with its answers; `gc` then frees the space"
-    ledger = self.ledger
-    ledger.check_idle('delete_checkpoint')
-    ledger.node(id)  # an error before anything is written
-    with ledger.store.writing():
-        node = ledger.node(id)
-        nodes = [ledger.store.read(other) for other in ledger.store.ids()]
-        children = [child for child in nodes if child['parent'] == node['id']]
-        if children and not force:
-            names = ', '.join(id_text(child['id']) for child in children)
-            raise ValueError(f'checkpoint {id_text(id)} is what checkpoint {names} goes on from: delete '
-                             'that first, or give force=True, which keeps what it needs')
-        for child in children:
-            saved = ledger.state_before(child, 0)
-            child['begin'] |= {'state': saved['state'], 'beside': saved['beside']}
-            ledger.store.write(child)
-        ledger.store.delete(node['id'])
 
 # %% ../nbs/20_checkpointed.ipynb #bf19970c
 @patch
@@ -1349,7 +1379,7 @@ class CheckpointedLearner(Checkpointed, Learner):
     "A learner whose method calls are kept: run a script again and only what is new is computed"
     drifts, unseeded, once = ('rng', 'data'), ('model', 'rng', 'data'), ('setup',)
     laid = ('lr', 'layers', 'attributes')  # structure that comes back together with the state
-    trained = ('model', 'loss_func', 'splitter', 'opt_func')
+    trained = ('built_model', 'loss_func', 'splitter', 'opt_func')
     of_the_model = ('validate', 'test', 'get_preds', 'predict')  # these need no optimizer
     of_training = ('opt', 'scaler', 'counters', 'opt_func', 'lr', 'wd', 'splitter', 'layers')
 
@@ -1359,7 +1389,7 @@ class CheckpointedLearner(Checkpointed, Learner):
 
     def _root(self, given):
         args, kwargs = self.ledger_given
-        return {'seed': given['seed'], 'model': self.model, 'class': class_attributes(type(self)),
+        return {'seed': given['seed'], 'built_model': self.model, 'class': class_attributes(type(self)),
                 'constructor': added_arguments(type(self), args, kwargs)}
 
     def _structure(self):
@@ -1387,9 +1417,18 @@ def class_attributes(cls): # dict: name -> value
 
 def module_attributes(model:nn.Module): # dict: path -> value
     "Numbers and text that modules hold as attributes"
-    return {f'model.{path}.{name}'.replace('..', '.'): value for path, module in model.named_modules()
+    return {'.'.join(filter(None, ('model', path, name))): value for path, module in model.named_modules()
             for name, value in vars(module).items() if name[0] != '_' and name != 'training'
             and isinstance(value, (bool, int, float, str, type(None)))}
+
+def lay_attributes(learn, attributes:dict):
+    "Give the learner and the modules of its model the attributes they had"
+    modules = dict(learn.model.named_modules())
+    for name, value in attributes.items():
+        path, _, last = name.rpartition('.')
+        if not path: setattr(learn, name, value)
+        elif (module := modules.get(path.removeprefix('model').removeprefix('.'))) is not None:
+            setattr(module, last, value)
 
 def is_storable(x): # bool
     try: check_storable(x)
@@ -1440,7 +1479,7 @@ PLACES = ('epoch', 'iter', 'updates', 'batches_per_epoch', 'batches_per_update',
 def _beside(self:CheckpointedLearner): # plain tree
     "Times, layers that learn, default rate, and where the last fit ended"
     return {'times': list(self.recorder.times), 'lr': self.lr, 'frozen': frozen(self),
-            'still': still(self), 'attributes': own_attributes(self), 'outside': dict(self.ledger.outside),
+            'still': still(self), 'attributes': self._attributes(), 'outside': dict(self.ledger.outside),
             'places': {name: getattr(self, name) for name in PLACES}}
 
 @patch
@@ -1453,7 +1492,7 @@ def _lay_beside(self:CheckpointedLearner, tree):
         if param.is_floating_point() or param.is_complex(): param.requires_grad_(name not in fixed)
     self._still = [modules[name] for name in tree['still']]
     vars(self).update(tree['places'])
-    vars(self).update(tree['attributes'])
+    lay_attributes(self, tree['attributes'])
     self.ledger.outside = dict(tree['outside'])
 
 # %% ../nbs/20_checkpointed.ipynb #59bf9078

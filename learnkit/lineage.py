@@ -127,7 +127,6 @@ def saved_at(self:Lineage, id, call=None): # dict: parts, state, beside; None: i
     calls, begin = node['calls'], node['begin']
     n = call + 1 if isinstance(call, int) else len(calls)
     if n > len(calls): return None
-    if n < len(calls) and calls[n]['begin']: return calls[n]['begin']
     if not n: return begin and self.saved_begin(node)
     return {'parts': calls[n - 1]['after'], **{k: calls[n - 1][k] for k in ('state', 'beside')}}
 
@@ -789,9 +788,10 @@ def delete_checkpoint(store, id,
                       force:bool=False, # also when others go on from it; they keep what they need
                      ):
     "Delete a checkpoint with its answers; `gc` then frees the space"
+    id = check_id(id)
+    if id not in (lineage := Lineage(store)).damaged: lineage.node(id)  # before anything is written
     with store.writing():
-        lineage, id = Lineage(store), check_id(id)
-        if id not in lineage.damaged: lineage.node(id)
+        lineage = Lineage(store)
         children = lineage.children().get(id, [])
         if children and not force: raise HasChildren(id, children)
         for child in [lineage.nodes[child] for child in children]:
@@ -799,9 +799,19 @@ def delete_checkpoint(store, id,
             store.write(child)
         store.delete(id)
 
+@patch
+@unrecorded
+def delete_checkpoint(self:Checkpointed,
+                      id, # of a checkpoint
+                      force:bool=False, # also when others go on from it; they keep what they need
+                     ):
+    "Delete a checkpoint with its answers; `gc` then frees the space"
+    self.ledger.check_idle('delete_checkpoint')
+    delete_checkpoint(self.ledger.store, id, force)
+
 class HasChildren(ValueError):
     "Others go on from a checkpoint that is to be deleted"
     def __init__(self, id, children):
         names = ', '.join(map(id_text, children))
-        super().__init__(f'{names} went on from checkpoint {id_text(id)}: delete that first, or '
+        super().__init__(f'checkpoint {names} went on from checkpoint {id_text(id)}: delete that first, or '
                          'force it, which keeps what they need')

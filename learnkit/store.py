@@ -1033,11 +1033,17 @@ def put(self:Store,
     return root, part_digests(tree, form)
 
 @patch
-def digests_of(self:Store, tree): # parts
+def digests_of(self:Store,
+               tree, # as for `save_tree`
+               known=None, # function: tensor -> its digest if that is known, else None
+              ): # parts
     "The parts that `put` would return; nothing is stored"
     canonical = Packer(canonical=True)
     form = canonical.pack(tree)
-    fill_in(canonical, tensor_digests([t for _, t, _, _ in canonical.found]))
+    tensors = [t for _, t, _, _ in canonical.found]
+    have = [known(t) if known else None for t in tensors]
+    new = iter(list(tensor_digests([t for t, digest in zip(tensors, have) if digest is None])))
+    fill_in(canonical, [digest or next(new) for digest in have])
     return part_digests(tree, form)
 
 # %% ../nbs/01_store.ipynb #993c84cd

@@ -231,6 +231,24 @@ def test_what_cannot_be_told_is_an_error_that_names_the_ways_out(tmp_path):
         with pytest.raises(ValueError): make(tmp_path, **wrong)
 
 
+@pytest.mark.parametrize('edit', ['add_', 'data', 'numpy', 'swap', 'last byte', None])
+def test_a_large_tensor_that_was_changed_after_a_fetch_is_noticed(tmp_path, edit):
+    def run(change):
+        learn = make(tmp_path, model=nn.Sequential(nn.Linear(4, 150_001), nn.Linear(150_001, 2)))
+        with learn.checkpoint(1) as cp: cp.fit(n_steps=1)
+        weight = learn.model[0].weight
+        if change == 'add_':
+            with torch.no_grad(): weight.add_(1)
+        if change == 'data': weight.data[0, 0] += 1
+        if change == 'numpy': weight.detach().numpy()[-1, -1] += 1
+        if change == 'swap': weight.data[:70_000], weight.data[-70_000:] = weight.data[-70_000:].clone(), weight.data[:70_000].clone()
+        if change == 'last byte': weight.data.view(-1).view(torch.uint8)[-1] ^= 1
+        with learn.checkpoint(2) as cp: cp.fit(n_steps=1)
+    run(None), run(None)
+    if edit is None: return
+    with pytest.raises(StaleCheckpoint, match='changed: model'): run(edit)
+
+
 def test_values_that_are_equal_but_not_alike_are_told_apart(tmp_path):
     def run(n):
         learn = make(tmp_path, cls=Own)
@@ -250,7 +268,7 @@ class Pair:
     right: object
 
 
-CALLS = []
+CALLS, RATE = [], 0.1
 
 
 class Own(CheckpointedLearner):
@@ -282,6 +300,7 @@ class Own(CheckpointedLearner):
         self.fit(1)
         self.add_cb(GradientClip(1.))
     def rate(self): self.lr = 0.5
+    def named_rate(self): self.lr = RATE
     def failing(self):
         self.fit(1)
         raise OSError('no more')
@@ -416,6 +435,35 @@ def test_what_a_subclass_adds_counts(tmp_path):
     learn = make(tmp_path, cls=Scaled)
     learn.alpha = 3.
     with pytest.raises(StaleCheckpoint, match='alpha'), learn.checkpoint(1) as cp: cp.fit(1)
+
+
+def test_a_constant_that_a_method_reads_counts(tmp_path, monkeypatch):
+    once(tmp_path, 'named_rate')
+    once(tmp_path, 'named_rate')
+    monkeypatch.setattr(sys.modules[__name__], 'RATE', 0.2)
+    with pytest.raises(StaleCheckpoint, match='RATE 0.1 -> 0.2'): once(tmp_path, 'named_rate')
+
+
+def test_a_fork_from_the_best(tmp_path):
+    def run():
+        learn = make(tmp_path)
+        with learn.checkpoint(1) as cp: cp.fit(3, lr=0.5, cbs=SaveBest('valid_loss', restore=False))
+        learn.rollback(1, 'best')
+        with learn.checkpoint(2) as cp: cp.fit(1)
+        return digest(learn)
+    assert run() == run()
+    with make(tmp_path).plan() as learn: pass
+
+
+def test_a_bookmark_at_the_root_can_be_gone_back_to_in_another_process(tmp_path):
+    learn = make(tmp_path)
+    with learn.checkpoint(0): pass
+    start = digest(learn)
+    with learn.checkpoint(1) as cp: cp.fit(1)
+    again = make(tmp_path, seed=3)
+    assert again.cache(0).validate() == learn.cache(0).validate()
+    again.rollback(0)
+    assert digest(again) == start
 
 
 def test_attributes_that_a_method_sets_come_back(tmp_path):
