@@ -750,7 +750,6 @@ def test_a_deleted_parent_makes_nothing_stale(tmp_path):
     assert '· 1  (deleted)' in tree_text(learn.ledger.store)
 
 
-@pytest.mark.xfail(raises=TypeError, reason='a checkpoint cannot begin at the best of another yet')
 def test_a_fork_from_the_best_is_not_stale(tmp_path):
     learn = two(tmp_path)
     learn.rollback(1, which='best')
