@@ -606,11 +606,13 @@ def names_read(code): # (global names, dotted where attributes follow; outer var
         begins, goes_on = op in ('LOAD_GLOBAL', 'LOAD_NAME'), op in ('LOAD_ATTR', 'LOAD_METHOD')
         path = (name,) if begins else (*path, name) if path and goes_on else ()
         if path and path[0] not in kept: read.add('.'.join(path))
+    changed = {name for op, name in steps if op in ('STORE_ATTR', 'DELETE_ATTR')}
+    read = {path for path in read if path.rpartition('.')[2] not in changed or '.' not in path}
     written = {name for op, name in steps if op in ('STORE_DEREF', 'DELETE_DEREF')}
     return tuple(sorted(read)), frozenset(written)
 
 def globals_read(func): # list of (name, value)
-    "The globals that a function reads, as far as they exist; names in modules of its own are dotted"
+    "The globals that a function reads, as far as they exist"
     names, _ = names_read(func.__code__)
     found = [(name, looked_up(func.__globals__, *name.split('.'))) for name in names]
     return [(name, value) for name, value in found if name[:2] != '__' and value is not MISSING]

@@ -842,7 +842,7 @@ def begin_writing(self:Store):
 @patch
 def end_writing(self:Store):
     "What the last to let the lock go does"
-    if (self.holder() or {}).get('pid') != os.getpid(): return  # the store was removed, and made anew
+    if (self.holder() or {}).get('pid') != os.getpid(): return  # removed, and made anew
     with suppress(OSError): unlink(self.folder/'holder.json')  # the next one would overwrite it
 
 @patch
@@ -866,16 +866,15 @@ def writing(self:Store,
             wait:float=20., # seconds; workers of a writer that died may hold its lock for some
            ):
     "Inside, this process is the one that writes; LockedError if another one is"
-    lock, process = self.system_lock(), os.getpid()
+    lock = self.system_lock()
     self.acquire(lock, wait)
     try:
         if lock.lock_counter == 1: self.begin_writing()
         yield self
-    finally:
-        if os.getpid() == process:  # and not a child that was forked off inside
-            try:
-                if lock.lock_counter == 1: self.end_writing()
-            finally: lock.release()
+    finally:  # in a child that was forked off inside, the counter is 0 and nothing is released
+        try:
+            if lock.lock_counter == 1: self.end_writing()
+        finally: lock.release()
 
 # %% ../nbs/01_store.ipynb #6e807c7a
 @patch
@@ -1242,7 +1241,7 @@ def destroy(self:Store):
         for name in PARTS:
             clear(self.part(name))
             sync_folder(self.folder)
-        for name in ('format.json', 'holder.json', 'lock'): clear(self.folder/name)
+        for name in ('format.json', 'holder.json', 'lock'): clear(self.folder/name)  # lock last
         try: rmdir(self.folder)
         except OSError as error:  # other runs may be below, or the next writer is already there
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST): raise

@@ -381,6 +381,12 @@ def test_one_state_is_one_pack_and_one_fsync(folder, monkeypatch):
     assert len(packs(run)) == 2
 
 
+def test_a_small_change_makes_a_small_pack(folder):
+    run = filled(folder, a=[torch.full((3,), i) for i in range(300)])
+    with run.writing(): run.put([torch.full((3,), i) for i in range(1, 301)])
+    assert sorted(path.stat().st_size > 1000 for path in packs(run)) == [False, True]
+
+
 def test_each_tensor_is_hashed_once(folder, monkeypatch):
     hashed, digest = [], store.tensor_digest
     monkeypatch.setattr(store, 'tensor_digest', lambda t: hashed.append(t.shape) or digest(t))
@@ -827,16 +833,19 @@ def test_destroy_leaves_other_runs(tmp_path):
     assert state(filled(tmp_path / 'a', x=3), 'x') == 3
 
 
-def test_a_store_that_was_removed_and_is_made_anew(folder):
+def test_a_store_that_was_removed_and_is_made_anew(folder, monkeypatch):
     "By one who knew the old one"
     run = filled(folder, a=OLD['a'])
     Store(folder).destroy()
     assert run.ids() == [] and run.read('a') is None and not run.holds({'$tensor': store.tensor_digest(X)})
     with run.writing(): record(run, 'b', OLD['b'])
     assert sound(folder, {'b': OLD['b']}) and Store(folder).format == 1
+    removed, unlink = [], store.unlink
+    monkeypatch.setattr(store, 'unlink', lambda path: removed.append(Path(path).name) or unlink(path))
     with run.writing():
         assert run.holder()
         run.destroy()
+        assert removed[-3:] == ['format.json', 'holder.json', 'lock'] # from then on it may be the next one's
     assert not folder.exists() and run.holder() is None
 
 

@@ -1,6 +1,7 @@
-"Equal in two processes when equal, different when different, and an error for what cannot be described"
-import collections, dataclasses, datetime, decimal, enum, functools, importlib.util, itertools, json
-import math, operator, os, pathlib, queue, random, re, socket, subprocess, sys, threading, types, typing, uuid, warnings
+"Equal in two processes when equal, different when different, an error for all else"
+import collections, datetime, decimal, enum, functools, importlib.util, itertools, json, math
+import operator, os, queue, random, re, socket, subprocess, sys, threading, types, typing, uuid
+import warnings
 from collections import OrderedDict, defaultdict, namedtuple
 from dataclasses import dataclass
 from fractions import Fraction
@@ -35,7 +36,7 @@ from learnkit.gradients import EMA, GradientAccumulation, GradientClip
 from learnkit.metrics import accuracy, error_rate, metric, rmse, sklearn_metric, top_k_accuracy
 from learnkit.precision import MixedPrecision
 from learnkit.progress import Progress
-from learnkit.schedule import ParamScheduler, TorchScheduler
+from learnkit.schedule import TorchScheduler
 from learnkit.store import tree_digest
 from learnkit.track import EarlyStopping, SaveBest
 
@@ -556,7 +557,8 @@ def test_tables_by_content():
 
 
 def test_pandas_and_pil_are_not_imported():
-    code = ('import sys, torch; from learnkit.fingerprint import fingerprint; fingerprint([torch.zeros(3), {"a": 1}]);'
+    code = ('import sys, torch; from learnkit.fingerprint import fingerprint;'
+            'fingerprint([torch.zeros(3), {"a": 1}]);'
             'print([m for m in ("pandas", "PIL", "sklearn") if m in sys.modules])')
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.stdout.strip() == '[]', done.stderr
@@ -621,11 +623,10 @@ def test_anything_else_is_an_error_that_names_the_place_and_the_way_out(make):
 
 
 def test_the_error_of_a_class_names_it_and_fingerprint():
-    assert error(
-        {'a': threading.Lock()}) == ("fit: a: <class '_thread.lock'> has no fingerprint: give it a method __fingerprint__ that returns "
-                                              "plain values, or leave it out with ignore=('a',)")
-    assert error(threading.Lock(),
-        'value') == "value: <class '_thread.lock'> has no fingerprint: give it a method __fingerprint__ that returns plain values"
+    said = ("<class '_thread.lock'> has no fingerprint: give it a method __fingerprint__ that "
+            'returns plain values')
+    assert error(threading.Lock(), 'value') == f'value: {said}'
+    assert error({'a': threading.Lock()}) == f"fit: a: {said}, or leave it out with ignore=('a',)"
 
 
 def test_places():
@@ -922,7 +923,8 @@ def test_what_is_no_plain_global_does_not_count(load):
 
 def test_functions_and_classes_among_the_globals_count_by_name(load):
     m = load(
-        'from torch.nn.functional import relu\nfrom math import sin\nclass K: pass\ndef f(x): return relu(sin(K(x)))\n')
+        'from torch.nn.functional import relu\nfrom math import sin\nclass K: pass\n'
+        'def f(x): return relu(sin(K(x)))\n')
     assert tree(m.f)['reads'] == {'mine.K': {'$class': 'mine.K'},
         'mine.relu': {'$function': 'torch.nn.functional.relu'},
         'mine.sin': {'$function': 'math.sin'}}
@@ -937,6 +939,15 @@ def test_names_in_modules_of_the_users_own_count(load):
     assert set(code(m.f)) == {'mine.f', 'config.g'}
     before = digest(m.f)
     config.alpha = 3
+    assert digest(m.f) != before
+
+
+def test_what_a_function_keeps_in_a_class_or_module_is_no_setting(load):
+    m = load('class K:\n    calls, alpha = 0, 1\ndef f(x):\n    K.calls += 1\n    return K.alpha\n')
+    before = digest(m.f)
+    m.f(1)
+    assert digest(m.f) == before
+    m.K.alpha = 2
     assert digest(m.f) != before
 
 
@@ -967,7 +978,8 @@ def test_functions_in_a_circle(load):
 
 def test_two_functions_of_one_name_share_an_entry(load):
     m = load(
-        'def make(k):\n    if k:\n        def g(x): return 1\n    else:\n        def g(x): return 2\n    return g\n')
+        'def make(k):\n    if k:\n        def g(x): return 1\n'
+        '    else:\n        def g(x): return 2\n    return g\n')
     both, one = code([m.make(0), m.make(1)]), code(m.make(0))
     assert list(both) == list(one) and both != one and both == code([m.make(1), m.make(0)])
 
@@ -1547,7 +1559,8 @@ def test_differences_of_models():
         {'model': other})[0] == 'model 0 (Linear) weight float32[8, 4] has other values'
     assert diff({'model': base}, {'model': nn.Linear(1, 1)},
         weights=False) == [
-            'model Sequential(Linear(in_features=4, out_features=8), ReLU(), ...) -> Linear(in_features=1, out_features=1)']
+            'model Sequential(Linear(in_features=4, out_features=8), ReLU(), ...) -> '
+            'Linear(in_features=1, out_features=1)']
 
 
 def test_differences_of_data():
@@ -1559,7 +1572,8 @@ def test_differences_of_data():
             TensorLoader((base.valid.tensors[0] + 1, base.valid.tensors[1]),
                 4))}) == ['valid: dataset float32[4, 4] has other values']
     assert diff({'data': base},
-        {'data': DataLoaders(base.train)}) == ['valid TensorLoader(float32[4, 4], tensor([15, 16, 17, 18]), ...) -> None']
+        {'data': DataLoaders(base.train)}) == [
+            'valid TensorLoader(float32[4, 4], tensor([15, 16, 17, 18]), ...) -> None']
     assert diff({'dl': base.train},
         {'dl': TensorLoader(base.train.tensors, 8, True)}) == ['dl: bs 4 -> 8']
     assert diff({'dl': DatasetLoader(Squares(10))},

@@ -196,6 +196,9 @@ def test_every_tensor_is_aligned(path):
         assert start % 8 == 0
         for name, entry in json.loads(data[8:start]).items():
             if name != '__metadata__': assert entry['data_offsets'][0] % tree[name].element_size() == 0
+    data = save_tensors(tree, path).read_bytes()
+    for name, entry in json.loads(data[8:8 + int.from_bytes(data[:8], 'little')]).items():
+        assert entry['data_offsets'][0] % tree[name].element_size() == 0
 
 
 def test_nan_has_one_digest():
