@@ -135,7 +135,8 @@ def saved_begin(self:Lineage, node): # dict: parts, state, beside
     "What is stored of the state that a checkpoint began from; it may be its parent's"
     begin, parent = node['begin'], node['parent']
     if begin['state'] is not None or parent not in self.nodes: return begin
-    return {**(self.saved_at(parent, node['parent_call']) or begin), 'parts': begin['parts']}
+    kept = self.saved_at(parent, node['parent_call']) or begin
+    return {'parts': begin['parts'], 'state': kept['state'], 'beside': kept['beside']}
 
 # %% ../nbs/21_lineage.ipynb #7d21cd2d
 def total_epochs(node): # int

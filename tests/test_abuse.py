@@ -432,7 +432,7 @@ def test_an_id_that_is_refused_leaves_nothing(tmp_path, id):
 
 def test_deleting_what_cannot_be_there_leaves_nothing(tmp_path):
     for id in ('../x', True, 7):
-        with pytest.raises((ValueError, TypeError, KeyError)): make(tmp_path).delete_checkpoint(id)
+        with pytest.raises((ValueError, TypeError, LookupError)): make(tmp_path).delete_checkpoint(id)
     assert not list(tmp_path.iterdir())
 
 

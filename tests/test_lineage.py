@@ -782,3 +782,15 @@ def test_a_bookmark_and_its_child(tmp_path):
     with learn.checkpoint(2) as cp: cp.fit(1)
     assert learn.checkpoints.status.tolist() == ['complete'] * 2
     assert said(learn.ledger.store, 1, 2, 'calls') == ['only 2: fit(1)']
+
+
+def test_a_bookmark_is_deleted_and_its_child_fetched(tmp_path):
+    def run():
+        learn = learner(tmp_path)
+        with learn.checkpoint(1, 'as made'): pass
+        with learn.checkpoint(2) as cp: cp.fit(1)
+        return learn
+    learn = run()
+    learn.delete_checkpoint(1, force=True)
+    again = run()
+    assert again.checkpoints.status.tolist() == ['complete'] * 2 and again.checkpoints.id.tolist() == [1, 2]

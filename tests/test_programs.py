@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 from torch import nn
 from torch.optim import SGD, Adam
 from learnkit import *
@@ -155,7 +155,8 @@ def check(blocks, crash, questions, keep, victim):
 
 cases = given(program, st.integers(1, 12), st.lists(st.tuples(st.integers(0, 3), st.sampled_from(list(QUESTIONS)), st.integers(1, 2)), max_size=2),
               st.sampled_from(['calls', 'calls', 'last']), st.integers(0, 3))
-quick = dict(deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+quick = dict(deadline=None, suppress_health_check=list(HealthCheck), derandomize=True,
+             phases=[Phase.explicit, Phase.generate])  # shrinking a failure would take minutes
 
 
 @settings(max_examples=12, **quick)
