@@ -79,7 +79,8 @@ def sync_folder(path):
     fd = os.open(path, os.O_RDONLY)
     try: fsync(fd)
     except OSError as error:
-        if error.errno != errno.EINVAL: raise  # some network file systems have no such thing
+        if error.errno != errno.EINVAL:  # some network file systems have no such thing
+            raise OSError(error.errno, error.strerror, str(path)) from error
     finally: os.close(fd)
 
 def explained(error:OSError, path): # OSError of the same class
@@ -119,10 +120,10 @@ def make_folder(path):
     "Make a folder and those above it, durably"
     path = Path(path)
     for new in reversed([folder for folder in (path, *path.parents) if not folder.exists()]):
-        try: mkdir(new)
-        except FileExistsError: pass  # another process was faster
+        try:
+            with suppress(FileExistsError): mkdir(new)  # another process was faster
+            sync_folder(new.parent)
         except OSError as error: raise explained(error, new) from error
-        sync_folder(new.parent)
     if not path.is_dir(): raise NotADirectoryError(errno.ENOTDIR, 'it is no folder', str(path))
 
 def remove_folder(path):
