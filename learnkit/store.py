@@ -1192,14 +1192,15 @@ def dead(self:Store, nodes:dict): # dict: path of a pack -> set of digests that 
     return {path: digests for path, digests in found.items() if digests}
 
 @patch
-def sweep(self:Store, path, digests):
+def sweep(self:Store, path, digests): # Path of the new pack, None if there is none
     "Remove tensors from a pack: a new pack without them is durable before the old one goes"
-    keep = [digest for digest in self.packs[path] if digest not in digests]
+    keep, new = [digest for digest in self.packs[path] if digest not in digests], None
     if keep:
         items = by_width(self.sound(path, keep).items())
-        write_pack(path.parent, items, room_for(items))
+        new = write_pack(path.parent, items, room_for(items))
     unlink(path)
     sync_folder(path.parent)
+    return new
 
 # %% ../nbs/01_store.ipynb #8dcae8a1
 @patch
@@ -1210,7 +1211,9 @@ def gc(self:Store, dry_run:bool=True): # Garbage
     if dry_run: return self.find_garbage()[0]
     with self.writing():
         garbage, dead = self.find_garbage()
-        for path, digests in dead.items(): self.sweep(path, digests)
+        made = set()  # a pack that is wholly dead, as an earlier one has its tensors, may be made anew
+        for path, digests in dead.items():
+            if path not in made: made.add(self.sweep(path, digests))
         for name in garbage.work + garbage.left_over + garbage.damaged: clear(self.folder/name)
         self.refresh()
     garbage.dry_run = False

@@ -694,6 +694,22 @@ def test_gc_keeps_what_any_node_names(folder):
     assert run.gc() == Garbage(True) and run.gc(dry_run=False) == Garbage(False)
 
 
+@pytest.mark.parametrize('first', [{'x': X}, {'y': Y}])
+def test_gc_of_a_pack_whose_rest_is_another_pack(folder, first):
+    "What one pack keeps is then in the other one, which is not to go"
+    run = Store(folder)
+    with run.writing():
+        record(run, 'alone', first)
+        copy = {path: path.read_bytes() for path in packs(run)}
+        run.delete('alone')
+        run.gc(dry_run=False)
+        record(run, 'both', {'x': X, 'y': Y})
+        for path, data in copy.items(): path.write_bytes(data)  # as a writer that was killed leaves it
+        run.write({'id': 'both', 'state': run.put(first)[0]})
+    run.gc(dry_run=False)
+    assert same(state(run, 'both'), first) and len(packs(run)) == 1
+
+
 @pytest.mark.parametrize('seed', [*range(4), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(4, 60))])
 def test_any_sequence_of_steps(folder, seed):
     "By several stores of one folder, some of which die: what was recorded last is there, and after a gc nothing else"
