@@ -6,7 +6,7 @@
 __all__ = ['StaleCheckpoint', 'Checkpointed', 'CheckpointedLearner']
 
 # %% ../nbs/20_checkpointed.ipynb #7c636d0a
-import copy, functools, inspect, json, math, shutil, time, warnings
+import copy, functools, inspect, json, math, time, warnings
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from .progress import Progress, say
 from .resume import as_period
 from .schedule import torch_schedulers
 from .store import (DamagedError, Store, UnstorableError, check_id, check_name, check_storable,
-                            id_text, text_digest, tree_digest)
+                            clear, id_text, text_digest, tree_digest)
 from .track import SaveBest
 
 # %% ../nbs/20_checkpointed.ipynb #766a5848
@@ -916,7 +916,7 @@ def compute(self:Ledger, block, call, parts, recorded):
     elif recorded: record['begin'] = recorded['begin']
     node['described'].update(trees(call.structure))
     node['closed'], work = False, self.store.work(id)/str(k)
-    if recorded is None: clear(work)
+    if recorded is None: forget_saves(work)
     node['calls'][k:k + 1] = [record]
     self.store.write(node)
     return self.make(block, call, record, work)
@@ -955,10 +955,10 @@ def here(self:Ledger, parts): # dict: parts, state, beside
 def trees(structure): return {found.digest: found.tree for found in structure.values()}
 def digests(structure): return {name: found.digest for name, found in structure.items()}
 
-def clear(folder):
-    "Remove the saves of a call that is not to go on"
-    if folder.exists(): shutil.rmtree(folder)
-    if folder.parent.exists() and not any(folder.parent.iterdir()): folder.parent.rmdir()
+def forget_saves(folder):
+    "Remove the saves of a call that is complete, or is not to go on"
+    clear(folder)
+    if folder.parent.exists() and not any(folder.parent.iterdir()): clear(folder.parent)
 
 # %% ../nbs/20_checkpointed.ipynb #ae7a262e
 @patch
@@ -982,7 +982,7 @@ def make(self:Ledger, block, call, record, work):
                   report=host._report(mark, carriers))
     node['described'].update(trees(after))
     self.store.write(node)
-    clear(work)
+    forget_saves(work)
     block._moved = False
     self.done(block, call)
     return result
@@ -1200,7 +1200,7 @@ def cached(self:Ledger, id, name, args, kwargs):
         if found := self.find_answer(node, key, call): return self.fetch_answer(node, call, found)
         work = None if kind == 'pure' else (self.store.work(id)/f'answer-{key[:16]}').absolute()
         with self.on_state_of(node, call.method): result = self.work_out(node, call, key, work)
-        if work: clear(work)
+        if work: forget_saves(work)
     return result
 
 # %% ../nbs/20_checkpointed.ipynb #b657125a
