@@ -16,8 +16,8 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 from .callback import Callback
-from .core import (callers_level, full_name, kind_of, make_result, result_class, result_fields, set_rng_state,
-                           unrecorded)
+from .core import (callers_level, full_name, kind_of, make_result, result_class,
+                           result_fields, set_rng_state, unrecorded)
 from .fingerprint import (UnfingerprintableError, as_text, call_arguments, differences,
                                   fingerprint, globals_read, versions)
 from .learner import (Learner, check_loss_state, check_model_state, load_model_state,
@@ -632,7 +632,8 @@ def is_worth_keeping(self:Ledger, node, first=0): # bool
     "Whether anything was computed in a checkpoint from a call on; one that failed at once is not"
     calls, work = node['calls'][first:], self.store.work(node['id'])
     saves = (path for k in range(first, len(node['calls'])) for path in (work/str(k)).rglob('*'))
-    return any(path.is_file() for path in saves) or any(call['status'] == 'complete' for call in calls) or not first and node['closed']
+    if any(call['status'] == 'complete' for call in calls) or not first and node['closed']: return True
+    return any(path.is_file() for path in saves)
 
 @patch
 def beginning_differs(self:Ledger, node, structure): # list of str
@@ -721,7 +722,8 @@ def numbered(self:Ledger, block, call):
         self.check_code(node, recorded, call)
         try: return self.fetch(block, call, recorded, parts)
         except DamagedError as error:
-            warnings.warn(f'{error}. {call.text} of checkpoint {id_text(block._id)} is computed anew', stacklevel=callers_level())
+            warnings.warn(f'{error}. {call.text} of checkpoint {id_text(block._id)} is computed anew',
+                          stacklevel=callers_level())
             self.why = f'{call.text}: {error}'
     elif recorded: self.why = f'{call.text} was broken off and goes on'
     elif k or not node['calls']: self.why = f'{call.text}: no such call is recorded'
@@ -759,7 +761,8 @@ def mark(t): # tuple
     words = t.detach().view(-1).view(torch.uint8)
     rows = words[:words.numel() // 4096 * 4096].view(torch.int64).view(-1, 512).sum(1)
     rest = words[rows.numel() * 4096:].sum(dtype=torch.int64)
-    return t._version, t.dtype, t.shape, int(rows.sum() + rest), int((rows * torch.arange(1, len(rows) + 1)).sum())
+    weighted = rows * torch.arange(1, len(rows) + 1)  # sees words that change places
+    return t._version, t.dtype, t.shape, int(rows.sum() + rest), int(weighted.sum())
 
 def with_digests(live, node): # iterator of (tensor, digest)
     "The tensors of a state beside their names in its record"
@@ -768,7 +771,8 @@ def with_digests(live, node): # iterator of (tensor, digest)
         inner = dict(node['$dict']) if '$dict' in node else node
         for key, value in live.items(): yield from with_digests(value, inner[key])
     elif type(live) in (list, tuple):
-        for value, item in zip(live, node if type(live) is list else node['$tuple']): yield from with_digests(value, item)
+        items = node if type(live) is list else node['$tuple']
+        for value, item in zip(live, items): yield from with_digests(value, item)
 
 @patch
 def call_differs(self:Ledger, node, k, call, parts): # list of str
@@ -1115,7 +1119,8 @@ def find_answer(self:Ledger, node, key, call): # dict; None
     "The record of a question, unless its values are lost"
     found = next((answer for answer in node['answers'] if answer['key'] == key), None)
     if found is None or self.store.holds([found['result'], found['callbacks']]): return found
-    warnings.warn(f'the answer to {call.text} is lost with a damaged file and is computed anew', stacklevel=callers_level())
+    warnings.warn(f'the answer to {call.text} is lost with a damaged file and is computed anew',
+                  stacklevel=callers_level())
 
 @patch
 def fetch_answer(self:Ledger, node, call, found):
@@ -1181,7 +1186,8 @@ def cache(self:Checkpointed,
 @patch
 def cached(self:Ledger, id, name, args, kwargs):
     "A call on the state of a checkpoint, fetched or computed; the host stays as it is"
-    if self.host._is_busy(): raise RuntimeError(f'cache({id_text(id)}).{name} called while the learner is at work')
+    if self.host._is_busy():
+        raise RuntimeError(f'cache({id_text(id)}).{name} called while the learner is at work')
     node = self.node(id)
     self.check_finished(Place(id))
     kind, n = method_kind(self.host, name), len(node['calls'])
@@ -1207,23 +1213,24 @@ def cached(self:Ledger, id, name, args, kwargs):
 @patch
 def structure_for(self:Ledger, node, call): # dict: name -> digest
     "What an answer follows from: the structure of the checkpoint, over the data that are here now"
-    now, recorded = call.structure, end_structure(node)
-    left = self.host.of_training if call.method in self.host.of_the_model else ()
-    names = [name for name in now if name in recorded and name not in left and name != 'data']
-    if (node['id'], len(node['calls'])) not in self.captured:
-        self.check_alike(node, {name: recorded[name] for name in names},
-                         {name: now[name] for name in names})
+    n, now = len(node['calls']), call.structure
+    recorded = structure_after(node, n)
+    left = ('data', *(self.host.of_training if call.method in self.host.of_the_model else ()))
+    if (node['id'], n) not in self.captured: self.check_alike(node, recorded, left)
     here = {name: now[name].digest for name in ('data', 'method') if name in now}
-    return {name: recorded[name] for name in names} | here
+    return {name: recorded[name] for name in now if name in recorded and name not in left} | here
 
-def end_structure(node): # dict: name -> digest
-    "The structure at the end of a checkpoint"
-    return node['calls'][-1]['structure_after'] if node['calls'] else node['begin']['structure']
+def structure_after(node, n): # dict: name -> digest
+    "The structure after the first `n` calls of a checkpoint"
+    return node['calls'][n - 1]['structure_after'] if n else node['begin']['structure']
 
 @patch
-def check_alike(self:Ledger, node, recorded, now):
+def check_alike(self:Ledger, node, recorded, free=()):
     "Raise StaleCheckpoint when the host is put together otherwise than the checkpoint was"
-    texts = self.structure_differs(node, recorded, now, self.host.laid)
+    now = self.structure()
+    both = [name for name in now if name in recorded and name not in free]
+    texts = self.structure_differs(node, {name: recorded[name] for name in both},
+                                   {name: now[name] for name in both}, self.host.laid)
     if not texts: return
     made = [f'learn.{call}' for call in self.structural_calls(node)]
     first = f' Calls that put it together: {"; ".join(made)}' if made else ''
@@ -1258,10 +1265,8 @@ def on_state_of(self:Ledger, node, method):
 @patch
 def aside(self:Ledger, node, name, args, kwargs):
     "A call that is not recorded, on the state of a checkpoint"
-    if (node['id'], len(node['calls'])) not in self.captured:
-        recorded, now = end_structure(node), self.structure()
-        both = [name for name in now if name in recorded and name != 'data']
-        self.check_alike(node, {name: recorded[name] for name in both}, {name: now[name] for name in both})
+    n = len(node['calls'])
+    if (node['id'], n) not in self.captured: self.check_alike(node, structure_after(node, n), ('data',))
     with self.on_state_of(node, name): return getattr(self.host, name)(*args, **kwargs)
 
 def not_kept(node): # LookupError
@@ -1292,7 +1297,8 @@ def rollback(self:Checkpointed,
             ): # the learner
     "Go to the state at the end of a checkpoint: all of it or, with an error, none; deletes nothing"
     if which not in ('last', 'best'): raise ValueError(f"which={which!r}: must be 'last' or 'best'")
-    if which == 'best' and call is not None: raise ValueError("which='best' is of a whole checkpoint: leave call out")
+    if which == 'best' and call is not None:
+        raise ValueError("which='best' is of a whole checkpoint: leave call out")
     self.ledger.check_idle('rollback')
     self.ledger.roll(Place(check_id(id), 'best' if which == 'best' else call), schedulers)
     return self
@@ -1305,12 +1311,7 @@ def roll(self:Ledger, place, schedulers=True):
     k = self.calls_before(node, place)
     saved, captured = self.state_after(node, k), self.captured.get((place.id, k))
     if saved['state'] is None: raise not_kept(node)
-    if captured is None:
-        now = self.structure()
-        recorded = node['calls'][k - 1]['structure_after'] if k else node['begin']['structure']
-        free = ('data', 'metrics', 'n_inp')
-        both = [name for name in now if name in recorded and name not in free]
-        self.check_alike(node, {name: recorded[name] for name in both}, {name: now[name] for name in both})
+    if captured is None: self.check_alike(node, structure_after(node, k), ('data', 'metrics', 'n_inp'))
     best = self.host._best(node) if place.call == 'best' else None
     wanted = {'state': saved['state'], 'beside': saved['beside'], 'best': best}
     tree = self.store.get(wanted)

@@ -1211,7 +1211,7 @@ def gc(self:Store, dry_run:bool=True): # Garbage
     if dry_run: return self.find_garbage()[0]
     with self.writing():
         garbage, dead = self.find_garbage()
-        made = set()  # a pack that is wholly dead, as an earlier one has its tensors, may be made anew
+        made = set()  # one that is dead because an earlier one has its tensors may be made anew
         for path, digests in dead.items():
             if path not in made: made.add(self.sweep(path, digests))
         for name in garbage.work + garbage.left_over + garbage.damaged: clear(self.folder/name)
