@@ -6,7 +6,7 @@
 __all__ = ['StaleCheckpoint', 'Checkpointed', 'CheckpointedLearner']
 
 # %% ../nbs/20_checkpointed.ipynb #7c636d0a
-import copy, functools, inspect, json, math, time, warnings
+import copy, functools, hashlib, inspect, json, math, time, warnings
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,6 +214,11 @@ def _structure(self:Checkpointed): # dict: name -> value
     return {}
 
 @patch
+def _reads(self:Checkpointed, method:str, arguments:dict): # dict: name -> value
+    "What a call follows from besides, as the content of a file that it is to read"
+    return {}
+
+@patch
 def _capture(self:Checkpointed): # live objects
     "What `_lay` needs to give the host the structure that it has now"
 
@@ -351,6 +356,7 @@ def ask(self:Ledger, method:str, args, kwargs): # Call
         except UnfingerprintableError: return type(value).__name__  # one that is ignored
     shown = [*map(text, args), *(f'{name}={text(value)}' for name, value in kwargs.items())]
     reads = constants_read(inspect.getattr_static(type(self.host), method))
+    reads |= self.host._reads(method, values)
     structure = self.structure() | (self.described({'method': reads}) if reads else {})
     return Call(method, args, kwargs, kind, values, found, structure,
                 f'{method}({", ".join(shown)})')
@@ -1403,12 +1409,20 @@ class CheckpointedLearner(Checkpointed, Learner):
 
     def _attributes(self): return {**own_attributes(self), **module_attributes(self.model)}
 
+    def _reads(self, method, arguments):
+        if method != 'load': return {}
+        path = self._file(arguments['name'])
+        return {str(arguments['name']): file_digest(path) if path.exists() else 'no such file'}
+
 # %% ../nbs/20_checkpointed.ipynb #b79823ac
 def own_attributes(learn): # dict: name -> value
     "Plain values that a subclass has given its learner"
     mine = vars(learn).keys() - learn.ledger.hosts - learn.ledger.guards.keys()
     found = {name: getattr(learn, name) for name in sorted(mine) if name[0] != '_'}
     return {name: value for name, value in found.items() if is_storable(value)}
+
+def file_digest(path): # 64 hex digits
+    with open(path, 'rb') as file: return hashlib.file_digest(file, 'sha256').hexdigest()
 
 def class_attributes(cls): # dict: name -> value
     "Plain values that a subclass gives all its learners"

@@ -1280,3 +1280,23 @@ def test_law_4_sigterm_saves_and_the_next_run_goes_on(tmp_path):
     learn = block(make(tmp_path), 1, fit(3))
     assert Fits.n == 5
     assert digest(learn) == digest(plain_run(3))
+
+
+def test_law_3_another_content_of_a_file_that_is_loaded_is_not_silent(tmp_path):
+    def given(seed):
+        plain = make(None, seed, path=tmp_path)
+        plain.fit(1)
+        plain.save('start')
+    def run():
+        learn = make(tmp_path / 'run', path=tmp_path)
+        with learn.checkpoint(1) as cp:
+            cp.load('start')
+            cp.fit(1)
+        return digest(learn)
+    given(0)
+    first, n = run(), Fits.n
+    assert run() == first and Fits.n == n
+    given(1)
+    with pytest.raises(StaleCheckpoint, match='start'): run()
+    (tmp_path / 'start.safetensors').unlink()
+    with pytest.raises(StaleCheckpoint, match='no such file'): run()
