@@ -1282,7 +1282,7 @@ def test_law_4_sigterm_saves_and_the_next_run_goes_on(tmp_path):
     assert digest(learn) == digest(plain_run(3))
 
 
-def test_law_3_another_content_of_a_file_that_is_loaded_is_not_silent(tmp_path):
+def test_law_2_another_content_of_a_file_that_is_loaded_is_not_silent(tmp_path):
     def given(seed):
         plain = make(None, seed, path=tmp_path)
         plain.fit(1)
