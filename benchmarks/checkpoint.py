@@ -49,20 +49,29 @@ def read_plainly(folder):
         with open(path, 'rb', buffering=0) as file:
             while file.read(MB): pass
 
-def rerun(folder, rounds): # (seconds, steps that reruns made)
-    "Seconds of the script, run again, and of reading alone; what the system had forgotten is read before"
-    script(folder)
+def timed(name, folder): # (seconds, steps trained)
+    "How long one thing takes, after imports; what the system had forgotten of the packs is read before"
     steps = []
-    hook = register_optimizer_step_pre_hook(lambda *_: steps.append(1))
-    seconds = {'script': [], 'read': [], 'model': []}
-    for i in range(rounds + 1):  # the first one warms up and is dropped
-        for name, function in (('script', script), ('read', read), ('model', partial(learner, CheckpointedLearner))):
-            read_plainly(folder)
-            start = time.perf_counter()
-            function(folder)
-            if i: seconds[name].append(time.perf_counter() - start)
-    hook.remove()
-    return seconds, len(steps)
+    register_optimizer_step_pre_hook(lambda *_: steps.append(1))
+    read_plainly(folder)
+    start = time.perf_counter()
+    {'script': script, 'read': read, 'model': partial(learner, CheckpointedLearner)}[name](folder)
+    return time.perf_counter() - start, len(steps)
+
+def rerun(folder, rounds): # (seconds, steps that reruns made)
+    "Seconds of the script, run again, and of reading alone, each in a fresh process as a rerun is"
+    script(folder)
+    seconds, steps = {'script': [], 'read': [], 'model': []}, 0
+    for _ in range(rounds):
+        for name, found in seconds.items():
+            took, made = child(name, folder)
+            found.append(took)
+            steps += int(made)
+    return seconds, steps
+
+def child(*args): # what a fresh process prints last, as numbers
+    done = subprocess.run([sys.executable, __file__, *map(str, args)], check=True, capture_output=True, text=True)
+    return list(map(float, done.stdout.splitlines()[-1].split()))
 
 
 # Memory, in a process of its own
@@ -83,12 +92,9 @@ def status(name): # number of bytes
     lines = Path('/proc/self/status').read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name + ':'))
 
-def child(cls): # number of bytes
+def grown(cls): # number of bytes
     "What `memory` returns in a fresh process"
-    with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run([sys.executable, __file__, cls.__name__, folder], check=True,
-                              capture_output=True, text=True)
-    return int(done.stdout.splitlines()[-1])
+    with tempfile.TemporaryDirectory() as folder: return child(cls.__name__, folder)[0]
 
 
 # Time in a block
@@ -200,7 +206,7 @@ def main(rounds):
     seconds, steps = measured(rerun, 5)
     again, model = ratio(seconds, 'script', 'read'), ratio(seconds, 'model', 'read')
     state = 3 * 20 * 4 * 10**6
-    more = (child(CheckpointedLearner) - child(Learner)) / state
+    more = (grown(CheckpointedLearner) - grown(Learner)) / state
     forked, heads = measured(forks)
     rows = [('steps trained by the rerun of ten complete checkpoints, 240 MB each', f'{steps}', '0', steps == 0),
             ('time of that rerun over reading the states, digests checked', f'{again:.2f}x', 'at most 2x', again <= 2),
@@ -220,4 +226,5 @@ def main(rounds):
 
 if __name__ == '__main__':
     if len(sys.argv) == 1: main(25)
+    elif sys.argv[1] in ('script', 'read', 'model'): print(*timed(sys.argv[1], Path(sys.argv[2])))
     else: print(memory(Path(sys.argv[2]), {'Learner': Learner}.get(sys.argv[1], CheckpointedLearner)))

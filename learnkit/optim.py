@@ -305,12 +305,20 @@ def check_opt_state(opt:torch.optim.Optimizer,
 # %% ../nbs/05_optim.ipynb #5b43c077
 def copied_like(param, # parameter; None: of no parameter
                 values, # what an optimizer keeps of it
+                now, # what it keeps of it now: tensors that fit are written to, which spares memory
                ): # the same nesting
     "Copies of tensors, those in the shape of the parameter in its memory layout and on its device"
-    def copied(value):
+    def copied(value, old=None):
         if param is None or value.shape != param.shape: return value.clone()
-        return torch.empty_like(param, dtype=value.dtype).copy_(value)
-    return map_tensors(copied, values)
+        new = torch.empty_like(param, dtype=value.dtype, device='meta')
+        if not (isinstance(old, torch.Tensor) and old.device == param.device and alike(old, new)):
+            old = torch.empty_like(param, dtype=value.dtype)
+        return old.copy_(value)
+    if not isinstance(values, dict): return map_tensors(copied, values)
+    return {key: copied(value, now.get(key)) if isinstance(value, torch.Tensor)
+            else map_tensors(copied, value) for key, value in values.items()}
+
+def alike(a, b): return (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
 
 # %% ../nbs/05_optim.ipynb #fc4b9880
 def load_opt_state(opt:torch.optim.Optimizer,
@@ -322,6 +330,7 @@ def load_opt_state(opt:torch.optim.Optimizer,
     keys = (key for group in state['param_groups'] for key in group['params'])
     held = dict(zip(keys, params))
     # The optimizer takes tensors over as they are, so they must be copies
-    opt.load_state_dict({'param_groups': map_tensors(torch.clone, state['param_groups']),
-                         'state': {key: copied_like(held.get(key), values)
-                                   for key, values in state['state'].items()}})
+    with torch.no_grad():
+        kept = {key: copied_like(held.get(key), values, opt.state.get(held.get(key), {}))
+                for key, values in state['state'].items()}
+    opt.load_state_dict({'param_groups': map_tensors(torch.clone, state['param_groups']), 'state': kept})
