@@ -61,6 +61,9 @@ from .resume import (
 from .steps import (
     ChannelsLast, CutMix, MixUp, OverfitResult, ShortEpoch, StageFuncs, ValidateEvery,
 )
+from .distributed import (
+    Distributed, is_importable, launch, quiet, Ranks, reporting, told,
+)
 from .checkpointed import (
     Checkpointed, CheckpointedLearner, StaleCheckpoint,
 )
@@ -82,7 +85,7 @@ __all__ = [
     'sched_lin', 'sched_poly', 'sched_warmup', 'TorchScheduler', 'LRFinderResult', 'AskToContinue',
     'EarlyStopping', 'ReduceLROnPlateau', 'SaveBest', 'StopOnNaN', 'MixedPrecision', 'EMA',
     'GradientAccumulation', 'GradientClip', 'SWA', 'SaveState', 'ChannelsLast', 'CutMix', 'MixUp',
-    'OverfitResult', 'ShortEpoch', 'StageFuncs', 'ValidateEvery', 'Checkpointed',
-    'CheckpointedLearner', 'StaleCheckpoint', 'checkpoints_table', 'explain_text', 'plot_tree',
-    'tree_text',
+    'OverfitResult', 'ShortEpoch', 'StageFuncs', 'ValidateEvery', 'Distributed', 'is_importable',
+    'launch', 'quiet', 'Ranks', 'reporting', 'told', 'Checkpointed', 'CheckpointedLearner',
+    'StaleCheckpoint', 'checkpoints_table', 'explain_text', 'plot_tree', 'tree_text',
 ]

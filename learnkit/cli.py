@@ -130,6 +130,22 @@ def garbage_text(garbage): # str; '' for nothing
     found = [f'{n} {kind}{"s" * (n > 1)}' for kind, n in counts.items()]
     return f'{size_text(garbage.bytes)}: {", ".join(found)}' if found else ''
 
+# %% ../nbs/22_cli.ipynb #aa544734
+def launch(args):
+    "Run a script in several processes of this machine, which train together"
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+    from learnkit.distributed import local_processes, quiet
+    if not Path(args.script).is_file(): raise CommandError(f'there is no file {args.script}')
+    n = local_processes() if args.n is None else args.n
+    if n < 1: raise CommandError(f'-n {n}: at least one process is needed')
+    os.environ.setdefault('OMP_NUM_THREADS', '1')  # else each process would take all cores
+    try:
+        with quiet(): torchrun(['--standalone', f'--nproc-per-node={n}', args.script, *args.args])
+    except ChildFailedError as error:  # the process itself has told why
+        code = error.get_first_failure()[1].exitcode
+        sys.exit(code if code > 0 else 128 - code)
+
 # %% ../nbs/22_cli.ipynb #690555db
 def argument(parse): # function of a word
     "A type for argparse, with the text of the error"
@@ -162,6 +178,11 @@ def make_parser(): # ArgumentParser
     add_command(commands, diff, name, ('a', an_id), ('b', an_id))
     add_command(commands, rm, name, ('id', dict(an_id, nargs='?')), force, yes)
     add_command(commands, gc, name, yes)
+    start = commands.add_parser('launch', help=launch.__doc__, description=launch.__doc__)
+    start.add_argument('-n', type=int, help='processes (default: one for each accelerator)')
+    start.add_argument('script', help='python file')
+    start.add_argument('args', nargs=argparse.REMAINDER, help='of the script')
+    start.set_defaults(run=launch)
     return parser
 
 # %% ../nbs/22_cli.ipynb #9a7a4aca

@@ -23,8 +23,9 @@ import torch.distributed as dist
 def default_device(): # torch.device with its index, or cpu
     "The accelerator that torch would use now (cuda, mps, xpu, ...), else the cpu"
     if not torch.accelerator.is_available(): return torch.device('cpu')
-    kind = torch.accelerator.current_accelerator().type
-    return torch.device(kind, torch.accelerator.current_device_index())
+    kind, index = torch.accelerator.current_accelerator().type, torch.accelerator.current_device_index()
+    if launched()['size'] > 1: index = launched()['local'] % torch.accelerator.device_count()
+    return torch.device(kind, index)
 
 # %% ../nbs/00_core.ipynb #4831ff01
 def set_seed(s:int, # from 0 to 2**32 - 1, which every generator takes
@@ -294,14 +295,26 @@ def in_group(): # bool
     return dist.is_available() and dist.is_initialized()
 
 # %% ../nbs/00_core.ipynb #3d1fd0dd
-def rank(): # int; 0 for a single process
-    "The number of this process"
-    return dist.get_rank() if in_group() else int(os.environ.get('RANK', 0))
+LAUNCHERS = ({'rank': 'RANK', 'size': 'WORLD_SIZE', 'local': 'LOCAL_RANK'},  # torchrun, accelerate
+             {'rank': 'SLURM_PROCID', 'size': 'SLURM_STEP_NUM_TASKS', 'local': 'SLURM_LOCALID'})
+
+def launched(): # dict of ints: rank, size, local (rank on this machine); those of a single process
+    "What a launcher has told this process of its place among others"
+    for names in LAUNCHERS:
+        found = {what: os.environ.get(name) for what, name in names.items()}
+        if found['rank'] is None or found['size'] is None: continue
+        return {what: int(value or 0) for what, value in found.items()}
+    return {'rank': 0, 'size': 1, 'local': 0}
 
 # %% ../nbs/00_core.ipynb #4205f2e3
+def rank(): # int; 0 for a single process
+    "The number of this process"
+    return dist.get_rank() if in_group() else launched()['rank']
+
+# %% ../nbs/00_core.ipynb #ac7ae8d8
 def world_size(): # int; 1 for a single process
     "How many processes run together"
-    return dist.get_world_size() if in_group() else int(os.environ.get('WORLD_SIZE', 1))
+    return dist.get_world_size() if in_group() else launched()['size']
 
 # %% ../nbs/00_core.ipynb #7b300485
 def is_main(): # bool

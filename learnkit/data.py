@@ -9,6 +9,7 @@ __all__ = ['TensorLoader', 'DatasetLoader', 'DataLoaders']
 import copy, hashlib, itertools, random, signal
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from operator import index
 import numpy as np
@@ -46,12 +47,23 @@ class EpochLoader:
                  seed:int=None, # None means 0
                 ):
         self.bs, self.shuffle, self.seed, self.epoch = index(bs), shuffle, index(seed or 0), 0
+        self.share = None  # see `shared`
         if bs < 1: raise ValueError(f'bs={bs}: a batch has at least one sample')
 
     def set_epoch(self, epoch:int): self.epoch = epoch
     def __len__(self): return -(-self.n_samples // self.bs)
 
     def __iter__(self): return self.go_on(0)
+
+    def shared(self, share): # loader
+        "A loader of the same batches that gives the part of each that one of several processes takes"
+        twin = copy.copy(self)
+        twin.share = share
+        return twin
+
+    def n_batch(self, number:int): # int
+        "How many samples batch `number` has, on all processes"
+        return min(self.bs, self.n_samples - number * self.bs)
 
     def go_on(self, start:int): # iterator of batches
         "The batches of this epoch from number `start` on; the next epoch is the next to be read"
@@ -61,6 +73,24 @@ class EpochLoader:
     def __repr__(self):
         return (f'{type(self).__name__}(samples={self.n_samples}, batches={len(self)}, '
                 f'bs={self.bs}, shuffle={self.shuffle})')
+
+# %% ../nbs/02_data.ipynb #f41c941d
+@dataclass(frozen=True)
+class Share:
+    "The part of each batch that one of several processes takes"
+    rank: int # number of the process
+    size: int # how many there are
+    pad: bool # whether a process that would get nothing gets a sample that counts for nothing
+
+    def count(self, n:int): # int
+        "How many of the `n` samples of a batch count here"
+        return n * (self.rank + 1) // self.size - n * self.rank // self.size
+
+    def of(self, samples): # the same kind of sequence, maybe empty
+        "This process's part of the samples of a batch; parts differ by one sample at most"
+        n = len(samples)
+        part = samples[n * self.rank // self.size:n * (self.rank + 1) // self.size]
+        return samples[:1] if self.pad and not len(part) else part
 
 # %% ../nbs/02_data.ipynb #47a9f000
 def as_tensors(tensors, # tensor or numpy array, or a tuple or list of them
@@ -107,9 +137,11 @@ def batches(self:TensorLoader,
     if self.shuffle:
         order = epoch_order(self.n_samples, self.seed, epoch).to(self.tensors[0].device)
         for idx in order[first:].split(self.bs):
+            if self.share and not len(idx := self.share.of(idx)): continue
             yield tuple([t.index_select(0, idx) for t in self.tensors])
     else:
         for rows in zip(*[t[first:].split(self.bs) for t in self.tensors]):
+            if self.share and not len((rows := tuple(map(self.share.of, rows)))[0]): continue
             yield tuple([t.clone() for t in rows])  # changing a batch must not change the data
 
 # %% ../nbs/02_data.ipynb #99816e80
@@ -212,8 +244,10 @@ def batches(self:DatasetLoader,
     "The batches of an epoch from `start` on; those before it are not fetched"
     n = len(self.dataset)
     order = (epoch_order(n, self.seed, epoch) if self.shuffle else torch.arange(n)).tolist()
-    self.keys.now = [(epoch, number, order[number * self.bs:(number + 1) * self.bs])
-                     for number in range(len(self))[start:]]
+    keys = [(epoch, number, order[number * self.bs:(number + 1) * self.bs])
+            for number in range(len(self))[start:]]
+    if self.share: keys = [(*key, part) for *key, samples in keys if (part := self.share.of(samples))]
+    self.keys.now = keys
     self.loader.generator.manual_seed(epoch_seed(self.seed, epoch))
     return iter(self.loader)
 
@@ -261,7 +295,8 @@ def check_loader(dl): # the loader, or None
     raise TypeError(f'{name} is no loader: it cannot be iterated')
 
 def describe(dl): # str
-    "What a loader holds, as far as it says"
+    "What a loader holds, as far as it says; of a part of one, all of it"
+    dl = getattr(dl, 'whole', dl)
     if isinstance(dl, EpochLoader): return repr(dl)
     try: known = [f'batches={len(dl)}']
     except TypeError: known = []

@@ -93,7 +93,7 @@ def before_batch(self:GradientAccumulation, learn):
 
 @patch
 def before_backward(self:GradientAccumulation, learn):
-    self.weight = float(learn.n_items)
+    self.weight = float(learn.n_items_all)
     if self.weight == 0: learn.loss = no_loss(learn.pred)
     elif self.first not in (0, self.weight): learn.loss = learn.loss * (self.weight / self.first)
 

@@ -9,7 +9,7 @@ __all__ = ['Learner']
 import copy, inspect, itertools, math, signal, time, warnings
 from collections import OrderedDict
 from collections.abc import Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from numbers import Integral
@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader
 from .callback import (STEPS, Callback, Callbacks, Cancel, CancelBackward, CancelFit,
                                CancelStep, Interrupted, as_callbacks, plain_setting)
 from .core import (Gather, Signals, as_seconds, batch_size, default_device, generator_state,
-                           isolated_rng, map_tensors, pure, rng_state, set_generator_state,
-                           set_rng_state, set_seed, short_path, structural, to_device, to_host,
+                           is_main, isolated_rng, map_tensors, pure, rank0_first, rng_state,
+                           set_generator_state, set_rng_state, set_seed, short_path, structural, to_device, to_host,
                            unrecorded)
 from .data import (DataLoaders, check_loader, check_same_loader, describe, fresh_workers,
                            generators, keeps_state, order_state, resume_batches, shielded, untouched)
@@ -31,8 +31,8 @@ from .metrics import Tally
 from .optim import (check_opt_state, freeze_layers, layer_table, load_opt_state, make_opt,
                             needs_closure, opt_state, set_lr)
 from .progress import Progress, say
-from .recorder import Recorder
-from .store import load_newest, load_tree, save_tensors, save_tree, saves
+from .recorder import Recorder, means
+from .store import load_newest, load_tree, save_tensors, save_tree, saves, tree_digest
 
 # %% ../nbs/09_learner.ipynb #c7819677
 class Learner:
@@ -75,12 +75,13 @@ class Learner:
         self.epochs_done = self.steps_done = self.steps_skipped = 0
         self.n_iter = self.limit = self.batches_per_epoch = self.compiled = self.scaler = None
         self.batches_per_update, self.sync_grads, self.levels, self.fit_cbs = 1, True, [], []
-        self._n_epoch = self._stop_at = self._deadline = self._n_items = self._initial = None
+        self._n_epoch = self._stop_at = self._max_time = self._n_items = self._initial = None
         self._call = self._resumed = self._order = self._signals = self._saving = None
         self._can_update = self._with_loss = self._exact = self.time_is_up = self.fit_ended = False
         self._read_all, self._begins_anew, self._resting = True, False, False
         self._abandonable, self._patient = False, False
         self._stage, self._still = 'train', []  # modules that stay in evaluation mode
+        self._due, self._n_all, self.seconds, self._began = None, None, 0., 0.
         self.make_opt()
         self.recorder.check_names(Tally(metrics).names)  # an error now, not after an epoch
         self('after_create')
@@ -141,6 +142,21 @@ def n_items(self:Learner): # int
 
 @patch(set_prop=True)
 def n_items(self:Learner, n): self._n_items = n
+
+# %% ../nbs/09_learner.ipynb #3d1d48bf
+@patch(as_prop=True)
+def ranks(self:Learner): # Ranks, or None
+    "The processes that train together, see `Distributed`; None for a single one"
+    return None if self._cbs.spread is None else self._cbs.spread.join()
+
+# %% ../nbs/09_learner.ipynb #97bf7727
+@patch(as_prop=True)
+def n_items_all(self:Learner): # int
+    "The weight of this batch on all processes together"
+    return self.n_items if self._n_all is None else self._n_all
+
+@patch(set_prop=True)
+def n_items_all(self:Learner, n): self._n_all = n
 
 # %% ../nbs/09_learner.ipynb #2afe42a4
 @patch(as_prop=True)
@@ -279,11 +295,11 @@ def _all_batches(self:Learner):
     self.iter = start - 1
     for self.iter, batch in enumerate(batches, start):
         self.batch = to_device(batch, self.device)
-        self.pred = self.loss = self._n_items = None
+        self.pred = self.loss = self._n_items = self._n_all = None
         self._level('batch', self._one_batch)
         self._rest()
         if self._enough() or self.iter + 1 == self.limit: break
-    if self.iter < 0: raise ValueError(no_batches(self))
+    if self.iter < 0 and self.ranks is None: raise ValueError(no_batches(self))
 
 @patch
 def _one_batch(self:Learner):
@@ -325,8 +341,12 @@ def _rest(self:Learner):
     signals = self._signals
     signum = signals and signals.caught  # one that comes while callbacks save waits for the next rest
     if self.phase == 'train':
-        if self._deadline is not None: self.time_is_up = time.monotonic() >= self._deadline
+        self.seconds = time.monotonic() - self._began
+        if self.ranks: signum, self.seconds = self._cbs.spread.agree(self, signum, self.seconds)
+        self._due = signum
+        if self._max_time is not None: self.time_is_up = self.seconds >= self._max_time
         self._at_rest()
+    elif self.ranks: return  # processes act on a signal together, when all are at rest in a fit
     if signum and not self._patient: raise Interrupted(signum)
 
 @patch
@@ -495,7 +515,7 @@ def fit(self:Learner,
     "Train. Ctrl-C ends the fit and keeps what was reached (see `on_interrupt`)"
     if self.levels: raise RuntimeError(f'fit called while {self.levels[0]} is running')
     check_plan(n_epoch, n_steps, resume_data)
-    deadline = None if max_time is None else time.monotonic() + as_seconds(max_time)
+    began, max_time = time.monotonic(), None if max_time is None else as_seconds(max_time)
     if self._saving: cbs, resume = self._saving(cbs, resume)  # see `saving_to`
     if self._initial is None: self._initial = to_host(self.state_dict())
     with self._interruptible(), self.added_cbs(cbs), self._with_dls(dls):
@@ -510,7 +530,7 @@ def fit(self:Learner,
             self.opt = before
             raise
         if saved is None or not saved.complete: self._check_trained()
-        self._plan(n_epoch, n_steps, deadline)
+        self._plan(n_epoch, n_steps, max_time, began)
         if saved and saved.complete: return self._take(saved)
         self._set_lr(lr)
         self.zero_grad()
@@ -533,7 +553,7 @@ def _run_fit(self:Learner):
         if not self._returns(stop): raise
         warnings.warn(f'fit interrupted in epoch {self.epoch}, batch {self.iter}; the learner '
                       f'keeps the state of {self.steps_done} updates', stacklevel=3)
-    finally: self.phase = self._call = self._resumed = self._order = self._deadline = None
+    finally: self.phase = self._call = self._resumed = self._order = self._max_time = None
 
 @patch
 def _returns(self:Learner, stop):
@@ -586,8 +606,9 @@ def check_plan(n_epoch, n_steps, resume_data='exact'):
 
 # %% ../nbs/09_learner.ipynb #e860ac00
 @patch
-def _plan(self:Learner, n_epoch, n_steps, deadline):
-    self._n_epoch, self._stop_at, self._deadline = n_epoch, n_steps, deadline
+def _plan(self:Learner, n_epoch, n_steps, max_time, began):
+    self._n_epoch, self._stop_at, self._max_time = n_epoch, n_steps, max_time
+    self._began, self.seconds, self._due = began, 0., None
     self.batches_per_epoch, self.batches_per_update = length(self.dls.train), 1
     self.updates = self.epoch = self.iter = 0
     self._stage = 'train'
@@ -824,7 +845,8 @@ def _read_saved(self:Learner, resume): # Saved; None when there is none
     "What was saved last"
     if isinstance(resume, Saved): return resume
     place = self._saves_of(resume)
-    found = (load_tree(place), place) if place.is_file() else load_newest(place)
+    with rank0_first() if self.ranks else nullcontext():  # who reads may set a damaged file aside
+        found = (load_tree(place), place) if place.is_file() else load_newest(place)
     if found is None: return None
     tree, path = found
     if not isinstance(tree, dict) or 'learner' not in tree:
@@ -917,7 +939,13 @@ def _start_from(self:Learner, saved):
 @patch
 def _take(self:Learner, saved):
     "Take over a saved state"
+    n_saved, n = len(saved.state.get('ranks', ())) + 1, self.ranks.size if self.ranks else 1
+    saved.state = of_this_rank(saved.state, self.ranks)
     self.load_state_dict(saved.state)
+    if n != n_saved and not saved.complete:
+        if self.ranks: self._cbs.spread.own_randomness()
+        say(self, f'saved by {n_saved} processes, goes on with {n}: what is drawn at random differs, '
+                  'and the figures of the running epoch lack what other processes had seen')
     self.recorder.times = list(saved.times)
     if saved.complete:
         self.fit_ended = True
@@ -1002,7 +1030,8 @@ def _interruptible(self:Learner):
 @patch(as_prop=True)
 def interrupted(self:Learner): # int or None
     "The signal that has come while something runs and will end it after this batch"
-    return None if self._signals is None else self._signals.caught
+    if self._signals is None: return None
+    return self._signals.caught if self.ranks is None else self._due
 
 # %% ../nbs/09_learner.ipynb #4e1877cd
 @patch(as_prop=True)
@@ -1137,9 +1166,9 @@ def _measure(self:Learner, phase, dl):
     check_loader(dl)
     with self._interruptible(), self._aside(), self.added_cbs(recorder), untouched(dl) as dl:
         self._evaluate(phase, dl)
-        tracked = {name.removeprefix(f'{phase}_'): mean.compute()
-                   for name, mean in self.recorder.tracked.items()}
-    return {**self.recorder.results, **tracked}
+        tracked = means(self.recorder.tracked)
+    return {**self.recorder.results,
+            **{name.removeprefix(f'{phase}_'): value for name, value in tracked.items()}}
 
 # %% ../nbs/09_learner.ipynb #ba45030d
 @patch
@@ -1206,7 +1235,7 @@ class Collect(Callback):
     def __init__(self, with_loss=False, with_input=False, n=None):
         self.with_loss, self._input, self._cancelled = with_loss, (), False
         kinds = ['pred', 'targ', *['loss'] * with_loss, *['input'] * with_input]
-        self.parts = {kind: Gather(n) for kind in kinds}
+        self.parts, self.sizes = {kind: Gather(n) for kind in kinds}, []  # samples of each batch
 
     def before_batch(self, learn): self._input, self._cancelled = learn.xb, False
     def after_cancel_batch(self, learn): self._cancelled = True
@@ -1215,6 +1244,7 @@ class Collect(Callback):
         if self._cancelled: return
         found = {'pred': learn.pred, 'targ': unwrap(learn.yb), 'input': unwrap(self._input)}
         if self.with_loss: found['loss'] = learn.sample_losses()
+        self.sizes.append(batch_size(learn.pred))
         for kind, part in self.parts.items():
             if found[kind] is not None: part.add(found[kind])
 
@@ -1307,24 +1337,59 @@ def save(self:Learner,
         ): # Path of the file
     "Write the learner's state to a file"
     path = self._file(name)
+    if not is_main(): return path  # process 0 writes
     path.parent.mkdir(parents=True, exist_ok=True)
     return save_tree(self.saved_tree(), path, overwrite=overwrite)
 
 # %% ../nbs/09_learner.ipynb #d3ea0664
 @patch
 @unrecorded
-def saved_tree(self:Learner): # plain tree
+def saved_tree(self:Learner,
+               together:bool=False, # called on all processes: what is theirs alone is in it too
+              ): # plain tree
     "What goes into a file: the state, and beside it the times, which are no part of it"
-    return {'learner': self.state_dict(copy=False), 'times': self.recorder.times}
+    state = self.state_dict(copy=False)
+    if together and self.ranks: state['ranks'] = others_own(state, self.ranks)
+    return {'learner': state, 'times': self.recorder.times}
+
+def own_parts(state:dict): # dict: path, a tuple -> plain tree
+    "The parts of a state that each process has for itself"
+    paths = [('rng',), ('data',), *(('callbacks', name) for name in state['callbacks'])]
+    if state['fit'] and 'grads' in state['fit']: paths.append(('fit', 'grads'))
+    return {path: value_at(state, path) for path in paths}
+
+def others_own(state:dict, ranks): # list of (paths, values), one of each process but the first
+    "What each process has otherwise than process 0"
+    own = own_parts(state)
+    digests = ranks.gather([tree_digest(value) for value in own.values()])
+    differ = [path for path, a, b in zip(own, digests[0], digests[ranks.rank]) if a != b]
+    return ranks.gather([[list(path), own[path]] for path in differ])[1:]
+
+def value_at(tree, path):
+    for key in path: tree = tree[key]
+    return tree
 
 # %% ../nbs/09_learner.ipynb #9a624956
+def of_this_rank(state:dict, ranks): # dict
+    "A state with what this process had for itself; of other processes only what all had alike"
+    others = state.get('ranks') or []
+    state = {key: value for key, value in state.items() if key != 'ranks'}
+    if ranks is None or len(others) + 1 != ranks.size or ranks.rank == 0: return state
+    for path, value in others[ranks.rank - 1]:
+        *above, last = path
+        for i, key in enumerate(above): value_at(state, above[:i])[key] = dict(value_at(state, above[:i + 1]))
+        value_at(state, above)[last] = value
+    return state
+
+# %% ../nbs/09_learner.ipynb #8aaf788c
 @patch
 def load(self:Learner,
          name, # as given to `save`
         ):
     "Go back to the state in a file; an error changes nothing"
     path = self._file(name)
-    tree = load_tree(path)
+    with rank0_first() if self.ranks else nullcontext():  # which has written it by then
+        tree = load_tree(path)
     if not isinstance(tree, dict) or 'learner' not in tree:
         best = isinstance(tree, dict) and 'best' in tree
         raise ValueError(f'{path} holds no learner' + (

@@ -10,7 +10,7 @@ import itertools, math, warnings
 from dataclasses import dataclass
 from types import MappingProxyType
 import numpy as np
-from fastcore.basics import patch
+from fastcore.basics import noop, patch
 from .callback import Callback
 from .core import pure, result
 from .data import untouched
@@ -120,7 +120,9 @@ class RateSweep(Callback):
     def after_batch(self, learn):
         if learn.loss is None: return  # the batch was cancelled
         self.lrs.append(self.rates[learn.iter])
-        now = self.mean.add(float(detached(learn.loss)))
+        loss = float(detached(learn.loss))
+        if learn.ranks: loss = learn.ranks.mean(loss, learn.n_items)
+        now = self.mean.add(loss)
         self.losses.append(now)
         self.best = min(self.best, now)
         if self.stop_div and not now <= 4 * self.best: learn.stop()  # nan is not <= either
@@ -132,7 +134,9 @@ FEWEST = 10  # rates that a suggestion can be read from
 # %% ../nbs/11_lr_find.ipynb #3e05bcdf
 class Cycled:
     "The first `n` batches of training, over as many epochs as they take"
-    def __init__(self, dl, n:int, epoch:int): self.dl, self.n, self.epoch = dl, n, epoch
+    def __init__(self, dl, n:int, epoch:int):
+        self.dl, self.n, self.epoch = dl, n, epoch
+        self.begin = noop  # called before each epoch
     def __len__(self): return self.n
 
     def __iter__(self):
@@ -141,6 +145,7 @@ class Cycled:
     def _forever(self):
         for epoch in itertools.count(self.epoch):
             set_epoch(self.dl, epoch)
+            self.begin()
             batch = None
             for batch in self.dl: yield batch
             if batch is None: return
@@ -160,7 +165,7 @@ def lr_find(self:Learner,
     rates = start_lr * (end_lr / start_lr) ** (np.arange(num_it) / (num_it - 1))
     sweep = RateSweep(rates, stop_div)
     with self._interruptible(), untouched(self.dls.train) as dl, self.no_trace():
-        self._stop_at = self._deadline = None
+        self._stop_at = self._max_time = None
         self.add_cb(sweep)
         with self._pass('lr_find', Cycled(dl, num_it, self.epochs_done)):
             self._level('lr_find', self._all_batches)

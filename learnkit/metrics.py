@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import camel2snake, patch
 from torch import nn
+from .core import detach, to_host
 
 # %% ../nbs/04_metrics.ipynb #60546bb2
 class Mean:
@@ -28,11 +29,13 @@ class Mean:
         self.values.append(value.detach() if isinstance(value, torch.Tensor) else value)
         self.weights.append(n)
 
-    def compute(self): # float, nan when there is nothing to average
-        "The mean, weighted in float64"
+    def compute(self, ranks=None): # float, nan when there is nothing to average
+        "The mean, weighted in float64; over all processes where `ranks` are given"
         values, weights = on_host(self.values), on_host(self.weights)
         some = weights != 0  # the mean over no samples is nan, and must not count
-        return (values[some] @ weights[some] / weights.sum()).item()
+        total = torch.stack([values[some] @ weights[some], weights.sum()])
+        if ranks is not None: total = ranks.sum(total)
+        return (total[0] / total[1]).item()
 
     @property
     def n(self): # float
@@ -219,6 +222,11 @@ class SklearnMetric:
         self.preds.append(pred.cpu())
         self.targs.append(targ.cpu())
 
+    def sync_over(self, ranks):
+        "Take in what the other processes have"
+        found = ranks.gather([self.preds, self.targs])
+        self.preds, self.targs = [[t for part in found for t in part[i]] for i in range(2)]
+
     def compute(self): # what func gives
         pred, targ = torch.cat(self.preds), torch.cat(self.targs)
         if self.pred == 'argmax': pred, targ = pred.flatten(), targ.flatten()
@@ -257,8 +265,8 @@ class Averaged:
     def __init__(self, m): self.func, self.finish, self.mean = *mean_and_finish(m), Mean()
     def add(self, pred, yb, n): self.mean.add(self.func(pred, *yb), n)
 
-    def compute(self): # number
-        mean = self.mean.compute()
+    def compute(self, ranks=None): # number
+        mean = self.mean.compute(ranks)
         return self.finish(torch.tensor(mean, dtype=torch.float64)) if self.finish else mean
 
 class Driven:
@@ -271,7 +279,32 @@ class Driven:
         self.m.update(pred, *yb)
         self.seen = True
 
-    def compute(self): return self.m.compute() if self.seen else float('nan')
+    def compute(self, ranks=None):
+        if ranks is not None: self.seen = any(ranks.gather(self.seen))
+        if ranks is not None and hasattr(self.m, 'sync_over'): self.m.sync_over(ranks)
+        return self.m.compute() if self.seen else float('nan')
+
+class Replayed(Driven):
+    "One pass, spread over processes, of a metric that knows nothing of them: it sees all batches at the end"
+    def __init__(self, m):
+        super().__init__(m)
+        self.batches = []
+
+    def add(self, pred, yb, n):
+        self.batches.append(to_host([detach(pred), *yb]))
+        self.seen = True
+
+    def compute(self, ranks):
+        by_rank = ranks.gather(self.batches)
+        for i in range(max(map(len, by_rank))):
+            for batches in by_rank:
+                if i < len(batches): self.m.update(*batches[i])
+        return super().compute(ranks)
+
+def driven(m, ranks): # Driven
+    "A pass of a metric; torchmetrics' exchange their states themselves when asked for the value"
+    own = ranks is None or hasattr(m, 'sync_over') or isinstance(m, nn.Module)
+    return (Driven if own else Replayed)(m)
 
 # %% ../nbs/04_metrics.ipynb #aa840fd4
 def mean_and_finish(m): # (function, function or None)
@@ -311,12 +344,13 @@ class Tally:
         self.metrics, self.prefixed = named_metrics(metrics), isinstance(metrics, dict)
         self.reset()
 
-    def reset(self, device=None): # None: metrics that are modules stay where they are
-        "Start over"
+    def reset(self, device=None, ranks=None): # None: metrics that are modules stay where they are
+        "Start over; `ranks`: the processes that the data are spread over"
         for m in self.metrics.values():
             if device is not None and isinstance(m, nn.Module): m.to(device)
         self.loss = Mean()
-        self.passes = {name: Driven(m) if isinstance(m, Accumulates) else Averaged(m)
+        self.ranks = ranks
+        self.passes = {name: driven(m, ranks) if isinstance(m, Accumulates) else Averaged(m)
                        for name, m in self.metrics.items()}
 
     def joined(self, name, key): # str
@@ -344,10 +378,10 @@ def add(self:Tally,
 # %% ../nbs/04_metrics.ipynb #5d17cc27
 @patch
 def compute(self:Tally): # dict of floats, 'loss' first; nan for what never came
-    "The values over all batches, read from the device now"
-    values = [('loss', self.loss.compute())]
+    "The values over all batches, of all processes, read from the device now"
+    values = [('loss', self.loss.compute(self.ranks))]
     for name, one in self.passes.items():
-        try: value = one.compute()
+        try: value = one.compute(self.ranks)
         except Exception as error:
             error.add_note(f'(in metric {name!r})')
             raise

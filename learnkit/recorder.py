@@ -67,7 +67,7 @@ class Recorder(Callback):
     def before_validate(self, learn):
         if learn.phase == 'predict': return
         self.tally = Tally(learn.metrics)
-        self.tally.reset(learn.device)
+        self.tally.reset(learn.device, learn.ranks)
 
     def after_cancel_batch(self, learn): self._cancelled = True  # it counts in no mean
     def cleanup_batch(self, learn): self._cancelled = False
@@ -92,13 +92,14 @@ class Recorder(Callback):
         self._moms.append(mom[0] if type(mom) is tuple else mom)
 
     def after_train(self, learn):
-        self._epoch_results = {'train_loss': self.flush()}
+        self._epoch_results = {'train_loss': self.flush(learn.ranks)}
 
     def cleanup_train(self, learn): self.flush()  # what an epoch that broke off has done
 
-    def flush(self): # float: the mean loss of the steps
-        "Add the steps of the running epoch to the history"
+    def flush(self, ranks=None): # float: the mean loss of the steps
+        "Add the steps of the running epoch to the history; `ranks`: with the losses of all processes"
         n, loss, sizes = len(self._sizes), self._loss.read(), floats(self._sizes, len(self._sizes))
+        if ranks is not None: loss, sizes = joined(ranks.gather([loss, sizes]), ranks.rank)
         if not n: return math.nan
         self.chunks.append({
             'run': np.full(n, self.run), 'epoch': np.full(n, self.epoch),
@@ -119,12 +120,35 @@ class Recorder(Callback):
     def cleanup_validate(self, learn): self.tally = None
 
     def after_epoch(self, learn):
-        tracked = {name: mean.compute() for name, mean in self.tracked.items()}
+        tracked = means(self.tracked, learn.ranks)
         lr = self._last_lr if self._last_lr is not None else current_lr(learn.opt)
         self.rows.append({'run': self.run, 'epoch': learn.epoch, **self._epoch_results, **tracked,
                           'lr': float(lr)})
         self.times.append(math.nan if self._start is None else time.perf_counter() - self._start)
         self.tracked, self._epoch_results, self._start = {}, {}, None
+
+# %% ../nbs/07_recorder.ipynb #623bfe69
+def joined(found, # (losses, sizes) of each process, arrays (steps,)
+           own:int, # which of them is this one's
+          ): # (losses, sizes) over all, arrays (steps,)
+    "The mean loss of each step; where processes have made other steps each keeps to its own"
+    if len({len(loss) for loss, _ in found}) > 1: return found[own]
+    sizes = np.stack([sizes for _, sizes in found])
+    losses = np.stack([np.where(size > 0, loss * size, 0) for loss, size in found])
+    with np.errstate(invalid='ignore'): return losses.sum(0) / sizes.sum(0), sizes.sum(0)
+
+def means(tracked:dict, ranks=None): # dict by name
+    "The means of what was tracked, over all processes"
+    if ranks is None: return {name: mean.compute() for name, mean in tracked.items()}
+    found = ranks.gather({name: mean.state_dict() for name, mean in tracked.items()})
+    together = {}
+    for name in dict.fromkeys(name for part in found for name in part):
+        mean = together[name] = Mean()
+        for part in found:
+            if name not in part: continue
+            mean.values += part[name]['values'].tolist()
+            mean.weights += part[name]['weights'].tolist()
+    return means(together)
 
 # %% ../nbs/07_recorder.ipynb #f6a277a3
 def current_lr(opt): # float; nan without an optimizer

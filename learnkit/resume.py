@@ -6,7 +6,7 @@
 __all__ = ['SaveState']
 
 # %% ../nbs/15_resume.ipynb #7ec369bb
-import itertools, re, time, warnings
+import itertools, re, warnings
 from contextlib import contextmanager
 from pathlib import Path
 from fastcore.basics import patch
@@ -38,19 +38,19 @@ class SaveState(Callback):
         if is_main(): folder.mkdir(parents=True, exist_ok=True)  # an error now, not after an epoch
         check_storable(learn.saved_tree())
         self._fresh, self._time_was_up = not learn.is_resumed, False
-        if self._fresh and saves(folder) and not learn._begins_anew:
+        if self._fresh and is_main() and saves(folder) and not learn._begins_anew:
             warnings.warn(f'{folder} holds saves of an earlier fit, which go when this one saves; '
                           "fit(..., resume='latest') would have gone on with it", stacklevel=5)
         self._mark(learn)
 
     def _mark(self, learn):
-        self._last = {'epoch': learn.epochs_done, 'step': learn.updates, 'second': time.monotonic()}
+        self._last = {'epoch': learn.epochs_done, 'step': learn.updates, 'second': learn.seconds}
 
     def at_rest(self, learn):
-        if not self._is_due(learn) or not is_main(): return
+        if not self._is_due(learn): return
         # Saves of an earlier fit go as soon as this one has its first
-        keep = 1 if self._fresh else self.keep
-        save_next(learn.saved_tree(), learn.path/self.saves_to, keep=keep)
+        keep, tree = 1 if self._fresh else self.keep, learn.saved_tree(together=True)
+        if is_main(): save_next(tree, learn.path/self.saves_to, keep=keep)
         self._fresh, self._time_was_up = False, learn.time_is_up
         self._mark(learn)
 
@@ -58,7 +58,7 @@ class SaveState(Callback):
         if self._time_was_up: return False  # what follows winds up; the fit goes on from before
         if learn.time_is_up or learn.interrupted or not learn.levels: return True
         count, unit = self.every
-        now = {'epoch': learn.epochs_done, 'step': learn.updates, 'second': time.monotonic()}[unit]
+        now = {'epoch': learn.epochs_done, 'step': learn.updates, 'second': learn.seconds}[unit]
         return now - self._last[unit] >= count
 
 # %% ../nbs/15_resume.ipynb #d413ffe2

@@ -422,7 +422,7 @@ def overfit(self:Learner,
     with self._interruptible(), untouched(self.dls.train) as dl, self.no_trace():
         set_epoch(dl, self.epochs_done)
         few = Repeated(itertools.islice(dl, batches), n_steps)
-        self._stop_at = self._deadline = None
+        self._stop_at = self._max_time = None
         self.cbs[:] = [*(cb for cb in inner_cbs(self.cbs) if not isinstance(cb, Mix)), losses]
         if lr is None and not any(cb.owns_lr for cb in self.cbs): lr = self.lr
         if self.opt and lr is not None: set_lr(self.opt, lr)

@@ -19,6 +19,7 @@ import torch
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load as load_bytes, save as save_bytes
 from torch import nn
 
 # %% ../nbs/01_store.ipynb #3cf15a01
@@ -546,6 +547,21 @@ def load_tree(path): # the tree, its tensors on the cpu
         return Unpacker(tensors).unpack(json.loads(metadata['tree']))
     except (StoreError, OSError, MemoryError): raise
     except Exception as error: raise DamagedError(f'{path} is damaged: {error}') from error
+
+# %% ../nbs/01_store.ipynb #3daaa92b
+def to_bytes(tree): # bytes
+    "A tree as bytes, for `from_bytes`; UnstorableError for what `save_tree` would refuse"
+    packer, tensors = Packer(), {}
+    root = packer.pack(tree)
+    for i, (_, t, node, kind) in enumerate(packer.found):
+        node[kind], tensors[f'{i}'] = f'{i}', host_tensor(t).clone()  # none may share memory
+    text = json.dumps(root, separators=(',', ':')).encode()
+    return save_bytes({**tensors, 'tree': torch.frombuffer(bytearray(text), dtype=torch.uint8)})
+
+def from_bytes(data): # the tree, its tensors on the cpu
+    "What `to_bytes` was given"
+    tensors = load_bytes(bytes(data))
+    return Unpacker(tensors).unpack(json.loads(bytes(tensor_bytes(tensors.pop('tree')))))
 
 # %% ../nbs/01_store.ipynb #94f1b9c6
 def saves(folder): # list of Paths, the newest first

@@ -1,0 +1,233 @@
+"What processes of tests/test_distributed.py run: functions of a module, as each process imports them"
+import os, signal, time
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
+from learnkit import *
+from learnkit.distributed import Distributed
+from learnkit.store import tree_digest
+
+
+def tensors(n, seed=0):
+    gen = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, 4, generator=gen)
+    return x, (x[:, 0] > 0).long()
+
+
+def net(dropout=0., norm=False):
+    return nn.Sequential(nn.Linear(4, 8), nn.GroupNorm(2, 8) if norm else nn.Identity(), nn.ReLU(), nn.Dropout(dropout), nn.Linear(8, 2))
+
+
+def learner(dls=None, model=None, seed=0, loss_func=None, **kwargs):
+    set_seed(seed)
+    dls = dls or DataLoaders.from_tensors(tensors(45), tensors(13, 1), bs=8, device='cpu')
+    learn = Learner(dls, model or net(), loss_func or nn.CrossEntropyLoss(), device='cpu', **{'metrics': accuracy, 'lr': 1e-2, **kwargs})
+    learn.remove_cb(Progress)
+    return learn
+
+
+def weights(learn): return torch.cat([p.detach().flatten() for p in learn.model.parameters()])
+
+
+def seen(learn):
+    "All that is to be equal to one process"
+    return {'weights': weights(learn).tolist(), 'rows': learn.recorder.df.drop(columns='time').to_dict('list'), 'steps': learn.recorder.steps.loss.tolist()}
+
+
+def sizes():
+    "Every number of samples and size of batch: what a fit, a validation and predictions give"
+    found = {}
+    for n in range(1, 18):
+        for bs in range(1, 5):
+            learn = learner(DataLoaders.from_tensors(tensors(n), tensors(n, 1), bs=bs, device='cpu'))
+            with learn.distributed():
+                learn.fit(2)
+                valid, preds = learn.validate(), learn.get_preds(with_loss=True)
+            found[n, bs] = {**seen(learn), 'valid': valid, 'preds': [t.tolist() for t in preds]}
+    return found
+
+
+class Weighted(nn.Module):
+    "A loss with a parameter of its own"
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+    def forward(self, pred, targ): return nn.functional.cross_entropy(pred * self.scale, targ)
+
+
+class Hits:
+    "A metric that knows nothing of processes"
+    def reset(self): self.hits = self.n = 0
+    def update(self, pred, targ): self.hits, self.n = self.hits + int((pred.argmax(1) == targ).sum()), self.n + len(targ)
+    def compute(self): return self.hits / self.n
+
+
+class Own(Learner):
+    def get_pred(self): self.pred = self.model(self.xb[0])
+
+
+def with_loss(cbs):
+    loss = Weighted()
+    learn = learner(loss_func=loss, splitter=lambda model: [list(model.parameters()), list(loss.parameters())], cbs=cbs)
+    learn.fit(2)
+    return learn
+
+
+def fitted(*args, how='fit', kwargs=None, **options):
+    learn = learner(**options)
+    getattr(learn, how)(*args, **(kwargs or {}))
+    return learn
+
+
+def datasets(workers):
+    return DataLoaders.from_datasets(TensorDataset(*tensors(45)), TensorDataset(*tensors(13, 1)), bs=8, num_workers=workers, pin_memory=False)
+
+
+def metric_objects():
+    import torchmetrics
+    from sklearn.metrics import f1_score
+    return [Hits(), sklearn_metric(f1_score), torchmetrics.classification.MulticlassAccuracy(2, average='micro'), accuracy]
+
+
+def frozen(cbs):
+    learn = learner(splitter=lambda model: [list(model[0].parameters()), list(model[4].parameters())], cbs=cbs)
+    learn.freeze()
+    learn.fit(1)
+    learn.unfreeze()
+    learn.fit(1)
+    return learn
+
+
+CASES = {
+    'datasets': lambda cbs: fitted(2, dls=datasets(0), cbs=cbs),
+    'workers': lambda cbs: fitted(2, dls=datasets(2), cbs=cbs),
+    'norm': lambda cbs: fitted(2, model=net(norm=True), cbs=cbs),
+    'accumulation': lambda cbs: fitted(2, cbs=[GradientAccumulation(3), cbs]),
+    'leftover': lambda cbs: fitted(2, cbs=[GradientAccumulation(4), cbs]),
+    'tiny batches': lambda cbs: fitted(2, dls=DataLoaders.from_tensors(tensors(5), tensors(3, 1), bs=1, device='cpu'), cbs=[GradientAccumulation(3), cbs]),
+    'clip': lambda cbs: fitted(2, cbs=[GradientClip(0.1), cbs]),
+    'ema': lambda cbs: fitted(2, cbs=[EMA(0.8), cbs]),
+    'cycle': lambda cbs: fitted(2, 3e-2, how='fit_one_cycle', cbs=cbs),
+    'best': lambda cbs: fitted(3, cbs=[SaveBest('accuracy'), cbs], lr=0.3),
+    'early': lambda cbs: fitted(6, cbs=[EarlyStopping('valid_loss', patience=1), cbs], lr=1.),
+    'plateau': lambda cbs: fitted(4, cbs=[ReduceLROnPlateau('valid_loss', patience=1), cbs], lr=1.),
+    'steps': lambda cbs: fitted(how='fit', kwargs={'n_steps': 9}, cbs=cbs),
+    'every': lambda cbs: fitted(2, cbs=[ValidateEvery(2), cbs]),
+    'short': lambda cbs: fitted(2, cbs=[ShortEpoch(0.5), cbs]),
+    'bf16': lambda cbs: fitted(2, cbs=[MixedPrecision('bf16'), cbs]),
+    'frozen': frozen,
+    'metrics': lambda cbs: fitted(2, metrics=metric_objects(), cbs=cbs),
+    'loss': lambda cbs: with_loss(cbs),
+    'own step': lambda cbs: own_step(cbs),
+    'nan stop': lambda cbs: fitted(2, cbs=[StopOnNaN(), cbs]),
+}
+
+
+def own_step(cbs):
+    set_seed(0)
+    learn = Own(DataLoaders.from_tensors(tensors(45), tensors(13, 1), bs=8, device='cpu'), net(), nn.CrossEntropyLoss(), device='cpu', metrics=accuracy, lr=1e-2, cbs=cbs)
+    learn.remove_cb(Progress)
+    learn.fit(2)
+    return learn
+
+
+def cases():
+    "Each case with the callback given to the constructor"
+    found = {}
+    for name, make in CASES.items():
+        try: found[name] = seen(make(Distributed()))
+        except Exception as error:
+            error.add_note(f'(case {name!r})')
+            raise
+    return found
+
+
+# Loaders that are not learnkit's: each process reads batches of its own
+
+class Stream(IterableDataset):
+    def __iter__(self): return iter(list(zip(*tensors(45))))
+
+
+def foreign(bs, kind):
+    "Training loaders of 45 samples; those for n processes and batches of bs are alike to one process and n * bs"
+    data = TensorDataset(*tensors(45))
+    valid = DataLoader(TensorDataset(*tensors(13, 1)), batch_size=4)
+    x, y = tensors(45)
+    train = {'shuffled': lambda: DataLoader(data, batch_size=bs, shuffle=True), 'ordered': lambda: DataLoader(data, batch_size=bs),
+             'workers': lambda: DataLoader(data, batch_size=bs, shuffle=True, num_workers=1), 'drop': lambda: DataLoader(data, batch_size=bs, drop_last=True),
+             'stream': lambda: DataLoader(Stream(), batch_size=bs), 'list': lambda: list(zip(x.split(bs), y.split(bs)))}[kind]()
+    return DataLoaders(train, valid)
+
+
+FOREIGN = ['shuffled', 'ordered', 'workers', 'stream', 'list']
+
+
+def foreign_cases(n):
+    found = {}
+    for kind in FOREIGN:
+        learn = learner(foreign(8 // n, kind), cbs=[Distributed(), GradientClip(1.)])
+        learn.fit(3)
+        found[kind] = {'weights': weights(learn).tolist(), 'rows': learn.recorder.df.drop(columns='time').to_dict('list'),
+                       'preds': [t.tolist() for t in learn.get_preds()], 'found': learn.lr_find(num_it=12).losses.tolist(), 'test': learn.test(learn.dls.valid)}
+    return found
+
+
+def samplers(n=None):
+    "A DistributedSampler is left to do what it does; each process sees its samples"
+    rank, size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    data, seen_here = TensorDataset(torch.arange(10.)[:, None].expand(10, 4), torch.zeros(10, dtype=torch.long)), []
+    loader = DataLoader(data, batch_size=2, sampler=DistributedSampler(data, size, rank, shuffle=False))
+    learn = learner(DataLoaders(loader), cbs=[Distributed(), Callback(before_batch=lambda learn: seen_here.extend(learn.xb[0][:, 0].tolist()))])
+    learn.fit(1)
+    return seen_here, weights(learn).tolist()
+
+
+class Uneven:
+    "A loader that gives each process as many batches as its number, and says it has shards of its own"
+    num_replicas = 2
+    def __init__(self): self.n = 2 + 3 * int(os.environ.get('RANK', 0))
+    def __len__(self): return self.n
+    def __iter__(self): return iter([tensors(4, i) for i in range(self.n)])
+
+
+def uneven():
+    learn = learner(DataLoaders(Uneven()), cbs=Distributed())
+    learn.fit(2)
+    return weights(learn).tolist(), learn.steps_done
+
+
+def helpers():
+    learn = learner(cbs=Distributed())
+    rank = learn.ranks.rank
+    return {'gather': learn.gather(torch.full((rank + 1, 2), rank)).tolist(), 'padded': learn.gather(torch.full((1, rank + 1), rank), pad=-1).tolist(),
+            'rank': learn.rank, 'size': learn.world_size, 'print': learn.print('hello from', learn.rank)}
+
+
+def plain_state():
+    "The model is the object it was, and so are the names of its state, before, in and after a fit"
+    model, names = net(norm=True), []
+    learn = learner(model=model, cbs=[Distributed(), Callback(after_batch=lambda learn: names.append(list(learn.state_dict()['model'])))])
+    before, hooks = list(model.state_dict()), []
+    model.register_forward_hook(lambda *_: hooks.append(1))
+    learn.fit(1)
+    return before, all(now == before for now in names), list(model.state_dict()) == before, 'forward' in vars(model), len(hooks), learn.model is model
+
+
+# Failure
+
+def fails(event, rank):
+    def fail(learn):
+        if learn.ranks.rank == rank: raise ZeroDivisionError(f'in {event}')
+    phases = ('train', 'valid', 'predict', 'lr_find')
+    learn = learner(cbs=[Distributed(), Callback(phases=phases, **{event: fail})])
+    if 'lr_find' in event: learn.lr_find(num_it=5)
+    elif 'predict' in event: learn.get_preds()
+    else: learn.fit(3)
+
+
+def hangs(rank):
+    "One process fails, the other waits for something else"
+    def wait(learn):
+        if learn.ranks.rank == rank: raise ZeroDivisionError('early')
+        time.sleep(60)
+    learner(cbs=[Distributed(), Callback(after_batch=wait)]).fit(1)
