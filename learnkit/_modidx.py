@@ -197,6 +197,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'learnkit/checkpointed.py'),
                                        'learnkit.checkpointed.Ledger.check_alike': ( 'checkpointed.html#ledger.check_alike',
                                                                                      'learnkit/checkpointed.py'),
+                                       'learnkit.checkpointed.Ledger.check_alone': ( 'checkpointed.html#ledger.check_alone',
+                                                                                     'learnkit/checkpointed.py'),
                                        'learnkit.checkpointed.Ledger.check_carriers': ( 'checkpointed.html#ledger.check_carriers',
                                                                                         'learnkit/checkpointed.py'),
                                        'learnkit.checkpointed.Ledger.check_code': ( 'checkpointed.html#ledger.check_code',

@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from torch import nn
 from .callback import Callback
 from .core import (callers_level, full_name, kind_of, make_result, result_class,
-                           result_fields, set_rng_state, unrecorded)
+                           result_fields, set_rng_state, unrecorded, world_size)
 from .fingerprint import (UnfingerprintableError, as_text, call_arguments, differences,
                                   fingerprint, globals_read, versions)
 from .learner import (Learner, check_loss_state, check_model_state, load_model_state,
@@ -514,6 +514,14 @@ def check_idle(self:Ledger, what):
         raise RuntimeError(f'{what} called inside the block of checkpoint {id_text(self.block._id)}: '
                            'let the block end first')
     if self.host._is_busy(): raise RuntimeError(f'{what} called while the learner is at work')
+    self.check_alone(what)
+
+@patch
+def check_alone(self:Ledger, what):
+    "Raise RuntimeError where several processes train together: each would write to the same record"
+    if world_size() > 1:
+        raise RuntimeError(f'{what} called in one of {world_size()} processes that train together, which '
+                           "cannot share a record yet: train with a Learner, SaveState and fit(resume='latest')")
 
 # %% ../nbs/20_checkpointed.ipynb #9b5a0797
 @patch
@@ -1192,6 +1200,7 @@ def cache(self:Checkpointed,
 @patch
 def cached(self:Ledger, id, name, args, kwargs):
     "A call on the state of a checkpoint, fetched or computed; the host stays as it is"
+    self.check_alone(f'cache({id_text(id)}).{name}')
     if self.host._is_busy():
         raise RuntimeError(f'cache({id_text(id)}).{name} called while the learner is at work')
     node = self.node(id)

@@ -231,3 +231,31 @@ def hangs(rank):
         if learn.ranks.rank == rank: raise ZeroDivisionError('early')
         time.sleep(60)
     learner(cbs=[Distributed(), Callback(after_batch=wait)]).fit(1)
+
+
+# Saves
+
+def saved(folder, stop=None, how=None, n_epoch=3, kind='tensors'):
+    "A fit that saves often; at batch `stop` process 1 is killed, gets a signal, or fails. The digest of all that training goes on from"
+    def end(learn):
+        if learn.phase != 'train' or learn.epoch * learn.n_iter + learn.iter != stop or learn.ranks.rank != 1: return
+        if how == 'fail': raise ZeroDivisionError('on purpose')
+        os.kill(os.getpid(), getattr(signal, how))
+    dls = DataLoaders.from_tensors(tensors(45), tensors(13, 1), bs=8, device='cpu') if kind == 'tensors' else foreign(4, 'shuffled')
+    cbs = [Distributed(), GradientAccumulation(3), EMA(0.9), SaveBest('accuracy'), SaveState(folder, '1 step'), Callback(after_batch=end)]
+    if stop is not None: cbs.append(Slow())
+    set_seed(0)
+    learn = learner(dls, net(dropout=0.3), cbs=cbs)
+    learn.fit(n_epoch, resume='latest')
+    return {name: tree_digest(part) for name, part in learn.state_dict().items() if name != 'fit'}, learn.recorder.df.drop(columns='time').to_dict('list')
+
+
+class Slow(Callback):
+    "Gives a signal the time to be agreed on"
+    def settings(self): return None
+    def after_batch(self, learn): time.sleep(0.05)
+
+
+def recorded(folder):
+    learn = CheckpointedLearner(DataLoaders.from_tensors(tensors(45), bs=8, device='cpu'), net(), nn.CrossEntropyLoss(), device='cpu', name='a', root=folder)
+    with learn.distributed(), learn.checkpoint(1) as cp: cp.fit(1)

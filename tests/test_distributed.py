@@ -1,7 +1,9 @@
 "Several processes: the numbers of one, and an end together"
-import math, signal, time
+import math, os, signal, subprocess, sys, time
+from functools import lru_cache
 import pytest
 import ranks
+from learnkit.cli import main
 from learnkit.distributed import launch
 
 
@@ -37,14 +39,10 @@ def test_every_size_gives_the_numbers_of_one_process(one, n):
     for found in launch(ranks.sizes, n=n): alike(one, found, 1e-6)
 
 
-@pytest.fixture(scope='module')
-def cases(): return ranks.cases(), launch(ranks.cases, n=2)
-
-
-@pytest.mark.parametrize('name', ranks.CASES)
-def test_callbacks_and_loaders_give_the_numbers_of_one_process(cases, name):
-    one, many = cases
-    for found in many: alike(one[name], found[name], 2e-3 if name == 'bf16' else 1e-4)
+def test_callbacks_and_loaders_give_the_numbers_of_one_process():
+    one = ranks.cases()
+    for found in launch(ranks.cases, n=2):
+        for name in ranks.CASES: alike(one[name], found[name], 2e-3 if name == 'bf16' else 1e-4, name)
 
 
 def test_of_other_loaders_each_process_reads_batches_of_its_own():
@@ -76,8 +74,11 @@ def test_the_model_stays_what_it_is():
         assert before[0] == '0.weight' and inside and after and same and not left and hooks == 6 + 2
 
 
-@pytest.mark.parametrize('event', ['before_fit', 'after_batch', 'before_validate', 'after_fit', 'before_lr_find'])
-@pytest.mark.parametrize('rank', [0, 1])
+def slow(*values): return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize('event, rank', [('after_batch', 1), ('before_validate', 0), slow('before_fit', 0), slow('before_fit', 1), slow('after_batch', 0),
+                                         slow('before_validate', 1), slow('after_fit', 0), slow('after_fit', 1), slow('before_lr_find', 0), slow('before_lr_find', 1)])
 def test_an_error_in_one_process_ends_all_and_is_the_one_shown(event, rank, capfd):
     start = time.monotonic()
     with pytest.raises(RuntimeError, match=f'failed in process {rank} of 2(.|\n)*ZeroDivisionError: in {event}'): launch(ranks.fails, event, rank, n=2)
@@ -89,3 +90,58 @@ def test_a_process_that_waits_elsewhere_ends_too():
     start = time.monotonic()
     with pytest.raises(RuntimeError, match='ZeroDivisionError: early'): launch(ranks.hangs, 1, n=2)
     assert time.monotonic() - start < 30
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    return lru_cache(lambda kind: launch(ranks.saved, tmp_path_factory.mktemp('whole') / 'run', None, None, 3, kind, n=2))
+
+
+@pytest.mark.parametrize('stop, how, end, kind', [
+    (3, 'SIGKILL', 'SIGKILL', 'foreign'), (4, 'SIGTERM', 'exit code 143', 'tensors'), slow(8, 'fail', 'on purpose', 'tensors'),
+    slow(8, 'fail', 'on purpose', 'foreign'), slow(3, 'SIGKILL', 'SIGKILL', 'tensors'), slow(4, 'SIGTERM', 'exit code 143', 'foreign')])
+def test_what_was_broken_off_goes_on_with_the_same_bits(tmp_path, whole, stop, how, end, kind):
+    with pytest.raises(RuntimeError, match=end): launch(ranks.saved, tmp_path / 'run', stop, how, 3, kind, n=2)
+    assert list((tmp_path / 'run').glob('*.safetensors'))
+    again = launch(ranks.saved, tmp_path / 'run', None, None, 3, kind, n=2)
+    for (a, rows_a), (b, rows_b) in zip(whole(kind), again):
+        assert rows_a == rows_b and [name for name in a if a[name] != b[name]] == []
+
+
+def test_another_number_of_processes_goes_on_by_samples(tmp_path, capfd):
+    with pytest.raises(RuntimeError, match='143'): launch(ranks.saved, tmp_path / 'run', 4, 'SIGTERM', n=2)
+    (a, rows), (b, more), _ = launch(ranks.saved, tmp_path / 'run', n=3)
+    assert len(rows['epoch']) == 3 and rows['valid_loss'] == more['valid_loss'] and a['model'] == b['model']
+
+
+def test_checkpoints_say_that_they_are_for_a_single_process(tmp_path):
+    with pytest.raises(RuntimeError, match='RuntimeError: checkpoint called in one of 2 processes'): launch(ranks.recorded, tmp_path, n=2)
+    assert not list(tmp_path.iterdir())
+
+
+SCRIPT = '''
+import sys
+sys.path.insert(0, {folder!r})
+import ranks
+learn = ranks.learner()
+with learn.distributed(): learn.fit(1)
+learn.print(learn.rank, learn.world_size, sys.argv[1:])
+if 'fail' in sys.argv and learn.rank == 1: raise ValueError('on purpose')
+'''
+
+
+@pytest.mark.parametrize('args, code', [(['--x', '1'], 0), (['fail'], 1)])
+def test_the_command_launches_a_script(tmp_path, args, code):
+    (tmp_path / 'script.py').write_text(SCRIPT.format(folder=os.path.dirname(__file__)))
+    done = subprocess.run([sys.executable, '-m', 'learnkit', 'launch', '-n', '2', tmp_path / 'script.py', *args], capture_output=True, text=True, timeout=100)
+    assert done.returncode == code and done.stdout == f'0 1 {args}\n'
+    assert done.stderr.count('Traceback') == code and ('ValueError: on purpose' in done.stderr) == bool(code)
+
+
+def test_the_command_names_what_is_missing(tmp_path, capsys):
+    assert main(['launch', str(tmp_path / 'none.py')]) == 1 and 'there is no file' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('n', [0, -1, True, 1.5, '2'])
+def test_numbers_of_processes_that_cannot_be(n):
+    with pytest.raises(ValueError, match='must be a whole number, at least 1'): launch(ranks.helpers, n=n)
