@@ -62,7 +62,7 @@ from .steps import (
     ChannelsLast, CutMix, MixUp, OverfitResult, ShortEpoch, StageFuncs, ValidateEvery,
 )
 from .distributed import (
-    Distributed, is_importable, launch, quiet, Ranks, reporting, told,
+    Distributed, is_importable, launch, own_handlers, quiet, Ranks, reporting, SIGNALS, told,
 )
 from .checkpointed import (
     Checkpointed, CheckpointedLearner, StaleCheckpoint,
@@ -86,6 +86,7 @@ __all__ = [
     'EarlyStopping', 'ReduceLROnPlateau', 'SaveBest', 'StopOnNaN', 'MixedPrecision', 'EMA',
     'GradientAccumulation', 'GradientClip', 'SWA', 'SaveState', 'ChannelsLast', 'CutMix', 'MixUp',
     'OverfitResult', 'ShortEpoch', 'StageFuncs', 'ValidateEvery', 'Distributed', 'is_importable',
-    'launch', 'quiet', 'Ranks', 'reporting', 'told', 'Checkpointed', 'CheckpointedLearner',
-    'StaleCheckpoint', 'checkpoints_table', 'explain_text', 'plot_tree', 'tree_text',
+    'launch', 'own_handlers', 'quiet', 'Ranks', 'reporting', 'SIGNALS', 'told', 'Checkpointed',
+    'CheckpointedLearner', 'StaleCheckpoint', 'checkpoints_table', 'explain_text', 'plot_tree',
+    'tree_text',
 ]

@@ -16,12 +16,12 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 from .callback import Callback
-from .core import (callers_level, full_name, kind_of, make_result, result_class,
+from .core import (callers_level, full_name, is_main, kind_of, make_result, result_class,
                            result_fields, set_rng_state, unrecorded, world_size)
-from .fingerprint import (UnfingerprintableError, as_text, call_arguments, differences,
+from .fingerprint import (Fingerprint, UnfingerprintableError, as_text, call_arguments, differences,
                                   fingerprint, globals_read, versions)
 from .learner import (Learner, check_loss_state, check_model_state, load_model_state,
-                              opt_params)
+                              of_this_rank, opt_params)
 from .progress import Progress, say
 from .resume import as_period
 from .schedule import torch_schedulers
@@ -282,6 +282,10 @@ def _say(self:Checkpointed, text): print(text, flush=True)
 @patch
 def _is_busy(self:Checkpointed): return False
 
+@patch
+def _ranks(self:Checkpointed): # Ranks; None for a single process
+    "The processes that train together, all of which make each call"
+
 # %% ../nbs/20_checkpointed.ipynb #b21a461b
 KEYS = 1  # raised when the same call is described in another way
 
@@ -301,7 +305,7 @@ class Call:
 class Ledger:
     "What is recorded under which id, and where the host stands"
     def __init__(self, host, store, given, hosts, on_change, save_every, keep, code, ignore):
-        self.host, self.store, self.on_change = host, store, on_change
+        self.host, self.files, self.on_change = host, store, on_change
         self.hosts = frozenset(hosts)  # attributes that the host's class sets; others are a subclass's
         self.save_every, self.keep, self.code, self.ignore = save_every, keep, code, ignore
         self.at = None  # Place where the host stands; None: at the beginning
@@ -316,11 +320,61 @@ class Ledger:
         self.outside, self.seen = {}, {}  # attributes that the script has set between calls
         self.fetched = Fetched()
 
+    @property
+    def store(self): # Store, or what stands for it where several processes train together
+        ranks = self.host._ranks()
+        return self.files if ranks is None else Together(self.files, ranks)
+
+    def on_main(self, function): # what it returns, on all processes
+        return on_main(self.host._ranks(), function)
+
 @dataclass(frozen=True)
 class Place:
     "A state in the ledger"
     id: object
     call: object = None # number of the call it is after; None: the end; 'best'; 'inside': unfinished
+
+# %% ../nbs/20_checkpointed.ipynb #edcfd888
+def on_main(ranks, function): # what it returns, on all processes
+    "Call a function on process 0; an error there is one everywhere"
+    if ranks is None: return function()
+    told = error = None
+    if ranks.rank == 0:
+        try: told = {'value': function()}
+        except Exception as raised: error, told = raised, {'error': type(raised).__name__, 'text': str(raised)}
+    heard = ranks.broadcast(told)
+    if error is not None: raise error
+    if 'error' in heard: raise ERRORS.get(heard['error'], RuntimeError)(heard['text'])
+    return (told or heard)['value']
+
+ERRORS = MappingProxyType({cls.__name__: cls for cls in (
+    StaleCheckpoint, DamagedError, UnstorableError, UnfingerprintableError, KeyError, ValueError, TypeError)})
+
+class Together:
+    "A store for processes that train together"
+    def __init__(self, store, ranks): self.alone, self.ranks, self.folder = store, ranks, store.folder
+
+    def __getattr__(self, name): # read, ids, get, put, digests_of, holds
+        def method(*args): return on_main(self.ranks, lambda: getattr(self.alone, name)(*args))
+        return method
+
+    def work(self, id): return self.alone.work(id)
+
+    def write(self, node):
+        "Times and the like are those of process 0"
+        written = on_main(self.ranks, lambda: self.alone.write(node) or node)
+        if self.ranks.rank: node.clear(), node.update(written)
+
+    @contextmanager
+    def writing(self):
+        with ExitStack() as held:
+            on_main(self.ranks, lambda: held.enter_context(self.alone.writing()) and None)
+            yield self
+
+    def gc(self, dry_run):
+        found = []
+        on_main(self.ranks, lambda: found.append(self.alone.gc(dry_run)))
+        return found[0] if found else None
 
 # %% ../nbs/20_checkpointed.ipynb #9e7d4088
 @patch
@@ -348,18 +402,20 @@ def ask(self:Ledger, method:str, args, kwargs): # Call
     self.look()
     kind, bound = method_kind(self.host, method), getattr(type(self.host), method)
     values = call_arguments(bound.__get__(self.host), args, kwargs)
-    found = fingerprint(values, method, self.ignore, self.memo)
     def text(value):
         if isinstance(value, Callback): return repr(value)
         if type(value) is list and callbacks_in(value): return f'[{", ".join(map(text, value))}]'
         try: return as_text(fingerprint(value, method, memo=self.memo).tree)
         except UnfingerprintableError: return type(value).__name__  # one that is ignored
-    shown = [*map(text, args), *(f'{name}={text(value)}' for name, value in kwargs.items())]
+    def told():
+        found = fingerprint(values, method, self.ignore, self.memo)
+        shown = [*map(text, args), *(f'{name}={text(value)}' for name, value in kwargs.items())]
+        return [found.tree, found.code, found.sampled], f'{method}({", ".join(shown)})'
+    found, shown = self.on_main(told)
     reads = constants_read(inspect.getattr_static(type(self.host), method))
     reads |= self.host._reads(method, values)
     structure = self.structure() | (self.described({'method': reads}) if reads else {})
-    return Call(method, args, kwargs, kind, values, found, structure,
-                f'{method}({", ".join(shown)})')
+    return Call(method, args, kwargs, kind, values, Fingerprint(*found), structure, shown)
 
 def constants_read(func): # dict: name -> value
     "The global numbers and texts that a user's method reads"
@@ -379,9 +435,12 @@ def structure(self:Ledger): # dict: name -> Fingerprint
 @patch
 def described(self:Ledger, values:dict): # dict: name -> Fingerprint
     "Values by name; of what the host trains the build alone, as its weights are in the state"
-    where = type(self.host).__name__
-    return {name: fingerprint({name: value}, where, memo=self.memo, weights=name not in self.host.trained)
-            for name, value in values.items() if name not in self.ignore}
+    def told():
+        found = {name: fingerprint({name: value}, type(self.host).__name__, memo=self.memo,
+                                   weights=name not in self.host.trained)
+                 for name, value in values.items() if name not in self.ignore}
+        return {name: [one.tree, one.code, one.sampled] for name, one in found.items()}
+    return {name: Fingerprint(*parts) for name, parts in self.on_main(told).items()}
 
 # %% ../nbs/20_checkpointed.ipynb #ed169723
 def as_dict(state): # dict
@@ -518,10 +577,11 @@ def check_idle(self:Ledger, what):
 
 @patch
 def check_alone(self:Ledger, what):
-    "Raise RuntimeError where several processes train together: each would write to the same record"
-    if world_size() > 1:
-        raise RuntimeError(f'{what} called in one of {world_size()} processes that train together, which '
-                           "cannot share a record yet: train with a Learner, SaveState and fit(resume='latest')")
+    "Raise RuntimeError where several processes would each write to the same record"
+    if world_size() > 1 and self.host._ranks() is None:
+        raise RuntimeError(f'{what} called in one of {world_size()} processes that do not know of each '
+                           'other: do it in `with learn.distributed():`, or give the learner '
+                           'cbs=Distributed()')
 
 # %% ../nbs/20_checkpointed.ipynb #9b5a0797
 @patch
@@ -647,7 +707,7 @@ def is_worth_keeping(self:Ledger, node, first=0): # bool
     calls, work = node['calls'][first:], self.store.work(node['id'])
     saves = (path for k in range(first, len(node['calls'])) for path in (work/str(k)).rglob('*'))
     if any(call['status'] == 'complete' for call in calls) or not first and node['closed']: return True
-    return any(path.is_file() for path in saves)
+    return self.on_main(lambda: any(path.is_file() for path in saves))
 
 @patch
 def beginning_differs(self:Ledger, node, structure): # list of str
@@ -850,7 +910,8 @@ def fetch(self:Ledger, block, call, recorded, parts):
         self.fetched = Fetched()  # lets go of what was there before
         with self.unguarded(): host._lay(as_given(tree['state']), None)
         host._lay_beside(tree['beside'])
-        self.fetched = Fetched(as_dict(host._live_state()), recorded['state'])
+        live = {part: value for part, value in as_dict(host._live_state()).items() if part != 'ranks'}
+        self.fetched = Fetched(live, recorded['state'])
     for cb, (_, state) in zip(carriers, tree['callbacks']): cb.load_state_dict(state)
     block._moved = recorded['state'] is None and (block._moved or not structural)
     self.done(block, call)
@@ -883,7 +944,8 @@ def tell(self:Ledger, id, recorded, strays=()):
     self.host._say(f'checkpoint {id_text(id)}: {recorded["text"]} fetched from {self.store.folder}, '
                    f'computed in {duration(recorded["seconds"])} on {when}{off}')
 
-STRAYS = MappingProxyType({'model': 'weights', 'rng': 'random numbers', 'data': 'positions in the data'})
+STRAYS = MappingProxyType({'model': 'weights', 'rng': 'random numbers', 'data': 'positions in the data',
+                           'ranks': 'other processes'})
 
 # %% ../nbs/20_checkpointed.ipynb #7587333a
 def duration(seconds:float): # str
@@ -962,7 +1024,8 @@ def record_begin(self:Ledger, block, parts):
 def has_left(self:Ledger, saved, parts): # bool
     "Whether the host has moved on from a recorded state, or what lies beside it was changed"
     if saved['parts'] != parts: return True
-    return tree_digest(self.store.get(saved['beside'])) != tree_digest(self.host._beside())
+    beside = self.host._beside()
+    return self.on_main(lambda: tree_digest(self.files.get(saved['beside'])) != tree_digest(beside))
 
 @patch
 def here(self:Ledger, parts): # dict: parts, state, beside
@@ -975,6 +1038,7 @@ def digests(structure): return {name: found.digest for name, found in structure.
 
 def forget_saves(folder):
     "Remove the saves of a call that is complete, or is not to go on"
+    if not is_main(): return
     clear(folder)
     if folder.parent.exists() and not any(folder.parent.iterdir()): clear(folder.parent)
 
@@ -1080,7 +1144,7 @@ def close(self:Ledger, block):
         for call in block._node['calls'][:-1]: call['state'] = call['begin'] = None
     block._node['closed'] = True
     self.store.write(block._node)
-    if last_only: self.store.gc(dry_run=False)
+    if last_only: self.store.gc(False)
 
 @patch
 def bookmark(self:Ledger, block):
@@ -1363,7 +1427,7 @@ def delete_run(self:Checkpointed):
     "Delete all checkpoints of this name, and every file of theirs"
     ledger = self.ledger
     ledger.check_idle('delete_run')
-    ledger.store.destroy()
+    ledger.on_main(ledger.files.destroy)
     ledger.at, ledger.line = None, ()
     ledger.begins.clear()
 
@@ -1374,7 +1438,7 @@ def gc(self:Checkpointed,
        dry_run:bool=True, # only say what would be freed
       ): # what is, or would be, freed
     "Free the space of states that no checkpoint needs any more"
-    return self.ledger.store.gc(dry_run=dry_run)
+    return self.ledger.store.gc(dry_run)
 
 # %% ../nbs/20_checkpointed.ipynb #8f1648bf
 @patch
@@ -1393,13 +1457,15 @@ def plan(self:Checkpointed):
 # %% ../nbs/20_checkpointed.ipynb #2e61d647
 class CheckpointedLearner(Checkpointed, Learner):
     "A learner whose method calls are kept: run a script again and only what is new is computed"
-    drifts, unseeded, once = ('rng', 'data'), ('model', 'rng', 'data'), ('setup',)
+    drifts, once = ('rng', 'data', 'ranks'), ('setup',)
+    unseeded = ('model', *drifts)
     laid = ('lr', 'layers', 'attributes')  # structure that comes back together with the state
     trained = ('built_model', 'loss_func', 'splitter', 'opt_func')
     of_the_model = ('validate', 'test', 'get_preds', 'predict')  # these need no optimizer
     of_training = ('opt', 'scaler', 'counters', 'opt_func', 'lr', 'wd', 'splitter', 'layers')
 
-    def _live_state(self): return self.state_dict(copy=False)
+    def _live_state(self): return self.saved_tree(together=True)['learner']
+    def _ranks(self): return self.ranks
     def _is_busy(self): return bool(self.levels)
     def _say(self, text): say(self, text)
 
@@ -1525,7 +1591,8 @@ STRUCTURE = ('loss_func', 'opt_func', 'lr', 'wd', 'splitter', 'metrics', 'n_inp'
 @patch
 def _capture(self:CheckpointedLearner): # dict of live objects
     "Everything the learner is put together from, but not the state of its optimizer"
-    return {'attributes': {name: getattr(self, name) for name in STRUCTURE}, 'cbs': list(self.cbs),
+    return {'attributes': {name: getattr(self, name) for name in STRUCTURE},
+            'cbs': [cb for cb in self.cbs if not cb.spreads],
             'modules': [(m, dict(m._modules), public(m)) for m in self.model.modules()],
             'opt': (self.opt_func, self.wd, self.splitter, type(self.opt),
                     [id(p) for p in opt_params(self.opt)] if self.opt else [])}
@@ -1548,7 +1615,7 @@ def _rebuild(self:CheckpointedLearner, captured):
     remake = self._capture()['opt'] != captured['opt']
     vars(self).update(captured['attributes'])
     put_modules_back(captured['modules'])
-    self.cbs = captured['cbs']
+    self.cbs = [*captured['cbs'], *(cb for cb in self.cbs if cb.spreads)]
     if not remake: return
     self.make_opt()
     for cb in torch_schedulers(self.cbs): cb.forget()
@@ -1556,6 +1623,7 @@ def _rebuild(self:CheckpointedLearner, captured):
 @patch
 def _lay(self:CheckpointedLearner, state, captured=None, best=None):
     "Load a state, after `_rebuild` where a structure is given; an error changes nothing"
+    state = of_this_rank(state, self.ranks)
     with undone_on_error(self):
         if captured is not None: self._rebuild(captured)
         self.check_state(state)

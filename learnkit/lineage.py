@@ -234,7 +234,7 @@ def table_row(lineage, id): # dict: column -> value
 @patch(as_prop=True)
 def checkpoints(self:Checkpointed): # DataFrame
     "A row for each: id, parent, description, calls, epochs, best, bytes, created, status"
-    return checkpoints_table(self.ledger.store)
+    return checkpoints_table(self.ledger.files)
 
 # %% ../nbs/21_lineage.ipynb #dde179c7
 def columns_of(text): # int
@@ -378,7 +378,7 @@ def tree(self:Checkpointed,
          width=None, # columns of text to fit into; None: those of the terminal, elsewhere 120
         ):
     "Print the checkpoints as a tree: calls, last and best metric, answers, bytes, age, status"
-    print_text(tree_text(self.ledger.store, at=self.ledger.at, width=width or terminal_width(120)))
+    print_text(tree_text(self.ledger.files, at=self.ledger.at, width=width or terminal_width(120)))
 
 # %% ../nbs/21_lineage.ipynb #111aad5e
 def metric_values(node, metric): # (last, best), nan where there is none
@@ -555,7 +555,7 @@ def plot_tree(self:Checkpointed,
               metric=None, # name of a metric; None: the one that the best models were kept by
              ): # Axes
     "Draw the checkpoints as a tree from left to right, with a metric beside it"
-    return plot_tree(self.ledger.store, ax, metric)
+    return plot_tree(self.ledger.files, ax, metric)
 
 # %% ../nbs/21_lineage.ipynb #409d8386
 class NoCheckpoint(LookupError):
@@ -723,7 +723,7 @@ def explain(self:Checkpointed,
            ):
     "Print how two checkpoints differ; without ids, why the last call was computed"
     if (a is None) != (b is None): raise TypeError('explain: give two ids, or none')
-    print_text(self.ledger.why if a is None else '\n'.join(explain_text(self.ledger.store, a, b)))
+    print_text(self.ledger.why if a is None else '\n'.join(explain_text(self.ledger.files, a, b)))
 
 # %% ../nbs/21_lineage.ipynb #22f4295e
 def result_text(root): # str
@@ -808,7 +808,7 @@ def delete_checkpoint(self:Checkpointed,
                      ):
     "Delete a checkpoint with its answers; `gc` then frees the space"
     self.ledger.check_idle('delete_checkpoint')
-    delete_checkpoint(self.ledger.store, id, force)
+    self.ledger.on_main(lambda: delete_checkpoint(self.ledger.files, id, force))
 
 class HasChildren(ValueError):
     "Others go on from a checkpoint that is to be deleted"

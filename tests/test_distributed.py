@@ -1,5 +1,6 @@
 "Several processes: the numbers of one, and an end together"
 import math, os, signal, subprocess, sys, time
+from contextlib import contextmanager
 from functools import lru_cache
 import pytest
 import ranks
@@ -19,15 +20,25 @@ def alike(a, b, tolerance, path=''):
     else: assert a == b, (path, a, b)
 
 
-@pytest.fixture(autouse=True)
+@contextmanager
 def limit():
-    "A test whose processes wait for each other ends after two minutes"
+    "Processes that wait for each other end after two minutes"
     def over(*_): raise TimeoutError('two minutes are over')
     before = signal.signal(signal.SIGALRM, over)
     signal.alarm(120)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
+    try: yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def limited(function):
+    with limit(): return function()
+
+
+@pytest.fixture(autouse=True)
+def each_is_limited():
+    with limit(): yield
 
 
 @pytest.fixture(scope='module')
@@ -108,14 +119,45 @@ def test_what_was_broken_off_goes_on_with_the_same_bits(tmp_path, whole, stop, h
         assert rows_a == rows_b and [name for name in a if a[name] != b[name]] == []
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_goes_on_by_samples(tmp_path, capfd):
     with pytest.raises(RuntimeError, match='143'): launch(ranks.saved, tmp_path / 'run', 4, 'SIGTERM', n=2)
     (a, rows), (b, more), _ = launch(ranks.saved, tmp_path / 'run', n=3)
     assert len(rows['epoch']) == 3 and rows['valid_loss'] == more['valid_loss'] and a['model'] == b['model']
 
 
-def test_checkpoints_say_that_they_are_for_a_single_process(tmp_path):
-    with pytest.raises(RuntimeError, match='RuntimeError: checkpoint called in one of 2 processes'): launch(ranks.recorded, tmp_path, n=2)
+# Checkpoints
+
+@pytest.fixture(scope='module')
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('recorded')
+    return folder, limited(lambda: launch(ranks.recorded, folder, n=2))
+
+
+def test_a_rerun_fetches_the_same_bits_on_every_process(undisturbed):
+    folder, first = undisturbed
+    again = launch(ranks.recorded, folder, n=2)
+    for (found, n, status), (fetched, none, _) in zip(first, again):
+        assert fetched == found and n == 30 and none == 0 and status == ['complete'] * 3
+    with pytest.raises(RuntimeError, match='StaleCheckpoint: (.|\\n)*n_epoch 2 -> 3'): launch(ranks.recorded, folder, None, None, 3, n=2)
+
+
+def test_a_single_process_fetches_what_two_have_computed(undisturbed):
+    folder, first = undisturbed
+    found, n, _ = ranks.recorded(folder)
+    assert n == 0 and [step[0]['model'] for step in found] == [step[0]['model'] for step in first[0][0]]
+    assert [step[1:] for step in found] == [step[1:] for step in first[0][0]]
+
+
+@pytest.mark.parametrize('at, how, end', [(15, 'SIGKILL', 'SIGKILL'), slow(7, 'SIGTERM', '143'), slow(9, 'fail', 'on purpose'), slow(26, 'SIGKILL', 'SIGKILL')])
+def test_a_script_of_two_processes_that_was_broken_off_ends_with_the_same_bits(tmp_path, undisturbed, at, how, end):
+    with pytest.raises(RuntimeError, match=end): launch(ranks.recorded, tmp_path, at, how, n=2)
+    again = launch(ranks.recorded, tmp_path, n=2)
+    for (found, _, _), (other, n, status) in zip(undisturbed[1], again): assert other == found and n < 30 and status == ['complete'] * 3
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path):
+    with pytest.raises(RuntimeError, match='RuntimeError: checkpoint called in one of 2 processes that do not know'): launch(ranks.apart, tmp_path, n=2)
     assert not list(tmp_path.iterdir())
 
 
