@@ -62,7 +62,7 @@ from .steps import (
     ChannelsLast, CutMix, MixUp, OverfitResult, ShortEpoch, StageFuncs, ValidateEvery,
 )
 from .distributed import (
-    Distributed, is_importable, launch, own_handlers, quiet, Ranks, reporting, SIGNALS, told,
+    Distributed, launch, Ranks,
 )
 from .checkpointed import (
     Checkpointed, CheckpointedLearner, StaleCheckpoint,
@@ -85,8 +85,7 @@ __all__ = [
     'sched_lin', 'sched_poly', 'sched_warmup', 'TorchScheduler', 'LRFinderResult', 'AskToContinue',
     'EarlyStopping', 'ReduceLROnPlateau', 'SaveBest', 'StopOnNaN', 'MixedPrecision', 'EMA',
     'GradientAccumulation', 'GradientClip', 'SWA', 'SaveState', 'ChannelsLast', 'CutMix', 'MixUp',
-    'OverfitResult', 'ShortEpoch', 'StageFuncs', 'ValidateEvery', 'Distributed', 'is_importable',
-    'launch', 'own_handlers', 'quiet', 'Ranks', 'reporting', 'SIGNALS', 'told', 'Checkpointed',
-    'CheckpointedLearner', 'StaleCheckpoint', 'checkpoints_table', 'explain_text', 'plot_tree',
-    'tree_text',
+    'OverfitResult', 'ShortEpoch', 'StageFuncs', 'ValidateEvery', 'Distributed', 'launch', 'Ranks',
+    'Checkpointed', 'CheckpointedLearner', 'StaleCheckpoint', 'checkpoints_table', 'explain_text',
+    'plot_tree', 'tree_text',
 ]

@@ -23,9 +23,9 @@ import torch.distributed as dist
 def default_device(): # torch.device with its index, or cpu
     "The accelerator that torch would use now (cuda, mps, xpu, ...), else the cpu"
     if not torch.accelerator.is_available(): return torch.device('cpu')
-    kind, index = torch.accelerator.current_accelerator().type, torch.accelerator.current_device_index()
-    if launched()['size'] > 1: index = launched()['local'] % torch.accelerator.device_count()
-    return torch.device(kind, index)
+    kind, place = torch.accelerator.current_accelerator().type, launched()
+    if place['size'] == 1: return torch.device(kind, torch.accelerator.current_device_index())
+    return torch.device(kind, place['local'] % torch.accelerator.device_count())
 
 # %% ../nbs/00_core.ipynb #4831ff01
 def set_seed(s:int, # from 0 to 2**32 - 1, which every generator takes

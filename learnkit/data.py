@@ -61,9 +61,10 @@ class EpochLoader:
         twin.share = share
         return twin
 
-    def n_batch(self, number:int): # int
-        "How many samples batch `number` has, on all processes"
-        return min(self.bs, self.n_samples - number * self.bs)
+    def counts(self, number:int): # (int, int)
+        "How many samples of batch `number` count here, and on all processes"
+        n = min(self.bs, self.n_samples - number * self.bs)
+        return (n if self.share is None else len(range(n)[self.share.part(n)])), n
 
     def go_on(self, start:int): # iterator of batches
         "The batches of this epoch from number `start` on; the next epoch is the next to be read"
@@ -82,14 +83,13 @@ class Share:
     size: int # how many there are
     pad: bool # whether a process that would get nothing gets a sample that counts for nothing
 
-    def count(self, n:int): # int
-        "How many of the `n` samples of a batch count here"
-        return n * (self.rank + 1) // self.size - n * self.rank // self.size
+    def part(self, n:int): # slice
+        "Which of the `n` samples of a batch are this process's; parts differ by one sample at most"
+        return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
 
     def of(self, samples): # the same kind of sequence, maybe empty
-        "This process's part of the samples of a batch; parts differ by one sample at most"
-        n = len(samples)
-        part = samples[n * self.rank // self.size:n * (self.rank + 1) // self.size]
+        "This process's samples of a batch"
+        part = samples[self.part(len(samples))]
         return samples[:1] if self.pad and not len(part) else part
 
 # %% ../nbs/02_data.ipynb #47a9f000

@@ -136,7 +136,7 @@ class Cycled:
     "The first `n` batches of training, over as many epochs as they take"
     def __init__(self, dl, n:int, epoch:int):
         self.dl, self.n, self.epoch = dl, n, epoch
-        self.begin = noop  # called before each epoch
+        self.begin, self.number = noop, None  # called before each epoch; of the batch in its epoch
     def __len__(self): return self.n
 
     def __iter__(self):
@@ -146,9 +146,11 @@ class Cycled:
         for epoch in itertools.count(self.epoch):
             set_epoch(self.dl, epoch)
             self.begin()
-            batch = None
-            for batch in self.dl: yield batch
-            if batch is None: return
+            self.number = None
+            for self.number, batch in enumerate(self.dl): yield batch
+            if self.number is None: return
+
+    def counts(self, number): return self.dl.counts(self.number)  # see `EpochLoader.counts`
 
 # %% ../nbs/11_lr_find.ipynb #6ba09d9b
 @patch

@@ -3,6 +3,7 @@ import os, signal, time
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
+from counting import Fits
 from learnkit import *
 from learnkit.distributed import Distributed
 from learnkit.store import tree_digest
@@ -256,21 +257,13 @@ class Slow(Callback):
     def after_batch(self, learn): time.sleep(0.05)
 
 
-class Computed(Callback):
-    "Counts the training batches that are really computed"
-    order, n = 99, 0
-    def settings(self): return None
-    def before_batch(self, learn):
-        if learn.phase == 'train': Computed.n += 1
-
-
 class Stop(Callback):
     "Ends process 1 at a batch, or lets it fail"
     def __init__(self, at, how): self.at, self.how = at, how
     def settings(self): return None
     def after_batch(self, learn):
         time.sleep(0.05)
-        if learn.phase != 'train' or Computed.n != self.at or learn.ranks.rank != 1: return
+        if learn.phase != 'train' or Fits.n != self.at or learn.ranks.rank != 1: return
         if self.how == 'fail': raise ZeroDivisionError('on purpose')
         os.kill(os.getpid(), getattr(signal, self.how))
 
@@ -280,9 +273,9 @@ def recorded(folder, at=None, how=None, epochs=2):
     set_seed(0)
     dls = DataLoaders.from_tensors(tensors(45), tensors(13, 1), bs=8, device='cpu')
     learn = CheckpointedLearner(dls, net(dropout=0.3), nn.CrossEntropyLoss(), metrics=accuracy, lr=1e-2, device='cpu', name='a/b', root=folder,
-                                save_every='2 steps', splitter=lambda model: [list(model[0].parameters()), list(model[4].parameters())], cbs=[Distributed(), Computed(), *([Stop(at, how)] if at else [])])
+                                save_every='2 steps', splitter=lambda model: [list(model[0].parameters()), list(model[4].parameters())], cbs=[Distributed(), Fits(), *([Stop(at, how)] if at else [])])
     learn.remove_cb(Progress)
-    Computed.n, found = 0, []
+    Fits.n, found = 0, []
     def note(*results): found.append([{name: tree_digest(part) for name, part in learn.state_dict().items()}, *map(tree_digest, results)])
     with learn.checkpoint(1) as cp:
         cp.fit_one_cycle(epochs, 3e-2, cbs=[SaveBest('accuracy'), EMA(0.9)])
@@ -297,7 +290,7 @@ def recorded(folder, at=None, how=None, epochs=2):
     note()
     with learn.checkpoint(3, parent=1) as cp: cp.fit(1)
     note()
-    return found, Computed.n, learn.checkpoints.status.tolist()
+    return found, Fits.n, learn.checkpoints.status.tolist()
 
 
 def apart(folder):

@@ -8,20 +8,12 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import SGD
+from counting import Fits
 from learnkit import *
 from learnkit import store
 from learnkit.callback import EVENTS
 from learnkit.checkpointed import CheckpointedLearner, StaleCheckpoint
 from learnkit.store import DamagedError, LockedError, Store, StoreError, tree_digest
-
-
-class Fits(Callback):
-    "Counts the training batches that are really computed"
-    order = 99
-    n = 0
-    def settings(self): return None
-    def before_batch(self, learn):
-        if learn.phase == 'train': Fits.n += 1
 
 
 class Boom(Exception): pass

@@ -11,19 +11,11 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import StepLR
+from counting import Fits
 from learnkit import *
 from learnkit.checkpointed import CheckpointedLearner, Checkpointed, StaleCheckpoint
 from learnkit.core import pure, result, structural, unrecorded
 from learnkit.store import StoreError, UnstorableError, tree_digest
-
-
-class Fits(Callback):
-    "Counts the training batches that are really computed"
-    order = 99
-    n = 0
-    def settings(self): return None
-    def before_batch(self, learn):
-        if learn.phase == 'train': Fits.n += 1
 
 
 @pytest.fixture(autouse=True)

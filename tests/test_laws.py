@@ -12,19 +12,12 @@ from torch.nn import functional as F
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import ExponentialLR, StepLR
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset, WeightedRandomSampler, random_split
+from counting import Fits
 from learnkit import *
 from learnkit.checkpointed import CheckpointedLearner, StaleCheckpoint
 from learnkit.core import pure, result, structural
 from learnkit.fingerprint import UnfingerprintableError
 from learnkit.store import Store, StoreError, UnstorableError, tree_digest
-
-
-class Fits(Callback):
-    "Counts the training batches that are really computed"
-    order, n = 99, 0
-    def settings(self): return None
-    def before_batch(self, learn):
-        if learn.phase == 'train': Fits.n += 1
 
 
 @pytest.fixture(autouse=True)
@@ -557,6 +550,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
+from counting import Fits
 from learnkit import *
 class Part(nn.Module):
     def forward(self, x): return x * {part}
@@ -1082,15 +1076,16 @@ def test_p15_deleting_removes_all_files(tmp_path):
 # The defects to be without
 
 class Kill(Callback):
+    def __init__(self, steps, signum): self.steps, self.signum = steps, signum
     def settings(self): return None
     def after_batch(self, learn):
-        if learn.steps_done == 5: os.kill(os.getpid(), signal.SIGKILL)
+        if learn.steps_done == self.steps: os.kill(os.getpid(), self.signum)
 
 
 def test_no_call_that_was_killed_is_taken_for_finished(tmp_path):
     pid = os.fork()
     if not pid:
-        try: block(make(tmp_path, cbs=[Kill()]), 1, fit(3))
+        try: block(make(tmp_path, cbs=[Kill(5, signal.SIGKILL)]), 1, fit(3))
         finally: os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
     assert Store(tmp_path / 'run').read(1)['calls'][0]['status'] == 'running'
@@ -1263,17 +1258,11 @@ def test_a_subclass_with_methods_that_call_each_other(tmp_path):
     assert run() == run() and Fits.n == 12
 
 
-class Terminate(Callback):
-    def settings(self): return None
-    def after_batch(self, learn):
-        if learn.steps_done == 4: os.kill(os.getpid(), signal.SIGTERM)
-
-
 def test_law_4_sigterm_saves_and_the_next_run_goes_on(tmp_path):
     pid = os.fork()
     if not pid:
         code = 9
-        try: block(make(tmp_path, cbs=[Terminate()]), 1, fit(3))
+        try: block(make(tmp_path, cbs=[Kill(4, signal.SIGTERM)]), 1, fit(3))
         except SystemExit as end: code = end.code
         finally: os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 143
