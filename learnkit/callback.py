@@ -77,6 +77,7 @@ class Callback:
     external = False # whether it writes outside the learner; such are left out of dry runs
     saves_to = None  # folder in which it keeps saves that a fit can go on from
     spreads = False  # whether it spreads passes over the processes of its attribute `ranks`
+    places_model = False # whether it brings the model to the device itself, in `after_create`
 
     def __new__(cls, *args, **kwargs):
         self = super().__new__(cls)

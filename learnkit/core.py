@@ -347,6 +347,61 @@ def sum_over_ranks(t:torch.Tensor): # tensor on the same device; `t` itself for 
     dist.all_reduce(total)
     return total.to(t.device)
 
+# %% ../nbs/00_core.ipynb #5cca5ea0
+def is_a(x, module:str, name:str): # bool; False where the module was never imported: then nothing is
+    "Whether `x` is of a class in a module that costs half a second to import"
+    return module in sys.modules and isinstance(x, getattr(sys.modules[module], name))
+
+def is_sharded(model): # bool
+    "Whether a module was given to FSDP2's `fully_shard`"
+    return is_a(model, 'torch.distributed.fsdp', 'FSDPModule')
+
+def plain_class(module): # class
+    "The class of a module, without the one that `fully_shard` puts around it"
+    return type(module).__mro__[2] if is_sharded(module) else type(module)
+
+def is_from_fsdp(hook): # bool
+    "Whether `fully_shard` has given this hook to a module"
+    hook = getattr(hook, 'hook', hook)  # torch wraps those of loading
+    return getattr(hook, '__module__', '').startswith('torch.distributed.fsdp')
+
+FSDP_MARKS = ('_is_fsdp_managed_module', '_fsdp_use_orig_params')  # attributes of all modules inside
+
+def reshard(model):
+    "Have a model of FSDP2 hold its parts again, not the whole weights that a forward pass leaves"
+    if not is_sharded(model): return
+    for module in model.modules():
+        if is_sharded(module): module.reshard()
+
+def is_part(t): # bool
+    "Whether a tensor is spread over processes"
+    return is_a(t, 'torch.distributed.tensor', 'DTensor')
+
+def whole(t): # plain tensor, on the device
+    "The value of a tensor that may be spread over processes; all of them call this"
+    if not is_part(t): return t
+    t = t.detach()
+    return t.to(t.device_mesh.device_type).full_tensor()
+
+def as_spread(value, like): # tensor
+    "A value, whole or not, spread over processes as another tensor is"
+    if is_part(like) == is_part(value): return value
+    if is_part(value): return whole(value)
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+
+def any_part(tree): # bool
+    "Whether there is a tensor in a nesting that is spread over processes"
+    found = []
+    map_tensors(lambda t: found.append(is_part(t)), tree)
+    return any(found)
+
+def apart(*lists): # list of tuples of lists
+    "Lists of tensors by whether they are spread over processes, as torch computes with no mixture"
+    kinds = list(map(is_part, lists[0]))
+    return [tuple([t for t, k in zip(ts, kinds) if k == kind] for ts in lists)
+            for kind in sorted(set(kinds))]
+
 # %% ../nbs/00_core.ipynb #333d8daa
 class Signals:
     "Notes the first SIGINT, SIGTERM or SIGUSR1 in `caught` instead of dying of it"

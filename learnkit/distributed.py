@@ -7,6 +7,7 @@ __all__ = ['Ranks', 'Distributed', 'launch']
 
 # %% ../nbs/17_distributed.ipynb #0d6e1932
 import atexit, copy, itertools, logging, math, os, re, signal, sys, threading, time
+from collections import Counter
 from contextlib import contextmanager
 from types import MethodType
 import torch
@@ -17,9 +18,10 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset
 from .callback import PHASES, Callback, Cancel, Interrupted
-from .core import (Gather, batch_size, default_device, generator_state, in_group, is_main,
-                           launched, map_tensors, rank, rng_state, set_generator_state,
-                           set_rng_state, set_seed, unrecorded, world_size)
+from .core import (FSDP_MARKS, Gather, any_part, as_spread, batch_size, default_device, generator_state,
+                           in_group, is_from_fsdp, is_main, is_part, is_sharded, launched,
+                           map_tensors, plain_class, rank, reshard, rng_state, set_generator_state,
+                           set_rng_state, set_seed, to_device, unrecorded, whole, world_size)
 from .data import EpochLoader, Share, epoch_seed, generators, loader_parts
 from .learner import Collect, Learner, length, opt_params
 from .lr_find import Cycled
@@ -162,8 +164,23 @@ def shared_loader(dl, share:Share): # loader
     vars(twin).update(own)  # setattr is refused
     return twin
 
+class Together:
+    "Batches for an evaluation that no process can make alone: who has no part in one computes along"
+    def __init__(self, learn): self.learn, self.part = learn, learn.dl
+    def __len__(self): return len(self.part)
+
+    def __iter__(self):
+        learn = self.learn
+        for number, batch in enumerate(self.part):
+            if number == learn.limit: return
+            if self.part.counts(number)[0]: yield batch
+            else:
+                learn.batch = to_device(batch, learn.device)
+                learn._step('get_pred')
+
 def numbers(dl, n:int): # list of int
     "The numbers, over all processes, of the `n` batches that were read here"
+    if isinstance(dl, Together): dl = dl.part
     if not isinstance(dl, EpochLoader): return list(range(n))
     return [i for i in range(len(dl)) if dl.counts(i)[0]][:n]
 
@@ -174,14 +191,30 @@ class Distributed(Callback):
 
     def __init__(self,
                  sync_bn:bool=False, # batch norm over the samples of all processes; accelerators only
-                 find_unused:bool=False, # look for parameters that a batch does not use; costs time
+                 find_unused:bool=False, # 'ddp': look for parameters that a batch does not use; costs time
+                 strategy:str='ddp', # 'fsdp': each process keeps a part of each parameter, see below
+                 blocks=None, # 'fsdp': model -> modules that are put together one at a time
+                 gather_up_to:int=2**31, # 'fsdp': bytes of a state that is saved in one piece
+                 **options, # 'fsdp': of `fully_shard`: mp_policy, offload_policy, mesh, ...
                 ):
-        self.sync_bn, self.find_unused = sync_bn, find_unused
+        if strategy not in ('ddp', 'fsdp'):
+            raise ValueError(f"Distributed(strategy={strategy!r}): must be 'ddp' or 'fsdp'")
+        if strategy == 'ddp' and (options or blocks):
+            raise TypeError(f'Distributed({next(iter(options), "blocks")}=...) is for strategy=\'fsdp\'')
+        self.sync_bn, self.find_unused, self.strategy = sync_bn, find_unused, strategy
+        self.blocks, self.gather_up_to, self.options = blocks, gather_up_to, options
+        self.shards = strategy == 'fsdp'
+        self._plain, self._norms = {}, None  # of a model in parts: its own parameters; what undoes sync_bn
         self.ranks = self.ddp = self.watch = self._outer = self._own_rng = self._pending = None
         self._undo, self._shares, self._told, self._joined = [], {}, False, False
         self._count, self._every, self._agreed, self._factor = 0, 1, (None, 0.), 1.
 
     def settings(self): return None  # the numbers are the same on any number of processes
+
+    @property
+    def places_model(self): return self.shards and self.join() is not None
+
+    def after_create(self, learn): self.shard(learn)
 
     def join(self): # Ranks; None for a single process
         "Join the other processes; the group of processes stays when this callback goes"
@@ -225,7 +258,7 @@ def share(self:Distributed, learn, dl, pad:bool): # loader
     if known is not None: return known[1]
     share = Share(self.ranks.rank, self.ranks.size, pad)
     part = OwnLoader(dl, share, self.ranks) if is_spread(dl) else shared_loader(dl, share)
-    if pad and not isinstance(dl, EpochLoader) and not self._told:
+    if learn.training and not isinstance(dl, EpochLoader) and not self._told:
         self._told = True
         say(learn, f'{type(dl).__name__}: each of {self.ranks.size} processes reads batches of its own, so '
                    f'an update sees {self.ranks.size} of them')
@@ -251,7 +284,8 @@ def before_validate(self:Distributed, learn):
     self._begin(learn)
     if not self.ranks: return
     if 'fit' in learn.levels: self.same_buffers(learn)
-    self.begin_pass(learn, pad=False)
+    self.begin_pass(learn, pad=self.shards)
+    if self.shards: learn.dl = Together(learn)
 
 @patch
 def before_lr_find(self:Distributed, learn):
@@ -306,6 +340,7 @@ def wrap(self:Distributed, learn):
     if getattr(learn.loss_func, 'reduction', None) == 'sum':
         raise ValueError("the loss has reduction='sum', and the sums of parts of a batch cannot be weighted: "
                          "use reduction='mean'")
+    if self.shards: return
     model, compiled = learn.model, learn.compiled
     if self.sync_bn: self._undo.append(synced_norms(model, learn.device))
     if not any(p.requires_grad for p in model.parameters()): return
@@ -345,11 +380,11 @@ def synced_norms(model, device): # function that undoes it
 # %% ../nbs/17_distributed.ipynb #f6cb97f5
 @patch
 def before_step(self:Distributed, learn):
-    if not self.ranks: return
-    grads = [p.grad for p in rest_of(learn) if p.grad is not None] if learn.sync_grads else []
-    if not learn.sync_grads and learn.levels[-1] != 'batch':  # a last group that was not complete
-        grads = [p.grad for p in opt_params(learn.opt) if p.grad is not None]
-    for grad in grads:
+    complete = learn.sync_grads
+    if not self.ranks or not complete and learn.levels[-1] == 'batch': return
+    # Gradients of the model were exchanged, but not by DDP for a last group that is incomplete
+    params = rest_of(learn) if complete or self.shards else opt_params(learn.opt)
+    for grad in [p.grad for p in params if p.grad is not None]:
         dist.all_reduce(grad)
         grad /= self.ranks.size
 
@@ -364,9 +399,112 @@ def same_buffers(self:Distributed, learn):
 
 # %% ../nbs/17_distributed.ipynb #0d515250
 @patch
+def shard(self:Distributed, learn):
+    "Cut the model into parts, one of each parameter for each process, and what the optimizer knows of it"
+    if not self.shards or self.join() is None or is_sharded(learn.model): return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    model, device = learn.model, learn.device
+    if self.sync_bn: self._norms = synced_norms(model, device)
+    self._plain = params_of(model)
+    for t in (*self._plain.values(), *model.buffers()): self.same_value(t)
+    options = {'mesh': init_device_mesh(device.type, (self.ranks.size,)), **self.options}
+    for module in (*(self.blocks or blocks_of)(model), model): fully_shard(module, **options)
+    fill(model, device)
+    if learn.opt: swap_params(learn.opt, self._plain, params_of(model), as_spread)
+    for param in self._plain.values(): param.data = param.data.new_empty(0)  # its memory
+
+def params_of(model): # dict: name -> parameter; one with several names is there several times
+    return dict(model.named_parameters(remove_duplicate=False))
+
+@patch
+def same_value(self:Distributed, t):
+    "Let a parameter or buffer be what it is in process 0"
+    if t.is_meta: return
+    dist.broadcast(t.detach(), 0, group=self.ranks.group if t.device.type == 'cpu' else None)
+
+def blocks_of(model): # list of modules
+    "The items of the outermost containers, without those that share parameters with others"
+    uses = Counter(map(id, params_of(model).values()))
+    def is_alone(block):
+        own = Counter(map(id, params_of(block).values()))
+        return own and all(uses[key] == n for key, n in own.items())
+    return list(filter(is_alone, items(model)))
+
+def items(module): # iterator of modules
+    "What the outermost containers in a module hold"
+    for child in module.children():
+        inside = isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
+        if inside and not isinstance(child, (nn.ModuleList, nn.ModuleDict)): yield child
+        else: yield from items(child)
+
+def fill(model, device):
+    "Make the weights of modules on the meta device, as on a single process: one module at a time"
+    for name, module in model.named_modules():
+        slots = [(held, key) for held in (module._parameters, module._buffers)
+                 for key, t in held.items() if t is not None and t.is_meta]
+        if not slots: continue
+        if not hasattr(module, 'reset_parameters'):
+            raise ValueError(f'{name or "the model"} is on the meta device, and {plain_class(module).__name__} '
+                             'has no method reset_parameters that would make its weights')
+        spread = [held[key] for held, key in slots]
+        for (held, key), t in zip(slots, spread):
+            new = torch.empty(t.shape, dtype=t.dtype, device=device)
+            held[key] = nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new
+        module.reset_parameters()
+        for (held, key), t in zip(slots, spread):
+            if not is_part(t): continue
+            with torch.no_grad(): made = torch.empty_like(t, device=device).copy_(as_spread(held[key].detach(), t))
+            held[key] = nn.Parameter(made, t.requires_grad)
+
+def swap_params(opt, before:dict, after:dict, convert):
+    "Let an optimizer go on with other parameters; `convert(tensor, parameter)` for what it keeps of them"
+    new = {before[name]: after[name] for name in before}
+    for group in opt.param_groups: group['params'] = [new.get(p, p) for p in group['params']]
+    for old, param in new.items():
+        if old not in opt.state: continue
+        opt.state[param] = map_tensors(lambda t: convert(t, param) if t.shape == param.shape else t,
+                                       opt.state.pop(old))
+
+@patch
+def unshard(self:Distributed, learn):
+    "Give the model its own parameters back, whole; one that is too large stays as it is"
+    if not self._plain: return
+    model, parts = learn.model, params_of(learn.model)
+    if (size := learn.n_bytes()) > self.gather_up_to:
+        return say(learn, f'the model stays in parts: its state has {size / 2**30:.1f} GiB, more than gather_up_to')
+    reshard(model)
+    kept = [cb for cb in {*learn.cbs, *learn.fit_cbs} if any_part(cb.state_dict())]
+    for cb in kept: cb.load_state_dict(map_tensors(whole, cb.state_dict()))
+    learn._initial = map_tensors(lambda t: whole(t).cpu(), learn._initial)
+    for name, param in self._plain.items():
+        param.data, param.grad = whole(parts[name]), None
+        param.requires_grad_(parts[name].requires_grad)
+    if learn.opt: swap_params(learn.opt, parts, self._plain, lambda t, _: whole(t))
+    for name, param in self._plain.items():
+        path, _, key = name.rpartition('.')
+        model.get_submodule(path)._parameters[key] = param
+    for module in model.modules(): make_plain(module)
+    if self._norms: self._norms()
+    self._plain, self._norms = {}, None
+
+def make_plain(module):
+    "Take away what `fully_shard` has added to a module"
+    module.__class__ = plain_class(module)
+    for name, held in list(vars(module).items()):
+        if name in FSDP_MARKS: delattr(module, name)
+        if not isinstance(held, dict): continue
+        for key, value in list(held.items()):
+            ours = is_from_fsdp(value) if 'hooks' in name else getattr(key, '__name__', key) == 'fully_shard'
+            if ours: del held[key]
+        if name.startswith('__composable_api') and not held: delattr(module, name)
+
+# %% ../nbs/17_distributed.ipynb #d6b707ea
+@patch
 def _begin(self:Distributed, learn):
     self._outer = sys.exception()  # one that is being handled while all this goes on
     self.join()
+    self.shard(learn)
 
 @patch
 def before_fit(self:Distributed, learn):
@@ -391,11 +529,13 @@ def after_fit(self:Distributed, learn):
 @patch
 def cleanup_fit(self:Distributed, learn):
     self.unwrap()
+    reshard(learn.model)
     self._shares.clear()
     self.failed()
 
 @patch
 def cleanup_validate(self:Distributed, learn):
+    reshard(learn.model)
     if 'fit' in learn.levels: return
     self._shares.clear()
     self.failed()
@@ -504,12 +644,17 @@ def put_together(self:Distributed, collect, dl):
 def distributed(self:Learner,
                 sync_bn:bool=False, # batch norm over the samples of all processes; accelerators only
                 find_unused:bool=False, # look for parameters that a batch does not use; costs time
+                strategy:str='ddp', # 'fsdp': each process keeps a part of each parameter
+                **options, # of `Distributed`
                ): # the learner
     "In the `with` block all processes that a launcher has started train together"
-    together = Distributed(sync_bn, find_unused)
+    together = Distributed(sync_bn, find_unused, strategy, **options)
     together.join()
     try:
-        with self.added_cbs(together): yield self
+        with self.added_cbs(together):
+            together.shard(self)
+            yield self
+            together.unshard(self)
     except BaseException:
         together.failed()
         raise

@@ -22,7 +22,8 @@ from torch.nn.parameter import is_lazy
 from torch.utils.data import (ConcatDataset, DataLoader, Dataset, IterableDataset, Subset,
                               TensorDataset)
 from .callback import Callback, Callbacks
-from .core import accelerator, full_name, generator_state, isolated_rng, seed_generator
+from .core import (FSDP_MARKS, accelerator, full_name, generator_state, is_from_fsdp,
+                           isolated_rng, plain_class, seed_generator)
 from .data import (DataLoaders, DatasetLoader, EpochLoader, TensorLoader, default_collate,
                            generators, untouched)
 from .metrics import Metric
@@ -971,23 +972,24 @@ def describe_optimizer(x, walk):
     return {'$object': full_name(type(x)), 'with': walk.named_parts(x.state_dict())}
 
 # %% ../nbs/06_fingerprint.ipynb #eee17d28
-INNER = frozenset(vars(nn.Module())) | {name for name in vars(nn.Module) if name[0] == '_'}
+INNER = frozenset((*vars(nn.Module()), *FSDP_MARKS)) | {name for name in vars(nn.Module) if name[0] == '_'}
 HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
 
 @describe.register(nn.Module)
 def describe_module(x, walk):
     compiled = type(x).__module__.startswith('torch._dynamo')
     if compiled: return walk.node(x._orig_mod)
-    walk.note_class(type(x))
+    walk.note_class(plain_class(x))
     outermost, mode = walk.tied is None, walk.mode
     if outermost: walk.tied, walk.root, mode = {}, len(walk.path), None
-    found = {'$module': full_name(type(x)), 'with': walk.module_settings(x)}
+    found = {'$module': full_name(plain_class(x)), 'with': walk.module_settings(x)}
     if state := {**x._parameters, **x._buffers}: found['state'] = walk.module_state(state)
     buffers = {name: found['state'][name] for name in x._buffers}
     found['given'] = given_names(x, {**found['with'], **buffers}, walk)
     if walk.weights and x.training != mode: found['training'] = walk.mode = x.training
     if x._modules: found['children'] = {key: walk.child(key, m) for key, m in x._modules.items()}
-    if hooks := [hook for name in HOOKS for hook in getattr(x, name).values()]:
+    hooks = [hook for name in HOOKS for hook in getattr(x, name).values()]
+    if hooks := [hook for hook in hooks if not is_from_fsdp(hook)]:
         found['hooks'] = [walk.hook(f'hooks[{i}]', hook) for i, hook in enumerate(hooks)]
     walk.mode = mode
     if outermost: walk.tied = None
@@ -997,7 +999,7 @@ def describe_module(x, walk):
 @patch
 def module_settings(self:Walk, x): # dict: name -> JSON value
     "The attributes of a module that say how it works"
-    found, own = {}, is_own(type(x).__module__)
+    found, own = {}, is_own(plain_class(x).__module__)
     if isinstance(x, torch.fx.GraphModule): found['code'] = text_digest(x.code)
     for name, value in attributes(x).items():
         if name in INNER or not self.path and name in self.ignore: continue

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from .callback import Callback, CancelStep
-from .core import in_group, map_tensors
+from .core import apart, as_spread, is_part, map_tensors, reshard, whole
 from .learner import Learner, opt_params
 from .precision import check_alone, check_optimizer, has_gradients
 from .progress import say
@@ -44,16 +44,9 @@ def sync_model(model:nn.Module,
                on:bool, # whether the next backward pass is the last one before a step
               ): # bool: whether it is such a model
     "Tell a model that exchanges gradients between processes by itself whether to do so"
-    if isinstance(model, DistributedDataParallel): model.require_backward_grad_sync = on
-    elif is_sharded(model): model.set_requires_gradient_sync(on)
-    else: return False
+    if not isinstance(model, DistributedDataParallel): return False
+    model.require_backward_grad_sync = on
     return True
-
-def is_sharded(model): # bool
-    "Whether a model was given to FSDP2's `fully_shard`"
-    if not in_group(): return False  # spares the import, which takes half a second
-    from torch.distributed.fsdp import FSDPModule
-    return isinstance(model, FSDPModule)
 
 # %% ../nbs/14_gradients.ipynb #d0c02a42
 class GradientAccumulation(Callback):
@@ -109,14 +102,12 @@ def before_step(self:GradientAccumulation, learn):
         learn._step('zero_grad')
         raise CancelStep
     if self.total != self.first:
-        torch._foreach_mul_(gradients(learn.opt), self.first / self.total)
+        for grads, in apart(gradients(learn.opt)): torch._foreach_mul_(grads, self.first / self.total)
     self.first = self.total  # should the step be cancelled, later batches join in with this unit
 
 @patch
 def cleanup_batch(self:GradientAccumulation, learn):
-    if not self.count or has_gradients(learn.opt): return
-    # They were used or dropped; FSDP2 alone hides them until they are exchanged
-    if self.completes or not is_sharded(learn.model): self._forget()
+    if self.count and not has_gradients(learn.opt): self._forget()  # they were used or dropped
 
 # %% ../nbs/14_gradients.ipynb #741d3dba
 @patch
@@ -152,11 +143,10 @@ def check_bound(name:str, # of the argument
         raise ValueError(f'GradientClip({name}={value!r}): must be a number above 0')
 
 # %% ../nbs/14_gradients.ipynb #d673bbda
-def whole(tensor): # plain tensor
-    "The value of a tensor that may be spread over processes"
-    if not in_group(): return tensor
-    from torch.distributed.tensor import DTensor
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def norm_of(grads): # tensor, 0-d
+    "The norm of all gradients together"
+    norms = [whole(get_total_norm(part)) for part, in apart(grads)]
+    return norms[0] if len(norms) == 1 else torch.stack(norms).norm()
 
 # %% ../nbs/14_gradients.ipynb #c5ebd2ae
 class GradientClip(Callback):
@@ -180,10 +170,10 @@ class GradientClip(Callback):
     before_lr_find = before_fit
 
     def before_step(self, learn):
-        params = list(opt_params(learn.opt))
-        self.norm = whole(get_total_norm(gradients(learn.opt)))
-        if self.max_norm is not None: clip_grads_with_norm_(params, self.max_norm, self.norm)
-        if self.max_value is not None: clip_grad_value_(params, self.max_value)
+        self.norm = norm_of(gradients(learn.opt))
+        for params, in apart(list(opt_params(learn.opt))):
+            if self.max_norm is not None: clip_grads_with_norm_(params, self.max_norm, self.norm)
+            if self.max_value is not None: clip_grad_value_(params, self.max_value)
 
     def after_step(self, learn):
         if learn.phase == 'train': learn.track('grad_norm', self.norm, n=1)
@@ -228,8 +218,8 @@ def wide(tensor): return tensor.to(wide_type(tensor), copy=True)
 def placed(value, tensor): # tensor
     "An average in the type, place and memory layout that go with the tensor it is of"
     wanted = wide_type(tensor), tensor.device, tensor.stride()
-    fits = (value.dtype, value.device, value.stride()) == wanted
-    return value if fits else wide(tensor).copy_(value)
+    fits = (value.dtype, value.device, value.stride()) == wanted and is_part(value) == is_part(tensor)
+    return value if fits else wide(tensor).copy_(as_spread(value, tensor))
 
 # %% ../nbs/14_gradients.ipynb #bf841cc8
 def put(values:dict, # name -> tensor
@@ -237,13 +227,6 @@ def put(values:dict, # name -> tensor
        ):
     "Write values into tensors"
     for name, tensor in tensors.items(): tensor.copy_(values[name])
-
-# %% ../nbs/14_gradients.ipynb #d8da5e5e
-def reshard(model:nn.Module):
-    "Have a model of FSDP2 hold its parts again, not the whole weights that a forward pass leaves"
-    if not is_sharded(model): return
-    for module in model.modules():
-        if is_sharded(module): module.reshard()
 
 # %% ../nbs/14_gradients.ipynb #8f6f03ac
 class Average(Callback):
@@ -323,7 +306,7 @@ def _take_in(self:Average, learn, weight):
         else:
             old.append(value)
             parts.append(new[name].to(value.dtype))
-    if old: torch._foreach_lerp_(old, parts, weight)
+    for averages, values in apart(old, parts): torch._foreach_lerp_(averages, values, weight)
 
 # %% ../nbs/14_gradients.ipynb #c07fdb92
 class EMA(Average):

@@ -21,14 +21,15 @@ from torch import nn
 from torch.utils.data import DataLoader
 from .callback import (STEPS, Callback, Callbacks, Cancel, CancelBackward, CancelFit,
                                CancelStep, Interrupted, as_callbacks, plain_setting)
-from .core import (Gather, Signals, as_seconds, batch_size, default_device, generator_state,
-                           is_main, isolated_rng, map_tensors, pure, rank0_first, rng_state,
-                           set_generator_state, set_rng_state, set_seed, short_path, structural, to_device, to_host,
-                           unrecorded)
+from .core import (Gather, Signals, as_seconds, as_spread, batch_size, default_device,
+                           generator_state, is_main, is_part, isolated_rng, map_tensors,
+                           plain_class, pure, rank0_first, rng_state, set_generator_state,
+                           set_rng_state, set_seed, short_path, structural, to_device, unrecorded,
+                           whole)
 from .data import (DataLoaders, check_loader, check_same_loader, describe, fresh_workers,
                            generators, keeps_state, order_state, resume_batches, shielded, untouched)
 from .metrics import Tally
-from .optim import (check_opt_state, freeze_layers, layer_table, load_opt_state, make_opt,
+from .optim import (check_opt_state, copied_like, freeze_layers, layer_table, load_opt_state, make_opt,
                             needs_closure, opt_state, set_lr)
 from .progress import Progress, say
 from .recorder import Recorder, means
@@ -59,16 +60,17 @@ class Learner:
             raise TypeError(f'model is a {type(model).__name__}, not an nn.Module; the order is '
                             'Learner(dls, model, loss_func)')
         if seed is not None: set_seed(seed)
+        cbs = as_callbacks(cbs)
         self.dls, self.metrics, self.n_inp = as_dataloaders(dls), metrics, n_inp
         self.device = torch.device(device) if device is not None else default_device()
-        self.model = model.to(self.device)
+        self.model = model if any(cb.places_model for cb in cbs) else model.to(self.device)
         is_module = isinstance(loss_func, nn.Module)
         self.loss_func = loss_func.to(self.device) if is_module else loss_func
         self.opt_func, self.splitter, self.wd = opt_func, splitter, wd
         self.lr = chosen_lr(lr, opt_func)
         self.path, self.on_interrupt = Path(path), on_interrupt
         self.recorder = Recorder()
-        self.cbs = [self.recorder, Progress(), *as_callbacks(cbs)]
+        self.cbs = [self.recorder, Progress(), *cbs]
         self.phase = self.dl = self._batch = self.pred = self.loss = None
         self.xb = self.yb = ()
         self.epoch = self.iter = self.updates = 0
@@ -88,7 +90,7 @@ class Learner:
 
     def __repr__(self):
         loss = getattr(self.loss_func, '__name__', type(self.loss_func).__name__)
-        return (f'{type(self).__name__}({type(self.model).__name__}, loss_func={loss}, '
+        return (f'{type(self).__name__}({plain_class(self.model).__name__}, loss_func={loss}, '
                 f'opt={type(self.opt).__name__}, lr={self.lr}, epochs_done={self.epochs_done})')
 
 # %% ../nbs/09_learner.ipynb #0c1ac80e
@@ -517,7 +519,7 @@ def fit(self:Learner,
     check_plan(n_epoch, n_steps, resume_data)
     began, max_time = time.monotonic(), None if max_time is None else as_seconds(max_time)
     if self._saving: cbs, resume = self._saving(cbs, resume)  # see `saving_to`
-    if self._initial is None: self._initial = to_host(self.state_dict())
+    if self._initial is None: self._initial = self._own_state()
     with self._interruptible(), self.added_cbs(cbs), self._with_dls(dls):
         if self.dls.train is None: raise ValueError('there is no training data: dls.train is None')
         self.fit_cbs, self.fit_ended, self.time_is_up = list(self._cbs), False, False
@@ -651,9 +653,10 @@ def model_state(model:nn.Module): # dict: plain name -> live tensor
 
 def load_model_state(model:nn.Module, state):
     "Load what `model_state` returned"
-    names = plain_names(model)
-    weights = OrderedDict((names[plain], value) for plain, value in state.items())
-    weights._metadata = model.state_dict()._metadata  # the versions of its modules
+    names, now = plain_names(model), model.state_dict()
+    weights = OrderedDict((names[plain], value if not isinstance(value, torch.Tensor) else
+                           as_spread(value, now[names[plain]])) for plain, value in state.items())
+    weights._metadata = now._metadata  # the versions of its modules
     model.load_state_dict(weights)
 
 # %% ../nbs/09_learner.ipynb #2e786afa
@@ -662,15 +665,34 @@ def load_model_state(model:nn.Module, state):
 def state_dict(self:Learner,
                copy:bool=True, # False: the live tensors, to be written out at once
               ): # plain tree: model, opt, scaler, callbacks, rng, data, counters, fit
-    "Everything training goes on from"
-    state = {'model': model_state(self.model), 'loss_func': loss_state(self.loss_func),
+    "Everything training goes on from; what is spread over processes is put together on the host"
+    def plain(tensor):
+        if is_part(tensor): return whole(tensor).to('cpu', copy=True)
+        return tensor.detach().clone() if copy else tensor
+    return map_tensors(plain, self._state())
+
+@patch
+def _state(self:Learner): # plain tree of live tensors
+    return {'model': model_state(self.model), 'loss_func': loss_state(self.loss_func),
              'opt': opt_state(self.opt) if self.opt else None,
              'scaler': None if self.scaler is None else self.scaler.state_dict(),
              'callbacks': self._cbs.state_dict(), 'rng': rng_state(),
              'data': {'train': generator_states(self.dls.train),
                       'valid': generator_states(self.dls.valid)},
              'counters': {name: getattr(self, name) for name in COUNTERS}, 'fit': self._fit_state()}
-    return map_tensors(lambda tensor: tensor.detach().clone(), state) if copy else state
+
+@patch
+@unrecorded
+def n_bytes(self:Learner): # int
+    "The size of the tensors that training goes on from, on all processes together"
+    sizes = []
+    map_tensors(lambda t: sizes.append(t.numel() * t.element_size()), self._state())
+    return sum(sizes)
+
+@patch
+def _own_state(self:Learner): # plain tree
+    "A copy on the host; of what is spread over processes each keeps its part"
+    return map_tensors(lambda tensor: tensor.detach().to('cpu', copy=True), self._state())
 
 # %% ../nbs/09_learner.ipynb #687bf298
 def loss_state(loss_func): # dict: name -> live tensor
@@ -703,7 +725,7 @@ def check_model_state(model:nn.Module,
     problems = [f'{what}: {", ".join(keys[:3])}{" ..." if len(keys) > 3 else ""}'
                 for what, keys in found.items() if keys]
     if problems:
-        raise ValueError(f'the saved model is not a {type(model).__name__} like this one; '
+        raise ValueError(f'the saved model is not a {plain_class(model).__name__} like this one; '
                          + '; '.join(problems) + '. Nothing was loaded.')
 
 # %% ../nbs/09_learner.ipynb #c4040935
@@ -954,7 +976,7 @@ def _take(self:Learner, saved):
     self.updates, grads = saved.fit['updates'], saved.fit['grads']
     params = opt_params(self.opt) if self.opt else ()
     for param, grad in zip(params, grads or itertools.repeat(None)):
-        param.grad = None if grad is None else torch.empty_like(param, dtype=grad.dtype).copy_(grad)
+        param.grad = None if grad is None else copied_like(param, grad)
 
 @patch
 def _resumes_at(self:Learner, place): # bool
@@ -1336,10 +1358,10 @@ def save(self:Learner,
          overwrite:bool=True, # False: FileExistsError when the file is there
         ): # Path of the file
     "Write the learner's state to a file"
-    path = self._file(name)
+    path, tree = self._file(name), self.saved_tree()
     if not is_main(): return path  # process 0 writes
     path.parent.mkdir(parents=True, exist_ok=True)
-    return save_tree(self.saved_tree(), path, overwrite=overwrite)
+    return save_tree(tree, path, overwrite=overwrite)
 
 # %% ../nbs/09_learner.ipynb #d3ea0664
 @patch
@@ -1404,7 +1426,8 @@ def export(self:Learner,
            path, # file to write
           ): # Path of the file
     "Write the weights alone, for use without learnkit; those of an average are in `ema_model`"
-    return save_tensors(model_state(self.model), path)
+    tensors = map_tensors(whole, model_state(self.model))
+    return save_tensors(tensors, path) if is_main() else Path(path)
 
 # %% ../nbs/09_learner.ipynb #ff43275b
 @patch

@@ -11,7 +11,7 @@ from functools import partial
 from numbers import Integral, Real
 import torch
 from torch import nn
-from .core import map_tensors
+from .core import as_spread, map_tensors, plain_class
 
 # %% ../nbs/05_optim.ipynb #b2c65da7
 NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
@@ -249,7 +249,7 @@ def layer_table(model:nn.Module,
         if decays: hypers['wd'] = held[0]['wd'] if held else None  # the weight's, not the bias's
         parts = [part for part in name.split('.') if part != '_orig_mod']  # of torch.compile
         plain = '.'.join(parts)
-        rows.append({'name': plain, 'kind': type(module).__name__, 'shape': shape_text(params),
+        rows.append({'name': plain, 'kind': plain_class(module).__name__, 'shape': shape_text(params),
                      'params': count_new(params, seen), 'buffers': count_new(buffers, seen),
                      **hypers, 'trainable': how_trainable(params)})
     return rows
@@ -304,8 +304,8 @@ def check_opt_state(opt:torch.optim.Optimizer,
 
 # %% ../nbs/05_optim.ipynb #5b43c077
 def copied_like(param, # parameter; None: of no parameter
-                values, # what an optimizer keeps of it
-                now, # what it keeps of it now: tensors that fit are written to, which spares memory
+                values, # what an optimizer keeps of it, or its gradient
+                now={}, # what is kept of it now: tensors that fit are written to, which spares memory
                ): # the same nesting
     "Copies of tensors, those in the shape of the parameter in its memory layout and on its device"
     def copied(value, old=None):
@@ -313,7 +313,7 @@ def copied_like(param, # parameter; None: of no parameter
         new = torch.empty_like(param, dtype=value.dtype, device='meta')
         if not (isinstance(old, torch.Tensor) and old.device == param.device and alike(old, new)):
             old = torch.empty_like(param, dtype=value.dtype)
-        return old.copy_(value)
+        return old.copy_(as_spread(value, param))
     if not isinstance(values, dict): return map_tensors(copied, values)
     return {key: copied(value, now.get(key)) if isinstance(value, torch.Tensor)
             else map_tensors(copied, value) for key, value in values.items()}

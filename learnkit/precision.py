@@ -9,7 +9,7 @@ __all__ = ['MixedPrecision']
 import torch, warnings
 from fastcore.basics import patch
 from .callback import PHASES, Callback, CancelStep
-from .core import map_tensors
+from .core import apart, map_tensors
 from .learner import Learner, opt_params
 
 # %% ../nbs/13_precision.ipynb #a24eb2c3
@@ -172,7 +172,7 @@ def _put_back(self:MixedPrecision, learn):
     "Scale the gradients that are left again: those of the next batch are added to them"
     if self._unscaled:
         grads = [p.grad for p in opt_params(learn.opt) if p.grad is not None]
-        if grads: torch._foreach_mul_(grads, learn.scaler.get_scale())
+        for part, in apart(grads): torch._foreach_mul_(part, learn.scaler.get_scale())
     self._unscaled = False
 
 @patch

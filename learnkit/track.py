@@ -12,7 +12,8 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 from .callback import Callback
-from .core import is_main, map_tensors, rank0_first, sum_over_ranks, world_size
+from .core import (as_spread, is_main, map_tensors, rank0_first, sum_over_ranks, whole,
+                           world_size)
 from .learner import (check_loss_state, check_model_state, load_model_state, loss_state,
                               model_state)
 from .metrics import Accumulates, SklearnMetric, Tally, base_metric, named_metrics
@@ -216,7 +217,7 @@ def put_snapshot(learn,
     if learn.opt and tree['opt']: put_opt_values(learn.opt, tree['opt'])
     with torch.no_grad():
         for _, have, saved in both:
-            for key, tensor in have.items(): tensor.copy_(saved[key])
+            for key, tensor in have.items(): tensor.copy_(as_spread(saved[key], tensor))
 
 # %% ../nbs/12_track.ipynb #8bd5771e
 def check_alike(name, have, saved):
@@ -306,7 +307,7 @@ def look(self:SaveBest, learn, row, better):
     place, tree = None, live_snapshot(learn)
     if self.path is None: tree = map_tensors(lambda t: t.detach().to('cpu', copy=True), tree)
     else:
-        place = str(self.path)
+        place, tree = str(self.path), map_tensors(whole, tree)
         if is_main(): write_best(learn._file(place), mark, tree)
         tree = None
     vars(self).update(mark, place=place, snapshot=tree)

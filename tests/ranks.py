@@ -5,6 +5,7 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 from counting import Fits
 from learnkit import *
+from learnkit.core import whole
 from learnkit.distributed import Distributed
 from learnkit.store import tree_digest
 
@@ -27,7 +28,7 @@ def learner(dls=None, model=None, seed=0, loss_func=None, **kwargs):
     return learn
 
 
-def weights(learn): return torch.cat([p.detach().flatten() for p in learn.model.parameters()])
+def weights(learn): return torch.cat([whole(p).detach().flatten() for p in learn.model.parameters()])
 
 
 def seen(learn):
@@ -35,13 +36,13 @@ def seen(learn):
     return {'weights': weights(learn).tolist(), 'rows': learn.recorder.df.drop(columns='time').to_dict('list'), 'steps': learn.recorder.steps.loss.tolist()}
 
 
-def sizes():
+def sizes(strategy='ddp'):
     "Every number of samples and size of batch: what a fit, a validation and predictions give"
     found = {}
     for n in range(1, 18):
         for bs in range(1, 5):
             learn = learner(DataLoaders.from_tensors(tensors(n), tensors(n, 1), bs=bs, device='cpu'))
-            with learn.distributed():
+            with learn.distributed(strategy=strategy):
                 learn.fit(1)
                 valid, preds = learn.validate(), learn.get_preds(with_loss=True)
             found[n, bs] = {**seen(learn), 'valid': valid, 'preds': [t.tolist() for t in preds]}
@@ -132,11 +133,11 @@ def own_step(cbs):
     return learn
 
 
-def cases():
+def cases(strategy='ddp'):
     "Each case with the callback given to the constructor"
     found = {}
     for name, make in CASES.items():
-        try: found[name] = seen(make(Distributed()))
+        try: found[name] = seen(make(Distributed(strategy=strategy)))
         except Exception as error:
             error.add_note(f'(case {name!r})')
             raise
@@ -163,10 +164,10 @@ def foreign(bs, kind):
 FOREIGN = ['shuffled', 'ordered', 'workers', 'stream', 'list']
 
 
-def foreign_cases(n):
+def foreign_cases(n, strategy='ddp'):
     found = {}
     for kind in FOREIGN:
-        learn = learner(foreign(8 // n, kind), cbs=[Distributed(), GradientClip(1.)])
+        learn = learner(foreign(8 // n, kind), cbs=[Distributed(strategy=strategy), GradientClip(1.)])
         learn.fit(3)
         found[kind] = {'weights': weights(learn).tolist(), 'rows': learn.recorder.df.drop(columns='time').to_dict('list'),
                        'preds': [t.tolist() for t in learn.get_preds()], 'found': learn.lr_find(num_it=12).losses.tolist(), 'test': learn.test(learn.dls.valid)}

@@ -41,24 +41,29 @@ def each_is_limited():
     with limit(): yield
 
 
+def slow(*values): return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.fixture(scope='module')
 def one(): return ranks.sizes()
 
 
-@pytest.mark.parametrize('n', [2, 3])
-def test_every_size_gives_the_numbers_of_one_process(one, n):
-    for found in launch(ranks.sizes, n=n): alike(one, found, 1e-6)
+@pytest.mark.parametrize('n, strategy', [(2, 'ddp'), (3, 'ddp'), (3, 'fsdp'), slow(2, 'fsdp')])
+def test_every_size_gives_the_numbers_of_one_process(one, n, strategy):
+    for found in launch(ranks.sizes, strategy, n=n): alike(one, found, 1e-6)
 
 
-def test_callbacks_and_loaders_give_the_numbers_of_one_process():
+@pytest.mark.parametrize('strategy', ['ddp', 'fsdp'])
+def test_callbacks_and_loaders_give_the_numbers_of_one_process(strategy):
     one = ranks.cases()
-    for found in launch(ranks.cases, n=2):
+    for found in launch(ranks.cases, strategy, n=2):
         for name in ranks.CASES: alike(one[name], found[name], 2e-3 if name == 'bf16' else 1e-4, name)
 
 
-def test_of_other_loaders_each_process_reads_batches_of_its_own():
+@pytest.mark.parametrize('strategy', ['ddp', 'fsdp'])
+def test_of_other_loaders_each_process_reads_batches_of_its_own(strategy):
     one = ranks.foreign_cases(1)
-    for found in launch(ranks.foreign_cases, 2, n=2):
+    for found in launch(ranks.foreign_cases, 2, strategy, n=2):
         for kind in ranks.FOREIGN: alike(one[kind], found[kind], 1e-4, kind)
 
 
@@ -83,9 +88,6 @@ def test_helpers(capfd):
 def test_the_model_stays_what_it_is():
     for before, inside, after, left, hooks, same in launch(ranks.plain_state, n=2):
         assert before[0] == '0.weight' and inside and after and same and not left and hooks == 6 + 2
-
-
-def slow(*values): return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize('event, rank', [('after_batch', 1), ('before_validate', 0), slow('before_fit', 0), slow('before_fit', 1), slow('after_batch', 0),
