@@ -16,8 +16,9 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 from .callback import Callback
-from .core import (callers_level, full_name, is_main, kind_of, make_result, result_class,
-                           result_fields, set_rng_state, unrecorded, world_size)
+from .core import (callers_level, full_name, is_main, kind_of, make_result, map_tensors,
+                           plain_class, result_class, result_fields, set_rng_state, unrecorded,
+                           whole, world_size)
 from .fingerprint import (Fingerprint, UnfingerprintableError, as_text, call_arguments, differences,
                                   fingerprint, globals_read, versions)
 from .learner import (Learner, check_loss_state, check_model_state, load_model_state,
@@ -501,14 +502,17 @@ def load(self:Ledger, saved:dict, captured=None):
 def put(self:Ledger, result=None, carriers=()): # (dict of roots, parts)
     "Store the state of the host and what comes with it, in one file"
     tree = {f'state/{part}': value for part, value in as_dict(self.host._live_state()).items()}
-    tree |= {'beside': self.host._beside(), 'result': result,
-             'callbacks': [[type(cb).__name__, cb.state_dict()] for cb in carriers]}
+    tree |= {'beside': self.host._beside(), 'result': result, 'callbacks': states_of(carriers)}
     try: root, parts = self.store.put(tree)
     except UnstorableError as error: raise UnstorableError(str(error).removeprefix('state/')) from None
     inner = lambda found: {name.removeprefix('state/'): value for name, value in found.items()
                            if name.startswith('state/')}
     others = {name: root[name] for name in ('beside', 'result', 'callbacks')}
     return {'state': inner(root), **others}, inner(parts)
+
+def states_of(carriers): # list of [class, state]
+    "The states of callbacks that were passed to a call"
+    return [[type(cb).__name__, map_tensors(whole, cb.state_dict())] for cb in carriers]
 
 # %% ../nbs/20_checkpointed.ipynb #9a8a5c65
 class Block:
@@ -1219,7 +1223,7 @@ def work_out(self:Ledger, node, call, key, work=None):
     with self.unguarded(), nullcontext() if work is None else host.saving_to(work, self.save_every):
         result = getattr(host, call.method)(*call.args, **call.kwargs)
     tree = {'result': None if result is host else self.packed(call, result),
-            'callbacks': [[type(cb).__name__, cb.state_dict()] for cb in carriers]}
+            'callbacks': states_of(carriers)}
     answer = {'key': key, 'method': call.method, 'text': call.text, 'kind': call.kind,
               'arguments': call.arguments.tree, 'returns_host': result is host,
               'code': self.code_of(call), 'versions': versions(), 'report': host._report(mark, carriers),
@@ -1539,10 +1543,10 @@ def outline(model:nn.Module): # dict: path -> [class, shapes, plain attributes o
     "What a model consists of, without its values and without what it may count for itself"
     def of(module):
         shapes = {name: f'{p.dtype}{list(p.shape)}' for name, p in module._parameters.items() if p is not None}
-        own = type(module).__module__.startswith('torch.')
+        own = plain_class(module).__module__.startswith('torch.')
         plain = {name: value for name, value in vars(module).items() if own and name[0] != '_'
                  and name != 'training' and isinstance(value, (bool, int, float, str, tuple))}
-        return [full_name(type(module)), shapes, plain]
+        return [full_name(plain_class(module)), shapes, plain]
     return {name: of(module) for name, module in model.named_modules()}
 
 # %% ../nbs/20_checkpointed.ipynb #7f933aa2

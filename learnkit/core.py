@@ -383,6 +383,10 @@ def whole(t): # plain tensor, on the device
     t = t.detach()
     return t.to(t.device_mesh.device_type).full_tensor()
 
+def own_part(t): # plain tensor
+    "What this process has of a tensor that may be spread over processes"
+    return t.to_local() if is_part(t) else t
+
 def as_spread(value, like): # tensor
     "A value, whole or not, spread over processes as another tensor is"
     if is_part(like) == is_part(value): return value

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from .callback import (STEPS, Callback, Callbacks, Cancel, CancelBackward, CancelFit,
                                CancelStep, Interrupted, as_callbacks, plain_setting)
 from .core import (Gather, Signals, as_seconds, as_spread, batch_size, default_device,
-                           generator_state, is_main, is_part, isolated_rng, map_tensors,
+                           generator_state, is_main, is_part, is_sharded, isolated_rng, map_tensors,
                            plain_class, pure, rank0_first, rng_state, set_generator_state,
                            set_rng_state, set_seed, short_path, structural, to_device, unrecorded,
                            whole)
@@ -33,7 +33,8 @@ from .optim import (check_opt_state, copied_like, freeze_layers, layer_table, lo
                             needs_closure, opt_state, set_lr)
 from .progress import Progress, say
 from .recorder import Recorder, means
-from .store import load_newest, load_tree, save_tensors, save_tree, saves, tree_digest
+from .store import (DamagedError, forget_parts, load_newest, load_parts, load_tree, save_parts,
+                            save_tensors, save_tree, saves, set_aside, tree_digest, value_at)
 
 # %% ../nbs/09_learner.ipynb #c7819677
 class Learner:
@@ -873,6 +874,12 @@ def _read_saved(self:Learner, resume): # Saved; None when there is none
     tree, path = found
     if not isinstance(tree, dict) or 'learner' not in tree:
         raise ValueError(f'{path} holds no learner')
+    try: self._with_parts(tree, path)
+    except DamagedError as error:
+        if place.is_file(): raise
+        with rank0_first() if self.ranks else nullcontext():
+            if path.exists(): set_aside(path, error)
+        return self._read_saved(resume)
     return Saved(tree['learner'], tree['times'], short_path(path))
 
 @patch
@@ -1358,21 +1365,40 @@ def save(self:Learner,
          overwrite:bool=True, # False: FileExistsError when the file is there
         ): # Path of the file
     "Write the learner's state to a file"
-    path, tree = self._file(name), self.saved_tree()
+    path = self._file(name)
+    if is_main(): path.parent.mkdir(parents=True, exist_ok=True)
+    tree = self.saved_tree(path=path)
     if not is_main(): return path  # process 0 writes
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return save_tree(tree, path, overwrite=overwrite)
+    save_tree(tree, path, overwrite=overwrite)
+    forget_parts(path, tree)
+    return path
 
 # %% ../nbs/09_learner.ipynb #d3ea0664
 @patch
 @unrecorded
 def saved_tree(self:Learner,
                together:bool=False, # called on all processes: what is theirs alone is in it too
+               path=None, # the file; what is spread and too large to be put together is written beside it
               ): # plain tree
     "What goes into a file: the state, and beside it the times, which are no part of it"
-    state = self.state_dict(copy=False)
+    in_parts = path is not None and self._is_too_large()
+    state, parts = save_parts(self._state(), path, self.ranks) if in_parts else (self.state_dict(copy=False), None)
     if together and self.ranks: state['ranks'] = others_own(state, self.ranks)
-    return {'learner': state, 'times': self.recorder.times}
+    return {'learner': state, 'times': self.recorder.times, **({'parts': parts} if in_parts else {})}
+
+@patch
+def _is_too_large(self:Learner): # bool
+    "Whether the state is spread over processes and larger than what they may put together"
+    if not is_sharded(self.model) or self.ranks is None: return False
+    return self.n_bytes() > self._cbs.spread.gather_up_to
+
+@patch
+def _with_parts(self:Learner, tree, path): # the tree
+    "What was read from a file, with what lies beside it"
+    if not isinstance(tree, dict) or 'parts' not in tree: return tree
+    like = next(filter(is_part, self.model.parameters()), None)
+    load_parts(tree['learner'], tree['parts'], path, self.ranks, like)
+    return tree
 
 def own_parts(state:dict): # dict: path, a tuple -> plain tree
     "The parts of a state that each process has for itself"
@@ -1386,10 +1412,6 @@ def others_own(state:dict, ranks): # list of (paths, values), one of each proces
     digests = ranks.gather([tree_digest(value) for value in own.values()])
     differ = [path for path, a, b in zip(own, digests[0], digests[ranks.rank]) if a != b]
     return ranks.gather([[list(path), own[path]] for path in differ])[1:]
-
-def value_at(tree, path):
-    for key in path: tree = tree[key]
-    return tree
 
 # %% ../nbs/09_learner.ipynb #9a624956
 def of_this_rank(state:dict, ranks): # dict
@@ -1416,7 +1438,7 @@ def load(self:Learner,
         best = isinstance(tree, dict) and 'best' in tree
         raise ValueError(f'{path} holds no learner' + (
             ', but a best model: SaveBest(path=...).load_best(learn) loads it' if best else ''))
-    self.load_state_dict(tree['learner'])
+    self.load_state_dict(self._with_parts(tree, path)['learner'])
     self.recorder.times = tree['times']
 
 # %% ../nbs/09_learner.ipynb #8e9602ea

@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from fastcore.basics import patch
 from .callback import Callback, as_callbacks
-from .core import as_seconds, is_main
+from .core import as_seconds, is_main, map_tensors, own_part
 from .data import check_resumable
 from .learner import Learner
-from .store import check_storable, save_next, saves
+from .store import check_storable, next_save, save_next, saves
 
 # %% ../nbs/15_resume.ipynb #2361c1f4
 class SaveState(Callback):
@@ -36,7 +36,7 @@ class SaveState(Callback):
         check_resumable(learn.dls.train)
         folder = learn.path/self.saves_to
         if is_main(): folder.mkdir(parents=True, exist_ok=True)  # an error now, not after an epoch
-        check_storable(learn.saved_tree())
+        check_storable(map_tensors(own_part, learn._state()))
         self._fresh, self._time_was_up = not learn.is_resumed, False
         if self._fresh and is_main() and saves(folder) and not learn._begins_anew:
             warnings.warn(f'{folder} holds saves of an earlier fit, which go when this one saves; '
@@ -49,8 +49,9 @@ class SaveState(Callback):
     def at_rest(self, learn):
         if not self._is_due(learn): return
         # Saves of an earlier fit go as soon as this one has its first
-        keep, tree = 1 if self._fresh else self.keep, learn.saved_tree(together=True)
-        if is_main(): save_next(tree, learn.path/self.saves_to, keep=keep)
+        keep, folder = 1 if self._fresh else self.keep, learn.path/self.saves_to
+        tree = learn.saved_tree(together=True, path=next_save(folder))
+        if is_main(): save_next(tree, folder, keep=keep)
         self._fresh, self._time_was_up = False, learn.time_is_up
         self._mark(learn)
 

@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_bytes, save as save_bytes
 from torch import nn
+from .core import is_part
 
 # %% ../nbs/01_store.ipynb #3cf15a01
 class StoreError(Exception):
@@ -563,6 +564,89 @@ def from_bytes(data): # the tree, its tensors on the cpu
     tensors = load_bytes(bytes(data))
     return Unpacker(tensors).unpack(json.loads(bytes(tensor_bytes(tensors.pop('tree')))))
 
+# %% ../nbs/01_store.ipynb #abc9aaea
+def without_parts(tree): # (the same nesting with None for them, dict: path, a tuple -> tensor)
+    "What is spread over processes, apart from the rest"
+    found = {}
+    def rest(x, path):
+        if is_part(x): found[path] = x.detach()
+        elif isinstance(x, dict): return {key: rest(value, (*path, key)) for key, value in x.items()}
+        elif isinstance(x, list): return [rest(value, (*path, i)) for i, value in enumerate(x)]
+        else: return x
+    return rest(tree, ()), found
+
+def value_at(tree, path):
+    for key in path: tree = tree[key]
+    return tree
+
+def set_at(tree, path, value): value_at(tree, path[:-1])[path[-1]] = value
+
+def parts_of(path): return path.with_suffix('.parts')
+
+def save_parts(tree, # dicts and lists; other containers hold nothing that is spread
+               path, # file that the tree will be written to
+               ranks, # `Ranks`: all processes call this
+              ): # (the tree without them, a tree that `load_parts` takes)
+    "Write what is spread over processes to files beside `path`, each process its parts"
+    import torch.distributed.checkpoint as dcp
+    rest, found = without_parts(tree)
+    names = {}
+    for place in found: names[free_name('/'.join(map(str, place)), names)] = place
+    if ranks.rank == 0: make_folder(folder := parts_of(path)/secrets.token_hex(4))
+    folder = Path(ranks.broadcast(str(folder) if ranks.rank == 0 else None))
+    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    try: dcp.save({name: found[place] for name, place in names.items()}, storage_writer=writer,
+                  process_group=ranks.group)
+    except BaseException:
+        if ranks.rank == 0: clear(folder)
+        raise
+    if ranks.rank == 0: sync_folder(folder)
+    files = own_files(folder, [file.name for file in folder.iterdir()], ranks)
+    digests = {name: digest for part in ranks.gather(files) for name, digest in part.items()}
+    places = {name: list(place) for name, place in names.items()}
+    return rest, {'folder': folder.name, 'files': digests, 'tensors': places}
+
+def own_files(folder, names, ranks): # dict: name -> digest; None for a file that is not there
+    "The digests of files, each process some of them"
+    first, step = (0, 1) if ranks is None else (ranks.rank, ranks.size)
+    return {name: file_digest(folder/name) for name in sorted(names)[first::step]}
+
+def file_digest(path): # 64 hex digits; None where there is no file
+    if not path.is_file(): return None
+    with open(path, 'rb') as file: return hashlib.file_digest(file, 'sha256').hexdigest()
+
+def load_parts(tree, # with None for what is in parts; it is filled in
+               parts, # as from `save_parts`
+               path, # file that the tree was read from
+               ranks=None, # `Ranks`: all processes call this
+               like=None, # a tensor that is spread as those that are read will be; None: they are whole
+              ):
+    "Read what `save_parts` has written; DamagedError, in all processes, if it is not as it was"
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed import tensor as spread
+    folder = parts_of(path)/parts['folder']
+    bad = [name for name, digest in own_files(folder, parts['files'], ranks).items()
+           if digest != parts['files'][name]]
+    if ranks: bad = sum(ranks.gather(bad), [])
+    if bad: raise DamagedError(f'{folder/bad[0]} is damaged or gone, and {path} needs it')
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    def room(saved):
+        kind = {'dtype': saved.properties.dtype}
+        if like is None: return torch.empty(saved.size, **kind)
+        return spread.empty(saved.size, **kind, device_mesh=like.device_mesh, placements=like.placements)
+    known = reader.read_metadata().state_dict_metadata
+    tensors = {name: room(known[name]) for name in parts['tensors']}
+    dcp.load(tensors, storage_reader=reader, no_dist=ranks is None,
+             process_group=None if ranks is None else ranks.group)
+    for name, place in parts['tensors'].items(): set_at(tree, place, tensors[name])
+
+def forget_parts(path, tree):
+    "Remove what lies beside a file and is not named in its tree"
+    parts, folder = tree.get('parts') if isinstance(tree, dict) else None, parts_of(path)
+    if parts is None: return clear(folder)
+    for entry in folder.iterdir():
+        if entry.name != parts['folder']: clear(entry)
+
 # %% ../nbs/01_store.ipynb #94f1b9c6
 def saves(folder): # list of Paths, the newest first
     "The numbered saves in a folder"
@@ -586,6 +670,12 @@ def is_left_over(temp): # bool
     return bool(found) and not is_alive(int(found[1]))
 
 # %% ../nbs/01_store.ipynb #d970b935
+def next_save(folder): # Path
+    "The file that `save_next` will write"
+    older = saves(folder)
+    return Path(folder)/f'save-{1 + (int(older[0].stem.removeprefix("save-")) if older else 0):06}.safetensors'
+
+# %% ../nbs/01_store.ipynb #89bffb83
 def save_next(tree, # as in `save_tree`
               folder, # made if it is not there; one process at a time writes to it
               keep:int=2, # how many saves remain, the new one included
@@ -595,30 +685,35 @@ def save_next(tree, # as in `save_tree`
     make_folder(folder)
     for left in folder.glob('.learnkit-*'):
         if is_left_over(left): unlink(left)
-    older = saves(folder)
-    number = 1 + (int(older[0].stem.removeprefix('save-')) if older else 0)
-    path = folder/f'save-{number:06}.safetensors'
+    path, older = next_save(folder), saves(folder)
     try: save_tree(tree, path, overwrite=False)
     except FileExistsError as error:
         text = 'another process saves to this folder too; give each run a folder of its own'
         raise FileExistsError(error.errno, text, str(path)) from error
     for old in [path, *older][keep:]: unlink(old)
+    forget_parts(path, tree)
+    for left in folder.glob('save-*.parts'):
+        if not left.with_suffix('.safetensors').exists(): clear(left)
     return path
 
-# %% ../nbs/01_store.ipynb #89bffb83
+# %% ../nbs/01_store.ipynb #ddfc8b25
 def load_newest(folder): # (tree, Path); None when there is no save
     "The newest sound save in a folder; damaged ones are set aside, with a warning"
     for path in saves(folder):
         try: return load_tree(path), path
-        except DamagedError as error:
-            aside = path.with_suffix('.damaged')
-            rename(path, aside)
-            warnings.warn(f'{error}. It is set aside as {aside.name}, '
-                          'and the save before it is used', stacklevel=3)
+        except DamagedError as error: set_aside(path, error)
     if bad := sorted(Path(folder).glob('save-*.damaged')):
         names = ', '.join(path.name for path in bad)
         raise DamagedError(f'no save in {folder} is sound: {names} are damaged. '
                            'Remove them to start afresh')
+
+# %% ../nbs/01_store.ipynb #46427483
+def set_aside(path, error):
+    "Give another name to a save that is damaged"
+    aside = path.with_suffix('.damaged')
+    rename(path, aside)
+    warnings.warn(f'{error}. It is set aside as {aside.name}, and the save before it is used',
+                  stacklevel=4)
 
 # %% ../nbs/01_store.ipynb #6cd4e27d
 def save_tensors(tensors:dict, # name -> tensor

@@ -117,6 +117,7 @@ CASES = {
     'every': lambda cbs: fitted(2, cbs=[ValidateEvery(2), cbs]),
     'short': lambda cbs: fitted(2, cbs=[ShortEpoch(0.5), cbs]),
     'bf16': lambda cbs: fitted(2, cbs=[MixedPrecision('bf16'), cbs]),
+    'fp16': lambda cbs: fitted(2, cbs=[MixedPrecision('fp16'), GradientClip(0.5), cbs]),
     'frozen': frozen,
     'metrics': lambda cbs: fitted(2, metrics=metric_objects(), cbs=cbs),
     'loss': lambda cbs: with_loss(cbs),
@@ -237,14 +238,14 @@ def hangs(rank):
 
 # Saves
 
-def saved(folder, stop=None, how=None, n_epoch=3, kind='tensors'):
+def saved(folder, stop=None, how=None, n_epoch=3, kind='tensors', **options):
     "A fit that saves often; at batch `stop` process 1 is killed, gets a signal, or fails. The digest of all that training goes on from"
     def end(learn):
         if learn.phase != 'train' or learn.epoch * learn.n_iter + learn.iter != stop or learn.ranks.rank != 1: return
         if how == 'fail': raise ZeroDivisionError('on purpose')
         os.kill(os.getpid(), getattr(signal, how))
     dls = DataLoaders.from_tensors(tensors(45), tensors(13, 1), bs=8, device='cpu') if kind == 'tensors' else foreign(4, 'shuffled')
-    cbs = [Distributed(), GradientAccumulation(3), EMA(0.9), SaveBest('accuracy'), SaveState(folder, '1 step'), Callback(after_batch=end)]
+    cbs = [Distributed(**options), GradientAccumulation(3), EMA(0.9), SaveBest('accuracy'), SaveState(folder, '1 step'), Callback(after_batch=end)]
     if stop is not None: cbs.append(Slow())
     set_seed(0)
     learn = learner(dls, net(dropout=0.3), cbs=cbs)
@@ -269,12 +270,12 @@ class Stop(Callback):
         os.kill(os.getpid(), getattr(signal, self.how))
 
 
-def recorded(folder, at=None, how=None, epochs=2):
+def recorded(folder, at=None, how=None, epochs=2, **options):
     "A checkpointed script: the digests of all after each step, and how many batches were computed"
     set_seed(0)
     dls = DataLoaders.from_tensors(tensors(45), tensors(13, 1), bs=8, device='cpu')
     learn = CheckpointedLearner(dls, net(dropout=0.3), nn.CrossEntropyLoss(), metrics=accuracy, lr=1e-2, device='cpu', name='a/b', root=folder,
-                                save_every='2 steps', splitter=lambda model: [list(model[0].parameters()), list(model[4].parameters())], cbs=[Distributed(), Fits(), *([Stop(at, how)] if at else [])])
+                                save_every='2 steps', splitter=lambda model: [list(model[0].parameters()), list(model[4].parameters())], cbs=[Distributed(**options), Fits(), *([Stop(at, how)] if at else [])])
     learn.remove_cb(Progress)
     Fits.n, found = 0, []
     def note(*results): found.append([{name: tree_digest(part) for name, part in learn.state_dict().items()}, *map(tree_digest, results)])
@@ -298,3 +299,7 @@ def apart(folder):
     learn = CheckpointedLearner(DataLoaders.from_tensors(tensors(45), bs=8, device='cpu'), net(), nn.CrossEntropyLoss(), device='cpu', name='a', root=folder)
     torch.distributed.init_process_group('gloo')
     with learn.checkpoint(1) as cp: cp.fit(1)
+
+
+def saved_in_parts(*args): return saved(*args, strategy='fsdp')
+def recorded_in_parts(*args): return recorded(*args, strategy='fsdp')
