@@ -363,7 +363,7 @@ def plain_class(module): # class
 def is_from_fsdp(hook): # bool
     "Whether `fully_shard` has given this hook to a module"
     hook = getattr(hook, 'hook', hook)  # torch wraps those of loading
-    return getattr(hook, '__module__', '').startswith('torch.distributed.fsdp')
+    return (getattr(hook, '__module__', None) or '').startswith('torch.distributed.fsdp')
 
 FSDP_MARKS = ('_is_fsdp_managed_module', '_fsdp_use_orig_params')  # attributes of all modules inside
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from fastcore.basics import patch
 from torch import nn
+from torch.distributed import _composable_state
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, IterableDataset
@@ -129,25 +130,36 @@ class OwnLoader:
     "A loader whose sampler gives each process other samples; short ones go on until all have ended"
     def __init__(self, loader, share, ranks):
         self.loader = self.whole = loader
-        self.share, self.ranks, self.lengths = share, ranks, None
+        self.share, self.ranks, self.lengths, self.have = share, ranks, None, None
 
     def __len__(self): return max(self.lengths) if self.share.pad and self.lengths else len(self.loader)
 
     def begin(self):
         "To be called on all processes before an epoch"
-        n = length(self.loader)
-        self.lengths = [n for n in self.ranks.gather(n) if n is not None]
-        if len(self.lengths) < self.ranks.size: self.lengths = None
+        lengths = self.ranks.gather(length(self.loader))
+        self.lengths = None if None in lengths else lengths
 
     def __iter__(self):
-        batch = None
-        for batch in self.loader: yield batch
-        if not self.share.pad or self.lengths is None or batch is None: return
-        for _ in range(max(self.lengths) - self.lengths[self.share.rank]): yield batch
+        if self.share.pad: yield from self.together()
+        else: yield from self.loader
 
-    def counts(self, number):
-        if self.lengths is None: return 1, self.share.size
-        return int(number < self.lengths[self.share.rank]), sum(number < n for n in self.lengths)
+    def together(self): # iterator of batches
+        "As many batches for each process; after its last one that one again"
+        batches, batch = iter(self.loader), None
+        for number in itertools.count():
+            new = next(batches, None)
+            if self.lengths: self.have = [number < n for n in self.lengths]
+            else: self.have = torch.cat(self.ranks.all(torch.tensor([new is not None]))).tolist()
+            if not any(self.have): return
+            batch = batch if new is None else new
+            if batch is None: raise ValueError(no_part(self.loader, self.share, self.have))
+            yield batch
+
+    def counts(self, number): return int(self.have[self.share.rank]), sum(self.have)
+
+def no_part(loader, share, have): # str
+    return (f'{type(loader).__name__} gave no batch to process {share.rank} of {share.size}, but one to '
+            f'process {have.index(True)}: give each process some samples')
 
 # %% ../nbs/17_distributed.ipynb #d9f7e7eb
 def is_spread(dl): # bool
@@ -204,6 +216,7 @@ class Distributed(Callback):
         self.sync_bn, self.find_unused, self.strategy = sync_bn, find_unused, strategy
         self.blocks, self.gather_up_to, self.options = blocks, gather_up_to, options
         self.shards = strategy == 'fsdp'
+        self._met = None  # callbacks that may keep a part of the model, where it will be whole again
         self._plain, self._norms = {}, None  # of a model in parts: its own parameters; what undoes sync_bn
         self.ranks = self.ddp = self.watch = self._outer = self._own_rng = self._pending = None
         self._undo, self._shares, self._told, self._joined = [], {}, False, False
@@ -212,7 +225,7 @@ class Distributed(Callback):
     def settings(self): return None  # the numbers are the same on any number of processes
 
     @property
-    def places_model(self): return self.shards and self.join() is not None
+    def places_model(self): return self.shards
 
     def after_create(self, learn): self.shard(learn)
 
@@ -401,7 +414,8 @@ def same_buffers(self:Distributed, learn):
 @patch
 def shard(self:Distributed, learn):
     "Cut the model into parts, one of each parameter for each process, and what the optimizer knows of it"
-    if not self.shards or self.join() is None or is_sharded(learn.model): return
+    if not self.shards or is_sharded(learn.model): return
+    if self.join() is None: return on_device(learn)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     model, device = learn.model, learn.device
@@ -413,6 +427,13 @@ def shard(self:Distributed, learn):
     fill(model, device)
     if learn.opt: swap_params(learn.opt, self._plain, params_of(model), as_spread)
     for param in self._plain.values(): param.data = param.data.new_empty(0)  # its memory
+
+def on_device(learn):
+    "Bring a model to the device, and make what is not there yet"
+    before = params_of(learn.model)
+    fill(learn.model, learn.device)
+    learn.model.to(learn.device)
+    if learn.opt: swap_params(learn.opt, before, params_of(learn.model), as_spread)
 
 def params_of(model): # dict: name -> parameter; one with several names is there several times
     return dict(model.named_parameters(remove_duplicate=False))
@@ -474,8 +495,8 @@ def unshard(self:Distributed, learn):
     if (size := learn.n_bytes()) > self.gather_up_to:
         return say(learn, f'the model stays in parts: its state has {size / 2**30:.1f} GiB, more than gather_up_to')
     reshard(model)
-    kept = [cb for cb in {*learn.cbs, *learn.fit_cbs} if any_part(cb.state_dict())]
-    for cb in kept: cb.load_state_dict(map_tensors(whole, cb.state_dict()))
+    for cb in self._met:  # those of other fits too: somebody may look at what they keep
+        if any_part(cb.state_dict()): cb.load_state_dict(map_tensors(whole, cb.state_dict()))
     learn._initial = map_tensors(lambda t: whole(t).cpu(), learn._initial)
     for name, param in self._plain.items():
         param.data, param.grad = whole(parts[name]), None
@@ -489,8 +510,9 @@ def unshard(self:Distributed, learn):
     self._plain, self._norms = {}, None
 
 def make_plain(module):
-    "Take away what `fully_shard` has added to a module"
+    "Take away what `fully_shard` has added to a module; torch itself has no way back"
     module.__class__ = plain_class(module)
+    _composable_state._module_state_mapping.pop(module, None)
     for name, held in list(vars(module).items()):
         if name in FSDP_MARKS: delattr(module, name)
         if not isinstance(held, dict): continue
@@ -503,8 +525,7 @@ def make_plain(module):
 @patch
 def _begin(self:Distributed, learn):
     self._outer = sys.exception()  # one that is being handled while all this goes on
-    self.join()
-    self.shard(learn)
+    if self.join() is not None: self.shard(learn)
 
 @patch
 def before_fit(self:Distributed, learn):
@@ -513,6 +534,7 @@ def before_fit(self:Distributed, learn):
     if not self.ranks: return
     if not learn.is_resumed: self.own_randomness()
     self.wrap(learn)
+    if self._met is not None: self._met += [cb for cb in learn.cbs if cb not in self._met]
     learn.batches_per_epoch = length(self.share(learn, learn.dls.train, True))
 
 @patch
@@ -653,6 +675,7 @@ def distributed(self:Learner,
     try:
         with self.added_cbs(together):
             together.shard(self)
+            together._met = []
             yield self
             together.unshard(self)
     except BaseException:

@@ -5,7 +5,7 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 from counting import Fits
 from learnkit import *
-from learnkit.core import whole
+from learnkit.core import own_part, whole
 from learnkit.distributed import Distributed
 from learnkit.store import tree_digest
 
@@ -193,10 +193,20 @@ class Uneven:
     def __iter__(self): return iter([tensors(4, i) for i in range(self.n)])
 
 
-def uneven():
-    learn = learner(DataLoaders(Uneven()), cbs=Distributed())
+class Unknown(Uneven):
+    def __len__(self): raise TypeError('not known')
+
+
+def uneven(kind=Uneven, n=None, **options):
+    loader = kind()
+    if n is not None: loader.n = n[int(os.environ.get('RANK', 0))]
+    learn = learner(DataLoaders(loader, list(zip(*[t.split(4) for t in tensors(13, 1)]))), cbs=Distributed(**options))
     learn.fit(2)
     return weights(learn).tolist(), learn.steps_done
+
+
+def uneven_of_unknown_length(n=None): return uneven(Unknown, n)
+def uneven_in_parts(): return uneven(Unknown, strategy='fsdp')
 
 
 def helpers():
@@ -301,5 +311,96 @@ def apart(folder):
     with learn.checkpoint(1) as cp: cp.fit(1)
 
 
-def saved_in_parts(*args): return saved(*args, strategy='fsdp')
-def recorded_in_parts(*args): return recorded(*args, strategy='fsdp')
+# A model in parts
+
+WHOLE, PARTS = {'strategy': 'fsdp'}, {'strategy': 'fsdp', 'gather_up_to': 0}  # how it is saved
+
+
+def saved_whole(*args): return saved(*args, **WHOLE)
+def saved_in_parts(*args): return saved(*args, **PARTS)
+def recorded_whole(*args): return recorded(*args, **WHOLE)
+def recorded_in_parts(*args): return recorded(*args, **PARTS)
+
+
+def shares(learn):
+    "How many numbers of all parameters and of the optimizer's state this process holds"
+    held = [*learn.model.parameters(), *(t for state in learn.opt.state.values() for t in state.values() if t.ndim)]
+    return sum(own_part(t).numel() for t in held)
+
+
+class Body(nn.Module):
+    "Blocks in a list, two of which share a weight, and a buffer"
+    def __init__(self):
+        super().__init__()
+        self.embed, self.blocks = nn.Linear(4, 8, bias=False), nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.GroupNorm(2, 8), nn.ReLU()) for _ in range(3))
+        self.blocks[2][0].weight = self.blocks[0][0].weight
+        self.head = nn.Linear(8, 4, bias=False)
+        self.head.weight = nn.Parameter(torch.randn(4, 8) / 4)
+        self.register_buffer('scale', torch.tensor([2.]))
+    def forward(self, x):
+        x = self.embed(x)
+        for block in self.blocks: x = x + block(x)
+        return self.head(x)[:, :2] * self.scale
+
+
+def in_parts(gather_up_to=2**31):
+    "What a model is before, in and after a block in which it lies in parts"
+    set_seed(0)
+    model = Body()
+    learn = learner(model=model, splitter=lambda model: [list(model.blocks.parameters()), [model.embed.weight, model.head.weight]])
+    params, names, classes = list(model.parameters()), list(model.state_dict()), [type(m) for m in model.modules()]
+    attributes = [sorted(vars(m)) for m in model.modules()]
+    ema, best = EMA(0.5), SaveBest('valid_loss')
+    if not gather_up_to: learn.add_cb(Progress())
+    with learn.distributed(strategy='fsdp', gather_up_to=gather_up_to):
+        learn.fit(1)
+        learn.freeze()
+        learn.fit(1, cbs=[ema, best])
+        learn.unfreeze()
+        learn.fit(1)
+        inside = shares(learn), list(model.state_dict()) == names, fingerprint(model, weights=False).digest, repr(learn), learn.summary().to_dict('list')
+    same = all(a is b for a, b in zip(model.parameters(), params)), classes == [type(m) for m in model.modules()], attributes == [sorted(vars(m)) for m in model.modules()]
+    if gather_up_to:
+        learn.predict(torch.randn(3, 4))
+        best.load_best(learn)
+        with learn.distributed(): learn.fit(1)  # on as one that is not in parts
+        with learn.distributed(strategy='fsdp'): learn.fit(1)
+        ema_of = [t.tolist() for t in ema.average.values()]
+        after = weights(learn).tolist()
+        learn.reset()
+    else: ema_of = after = None
+    return {'inside': inside[0], 'names': inside[1], 'is': inside[2:], 'same': same, 'ema': ema_of, 'weights': after, 'reset': weights(learn).tolist()}
+
+
+def from_meta(strategy='fsdp'):
+    set_seed(0)
+    with torch.device('meta'): model = net(norm=True)
+    learn = learner(model=model, cbs=Distributed(strategy=strategy))
+    learn.fit(2)
+    return seen(learn)
+
+
+def no_weights():
+    with torch.device('meta'): model = Body()
+    learner(model=nn.Sequential(model), cbs=Distributed(strategy='fsdp'))
+
+
+def written(folder, n_epoch=1, **options):
+    "Train, write, read again, train on"
+    set_seed(0)
+    learn = learner(model=net(norm=True), path=folder, cbs=EMA(0.9))
+    with learn.distributed(**options):
+        if n_epoch:
+            learn.fit(n_epoch)
+            learn.save('model')
+            learn.export(learn.path/'weights.safetensors')
+        learn.load('model')
+        valid = learn.validate()
+        learn.fit(1)
+        return valid, weights(learn).tolist()
+
+
+def written_in_parts(folder, n_epoch=1): return written(folder, n_epoch, **PARTS)
+def read_whole(folder): return written(folder, 0, **WHOLE)
+def read_in_parts(folder): return written(folder, 0, **PARTS)
+def read_plain(folder): return written(folder, 0)

@@ -72,9 +72,14 @@ def test_a_distributed_sampler_is_left_alone():
     assert first == [0, 2, 4, 6, 8] and second == [1, 3, 5, 7, 9] and a == b
 
 
-def test_shards_of_other_lengths_do_not_hang():
-    (a, steps), (b, more) = launch(ranks.uneven, n=2)
+@pytest.mark.parametrize('run', [ranks.uneven, ranks.uneven_of_unknown_length, ranks.uneven_in_parts])
+def test_shards_of_other_lengths_do_not_hang(run):
+    (a, steps), (b, more) = launch(run, n=2)
     assert a == b and steps == more == 10
+
+
+def test_a_process_without_any_batch_is_named():
+    with pytest.raises(RuntimeError, match='Unknown gave no batch to process 1 of 2, but one to process 0'): launch(ranks.uneven_of_unknown_length, (3, 0), n=2)
 
 
 def test_helpers(capfd):
@@ -189,3 +194,72 @@ def test_the_command_names_what_is_missing(tmp_path, capsys):
 @pytest.mark.parametrize('n', [0, -1, True, 1.5, '2'])
 def test_numbers_of_processes_that_cannot_be(n):
     with pytest.raises(ValueError, match='must be a whole number, at least 1'): launch(ranks.helpers, n=n)
+
+
+# A model in parts
+
+def test_each_process_holds_a_part_and_the_whole_comes_back():
+    one = ranks.in_parts()
+    for n in (2, 3):
+        found = launch(ranks.in_parts, n=n)
+        assert sum(part['inside'] for part in found) == one['inside'] and max(part['inside'] for part in found) < 0.6 * one['inside']
+        for part in found:
+            assert part['names'] and all(part['same']) and part['is'][0] == one['is'][0] and part['is'][1] == one['is'][1]
+            alike({name: part[name] for name in ('weights', 'ema', 'reset')}, {name: one[name] for name in ('weights', 'ema', 'reset')}, 1e-4)
+
+
+def test_a_model_that_is_too_large_stays_in_parts(capfd):
+    for part in launch(ranks.in_parts, 0, n=2): assert part['names'] and not any(part['same'])
+    assert capfd.readouterr().out.count('the model stays in parts') == 1
+
+
+def test_weights_that_are_nowhere_yet_are_made_as_on_one_process():
+    one = ranks.from_meta()
+    for found in launch(ranks.from_meta, n=2): alike(one, found, 1e-5)
+    with pytest.raises(ValueError, match='0 is on the meta device, and Body has no method reset_parameters'): ranks.no_weights()
+
+
+@pytest.mark.parametrize('read, n', [(ranks.read_plain, 1), (ranks.read_whole, 2), (ranks.read_in_parts, 3), slow(ranks.read_plain, 2), slow(ranks.read_whole, 3)])
+def test_what_was_saved_in_parts_is_loaded_by_any_number_of_processes(tmp_path, read, n):
+    valid, weights = launch(ranks.written_in_parts, tmp_path, n=3)[0]
+    assert len(list(tmp_path.glob('model.parts/*'))) == 1 and len(list(tmp_path.glob('model.parts/*/*'))) == 3
+    assert sum(path.stat().st_size for path in tmp_path.glob('model.parts/*/*')) > 2000
+    for found, more in launch(read, tmp_path, n=n):
+        alike(found, valid, 1e-6)
+        alike(more, weights, 1e-5)
+
+
+@pytest.mark.parametrize('run, stop, how', [(ranks.saved_in_parts, 4, 'SIGTERM'), slow(ranks.saved_in_parts, 3, 'SIGKILL'), slow(ranks.saved_whole, 3, 'SIGKILL'), slow(ranks.saved_whole, 8, 'fail')])
+def test_a_fit_of_a_model_in_parts_goes_on_with_the_same_bits(tmp_path, run, stop, how):
+    whole = launch(run, tmp_path / 'whole', n=2)
+    with pytest.raises(RuntimeError): launch(run, tmp_path / 'run', stop, how, n=2)
+    again = launch(run, tmp_path / 'run', n=2)
+    for (a, rows_a), (b, rows_b) in zip(whole, again): assert rows_a == rows_b and [name for name in a if a[name] != b[name]] == []
+    in_parts = run is ranks.saved_in_parts
+    assert len(list((tmp_path / 'run').glob('*'))) == len(list((tmp_path / 'run').glob('*.safetensors'))) * (1 + in_parts)
+    one = ranks.saved(tmp_path / 'run')  # a single process takes it over
+    assert one[1] == whole[0][1] and one[0]['model'] == whole[0][0]['model']
+
+
+def test_damaged_parts_are_told_and_the_save_before_is_used(tmp_path):
+    whole = launch(ranks.saved_in_parts, tmp_path / 'run', n=2)
+    file = sorted((tmp_path / 'run').glob('*.parts/*/*'))[-1]
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+    again = launch(ranks.saved_in_parts, tmp_path / 'run', n=2)
+    for (a, _), (b, _) in zip(whole, again): assert a == b
+    assert len(list((tmp_path / 'run').glob('*.damaged'))) == 1
+    for file in (tmp_path / 'run').glob('*.parts/*/*'): file.unlink()
+    with pytest.raises(RuntimeError, match='no save in .* is sound'): launch(ranks.saved_in_parts, tmp_path / 'run', n=2)
+
+
+@pytest.mark.parametrize('run', [ranks.recorded_in_parts, slow(ranks.recorded_whole)])
+def test_checkpoints_of_a_model_in_parts(tmp_path, run):
+    first = launch(run, tmp_path / 'whole', n=2)
+    with pytest.raises(RuntimeError, match='SIGKILL'): launch(run, tmp_path / 'broken', 15, 'SIGKILL', n=2)
+    for folder, least in (('broken', 1), ('whole', 0)):
+        for (found, _, _), (other, n, status) in zip(first, launch(run, tmp_path / folder, n=2)):
+            assert other == found and least <= n < 30 and status == ['complete'] * 3
+    found, n, _ = ranks.recorded(tmp_path / 'whole')
+    assert n == 0 and [step[0]['model'] for step in found] == [step[0]['model'] for step in first[0][0]]

@@ -211,15 +211,6 @@ def test_a_model_that_exchanges_gradients_itself_is_told(alone):
     with pytest.raises(RuntimeError, match='not exchanged'): make_learner(Stream([8] * 3), model=model).fit(1, cbs=GradientAccumulation(2))
     assert model.require_backward_grad_sync
 
-def test_a_sharded_model_is_told(alone, monkeypatch):
-    from torch.distributed.fsdp import FSDPModule
-    class Sharded(nn.Sequential, FSDPModule):
-        def __new__(cls, *args): return object.__new__(cls)
-        def set_requires_gradient_sync(self, on, *, recurse=True): flags.append(on)
-    flags = []
-    make_learner([8, 4, 8], model=Sharded(*make_model())).fit(1, cbs=GradientAccumulation(2))
-    assert flags == [False, True, True, True]
-
 @pytest.mark.parametrize('precision', ['bf16', 'fp16'])
 def test_a_model_of_fsdp2_trains_as_a_plain_one(alone, precision):
     from torch.distributed.device_mesh import init_device_mesh
