@@ -33,12 +33,14 @@ def main(
     model = nn.Sequential(*block(1, 16), *block(16, 32), *block(32, 64), nn.Flatten(),
                           nn.Linear(576, 64), nn.ReLU(), nn.Linear(64, 10))  # 61,000 parameters
     learn = CheckpointedLearner(dls, model, nn.CrossEntropyLoss(label_smoothing=0.1), metrics=accuracy, device=device,
-                                path='runs/mnist', name='mnist', on_change='rerun')  # with other options: computed anew
+                                path='runs/mnist', name='mnist', on_change='rerun',  # with other options: computed anew
+                                cbs=Distributed())  # torchrun --nproc-per-node=2 examples/mnist.py
     with learn.checkpoint(1, 'one cycle') as cp:
         found = cp.lr_find()
         cp.fit_one_cycle(epochs, found.valley, cbs=[SaveBest('accuracy'), EarlyStopping('accuracy', patience=5)])
         preds, accuracy_reached = cp.get_preds(with_input=True), cp.validate()['accuracy']
     learn.save('model')
+    if learn.rank: return
     learn.recorder.df.to_csv(learn.path / 'history.csv', index=False)
     figures = {'lr_find': found.plot().figure, 'curves': learn.recorder.plot_metrics()[0].figure,
                'mistakes': plot_mistakes(*preds)}

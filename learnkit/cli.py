@@ -139,9 +139,11 @@ def launch(args):
     if not Path(args.script).is_file(): raise CommandError(f'there is no file {args.script}')
     n = local_processes() if args.n is None else args.n
     if n < 1: raise CommandError(f'-n {n}: at least one process is needed')
+    if args.restarts < 0: raise CommandError(f'--restarts {args.restarts}: must be 0 or more')
     os.environ.setdefault('OMP_NUM_THREADS', '1')  # else each process would take all cores
     try:
-        with quiet(): torchrun(['--standalone', f'--nproc-per-node={n}', args.script, *args.args])
+        with quiet(): torchrun(['--standalone', f'--nproc-per-node={n}', f'--max-restarts={args.restarts}',
+                                args.script, *args.args])
     except ChildFailedError as error:  # the process itself has told why
         code = error.get_first_failure()[1].exitcode
         sys.exit(code if code > 0 else 128 - code)
@@ -180,6 +182,8 @@ def make_parser(): # ArgumentParser
     add_command(commands, gc, name, yes)
     start = commands.add_parser('launch', help=launch.__doc__, description=launch.__doc__)
     start.add_argument('-n', type=int, help='processes (default: one for each accelerator)')
+    start.add_argument('--restarts', type=int, default=0, metavar='N',
+                       help='how often to start all anew when one fails (default: 0)')
     start.add_argument('script', help='python file')
     start.add_argument('args', nargs=argparse.REMAINDER, help='of the script')
     start.set_defaults(run=launch)

@@ -78,8 +78,11 @@ def begin_group():
         os.environ['MASTER_ADDR'] = first_host(os.environ['SLURM_STEP_NODELIST'])
         os.environ.setdefault('MASTER_PORT', str(20_000 + int(os.environ.get('SLURM_JOB_ID', 0)) % 20_000))
     if torch.accelerator.is_available(): torch.accelerator.set_device_index(default_device().index)
-    dist.init_process_group(None if torch.accelerator.is_available() else 'gloo',
-                            rank=place['rank'], world_size=place['size'])
+    store, rank, size = next(dist.rendezvous('env://', place['rank'], place['size']))
+    # After a restart torchrun's store still holds the addresses of processes that are no more
+    store = dist.PrefixStore(f'attempt {os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}', store)
+    dist.init_process_group(None if torch.accelerator.is_available() else 'gloo', store=store,
+                            rank=rank, world_size=size)
     atexit.register(end_group)
 
 def end_group():
@@ -216,6 +219,7 @@ class Distributed(Callback):
         self.sync_bn, self.find_unused, self.strategy = sync_bn, find_unused, strategy
         self.blocks, self.gather_up_to, self.options = blocks, gather_up_to, options
         self.shards = strategy == 'fsdp'
+        self._same = None  # the model that processes were made to have alike
         self._met = None  # callbacks that may keep a part of the model, where it will be whole again
         self._plain, self._norms = {}, None  # of a model in parts: its own parameters; what undoes sync_bn
         self.ranks = self.ddp = self.watch = self._outer = self._own_rng = self._pending = None
@@ -525,7 +529,11 @@ def make_plain(module):
 @patch
 def _begin(self:Distributed, learn):
     self._outer = sys.exception()  # one that is being handled while all this goes on
-    if self.join() is not None: self.shard(learn)
+    if self.join() is None or self._same is learn.model: return
+    self.shard(learn)
+    if not self._plain:
+        for t in (*learn.model.parameters(), *learn.model.buffers()): self.same_value(t)
+    self._same = learn.model
 
 @patch
 def before_fit(self:Distributed, learn):
@@ -722,6 +730,7 @@ def padded(t, shape, value): # tensor (n, *shape)
 def launch(fn, # called in each process; from a script: a function of a module
            *args, # of `fn`
            n:int=None, # processes; None: one for each accelerator, or a single one
+           timeout:float=None, # seconds after which they are ended, with TimeoutError
           ): # list: what `fn` has returned in each process
     "Run a function in `n` processes of this machine; RuntimeError with the traceback of the first that fails"
     n = local_processes() if n is None else n
@@ -740,7 +749,7 @@ def launch(fn, # called in each process; from a script: a function of a module
                           rdzv_endpoint='localhost:0', start_method=method, max_restarts=0,
                           monitor_interval=0.1, local_addr='127.0.0.1')
     try:
-        with quiet(), own_handlers(): found = elastic_launch(config, reporting)(fn, *args)
+        with quiet(), own_handlers(), time_limit(timeout, fn): found = elastic_launch(config, reporting)(fn, *args)
     except ChildFailedError as error:
         number, failure = error.get_first_failure()
         name = getattr(fn, '__name__', fn)
@@ -759,6 +768,22 @@ def own_handlers():
 
 SIGNALS = tuple(getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGQUIT')
                 if hasattr(signal, name))
+
+@contextmanager
+def time_limit(seconds, fn):
+    "Let what runs inside end by TimeoutError when the time is over"
+    if seconds is None: return (yield)
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, 'SIGALRM'):
+        raise ValueError('launch(timeout=...) needs the main thread, and a system with SIGALRM')
+    def over(*_):
+        raise TimeoutError(f'{getattr(fn, "__name__", fn)} had not ended after {seconds} s; its processes '
+                           'were ended. One that waits for another, which does something else, waits forever')
+    before = signal.signal(signal.SIGALRM, over)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try: yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 @contextmanager
 def quiet():

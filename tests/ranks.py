@@ -404,3 +404,26 @@ def written_in_parts(folder, n_epoch=1): return written(folder, n_epoch, **PARTS
 def read_whole(folder): return written(folder, 0, **WHOLE)
 def read_in_parts(folder): return written(folder, 0, **PARTS)
 def read_plain(folder): return written(folder, 0)
+
+
+# For tests of learnkit.testing
+
+class Worst(Callback):
+    "The largest error of an evaluation"
+    def before_validate(self, learn): self.worst = 0.
+    def after_batch(self, learn):
+        if not learn.training: self.worst = max(self.worst, (learn.pred.argmax(1) - learn.yb[0]).abs().max().item() + float(learn.xb[0].max()))
+    def after_validate(self, learn): self.worst = max(learn.ranks.gather(self.worst)) if learn.ranks else self.worst
+
+
+def worst(seed=0):
+    "A model that each process has made otherwise is that of process 0"
+    if rank(): torch.manual_seed(7)
+    found = Worst()
+    learn = learner(model=net() if rank() else set_seed(seed) or net(), seed=rank(), cbs=found)
+    with learn.distributed(): return learn.validate()['loss'], found.worst
+
+
+def waits(folder):
+    with open(os.path.join(folder, str(rank())), 'w') as file: file.write(str(os.getpid()))
+    time.sleep(60)

@@ -263,3 +263,25 @@ def test_checkpoints_of_a_model_in_parts(tmp_path, run):
             assert other == found and least <= n < 30 and status == ['complete'] * 3
     found, n, _ = ranks.recorded(tmp_path / 'whole')
     assert n == 0 and [step[0]['model'] for step in found] == [step[0]['model'] for step in first[0][0]]
+
+
+RESTARTED = '''
+import os, sys
+sys.path.insert(0, {folder!r})
+import ranks
+first = os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'
+found, n, status = ranks.recorded({root!r}, {at} if first else None, 'SIGKILL')
+from learnkit import *
+if rank() == 0: print(n, tree_digest(found), flush=True)
+'''
+
+
+def test_a_script_that_is_restarted_goes_on_by_itself(tmp_path, undisturbed):
+    from learnkit.store import tree_digest
+    for at in (15, 26):
+        script = tmp_path / f'{at}.py'
+        script.write_text(RESTARTED.format(folder=os.path.dirname(__file__), root=str(tmp_path / str(at)), at=at).replace('from learnkit import *', 'from learnkit import rank\nfrom learnkit.store import tree_digest'))
+        how = ['torch.distributed.run', '--standalone', '--nproc-per-node=2', '--max-restarts=1'] if at == 15 else ['learnkit', 'launch', '-n', '2', '--restarts', '1']
+        done = subprocess.run([sys.executable, '-m', *how, script], capture_output=True, text=True, timeout=110)
+        n, digest = done.stdout.split()
+        assert done.returncode == 0 and 0 < int(n) < 30 and digest == tree_digest(undisturbed[1][0][0])

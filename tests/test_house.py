@@ -15,7 +15,7 @@ FLOORS = {
     4: ['10_schedule', '11_lr_find', '12_track', '13_precision', '14_gradients', '15_resume',
         '16_steps', '17_distributed', '18_inspect', '19_loggers'],
     5: ['20_checkpointed', '21_lineage'],
-    6: ['22_cli'],
+    6: ['22_cli', '23_testing'],
 }
 PLACE = {name[3:]: (floor, int(name[:2])) for floor, names in FLOORS.items() for name in names}
 

@@ -1,0 +1,21 @@
+"The fixture for tests of users"
+import os, time
+import pytest
+import ranks
+from learnkit.store import is_alive
+from learnkit.testing import two_processes
+
+
+def test_results_of_both(two_processes):
+    one = ranks.worst()
+    assert two_processes(ranks.worst, 0) == [pytest.approx(one)] * 2
+
+
+def test_what_does_not_end_is_ended(two_processes, tmp_path):
+    start = time.monotonic()
+    with pytest.raises(TimeoutError, match='waits had not ended after 6 s'): two_processes(ranks.waits, str(tmp_path), timeout=6)
+    assert time.monotonic() - start < 40
+    assert len(list(tmp_path.iterdir())) == 2 and not any(is_alive(int(path.read_text())) for path in tmp_path.iterdir())
+
+
+def test_processes_use_no_accelerator(two_processes): assert os.environ['CUDA_VISIBLE_DEVICES'] == ''
