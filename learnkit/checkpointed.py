@@ -949,7 +949,7 @@ def tell(self:Ledger, id, recorded, strays=()):
                    f'computed in {duration(recorded["seconds"])} on {when}{off}')
 
 STRAYS = MappingProxyType({'model': 'weights', 'rng': 'random numbers', 'data': 'positions in the data',
-                           'ranks': 'other processes'})
+                           'ranks': 'processes'})
 
 # %% ../nbs/20_checkpointed.ipynb #7587333a
 def duration(seconds:float): # str
