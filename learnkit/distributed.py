@@ -179,7 +179,7 @@ def shared_loader(dl, share:Share): # loader
     vars(twin).update(own)  # setattr is refused
     return twin
 
-class Together:
+class JointLoader:
     "Batches for an evaluation that no process can make alone: who has no part in one computes along"
     def __init__(self, learn): self.learn, self.part = learn, learn.dl
     def __len__(self): return len(self.part)
@@ -195,7 +195,7 @@ class Together:
 
 def numbers(dl, n:int): # list of int
     "The numbers, over all processes, of the `n` batches that were read here"
-    if isinstance(dl, Together): dl = dl.part
+    if isinstance(dl, JointLoader): dl = dl.part
     if not isinstance(dl, EpochLoader): return list(range(n))
     return [i for i in range(len(dl)) if dl.counts(i)[0]][:n]
 
@@ -214,14 +214,15 @@ class Distributed(Callback):
                 ):
         if strategy not in ('ddp', 'fsdp'):
             raise ValueError(f"Distributed(strategy={strategy!r}): must be 'ddp' or 'fsdp'")
-        if strategy == 'ddp' and (options or blocks):
-            raise TypeError(f'Distributed({next(iter(options), "blocks")}=...) is for strategy=\'fsdp\'')
+        other = next(iter(options), 'blocks' if blocks else None) if strategy == 'ddp' else find_unused and 'find_unused'
+        if other: raise TypeError(f'Distributed({other}=...) is not for strategy={strategy!r}')
         self.sync_bn, self.find_unused, self.strategy = sync_bn, find_unused, strategy
         self.blocks, self.gather_up_to, self.options = blocks, gather_up_to, options
         self.shards = strategy == 'fsdp'
         self._same = None  # the model that processes were made to have alike
         self._met = None  # callbacks that may keep a part of the model, where it will be whole again
-        self._plain, self._norms = {}, None  # of a model in parts: its own parameters; what undoes sync_bn
+        # Of a model in parts: its own parameters, their memory layouts, what undoes sync_bn
+        self._plain, self._strides, self._norms = {}, {}, None
         self.ranks = self.ddp = self.watch = self._outer = self._own_rng = self._pending = None
         self._undo, self._shares, self._told, self._joined = [], {}, False, False
         self._count, self._every, self._agreed, self._factor = 0, 1, (None, 0.), 1.
@@ -256,17 +257,17 @@ class Distributed(Callback):
 @patch
 def begin_pass(self:Distributed, learn, pad:bool):
     "Let the pass that begins read this process's part of its loader"
-    whole = learn.dl.dl if isinstance(learn.dl, Cycled) else learn.dl
-    part = self.share(learn, whole, pad)
-    if isinstance(whole, EpochLoader): part.set_epoch(whole.epoch)
+    dl = learn.dl.dl if isinstance(learn.dl, Cycled) else learn.dl
+    part = self.share(learn, dl, pad)
+    if isinstance(dl, EpochLoader): part.set_epoch(dl.epoch)
     if isinstance(part, OwnLoader): part.begin()
-    drawn = not isinstance(whole, (EpochLoader, list, tuple))
+    drawn = not isinstance(dl, (EpochLoader, list, tuple))
     if isinstance(learn.dl, Cycled):
         learn.dl.dl = part
-        if drawn: learn.dl.begin = lambda: self.same_order(whole)
+        if drawn: learn.dl.begin = lambda: self.same_order(dl)
         return
     learn.dl, learn.n_iter = part, length(part)
-    if drawn and not learn.is_resumed: self.same_order(whole)
+    if drawn and not learn.is_resumed: self.same_order(dl)
 
 @patch
 def share(self:Distributed, learn, dl, pad:bool): # loader
@@ -301,8 +302,8 @@ def before_validate(self:Distributed, learn):
     self._begin(learn)
     if not self.ranks: return
     if 'fit' in learn.levels: self.same_buffers(learn)
-    self.begin_pass(learn, pad=self.shards)
-    if self.shards: learn.dl = Together(learn)
+    self.begin_pass(learn, pad=is_sharded(learn.model))
+    if is_sharded(learn.model): learn.dl = JointLoader(learn)
 
 @patch
 def before_lr_find(self:Distributed, learn):
@@ -357,7 +358,7 @@ def wrap(self:Distributed, learn):
     if getattr(learn.loss_func, 'reduction', None) == 'sum':
         raise ValueError("the loss has reduction='sum', and the sums of parts of a batch cannot be weighted: "
                          "use reduction='mean'")
-    if self.shards: return
+    if is_sharded(learn.model): return
     model, compiled = learn.model, learn.compiled
     if self.sync_bn: self._undo.append(synced_norms(model, learn.device))
     if not any(p.requires_grad for p in model.parameters()): return
@@ -400,7 +401,7 @@ def before_step(self:Distributed, learn):
     complete = learn.sync_grads
     if not self.ranks or not complete and learn.levels[-1] == 'batch': return
     # Gradients of the model were exchanged, but not by DDP for a last group that is incomplete
-    params = rest_of(learn) if complete or self.shards else opt_params(learn.opt)
+    params = rest_of(learn) if complete or is_sharded(learn.model) else opt_params(learn.opt)
     for grad in [p.grad for p in params if p.grad is not None]:
         dist.all_reduce(grad)
         grad /= self.ranks.size
@@ -412,7 +413,7 @@ def rest_of(learn): # list of parameters
 @patch
 def same_buffers(self:Distributed, learn):
     "Statistics of norms are those of process 0, as they are in training"
-    for buffer in learn.model.buffers(): dist.broadcast(buffer, 0)
+    for buffer in learn.model.buffers(): self.same_value(buffer)
 
 # %% ../nbs/17_distributed.ipynb #0d515250
 @patch
@@ -425,11 +426,14 @@ def shard(self:Distributed, learn):
     model, device = learn.model, learn.device
     if self.sync_bn: self._norms = synced_norms(model, device)
     self._plain = params_of(model)
+    self._strides = {name: param.stride() for name, param in self._plain.items()}
+    for param in self._plain.values(): param.data = param.data.contiguous()  # FSDP2 cuts no others
     for t in (*self._plain.values(), *model.buffers()): self.same_value(t)
     options = {'mesh': init_device_mesh(device.type, (self.ranks.size,)), **self.options}
     for module in (*(self.blocks or blocks_of)(model), model): fully_shard(module, **options)
     fill(model, device)
-    if learn.opt: swap_params(learn.opt, self._plain, params_of(model), as_spread)
+    if learn.opt:
+        swap_params(learn.opt, self._plain, params_of(model), lambda t, p: as_spread(t.contiguous(), p))
     for param in self._plain.values(): param.data = param.data.new_empty(0)  # its memory
 
 def on_device(learn):
@@ -445,8 +449,10 @@ def params_of(model): # dict: name -> parameter; one with several names is there
 @patch
 def same_value(self:Distributed, t):
     "Let a parameter or buffer be what it is in process 0"
-    if t.is_meta: return
-    dist.broadcast(t.detach(), 0, group=self.ranks.group if t.device.type == 'cpu' else None)
+    if t.is_meta or is_part(t): return
+    values = t.detach().contiguous()
+    dist.broadcast(values, 0, group=self.ranks.group if t.device.type == 'cpu' else None)
+    with torch.no_grad(): t.copy_(values)
 
 def blocks_of(model): # list of modules
     "The items of the outermost containers, without those that share parameters with others"
@@ -503,9 +509,14 @@ def unshard(self:Distributed, learn):
         if any_part(cb.state_dict()): cb.load_state_dict(map_tensors(whole, cb.state_dict()))
     learn._initial = map_tensors(lambda t: whole(t).cpu(), learn._initial)
     for name, param in self._plain.items():
-        param.data, param.grad = whole(parts[name]), None
+        values = whole(parts[name])
+        param.data = torch.empty_strided(values.shape, self._strides[name], dtype=values.dtype,
+                                         device=values.device).copy_(values)
+        param.grad = None
         param.requires_grad_(parts[name].requires_grad)
-    if learn.opt: swap_params(learn.opt, parts, self._plain, lambda t, _: whole(t))
+    if learn.opt:
+        swap_params(learn.opt, parts, self._plain,
+                    lambda t, p: torch.empty_like(p, dtype=t.dtype).copy_(whole(t)))
     for name, param in self._plain.items():
         path, _, key = name.rpartition('.')
         model.get_submodule(path)._parameters[key] = param
@@ -531,8 +542,7 @@ def _begin(self:Distributed, learn):
     self._outer = sys.exception()  # one that is being handled while all this goes on
     if self.join() is None or self._same is learn.model: return
     self.shard(learn)
-    if not self._plain:
-        for t in (*learn.model.parameters(), *learn.model.buffers()): self.same_value(t)
+    for t in (*learn.model.parameters(), *learn.model.buffers()): self.same_value(t)
     self._same = learn.model
 
 @patch

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from .callback import Callback, CancelStep
-from .core import apart, as_spread, is_part, map_tensors, reshard, whole
+from .core import apart, as_spread, is_part, is_sharded, map_tensors, reshard, whole
 from .learner import Learner, opt_params
 from .precision import check_alone, check_optimizer, has_gradients
 from .progress import say
@@ -264,6 +264,7 @@ class Average(Callback):
         live = held(self._slots)
         self._raw, self._depth = {name: t.clone() for name, t in live.items()}, len(learn.levels)
         put(self.average, live)
+        if learn.ranks: learn._cbs.spread.same_buffers(learn)  # each process has averaged its own
 
     def cleanup_validate(self, learn):
         if self._raw is None or len(learn.levels) != self._depth: return
@@ -338,6 +339,9 @@ def ema_model(self:Learner): # nn.Module
     if owner is None:
         raise ValueError('there is no average of the weights: train with EMA() or SWA() in cbs')
     if owner.average is None: raise ValueError(f'{owner} has averaged nothing yet')
+    if is_sharded(self.model):
+        raise RuntimeError('ema_model is a copy of the whole model, which lies in parts: read it after the '
+                           'block of learn.distributed, or load a save in a single process')
     model = copy.deepcopy(self.model).eval()
     tensors = held(slots(model))
     if [*tensors] != [*owner.average]:

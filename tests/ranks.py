@@ -441,3 +441,23 @@ def digits():
     losses = learn.lr_find(num_it=12).losses.tolist()
     learn.fit_one_cycle(2, 5e-3, cbs=[SaveBest('accuracy'), EarlyStopping('accuracy', patience=5)])
     return {**seen(learn), 'losses': losses, 'valid': learn.validate(), 'preds': [t.tolist() for t in learn.get_preds()]}
+
+
+def normed(strategy):
+    "Batch norm, an average, a memory layout: what validations give, and the layout afterwards"
+    set_seed(0)
+    x, y = torch.randn(44, 3, 8, 8), torch.randint(2, (44,))
+    dls = DataLoaders.from_tensors((x, y), valid_pct=0.25, bs=8, device='cpu')
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 2))
+    learn = learner(dls, model, cbs=EMA(0.9))
+    learn.to_channels_last()
+    with learn.distributed(strategy=strategy):
+        found = [learn.validate()]
+        learn.fit(2)
+        found += [learn.validate(), learn.get_preds()[0].tolist()]
+        if strategy == 'fsdp':
+            try: learn.ema_model
+            except RuntimeError as error: found.append('read it after the block' in str(error))
+    assert learn.ema_model(x).shape == (44, 2)
+    state = learn.opt.state[model[0].weight]['exp_avg']
+    return found, [t.stride() for t in (model[0].weight, state)] == [(27, 1, 9, 3)] * 2

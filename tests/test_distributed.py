@@ -310,3 +310,20 @@ def test_other_ways_to_start(tmp_path, who):
 def test_a_network_gives_the_numbers_of_one_process_exactly_but_for_rounding():
     one = ranks.digits()
     for found in launch(ranks.digits, n=2): alike(one, found, 1e-9)
+
+
+def test_averages_of_norms_and_memory_layouts():
+    (a, kept), (b, _) = launch(ranks.normed, 'ddp', n=2)
+    assert a == b and kept
+    for found, kept in launch(ranks.normed, 'fsdp', n=2):
+        assert kept and found[3]
+        alike(a, found[:3], 1e-6)
+
+
+@pytest.mark.parametrize('options, why', [(dict(strategy='fsdp', find_unused=True), 'find_unused'), (dict(blocks=len), 'blocks'), (dict(mesh=1), 'mesh')])
+def test_what_a_strategy_does_not_know_is_refused(options, why):
+    with pytest.raises(TypeError, match=f'{why}=...'): ranks.Distributed(**options)
+
+
+def test_an_unknown_strategy_is_refused():
+    with pytest.raises(ValueError, match="strategy='zero'.: must be 'ddp' or 'fsdp'"): ranks.Distributed(strategy='zero')
