@@ -400,9 +400,10 @@ def synced_norms(model, device): # function that undoes it
 def before_step(self:Distributed, learn):
     complete = learn.sync_grads
     if not self.ranks or not complete and learn.levels[-1] == 'batch': return
-    # Gradients of the model were exchanged, but not by DDP for a last group that is incomplete
-    params = rest_of(learn) if complete or is_sharded(learn.model) else opt_params(learn.opt)
-    for grad in [p.grad for p in params if p.grad is not None]:
+    # Gradients of the model were exchanged, but not by DDP for a last group that is incomplete,
+    # and not by FSDP2 for parameters that it was to ignore
+    params = rest_of(learn) if complete and not is_sharded(learn.model) else opt_params(learn.opt)
+    for grad in [p.grad for p in params if p.grad is not None and not is_part(p)]:
         dist.all_reduce(grad)
         grad /= self.ranks.size
 
@@ -432,9 +433,10 @@ def shard(self:Distributed, learn):
     options = {'mesh': init_device_mesh(device.type, (self.ranks.size,)), **self.options}
     for module in (*(self.blocks or blocks_of)(model), model): fully_shard(module, **options)
     fill(model, device)
-    if learn.opt:
-        swap_params(learn.opt, self._plain, params_of(model), lambda t, p: as_spread(t.contiguous(), p))
-    for param in self._plain.values(): param.data = param.data.new_empty(0)  # its memory
+    parts = params_of(model)
+    if learn.opt: swap_params(learn.opt, self._plain, parts, lambda t, p: as_spread(t.contiguous(), p))
+    for name, param in self._plain.items():
+        if param is not parts[name]: param.data = param.data.new_empty(0)  # its memory
 
 def on_device(learn):
     "Bring a model to the device, and make what is not there yet"
@@ -530,11 +532,11 @@ def make_plain(module):
     _composable_state._module_state_mapping.pop(module, None)
     for name, held in list(vars(module).items()):
         if name in FSDP_MARKS: delattr(module, name)
-        if not isinstance(held, dict): continue
-        for key, value in list(held.items()):
-            ours = is_from_fsdp(value) if 'hooks' in name else getattr(key, '__name__', key) == 'fully_shard'
-            if ours: del held[key]
-        if name.startswith('__composable_api') and not held: delattr(module, name)
+        elif isinstance(held, dict) and 'hooks' in name:
+            for key in [key for key, hook in held.items() if is_from_fsdp(hook)]: del held[key]
+        elif name.startswith('__composable_api'):
+            for key in [key for key in held if getattr(key, '__name__', key) == 'fully_shard']: del held[key]
+            if not held: delattr(module, name)
 
 # %% ../nbs/17_distributed.ipynb #d6b707ea
 @patch
