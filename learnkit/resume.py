@@ -36,7 +36,7 @@ class SaveState(Callback):
         check_resumable(learn.dls.train)
         folder = learn.path/self.saves_to
         if is_main(): folder.mkdir(parents=True, exist_ok=True)  # an error now, not after an epoch
-        check_storable(map_tensors(own_part, learn._state()))
+        check_storable({'learner': map_tensors(own_part, learn._state())})
         self._fresh, self._time_was_up = not learn.is_resumed, False
         if self._fresh and is_main() and saves(folder) and not learn._begins_anew:
             warnings.warn(f'{folder} holds saves of an earlier fit, which go when this one saves; '

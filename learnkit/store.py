@@ -672,9 +672,9 @@ def is_left_over(temp): # bool
     return bool(found) and not is_alive(int(found[1]))
 
 # %% ../nbs/01_store.ipynb #d970b935
-def next_save(folder): # Path
-    "The file that `save_next` will write"
-    older = saves(folder)
+def next_save(folder, older=None): # Path
+    "The file that `save_next` will write; `older`: the saves there are, if they are known"
+    older = saves(folder) if older is None else older
     return Path(folder)/f'save-{1 + (int(older[0].stem.removeprefix("save-")) if older else 0):06}.safetensors'
 
 # %% ../nbs/01_store.ipynb #89bffb83
@@ -687,7 +687,8 @@ def save_next(tree, # as in `save_tree`
     make_folder(folder)
     for left in folder.glob('.learnkit-*'):
         if is_left_over(left): unlink(left)
-    path, older = next_save(folder), saves(folder)
+    older = saves(folder)
+    path = next_save(folder, older)
     try: save_tree(tree, path, overwrite=False)
     except FileExistsError as error:
         text = 'another process saves to this folder too; give each run a folder of its own'
