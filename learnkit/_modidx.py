@@ -1752,6 +1752,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'learnkit.store.as_line': ('store.html#as_line', 'learnkit/store.py'),
                                 'learnkit.store.atomic_write': ('store.html#atomic_write', 'learnkit/store.py'),
                                 'learnkit.store.by_width': ('store.html#by_width', 'learnkit/store.py'),
+                                'learnkit.store.cause_shown': ('store.html#cause_shown', 'learnkit/store.py'),
                                 'learnkit.store.check_id': ('store.html#check_id', 'learnkit/store.py'),
                                 'learnkit.store.check_name': ('store.html#check_name', 'learnkit/store.py'),
                                 'learnkit.store.check_seal': ('store.html#check_seal', 'learnkit/store.py'),

@@ -595,8 +595,9 @@ def save_parts(tree, # dicts and lists; other containers hold nothing that is sp
     if ranks.rank == 0: make_folder(folder := parts_of(path)/secrets.token_hex(4))
     folder = Path(ranks.broadcast(str(folder) if ranks.rank == 0 else None))
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    try: dcp.save({name: found[place] for name, place in names.items()}, storage_writer=writer,
-                  process_group=ranks.group)
+    tensors = {name: found[place] for name, place in names.items()}
+    try:
+        with cause_shown(folder): dcp.save(tensors, storage_writer=writer, process_group=ranks.group)
     except BaseException:
         if ranks.rank == 0: clear(folder)
         raise
@@ -605,6 +606,16 @@ def save_parts(tree, # dicts and lists; other containers hold nothing that is sp
     digests = {name: digest for part in ranks.gather(files) for name, digest in part.items()}
     places = {name: list(place) for name, place in names.items()}
     return rest, {'folder': folder.name, 'files': digests, 'tensors': places}
+
+@contextmanager
+def cause_shown(folder):
+    "Of what torch raises in all processes, where one has failed, the exception of that one"
+    from torch.distributed.checkpoint import CheckpointException  # which is no Exception
+    try: yield
+    except CheckpointException as error:
+        number, (cause, _) = next(iter(error.failures.items()))
+        cause.add_note(f'(in process {number}, at its parts in {folder})')
+        raise cause from None
 
 def own_files(folder, names, ranks): # dict: name -> digest; None for a file that is not there
     "The digests of files, each process some of them"
@@ -636,7 +647,7 @@ def load_parts(tree, # with None for what is in parts; it is filled in
         return spread.empty(saved.size, **kind, device_mesh=like.device_mesh, placements=like.placements)
     known = reader.read_metadata().state_dict_metadata
     tensors = {name: room(known[name]) for name in parts['tensors']}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), cause_shown(folder):
         warnings.filterwarnings('ignore', 'torch.distributed is disabled')  # as is asked for
         dcp.load(tensors, storage_reader=reader, no_dist=ranks is None,
                  process_group=None if ranks is None else ranks.group)

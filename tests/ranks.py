@@ -461,3 +461,20 @@ def normed(strategy):
     assert learn.ema_model(x).shape == (44, 2)
     state = learn.opt.state[model[0].weight]['exp_avg']
     return found, [t.stride() for t in (model[0].weight, state)] == [(27, 1, 9, 3)] * 2
+
+
+def breaks_off(folder, how, rank_of):
+    "A fit of a model in parts whose third save goes wrong in one process"
+    import errno
+    from torch.distributed.checkpoint import HuggingFaceStorageWriter as Writer
+    from learnkit import store
+    calls, write, tree = [], Writer.write_data, store.save_tree
+    def third(function, args, kwargs):
+        calls.append(1)
+        if rank() == rank_of and len(calls) == 3:
+            if how == 'kill': os.kill(os.getpid(), signal.SIGKILL)
+            raise OSError(errno.ENOSPC, 'No space left on device')
+        return function(*args, **kwargs)
+    Writer.write_data = lambda *args, **kwargs: third(write, args, kwargs)
+    if how == 'kill after': store.save_tree, Writer.write_data, how = (lambda *args, **kwargs: third(tree, args, kwargs)), write, 'kill'
+    return saved(folder, **PARTS)

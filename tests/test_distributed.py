@@ -327,3 +327,15 @@ def test_what_a_strategy_does_not_know_is_refused(options, why):
 
 def test_an_unknown_strategy_is_refused():
     with pytest.raises(ValueError, match="strategy='zero'.: must be 'ddp' or 'fsdp'"): ranks.Distributed(strategy='zero')
+
+
+@pytest.mark.parametrize('how, rank, end', [('full', 1, 'No space left'), slow('full', 0, 'No space left'), slow('kill', 1, 'SIGKILL'), slow('kill after', 0, 'SIGKILL')])
+def test_a_save_in_parts_that_is_broken_off_leaves_the_one_before(tmp_path, how, rank, end):
+    with pytest.raises(RuntimeError, match=end): launch(ranks.breaks_off, tmp_path / 'run', how, rank, n=2)
+    names = sorted(path.name for path in (tmp_path / 'run').glob('save*.safetensors'))
+    assert names == ['save-000001.safetensors', 'save-000002.safetensors']
+    if how == 'full': assert not list((tmp_path / 'run').glob('save-000003.parts/*'))
+    whole, again = launch(ranks.saved_in_parts, tmp_path / 'whole', n=2), launch(ranks.saved_in_parts, tmp_path / 'run', n=2)
+    for (a, _), (b, _) in zip(whole, again): assert a == b
+    left = sorted(path.name for path in (tmp_path / 'run').iterdir())
+    assert len(left) == 4 and all(len(list(folder.iterdir())) == 1 for folder in (tmp_path / 'run').glob('*.parts'))
