@@ -205,8 +205,7 @@ def uneven(kind=Uneven, n=None, **options):
     return weights(learn).tolist(), learn.steps_done
 
 
-def uneven_of_unknown_length(n=None): return uneven(Unknown, n)
-def uneven_in_parts(): return uneven(Unknown, strategy='fsdp')
+def all_uneven(): return uneven(), uneven(Unknown), uneven(Unknown, strategy='fsdp')
 
 
 def helpers():
