@@ -189,9 +189,9 @@ class SeededBatches(Dataset):
 
     def one_by_one(self, samples): return [self.dataset[i] for i in samples]
 
-    def __getitem__(self, key): # (epoch, number of the batch, its samples)
-        epoch, number, samples = key
-        seed = epoch_seed(self.seed, epoch, number)
+    def __getitem__(self, key): # (place, samples); place: epoch, number of the batch, process if not 0
+        (epoch, number, *_), samples = place, samples = key
+        seed = epoch_seed(self.seed, *place)
         try:
             for rng in self.own: seed_generator(rng, seed)
             with fetch_rng(seed): return self.collate_fn(self.fetch(samples))
@@ -244,9 +244,10 @@ def batches(self:DatasetLoader,
     "The batches of an epoch from `start` on; those before it are not fetched"
     n = len(self.dataset)
     order = (epoch_order(n, self.seed, epoch) if self.shuffle else torch.arange(n)).tolist()
-    keys = [(epoch, number, order[number * self.bs:(number + 1) * self.bs])
+    who = (self.share.rank,) if self.share and self.share.rank else ()  # each draws other numbers
+    keys = [((epoch, number, *who), order[number * self.bs:(number + 1) * self.bs])
             for number in range(len(self))[start:]]
-    if self.share: keys = [(*key, part) for *key, samples in keys if (part := self.share.of(samples))]
+    if self.share: keys = [(place, part) for place, samples in keys if (part := self.share.of(samples))]
     self.keys.now = keys
     self.loader.generator.manual_seed(epoch_seed(self.seed, epoch))
     return iter(self.loader)

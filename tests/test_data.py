@@ -281,3 +281,14 @@ def test_untouched_refuses_iterators(make):
 def test_a_pickled_loader_is_the_same():
     dl = pickle.loads(pickle.dumps(TensorLoader(torch.arange(8), 2, True, seed=4)))
     assert equal(list(dl), list(TensorLoader(torch.arange(8), 2, True, seed=4)))
+
+
+def test_parts_of_a_batch_draw_other_numbers():
+    from learnkit.data import Share
+    class Noise(torch.utils.data.Dataset):
+        def __len__(self): return 8
+        def __getitem__(self, i): return torch.rand(())
+    whole = DataLoaders.from_datasets(Noise(), bs=4, num_workers=0).train
+    draws = [[batch.tolist() for batch in dl] for dl in (whole, whole.shared(Share(0, 2, True)), whole.shared(Share(1, 2, True)), whole.shared(Share(1, 2, True)))]
+    assert [batch[:2] for batch in draws[0]] == draws[1] and draws[2] == draws[3]
+    assert not {n for batch in draws[0] for n in batch} & {n for batch in draws[2] for n in batch}
