@@ -6,7 +6,7 @@
 __all__ = ['Ranks', 'Distributed', 'launch']
 
 # %% ../nbs/17_distributed.ipynb #0d6e1932
-import atexit, copy, itertools, logging, math, os, re, signal, sys, threading, time
+import atexit, copy, itertools, logging, math, multiprocessing, os, re, signal, sys, threading, time
 from collections import Counter
 from contextlib import contextmanager
 from types import MethodType
@@ -757,11 +757,12 @@ def launch(fn, # called in each process; from a script: a function of a module
         raise RuntimeError(f'launch: {fn} is no function of a module, so the processes have to begin as copies of '
                            'this one, which cannot be as it uses the accelerator already: put the function '
                            'into a module, or call launch before anything is on the accelerator')
+    started = multiprocessing.get_start_method(allow_none=True)
     config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=n, run_id='learnkit', rdzv_backend='c10d',
                           rdzv_endpoint='localhost:0', start_method=method, max_restarts=0,
                           monitor_interval=0.1, local_addr='127.0.0.1')
     try:
-        with quiet(), own_handlers(), time_limit(timeout, fn): found = elastic_launch(config, reporting)(fn, *args)
+        with quiet(), own_handlers(), time_limit(timeout, fn): found = elastic_launch(config, reporting)(started, fn, *args)
     except ChildFailedError as error:
         number, failure = error.get_first_failure()
         name = getattr(fn, '__name__', fn)
@@ -812,8 +813,10 @@ def is_importable(fn): # bool
     return found is fn
 
 @record
-def reporting(fn, *args):
+def reporting(started, fn, *args):
     "Call a function; an exception is written to where the launcher looks for it"
+    # Processes that it starts itself, as loaders do, begin as they would without a launch
+    multiprocessing.set_start_method(started, force=True)
     torch.set_num_threads(1)  # a copy of a process has none of its threads, and would wait for them
     return fn(*args)
 

@@ -1,5 +1,5 @@
 "What processes of tests/test_distributed.py run: functions of a module, as each process imports them"
-import os, signal, time
+import multiprocessing, os, signal, time
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
@@ -211,7 +211,7 @@ def all_uneven(): return uneven(), uneven(Unknown), uneven(Unknown, strategy='fs
 def helpers():
     learn = learner(cbs=Distributed())
     rank = learn.ranks.rank
-    return {'gather': learn.gather(torch.full((rank + 1, 2), rank)).tolist(), 'padded': learn.gather(torch.full((1, rank + 1), rank), pad=-1).tolist(),
+    return {'started': multiprocessing.get_start_method(), 'gather': learn.gather(torch.full((rank + 1, 2), rank)).tolist(), 'padded': learn.gather(torch.full((1, rank + 1), rank), pad=-1).tolist(),
             'rank': learn.rank, 'size': learn.world_size, 'print': learn.print('hello from', learn.rank)}
 
 

@@ -1,5 +1,5 @@
 "Several processes: the numbers of one, and an end together"
-import math, os, shutil, signal, socket, subprocess, sys, time
+import math, multiprocessing, os, shutil, signal, socket, subprocess, sys, time
 from contextlib import contextmanager
 from functools import lru_cache
 import pytest
@@ -83,6 +83,7 @@ def test_a_process_without_any_batch_is_named():
 
 def test_helpers(capfd):
     first, second = launch(ranks.helpers, n=2)
+    assert first['started'] == multiprocessing.get_start_method()  # of a loader's workers: spawned ones take seconds
     assert first['gather'] == second['gather'] == [[0, 0], [1, 1], [1, 1]]
     assert first['padded'] == [[0, -1], [1, 1]]
     assert (first['rank'], second['rank'], first['size']) == (0, 1, 2)
