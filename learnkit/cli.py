@@ -135,7 +135,8 @@ def launch(args):
     "Run a script in several processes of this machine, which train together"
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
-    from learnkit.distributed import local_processes, quiet
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from learnkit.distributed import local_processes, quiet, told
     if not Path(args.script).is_file(): raise CommandError(f'there is no file {args.script}')
     n = local_processes() if args.n is None else args.n
     if n < 1: raise CommandError(f'-n {n}: at least one process is needed')
@@ -144,8 +145,12 @@ def launch(args):
     try:
         with quiet(): torchrun(['--standalone', f'--nproc-per-node={n}', f'--max-restarts={args.restarts}',
                                 args.script, *args.args])
-    except ChildFailedError as error:  # the process itself has told why
-        code = error.get_first_failure()[1].exitcode
+    except SignalException as error: sys.exit(128 + error.sigval)  # all have ended and saved
+    except ChildFailedError as error:
+        number, failure = error.get_first_failure()
+        code = failure.exitcode
+        if code != 1:  # of an exception the process itself has told
+            print(f'learnkit: process {number} was the first to end: {told(failure)}', file=sys.stderr)
         sys.exit(code if code > 0 else 128 - code)
 
 # %% ../nbs/22_cli.ipynb #690555db

@@ -58,7 +58,7 @@ class EpochLoader:
     def shared(self, share): # loader
         "A loader of the same batches that gives the part of each that one of several processes takes"
         twin = copy.copy(self)
-        twin.share = share
+        twin.share, twin.whole = share, self
         return twin
 
     def counts(self, number:int): # (int, int)
@@ -69,6 +69,7 @@ class EpochLoader:
     def go_on(self, start:int): # iterator of batches
         "The batches of this epoch from number `start` on; the next epoch is the next to be read"
         epoch, self.epoch = self.epoch, self.epoch + 1
+        if self.share is not None: self.whole.epoch = self.epoch  # as if that had been read
         return self.batches(epoch, start)
 
     def __repr__(self):

@@ -22,12 +22,14 @@ from .callback import PHASES, Callback, Cancel, Interrupted
 from .core import (FSDP_MARKS, Gather, any_part, as_spread, batch_size, default_device, generator_state,
                            in_group, is_from_fsdp, is_main, is_part, is_sharded, launched,
                            map_tensors, plain_class, rank, reshard, rng_state, set_generator_state,
-                           set_rng_state, set_seed, to_device, unrecorded, whole, world_size)
+                           set_rng_state, set_seed, to_device, to_host, unrecorded, whole,
+                           world_size)
 from .data import EpochLoader, Share, epoch_seed, generators, loader_parts
 from .learner import Collect, Learner, length, opt_params
 from .lr_find import Cycled
 from .optim import needs_closure
 from .progress import say
+from .steps import Repeated
 from .store import from_bytes, to_bytes, tree_digest
 
 # %% ../nbs/17_distributed.ipynb #f65eaa01
@@ -172,12 +174,22 @@ def is_spread(dl): # bool
 def shared_loader(dl, share:Share): # loader
     "The part of a loader that one process takes"
     if isinstance(dl, EpochLoader): return dl.shared(share)
+    if isinstance(dl, Repeated): return Alike(dl, share)
     by_index = isinstance(dl, DataLoader) and not isinstance(dl.dataset, IterableDataset)
     if not by_index or dl.batch_sampler is None: return SharedLoader(dl, share)
     twin, batches = copy.copy(dl), SharedBatches(dl.batch_sampler, share)
     own = {'batch_sampler': batches, 'counts': batches.counts, 'whole': dl, '_iterator': None}
     vars(twin).update(own)  # setattr is refused
     return twin
+
+class Alike:
+    "A loader that gives the same batches to all processes"
+    def __init__(self, loader, share):
+        self.loader = self.whole = loader
+        self.share = share
+    def __len__(self): return len(self.loader)
+    def __iter__(self): return iter(self.loader)
+    def counts(self, number): return 1, self.share.size
 
 class JointLoader:
     "Batches for an evaluation that no process can make alone: who has no part in one computes along"
@@ -232,7 +244,9 @@ class Distributed(Callback):
     @property
     def places_model(self): return self.shards
 
-    def after_create(self, learn): self.shard(learn)
+    def after_create(self, learn):
+        self.join()
+        self.shard(learn)
 
     def join(self): # Ranks; None for a single process
         "Join the other processes; the group of processes stays when this callback goes"
@@ -242,6 +256,7 @@ class Distributed(Callback):
         if in_group() and dist.get_world_size() > 1:
             self.ranks = Ranks(dist.new_group(backend='gloo'))
             self.watch = Watch(self.ranks)
+            self._excepthook, sys.excepthook = sys.excepthook, self.uncaught
             atexit.register(self.leave)  # threads that still run then would abort the process
         return self.ranks
 
@@ -249,6 +264,7 @@ class Distributed(Callback):
         "Be a single process again; the next `join` begins anew"
         atexit.unregister(self.leave)
         if self.ranks is None: return
+        if sys.excepthook == self.uncaught: sys.excepthook = self._excepthook
         self.watch.end()
         dist.destroy_process_group(self.ranks.group)
         self.ranks, self._joined = None, False
@@ -276,7 +292,7 @@ def share(self:Distributed, learn, dl, pad:bool): # loader
     if known is not None: return known[1]
     share = Share(self.ranks.rank, self.ranks.size, pad)
     part = OwnLoader(dl, share, self.ranks) if is_spread(dl) else shared_loader(dl, share)
-    if learn.training and not isinstance(dl, EpochLoader) and not self._told:
+    if learn.training and not isinstance(dl, (EpochLoader, Repeated)) and not self._told:
         self._told = True
         say(learn, f'{type(dl).__name__}: each of {self.ranks.size} processes reads batches of its own, so '
                    f'an update sees {self.ranks.size} of them')
@@ -304,6 +320,8 @@ def before_validate(self:Distributed, learn):
     if 'fit' in learn.levels: self.same_buffers(learn)
     self.begin_pass(learn, pad=is_sharded(learn.model))
     if is_sharded(learn.model): learn.dl = JointLoader(learn)
+    for cb in learn.cbs:
+        if isinstance(cb, Collect): cb.parts = {kind: Batches() for kind in cb.parts}
 
 @patch
 def before_lr_find(self:Distributed, learn):
@@ -542,6 +560,7 @@ def make_plain(module):
 @patch
 def _begin(self:Distributed, learn):
     self._outer = sys.exception()  # one that is being handled while all this goes on
+    if self.ranks and self.watch.over.is_set(): self.leave()  # all have failed, and go on
     if self.join() is None or self._same is learn.model: return
     self.shard(learn)
     for t in (*learn.model.parameters(), *learn.model.buffers()): self.same_value(t)
@@ -621,7 +640,8 @@ class Watch:
     "Ends this process some seconds after another one has failed"
     def __init__(self, ranks):
         self.rank, self.over = ranks.rank, threading.Event()
-        self.store = dist.PrefixStore('learnkit', dist.distributed_c10d._get_default_store())
+        name = f'learnkit {ranks.group.group_name}'  # of this time that they have joined
+        self.store = dist.PrefixStore(name, dist.distributed_c10d._get_default_store())
         self.thread = threading.Thread(target=self.look, daemon=True, name='learnkit-watch')
         self.thread.start()
 
@@ -633,16 +653,16 @@ class Watch:
         while not self.over.wait(1.):
             try: failed = self.store.check(['failed'])
             except RuntimeError: return  # who keeps the store is gone, and what comes next will say why
-            if failed and self.first() != self.rank:
+            if failed:  # not this process, in which it would be over
                 if not self.over.wait(GRACE): os._exit(1)
                 return
 
-    def first(self): return int(self.store.get('failed'))
-
-    def fail(self): # bool
-        "Whether this process is the first one that fails"
+    def fail(self, error): # (bool, bool)
+        "Whether this process is the first one that fails, and whether it fails as that one does"
         self.over.set()
-        return int(self.store.compare_set('failed', '', str(self.rank))) == self.rank
+        own = f'{self.rank} {type(error).__name__}'
+        rank, kind = self.store.compare_set('failed', '', own).decode().split()
+        return int(rank) == self.rank, kind == type(error).__name__
 
 # %% ../nbs/17_distributed.ipynb #190db7ff
 @patch
@@ -651,9 +671,24 @@ def failed(self:Distributed):
     error = sys.exception()
     if self.ranks is None or error is None or error is self._outer: return
     if isinstance(error, (Cancel, Interrupted, SystemExit)): return
-    if self.watch.fail(): return
+    is_first, is_alike = self.watch.fail(error)
+    if is_first: return
+    if is_alike: return shown_elsewhere(error)  # who catches it goes on, as the others can
     time.sleep(GRACE)  # who ends before the first one has shown its traceback would be taken for it
     raise SystemExit(1)
+
+def shown_elsewhere(error):
+    "Should nobody catch this exception, end without a word: another process has shown it"
+    before = sys.excepthook
+    def hook(kind, value, trace): time.sleep(1) if value is error else before(kind, value, trace)
+    sys.excepthook = hook
+
+@patch
+def uncaught(self:Distributed, kind, error, trace):
+    "What python calls at the end, for an exception between two fits"
+    if issubclass(kind, KeyboardInterrupt) or self.watch.fail(error)[0]:
+        return self._excepthook(kind, error, trace)
+    time.sleep(GRACE)
 
 # %% ../nbs/17_distributed.ipynb #aa55f485
 @patch
@@ -665,19 +700,19 @@ def after_validate(self:Distributed, learn):
 @patch
 def put_together(self:Distributed, collect, dl):
     "The predictions of all processes, in order"
-    own = {'numbers': numbers(dl, len(collect.sizes)), 'sizes': collect.sizes,
-           'parts': {kind: part.read() for kind, part in collect.parts.items()}}
-    batches = []
-    for r, found in enumerate(self.ranks.gather(own)):
-        start = 0
-        for number, size in zip(found['numbers'], found['sizes']):
-            batches.append((number, r, start, size, found['parts']))
-            start += size
-    batches.sort(key=lambda batch: batch[:2])
+    n = max(map(len, collect.parts.values()))
+    own = {'numbers': numbers(dl, n), 'parts': {kind: list(part) for kind, part in collect.parts.items()}}
+    found = self.ranks.gather(own)
+    places = sorted((number, r, i) for r, part in enumerate(found) for i, number in enumerate(part['numbers']))
     for kind in collect.parts:
         collect.parts[kind] = together = Gather()
-        for _, _, start, size, parts in batches:
-            if parts[kind] is not None: together.add(map_tensors(lambda t: t[start:start + size], parts[kind]))
+        for _, r, i in places:
+            batches = found[r]['parts'][kind]
+            if batches: together.add(batches[i])
+
+class Batches(list):
+    "What a pass gives, batch by batch, on the host"
+    def add(self, batch): self.append(to_host(batch))
 
 # %% ../nbs/17_distributed.ipynb #7fada4b0
 @patch
@@ -761,8 +796,12 @@ def launch(fn, # called in each process; from a script: a function of a module
     config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=n, run_id='learnkit', rdzv_backend='c10d',
                           rdzv_endpoint='localhost:0', start_method=method, max_restarts=0,
                           monitor_interval=0.1, local_addr='127.0.0.1')
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     try:
         with quiet(), own_handlers(), time_limit(timeout, fn): found = elastic_launch(config, reporting)(started, fn, *args)
+    except SignalException as error:
+        if error.sigval == signal.SIGINT: raise KeyboardInterrupt from None
+        raise SystemExit(128 + error.sigval) from None
     except ChildFailedError as error:
         number, failure = error.get_first_failure()
         name = getattr(fn, '__name__', fn)

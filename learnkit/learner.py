@@ -34,7 +34,8 @@ from .optim import (check_opt_state, copied_like, freeze_layers, layer_table, lo
 from .progress import Progress, say
 from .recorder import Recorder, means
 from .store import (DamagedError, forget_parts, load_newest, load_parts, load_tree, save_parts,
-                            save_tensors, save_tree, saves, set_aside, tree_digest, value_at)
+                            save_tensors, save_tree, saves, set_aside, set_at, tree_digest,
+                            value_at)
 
 # %% ../nbs/09_learner.ipynb #c7819677
 class Learner:
@@ -554,7 +555,7 @@ def _run_fit(self:Learner):
         if self.time_is_up: say(self, f'max_time is up: the fit made {self.updates} updates')
     except KeyboardInterrupt as stop:
         if not self._returns(stop): raise
-        warnings.warn(f'fit interrupted in epoch {self.epoch}, batch {self.iter}; the learner '
+        if is_main(): warnings.warn(f'fit interrupted in epoch {self.epoch}, batch {self.iter}; the learner '
                       f'keeps the state of {self.steps_done} updates', stacklevel=3)
     finally: self.phase = self._call = self._resumed = self._order = self._max_time = None
 
@@ -1047,6 +1048,7 @@ def _interruptible(self:Learner):
     if self._signals is not None:  # the outer call acts on it
         yield
         return
+    self.ranks  # who is to be waited for comes now: a signal still ends this process
     try:
         with Signals() as self._signals:
             yield
@@ -1396,8 +1398,11 @@ def _is_too_large(self:Learner): # bool
 def _with_parts(self:Learner, tree, path): # the tree
     "What was read from a file, with what lies beside it"
     if not isinstance(tree, dict) or 'parts' not in tree: return tree
-    like = next(filter(is_part, self.model.parameters()), None)
-    load_parts(tree['learner'], tree['parts'], path, self.ranks, like)
+    like, state, places = next(filter(is_part, self.model.parameters()), None), tree['learner'], tree['parts']['tensors']
+    load_parts(state, tree['parts'], path, self.ranks, like)
+    for own, value in itertools.chain(*state.get('ranks', ())):  # what others had for themselves has gaps too
+        for place in places.values():
+            if place[:len(own)] == own: set_at(value, place[len(own):], value_at(state, place))
     return tree
 
 def own_parts(state:dict): # dict: path, a tuple -> plain tree

@@ -6,12 +6,12 @@
 __all__ = ['Recorder']
 
 # %% ../nbs/07_recorder.ipynb #7a7c6fbe
-import math, time
+import math, sys, time
 from contextlib import contextmanager
 import numpy as np
 import torch
 from fastcore.basics import patch
-from .callback import Callback
+from .callback import Callback, Cancel, Interrupted
 from .metrics import Mean, Tally
 from .optim import get_hyper, hyper_key
 
@@ -94,7 +94,9 @@ class Recorder(Callback):
     def after_train(self, learn):
         self._epoch_results = {'train_loss': self.flush(learn.ranks)}
 
-    def cleanup_train(self, learn): self.flush()  # what an epoch that broke off has done
+    def cleanup_train(self, learn): # what an epoch that broke off has done
+        together = isinstance(sys.exception(), (Cancel, Interrupted))  # on all processes
+        self.flush(learn.ranks if together else None)
 
     def flush(self, ranks=None): # float: the mean loss of the steps
         "Add the steps of the running epoch to the history; `ranks`: with the losses of all processes"

@@ -477,3 +477,44 @@ def breaks_off(folder, how, rank_of):
     Writer.write_data = lambda *args, **kwargs: third(write, args, kwargs)
     if how == 'kill after': store.save_tree, Writer.write_data, how = (lambda *args, **kwargs: third(tree, args, kwargs)), write, 'kill'
     return saved(folder, **PARTS)
+
+
+class Says(nn.Module):
+    "A model that returns its loss beside what it predicts, as those of transformers do"
+    def __init__(self):
+        super().__init__()
+        self.net = net()
+    def forward(self, batch):
+        logits = self.net(batch['x'])
+        return {'logits': logits, 'loss': nn.functional.cross_entropy(logits, batch['y'])}
+
+
+def oddities(strategy='ddp'):
+    "Cases that once gave other numbers on several processes"
+    found, (x, y) = {}, tensors(37)
+    set_seed(0)
+    dls = DataLoaders(*[[{'x': a, 'y': b} for a, b in zip(x.split(8), y.split(8))] for _ in range(2)])
+    learn = learner(dls, Says(), metrics=None, loss_func=None)
+    learn.loss_func = None
+    with learn.distributed(strategy=strategy): found['logits'] = learn.get_preds()[0]['logits'].tolist()
+    learn = learner()
+    with learn.distributed(strategy=strategy):
+        learn.fit(1)
+        found['order'], found['overfit'] = learn.get_preds(dl=learn.dls.train)[1].tolist(), learn.overfit(n_steps=20).losses.tolist()
+        learn.fit(2, cbs=Callback(after_batch=lambda learn: learn.stop() if learn.training and learn.updates == 9 else None))
+        found['stopped'] = seen(learn)
+    return found
+
+
+def caught():
+    "All processes fail alike, and go on"
+    learn, found = learner(cbs=Distributed()), []
+    def fail(learn): raise ZeroDivisionError('all of them')
+    for _ in range(2):
+        try: learn.fit(1, cbs=Callback(after_step=fail))
+        except ZeroDivisionError as error: found.append(str(error))
+        try:
+            with learn.removed_cbs(Distributed), learn.distributed(): learn.fit(1, cbs=Callback(before_validate=fail))
+        except ZeroDivisionError as error: found.append(str(error))
+        learn.fit(1)
+    return found, round(learn.validate()['loss'], 4)

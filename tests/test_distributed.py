@@ -325,6 +325,60 @@ def test_averages_of_norms_and_memory_layouts():
         alike(a, found[:3], 1e-6)
 
 
+@pytest.mark.parametrize('strategy', ['ddp', slow('fsdp')])
+def test_what_was_once_otherwise_on_several_processes(strategy):
+    one = ranks.oddities()
+    for found in launch(ranks.oddities, strategy, n=2): alike(one, found, 1e-5)
+
+
+def test_an_error_of_all_can_be_caught():
+    assert launch(ranks.caught, n=2) == [ranks.caught()] * 2
+
+
+@pytest.mark.parametrize('where', ['between', slow('before')])
+def test_an_error_between_fits_ends_all_and_is_shown_once(tmp_path, where):
+    (tmp_path / 'script.py').write_text(BETWEEN.format(folder=os.path.dirname(__file__)))
+    start = time.monotonic()
+    done = subprocess.run([sys.executable, '-m', 'learnkit', 'launch', '-n', '2', tmp_path / 'script.py', where], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1 and time.monotonic() - start < 40
+    assert done.stderr.count('Traceback') == done.stderr.count('ZeroDivisionError: on purpose') == 1
+
+
+BETWEEN = '''
+import sys
+sys.path.insert(0, {folder!r})
+import ranks
+learn = ranks.learner(cbs=ranks.Distributed())
+for where in ('before', 'between'):
+    if where in sys.argv and learn.rank == 1: raise ZeroDivisionError('on purpose')
+    learn.fit(1)
+'''
+
+
+@pytest.mark.parametrize('signum, code', [(signal.SIGTERM, 143), slow(signal.SIGINT, 130)])
+def test_a_signal_to_the_launcher_ends_all_with_a_save(tmp_path, signum, code):
+    (tmp_path / 'script.py').write_text(SIGNALLED.format(folder=os.path.dirname(__file__)))
+    started = subprocess.Popen([sys.executable, '-m', 'learnkit', 'launch', '-n', '2', 'script.py'], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    assert started.stdout.readline() == 'begun\n'
+    time.sleep(2)
+    started.send_signal(signum)
+    out, err = started.communicate(timeout=60)
+    assert started.returncode == code and 'Traceback' not in err, (started.returncode, err)
+    assert len(list((tmp_path / 'run').glob('save-*.safetensors'))) == 1
+
+
+SIGNALLED = '''
+import sys, time
+sys.path.insert(0, {folder!r})
+import ranks
+from learnkit import *
+learn = ranks.learner(cbs=[Distributed(), SaveState('run', '1 h'), Callback(after_batch=lambda learn: time.sleep(0.02))])
+learn.print('begun', flush=True)
+learn.fit(200)
+'''
+
+
 @pytest.mark.parametrize('options, why', [(dict(strategy='fsdp', find_unused=True), 'find_unused'), (dict(blocks=len), 'blocks'), (dict(mesh=1), 'mesh')])
 def test_what_a_strategy_does_not_know_is_refused(options, why):
     with pytest.raises(TypeError, match=f'{why}=...'): ranks.Distributed(**options)
