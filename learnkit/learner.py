@@ -1385,7 +1385,9 @@ def saved_tree(self:Learner,
     "What goes into a file: the state, and beside it the times, which are no part of it"
     in_parts = path is not None and self._is_too_large()
     state, parts = save_parts(self._state(), path, self.ranks) if in_parts else (self.state_dict(copy=False), None)
-    if together and self.ranks: state['ranks'] = others_own(state, self.ranks)
+    # DDP gives all processes the buffers of process 0, at each batch
+    buffers = [name for name, _ in self.model.named_buffers()] if is_sharded(self.model) else []
+    if together and self.ranks: state['ranks'] = others_own(state, self.ranks, buffers)
     return {'learner': state, 'times': self.recorder.times, **({'parts': parts} if in_parts else {})}
 
 @patch
@@ -1405,15 +1407,16 @@ def _with_parts(self:Learner, tree, path): # the tree
             if place[:len(own)] == own: set_at(value, place[len(own):], value_at(state, place))
     return tree
 
-def own_parts(state:dict): # dict: path, a tuple -> plain tree
+def own_parts(state:dict, buffers): # dict: path, a tuple -> plain tree
     "The parts of a state that each process has for itself"
     paths = [('rng',), ('data',), *(('callbacks', name) for name in state['callbacks'])]
+    paths += [('model', name) for name in buffers if name in state['model']]
     if state['fit'] and 'grads' in state['fit']: paths.append(('fit', 'grads'))
     return {path: value_at(state, path) for path in paths}
 
-def others_own(state:dict, ranks): # list of (paths, values), one of each process but the first
+def others_own(state:dict, ranks, buffers=()): # list of (paths, values), one of each process but the first
     "What each process has otherwise than process 0"
-    own = own_parts(state)
+    own = own_parts(state, buffers)
     digests = ranks.gather([tree_digest(value) for value in own.values()])
     differ = [path for path, a, b in zip(own, digests[0], digests[ranks.rank]) if a != b]
     return ranks.gather([[list(path), own[path]] for path in differ])[1:]

@@ -257,7 +257,7 @@ def saved(folder, stop=None, how=None, n_epoch=3, kind='tensors', **options):
     cbs = [Distributed(**options), GradientAccumulation(3), EMA(0.9), SaveBest('accuracy'), SaveState(folder, '1 step'), Callback(after_batch=end)]
     if stop is not None: cbs.append(Slow())
     set_seed(0)
-    learn = learner(dls, net(dropout=0.3), cbs=cbs)
+    learn = learner(dls, nn.Sequential(*net(dropout=0.3), nn.BatchNorm1d(2) if options else nn.Identity()), cbs=cbs)
     learn.fit(n_epoch, resume='latest')
     return {name: tree_digest(part) for name, part in learn.state_dict().items() if name != 'fit'}, learn.recorder.df.drop(columns='time').to_dict('list')
 

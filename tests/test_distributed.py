@@ -244,7 +244,7 @@ def test_a_fit_of_a_model_in_parts_goes_on_with_the_same_bits(tmp_path, run, sto
     for (a, rows_a), (b, rows_b) in zip(whole, again): assert rows_a == rows_b and [name for name in a if a[name] != b[name]] == []
     in_parts = run is ranks.saved_in_parts
     assert len(list((tmp_path / 'run').glob('*'))) == len(list((tmp_path / 'run').glob('*.safetensors'))) * (1 + in_parts)
-    one = ranks.saved(tmp_path / 'run')  # a single process takes it over
+    one = ranks.saved_whole(tmp_path / 'run')  # a single process takes it over
     assert one[1] == whole[0][1] and one[0]['model'] == whole[0][0]['model']
 
 
