@@ -77,6 +77,7 @@ def test_shards_of_other_lengths_do_not_hang():
     for a, b in zip(*launch(ranks.all_uneven, n=2)): assert a == b and a[1] == 10
 
 
+@pytest.mark.slow
 def test_a_process_without_any_batch_is_named():
     with pytest.raises(RuntimeError, match='Unknown gave no batch to process 1 of 2, but one to process 0'): launch(ranks.uneven, ranks.Unknown, (3, 0), n=2)
 
@@ -116,7 +117,7 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize('stop, how, end, kind', [
-    (3, 'SIGKILL', 'SIGKILL', 'foreign'), (4, 'SIGTERM', 'exit code 143', 'tensors'), slow(8, 'fail', 'on purpose', 'tensors'),
+    (3, 'SIGKILL', 'SIGKILL', 'foreign'), slow(4, 'SIGTERM', 'exit code 143', 'tensors'), slow(8, 'fail', 'on purpose', 'tensors'),
     slow(8, 'fail', 'on purpose', 'foreign'), slow(3, 'SIGKILL', 'SIGKILL', 'tensors'), slow(4, 'SIGTERM', 'exit code 143', 'foreign')])
 def test_what_was_broken_off_goes_on_with_the_same_bits(tmp_path, whole, stop, how, end, kind):
     with pytest.raises(RuntimeError, match=end): launch(ranks.saved, tmp_path / 'run', stop, how, 3, kind, n=2)
@@ -198,14 +199,13 @@ def test_numbers_of_processes_that_cannot_be(n):
 
 # A model in parts
 
-def test_each_process_holds_a_part_and_the_whole_comes_back():
-    one = ranks.in_parts()
-    for n in (2, 3):
-        found = launch(ranks.in_parts, n=n)
-        assert sum(part['inside'] for part in found) == one['inside'] and max(part['inside'] for part in found) < 0.6 * one['inside']
-        for part in found:
-            assert part['names'] and all(part['same']) and part['is'][0] == one['is'][0] and part['is'][1] == one['is'][1]
-            alike({name: part[name] for name in ('weights', 'ema', 'reset')}, {name: one[name] for name in ('weights', 'ema', 'reset')}, 1e-4)
+@pytest.mark.parametrize('n', [2, slow(3)])
+def test_each_process_holds_a_part_and_the_whole_comes_back(n):
+    one, found = ranks.in_parts(), launch(ranks.in_parts, n=n)
+    assert sum(part['inside'] for part in found) == one['inside'] and max(part['inside'] for part in found) < 0.6 * one['inside']
+    for part in found:
+        assert part['names'] and all(part['same']) and part['is'] == one['is']
+        alike({name: part[name] for name in ('weights', 'ema', 'reset')}, {name: one[name] for name in ('weights', 'ema', 'reset')}, 1e-4)
 
 
 def test_a_model_that_is_too_large_stays_in_parts(capfd):
@@ -248,6 +248,7 @@ def test_a_fit_of_a_model_in_parts_goes_on_with_the_same_bits(tmp_path, run, sto
     assert one[1] == whole[0][1] and one[0]['model'] == whole[0][0]['model']
 
 
+@pytest.mark.slow
 def test_damaged_parts_are_told_and_the_save_before_is_used(tmp_path):
     whole = launch(ranks.saved_in_parts, tmp_path / 'run', n=2)
     file = sorted((tmp_path / 'run').glob('*.parts/*/*'))[-1]
@@ -388,7 +389,7 @@ def test_an_unknown_strategy_is_refused():
     with pytest.raises(ValueError, match="strategy='zero'.: must be 'ddp' or 'fsdp'"): ranks.Distributed(strategy='zero')
 
 
-@pytest.mark.parametrize('how, rank, end', [('full', 1, 'No space left'), slow('full', 0, 'No space left'), slow('kill', 1, 'SIGKILL'), slow('kill after', 0, 'SIGKILL')])
+@pytest.mark.parametrize('how, rank, end', [slow('full', 1, 'No space left'), slow('full', 0, 'No space left'), slow('kill', 1, 'SIGKILL'), slow('kill after', 0, 'SIGKILL')])
 def test_a_save_in_parts_that_is_broken_off_leaves_the_one_before(tmp_path, how, rank, end):
     with pytest.raises(RuntimeError, match=end): launch(ranks.breaks_off, tmp_path / 'run', how, rank, n=2)
     names = sorted(path.name for path in (tmp_path / 'run').glob('save*.safetensors'))
