@@ -357,7 +357,7 @@ def in_parts(gather_up_to=2**31):
         learn.fit(1, cbs=[ema, best])
         learn.unfreeze()
         learn.fit(1)
-        inside = shares(learn), list(model.state_dict()) == names, fingerprint(model, weights=False).digest, repr(learn), learn.summary().to_dict('list')
+        inside = shares(learn), list(model.state_dict()) == names, fingerprint(model, weights=False).digest, repr(learn), learn.summary().to_string()
     same = all(a is b for a, b in zip(model.parameters(), params)), classes == [type(m) for m in model.modules()], attributes == [sorted(vars(m)) for m in model.modules()]
     if gather_up_to:
         learn.predict(torch.randn(3, 4))
