@@ -402,6 +402,7 @@ def any_part(tree): # bool
 
 def apart(*lists): # list of tuples of lists
     "Lists of tensors by whether they are spread over processes, as torch computes with no mixture"
+    if 'torch.distributed.tensor' not in sys.modules: return [lists]  # none is
     kinds = list(map(is_part, lists[0]))
     return [tuple([t for t, k in zip(ts, kinds) if k == kind] for ts in lists)
             for kind in sorted(set(kinds))]

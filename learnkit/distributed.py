@@ -25,7 +25,7 @@ from .core import (FSDP_MARKS, Gather, any_part, as_spread, batch_size, default_
                            set_rng_state, set_seed, to_device, to_host, unrecorded, whole,
                            world_size)
 from .data import EpochLoader, Share, epoch_seed, generators, loader_parts
-from .learner import Collect, Learner, length, opt_params
+from .learner import Collect, Learner, length, n_bytes, opt_params
 from .lr_find import Cycled
 from .optim import needs_closure
 from .progress import say
@@ -218,7 +218,7 @@ class Distributed(Callback):
 
     def __init__(self,
                  sync_bn:bool=False, # batch norm over the samples of all processes; accelerators only
-                 find_unused:bool=False, # 'ddp': look for parameters that a batch does not use; costs time
+                 find_unused:bool=False, # 'ddp': look for parameters a batch does not use; costs time
                  strategy:str='ddp', # 'fsdp': each process keeps a part of each parameter, see below
                  blocks=None, # 'fsdp': model -> modules that are put together one at a time
                  gather_up_to:int=2**31, # 'fsdp': bytes of a state that is saved in one piece
@@ -226,11 +226,13 @@ class Distributed(Callback):
                 ):
         if strategy not in ('ddp', 'fsdp'):
             raise ValueError(f"Distributed(strategy={strategy!r}): must be 'ddp' or 'fsdp'")
-        other = next(iter(options), 'blocks' if blocks else None) if strategy == 'ddp' else find_unused and 'find_unused'
-        if other: raise TypeError(f'Distributed({other}=...) is not for strategy={strategy!r}')
-        self.sync_bn, self.find_unused, self.strategy = sync_bn, find_unused, strategy
-        self.blocks, self.gather_up_to, self.options = blocks, gather_up_to, options
-        self.shards = strategy == 'fsdp'
+        for_fsdp = [*options, *['blocks'] * (blocks is not None)]
+        for_ddp = ['find_unused'] * bool(find_unused)
+        for name in for_fsdp if strategy == 'ddp' else for_ddp:
+            raise TypeError(f'Distributed({name}=...) is not for strategy={strategy!r}')
+        self.sync_bn, self.find_unused, self.blocks = sync_bn, find_unused, blocks
+        self.gather_up_to, self.options = gather_up_to, options
+        self.places_model = strategy == 'fsdp'  # cuts it, and brings the parts to the devices
         self._same = None  # the model that processes were made to have alike
         self._met = None  # callbacks that may keep a part of the model, where it will be whole again
         # Of a model in parts: its own parameters, their memory layouts, what undoes sync_bn
@@ -240,9 +242,6 @@ class Distributed(Callback):
         self._count, self._every, self._agreed, self._factor = 0, 1, (None, 0.), 1.
 
     def settings(self): return None  # the numbers are the same on any number of processes
-
-    @property
-    def places_model(self): return self.shards
 
     def after_create(self, learn):
         self.join()
@@ -437,8 +436,8 @@ def same_buffers(self:Distributed, learn):
 # %% ../nbs/17_distributed.ipynb #0d515250
 @patch
 def shard(self:Distributed, learn):
-    "Cut the model into parts, one of each parameter for each process, and what the optimizer knows of it"
-    if not self.shards or is_sharded(learn.model): return
+    "Leave each process a part of each parameter, and of what the optimizer knows of it"
+    if not self.places_model or is_sharded(learn.model): return
     if self.join() is None: return on_device(learn)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -505,8 +504,8 @@ def fill(model, device):
         module.reset_parameters()
         for (held, key), t in zip(slots, spread):
             if not is_part(t): continue
-            with torch.no_grad(): made = torch.empty_like(t, device=device).copy_(as_spread(held[key].detach(), t))
-            held[key] = nn.Parameter(made, t.requires_grad)
+            part = torch.empty_like(t, device=device, requires_grad=False)
+            held[key] = nn.Parameter(part.copy_(as_spread(held[key].detach(), t)), t.requires_grad)
 
 def swap_params(opt, before:dict, after:dict, convert):
     "Let an optimizer go on with other parameters; `convert(tensor, parameter)` for what it keeps of them"
@@ -522,8 +521,9 @@ def unshard(self:Distributed, learn):
     "Give the model its own parameters back, whole; one that is too large stays as it is"
     if not self._plain: return
     model, parts = learn.model, params_of(learn.model)
-    if (size := learn.n_bytes()) > self.gather_up_to:
-        return say(learn, f'the model stays in parts: its state has {size / 2**30:.1f} GiB, more than gather_up_to')
+    if (size := n_bytes(learn._state())) > self.gather_up_to:
+        return say(learn, f'the model stays in parts: its state has {size / 2**30:.1f} GiB, more than '
+                          'gather_up_to')
     reshard(model)
     for cb in self._met:  # those of other fits too: somebody may look at what they keep
         if any_part(cb.state_dict()): cb.load_state_dict(map_tensors(whole, cb.state_dict()))
@@ -700,10 +700,11 @@ def after_validate(self:Distributed, learn):
 @patch
 def put_together(self:Distributed, collect, dl):
     "The predictions of all processes, in order"
-    n = max(map(len, collect.parts.values()))
-    own = {'numbers': numbers(dl, n), 'parts': {kind: list(part) for kind, part in collect.parts.items()}}
+    parts = {kind: list(part) for kind, part in collect.parts.items()}
+    own = {'numbers': numbers(dl, max(map(len, parts.values()))), 'parts': parts}
     found = self.ranks.gather(own)
-    places = sorted((number, r, i) for r, part in enumerate(found) for i, number in enumerate(part['numbers']))
+    places = sorted((number, r, i) for r, part in enumerate(found)
+                    for i, number in enumerate(part['numbers']))
     for kind in collect.parts:
         collect.parts[kind] = together = Gather()
         for _, r, i in places:
@@ -798,7 +799,8 @@ def launch(fn, # called in each process; from a script: a function of a module
                           monitor_interval=0.1, local_addr='127.0.0.1')
     from torch.distributed.elastic.multiprocessing.api import SignalException
     try:
-        with quiet(), own_handlers(), time_limit(timeout, fn): found = elastic_launch(config, reporting)(started, fn, *args)
+        with quiet(), own_handlers(), time_limit(timeout, fn):
+            found = elastic_launch(config, reporting)(started, fn, *args)
     except SignalException as error:
         if error.sigval == signal.SIGINT: raise KeyboardInterrupt from None
         raise SystemExit(128 + error.sigval) from None

@@ -153,6 +153,11 @@ def ranks(self:Learner): # Ranks, or None
     "The processes that train together, see `Distributed`; None for a single one"
     return None if self._cbs.spread is None else self._cbs.spread.join()
 
+@patch
+def _main_first(self:Learner):
+    "Of processes that train together the first runs a `with` block before the others"
+    return rank0_first() if self.ranks else nullcontext()
+
 # %% ../nbs/09_learner.ipynb #97bf7727
 @patch(as_prop=True)
 def n_items_all(self:Learner): # int
@@ -668,10 +673,14 @@ def state_dict(self:Learner,
                copy:bool=True, # False: the live tensors, to be written out at once
               ): # plain tree: model, opt, scaler, callbacks, rng, data, counters, fit
     "Everything training goes on from; what is spread over processes is put together on the host"
+    return put_together(self._state(), copy)
+
+def put_together(state, copy:bool): # the same nesting, of plain tensors
+    "A state without tensors that are spread over processes; all of them call this"
     def plain(tensor):
         if is_part(tensor): return whole(tensor).to('cpu', copy=True)
         return tensor.detach().clone() if copy else tensor
-    return map_tensors(plain, self._state())
+    return map_tensors(plain, state)
 
 @patch
 def _state(self:Learner): # plain tree of live tensors
@@ -683,12 +692,10 @@ def _state(self:Learner): # plain tree of live tensors
                       'valid': generator_states(self.dls.valid)},
              'counters': {name: getattr(self, name) for name in COUNTERS}, 'fit': self._fit_state()}
 
-@patch
-@unrecorded
-def n_bytes(self:Learner): # int
-    "The size of the tensors that training goes on from, on all processes together"
+def n_bytes(state): # int
+    "The size of the tensors in a state; of those that are spread, on all processes together"
     sizes = []
-    map_tensors(lambda t: sizes.append(t.numel() * t.element_size()), self._state())
+    map_tensors(lambda t: sizes.append(t.numel() * t.element_size()), state)
     return sum(sizes)
 
 @patch
@@ -869,7 +876,7 @@ def _read_saved(self:Learner, resume): # Saved; None when there is none
     "What was saved last"
     if isinstance(resume, Saved): return resume
     place = self._saves_of(resume)
-    with rank0_first() if self.ranks else nullcontext():  # who reads may set a damaged file aside
+    with self._main_first():  # who reads may set a damaged file aside
         found = (load_tree(place), place) if place.is_file() else load_newest(place)
     if found is None: return None
     tree, path = found
@@ -878,7 +885,7 @@ def _read_saved(self:Learner, resume): # Saved; None when there is none
     try: self._with_parts(tree, path)
     except DamagedError as error:
         if place.is_file(): raise
-        with rank0_first() if self.ranks else nullcontext():
+        with self._main_first():
             if path.exists(): set_aside(path, error)
         return self._read_saved(resume)
     return Saved(tree['learner'], tree['times'], short_path(path))
@@ -1266,7 +1273,7 @@ class Collect(Callback):
     def __init__(self, with_loss=False, with_input=False, n=None):
         self.with_loss, self._input, self._cancelled = with_loss, (), False
         kinds = ['pred', 'targ', *['loss'] * with_loss, *['input'] * with_input]
-        self.parts, self.sizes = {kind: Gather(n) for kind in kinds}, []  # samples of each batch
+        self.parts = {kind: Gather(n) for kind in kinds}
 
     def before_batch(self, learn): self._input, self._cancelled = learn.xb, False
     def after_cancel_batch(self, learn): self._cancelled = True
@@ -1275,7 +1282,6 @@ class Collect(Callback):
         if self._cancelled: return
         found = {'pred': learn.pred, 'targ': unwrap(learn.yb), 'input': unwrap(self._input)}
         if self.with_loss: found['loss'] = learn.sample_losses()
-        self.sizes.append(batch_size(learn.pred))
         for kind, part in self.parts.items():
             if found[kind] is not None: part.add(found[kind])
 
@@ -1369,7 +1375,7 @@ def save(self:Learner,
     "Write the learner's state to a file"
     path = self._file(name)
     if is_main(): path.parent.mkdir(parents=True, exist_ok=True)
-    tree = self.saved_tree(path=path)
+    tree = self.saved_tree(place=lambda: path)
     if not is_main(): return path  # process 0 writes
     save_tree(tree, path, overwrite=overwrite)
     forget_parts(path, tree)
@@ -1380,30 +1386,27 @@ def save(self:Learner,
 @unrecorded
 def saved_tree(self:Learner,
                together:bool=False, # called on all processes: what is theirs alone is in it too
-               path=None, # the file; what is spread and too large to be put together is written beside it
+               place=None, # gives the file, beside which a state too large to be put together is written
               ): # plain tree
     "What goes into a file: the state, and beside it the times, which are no part of it"
-    in_parts = path is not None and self._is_too_large()
-    state, parts = save_parts(self._state(), path, self.ranks) if in_parts else (self.state_dict(copy=False), None)
+    state, beside = self._state(), {'times': self.recorder.times}
+    spread = place is not None and self.ranks and is_sharded(self.model)
+    if spread and n_bytes(state) > self._cbs.spread.gather_up_to:
+        state, beside['parts'] = save_parts(state, place(), self.ranks)
+    else: state = put_together(state, copy=False)
     # DDP gives all processes the buffers of process 0, at each batch
     buffers = [name for name, _ in self.model.named_buffers()] if is_sharded(self.model) else []
     if together and self.ranks: state['ranks'] = others_own(state, self.ranks, buffers)
-    return {'learner': state, 'times': self.recorder.times, **({'parts': parts} if in_parts else {})}
-
-@patch
-def _is_too_large(self:Learner): # bool
-    "Whether the state is spread over processes and larger than what they may put together"
-    if not is_sharded(self.model) or self.ranks is None: return False
-    return self.n_bytes() > self._cbs.spread.gather_up_to
+    return {'learner': state, **beside}
 
 @patch
 def _with_parts(self:Learner, tree, path): # the tree
     "What was read from a file, with what lies beside it"
     if not isinstance(tree, dict) or 'parts' not in tree: return tree
-    like, state, places = next(filter(is_part, self.model.parameters()), None), tree['learner'], tree['parts']['tensors']
-    load_parts(state, tree['parts'], path, self.ranks, like)
-    for own, value in itertools.chain(*state.get('ranks', ())):  # what others had for themselves has gaps too
-        for place in places.values():
+    state, parts = tree['learner'], tree['parts']
+    load_parts(state, parts, path, self.ranks, like=next(filter(is_part, self.model.parameters()), None))
+    for own, value in itertools.chain(*state.get('ranks', ())):  # what others had has gaps too
+        for place in parts['tensors'].values():
             if place[:len(own)] == own: set_at(value, place[len(own):], value_at(state, place))
     return tree
 
@@ -1440,7 +1443,7 @@ def load(self:Learner,
         ):
     "Go back to the state in a file; an error changes nothing"
     path = self._file(name)
-    with rank0_first() if self.ranks else nullcontext():  # which has written it by then
+    with self._main_first():  # which has written it by then
         tree = load_tree(path)
     if not isinstance(tree, dict) or 'learner' not in tree:
         best = isinstance(tree, dict) and 'best' in tree

@@ -50,7 +50,7 @@ class SaveState(Callback):
         if not self._is_due(learn): return
         # Saves of an earlier fit go as soon as this one has its first
         keep, folder = 1 if self._fresh else self.keep, learn.path/self.saves_to
-        tree = learn.saved_tree(together=True, path=next_save(folder))
+        tree = learn.saved_tree(together=True, place=lambda: next_save(folder))
         if is_main(): save_next(tree, folder, keep=keep)
         self._fresh, self._time_was_up = False, learn.time_is_up
         self._mark(learn)

@@ -686,7 +686,8 @@ def is_left_over(temp): # bool
 def next_save(folder, older=None): # Path
     "The file that `save_next` will write; `older`: the saves there are, if they are known"
     older = saves(folder) if older is None else older
-    return Path(folder)/f'save-{1 + (int(older[0].stem.removeprefix("save-")) if older else 0):06}.safetensors'
+    number = 1 + (int(older[0].stem.removeprefix('save-')) if older else 0)
+    return Path(folder)/f'save-{number:06}.safetensors'
 
 # %% ../nbs/01_store.ipynb #89bffb83
 def save_next(tree, # as in `save_tree`

@@ -1,11 +1,10 @@
 "Several processes: the numbers of one, and an end together"
 import math, multiprocessing, os, shutil, signal, socket, subprocess, sys, time
-from contextlib import contextmanager
 from functools import lru_cache
 import pytest
 import ranks
 from learnkit.cli import main
-from learnkit.distributed import launch
+from learnkit.distributed import launch, time_limit
 from learnkit.store import tree_digest
 
 
@@ -21,25 +20,14 @@ def alike(a, b, tolerance, path=''):
     else: assert a == b, (path, a, b)
 
 
-@contextmanager
-def limit():
-    "Processes that wait for each other end after two minutes"
-    def over(*_): raise TimeoutError('two minutes are over')
-    before = signal.signal(signal.SIGALRM, over)
-    signal.alarm(120)
-    try: yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-
-
 def limited(function):
-    with limit(): return function()
+    "Processes that wait for each other end after two minutes"
+    with time_limit(120, function): return function()
 
 
 @pytest.fixture(autouse=True)
-def each_is_limited():
-    with limit(): yield
+def each_is_limited(request):
+    with time_limit(120, request.function): yield
 
 
 def slow(*values): return pytest.param(*values, marks=pytest.mark.slow)
