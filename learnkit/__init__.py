@@ -16,27 +16,37 @@ from .base.randomness import (
 from .base.batches import (
     batch_size, detach, map_tensors, to_device, to_host,
 )
+from .base import dtensors as _dtensors
 from .base.methods import (
     pure, result, structural,
 )
+from .base import text as _text
+from .base import signals as _signals
 from .files.errors import (
     DamagedError, LockedError, StoreError, UnstorableError,
 )
+from .files import durable as _durable
 from .files.tensors import (
     save_tensors,
 )
 from .files.tree import (
     load_tree, save_tree, tree_digest,
 )
+from .files import sharded as _sharded
+from .files import saves as _saves
+from .files import ids as _ids
+from .files import records as _records
 from .files.store import (
     Store,
 )
 from .files.garbage import (
     Garbage,
 )
+from .data import order as _order
 from .data.loaders import (
     DataLoaders, DatasetLoader, TensorLoader,
 )
+from .data import resumable as _resumable
 from .components.callback import (
     Callback, Cancel, CancelBackward, CancelBatch, CancelEpoch, CancelFit, CancelStep, CancelTrain,
     CancelValidate,
@@ -48,9 +58,16 @@ from .components.metrics import (
 from .components.optim import (
     no_decay, param_groups, spread_lr,
 )
+from .fingerprint import code as _code
 from .fingerprint.values import (
     Fingerprint, fingerprint, UnfingerprintableError,
 )
+from .fingerprint import tensors as _tensors
+from .fingerprint import functions as _functions
+from .fingerprint import modules as _modules
+from .fingerprint import loaders as _loaders
+from .fingerprint import words as _words
+from .fingerprint import differences as _differences
 from .loop.recorder import (
     Recorder,
 )
@@ -85,15 +102,18 @@ from .training.steps import (
 from .processes.group import (
     Ranks,
 )
+from .processes import shares as _shares
 from .processes.distributed import (
     Distributed,
 )
+from .processes import fsdp as _fsdp
 from .processes.launch import (
     launch,
 )
 from .checkpoints.checkpointed import (
     Checkpointed, CheckpointedLearner, StaleCheckpoint,
 )
+from .checkpoints import lineage as _lineage
 from .checkpoints.tree import (
     checkpoints_table, tree_text,
 )

@@ -50,10 +50,16 @@ def gathered(names, # dict: module -> list of public names
             ): # source text
     "Explicit imports and `__all__`, which type checkers and readers can follow"
     def fill(words): return textwrap.indent(textwrap.fill(', '.join(words), 96), '    ')
-    imports = [f'from .{module} import (\n{fill(some)},\n)\n'
-               for module, some in names.items() if some]
+    imports = [f'from .{module} import (\n{fill(some)},\n)\n' if some else all_of(module)
+               for module, some in names.items()]
     listed = [repr(name) for some in names.values() for name in some]
     return ''.join(imports) + f'\n__all__ = [\n{fill(listed)},\n]\n'
+
+
+def all_of(module): # source text
+    "The import of a module without public names, for the methods that it gives to classes"
+    room, _, name = module.rpartition('.')
+    return f'from .{room} import {name} as _{name}\n' if room else ''
 
 
 def check_clashes(names):
