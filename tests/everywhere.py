@@ -7,6 +7,7 @@ class Everywhere:
     def __init__(self, room):
         package = importlib.import_module(f'learnkit.{room}')
         names = [module.name for module in pkgutil.iter_modules(package.__path__)]
+        vars(self)['originals'] = {}
         vars(self)['modules'] = [importlib.import_module(f'learnkit.{room}.{name}') for name in names]
 
     def __getattr__(self, name):
@@ -16,5 +17,8 @@ class Everywhere:
 
     def __setattr__(self, name, value):
         old = getattr(self, name)
+        self.originals.setdefault(name, old)
         for module in [m for key, m in sys.modules.items() if key.startswith('learnkit')]:
             if vars(module).get(name) is old: setattr(module, name, value)
+
+    def __delattr__(self, name): setattr(self, name, self.originals.pop(name))

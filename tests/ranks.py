@@ -5,7 +5,7 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 from counting import Fits
 from learnkit import *
-from learnkit.base.dtensors import own_part, whole
+from learnkit.base.dtensors import local_part, full_tensor
 from learnkit.processes.distributed import Distributed
 from learnkit.files.tree import tree_digest
 
@@ -28,7 +28,7 @@ def learner(dls=None, model=None, seed=0, loss_func=None, **kwargs):
     return learn
 
 
-def weights(learn): return torch.cat([whole(p).detach().flatten() for p in learn.model.parameters()])
+def weights(learn): return torch.cat([full_tensor(p).detach().flatten() for p in learn.model.parameters()])
 
 
 def seen(learn):
@@ -324,7 +324,7 @@ def recorded_in_parts(*args): return recorded(*args, **PARTS)
 def shares(learn):
     "How many numbers of all parameters and of the optimizer's state this process holds"
     held = [*learn.model.parameters(), *(t for state in learn.opt.state.values() for t in state.values() if t.ndim)]
-    return sum(own_part(t).numel() for t in held)
+    return sum(local_part(t).numel() for t in held)
 
 
 class Body(nn.Module):

@@ -100,18 +100,18 @@ def test_a_process_that_waits_elsewhere_ends_too():
 
 
 @pytest.fixture(scope='module')
-def whole(tmp_path_factory):
+def undisturbed(tmp_path_factory):
     return lru_cache(lambda kind: launch(ranks.saved, tmp_path_factory.mktemp('whole') / 'run', None, None, 3, kind, n=2))
 
 
 @pytest.mark.parametrize('stop, how, end, kind', [
     (3, 'SIGKILL', 'SIGKILL', 'foreign'), slow(4, 'SIGTERM', 'exit code 143', 'tensors'), slow(8, 'fail', 'on purpose', 'tensors'),
     slow(8, 'fail', 'on purpose', 'foreign'), slow(3, 'SIGKILL', 'SIGKILL', 'tensors'), slow(4, 'SIGTERM', 'exit code 143', 'foreign')])
-def test_what_was_broken_off_goes_on_with_the_same_bits(tmp_path, whole, stop, how, end, kind):
+def test_what_was_broken_off_goes_on_with_the_same_bits(tmp_path, undisturbed, stop, how, end, kind):
     with pytest.raises(RuntimeError, match=end): launch(ranks.saved, tmp_path / 'run', stop, how, 3, kind, n=2)
     assert list((tmp_path / 'run').glob('*.safetensors'))
     again = launch(ranks.saved, tmp_path / 'run', None, None, 3, kind, n=2)
-    for (a, rows_a), (b, rows_b) in zip(whole(kind), again):
+    for (a, rows_a), (b, rows_b) in zip(undisturbed(kind), again):
         assert rows_a == rows_b and [name for name in a if a[name] != b[name]] == []
 
 
@@ -153,7 +153,7 @@ def test_a_script_of_two_processes_that_was_broken_off_ends_with_the_same_bits(t
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path):
-    with pytest.raises(RuntimeError, match='RuntimeError: checkpoint called in one of 2 processes that do not know'): launch(ranks.apart, tmp_path, n=2)
+    with pytest.raises(RuntimeError, match='RuntimeError: checkpoint called in one of 2 processes that do not know'): launch(ranks.paused, tmp_path, n=2)
     assert not list(tmp_path.iterdir())
 
 
@@ -226,25 +226,25 @@ def test_what_was_saved_in_parts_is_loaded_by_any_number_of_processes(tmp_path, 
 
 @pytest.mark.parametrize('run, stop, how', [(ranks.saved_in_parts, 4, 'SIGTERM'), slow(ranks.saved_in_parts, 3, 'SIGKILL'), slow(ranks.saved_whole, 3, 'SIGKILL'), slow(ranks.saved_whole, 8, 'fail')])
 def test_a_fit_of_a_model_in_parts_goes_on_with_the_same_bits(tmp_path, run, stop, how):
-    whole = launch(run, tmp_path / 'whole', n=2)
+    undisturbed = launch(run, tmp_path / 'whole', n=2)
     with pytest.raises(RuntimeError): launch(run, tmp_path / 'run', stop, how, n=2)
     again = launch(run, tmp_path / 'run', n=2)
-    for (a, rows_a), (b, rows_b) in zip(whole, again): assert rows_a == rows_b and [name for name in a if a[name] != b[name]] == []
+    for (a, rows_a), (b, rows_b) in zip(undisturbed, again): assert rows_a == rows_b and [name for name in a if a[name] != b[name]] == []
     in_parts = run is ranks.saved_in_parts
     assert len(list((tmp_path / 'run').glob('*'))) == len(list((tmp_path / 'run').glob('*.safetensors'))) * (1 + in_parts)
     one = ranks.saved_whole(tmp_path / 'run')  # a single process takes it over
-    assert one[1] == whole[0][1] and one[0]['model'] == whole[0][0]['model']
+    assert one[1] == undisturbed[0][1] and one[0]['model'] == undisturbed[0][0]['model']
 
 
 @pytest.mark.slow
 def test_damaged_parts_are_told_and_the_save_before_is_used(tmp_path):
-    whole = launch(ranks.saved_in_parts, tmp_path / 'run', n=2)
+    undisturbed = launch(ranks.saved_in_parts, tmp_path / 'run', n=2)
     file = sorted((tmp_path / 'run').glob('*.parts/*/*'))[-1]
     data = bytearray(file.read_bytes())
     data[-3] ^= 1
     file.write_bytes(data)
     again = launch(ranks.saved_in_parts, tmp_path / 'run', n=2)
-    for (a, _), (b, _) in zip(whole, again): assert a == b
+    for (a, _), (b, _) in zip(undisturbed, again): assert a == b
     assert len(list((tmp_path / 'run').glob('*.damaged'))) == 1
     for file in (tmp_path / 'run').glob('*.parts/*/*'): file.unlink()
     with pytest.raises(RuntimeError, match='no save in .* is sound'): launch(ranks.saved_in_parts, tmp_path / 'run', n=2)
@@ -383,7 +383,7 @@ def test_a_save_in_parts_that_is_broken_off_leaves_the_one_before(tmp_path, how,
     names = sorted(path.name for path in (tmp_path / 'run').glob('save*.safetensors'))
     assert names == ['save-000001.safetensors', 'save-000002.safetensors']
     if how == 'full': assert not list((tmp_path / 'run').glob('save-000003.parts/*'))
-    whole, again = launch(ranks.saved_in_parts, tmp_path / 'whole', n=2), launch(ranks.saved_in_parts, tmp_path / 'run', n=2)
-    for (a, _), (b, _) in zip(whole, again): assert a == b
+    undisturbed, again = launch(ranks.saved_in_parts, tmp_path / 'whole', n=2), launch(ranks.saved_in_parts, tmp_path / 'run', n=2)
+    for (a, _), (b, _) in zip(undisturbed, again): assert a == b
     left = sorted(path.name for path in (tmp_path / 'run').iterdir())
     assert len(left) == 4 and all(len(list(folder.iterdir())) == 1 for folder in (tmp_path / 'run').glob('*.parts'))

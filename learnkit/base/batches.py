@@ -28,14 +28,14 @@ def with_items(x, items): # object of the type of `x`
 # %% ../../nbs/base/03_batches.ipynb #3b7c1069
 def map_tensors(f, # tensor -> anything
                 x, # nesting of tuple, list, dict, namedtuple, dataclass, and classes made of these
-                whole=None, # what to do with objects that have a method `to`; None: keep them
+                movable=None, # what to do with objects that have a method `to`; None: keep them
                ): # the same nesting
     "Apply `f` to every tensor in `x`"
     if isinstance(x, torch.Tensor): return f(x)
-    again = lambda value: map_tensors(f, value, whole)
+    again = lambda value: map_tensors(f, value, movable)
     if type(x) in (tuple, list): return type(x)(map(again, x))
     if type(x) is dict: return {key: again(value) for key, value in x.items()}
-    if moves_itself(x): return whole(x) if whole else x
+    if moves_itself(x): return movable(x) if movable else x
     if isinstance(x, tuple): return getattr(x, '_make', type(x))(map(again, x))
     if isinstance(x, list): return with_items(x, [(i, again(item)) for i, item in enumerate(x)])
     if isinstance(x, dict): return with_items(x, [(key, again(x[key])) for key in x])
@@ -49,7 +49,7 @@ def moved(x, device): # the same nesting
     cuda = torch.device(device).type == 'cuda'
     # From pinned memory a GPU copies while python goes on; elsewhere not waiting is not safe
     return map_tensors(lambda tensor: tensor.to(device, non_blocking=cuda), x,
-                       whole=lambda item: item.to(device))
+                       movable=lambda item: item.to(device))
 
 # %% ../../nbs/base/03_batches.ipynb #59657503
 def to_device(x, # any nesting
@@ -68,7 +68,7 @@ def detach(x): # the same nesting
 # %% ../../nbs/base/03_batches.ipynb #62b066c1
 def to_host(x): # the same nesting, on the cpu and without graphs
     "Detach every tensor of `x` and bring it to the cpu; one that is there shares its memory"
-    return map_tensors(lambda tensor: tensor.detach().cpu(), x, whole=lambda item: item.to('cpu'))
+    return map_tensors(lambda tensor: tensor.detach().cpu(), x, movable=lambda item: item.to('cpu'))
 
 # %% ../../nbs/base/03_batches.ipynb #a5fcb95e
 def n_rows(x): # int; None when there is no tensor with dimensions

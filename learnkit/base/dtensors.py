@@ -35,36 +35,36 @@ def reshard(model):
     for module in model.modules():
         if is_sharded(module): module.reshard()
 
-def is_part(t): # bool
+def is_dtensor(t): # bool
     "Whether a tensor is spread over processes"
     return is_a(t, 'torch.distributed.tensor', 'DTensor')
 
-def whole(t): # plain tensor, on the device
+def full_tensor(t): # plain tensor, on the device
     "The value of a tensor that may be spread over processes; all of them call this"
-    if not is_part(t): return t
+    if not is_dtensor(t): return t
     t = t.detach()
     return t.to(t.device_mesh.device_type).full_tensor()
 
-def own_part(t): # plain tensor
+def local_part(t): # plain tensor
     "What this process has of a tensor that may be spread over processes"
-    return t.to_local() if is_part(t) else t
+    return t.to_local() if is_dtensor(t) else t
 
-def as_spread(value, like): # tensor
+def distribute_like(value, like): # tensor
     "A value, whole or not, spread over processes as another tensor is"
-    if is_part(like) == is_part(value): return value
-    if is_part(value): return whole(value)
+    if is_dtensor(like) == is_dtensor(value): return value
+    if is_dtensor(value): return full_tensor(value)
     from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
-def any_part(tree): # bool
+def any_dtensor(tree): # bool
     "Whether there is a tensor in a nesting that is spread over processes"
     found = []
-    map_tensors(lambda t: found.append(is_part(t)), tree)
+    map_tensors(lambda t: found.append(is_dtensor(t)), tree)
     return any(found)
 
-def apart(*lists): # list of tuples of lists
+def split_by_dtensor(*lists): # list of tuples of lists
     "Lists of tensors by whether they are spread over processes, as torch computes with no mixture"
     if 'torch.distributed.tensor' not in sys.modules: return [lists]  # none is
-    kinds = list(map(is_part, lists[0]))
+    kinds = list(map(is_dtensor, lists[0]))
     return [tuple([t for t, k in zip(ts, kinds) if k == kind] for ts in lists)
             for kind in sorted(set(kinds))]

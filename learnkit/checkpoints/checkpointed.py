@@ -18,7 +18,7 @@ from torch import nn
 from ..base.ranks import is_main, world_size
 from ..base.randomness import set_rng_state
 from ..base.batches import map_tensors
-from ..base.dtensors import plain_class, whole
+from ..base.dtensors import plain_class, full_tensor
 from ..base.methods import (
     full_name, kind_of, make_result, result_class, result_fields, unrecorded)
 from ..base.text import callers_level, duration
@@ -34,7 +34,7 @@ from ..fingerprint.values import Fingerprint, UnfingerprintableError, fingerprin
 from ..fingerprint.functions import call_arguments
 from ..fingerprint.words import as_text
 from ..fingerprint.differences import differences
-from ..loop.progress import Progress, say
+from ..loop.progress import Progress, show_message
 from ..loop.learner import (
     Learner, check_loss_state, check_model_state, load_model_state, of_this_rank)
 from ..loop.resume import as_period
@@ -151,10 +151,10 @@ class StaleCheckpoint(Exception):
 def noting_its_end(init): # constructor
     "A constructor after which what the script sets on the object counts"
     @functools.wraps(init)
-    def whole(self, *args, **kwargs):
+    def constructed(self, *args, **kwargs):
         init(self, *args, **kwargs)
         self.ledger.settle()
-    return whole
+    return constructed
 
 # %% ../../nbs/checkpoints/00_checkpointed.ipynb #90e06078
 class Checkpointed:
@@ -523,7 +523,7 @@ def put(self:Ledger, result=None, carriers=()): # (dict of roots, parts)
 
 def states_of(carriers): # list of [class, state]
     "The states of callbacks that were passed to a call"
-    return [[type(cb).__name__, map_tensors(whole, cb.state_dict())] for cb in carriers]
+    return [[type(cb).__name__, map_tensors(full_tensor, cb.state_dict())] for cb in carriers]
 
 # %% ../../nbs/checkpoints/00_checkpointed.ipynb #9a8a5c65
 class Block:
@@ -1474,7 +1474,7 @@ class CheckpointedLearner(Checkpointed, Learner):
     def _live_state(self): return self.saved_tree(together=True)['learner']
     def _ranks(self): return self.ranks
     def _is_busy(self): return bool(self.levels)
-    def _say(self, text): say(self, text)
+    def _say(self, text): show_message(self, text)
 
     def _root(self, given):
         args, kwargs = self.ledger_given
@@ -1599,7 +1599,7 @@ STRUCTURE = ('loss_func', 'opt_func', 'lr', 'wd', 'splitter', 'metrics', 'n_inp'
 def _capture(self:CheckpointedLearner): # dict of live objects
     "Everything the learner is put together from, but not the state of its optimizer"
     return {'attributes': {name: getattr(self, name) for name in STRUCTURE},
-            'cbs': [cb for cb in self.cbs if not cb.spreads],
+            'cbs': [cb for cb in self.cbs if not cb.distributes],
             'modules': [(m, dict(m._modules), public(m)) for m in self.model.modules()],
             'opt': (self.opt_func, self.wd, self.splitter, type(self.opt),
                     [id(p) for p in opt_params(self.opt)] if self.opt else [])}
@@ -1622,7 +1622,7 @@ def _rebuild(self:CheckpointedLearner, captured):
     remake = self._capture()['opt'] != captured['opt']
     vars(self).update(captured['attributes'])
     put_modules_back(captured['modules'])
-    self.cbs = [*captured['cbs'], *(cb for cb in self.cbs if cb.spreads)]
+    self.cbs = [*captured['cbs'], *(cb for cb in self.cbs if cb.distributes)]
     if not remake: return
     self.make_opt()
     for cb in torch_schedulers(self.cbs): cb.forget()

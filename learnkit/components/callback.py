@@ -76,7 +76,7 @@ class Callback:
     owns_lr = False  # whether it keeps the learning rate from fit to fit, so that no fit sets it
     external = False # whether it writes outside the learner; such are left out of dry runs
     saves_to = None  # folder in which it keeps saves that a fit can go on from
-    spreads = False  # whether it spreads passes over the processes of its attribute `ranks`
+    distributes = False  # whether it spreads passes over the processes of its attribute `ranks`
     places_model = False # whether it brings the model to the device itself, in `after_create`
 
     def __new__(cls, *args, **kwargs):
@@ -197,7 +197,7 @@ class Callbacks(MutableSequence):
             twice = next(cb for i, cb in enumerate(items) if any(cb is c for c in items[:i]))
             raise ValueError(f'{twice!r} is in the list already: it would hear each event twice')
         self.items, self.bound = items, Bound(items)
-        self.spread = next((cb for cb in items if cb.spreads), None)
+        self.distributed = next((cb for cb in items if cb.distributes), None)
 
 # %% ../../nbs/components/00_callback.ipynb #cd2efd2d
 def one_callback(cb): # a Callback or a class that needs no arguments

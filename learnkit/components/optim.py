@@ -11,7 +11,7 @@ from numbers import Integral, Real
 import torch
 from torch import nn
 from ..base.batches import map_tensors
-from ..base.dtensors import as_spread, plain_class
+from ..base.dtensors import distribute_like, plain_class
 
 # %% ../../nbs/components/02_optim.ipynb #b2c65da7
 NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
@@ -313,7 +313,7 @@ def copied_like(param, # parameter; None: of no parameter
         new = torch.empty_like(param, dtype=value.dtype, device='meta')
         if not (isinstance(old, torch.Tensor) and old.device == param.device and alike(old, new)):
             old = torch.empty_like(param, dtype=value.dtype)
-        return old.copy_(as_spread(value, param))
+        return old.copy_(distribute_like(value, param))
     if not isinstance(values, dict): return map_tensors(copied, values)
     return {key: copied(value, now.get(key)) if isinstance(value, torch.Tensor)
             else map_tensors(copied, value) for key, value in values.items()}

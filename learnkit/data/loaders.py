@@ -42,7 +42,7 @@ class EpochLoader:
     def shared(self, share): # loader
         "A loader of the same batches that gives the part of each that one of several processes takes"
         twin = copy.copy(self)
-        twin.share, twin.whole = share, self
+        twin.share, twin.undivided = share, self
         return twin
 
     def counts(self, number:int): # (int, int)
@@ -53,7 +53,7 @@ class EpochLoader:
     def go_on(self, start:int): # iterator of batches
         "The batches of this epoch from number `start` on; the next epoch is the next to be read"
         epoch, self.epoch = self.epoch, self.epoch + 1
-        if self.share is not None: self.whole.epoch = self.epoch  # as if that had been read
+        if self.share is not None: self.undivided.epoch = self.epoch  # as if that had been read
         return self.batches(epoch, start)
 
     def __repr__(self):
@@ -265,7 +265,7 @@ def check_loader(dl): # the loader, or None
 
 def describe(dl): # str
     "What a loader holds, as far as it says; of a part of one, all of it"
-    dl = getattr(dl, 'whole', dl)
+    dl = getattr(dl, 'undivided', dl)
     if isinstance(dl, EpochLoader): return repr(dl)
     try: known = [f'batches={len(dl)}']
     except TypeError: known = []

@@ -11,7 +11,7 @@ from pathlib import Path
 from .errors import DamagedError
 from .durable import clear, is_left_over, make_folder, rename, unlink
 from .tree import load_tree, save_tree
-from .sharded import forget_parts
+from .sharded import remove_shards
 
 # %% ../../nbs/files/05_saves.ipynb #94f1b9c6
 def saves(folder): # list of Paths, the newest first
@@ -45,7 +45,7 @@ def save_next(tree, # as in `save_tree`
         text = 'another process saves to this folder too; give each run a folder of its own'
         raise FileExistsError(error.errno, text, str(path)) from error
     for old in [path, *older][keep:]: unlink(old)
-    forget_parts(path, tree)
+    remove_shards(path, tree)
     for left in folder.glob('save-*.parts'):
         if not left.with_suffix('.safetensors').exists(): clear(left)
     return path
@@ -55,14 +55,14 @@ def load_newest(folder): # (tree, Path); None when there is no save
     "The newest sound save in a folder; damaged ones are set aside, with a warning"
     for path in saves(folder):
         try: return load_tree(path), path
-        except DamagedError as error: set_aside(path, error)
+        except DamagedError as error: quarantine(path, error)
     if bad := sorted(Path(folder).glob('save-*.damaged')):
         names = ', '.join(path.name for path in bad)
         raise DamagedError(f'no save in {folder} is sound: {names} are damaged. '
                            'Remove them to start afresh')
 
 # %% ../../nbs/files/05_saves.ipynb #46427483
-def set_aside(path, error):
+def quarantine(path, error):
     "Give another name to a save that is damaged"
     aside = path.with_suffix('.damaged')
     rename(path, aside)

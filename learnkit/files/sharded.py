@@ -10,17 +10,17 @@ import secrets, warnings
 from contextlib import contextmanager
 from pathlib import Path
 import torch
-from ..base.dtensors import is_part
+from ..base.dtensors import is_dtensor
 from .errors import DamagedError
 from .durable import clear, file_digest, make_folder, sync_folder
 from .tree import free_name, set_at
 
 # %% ../../nbs/files/04_sharded.ipynb #abc9aaea
-def without_parts(tree): # (the same nesting with None for them, dict: path, a tuple -> tensor)
+def take_out_dtensors(tree): # (the same nesting with None for them, dict: path, a tuple -> tensor)
     "What is spread over processes, apart from the rest"
     found = {}
     def rest(x, path):
-        if is_part(x): found[path] = x.detach()
+        if is_dtensor(x): found[path] = x.detach()
         elif isinstance(x, dict): return {key: rest(value, (*path, key)) for key, value in x.items()}
         elif isinstance(x, list): return [rest(value, (*path, i)) for i, value in enumerate(x)]
         else: return x
@@ -28,13 +28,13 @@ def without_parts(tree): # (the same nesting with None for them, dict: path, a t
 
 def parts_of(path): return path.with_suffix('.parts')
 
-def save_parts(tree, # dicts and lists; other containers hold nothing that is spread
+def save_shards(tree, # dicts and lists; other containers hold nothing that is spread
                path, # file that the tree will be written to
                ranks, # `Ranks`: all processes call this
-              ): # (the tree without them, a tree that `load_parts` takes)
+              ): # (the tree without them, a tree that `load_shards` takes)
     "Write what is spread over processes to files beside `path`, each process its parts"
     import torch.distributed.checkpoint as dcp
-    rest, found = without_parts(tree)
+    rest, found = take_out_dtensors(tree)
     names = {}
     for place in found: names[free_name('/'.join(map(str, place)), names)] = place
     if ranks.rank == 0: make_folder(folder := parts_of(path)/secrets.token_hex(4))
@@ -42,18 +42,18 @@ def save_parts(tree, # dicts and lists; other containers hold nothing that is sp
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
     tensors = {name: found[place] for name, place in names.items()}
     try:
-        with cause_shown(folder): dcp.save(tensors, storage_writer=writer, process_group=ranks.group)
+        with showing_cause(folder): dcp.save(tensors, storage_writer=writer, process_group=ranks.group)
     except BaseException:
         if ranks.rank == 0: clear(folder)
         raise
     if ranks.rank == 0: sync_folder(folder)
-    files = own_files(folder, [file.name for file in folder.iterdir()], ranks)
+    files = digests_of_files(folder, [file.name for file in folder.iterdir()], ranks)
     digests = {name: digest for part in ranks.gather(files) for name, digest in part.items()}
     places = {name: list(place) for name, place in names.items()}
     return rest, {'folder': folder.name, 'files': digests, 'tensors': places}
 
 @contextmanager
-def cause_shown(folder):
+def showing_cause(folder):
     "Of what torch raises in all processes, where one has failed, the exception of that one"
     from torch.distributed.checkpoint import CheckpointException  # which is no Exception
     try: yield
@@ -62,22 +62,22 @@ def cause_shown(folder):
         cause.add_note(f'(in process {number}, at its parts in {folder})')
         raise cause from None
 
-def own_files(folder, names, ranks): # dict: name -> digest; None for a file that is not there
+def digests_of_files(folder, names, ranks): # dict: name -> digest; None for a file that is not there
     "The digests of files, each process some of them"
     first, step = (0, 1) if ranks is None else (ranks.rank, ranks.size)
     return {name: file_digest(folder/name) for name in sorted(names)[first::step]}
 
-def load_parts(tree, # with None for what is in parts; it is filled in
-               parts, # as from `save_parts`
+def load_shards(tree, # with None for what is in parts; it is filled in
+               parts, # as from `save_shards`
                path, # file that the tree was read from
                ranks=None, # `Ranks`: all processes call this
                like=None, # a tensor that is spread as those that are read will be; None: they are whole
               ):
-    "Read what `save_parts` has written; DamagedError, in all processes, if it is not as it was"
+    "Read what `save_shards` has written; DamagedError, in all processes, if it is not as it was"
     import torch.distributed.checkpoint as dcp
     from torch.distributed import tensor as spread
     folder = parts_of(path)/parts['folder']
-    bad = [name for name, digest in own_files(folder, parts['files'], ranks).items()
+    bad = [name for name, digest in digests_of_files(folder, parts['files'], ranks).items()
            if digest != parts['files'][name]]
     if ranks: bad = sum(ranks.gather(bad), [])
     if bad: raise DamagedError(f'{folder/bad[0]} is damaged or gone, and {path} needs it')
@@ -88,13 +88,13 @@ def load_parts(tree, # with None for what is in parts; it is filled in
         return spread.empty(saved.size, **kind, device_mesh=like.device_mesh, placements=like.placements)
     known = reader.read_metadata().state_dict_metadata
     tensors = {name: room(known[name]) for name in parts['tensors']}
-    with warnings.catch_warnings(), cause_shown(folder):
+    with warnings.catch_warnings(), showing_cause(folder):
         warnings.filterwarnings('ignore', 'torch.distributed is disabled')  # as is asked for
         dcp.load(tensors, storage_reader=reader, no_dist=ranks is None,
                  process_group=None if ranks is None else ranks.group)
     for name, place in parts['tensors'].items(): set_at(tree, place, tensors[name])
 
-def forget_parts(path, tree):
+def remove_shards(path, tree):
     "Remove what lies beside a file and is not named in its tree"
     parts, folder = tree.get('parts') if isinstance(tree, dict) else None, parts_of(path)
     if parts is None: return clear(folder)

@@ -325,7 +325,7 @@ def locate(self:Store, wanted): # dict: path -> list of digests
     "The packs that hold some tensors"
     if not wanted <= self.where.keys(): self.refresh()
     if missing := wanted - self.where.keys():
-        for path, error in self.unreadable.items(): raise self.set_aside(path, error)
+        for path, error in self.unreadable.items(): raise self.quarantine(path, error)
         aside = ', '.join(sorted(path.name for path in self.part('packs').glob('*.damaged')))
         why = f'{aside} had been damaged' if aside else 'a pack was removed, and not by learnkit'
         raise DamagedError(f'{self.folder}: {len(missing)} of {len(wanted)} tensors are in no '
@@ -338,7 +338,7 @@ WAY_OUT = 'Put back a copy of the file, or delete the checkpoint and compute it 
 
 # %% ../../nbs/files/08_store.ipynb #d41333cf
 @patch
-def set_aside(self:Store, path, error): # DamagedError, to be raised
+def quarantine(self:Store, path, error): # DamagedError, to be raised
     "Move a bad pack out of the way, if nobody else writes; its sound tensors stay"
     try:
         with self.writing(wait=0): done = self.rescue(path)
@@ -382,10 +382,10 @@ def get(self:Store,
 def sound(self:Store, path, names): # dict: digest -> tensor
     "Tensors of a pack; if one is damaged, DamagedError after the pack is set aside"
     try: tensors = sound_tensors(path, names)
-    except DamagedError as error: raise self.set_aside(path, error) from error
+    except DamagedError as error: raise self.quarantine(path, error) from error
     for name in names:
         if name not in tensors:
-            raise self.set_aside(path, f'{path} is damaged: tensor {name} is not as it was written')
+            raise self.quarantine(path, f'{path} is damaged: tensor {name} is not as it was written')
     return tensors
 
 # %% ../../nbs/files/08_store.ipynb #351d0c64

@@ -22,15 +22,15 @@ from ..base.ranks import is_main, rank0_first
 from ..base.devices import default_device
 from ..base.randomness import isolated_rng, rng_state, set_rng_state, set_seed
 from ..base.batches import Gather, batch_size, map_tensors, to_device
-from ..base.dtensors import as_spread, is_part, is_sharded, plain_class, whole
+from ..base.dtensors import distribute_like, is_dtensor, is_sharded, plain_class, full_tensor
 from ..base.methods import pure, structural, unrecorded
 from ..base.text import as_seconds, short_path
 from ..base.signals import Signals
 from ..files.errors import DamagedError
 from ..files.tensors import save_tensors
 from ..files.tree import load_tree, save_tree, set_at, tree_digest, value_at
-from ..files.sharded import forget_parts, load_parts, save_parts
-from ..files.saves import load_newest, saves, set_aside
+from ..files.sharded import remove_shards, load_shards, save_shards
+from ..files.saves import load_newest, saves, quarantine
 from ..data.loaders import (
     DataLoaders, check_loader, describe, length, n_samples, set_epoch)
 from ..data.resumable import (
@@ -44,7 +44,7 @@ from ..components.optim import (
     check_opt_state, copied_like, freeze_layers, layer_table, load_opt_state, make_opt,
     needs_closure, opt_params, opt_state, set_lr)
 from .recorder import Recorder, means
-from .progress import Progress, say
+from .progress import Progress, show_message
 
 # %% ../../nbs/loop/02_learner.ipynb #c7819677
 class Learner:
@@ -160,7 +160,7 @@ def n_items(self:Learner, n): self._n_items = n
 @patch(as_prop=True)
 def ranks(self:Learner): # Ranks, or None
     "The processes that train together, see `Distributed`; None for a single one"
-    return None if self._cbs.spread is None else self._cbs.spread.join()
+    return None if self._cbs.distributed is None else self._cbs.distributed.join()
 
 @patch
 def _main_first(self:Learner):
@@ -360,7 +360,7 @@ def _rest(self:Learner):
     signum = signals and signals.caught  # one that comes while callbacks save waits for the next rest
     if self.phase == 'train':
         self.seconds = time.monotonic() - self._began
-        if self.ranks: signum, self.seconds = self._cbs.spread.agree(self, signum, self.seconds)
+        if self.ranks: signum, self.seconds = self._cbs.distributed.agree(self, signum, self.seconds)
         self._due = signum
         if self._max_time is not None: self.time_is_up = self.seconds >= self._max_time
         self._at_rest()
@@ -549,7 +549,7 @@ def _run_fit(self:Learner):
         self.fit_ended = not self.time_is_up
         self._at_rest()
         if self.interrupted: raise Interrupted(self.interrupted)
-        if self.time_is_up: say(self, f'max_time is up: the fit made {self.updates} updates')
+        if self.time_is_up: show_message(self, f'max_time is up: the fit made {self.updates} updates')
     except KeyboardInterrupt as stop:
         if not self._returns(stop): raise
         if is_main(): warnings.warn(f'fit interrupted in epoch {self.epoch}, batch {self.iter}; the learner '
@@ -654,7 +654,7 @@ def load_model_state(model:nn.Module, state):
     "Load what `model_state` returned"
     names, now = plain_names(model), model.state_dict()
     weights = OrderedDict((names[plain], value if not isinstance(value, torch.Tensor) else
-                           as_spread(value, now[names[plain]])) for plain, value in state.items())
+                           distribute_like(value, now[names[plain]])) for plain, value in state.items())
     weights._metadata = now._metadata  # the versions of its modules
     model.load_state_dict(weights)
 
@@ -670,7 +670,7 @@ def state_dict(self:Learner,
 def put_together(state, copy:bool): # the same nesting, of plain tensors
     "A state without tensors that are spread over processes; all of them call this"
     def plain(tensor):
-        if is_part(tensor): return whole(tensor).to('cpu', copy=True)
+        if is_dtensor(tensor): return full_tensor(tensor).to('cpu', copy=True)
         return tensor.detach().clone() if copy else tensor
     return map_tensors(plain, state)
 
@@ -841,14 +841,14 @@ def _find_saved(self:Learner, resume, call): # Saved; None when there is nothing
     if found is None:
         where = self._saves_of(resume)
         check_no_other_saves(self, where)
-        return say(self, f'nothing is saved in {where} yet: starting from the beginning')
+        return show_message(self, f'nothing is saved in {where} yet: starting from the beginning')
     self.check_state(found.state)
     check_call(found, call)
     begun, begins = found.fit['call']['begun'], call['begun']
     in_this_learner = not found.complete and call['run'] != found.fit['call']['run']
     if in_this_learner: begins = begun
     if begun != begins:
-        return say(self, f'what is saved in {found.where} began after {begun} updates, this fit begins '
+        return show_message(self, f'what is saved in {found.where} began after {begun} updates, this fit begins '
                          f'after {begins}: starting from the beginning')
     if order := found.fit.get('order'): check_same_loader(self.dls.train, order)
     return found
@@ -868,7 +868,7 @@ def _read_saved(self:Learner, resume): # Saved; None when there is none
     except DamagedError as error:
         if place.is_file(): raise
         with self._main_first():
-            if path.exists(): set_aside(path, error)
+            if path.exists(): quarantine(path, error)
         return self._read_saved(resume)
     return Saved(tree['learner'], tree['times'], short_path(path))
 
@@ -951,9 +951,9 @@ def _start_from(self:Learner, saved):
     epoch = f'epoch {fit["epoch"]}'
     where = {'epoch': epoch, 'train': f'{epoch}, batch {fit["batch"]}',
              'validate': f'the validation of {epoch}'}
-    say(self, f'going on from {where[saved.place]}, as saved in {saved.where}')
+    show_message(self, f'going on from {where[saved.place]}, as saved in {saved.where}')
     if not self._exact and saved.place == 'train' and getattr(self.dls.train, 'num_workers', 0):
-        say(self, 'what workers draw at random from here on is not what they would have drawn')
+        show_message(self, 'what workers draw at random from here on is not what they would have drawn')
 
 @patch
 def _take(self:Learner, saved):
@@ -962,14 +962,14 @@ def _take(self:Learner, saved):
     saved.state = of_this_rank(saved.state, self.ranks)
     self.load_state_dict(saved.state)
     if n != n_saved and not saved.complete:
-        if self.ranks: self._cbs.spread.own_randomness()
-        say(self, f'saved by {n_saved} processes, goes on with {n}: what is drawn at random differs, '
+        if self.ranks: self._cbs.distributed.own_randomness()
+        show_message(self, f'saved by {n_saved} processes, goes on with {n}: what is drawn at random differs, '
                   'and the figures of the running epoch lack what other processes had seen')
     self.recorder.times = list(saved.times)
     if saved.complete:
         self.fit_ended = True
         vars(self).update({name: saved.fit[name] for name in ('epoch', 'iter', 'updates')})
-        return say(self, f'this fit is complete, as saved in {saved.where}')
+        return show_message(self, f'this fit is complete, as saved in {saved.where}')
     self.updates, grads = saved.fit['updates'], saved.fit['grads']
     params = opt_params(self.opt) if self.opt else ()
     for param, grad in zip(params, grads or itertools.repeat(None)):
@@ -1173,7 +1173,7 @@ def _aside(self:Learner):
     before = {name: getattr(self, name) for name in names}
     # A fit that goes on around this pass can come to rest only when it is over
     self._patient = 'fit' in self.levels and not self._abandonable
-    with self.recorder.apart():
+    with self.recorder.paused():
         try: yield
         finally: vars(self).update(before)
 
@@ -1354,7 +1354,7 @@ def save(self:Learner,
     tree = self.saved_tree(place=lambda: path)
     if not is_main(): return path  # process 0 writes
     save_tree(tree, path, overwrite=overwrite)
-    forget_parts(path, tree)
+    remove_shards(path, tree)
     return path
 
 # %% ../../nbs/loop/02_learner.ipynb #d3ea0664
@@ -1367,8 +1367,8 @@ def saved_tree(self:Learner,
     "What goes into a file: the state, and beside it the times, which are no part of it"
     state, beside = self._state(), {'times': self.recorder.times}
     spread = place is not None and self.ranks and is_sharded(self.model)
-    if spread and n_bytes(state) > self._cbs.spread.gather_up_to:
-        state, beside['parts'] = save_parts(state, place(), self.ranks)
+    if spread and n_bytes(state) > self._cbs.distributed.gather_up_to:
+        state, beside['parts'] = save_shards(state, place(), self.ranks)
     else: state = put_together(state, copy=False)
     # DDP gives all processes the buffers of process 0, at each batch
     buffers = [name for name, _ in self.model.named_buffers()] if is_sharded(self.model) else []
@@ -1380,7 +1380,7 @@ def _with_parts(self:Learner, tree, path): # the tree
     "What was read from a file, with what lies beside it"
     if not isinstance(tree, dict) or 'parts' not in tree: return tree
     state, parts = tree['learner'], tree['parts']
-    load_parts(state, parts, path, self.ranks, like=next(filter(is_part, self.model.parameters()), None))
+    load_shards(state, parts, path, self.ranks, like=next(filter(is_dtensor, self.model.parameters()), None))
     for own, value in itertools.chain(*state.get('ranks', ())):  # what others had has gaps too
         for place in parts['tensors'].values():
             if place[:len(own)] == own: set_at(value, place[len(own):], value_at(state, place))
@@ -1435,7 +1435,7 @@ def export(self:Learner,
            path, # file to write
           ): # Path of the file
     "Write the weights alone, for use without learnkit; those of an average are in `ema_model`"
-    tensors = map_tensors(whole, model_state(self.model))
+    tensors = map_tensors(full_tensor, model_state(self.model))
     return save_tensors(tensors, path) if is_main() else Path(path)
 
 # %% ../../nbs/loop/02_learner.ipynb #ff43275b

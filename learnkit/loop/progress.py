@@ -153,7 +153,7 @@ def show_again(self:Progress,
         if i in lasts.values() and in_notebook() and 'IN_TEST' in os.environ: display_table(self._table)
 
 # %% ../../nbs/loop/01_progress.ipynb #c0eeb399
-def say(learn, # whose callbacks tell whether anything is to be shown
+def show_message(learn, # whose callbacks tell whether anything is to be shown
         text:str,
        ):
     "Print a line where the table is shown too"

@@ -199,7 +199,7 @@ def check_names(self:Recorder,
 # %% ../../nbs/loop/00_recorder.ipynb #e6d97f18
 @patch
 @contextmanager
-def apart(self:Recorder):
+def paused(self:Recorder):
     "Whatever is recorded inside does not count for the epoch that is going on"
     before = self.tally, self.tracked, self._cancelled, self._updates
     self.tally, self.tracked, self._cancelled = None, {}, False

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from fastcore.basics import patch
 from ..base.ranks import is_main
 from ..base.batches import map_tensors
-from ..base.dtensors import own_part
+from ..base.dtensors import local_part
 from ..base.text import as_seconds
 from ..files.tree import check_storable
 from ..files.saves import next_save, save_next, saves
@@ -39,7 +39,7 @@ class SaveState(Callback):
         check_resumable(learn.dls.train)
         folder = learn.path/self.saves_to
         if is_main(): folder.mkdir(parents=True, exist_ok=True)  # an error now, not after an epoch
-        check_storable({'learner': map_tensors(own_part, learn._state())})
+        check_storable({'learner': map_tensors(local_part, learn._state())})
         self._fresh, self._time_was_up = not learn.is_resumed, False
         if self._fresh and is_main() and saves(folder) and not learn._begins_anew:
             warnings.warn(f'{folder} holds saves of an earlier fit, which go when this one saves; '

@@ -18,14 +18,14 @@ from ..base.ranks import in_group, is_main, launched, rank
 from ..base.randomness import (
     generator_state, rng_state, set_generator_state, set_rng_state, set_seed)
 from ..base.batches import Gather, to_host
-from ..base.dtensors import is_part, is_sharded, reshard
+from ..base.dtensors import is_dtensor, is_sharded, reshard
 from ..base.methods import unrecorded
 from ..files.tree import tree_digest
 from ..data.order import Share, epoch_seed
 from ..data.loaders import EpochLoader, generators, length
 from ..components.callback import Callback, Cancel, Interrupted, PHASES
 from ..components.optim import needs_closure, opt_params
-from ..loop.progress import say
+from ..loop.progress import show_message
 from ..loop.learner import Collect, Learner
 from ..training.lr_find import Cycled
 from ..training.steps import Repeated
@@ -35,7 +35,7 @@ from .shares import JointLoader, OwnLoader, is_spread, numbers, shared_loader
 # %% ../../nbs/processes/02_distributed.ipynb #9e1dd462
 class Distributed(Callback):
     "Trains on all processes that a launcher has started; on a single one it does nothing"
-    order, spreads, phases = -100, True, (*PHASES, 'lr_find')
+    order, distributes, phases = -100, True, (*PHASES, 'lr_find')
 
     def __init__(self,
                  sync_bn:bool=False, # batch norm over the samples of all processes; accelerators only
@@ -114,7 +114,7 @@ def share(self:Distributed, learn, dl, pad:bool): # loader
     part = OwnLoader(dl, share, self.ranks) if is_spread(dl) else shared_loader(dl, share)
     if learn.training and not isinstance(dl, (EpochLoader, Repeated)) and not self._told:
         self._told = True
-        say(learn, f'{type(dl).__name__}: each of {self.ranks.size} processes reads batches of its own, so '
+        show_message(learn, f'{type(dl).__name__}: each of {self.ranks.size} processes reads batches of its own, so '
                    f'an update sees {self.ranks.size} of them')
     self._shares[id(dl), pad] = dl, part
     return part
@@ -241,7 +241,7 @@ def before_step(self:Distributed, learn):
     # Gradients of the model were exchanged, but not by DDP for a last group that is incomplete,
     # and not by FSDP2 for parameters that it was to ignore
     params = rest_of(learn) if complete and not is_sharded(learn.model) else opt_params(learn.opt)
-    for grad in [p.grad for p in params if p.grad is not None and not is_part(p)]:
+    for grad in [p.grad for p in params if p.grad is not None and not is_dtensor(p)]:
         dist.all_reduce(grad)
         grad /= self.ranks.size
 

@@ -14,9 +14,9 @@ from torch import nn
 from torch.distributed import _composable_state
 from ..base.batches import map_tensors
 from learnkit.base.dtensors import (
-    FSDP_MARKS, any_part, as_spread, is_from_fsdp, is_part, is_sharded, plain_class, reshard,
-    whole)
-from ..loop.progress import say
+    FSDP_MARKS, any_dtensor, distribute_like, is_from_fsdp, is_dtensor, is_sharded, plain_class, reshard,
+    full_tensor)
+from ..loop.progress import show_message
 from ..loop.learner import n_bytes
 from .distributed import Distributed, synced_norms
 
@@ -38,7 +38,7 @@ def shard(self:Distributed, learn):
     for module in (*(self.blocks or blocks_of)(model), model): fully_shard(module, **options)
     fill(model, device)
     parts = params_of(model)
-    if learn.opt: swap_params(learn.opt, self._plain, parts, lambda t, p: as_spread(t.contiguous(), p))
+    if learn.opt: swap_params(learn.opt, self._plain, parts, lambda t, p: distribute_like(t.contiguous(), p))
     for name, param in self._plain.items():
         if param is not parts[name]: param.data = param.data.new_empty(0)  # its memory
 
@@ -47,7 +47,7 @@ def on_device(learn):
     before = params_of(learn.model)
     fill(learn.model, learn.device)
     learn.model.to(learn.device)
-    if learn.opt: swap_params(learn.opt, before, params_of(learn.model), as_spread)
+    if learn.opt: swap_params(learn.opt, before, params_of(learn.model), distribute_like)
 
 def params_of(model): # dict: name -> parameter; one with several names is there several times
     return dict(model.named_parameters(remove_duplicate=False))
@@ -55,7 +55,7 @@ def params_of(model): # dict: name -> parameter; one with several names is there
 @patch
 def same_value(self:Distributed, t):
     "Let a parameter or buffer be what it is in process 0"
-    if t.is_meta or is_part(t): return
+    if t.is_meta or is_dtensor(t): return
     values = t.detach().contiguous()
     dist.broadcast(values, 0, group=self.ranks.group if t.device.type == 'cpu' else None)
     with torch.no_grad(): t.copy_(values)
@@ -90,9 +90,9 @@ def fill(model, device):
             held[key] = nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new
         module.reset_parameters()
         for (held, key), t in zip(slots, spread):
-            if not is_part(t): continue
+            if not is_dtensor(t): continue
             part = torch.empty_like(t, device=device, requires_grad=False)
-            held[key] = nn.Parameter(part.copy_(as_spread(held[key].detach(), t)), t.requires_grad)
+            held[key] = nn.Parameter(part.copy_(distribute_like(held[key].detach(), t)), t.requires_grad)
 
 def swap_params(opt, before:dict, after:dict, convert):
     "Let an optimizer go on with other parameters; `convert(tensor, parameter)` for what it keeps of them"
@@ -109,21 +109,21 @@ def unshard(self:Distributed, learn):
     if not self._plain: return
     model, parts = learn.model, params_of(learn.model)
     if (size := n_bytes(learn._state())) > self.gather_up_to:
-        return say(learn, f'the model stays in parts: its state has {size / 2**30:.1f} GiB, more than '
+        return show_message(learn, f'the model stays in parts: its state has {size / 2**30:.1f} GiB, more than '
                           'gather_up_to')
     reshard(model)
     for cb in self._met:  # those of other fits too: somebody may look at what they keep
-        if any_part(cb.state_dict()): cb.load_state_dict(map_tensors(whole, cb.state_dict()))
-    learn._initial = map_tensors(lambda t: whole(t).cpu(), learn._initial)
+        if any_dtensor(cb.state_dict()): cb.load_state_dict(map_tensors(full_tensor, cb.state_dict()))
+    learn._initial = map_tensors(lambda t: full_tensor(t).cpu(), learn._initial)
     for name, param in self._plain.items():
-        values = whole(parts[name])
+        values = full_tensor(parts[name])
         param.data = torch.empty_strided(values.shape, self._strides[name], dtype=values.dtype,
                                          device=values.device).copy_(values)
         param.grad = None
         param.requires_grad_(parts[name].requires_grad)
     if learn.opt:
         swap_params(learn.opt, parts, self._plain,
-                    lambda t, p: torch.empty_like(p, dtype=t.dtype).copy_(whole(t)))
+                    lambda t, p: torch.empty_like(p, dtype=t.dtype).copy_(full_tensor(t)))
     for name, param in self._plain.items():
         path, _, key = name.rpartition('.')
         model.get_submodule(path)._parameters[key] = param

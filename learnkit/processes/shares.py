@@ -48,12 +48,12 @@ class SharedLoader(EveryNth):
     "A loader that reads all batches and gives those of one process"
     def __init__(self, loader, share):
         super().__init__(loader, share)
-        self.loader = self.whole = loader
+        self.loader = self.undivided = loader
 
 class OwnLoader:
     "A loader whose sampler gives each process other samples; short ones go on until all have ended"
     def __init__(self, loader, share, ranks):
-        self.loader = self.whole = loader
+        self.loader = self.undivided = loader
         self.share, self.ranks, self.lengths, self.have = share, ranks, None, None
 
     def __len__(self): return max(self.lengths) if self.share.pad and self.lengths else len(self.loader)
@@ -97,14 +97,14 @@ def shared_loader(dl, share:Share): # loader
     by_index = isinstance(dl, DataLoader) and not isinstance(dl.dataset, IterableDataset)
     if not by_index or dl.batch_sampler is None: return SharedLoader(dl, share)
     twin, batches = copy.copy(dl), SharedBatches(dl.batch_sampler, share)
-    own = {'batch_sampler': batches, 'counts': batches.counts, 'whole': dl, '_iterator': None}
+    own = {'batch_sampler': batches, 'counts': batches.counts, 'undivided': dl, '_iterator': None}
     vars(twin).update(own)  # setattr is refused
     return twin
 
 class Alike:
     "A loader that gives the same batches to all processes"
     def __init__(self, loader, share):
-        self.loader = self.whole = loader
+        self.loader = self.undivided = loader
         self.share = share
     def __len__(self): return len(self.loader)
     def __iter__(self): return iter(self.loader)

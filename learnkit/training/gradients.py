@@ -14,10 +14,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from ..base.batches import map_tensors
-from ..base.dtensors import apart, as_spread, is_part, is_sharded, reshard, whole
+from ..base.dtensors import split_by_dtensor, distribute_like, is_dtensor, is_sharded, reshard, full_tensor
 from ..components.callback import Callback, CancelStep
 from ..components.optim import opt_params
-from ..loop.progress import say
+from ..loop.progress import show_message
 from ..loop.learner import Learner
 from .precision import check_alone, check_optimizer, has_gradients
 
@@ -104,7 +104,7 @@ def before_step(self:GradientAccumulation, learn):
         learn._step('zero_grad')
         raise CancelStep
     if self.total != self.first:
-        for grads, in apart(gradients(learn.opt)): torch._foreach_mul_(grads, self.first / self.total)
+        for grads, in split_by_dtensor(gradients(learn.opt)): torch._foreach_mul_(grads, self.first / self.total)
     self.first = self.total  # should the step be cancelled, later batches join in with this unit
 
 @patch
@@ -147,7 +147,7 @@ def check_bound(name:str, # of the argument
 # %% ../../nbs/training/04_gradients.ipynb #d673bbda
 def norm_of(grads): # tensor, 0-d
     "The norm of all gradients together"
-    norms = [whole(get_total_norm(part)) for part, in apart(grads)]
+    norms = [full_tensor(get_total_norm(part)) for part, in split_by_dtensor(grads)]
     return norms[0] if len(norms) == 1 else torch.stack(norms).norm()
 
 # %% ../../nbs/training/04_gradients.ipynb #c5ebd2ae
@@ -173,7 +173,7 @@ class GradientClip(Callback):
 
     def before_step(self, learn):
         self.norm = norm_of(gradients(learn.opt))
-        for params, in apart(list(opt_params(learn.opt))):
+        for params, in split_by_dtensor(list(opt_params(learn.opt))):
             if self.max_norm is not None: clip_grads_with_norm_(params, self.max_norm, self.norm)
             if self.max_value is not None: clip_grad_value_(params, self.max_value)
 
@@ -220,8 +220,8 @@ def wide(tensor): return tensor.to(wide_type(tensor), copy=True)
 def placed(value, tensor): # tensor
     "An average in the type, place and memory layout that go with the tensor it is of"
     wanted = wide_type(tensor), tensor.device, tensor.stride()
-    fits = (value.dtype, value.device, value.stride()) == wanted and is_part(value) == is_part(tensor)
-    return value if fits else wide(tensor).copy_(as_spread(value, tensor))
+    fits = (value.dtype, value.device, value.stride()) == wanted and is_dtensor(value) == is_dtensor(tensor)
+    return value if fits else wide(tensor).copy_(distribute_like(value, tensor))
 
 # %% ../../nbs/training/04_gradients.ipynb #bf841cc8
 def put(values:dict, # name -> tensor
@@ -254,7 +254,7 @@ class Average(Callback):
         check_alone(learn, Average, 'evaluations can see only one average')
         self._slots, self._copied = slots(learn.model), None
         if self.average is not None and self._differs():
-            say(learn, f'{self}: the model has changed, so the average starts anew')
+            show_message(learn, f'{self}: the model has changed, so the average starts anew')
             self.average, self.count = None, 0
         if self.average is not None: self._find(learn)
 
@@ -266,7 +266,7 @@ class Average(Callback):
         live = held(self._slots)
         self._raw, self._depth = {name: t.clone() for name, t in live.items()}, len(learn.levels)
         put(self.average, live)
-        if learn.ranks: learn._cbs.spread.same_buffers(learn)  # each process has averaged its own
+        if learn.ranks: learn._cbs.distributed.same_buffers(learn)  # each process has averaged its own
 
     def cleanup_validate(self, learn):
         if self._raw is None or len(learn.levels) != self._depth: return
@@ -309,7 +309,7 @@ def _take_in(self:Average, learn, weight):
         else:
             old.append(value)
             parts.append(new[name].to(value.dtype))
-    for averages, values in apart(old, parts): torch._foreach_lerp_(averages, values, weight)
+    for averages, values in split_by_dtensor(old, parts): torch._foreach_lerp_(averages, values, weight)
 
 # %% ../../nbs/training/04_gradients.ipynb #c07fdb92
 class EMA(Average):

@@ -10,7 +10,7 @@ import warnings
 import torch
 from fastcore.basics import patch
 from ..base.batches import map_tensors
-from ..base.dtensors import apart
+from ..base.dtensors import split_by_dtensor
 from ..components.callback import Callback, CancelStep, PHASES
 from ..components.optim import opt_params
 from ..loop.learner import Learner
@@ -175,7 +175,7 @@ def _put_back(self:MixedPrecision, learn):
     "Scale the gradients that are left again: those of the next batch are added to them"
     if self._unscaled:
         grads = [p.grad for p in opt_params(learn.opt) if p.grad is not None]
-        for part, in apart(grads): torch._foreach_mul_(part, learn.scaler.get_scale())
+        for part, in split_by_dtensor(grads): torch._foreach_mul_(part, learn.scaler.get_scale())
     self._unscaled = False
 
 @patch

@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from torch import nn
 from ..base.ranks import is_main, rank0_first, sum_over_ranks, world_size
 from ..base.batches import map_tensors
-from ..base.dtensors import as_spread, whole
+from ..base.dtensors import distribute_like, full_tensor
 from ..files.errors import StoreError
 from ..files.tree import load_tree, save_tree
 from ..components.callback import Callback
@@ -22,7 +22,7 @@ from ..components.metrics import (
 from ..components.optim import (
     check_opt_state, get_hyper, load_opt_state, opt_state, set_hyper)
 from ..loop.recorder import detached
-from ..loop.progress import say
+from ..loop.progress import show_message
 from ..loop.learner import (
     check_loss_state, check_model_state, load_model_state, loss_state, model_state)
 from .schedule import ParamScheduler, torch_schedulers
@@ -184,9 +184,9 @@ def live_snapshot(learn): # plain tree of live tensors
     "What belongs to the model as it is now"
     opt = None
     if learn.opt:
-        whole = opt_state(learn.opt)
-        opt = {'kind': whole['kind'], 'state': whole['state'],
-               'param_groups': [{'params': group['params']} for group in whole['param_groups']]}
+        state = opt_state(learn.opt)
+        opt = {'kind': state['kind'], 'state': state['state'],
+               'param_groups': [{'params': group['params']} for group in state['param_groups']]}
     beside = {name: cb.weights() for name, cb in keepers(learn).items()}
     return {'model': model_state(learn.model), 'loss_func': loss_state(learn.loss_func), 'opt': opt,
             'weights': {name: weights for name, weights in beside.items() if weights is not None}}
@@ -221,7 +221,7 @@ def put_snapshot(learn,
     if learn.opt and tree['opt']: put_opt_values(learn.opt, tree['opt'])
     with torch.no_grad():
         for _, have, saved in both:
-            for key, tensor in have.items(): tensor.copy_(as_spread(saved[key], tensor))
+            for key, tensor in have.items(): tensor.copy_(distribute_like(saved[key], tensor))
 
 # %% ../../nbs/training/02_track.ipynb #8bd5771e
 def check_alike(name, have, saved):
@@ -311,7 +311,7 @@ def look(self:SaveBest, learn, row, better):
     place, tree = None, live_snapshot(learn)
     if self.path is None: tree = map_tensors(lambda t: t.detach().to('cpu', copy=True), tree)
     else:
-        place, tree = str(self.path), map_tensors(whole, tree)
+        place, tree = str(self.path), map_tensors(full_tensor, tree)
         if is_main(): write_best(learn._file(place), mark, tree)
         tree = None
     vars(self).update(mark, place=place, snapshot=tree)
@@ -389,7 +389,7 @@ class EarlyStopping(Tracker):
         self.count = 0 if better else self.count + 1
         if self.count < self.patience: return
         why = 'was never a number' if self.best is None else f'was not better than {self.best:.6g}'
-        say(learn, f'{self.short}: stopped in epoch {row["epoch"]}, as {self.monitor} {why} '
+        show_message(learn, f'{self.short}: stopped in epoch {row["epoch"]}, as {self.monitor} {why} '
                    f'in {self.patience} look{"s" * (self.patience > 1)}')
         learn.stop()
 
