@@ -17,7 +17,8 @@ def found(folder, pattern):
 
 NOTEBOOKS = found('nbs', '*.ipynb')
 NUMBERED = sorted((ROOT / 'nbs').glob('[0-9]*.ipynb')) # those that make modules
-MODULES = [path for path in found(LIB, '*.py') if path.name not in ('__init__.py', '__main__.py', '_modidx.py')]
+MODULES = [path for path in found(LIB, '*.py')
+           if path.name not in ('__init__.py', '__main__.py', '_modidx.py')]
 
 
 def short(path): return path.relative_to(ROOT).as_posix()

@@ -74,6 +74,13 @@ def test_outputs_are_stored(notebook):
     assert outputs(notebook), 'run `make outputs NB=' + short(notebook) + '`'
 
 
+@pytest.mark.parametrize('name', [LIB.name, 'nbs', 'tests', 'benchmarks', 'docs', 'tools',
+                                  'examples', 'setup.py'])
+def test_style(name):
+    "At most 100 columns in files and cells, and none of the mistakes that ruff's B rules know"
+    run(tool('ruff'), 'check', '--no-cache', '--quiet', '--output-format', 'concise', name)
+
+
 FOLDERS = [LIB.name, 'docs', 'tools', 'examples', 'benchmarks', 'tests']
 TEXTS = [path for path in [*ROOT.glob('*'), *sum((found(name, '*') for name in FOLDERS), [])]
          if path.suffix in ('.py', '.md', '.yml', '.css', '.toml', '.ini', '.txt', '.in')
