@@ -1,6 +1,6 @@
 "Hands the metadata of settings.ini, its only home, to setuptools"
 import configparser, pathlib
-from setuptools import setup
+from setuptools import find_packages, setup
 
 here = pathlib.Path(__file__).parent
 config = configparser.ConfigParser(delimiters='=')
@@ -21,7 +21,7 @@ setup(
     keywords=words('keywords'),
     classifiers=lines('classifiers'),
     python_requires='>=' + cfg['min_python'],
-    packages=[cfg['lib_path']],
+    packages=find_packages(include=[cfg['lib_path'], cfg['lib_path'] + '.*']),
     package_data={cfg['lib_path']: ['py.typed']},
     install_requires=words('requirements'),
     extras_require={'dev': dev, 'docs': docs},

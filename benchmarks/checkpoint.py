@@ -5,9 +5,9 @@ from pathlib import Path
 from common import ratio, report, torch
 from loop import mnist_cnn
 from learnkit import *
-from learnkit import resume
-from learnkit.checkpointed import CheckpointedLearner
-from learnkit.store import Store
+from learnkit.loop import resume
+from learnkit.checkpoints.checkpointed import CheckpointedLearner
+from learnkit.files.store import Store
 from torch import nn
 from torch.optim import Adam
 from torch.optim.optimizer import register_optimizer_step_pre_hook

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from learnkit import *
-from learnkit.distributed import Distributed
+from learnkit.processes.distributed import Distributed
 from loop import bare_loop, mnist_cnn
 
 BS, STEPS = 64, {'MLP': 300, 'CNN': 40}

@@ -2,7 +2,8 @@
 import hashlib, os, shutil, statistics, tempfile, time
 from pathlib import Path
 from common import report, torch
-from learnkit.store import Store, load_tree, save_tree
+from learnkit.files.store import Store
+from learnkit.files.tree import load_tree, save_tree
 
 
 def state(n=20):

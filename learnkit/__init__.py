@@ -4,88 +4,141 @@
 
 __version__ = "0.1.0"
 
-from .core import (
-    batch_size, default_device, detach, is_main, isolated_rng, map_tensors, pure, rank, rank0_first,
-    rank0_only, result, rng_state, set_rng_state, set_seed, structural, sum_over_ranks, to_device,
-    to_host, world_size,
+from .base.ranks import (
+    is_main, rank, rank0_first, rank0_only, sum_over_ranks, world_size,
 )
-from .store import (
-    DamagedError, Garbage, load_tree, LockedError, save_tensors, save_tree, Store, StoreError,
-    tree_digest, UnstorableError,
+from .base.devices import (
+    default_device,
 )
-from .data import (
+from .base.randomness import (
+    isolated_rng, rng_state, set_rng_state, set_seed,
+)
+from .base.batches import (
+    batch_size, detach, map_tensors, to_device, to_host,
+)
+from .base import dtensors as _dtensors
+from .base.methods import (
+    pure, result, structural,
+)
+from .base import text as _text
+from .base import signals as _signals
+from .files.errors import (
+    DamagedError, LockedError, StoreError, UnstorableError,
+)
+from .files import durable as _durable
+from .files.tensors import (
+    save_tensors,
+)
+from .files.tree import (
+    load_tree, save_tree, tree_digest,
+)
+from .files import sharded as _sharded
+from .files import saves as _saves
+from .files import ids as _ids
+from .files import records as _records
+from .files.store import (
+    Store,
+)
+from .files.garbage import (
+    Garbage,
+)
+from .data import order as _order
+from .data.loaders import (
     DataLoaders, DatasetLoader, TensorLoader,
 )
-from .callback import (
+from .data import resumable as _resumable
+from .components.callback import (
     Callback, Cancel, CancelBackward, CancelBatch, CancelEpoch, CancelFit, CancelStep, CancelTrain,
     CancelValidate,
 )
-from .metrics import (
+from .components.metrics import (
     accuracy, binary_accuracy, error_rate, mae, Metric, metric, mse, perplexity, rmse,
     sklearn_metric, top_k_accuracy,
 )
-from .optim import (
+from .components.optim import (
     no_decay, param_groups, spread_lr,
 )
-from .fingerprint import (
+from .fingerprint import code as _code
+from .fingerprint.values import (
     Fingerprint, fingerprint, UnfingerprintableError,
 )
-from .recorder import (
+from .fingerprint import tensors as _tensors
+from .fingerprint import functions as _functions
+from .fingerprint import modules as _modules
+from .fingerprint import loaders as _loaders
+from .fingerprint import words as _words
+from .fingerprint import differences as _differences
+from .loop.recorder import (
     Recorder,
 )
-from .progress import (
+from .loop.progress import (
     Progress,
 )
-from .learner import (
+from .loop.learner import (
     Learner,
 )
-from .schedule import (
+from .loop.resume import (
+    SaveState,
+)
+from .training.schedule import (
     combine_scheds, ParamScheduler, sched_const, sched_cos, sched_exp, sched_lin, sched_poly,
     sched_warmup, TorchScheduler,
 )
-from .lr_find import (
+from .training.lr_find import (
     LRFinderResult,
 )
-from .track import (
+from .training.track import (
     AskToContinue, EarlyStopping, ReduceLROnPlateau, SaveBest, StopOnNaN,
 )
-from .precision import (
+from .training.precision import (
     MixedPrecision,
 )
-from .gradients import (
+from .training.gradients import (
     EMA, GradientAccumulation, GradientClip, SWA,
 )
-from .resume import (
-    SaveState,
-)
-from .steps import (
+from .training.steps import (
     ChannelsLast, CutMix, MixUp, OverfitResult, ShortEpoch, StageFuncs, ValidateEvery,
 )
-from .distributed import (
-    Distributed, launch, Ranks,
+from .processes.group import (
+    Ranks,
 )
-from .checkpointed import (
+from .processes import shares as _shares
+from .processes.distributed import (
+    Distributed,
+)
+from .processes import fsdp as _fsdp
+from .processes.launch import (
+    launch,
+)
+from .checkpoints.checkpointed import (
     Checkpointed, CheckpointedLearner, StaleCheckpoint,
 )
-from .lineage import (
-    checkpoints_table, explain_text, plot_tree, tree_text,
+from .checkpoints import lineage as _lineage
+from .checkpoints.tree import (
+    checkpoints_table, tree_text,
+)
+from .checkpoints.figure import (
+    plot_tree,
+)
+from .checkpoints.comparison import (
+    explain_text,
 )
 
 __all__ = [
-    'batch_size', 'default_device', 'detach', 'is_main', 'isolated_rng', 'map_tensors', 'pure',
-    'rank', 'rank0_first', 'rank0_only', 'result', 'rng_state', 'set_rng_state', 'set_seed',
-    'structural', 'sum_over_ranks', 'to_device', 'to_host', 'world_size', 'DamagedError', 'Garbage',
-    'load_tree', 'LockedError', 'save_tensors', 'save_tree', 'Store', 'StoreError', 'tree_digest',
-    'UnstorableError', 'DataLoaders', 'DatasetLoader', 'TensorLoader', 'Callback', 'Cancel',
-    'CancelBackward', 'CancelBatch', 'CancelEpoch', 'CancelFit', 'CancelStep', 'CancelTrain',
-    'CancelValidate', 'accuracy', 'binary_accuracy', 'error_rate', 'mae', 'Metric', 'metric', 'mse',
-    'perplexity', 'rmse', 'sklearn_metric', 'top_k_accuracy', 'no_decay', 'param_groups',
-    'spread_lr', 'Fingerprint', 'fingerprint', 'UnfingerprintableError', 'Recorder', 'Progress',
-    'Learner', 'combine_scheds', 'ParamScheduler', 'sched_const', 'sched_cos', 'sched_exp',
-    'sched_lin', 'sched_poly', 'sched_warmup', 'TorchScheduler', 'LRFinderResult', 'AskToContinue',
-    'EarlyStopping', 'ReduceLROnPlateau', 'SaveBest', 'StopOnNaN', 'MixedPrecision', 'EMA',
-    'GradientAccumulation', 'GradientClip', 'SWA', 'SaveState', 'ChannelsLast', 'CutMix', 'MixUp',
-    'OverfitResult', 'ShortEpoch', 'StageFuncs', 'ValidateEvery', 'Distributed', 'launch', 'Ranks',
-    'Checkpointed', 'CheckpointedLearner', 'StaleCheckpoint', 'checkpoints_table', 'explain_text',
-    'plot_tree', 'tree_text',
+    'is_main', 'rank', 'rank0_first', 'rank0_only', 'sum_over_ranks', 'world_size',
+    'default_device', 'isolated_rng', 'rng_state', 'set_rng_state', 'set_seed', 'batch_size',
+    'detach', 'map_tensors', 'to_device', 'to_host', 'pure', 'result', 'structural', 'DamagedError',
+    'LockedError', 'StoreError', 'UnstorableError', 'save_tensors', 'load_tree', 'save_tree',
+    'tree_digest', 'Store', 'Garbage', 'DataLoaders', 'DatasetLoader', 'TensorLoader', 'Callback',
+    'Cancel', 'CancelBackward', 'CancelBatch', 'CancelEpoch', 'CancelFit', 'CancelStep',
+    'CancelTrain', 'CancelValidate', 'accuracy', 'binary_accuracy', 'error_rate', 'mae', 'Metric',
+    'metric', 'mse', 'perplexity', 'rmse', 'sklearn_metric', 'top_k_accuracy', 'no_decay',
+    'param_groups', 'spread_lr', 'Fingerprint', 'fingerprint', 'UnfingerprintableError', 'Recorder',
+    'Progress', 'Learner', 'SaveState', 'combine_scheds', 'ParamScheduler', 'sched_const',
+    'sched_cos', 'sched_exp', 'sched_lin', 'sched_poly', 'sched_warmup', 'TorchScheduler',
+    'LRFinderResult', 'AskToContinue', 'EarlyStopping', 'ReduceLROnPlateau', 'SaveBest',
+    'StopOnNaN', 'MixedPrecision', 'EMA', 'GradientAccumulation', 'GradientClip', 'SWA',
+    'ChannelsLast', 'CutMix', 'MixUp', 'OverfitResult', 'ShortEpoch', 'StageFuncs', 'ValidateEvery',
+    'Ranks', 'Distributed', 'launch', 'Checkpointed', 'CheckpointedLearner', 'StaleCheckpoint',
+    'checkpoints_table', 'tree_text', 'plot_tree', 'explain_text',
 ]

@@ -1,5 +1,5 @@
 "What the checks of the repository share: where files are, what notebooks say, and work on a copy"
-import ast, configparser, json, shutil, subprocess, sys
+import ast, configparser, importlib.util, json, shutil, subprocess, sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -15,13 +15,23 @@ def found(folder, pattern):
     return sorted(path for path in (ROOT / folder).rglob(pattern) if not SKIP & set(path.parts))
 
 
+spec = importlib.util.spec_from_file_location('export', ROOT / 'tools' / 'export.py')
+export = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(export)
+
 NOTEBOOKS = found('nbs', '*.ipynb')
-NUMBERED = sorted((ROOT / 'nbs').glob('[0-9]*.ipynb')) # those that make modules
+NUMBERED = export.notebooks(ROOT) # those that make modules, the lowest first
 MODULES = [path for path in found(LIB, '*.py')
            if path.name not in ('__init__.py', '__main__.py', '_modidx.py')]
 
 
 def short(path): return path.relative_to(ROOT).as_posix()
+
+
+def module_name(path): # dotted, below the package
+    "Of a notebook or a module"
+    if path.suffix == '.ipynb': return export.module_name(ROOT, path)
+    return '.'.join(path.relative_to(LIB).with_suffix('').parts)
 
 
 def cells(notebook): return json.loads(notebook.read_text(encoding='utf-8'))['cells']

@@ -5,9 +5,9 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 from counting import Fits
 from learnkit import *
-from learnkit.core import own_part, whole
-from learnkit.distributed import Distributed
-from learnkit.store import tree_digest
+from learnkit.base.dtensors import own_part, whole
+from learnkit.processes.distributed import Distributed
+from learnkit.files.tree import tree_digest
 
 
 def tensors(n, seed=0):
@@ -529,7 +529,8 @@ def breaks_off(folder, how, rank_of):
     "A fit of a model in parts whose third save goes wrong in one process"
     import errno
     from torch.distributed.checkpoint import HuggingFaceStorageWriter as Writer
-    from learnkit import store
+    from everywhere import Everywhere
+    store = Everywhere('files')
     calls, write, tree = [], Writer.write_data, store.save_tree
     def third(function, args, kwargs):
         calls.append(1)

@@ -10,10 +10,14 @@ from torch import nn
 from torch.optim import SGD
 from counting import Fits
 from learnkit import *
-from learnkit import store
-from learnkit.callback import EVENTS
-from learnkit.checkpointed import CheckpointedLearner, StaleCheckpoint
-from learnkit.store import DamagedError, LockedError, Store, StoreError, tree_digest
+from everywhere import Everywhere
+from learnkit.components.callback import EVENTS
+from learnkit.checkpoints.checkpointed import CheckpointedLearner, StaleCheckpoint
+from learnkit.files.errors import DamagedError, LockedError, StoreError
+from learnkit.files.store import Store
+from learnkit.files.tree import tree_digest
+
+store = Everywhere('files')
 
 
 class Boom(Exception): pass

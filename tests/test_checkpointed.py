@@ -13,9 +13,10 @@ from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import StepLR
 from counting import Fits
 from learnkit import *
-from learnkit.checkpointed import CheckpointedLearner, Checkpointed, StaleCheckpoint
-from learnkit.core import pure, result, structural, unrecorded
-from learnkit.store import StoreError, UnstorableError, tree_digest
+from learnkit.checkpoints.checkpointed import CheckpointedLearner, Checkpointed, StaleCheckpoint
+from learnkit.base.methods import pure, result, structural, unrecorded
+from learnkit.files.errors import StoreError, UnstorableError
+from learnkit.files.tree import tree_digest
 
 
 @pytest.fixture(autouse=True)
@@ -221,7 +222,7 @@ def test_a_change_inside_a_block_is_stale(tmp_path):
 
 
 def test_what_cannot_be_told_is_an_error_that_names_the_ways_out(tmp_path):
-    from learnkit.fingerprint import UnfingerprintableError
+    from learnkit.fingerprint.values import UnfingerprintableError
     file = open(os.devnull)
     learn = make(tmp_path, cls=Own)
     with pytest.raises(UnfingerprintableError, match='give.*value.*__fingerprint__.*ignore'):

@@ -6,8 +6,8 @@ import torch
 from house import SETTINGS
 from learnkit import cli
 from learnkit.cli import main
-from learnkit.lineage import columns_of
-from learnkit.store import Store
+from learnkit.checkpoints.tree import columns_of
+from learnkit.files.store import Store
 from test_lineage import call, node, saved, two
 
 PYTHON = [sys.executable, '-m', 'learnkit.cli']
@@ -178,7 +178,7 @@ def test_rm_of_what_is_not_there(root, command):
 
 
 def test_rm_while_another_process_writes(root, command, monkeypatch):
-    code = ('import time; from learnkit.store import Store\n'
+    code = ('import time; from learnkit.files.store import Store\n'
             'with Store("ckpts/digits").writing(): print("held", flush=True); time.sleep(60)')
     other = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True)
     try:

@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from hypothesis import given, settings, strategies as st
-from learnkit.core import (batch_size, default_device, detach, is_main, isolated_rng, map_tensors,
-                           rank, rank0_first, rank0_only, rng_state, set_rng_state, set_seed,
-                           sum_over_ranks, to_device, to_host, world_size)
-from learnkit.store import load_tree, save_tree, tree_digest
+from learnkit.base.batches import batch_size, detach, map_tensors, to_device, to_host
+from learnkit.base.devices import default_device
+from learnkit.base.randomness import isolated_rng, rng_state, set_rng_state, set_seed
+from learnkit.base.ranks import is_main, rank, rank0_first, rank0_only, sum_over_ranks, world_size
+from learnkit.files.tree import load_tree, save_tree, tree_digest
 
 
 def draws(n=700): # more than the 624 words that the generators make at a time

@@ -7,9 +7,12 @@ from torch import nn
 from torch.optim import SGD
 from torch.utils.data import DataLoader, TensorDataset
 from learnkit import *
-from learnkit import store
-from learnkit.checkpointed import CheckpointedLearner
-from learnkit.store import Store, tree_digest
+from everywhere import Everywhere
+from learnkit.checkpoints.checkpointed import CheckpointedLearner
+from learnkit.files.store import Store
+from learnkit.files.tree import tree_digest
+
+store = Everywhere('files')
 
 OPERATIONS = ('create', 'write', 'fsync', 'rename', 'link', 'unlink', 'mkdir', 'rmdir')
 

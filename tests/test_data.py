@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch.utils.data import (BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler,
                               SubsetRandomSampler, WeightedRandomSampler, get_worker_info)
-from learnkit.data import (DataLoaders, DatasetLoader, TensorLoader, epoch_order, epoch_seed,
-                           split_samples, untouched)
+from learnkit.data.loaders import DataLoaders, DatasetLoader, TensorLoader
+from learnkit.data.order import epoch_order, epoch_seed, split_samples
+from learnkit.data.resumable import untouched
 
 sizes = st.integers(1, 40)
 seeds = st.integers(0, 2**64)
@@ -304,7 +305,7 @@ def test_a_pickled_loader_is_the_same():
 
 
 def test_parts_of_a_batch_draw_other_numbers():
-    from learnkit.data import Share
+    from learnkit.data.order import Share
     class Noise(torch.utils.data.Dataset):
         def __len__(self): return 8
         def __getitem__(self, i): return torch.rand(())

@@ -11,10 +11,15 @@ from hypothesis import given, settings, strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_store import STEPS, TREES, failing_at, same, shuffled
-from learnkit import store
-from learnkit.store import (DamagedError, Garbage, LockedError, Store, StoreError, UnstorableError,
-                            check_id, check_name, file_name, id_of, id_text, load_newest, load_tree,
-                            parse_id, save_next, save_tree, sort_ids, tree_digest)
+from everywhere import Everywhere
+from learnkit.files.errors import DamagedError, LockedError, StoreError, UnstorableError
+from learnkit.files.garbage import Garbage
+from learnkit.files.ids import check_id, check_name, file_name, id_of, id_text, parse_id, sort_ids
+from learnkit.files.saves import load_newest, save_next
+from learnkit.files.store import Store
+from learnkit.files.tree import load_tree, save_tree, tree_digest
+
+store = Everywhere('files')
 
 FIXTURES = Path(__file__).parent / 'fixtures'
 STEPS = [*STEPS, 'mkdir', 'rmdir']
@@ -1013,8 +1018,8 @@ def test_a_store_that_was_removed_and_is_made_anew(folder, monkeypatch):
 
 def script(code, *args, **kwargs):
     "Another process, which says when it is ready"
-    imports = ('import os, sys, time, torch\nfrom learnkit.store import *\n'
-               'from learnkit import store as s\n')
+    imports = ('import os, sys, time, torch\nfrom learnkit import *\n'
+               'import learnkit.files.store as s\n')
     code = imports + textwrap.dedent(code)
     process = subprocess.Popen([sys.executable, '-c', code, *map(str, args)],
                                stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True, **kwargs)

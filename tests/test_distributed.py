@@ -4,8 +4,8 @@ from functools import lru_cache
 import pytest
 import ranks
 from learnkit.cli import main
-from learnkit.distributed import launch, time_limit
-from learnkit.store import tree_digest
+from learnkit.processes.launch import launch, time_limit
+from learnkit.files.tree import tree_digest
 
 
 def alike(a, b, tolerance, path=''):
@@ -313,7 +313,7 @@ import os, sys
 sys.path.insert(0, {folder!r})
 import ranks
 from learnkit import rank
-from learnkit.store import tree_digest
+from learnkit.files.tree import tree_digest
 first = os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'
 found, n, status = ranks.recorded({root!r}, {at} if first else None, 'SIGKILL')
 if rank() == 0: print(n, tree_digest(found))

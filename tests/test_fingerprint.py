@@ -25,22 +25,25 @@ from torch.utils.data import (BatchSampler, ConcatDataset, DataLoader, Dataset, 
                               Sampler, SequentialSampler, Subset, SubsetRandomSampler,
                               TensorDataset,
                               WeightedRandomSampler)
-import learnkit.fingerprint
-from learnkit.callback import Callback
-from learnkit.core import rng_state
-from learnkit.data import DataLoaders, DatasetLoader, TensorLoader
-from learnkit.fingerprint import (Fingerprint, UnfingerprintableError, as_text, call_arguments,
-    differences,
-                                  fingerprint, given_arguments, versions)
-from learnkit.gradients import EMA, GradientAccumulation, GradientClip
-from learnkit.metrics import accuracy, error_rate, metric, rmse, sklearn_metric, top_k_accuracy
-from learnkit.precision import MixedPrecision
-from learnkit.progress import Progress
-from learnkit.schedule import TorchScheduler
-from learnkit.store import tree_digest
-from learnkit.track import EarlyStopping, SaveBest
+import learnkit.fingerprint.tensors
+from learnkit.components.callback import Callback
+from learnkit.base.randomness import rng_state
+from learnkit.data.loaders import DataLoaders, DatasetLoader, TensorLoader
+from learnkit.fingerprint.code import versions
+from learnkit.fingerprint.differences import differences
+from learnkit.fingerprint.functions import call_arguments, given_arguments
+from learnkit.fingerprint.values import Fingerprint, UnfingerprintableError, fingerprint
+from learnkit.fingerprint.words import as_text
+from learnkit.training.gradients import EMA, GradientAccumulation, GradientClip
+from learnkit.components.metrics import (
+    accuracy, error_rate, metric, rmse, sklearn_metric, top_k_accuracy)
+from learnkit.training.precision import MixedPrecision
+from learnkit.loop.progress import Progress
+from learnkit.training.schedule import TorchScheduler
+from learnkit.files.tree import tree_digest
+from learnkit.training.track import EarlyStopping, SaveBest
 
-module = sys.modules['learnkit.fingerprint']  # the package has the function under this name
+module = sys.modules['learnkit.fingerprint.tensors']
 
 
 def digest(x, **kwargs): return fingerprint(x, **kwargs).digest
@@ -557,7 +560,7 @@ def test_tables_by_content():
 
 
 def test_pandas_and_pil_are_not_imported():
-    code = ('import sys, torch; from learnkit.fingerprint import fingerprint;'
+    code = ('import sys, torch; from learnkit import fingerprint;'
             'fingerprint([torch.zeros(3), {"a": 1}]);'
             'print([m for m in ("pandas", "PIL", "sklearn") if m in sys.modules])')
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)

@@ -6,10 +6,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from learnkit import *
-from learnkit.callback import BATCH_EVENTS
-from learnkit.gradients import EMA, SWA, GradientAccumulation, GradientClip
-from learnkit.precision import MixedPrecision
-from learnkit.store import tree_digest
+from learnkit.components.callback import BATCH_EVENTS
+from learnkit.training.gradients import EMA, SWA, GradientAccumulation, GradientClip
+from learnkit.training.precision import MixedPrecision
+from learnkit.files.tree import tree_digest
 
 CANCELS = [CancelFit, CancelEpoch, CancelTrain, CancelValidate, CancelBatch, CancelBackward,
            CancelStep]

@@ -4,20 +4,10 @@ from pathlib import Path
 from types import ModuleType
 import pytest
 from house import (LIB, MODULES, NOTEBOOKS, NUMBERED, ROOT, SETTINGS, cells, copy, differences,
-                   found, output_text, outputs, run, short, tool, tree)
+                   export, found, module_name, output_text, outputs, run, short, tool, tree)
 
-# A module imports lower floors, and lower numbers of its own floor
-FLOORS = {
-    0: ['00_core', '01_store'],
-    1: ['02_data', '03_callback', '04_metrics', '05_optim', '06_fingerprint'],
-    2: ['07_recorder', '08_progress'],
-    3: ['09_learner'],
-    4: ['10_schedule', '11_lr_find', '12_track', '13_precision', '14_gradients', '15_resume',
-        '16_steps', '17_distributed', '18_inspect', '19_loggers'],
-    5: ['20_checkpointed', '21_lineage'],
-    6: ['22_cli', '23_testing'],
-}
-PLACE = {name[3:]: (floor, int(name[:2])) for floor, names in FLOORS.items() for name in names}
+# A module imports lower rooms, and lower numbers of its own room
+PLACE = {module_name(notebook): number for number, notebook in enumerate(NUMBERED)}
 
 # A folder of somebody's machine; `ckpts/work/` and `{root}/tmp` are none
 MACHINE_PATH = re.compile(r'(?<![\w.>)}\]/-])/(?:work|home|root|tmp|Users|private|var/folders)\b'
@@ -53,11 +43,18 @@ def test_notebooks_are_clean(tmp_path):
 
 @pytest.mark.parametrize('notebook', NUMBERED, ids=short)
 def test_exports_its_module(notebook):
-    "NN_name.ipynb has `#| default_exp name` and stands in the table of floors"
-    name = notebook.stem[3:]
+    "nbs/room/NN_name.ipynb has `#| default_exp room.name`"
     code = [''.join(cell['source']) for cell in cells(notebook) if cell['cell_type'] == 'code']
-    assert re.findall(r'^#\|\s*default_exp:?\s+(\S+)', '\n'.join(code), flags=re.M) == [name]
-    assert notebook.stem in sum(FLOORS.values(), []), 'add it to FLOORS'
+    said = re.findall(r'^#\|\s*default_exp:?\s+(\S+)', '\n'.join(code), flags=re.M)
+    assert said == [module_name(notebook)]
+
+
+def test_rooms_are_those_of_the_list():
+    "Every folder of notebooks is a room or a folder of guides, and both trees look alike"
+    folders = {path.name
+               for path in (ROOT / 'nbs').iterdir() if path.is_dir() and path.name[0] != '.'}
+    assert folders - {'tutorials'} == set(export.ROOMS)
+    assert sorted(map(module_name, MODULES)) == sorted(PLACE)
 
 
 @pytest.mark.parametrize('notebook', NOTEBOOKS, ids=short)
@@ -120,27 +117,27 @@ def test_no_star_imports(path):
 
 
 def imported(path): # set of module names
-    "The modules of the package that a module imports anywhere; the package itself is '__init__'"
-    dotted = set()
+    "The modules of the package that a module imports anywhere; the package itself is ''"
+    package, found = module_name(path).split('.')[:-1], set()
     for node in ast.walk(tree(path)):
-        if isinstance(node, ast.Import): dotted |= {alias.name for alias in node.names}
-        if isinstance(node, ast.ImportFrom):
-            module = '.'.join(filter(None, [LIB.name if node.level else '', node.module]))
-            dotted |= {f'{module}.{alias.name}' for alias in node.names}
-    parts = [f'{name}.__init__'.split('.') for name in dotted]
-    return {module for package, module, *_ in parts if package == LIB.name}
+        if isinstance(node, ast.Import):
+            names = [alias.name.partition('.') for alias in node.names]
+            found |= {module for top, _, module in names if top == LIB.name}
+        if isinstance(node, ast.ImportFrom) and node.level:
+            above = package[:len(package) - node.level + 1]
+            found.add('.'.join([*above, *filter(None, [node.module])]))
+        elif isinstance(node, ast.ImportFrom) and node.module.partition('.')[0] == LIB.name:
+            found.add(node.module.partition('.')[2])
+    return found
 
 
 @pytest.mark.parametrize('path', MODULES, ids=short)
 def test_imports_go_down(path):
-    "A module imports lower numbers only, and so no higher floor and no circle"
+    "A module imports lower rooms and lower numbers of its own, and so no circle"
     unknown = imported(path) - PLACE.keys()
     assert unknown == set(), 'import from the modules themselves, not from the package'
-    assert [name for name in imported(path) if PLACE[name] >= PLACE[path.stem]] == []
-
-
-def test_numbers_follow_floors():
-    assert [number for _, number in sorted(PLACE.values())] == list(range(len(PLACE)))
+    own = PLACE[module_name(path)]
+    assert [name for name in imported(path) if PLACE[name] >= own] == []
 
 
 def test_import_is_light():
@@ -155,7 +152,7 @@ def test_star_gives_the_public_names():
     given = {}
     exec(f'from {LIB.name} import *', given)
     del given['__builtins__']
-    modules = [importlib.import_module(f'{LIB.name}.{path.stem}') for path in MODULES]
+    modules = [importlib.import_module(f'{LIB.name}.{module_name(path)}') for path in MODULES]
     assert sorted(given) == sorted(name for module in modules for name in module.__all__)
     for name, value in given.items():
         assert not isinstance(value, ModuleType), name

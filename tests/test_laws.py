@@ -15,10 +15,12 @@ from torch.utils.data import (ConcatDataset, DataLoader, Dataset, IterableDatase
                               TensorDataset, WeightedRandomSampler, random_split)
 from counting import Fits
 from learnkit import *
-from learnkit.checkpointed import CheckpointedLearner, StaleCheckpoint
-from learnkit.core import pure, result, structural
-from learnkit.fingerprint import UnfingerprintableError
-from learnkit.store import Store, StoreError, UnstorableError, tree_digest
+from learnkit.checkpoints.checkpointed import CheckpointedLearner, StaleCheckpoint
+from learnkit.base.methods import pure, result, structural
+from learnkit.fingerprint.values import UnfingerprintableError
+from learnkit.files.errors import StoreError, UnstorableError
+from learnkit.files.store import Store
+from learnkit.files.tree import tree_digest
 
 
 @pytest.fixture(autouse=True)

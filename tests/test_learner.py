@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from learnkit import *
-from learnkit.store import tree_digest
+from learnkit.files.tree import tree_digest
 
 
 def data(n=20, bs=4, seed=0):

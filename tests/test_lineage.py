@@ -9,12 +9,16 @@ from matplotlib.colors import to_hex
 from torch import nn
 from torch.optim import SGD
 from learnkit import *
-from learnkit.checkpointed import CheckpointedLearner, Place, digest_of
-from learnkit.fingerprint import fingerprint
-from learnkit.lineage import (HasChildren, Lineage, NoCheckpoint, age_text, best_value,
-                              checkpoints_table, columns_of, delete_checkpoint, explain_text,
-                              plot_tree, print_text, printable, short_call, show_text, tree_text)
-from learnkit.store import Store
+from learnkit.checkpoints.checkpointed import CheckpointedLearner, Place, digest_of
+from learnkit.fingerprint.values import fingerprint
+from learnkit.base.text import age_text
+from learnkit.checkpoints.comparison import explain_text, show_text
+from learnkit.checkpoints.figure import plot_tree
+from learnkit.checkpoints.lineage import (
+    HasChildren, Lineage, NoCheckpoint, best_value, delete_checkpoint)
+from learnkit.checkpoints.tree import (
+    checkpoints_table, columns_of, print_text, printable, short_call, tree_text)
+from learnkit.files.store import Store
 
 NOW = 1_700_000_000.
 NAMES = ['id', 'parent', 'description', 'calls', 'epochs', 'best', 'bytes', 'created', 'status']

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 from learnkit import *
-from learnkit.callback import BATCH_EVENTS, EVENTS, LEVELS
+from learnkit.components.callback import BATCH_EVENTS, EVENTS, LEVELS
 
 BEFORE = {level: f'before_{level}' for level in LEVELS}
 TRAIN_BATCH = ['before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_backward',
@@ -354,7 +354,7 @@ def test_validate_inside_a_fit_puts_everything_back(learn):
     learn.load_state_dict(plain)
     learn.fit(2, cbs=Callback(after_batch=look))
     assert len(seen) == 4
-    from learnkit.store import tree_digest
+    from learnkit.files.tree import tree_digest
     assert tree_digest(learn.state_dict()) == tree_digest(reference)
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from learnkit import *
-from learnkit.store import tree_digest
+from learnkit.files.tree import tree_digest
 
 
 class Noisy(nn.Module):

@@ -8,9 +8,9 @@ import torchmetrics
 from hypothesis import given, settings, strategies as st
 from sklearn import metrics as sk
 from torch import nn
-from learnkit.metrics import (Mean, Tally, accuracy, binary_accuracy, error_rate, higher_is_better,
-                              mae, metric_name, mse, perplexity, rmse, sklearn_metric,
-                              top_k_accuracy)
+from learnkit.components.metrics import (
+    Mean, Tally, accuracy, binary_accuracy, error_rate, higher_is_better, mae, metric_name, mse,
+    perplexity, rmse, sklearn_metric, top_k_accuracy)
 
 few = settings(max_examples=60, deadline=None)
 pytestmark = pytest.mark.filterwarnings("ignore:A single label")

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 from learnkit import *
-from learnkit.gradients import EMA, GradientAccumulation, GradientClip
-from learnkit.precision import MixedPrecision
-from learnkit.store import tree_digest
+from learnkit.training.gradients import EMA, GradientAccumulation, GradientClip
+from learnkit.training.precision import MixedPrecision
+from learnkit.files.tree import tree_digest
 
 EVENTS = ('before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_backward',
           'before_step', 'after_step',

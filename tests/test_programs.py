@@ -9,9 +9,9 @@ from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 from torch import nn
 from torch.optim import SGD, Adam
 from learnkit import *
-from learnkit.checkpointed import CheckpointedLearner
-from learnkit.core import isolated_rng
-from learnkit.store import tree_digest
+from learnkit.checkpoints.checkpointed import CheckpointedLearner
+from learnkit.base.randomness import isolated_rng
+from learnkit.files.tree import tree_digest
 
 OPTS = {'adam': Adam, 'sgd': partial(SGD, momentum=0.9), 'adamw': None}
 

@@ -8,10 +8,11 @@ from torch.nn import functional as F
 from torch.utils.data import (DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset,
                               WeightedRandomSampler)
 from learnkit import *
-from learnkit.callback import Interrupted
-from learnkit.learner import Saved
-from learnkit.store import (DamagedError, UnstorableError, load_tree, save_next, save_tree, saves,
-                            tree_digest)
+from learnkit.components.callback import Interrupted
+from learnkit.loop.learner import Saved
+from learnkit.files.errors import DamagedError, UnstorableError
+from learnkit.files.saves import save_next, saves
+from learnkit.files.tree import load_tree, save_tree, tree_digest
 
 N, BS = 22, 4  # six batches an epoch, the last one short
 

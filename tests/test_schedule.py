@@ -8,9 +8,9 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW
 from torch.optim import lr_scheduler as ts
 from learnkit import *
-from learnkit.callback import Callback, CancelEpoch, CancelStep
-from learnkit.optim import freeze_layers, layer_table, make_opt
-from learnkit.store import load_tree, save_tree, tree_digest
+from learnkit.components.callback import Callback, CancelEpoch, CancelStep
+from learnkit.components.optim import freeze_layers, layer_table, make_opt
+from learnkit.files.tree import load_tree, save_tree, tree_digest
 
 X = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
 

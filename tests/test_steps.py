@@ -8,11 +8,12 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, TensorDataset
 from learnkit import *
-from learnkit.callback import Interrupted
-from learnkit.gradients import EMA, GradientAccumulation, GradientClip
-from learnkit.precision import MixedPrecision
-from learnkit.steps import (ChannelsLast, CutMix, MixUp, OverfitResult, ShortEpoch, StageFuncs,
-                            ValidateEvery, random_span)
+from learnkit.components.callback import Interrupted
+from learnkit.training.gradients import EMA, GradientAccumulation, GradientClip
+from learnkit.training.precision import MixedPrecision
+from learnkit.training.steps import (
+    ChannelsLast, CutMix, MixUp, OverfitResult, ShortEpoch, StageFuncs, ValidateEvery,
+    random_span)
 
 
 def samples(n=40, seed=0):

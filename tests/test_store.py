@@ -9,9 +9,12 @@ from hypothesis import given, settings, strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from learnkit import store
-from learnkit.store import (DamagedError, StoreError, UnstorableError, load_tree, save_tensors,
-                            save_tree, tree_digest)
+from everywhere import Everywhere
+from learnkit.files.errors import DamagedError, StoreError, UnstorableError
+from learnkit.files.tensors import save_tensors
+from learnkit.files.tree import load_tree, save_tree, tree_digest
+
+store = Everywhere('files')
 
 
 @pytest.fixture
@@ -544,7 +547,7 @@ def test_what_is_in_the_way(tmp_path):
 
 KILLED = '''
     import os, sys, time, torch
-    from learnkit.store import save_tree
+    from learnkit.files.tree import save_tree
     path = sys.argv[1]
     save_tree(torch.zeros(10**6), path)
     print('ready', flush=True)

@@ -2,7 +2,7 @@
 import os, time
 import pytest
 import ranks
-from learnkit.store import is_alive
+from learnkit.files.durable import is_alive
 from learnkit.testing import two_processes
 
 

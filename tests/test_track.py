@@ -5,10 +5,11 @@ import pytest
 import torch
 from torch import nn
 from learnkit import *
-from learnkit import track
-from learnkit.learner import Saved
-from learnkit.store import tree_digest
-from learnkit.track import SaveBest, EarlyStopping, ReduceLROnPlateau, StopOnNaN, AskToContinue
+from learnkit.training import track
+from learnkit.loop.learner import Saved
+from learnkit.files.tree import tree_digest
+from learnkit.training.track import (
+    SaveBest, EarlyStopping, ReduceLROnPlateau, StopOnNaN, AskToContinue)
 
 nan, inf = math.nan, math.inf
 SGD = partial(torch.optim.SGD, momentum=0.9)
