@@ -1,4 +1,4 @@
-"What checkpoints cost: a rerun, memory, time and bytes; 20 million parameters with Adam's moments are 240 MB"
+"What checkpoints cost: a rerun, memory, time, bytes; of 20 million parameters under Adam, 240 MB"
 import random, subprocess, sys, tempfile, time
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,9 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 IDS, MB = range(1, 11), 2**20
 
 
-def tiny(): return DataLoaders.from_tensors((torch.randn(4, 1000), torch.randn(4, 1000)), bs=4, device='cpu')
+def tiny():
+    return DataLoaders.from_tensors((torch.randn(4, 1000), torch.randn(4, 1000)), bs=4,
+                                    device='cpu')
 
 def large(layers): return nn.Sequential(*(nn.Linear(1000, 1000, bias=False) for _ in range(layers)))
 
@@ -23,7 +25,8 @@ def learner(cls, folder, layers=20, **kwargs):
     "A learner of a large model with tiny data, without a table"
     if cls is not Learner: kwargs |= {'name': 'run', 'root': folder}
     torch.manual_seed(0)
-    learn = cls(tiny(), large(layers), nn.MSELoss(), Adam, lr=1e-4, path=folder, device='cpu', **kwargs)
+    learn = cls(tiny(), large(layers), nn.MSELoss(), Adam, lr=1e-4, path=folder, device='cpu',
+                **kwargs)
     learn.remove_cb(Progress)
     return learn
 
@@ -50,7 +53,7 @@ def read_plainly(folder):
             while file.read(MB): pass
 
 def timed(name, folder): # (seconds, steps trained)
-    "How long one thing takes, after imports; what the system had forgotten of the packs is read before"
+    "How long one thing takes, after imports; packs that the system has forgotten are read before"
     steps = []
     register_optimizer_step_pre_hook(lambda *_: steps.append(1))
     read_plainly(folder)
@@ -70,7 +73,8 @@ def rerun(folder, rounds): # (seconds, steps that reruns made)
     return seconds, steps
 
 def child(*args): # what a fresh process prints last, as numbers
-    done = subprocess.run([sys.executable, __file__, *map(str, args)], check=True, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, __file__, *map(str, args)], check=True,
+                          capture_output=True, text=True)
     return list(map(float, done.stdout.splitlines()[-1].split()))
 
 
@@ -107,7 +111,7 @@ class Timed(CheckpointedLearner):
         finally: self.inside = passed(start)
 
 def clocks(): return time.perf_counter(), time.process_time()
-def passed(start): return tuple(now - then for now, then in zip(clocks(), start))
+def passed(start): return tuple(now - then for now, then in zip(clocks(), start, strict=True))
 
 def mlp_fit(cls, folder, **kwargs):
     "A learner of a small MLP, and how many epochs it is fitted"
@@ -161,8 +165,8 @@ class Saving:
         try: return self.save(*args, **kwargs)
         finally: self.seconds += passed(start)[1]
 
-def overhead(make, rounds): # dict: name -> the least of (seconds around the fit, processor seconds of the fit)
-    "A fit in a block, the same one that saves as often, and one commit, in turn"
+def overhead(make, rounds): # dict: name -> (seconds around the fit, processor seconds of the fit)
+    "The least of a fit in a block, of one that saves as often, and of one commit, in turn"
     seconds = {}
     saving = resume.save_next = Saving()
     for i in range(rounds + 1):
@@ -174,7 +178,8 @@ def overhead(make, rounds): # dict: name -> the least of (seconds around the fit
             if i: seconds.setdefault(contestant.__name__, []).append((around, fit - saving.seconds))
     resume.save_next = saving.save
     # The least of all rounds: what else the machine does only adds
-    return {name: [min(column) for column in zip(*rows)] for name, rows in seconds.items()}
+    return {name: [min(column) for column in zip(*rows, strict=True)]
+            for name, rows in seconds.items()}
 
 
 # Bytes
@@ -183,7 +188,7 @@ def packed(folder): return sum(path.stat().st_size for path in (folder/'run'/'pa
 
 def body_and_head(model): return [list(model[:-1].parameters()), list(model[-1].parameters())]
 
-def forks(folder, layers=5): # (ten forks over their parent, ten trained heads over heads with moments)
+def forks(folder, layers=5): # (of forks over their parent, of heads over heads with moments)
     "Bytes of ten forks, and of ten fits of the last layer with a frozen body"
     learn = learner(CheckpointedLearner, folder, layers, splitter=body_and_head)
     with learn.checkpoint('body') as cp: cp.fit(n_steps=1)
@@ -209,23 +214,30 @@ def main(rounds):
     state = 3 * 20 * 4 * 10**6
     more = (grown(CheckpointedLearner) - grown(Learner)) / state
     forked, heads = measured(forks)
-    rows = [('steps trained by the rerun of ten complete checkpoints, 240 MB each', f'{steps}', '0', steps == 0),
-            ('time of that rerun over reading the states, digests checked', f'{again:.2f}x', 'at most 2x', again <= 2),
+    rows = [('steps trained by the rerun of ten complete checkpoints, 240 MB each', f'{steps}', '0',
+             steps == 0),
+            ('time of that rerun over reading the states, digests checked', f'{again:.2f}x',
+             'at most 2x', again <= 2),
             ('of that: making the model and the learner', f'{model:.2f}x', '', True),
-            ('peak of memory of a fit in a block, over that of a plain fit', f'{more:+.2f} states', 'at most one', more <= 1)]
+            ('peak of memory of a fit in a block, over that of a plain fit', f'{more:+.2f} states',
+             'at most one', more <= 1)]
     for what, make in (('20-32-2 MLP', mlp_fit), ('small CNN', cnn_fit)):
         found = overhead(make, rounds)
         (around, inside), (_, plain), (one, _) = found['in_block'], found['alone'], found['commit']
         over, noise = inside / plain, abs(found['alone_again'][1] / plain - 1)
         rows += [(f'fit in a block over one with SaveState, saves left out, {what}',
                   f'{over:.3f}x, noise {noise:.3f}', 'at most 1.01x', over <= 1.01 + noise),
-                 (f'what a block adds around the fit, in commits of a state, {what}', f'{around / one:.1f}', '', True)]
-    rows += [('bytes of a checkpoint and ten forks over those of the checkpoint', f'{forked:.3f}x', '1x', forked == 1),
-             ('bytes of ten heads trained with a frozen body, over heads with moments', f'{heads:.3f}x', 'at most 1.05x', heads <= 1.05)]
+                 (f'what a block adds around the fit, in commits of a state, {what}',
+                  f'{around / one:.1f}', '', True)]
+    rows += [('bytes of a checkpoint and ten forks over those of the checkpoint', f'{forked:.3f}x',
+              '1x', forked == 1),
+             ('bytes of ten heads trained with a frozen body, over heads with moments',
+              f'{heads:.3f}x', 'at most 1.05x', heads <= 1.05)]
     report('Checkpoints', rows)
 
 
 if __name__ == '__main__':
     if len(sys.argv) == 1: main(25)
     elif sys.argv[1] in ('script', 'read', 'model'): print(*timed(sys.argv[1], Path(sys.argv[2])))
-    else: print(memory(Path(sys.argv[2]), {'Learner': Learner}.get(sys.argv[1], CheckpointedLearner)))
+    else:
+        print(memory(Path(sys.argv[2]), {'Learner': Learner}.get(sys.argv[1], CheckpointedLearner)))

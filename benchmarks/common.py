@@ -34,14 +34,17 @@ def report(title, # heading of the section in RESULTS.md
           ):
     "Print the rows and put them into RESULTS.md, in place of the section of the same title"
     machine = f'{platform.machine()}, {os.cpu_count()} cores, one thread'
-    lines = [f'## {title}', '', f'{datetime.date.today()}, torch {torch.__version__}, {machine}.', '',
+    lines = [f'## {title}', '', f'{datetime.date.today()}, torch {torch.__version__}, {machine}.',
+             '',
              '| what | measured | asked for | holds |', '|---|---|---|---|',
-             *(f'| {what} | {measured} | {limit} | {"yes" if ok else "**no**"} |' for what, measured, limit, ok in rows), '']
+             *(f'| {what} | {measured} | {limit} | {"yes" if ok else "**no**"} |'
+               for what, measured, limit, ok in rows), '']
     print('\n'.join(lines))
-    intro = ('# Measured\n\nRatios of medians of interleaved rounds in one run; `make bench` measures all of '
-             'them anew.\n')
+    intro = ('# Measured\n\nRatios of medians of interleaved rounds in one run; '
+             '`make bench` measures all of them anew.\n')
     old = RESULTS.read_text() if RESULTS.exists() else intro
     head, *sections = old.split('\n## ')
     sections = {s.split('\n')[0]: s.rstrip() for s in sections}
     sections[title] = '\n'.join(lines).removeprefix('## ').rstrip()
-    RESULTS.write_text(head.rstrip() + '\n' + ''.join(f'\n## {s}\n' for _, s in sorted(sections.items())))
+    RESULTS.write_text(head.rstrip() + '\n'
+                       + ''.join(f'\n## {s}\n' for _, s in sorted(sections.items())))

@@ -8,6 +8,8 @@ def run(code):
 
 
 if __name__ == '__main__':
-    seconds = interleaved({'torch': run('import torch'), 'learnkit': run('import torch, learnkit')}, 9)
+    seconds = interleaved({'torch': run('import torch'), 'learnkit': run('import torch, learnkit')},
+                          9)
     added = statistics.median(seconds['learnkit']) - statistics.median(seconds['torch'])
-    report('Importing', [('`import learnkit` over `import torch`', f'{added:.2f} s', 'at most 0.3 s', added <= 0.3)])
+    report('Importing', [('`import learnkit` over `import torch`', f'{added:.2f} s',
+                          'at most 0.3 s', added <= 0.3)])

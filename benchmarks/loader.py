@@ -7,7 +7,7 @@ from learnkit import *
 
 
 def consume(batches):
-    for batch in batches: pass
+    for _ in batches: pass
 
 def bare(data, bs):
     for idx in torch.randperm(len(data[0])).split(bs):
@@ -15,9 +15,11 @@ def bare(data, bs):
 
 def compare(data, bs=64, epochs=20, rounds=15):
     "Seconds of the same epochs with each loader"
-    ours, torchs = TensorLoader(data, bs, shuffle=True), DataLoader(TensorDataset(*data), bs, shuffle=True)
+    ours = TensorLoader(data, bs, shuffle=True)
+    torchs = DataLoader(TensorDataset(*data), bs, shuffle=True)
     def repeat(func): return lambda: [func() for _ in range(epochs)]
-    return interleaved({'learnkit': repeat(lambda: consume(ours)), 'DataLoader': lambda: consume(torchs),
+    return interleaved({'learnkit': repeat(lambda: consume(ours)),
+                        'DataLoader': lambda: consume(torchs),
                         'bare': repeat(lambda: bare(data, bs))}, rounds), epochs
 
 
@@ -28,7 +30,10 @@ if __name__ == '__main__':
     rows = []
     for what, data, limit in (('8x8 digits', small, 15), ('28x28 images', large, 6)):
         seconds, epochs = compare(data)
-        faster, over = epochs / ratio(seconds, 'learnkit', 'DataLoader'), ratio(seconds, 'learnkit', 'bare')
-        rows += [(f'items/s over DataLoader(TensorDataset), {what}, batch 64', f'{faster:.1f}x', f'at least {limit}x', faster >= limit),
-                 (f'time over bare randperm.split + index_select, {what}', f'{over:.3f}x', 'at most 1.1x', over <= 1.1)]
+        faster = epochs / ratio(seconds, 'learnkit', 'DataLoader')
+        over = ratio(seconds, 'learnkit', 'bare')
+        rows += [(f'items/s over DataLoader(TensorDataset), {what}, batch 64', f'{faster:.1f}x',
+                  f'at least {limit}x', faster >= limit),
+                 (f'time over bare randperm.split + index_select, {what}', f'{over:.3f}x',
+                  'at most 1.1x', over <= 1.1)]
     report('The in-memory loader', rows)

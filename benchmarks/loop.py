@@ -1,4 +1,4 @@
-"The cost of learnkit's loop over a hand-written one, and a fit with its defaults against the ordinary loop"
+"The cost of learnkit's loop over a hand-written one; a fit with its defaults, the ordinary loop"
 import copy
 from common import interleaved, ratio, report
 import torch
@@ -11,13 +11,15 @@ from learnkit import *
 def mlp(): return nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 2))
 
 def digits_cnn():
-    return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 16, 3, padding=1),
+    return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+                         nn.Conv2d(8, 16, 3, padding=1),
                          nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(64, 10))
 
 def mnist_cnn(width=16):
     "The model of examples/mnist.py"
     def block(n_in, n_out):
-        return [nn.Conv2d(n_in, n_out, 3, padding=1), nn.GroupNorm(4, n_out), nn.ReLU(), nn.MaxPool2d(2)]
+        return [nn.Conv2d(n_in, n_out, 3, padding=1), nn.GroupNorm(4, n_out), nn.ReLU(),
+                nn.MaxPool2d(2)]
     return nn.Sequential(*block(1, width), *block(width, 2 * width), *block(2 * width, 4 * width),
                          nn.Flatten(), nn.Linear(4 * width * 9, 64), nn.ReLU(), nn.Linear(64, 10))
 
@@ -26,7 +28,7 @@ def bare_loop(model, opt, batches, n_epoch):
     "A hand-written loop with the recorder's bookkeeping: loss, lr, momentum and size of each step"
     loss_func, history = nn.CrossEntropyLoss(), []
     model.train()
-    for epoch in range(n_epoch):
+    for _ in range(n_epoch):
         losses, sizes, lrs, moms, steps = [], [], [], [], []
         for step, (xb, yb) in enumerate(batches):
             xb, yb = xb.to('cpu'), yb.to('cpu')
@@ -45,13 +47,14 @@ def bare_loop(model, opt, batches, n_epoch):
 
 
 def overhead(make_model, batches, n_epoch, rounds):
-    "Seconds of a bare loop and of a learner's fit over the same batches, with SGD; two of each, as memory layout counts"
+    "Seconds of a bare loop and of a fit, over the same batches; two of each: memory layout counts"
     torch.manual_seed(0)
     model, contestants = make_model(), {}
     for i in range(2):
         bare, ours = copy.deepcopy(model), copy.deepcopy(model)
         opt = torch.optim.SGD(bare.parameters(), lr=1e-3)
-        learn = Learner(DataLoaders(batches), ours, nn.CrossEntropyLoss(), torch.optim.SGD, lr=1e-3, device='cpu')
+        learn = Learner(DataLoaders(batches), ours, nn.CrossEntropyLoss(), torch.optim.SGD, lr=1e-3,
+                        device='cpu')
         learn.remove_cb(Progress)
         contestants[f'bare {i}'] = lambda bare=bare, opt=opt: bare_loop(bare, opt, batches, n_epoch)
         contestants[f'learnkit {i}'] = lambda learn=learn: learn.fit(n_epoch)
@@ -62,10 +65,11 @@ def overhead(make_model, batches, n_epoch, rounds):
 def ordinary_loop(make_model, data, bs, n_epoch):
     "What one writes without a library: DataLoader and AdamW"
     model = make_model()
-    loader, opt = DataLoader(TensorDataset(*data), bs, shuffle=True), torch.optim.AdamW(model.parameters(), lr=1e-3)
+    loader = DataLoader(TensorDataset(*data), bs, shuffle=True)
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-3)
     loss_func = nn.CrossEntropyLoss()
     model.train()
-    for epoch in range(n_epoch):
+    for _ in range(n_epoch):
         for xb, yb in loader:
             loss = loss_func(model(xb), yb)
             loss.backward()
@@ -76,12 +80,14 @@ def ordinary_loop(make_model, data, bs, n_epoch):
 def defaults(make_model, data, bs, n_epoch, rounds):
     "Seconds of the ordinary loop and of a learner with its defaults, construction included"
     def ours():
-        learn = Learner(DataLoaders.from_tensors(data, bs=bs), make_model(), nn.CrossEntropyLoss(), device='cpu')
+        learn = Learner(DataLoaders.from_tensors(data, bs=bs), make_model(), nn.CrossEntropyLoss(),
+                        device='cpu')
         with learn.no_logging(): learn.fit(n_epoch)
-    return interleaved({'ordinary': lambda: ordinary_loop(make_model, data, bs, n_epoch), 'learnkit': ours}, rounds)
+    return interleaved({'ordinary': lambda: ordinary_loop(make_model, data, bs, n_epoch),
+                        'learnkit': ours}, rounds)
 
 
-def batches_of(x, y, bs): return list(zip(x.split(bs), y.split(bs)))
+def batches_of(x, y, bs): return list(zip(x.split(bs), y.split(bs), strict=True))
 
 
 if __name__ == '__main__':
@@ -89,13 +95,18 @@ if __name__ == '__main__':
     points = torch.randn(9600, 20), torch.randint(2, (9600,))
     pictures = torch.rand(1280, 1, 28, 28), torch.randint(10, (1280,))
     digits = load_digits()
-    images = torch.tensor(digits.images / 16, dtype=torch.float32)[:, None], torch.tensor(digits.target)
+    images = (torch.tensor(digits.images / 16, dtype=torch.float32)[:, None],
+              torch.tensor(digits.target))
     rows = []
     for what, seconds, base, limit in (
-        ('loop over bare loop, 20-32-2 MLP, batch 32, 3,000 steps', overhead(mlp, batches_of(*points, 32), 10, 11), 'bare', 1.05),
-        ('loop over bare loop, the CNN of `make train`, batch 64, 20 steps', overhead(mnist_cnn, batches_of(*pictures, 64), 1, 21), 'bare', 1.02),
-        ('defaults over DataLoader + AdamW, 20-32-2 MLP, batch 32', defaults(mlp, points, 32, 3, 11), 'ordinary', 0.8),
-        ('defaults over DataLoader + AdamW, digits CNN, batch 64', defaults(digits_cnn, images, 64, 5, 11), 'ordinary', 0.85)):
+        ('loop over bare loop, 20-32-2 MLP, batch 32, 3,000 steps',
+         overhead(mlp, batches_of(*points, 32), 10, 11), 'bare', 1.05),
+        ('loop over bare loop, the CNN of `make train`, batch 64, 20 steps',
+         overhead(mnist_cnn, batches_of(*pictures, 64), 1, 21), 'bare', 1.02),
+        ('defaults over DataLoader + AdamW, 20-32-2 MLP, batch 32',
+         defaults(mlp, points, 32, 3, 11), 'ordinary', 0.8),
+        ('defaults over DataLoader + AdamW, digits CNN, batch 64',
+         defaults(digits_cnn, images, 64, 5, 11), 'ordinary', 0.85)):
         value = ratio(seconds, 'learnkit', base)
         rows.append((what, f'{value:.3f}x', f'at most {limit}x', value <= limit))
     report('The loop', rows)

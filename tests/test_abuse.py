@@ -1,4 +1,4 @@
-"""Damaged files, full disks, two processes, odd names, forks, errors anywhere: never other numbers"""
+"Damaged files, full disks, two processes, odd names, forks, errors anywhere: never other numbers"
 import errno, json, os, pickle, random, shutil, signal, time, warnings
 from contextlib import contextmanager
 from functools import partial
@@ -65,9 +65,12 @@ def two_groups(model): return [list(model[:2].parameters()), list(model[2:].para
 
 def make(root, seed=0, cbs=(), name='run', model=None, **kwargs):
     set_seed(seed)
-    model = model or nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 2))
-    learn = CheckpointedLearner(data(), model, nn.CrossEntropyLoss(), metrics=accuracy, lr=1e-2, splitter=two_groups,
-                                root=root, name=name, device='cpu', cbs=[Fits(), At(), *cbs], **kwargs)
+    model = model or nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3),
+                                   nn.Linear(8, 2))
+    learn = CheckpointedLearner(data(), model, nn.CrossEntropyLoss(), metrics=accuracy, lr=1e-2,
+                                splitter=two_groups,
+                                root=root, name=name, device='cpu', cbs=[Fits(), At(), *cbs],
+                                **kwargs)
     learn.remove_cb(Progress)
     return learn
 
@@ -131,7 +134,8 @@ def flip(path, rng):
 def cut(path, rng): path.write_bytes(path.read_bytes()[:rng.randrange(path.stat().st_size)])
 
 
-PLACES = {'node': 'nodes/*.json', 'pack': 'packs/*.safetensors', 'format': 'format.json', 'save': 'work/*/*/*/*'}
+PLACES = {'node': 'nodes/*.json', 'pack': 'packs/*.safetensors', 'format': 'format.json',
+          'save': 'work/*/*/*/*'}
 
 
 def damaged(tmp_path, source, wanted, kind, times, save_every):
@@ -163,7 +167,8 @@ def test_a_damaged_file_of_a_finished_run(tmp_path, complete, kind):
 @pytest.mark.parametrize('kind', PLACES)
 def test_a_file_that_is_gone_or_empty(tmp_path, broken_off, kind):
     source, wanted = broken_off
-    files = [path.relative_to(source) for path in sorted((source / 'run').glob(PLACES[kind])) if path.is_file()]
+    files = [path.relative_to(source)
+             for path in sorted((source / 'run').glob(PLACES[kind])) if path.is_file()]
     for i, path in enumerate(files[:6]):
         for j, change in enumerate((Path.unlink, lambda path: path.write_bytes(b''))):
             root = tmp_path / f'{i}-{j}'
@@ -244,7 +249,8 @@ def full(tmp_path, wanted, n, forever): # whether the error, if there was one, n
         except OSError as error:
             assert error.errno == errno.ENOSPC
             named = str(root) in str(error)
-    for path in (root / 'run' / 'nodes').glob('*.json') if root.exists() else (): assert path.stat().st_size
+    for path in (root / 'run' / 'nodes').glob('*.json') if root.exists() else ():
+        assert path.stat().st_size
     assert script(make(root, save_every='2 steps')) == wanted, n
     Fits.n = 0
     assert script(make(root, seed=2)) == wanted and not Fits.n
@@ -266,7 +272,8 @@ def test_a_full_disk_leaves_what_was_there_and_the_next_run_completes(tmp_path, 
 @pytest.mark.parametrize('forever', [True, False])
 def test_a_full_disk_at_every_write(tmp_path, complete, forever):
     total = count_writes(tmp_path / 'count')
-    assert not [n for n in range(1, total + 1) if not full(tmp_path, complete[1], n, forever)]  # each names the path
+    # each names the path
+    assert not [n for n in range(1, total + 1) if not full(tmp_path, complete[1], n, forever)]
 
 
 def test_a_full_disk_and_the_same_cells_again(tmp_path, complete):
@@ -290,7 +297,8 @@ def test_a_finished_run_is_read_where_nothing_can_be_written(tmp_path, complete)
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     for error in (errno.EROFS, errno.EACCES):
-        with failing(1, error), pytest.raises(OSError) as caught: script(make(tmp_path / str(error)))
+        with failing(1, error), pytest.raises(OSError) as caught:
+            script(make(tmp_path / str(error)))
         assert caught.value.errno == error and str(tmp_path) in str(caught.value)
     blocked = tmp_path / 'file'
     blocked.write_text('')
@@ -331,7 +339,9 @@ class Slow(Callback):
 
 
 def test_two_processes_with_the_same_script_both_end_as_they_should(tmp_path, complete):
-    def body(): return 0 if script(make(tmp_path, cbs=[Slow(0.01)], save_every='2 steps')) == complete[1] else 98
+    def body():
+        return 0 if script(make(tmp_path, cbs=[Slow(0.01)],
+                                save_every='2 steps')) == complete[1] else 98
     assert ended(*[forked(body) for _ in range(3)]) == [0, 0, 0]
     assert script(make(tmp_path)) == complete[1] and not Fits.n
 
@@ -373,7 +383,8 @@ def test_who_waits_too_long_is_told_who_holds_the_block(tmp_path, monkeypatch):
     learn = make(tmp_path)
     with pytest.raises(LockedError) as caught:
         with learn.checkpoint(2) as cp: cp.fit(1)
-    assert caught.value.holder['pid'] == pid and str(pid) in str(caught.value) and os.uname().nodename in str(caught.value)
+    assert caught.value.holder['pid'] == pid and str(pid) in str(caught.value)
+    assert os.uname().nodename in str(caught.value)
     assert Store(tmp_path / 'run').ids() == [1]
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
@@ -415,8 +426,10 @@ def test_a_run_deleted_by_another_process_while_a_block_is_open(tmp_path):
 # Ids and names
 
 @pytest.mark.parametrize('id', [
-    '../x', '..', '.', '', ' ', 'a/b', 'a\\b', '/etc', '.hidden', '-x', '=a', '+a', 'a ', 'a\n', 'a\0', 'ünï', 'a\u200b', '\uff41', 'a\u0301',
-    '\u202ea', 'x' * 65, True, False, float('nan'), float('inf'), -float('inf'), 10**400, None, b'a', (1,), np.int64(1), torch.tensor(1)], ids=ascii)
+    '../x', '..', '.', '', ' ', 'a/b', 'a\\b', '/etc', '.hidden', '-x', '=a', '+a', 'a ', 'a\n',
+    'a\0', 'ünï', 'a\u200b', '\uff41', 'a\u0301',
+    '\u202ea', 'x' * 65, True, False, float('nan'), float('inf'), -float('inf'), 10**400, None,
+    b'a', (1,), np.int64(1), torch.tensor(1)], ids=ascii)
 def test_an_id_that_is_refused_leaves_nothing(tmp_path, id):
     learn = make(tmp_path)
     with pytest.raises((ValueError, TypeError), match='is no id'):
@@ -428,12 +441,15 @@ def test_an_id_that_is_refused_leaves_nothing(tmp_path, id):
 
 def test_deleting_what_cannot_be_there_leaves_nothing(tmp_path):
     for id in ('../x', True, 7):
-        with pytest.raises((ValueError, TypeError, LookupError)): make(tmp_path).delete_checkpoint(id)
+        with pytest.raises((ValueError, TypeError, LookupError)):
+            make(tmp_path).delete_checkpoint(id)
     assert not list(tmp_path.iterdir())
 
 
-GOOD = [0, 1, -1, 1.5, 0.1 + 0.2, 0.3, 5e-324, 1e22, 10**50, '1', '1.5', '01', '1e5', 'a', 'A', 'aA', 'Aa', 'AA', 'aa', 'K', 'con', 'CON', 'nul.txt',
-        'LPT1', 'a.', 'a..b', 'lock', 'nodes', 'format.json', 'x' * 64, 'X' * 64, 'a_b', 'a-b', '0x1']
+GOOD = [0, 1, -1, 1.5, 0.1 + 0.2, 0.3, 5e-324, 1e22, 10**50, '1', '1.5', '01', '1e5', 'a', 'A',
+        'aA', 'Aa', 'AA', 'aa', 'K', 'con', 'CON', 'nul.txt',
+        'LPT1', 'a.', 'a..b', 'lock', 'nodes', 'format.json', 'x' * 64, 'X' * 64, 'a_b', 'a-b',
+        '0x1']
 
 
 def test_ids_that_look_alike_are_different_checkpoints(tmp_path):
@@ -442,13 +458,16 @@ def test_ids_that_look_alike_are_different_checkpoints(tmp_path):
         learn.lr = 0.1 + i
         with learn.checkpoint(id, f'number {i}'): pass
     ids = Store(tmp_path / 'run').ids()
-    assert len(ids) == len(GOOD) and {(type(id), id) for id in ids} == {(type(id), id) for id in [*GOOD[:7], 10**22, *GOOD[8:]]}
+    assert len(ids) == len(GOOD)
+    assert {(type(id), id) for id in ids} == {(type(id), id)
+                                              for id in [*GOOD[:7], 10**22, *GOOD[8:]]}
     files = [path.name for path in (tmp_path / 'run' / 'nodes').iterdir()]
     assert len({name.lower() for name in files}) == len(GOOD) and max(map(len, files)) < 200
     assert {path.name for path in tmp_path.iterdir()} == {'run'}
     for i, id in enumerate(GOOD):
         learn.rollback(id)
-        assert learn.lr == 0.1 + i and Store(tmp_path / 'run').read(id)['description'] == f'number {i}'
+        assert learn.lr == 0.1 + i
+        assert Store(tmp_path / 'run').read(id)['description'] == f'number {i}'
 
 
 @pytest.mark.parametrize('same', [(1, 1.0), (0, -0.0), (100000, 1e5), (10**22, 1e22)])
@@ -459,8 +478,10 @@ def test_numbers_that_are_equal_are_one_id(tmp_path, same):
     assert Fits.n == 3 and len(Store(tmp_path / 'run').ids()) == 1
 
 
-@pytest.mark.parametrize('name', ['../x', '..', '/abs', 'a/../b', 'a//b', 'a/', '/a', 'CON', 'a/nul', 'nodes/x', 'x/packs', 'lock', 'ü', '', 'a b',
-                                  '.a', 'a' * 65, 'a\0', 'a\\b', 'a.', 1, None, True, Path('a')], ids=ascii)
+@pytest.mark.parametrize('name', ['../x', '..', '/abs', 'a/../b', 'a//b', 'a/', '/a', 'CON',
+                                  'a/nul', 'nodes/x', 'x/packs', 'lock', 'ü', '', 'a b',
+                                  '.a', 'a' * 65, 'a\0', 'a\\b', 'a.', 1, None, True, Path('a')],
+                         ids=ascii)
 def test_a_name_that_is_refused_leaves_nothing(tmp_path, name):
     with pytest.raises((ValueError, TypeError), match='no name'): make(tmp_path, name=name)
     assert not list(tmp_path.iterdir())
@@ -486,13 +507,16 @@ class Big(nn.Module):
     def forward(self, x): return self.head(self.body(x))
 
 
-def bytes_of(root, pattern='*'): return sum(path.stat().st_size for path in root.rglob(pattern) if path.is_file())
+def bytes_of(root, pattern='*'):
+    return sum(path.stat().st_size for path in root.rglob(pattern) if path.is_file())
 
 
 def test_ten_forks_cost_less_than_a_hundredth_of_a_state(tmp_path):
     learn = make(tmp_path, model=Big())
     with learn.checkpoint(0) as cp: cp.fit(1)
-    before, packs, state = bytes_of(tmp_path), bytes_of(tmp_path, '*.safetensors'), 3 * 4 * sum(p.numel() for p in learn.model.parameters())
+    before = bytes_of(tmp_path)
+    packs = bytes_of(tmp_path, '*.safetensors')
+    state = 3 * 4 * sum(p.numel() for p in learn.model.parameters())
     for i in range(1, 11):
         with learn.checkpoint(i, parent=0): pass
     assert bytes_of(tmp_path) - before < 0.01 * state
@@ -509,7 +533,8 @@ def test_with_a_frozen_body_only_the_head_is_stored(tmp_path):
     for i in range(1, 4):
         before = bytes_of(tmp_path, '*.safetensors')
         with learn.checkpoint(i) as cp: cp.fit(1)
-        assert head <= bytes_of(tmp_path, '*.safetensors') - before < head + 20_000  # and the state of generators
+        # and the state of generators
+        assert head <= bytes_of(tmp_path, '*.safetensors') - before < head + 20_000
     for path in (tmp_path / 'run' / 'nodes').iterdir(): assert path.stat().st_size < 60_000
 
 
@@ -517,7 +542,8 @@ def test_with_a_frozen_body_only_the_head_is_stored(tmp_path):
 
 def seen(learn): # all that is to be equal
     history = learn.recorder.df.drop(columns='time').to_json()
-    return digest(learn), history, learn.epoch, learn.iter, learn.fit_ended, [p.requires_grad for p in learn.model.parameters()], learn.lr
+    return (digest(learn), history, learn.epoch, learn.iter, learn.fit_ended,
+            [p.requires_grad for p in learn.model.parameters()], learn.lr)
 
 
 def events_script(learn):
@@ -530,7 +556,8 @@ def events_script(learn):
 
 
 @pytest.fixture(scope='module')
-def undisturbed(tmp_path_factory): return events_script(make(tmp_path_factory.mktemp('undisturbed')))
+def undisturbed(tmp_path_factory):
+    return events_script(make(tmp_path_factory.mktemp('undisturbed')))
 
 
 def disturbed(root, event, n, save_every, anew, error=Boom):
@@ -549,7 +576,8 @@ FIRING = sorted(EVENTS - {'after_create'})
 @pytest.mark.parametrize('event', FIRING)
 def test_an_error_at_an_event_and_then_again(tmp_path, undisturbed, event):
     rng = random.Random(event)
-    assert disturbed(tmp_path, event, rng.randint(1, 5), rng.choice(['1 epoch', '1 step']), rng.random() < 0.5) == undisturbed
+    assert disturbed(tmp_path, event, rng.randint(1, 5), rng.choice(['1 epoch', '1 step']),
+                     rng.random() < 0.5) == undisturbed
 
 
 @pytest.mark.slow
@@ -559,4 +587,5 @@ def test_an_error_at_an_event_and_then_again(tmp_path, undisturbed, event):
 def test_an_error_anywhere_and_then_again(tmp_path, undisturbed, event, save_every, anew):
     for n in (1, 2, 3, 5, 8, 13):
         for error in (Boom, KeyboardInterrupt):
-            assert disturbed(tmp_path / f'{n}{error}', event, n, save_every, anew, error) == undisturbed, (n, error)
+            assert disturbed(tmp_path / f'{n}{error}', event, n, save_every, anew,
+                             error) == undisturbed, (n, error)

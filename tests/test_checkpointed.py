@@ -27,15 +27,18 @@ def counted():
 def data(seed=0, n=48, **kwargs):
     gen = torch.Generator().manual_seed(seed)
     x = torch.randn(n, 4, generator=gen)
-    return DataLoaders.from_tensors((x, (x[:, 0] > 0).long()), valid_pct=0.25, bs=12, device='cpu', **kwargs)
+    return DataLoaders.from_tensors((x, (x[:, 0] > 0).long()), valid_pct=0.25, bs=12, device='cpu',
+                                    **kwargs)
 
 
-def make(root, *, cls=CheckpointedLearner, seed=0, dls=None, model=None, loss_func=None, opt_func=None,
+def make(root, *, cls=CheckpointedLearner, seed=0, dls=None, model=None, loss_func=None,
+         opt_func=None,
          lr=1e-2, name='run', cbs=(), **kwargs):
     torch.manual_seed(seed), random.seed(seed), np.random.seed(seed)
     model = model or nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 2))
     kwargs.setdefault('metrics', accuracy)
-    learn = cls(dls or data(), model, loss_func or nn.CrossEntropyLoss(), opt_func=opt_func, lr=lr, root=root,
+    learn = cls(dls or data(), model, loss_func or nn.CrossEntropyLoss(), opt_func=opt_func, lr=lr,
+                root=root,
                 name=name, device='cpu', cbs=[Fits(), *cbs], **kwargs)
     learn.remove_cb(Progress)
     return learn
@@ -71,7 +74,8 @@ def test_a_second_run_writes_nothing(tmp_path):
     script(make(tmp_path))
     files = {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in tmp_path.rglob('*') if p.is_file()}
     script(make(tmp_path))
-    assert files == {p: (p.stat().st_mtime_ns, p.stat().st_ino) for p in tmp_path.rglob('*') if p.is_file()}
+    assert files == {p: (p.stat().st_mtime_ns, p.stat().st_ino)
+                     for p in tmp_path.rglob('*') if p.is_file()}
 
 
 def test_checkpointed_equals_plain_training(tmp_path):
@@ -118,15 +122,20 @@ def test_the_table_is_printed_again(tmp_path, capsys):
 # What has changed
 
 @pytest.mark.parametrize('change, text', [
-    (dict(lr=2e-2), 'lr 0.01 -> 0.02'), (dict(wd=0.1), 'wd'), (dict(loss_func=nn.CrossEntropyLoss(label_smoothing=0.1)), 'label_smoothing'),
+    (dict(lr=2e-2), 'lr 0.01 -> 0.02'), (dict(wd=0.1), 'wd'),
+    (dict(loss_func=nn.CrossEntropyLoss(label_smoothing=0.1)), 'label_smoothing'),
     (dict(opt_func=Adam), 'opt_func'), (dict(metrics=None), 'metrics'),
     (dict(cbs=[GradientClip(1.)]), 'cbs'), (dict(n_inp=1), 'n_inp'),
-    (dict(model=nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 2))), 'p 0.3 -> 0.2'),
-    (dict(model=nn.Sequential(nn.Linear(4, 9), nn.ReLU(), nn.Dropout(0.3), nn.Linear(9, 2))), 'model'),
-    (dict(dls=data(1)), 'values'), (dict(splitter=lambda m: [list(m[0].parameters()), list(m[3].parameters())]), 'splitter')])
+    (dict(model=nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 2))),
+     'p 0.3 -> 0.2'),
+    (dict(model=nn.Sequential(nn.Linear(4, 9), nn.ReLU(), nn.Dropout(0.3), nn.Linear(9, 2))),
+     'model'),
+    (dict(dls=data(1)), 'values'),
+    (dict(splitter=lambda m: [list(m[0].parameters()), list(m[3].parameters())]), 'splitter')])
 def test_a_changed_constructor_argument_is_stale(tmp_path, change, text):
     script(make(tmp_path))
-    with pytest.raises(StaleCheckpoint, match='checkpoint 1') as caught: script(make(tmp_path, **change))
+    with pytest.raises(StaleCheckpoint, match='checkpoint 1') as caught:
+        script(make(tmp_path, **change))
     assert text in str(caught.value)
     assert 'on_change' in str(caught.value) and 'checkpoint 2' in str(caught.value)
 
@@ -185,14 +194,17 @@ def test_a_change_between_blocks_is_stale(tmp_path):
     def zero(learn):
         with torch.no_grad(): learn.model[0].weight.zero_()
     first = run(lambda learn: None)
-    for change, text in ((zero, 'model'), (lambda learn: learn.add_cb(GradientClip(1.)), 'GradientClip'),
-                         (lambda learn: learn.freeze_to(0), None), (lambda learn: setattr(learn, 'lr', 1.), 'lr'),
+    for change, text in ((zero, 'model'),
+                         (lambda learn: learn.add_cb(GradientClip(1.)), 'GradientClip'),
+                         (lambda learn: learn.freeze_to(0), None),
+                         (lambda learn: setattr(learn, 'lr', 1.), 'lr'),
                          (lambda learn: setattr(learn.model[2], 'p', 0.9), '0.9'),
                          (lambda learn: learn.model[0].weight.requires_grad_(False), 'frozen')):
         if text is None: run(change)
         else:
             with pytest.raises(StaleCheckpoint, match=text): run(change)
-    assert digest(run(lambda learn: torch.rand(3))) == digest(first)  # what is drawn between is laid back
+    # what is drawn between is laid back
+    assert digest(run(lambda learn: torch.rand(3))) == digest(first)
 
 
 def test_a_change_inside_a_block_is_stale(tmp_path):
@@ -234,7 +246,9 @@ def test_a_large_tensor_that_was_changed_after_a_fetch_is_noticed(tmp_path, edit
             with torch.no_grad(): weight.add_(1)
         if change == 'data': weight.data[0, 0] += 1
         if change == 'numpy': weight.detach().numpy()[-1, -1] += 1
-        if change == 'swap': weight.data[:70_000], weight.data[-70_000:] = weight.data[-70_000:].clone(), weight.data[:70_000].clone()
+        if change == 'swap':
+            weight.data[:70_000], weight.data[-70_000:] = (weight.data[-70_000:].clone(),
+                                                           weight.data[:70_000].clone())
         if change == 'last byte': weight.data.view(-1).view(torch.uint8)[-1] ^= 1
         with learn.checkpoint(2) as cp: cp.fit(n_steps=1)
     run(None), run(None)
@@ -309,14 +323,19 @@ def once(tmp_path, method, *args, cls=Own, **kwargs):
     with learn.checkpoint(1) as cp: return learn, getattr(cp, method)(*args, **kwargs)
 
 
-frame = pd.DataFrame({'a': [1, 2], 'b': [0.5, math.nan], 'c': ['x', None], 'd': pd.to_datetime(['2020-01-01', None]), 'e': [True, False]})
+frame = pd.DataFrame({'a': [1, 2], 'b': [0.5, math.nan], 'c': ['x', None],
+                      'd': pd.to_datetime(['2020-01-01', None]), 'e': [True, False]})
 
 
 @pytest.mark.parametrize('value', [
-    None, 0, False, '', [], {}, (), 0., math.inf, -0., 1, 'text', [1, (2, {'a': None})], {1: 2, None: 'x', ('a', 1): 3}, slice(1, 2),
-    torch.arange(6).view(2, 3), torch.tensor(1.5), [torch.zeros(0, 3), torch.tensor(True)], np.arange(4.).reshape(2, 2),
-    np.float32(0.5), Pair(1, [Pair(torch.ones(2), None)]), frame, frame.set_index('c'), frame['b'], frame.iloc[:0], torch.float16,
-    {'$tensor': 1}, {'learnkit': 'result'}, 2**70, frame.set_index('d').rename_axis(columns='k')], ids=lambda v: type(v).__name__)
+    None, 0, False, '', [], {}, (), 0., math.inf, -0., 1, 'text', [1, (2, {'a': None})],
+    {1: 2, None: 'x', ('a', 1): 3}, slice(1, 2),
+    torch.arange(6).view(2, 3), torch.tensor(1.5), [torch.zeros(0, 3), torch.tensor(True)],
+    np.arange(4.).reshape(2, 2),
+    np.float32(0.5), Pair(1, [Pair(torch.ones(2), None)]), frame, frame.set_index('c'), frame['b'],
+    frame.iloc[:0], torch.float16,
+    {'$tensor': 1}, {'learnkit': 'result'}, 2**70, frame.set_index('d').rename_axis(columns='k')],
+                         ids=lambda v: type(v).__name__)
 def test_results_come_back_as_they_were(tmp_path, value):
     CALLS.clear()
     first, again = once(tmp_path, 'give', value)[1], once(tmp_path, 'give', value)[1]
@@ -599,7 +618,7 @@ def test_a_call_that_failed_at_once_leaves_nothing_to_compare_with(tmp_path):
         with pytest.raises(TypeError): cp.fit(2, cbs='no callback')
         cp.fit(2)
     learn = make(tmp_path, opt_func=partial(SGD, foreach='no'), name='other')
-    with pytest.raises(Exception):
+    with pytest.raises(TypeError, match='dls is a int'):
         with learn.checkpoint(1) as cp: cp.fit(1, dls=3)
     learn = make(tmp_path, lr=0.5, name='other')
     with learn.checkpoint(1) as cp: cp.fit(1)
@@ -702,7 +721,8 @@ def test_rollback_brings_back_everything(tmp_path):
     with learn.checkpoint(1) as cp: cp.fit(1)
     one = digest(learn)
     with learn.checkpoint(2) as cp:
-        cp.setup(opt_func=partial(SGD, momentum=0.9), lr=1e-1, loss_func=nn.CrossEntropyLoss(label_smoothing=0.1))
+        cp.setup(opt_func=partial(SGD, momentum=0.9), lr=1e-1,
+                 loss_func=nn.CrossEntropyLoss(label_smoothing=0.1))
         cp.add_cb(EMA(0.9))
         cp.fit(1)
     two = digest(learn)
@@ -716,7 +736,8 @@ def test_rollback_brings_back_everything(tmp_path):
     with pytest.raises(StaleCheckpoint, match='learn.setup') as caught: fresh.rollback(2)
     assert 'learn.add_cb' in str(caught.value)
     assert digest(fresh) == one
-    fresh.setup(opt_func=partial(SGD, momentum=0.9), lr=1e-1, loss_func=nn.CrossEntropyLoss(label_smoothing=0.1))
+    fresh.setup(opt_func=partial(SGD, momentum=0.9), lr=1e-1,
+                loss_func=nn.CrossEntropyLoss(label_smoothing=0.1))
     fresh.add_cb(EMA(0.9))
     fresh.rollback(2)
     assert digest(fresh) == two
@@ -813,7 +834,8 @@ def test_one_cell_run_twice_is_a_rerun(tmp_path):
 def test_entering_from_elsewhere_names_the_parent_and_the_place(tmp_path):
     script(make(tmp_path))
     learn = make(tmp_path)
-    with pytest.raises(StaleCheckpoint, match='recorded from checkpoint 1.*stands at the beginning'):
+    with pytest.raises(StaleCheckpoint,
+                       match='recorded from checkpoint 1.*stands at the beginning'):
         with learn.checkpoint(2): pass
     with learn.checkpoint(5): pass
     with pytest.raises(StaleCheckpoint, match='stands at checkpoint 5'):
@@ -845,7 +867,8 @@ def test_calls_past_the_open_block_are_errors(tmp_path):
             with pytest.raises(RuntimeError, match=f'cp.{name}'): getattr(learn, name)(1)
         learn.validate()
         with cp.added_cbs(GradientClip(1.)): cp.fit(1)
-        for wrong in (lambda: learn.rollback(1), lambda: learn.checkpoint(2).__enter__(), lambda: learn.delete_run()):
+        for wrong in (lambda: learn.rollback(1), lambda: learn.checkpoint(2).__enter__(),
+                      lambda: learn.delete_run()):
             with pytest.raises(RuntimeError, match='inside the block'): wrong()
     learn.fit(1)
     with pytest.raises(RuntimeError, match='has ended'): cp.fit(1)
@@ -883,7 +906,8 @@ def test_state_of_callbacks_is_laid_over_those_that_are_passed(tmp_path):
         with learn.checkpoint(1) as cp: cp.fit(2, cbs=[best, ema])
         return learn, best, ema
     (a, best_a, ema_a), (b, best_b, ema_b) = run(), run()
-    assert best_a.best == best_b.best and tree_digest(best_a.state_dict()) == tree_digest(best_b.state_dict())
+    assert best_a.best == best_b.best
+    assert tree_digest(best_a.state_dict()) == tree_digest(best_b.state_dict())
     assert tree_digest(ema_a.state_dict()) == tree_digest(ema_b.state_dict())
     assert torch.equal(a.ema_model[0].weight, b.ema_model[0].weight)
     learn = make(tmp_path)
@@ -894,14 +918,17 @@ def test_state_of_callbacks_is_laid_over_those_that_are_passed(tmp_path):
 def test_changed_code_is_told_once_or_an_error(tmp_path):
     def loss_of(text):
         names = {}
-        exec(compile(text, str(tmp_path / 'loss.py'), 'exec'), {'torch': torch, '__name__': 'losses'}, names)
+        exec(compile(text, str(tmp_path / 'loss.py'), 'exec'),
+             {'torch': torch, '__name__': 'losses'}, names)
         return names['loss']
     one = loss_of('def loss(pred, targ): return torch.nn.functional.cross_entropy(pred, targ)')
     two = loss_of('def loss(pred, targ): return torch.nn.functional.cross_entropy(pred, targ) * 2')
     script(make(tmp_path, loss_func=one))
-    with pytest.warns(UserWarning, match='code of .*loss has changed') as caught: script(make(tmp_path, loss_func=two))
+    with pytest.warns(UserWarning, match='code of .*loss has changed') as caught:
+        script(make(tmp_path, loss_func=two))
     assert len([w for w in caught if 'has changed' in str(w.message)]) == 1
-    with pytest.raises(StaleCheckpoint, match='loss'): script(make(tmp_path, loss_func=two, code='strict'))
+    with pytest.raises(StaleCheckpoint, match='loss'):
+        script(make(tmp_path, loss_func=two, code='strict'))
 
 
 def test_plan_ends_at_the_first_call_that_would_be_computed(tmp_path, capsys):

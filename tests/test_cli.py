@@ -57,7 +57,8 @@ def test_ls_goes_on_past_what_is_broken(root, command):
     Path('ckpts/later').mkdir()
     Path('ckpts/later/format.json').write_text('{"format": 99}')
     out = command('ls')
-    assert re.search(r'digits +\? +\? .*damaged', out) and 'digits/small' in out and 'newer learnkit' in out
+    assert re.search(r'digits +\? +\? .*damaged', out) and 'digits/small' in out
+    assert 'newer learnkit' in out
 
 
 def test_ls_follows_no_links_and_knows_no_hidden_folders(root, command):
@@ -105,13 +106,15 @@ def test_looking_needs_no_lock_and_writes_nothing(root, command):
 def test_other_roots(root, command):
     os.rename('ckpts', 'elsewhere')
     assert 'digits' in command('ls --root elsewhere') and command('tree digits --root elsewhere')
-    assert command('ls', 1) == 'learnkit: there is no folder ckpts: say with --root where your runs are\n'
+    assert command('ls',
+                   1) == 'learnkit: there is no folder ckpts: say with --root where your runs are\n'
 
 
 def test_a_damaged_checkpoint_is_told(root, command):
     Path('ckpts/digits/nodes/2.json').write_text('no')
     assert '✗ 2' in command('tree digits') and command('show digits 1')
-    assert 'cannot be used' in command('show digits 2', 1) and 'cannot be used' in command('diff digits 1 2', 1)
+    assert 'cannot be used' in command('show digits 2', 1)
+    assert 'cannot be used' in command('diff digits 1 2', 1)
 
 
 # Deleting
@@ -122,7 +125,8 @@ def test_rm_of_a_leaf(root, command):
 
 
 def test_rm_of_a_parent_needs_force(root, command):
-    assert command('rm digits 1 --yes', 1) == ("learnkit: checkpoint 2, 'abc' went on from checkpoint 1: delete that first, "
+    assert command('rm digits 1 --yes', 1) == (
+        "learnkit: checkpoint 2, 'abc' went on from checkpoint 1: delete that first, "
                                                'or give --force, which keeps what they need\n')
     assert ids() == [1, 2, 3, 'abc']
     command('rm digits 1 --yes --force')
@@ -146,8 +150,9 @@ def test_rm_of_a_run_leaves_those_inside_it(root, command):
     assert not list(Path('ckpts').rglob('*.json'))
 
 
-@pytest.mark.parametrize('answer, deleted', [('y\n', True), ('YES\n', True), ('n\n', False), ('\n', False),
-                                             ('maybe\n', False), ('', False)])
+@pytest.mark.parametrize('answer, deleted',
+                         [('y\n', True), ('YES\n', True), ('n\n', False), ('\n', False),
+                          ('maybe\n', False), ('', False)])
 @pytest.mark.parametrize('text', ['rm digits 3', 'rm digits'])
 def test_it_asks_first(root, capsys, monkeypatch, text, answer, deleted):
     monkeypatch.setattr(sys, 'stdin', io.StringIO(answer))
@@ -165,8 +170,10 @@ def test_what_is_asked_names_what_goes(root, capsys, monkeypatch):
 
 
 def test_rm_of_what_is_not_there(root, command):
-    assert 'there is no checkpoint 9 in ckpts/digits; have: 1, 2, 3' in command('rm digits 9 --yes', 1)
-    assert command('rm other --yes', 1) == 'learnkit: there is no run other in ckpts; have: digits, digits/small\n'
+    said = command('rm digits 9 --yes', 1)
+    assert 'there is no checkpoint 9 in ckpts/digits; have: 1, 2, 3' in said
+    assert command('rm other --yes',
+                   1) == 'learnkit: there is no run other in ckpts; have: digits, digits/small\n'
     assert ids() == [1, 2, 3, 'abc'] and not Path('ckpts/other').exists()
 
 
@@ -197,7 +204,8 @@ def test_gc(root, command):
     store = Store(Path('ckpts/digits'))
     with store.writing(): store.put({'w': torch.zeros(50_000)})
     assert command('gc digits --yes') == 'freed 200 kB: 1 pack\n'
-    assert command('gc digits') == 'nothing to free\n' and not list(Path('ckpts/digits/packs').iterdir())
+    assert command('gc digits') == 'nothing to free\n'
+    assert not list(Path('ckpts/digits/packs').iterdir())
 
 
 def test_gc_asks_first(root, capsys, monkeypatch):
@@ -211,7 +219,8 @@ def test_gc_asks_first(root, capsys, monkeypatch):
 # Words that are not understood
 
 @pytest.mark.parametrize('text', [
-    '', 'shout', 'tree', 'tree digits 1', 'show digits', 'show digits x!', 'diff digits 1', 'tree ../up',
+    '', 'shout', 'tree', 'tree digits 1', 'show digits', 'show digits x!', 'diff digits 1',
+    'tree ../up',
     'tree nodes', 'tree /etc', 'rm digits 1 2', 'ls --root', 'gc'])
 def test_usage_errors(root, capsys, text):
     with pytest.raises(SystemExit) as caught: main(text.split())
@@ -238,18 +247,21 @@ def test_help_names_every_command(capsys):
 def test_many_runs_are_not_all_listed(tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
     for i in range(12): saved(Path(f'ckpts/r{i:02}'), node(1))
-    assert command('tree x', 1).endswith('have: r00, r01, r02, r03, r04, r05, r06, r07, r08, 3 more\n')
+    assert command('tree x',
+                   1).endswith('have: r00, r01, r02, r03, r04, r05, r06, r07, r08, 3 more\n')
 
 
 # As a process
 
 def run(text, cwd, **env):
-    return subprocess.run([*PYTHON, *text.split()], cwd=cwd, env={**os.environ, **env}, capture_output=True,
+    return subprocess.run([*PYTHON, *text.split()], cwd=cwd, env={**os.environ, **env},
+                          capture_output=True,
                           stdin=subprocess.DEVNULL, timeout=60)
 
 
 def start(text, cwd, **kwargs):
-    pipes = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, **kwargs}
+    pipes = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE,
+             **kwargs}
     return subprocess.Popen([*PYTHON, *text.split()], cwd=cwd, **pipes)
 
 
@@ -267,7 +279,8 @@ def test_an_output_without_lines_and_dots_gets_ascii(root):
 
 
 def test_a_pipe_that_closes_early_is_no_error(tmp_path):
-    saved(tmp_path / 'ckpts/many', *(node(i, i - 1 or None, 'a long description ' * 50) for i in range(1, 200)))
+    saved(tmp_path / 'ckpts/many',
+          *(node(i, i - 1 or None, 'a long description ' * 50) for i in range(1, 200)))
     child = start('tree many', tmp_path)
     child.stdout.read(10)
     child.stdout.close()
@@ -285,7 +298,8 @@ def test_what_is_no_terminal_gets_all_and_no_colours(root, command, monkeypatch)
 def test_a_terminal_is_not_overrun(root):
     import fcntl, struct, termios
     columns = 50
-    saved(root / 'ckpts/wide', node(1, None, 'word ' * 60), node(2, 1, '数字' * 60), node(3, 1, closed=False))
+    saved(root / 'ckpts/wide', node(1, None, 'word ' * 60), node(2, 1, '数字' * 60),
+          node(3, 1, closed=False))
     ours, theirs = os.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack('HHHH', 24, columns, 0, 0))
     env = {**os.environ, 'PYTHONIOENCODING': 'utf-8'}
@@ -315,12 +329,14 @@ def test_ctrl_c_at_the_question(root):
 
 def test_nothing_that_a_store_names_is_imported(root, command, monkeypatch):
     made = call(method='fit', text='fit()', code={'evil_module.Net': 'x'})
-    made['result'] = {'$dict': [[{'$tuple': ['learnkit', 'result']}, 'evil_module.Result'], ['fields', {}]]}
+    made['result'] = {'$dict': [[{'$tuple': ['learnkit', 'result']}, 'evil_module.Result'],
+                                ['fields', {}]]}
     evil = node(1, calls=[made]) | {'host': 'evil_module.Host'}
     (root / 'evil_module.py').write_text('open("ran", "w")')
     saved(root / 'ckpts/evil', evil, node(2, 1))
     monkeypatch.syspath_prepend(root)
-    for text in ('ls', 'tree evil', 'show evil 1', 'diff evil 1 2', 'rm evil 1 --force --yes', 'gc evil --yes'):
+    for text in ('ls', 'tree evil', 'show evil 1', 'diff evil 1 2', 'rm evil 1 --force --yes',
+                 'gc evil --yes'):
         command(text)
     assert 'evil_module' not in sys.modules and not (root / 'ran').exists()
     import evil_module  # it would have been found

@@ -18,7 +18,8 @@ from learnkit.files.tree import load_tree, save_tree, tree_digest
 
 def draws(n=700): # more than the 624 words that the generators make at a time
     "Numbers from every generator, of every kind"
-    return ([random.random() for _ in range(n)], random.gauss(0, 1), np.random.rand(n).tolist(), np.random.randn(),
+    return ([random.random() for _ in range(n)], random.gauss(0, 1), np.random.rand(n).tolist(),
+            np.random.randn(),
             torch.rand(n).tolist(), torch.randn(3).tolist())
 
 
@@ -50,7 +51,8 @@ def test_any_bit_generator(kind, tmp_path):
     finally: np.random.set_bit_generator(before)
 
 
-@pytest.mark.parametrize('error', [None, ValueError, KeyboardInterrupt, SystemExit, GeneratorExit, StopIteration])
+@pytest.mark.parametrize('error', [None, ValueError, KeyboardInterrupt, SystemExit, GeneratorExit,
+                                   StopIteration])
 @pytest.mark.parametrize('seed', [None, 3])
 def test_isolated_whatever_happens(error, seed):
     set_seed(1)
@@ -88,9 +90,11 @@ def test_deterministic(monkeypatch):
     flags = cudnn.deterministic, cudnn.benchmark
     try:
         set_seed(0)
-        assert not torch.are_deterministic_algorithms_enabled() and 'CUBLAS_WORKSPACE_CONFIG' not in os.environ
+        assert not torch.are_deterministic_algorithms_enabled()
+        assert 'CUBLAS_WORKSPACE_CONFIG' not in os.environ
         set_seed(0, deterministic=True)
-        assert torch.are_deterministic_algorithms_enabled() and cudnn.deterministic and not cudnn.benchmark
+        assert torch.are_deterministic_algorithms_enabled() and cudnn.deterministic
+        assert not cudnn.benchmark
         assert os.environ['CUBLAS_WORKSPACE_CONFIG'] == ':4096:8'
     finally:
         torch.use_deterministic_algorithms(before)
@@ -100,7 +104,8 @@ def test_deterministic(monkeypatch):
 
 class FakeAccelerator:
     "As much of torch.cuda as its generators need; counts what would start the device"
-    def __init__(self, n=2): self.states, self.started, self.asked, self.seeded = [torch.zeros(2)] * n, False, 0, []
+    def __init__(self, n=2):
+        self.states, self.started, self.asked, self.seeded = [torch.zeros(2)] * n, False, 0, []
     def is_initialized(self): return self.started
     def device_count(self): return len(self.states)
 
@@ -117,7 +122,8 @@ class FakeAccelerator:
 def fake(monkeypatch):
     fake = FakeAccelerator()
     monkeypatch.setattr(torch.accelerator, 'is_available', lambda: True)
-    monkeypatch.setattr(torch.accelerator, 'current_accelerator', lambda: SimpleNamespace(type='cuda'))
+    monkeypatch.setattr(torch.accelerator, 'current_accelerator',
+                        lambda: SimpleNamespace(type='cuda'))
     monkeypatch.setattr(torch.accelerator, 'current_device_index', lambda: 1)
     monkeypatch.setattr(torch, 'get_device_module', lambda kind: fake)
     return fake
@@ -183,11 +189,15 @@ class Frozen:
 @dataclass(frozen=True, slots=True)
 class Slots: x: object
 
-LEAVES = st.one_of(st.none(), st.integers(), st.text(max_size=3), st.just(torch.Size([2])), st.just(torch.float32),
-                   st.builds(torch.ones, st.integers(0, 3)), st.just(torch.ones(())), st.just(torch.Tensor))
+LEAVES = st.one_of(st.none(), st.integers(), st.text(max_size=3), st.just(torch.Size([2])),
+                   st.just(torch.float32),
+                   st.builds(torch.ones, st.integers(0, 3)), st.just(torch.ones(())),
+                   st.just(torch.Tensor))
 NESTED = st.recursive(LEAVES, lambda inner: st.one_of(
-    st.lists(inner, max_size=3), st.lists(inner, max_size=3).map(tuple), st.lists(inner, max_size=3).map(Items),
-    st.builds(Pair, inner, inner), st.builds(Plain, inner, inner), st.builds(Frozen, inner), st.builds(Slots, inner),
+    st.lists(inner, max_size=3), st.lists(inner, max_size=3).map(tuple),
+    st.lists(inner, max_size=3).map(Items),
+    st.builds(Pair, inner, inner), st.builds(Plain, inner, inner), st.builds(Frozen, inner),
+    st.builds(Slots, inner),
     *(st.dictionaries(st.text(max_size=2), inner, max_size=3).map(kind) for kind in (
         dict, OrderedDict, Words, lambda d: defaultdict(list, d)))), max_leaves=12)
 
@@ -197,16 +207,18 @@ def parts(x):
     if isinstance(x, torch.Size): return []
     if isinstance(x, (list, tuple)): return list(x)
     if isinstance(x, dict): return list(x.values())
-    return [getattr(x, name) for name in ('x', 'y') if type(x) in (Plain, Frozen, Slots) and hasattr(x, name)]
+    return [getattr(x, name)
+            for name in ('x', 'y') if type(x) in (Plain, Frozen, Slots) and hasattr(x, name)]
 
 
 def same_but(x, y, leaf):
-    "Whether `y` has the nesting of `x`, with `leaf(old, new)` at each tensor and the others as they are"
+    "Whether `y` has the nesting of `x`, `leaf(old, new)` at each tensor, and the others unchanged"
     if isinstance(x, torch.Tensor): return leaf(x, y)
     if not parts(x): return x is y or x == y and type(x) is type(y)
     if type(x) is not type(y) or isinstance(x, dict) and list(x) != list(y): return False
     if x is y: return False # a container is a new one
-    return len(parts(x)) == len(parts(y)) and all(same_but(a, b, leaf) for a, b in zip(parts(x), parts(y)))
+    return len(parts(x)) == len(parts(y)) and all(same_but(a, b, leaf)
+                                                  for a, b in zip(parts(x), parts(y), strict=True))
 
 
 @settings(max_examples=300, deadline=None)
@@ -270,7 +282,8 @@ def test_before_the_group_starts(monkeypatch):
 
 
 def on_rank(number, folder):
-    torch.distributed.init_process_group('gloo', init_method=f'file://{folder}/group', rank=number, world_size=2)
+    torch.distributed.init_process_group('gloo', init_method=f'file://{folder}/group', rank=number,
+                                         world_size=2)
     assert (rank(), world_size(), is_main()) == (number, 2, number == 0)
     t = torch.tensor([number + 1.])
     assert sum_over_ranks(t).tolist() == [3.] and t.tolist() == [number + 1.]

@@ -38,9 +38,11 @@ def two_groups(model): return [list(model[:2].parameters()), list(model[2:].para
 
 def make(root, kind, seed=0, slow=0.):
     set_seed(seed)
-    net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 2))
+    net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3),
+                        nn.Linear(8, 2))
     dls, every = KINDS[kind]
-    learn = CheckpointedLearner(dls(), net, nn.CrossEntropyLoss(), metrics=accuracy, lr=1e-2, root=root, name='a/run',
+    learn = CheckpointedLearner(dls(), net, nn.CrossEntropyLoss(), metrics=accuracy, lr=1e-2,
+                                root=root, name='a/run',
                                 device='cpu', save_every=every, splitter=two_groups)
     learn.remove_cb(Progress)
     if slow: learn.add_cb(Slow(slow))
@@ -86,7 +88,7 @@ def child(body):
 
 
 def rerun(root, kind, reference, **kwargs):
-    "Exit status of a further run; it begins with other weights as soon as the first ones are recorded"
+    "Exit status of a further run; other weights begin it as soon as the first ones are recorded"
     seed = 1 if Store(root / 'a/run', 'a/run').ids() else 0
     return 0 if script(make(root, kind, seed, **kwargs)) == reference else 98
 
@@ -149,7 +151,7 @@ def test_a_process_that_ends_at_an_operation_of_the_store(tmp_path, references):
 
 
 class Snapshots:
-    "Copies of a folder as a process leaves it that dies before, in the middle of or after any operation"
+    "Copies of a folder as a process leaves it that dies before, in or after any operation"
     def __init__(self, folder, to, part, parts):
         self.folder, self.to, self.part, self.parts, self.seen = folder, to, part, parts, 0
 
@@ -158,7 +160,8 @@ class Snapshots:
 
     def take(self):
         self.seen += 1
-        if self.seen % self.parts == self.part and self.folder.exists(): shutil.copytree(self.folder, self.to / str(self.seen))
+        if self.seen % self.parts == self.part and self.folder.exists():
+            shutil.copytree(self.folder, self.to / str(self.seen))
 
     def do(self, operation, name, *args):
         if name == 'write' and len(data := memoryview(args[1])) > 1:

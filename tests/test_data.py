@@ -37,7 +37,8 @@ class Failing(Noisy):
 class Ending(Noisy):
     def __getitem__(self, i): return next(iter([])) if i == 9 else i
 
-def noisy_collate(samples): return torch.tensor([s[0] for s in samples]) + torch.rand(1) + random.random()
+def noisy_collate(samples):
+    return torch.tensor([s[0] for s in samples]) + torch.rand(1) + random.random()
 
 def equal(a, b):
     if isinstance(a, torch.Tensor): return torch.equal(a, b)
@@ -46,10 +47,12 @@ def equal(a, b):
 
 def global_state():
     state = np.random.get_state()
-    return random.getstate(), tuple(state[1].tolist()), state[2:], tuple(torch.get_rng_state().tolist())
+    return (random.getstate(), tuple(state[1].tolist()), state[2:],
+            tuple(torch.get_rng_state().tolist()))
 
 def make_loader(kind, n, bs, seed, shuffle=True):
-    if kind == 'tensors': return TensorLoader((torch.arange(n), torch.rand(n, 2)), bs, shuffle, seed)
+    if kind == 'tensors':
+        return TensorLoader((torch.arange(n), torch.rand(n, 2)), bs, shuffle, seed)
     return DatasetLoader(Noisy(n), bs, shuffle, seed)
 
 
@@ -110,13 +113,15 @@ def test_split_is_disjoint_and_complete(n, seed, valid_pct):
         assert len(valid) == round(n * valid_pct)
 
 @few
-@given(words=st.lists(st.lists(st.integers(0, 2**70), min_size=1, max_size=4), min_size=2, max_size=20, unique_by=tuple))
+@given(words=st.lists(st.lists(st.integers(0, 2**70), min_size=1, max_size=4), min_size=2,
+                      max_size=20, unique_by=tuple))
 def test_seeds_of_different_words_differ(words):
     assert len({epoch_seed(*w) for w in words}) == len(words)
     assert all(0 <= epoch_seed(*w) < 2**32 for w in words)
 
 def test_orders_differ_between_seeds_and_epochs():
-    orders = {tuple(epoch_order(50, seed, epoch).tolist()) for seed in range(10) for epoch in range(10)}
+    orders = {tuple(epoch_order(50, seed, epoch).tolist()) for seed in range(10)
+              for epoch in range(10)}
     assert len(orders) == 100
 
 
@@ -124,14 +129,16 @@ def test_orders_differ_between_seeds_and_epochs():
 @pytest.mark.parametrize('collate_fn', [None, noisy_collate])
 @pytest.mark.parametrize('shuffle', [False, True])
 def test_workers_give_the_same_batches(ds, collate_fn, shuffle):
-    loaders = [DatasetLoader(ds, 4, shuffle, 3, workers, collate_fn=collate_fn) for workers in (0, 1, 2)]
+    loaders = [DatasetLoader(ds, 4, shuffle, 3, workers, collate_fn=collate_fn)
+               for workers in (0, 1, 2)]
     for _ in range(2):
         here, *others = [list(dl) for dl in loaders]
         assert all(equal(here, other) for other in others)
     assert not equal(list(loaders[0].batches(0)), list(loaders[0].batches(1)))
 
 def test_each_batch_draws_other_numbers():
-    firsts = [batch[1][0].item() for epoch in range(3) for batch in DatasetLoader(Noisy(), 4).batches(epoch)]
+    firsts = [batch[1][0].item() for epoch in range(3)
+              for batch in DatasetLoader(Noisy(), 4).batches(epoch)]
     assert len(set(firsts)) == len(firsts)
 
 class WorkerSeed(Noisy):
@@ -155,7 +162,8 @@ def test_persistent_workers_give_the_same_batches(shuffle):
     assert equal(list(dl.batches(1, start=3)), list(here.batches(1, start=3)))
 
 def test_spawned_workers_give_the_same_batches():
-    here, spawned = (DatasetLoader(Noisy(6), 4, **kw) for kw in ({}, dict(num_workers=1, multiprocessing_context='spawn')))
+    here, spawned = (DatasetLoader(Noisy(6), 4, **kw)
+                     for kw in ({}, dict(num_workers=1, multiprocessing_context='spawn')))
     assert equal(list(here), list(spawned))
 
 def test_workers_leave_the_global_generators_alone():
@@ -168,15 +176,18 @@ def test_leaving_early_does_not_hang(persistent):
     dl = DatasetLoader(Noisy(200), 4, True, num_workers=2, persistent_workers=persistent)
     started = time.monotonic()
     for _ in range(3):
-        for batch in dl: break
-    assert equal(list(dl.batches(5))[0], next(iter(make_loader('dataset', 200, 4, None).batches(5))))
+        for _batch in dl: break
+    assert equal(list(dl.batches(5))[0],
+                 next(iter(make_loader('dataset', 200, 4, None).batches(5))))
     assert time.monotonic() - started < 60
 
 @pytest.mark.parametrize('num_workers', [0, 2])
 def test_errors_of_a_dataset_surface(num_workers):
-    with pytest.raises(LookupError) as info: list(DatasetLoader(Failing(), 4, num_workers=num_workers))
+    with pytest.raises(LookupError) as info:
+        list(DatasetLoader(Failing(), 4, num_workers=num_workers))
     told = str(info.value) + ''.join(info.value.__notes__ if num_workers == 0 else [])
-    assert 'sample nine is missing' in told and 'in batch 2 of epoch 0, samples [8, 9, 10, 11]' in told
+    assert 'sample nine is missing' in told
+    assert 'in batch 2 of epoch 0, samples [8, 9, 10, 11]' in told
     with pytest.raises(RuntimeError, match='StopIteration in batch 2'):
         list(DatasetLoader(Ending(), 4, num_workers=num_workers))
 
@@ -186,7 +197,8 @@ def test_the_generators_come_back_after_an_error():
     assert global_state() == before
 
 def test_pinning_follows_the_device():
-    assert DatasetLoader(Noisy()).loader.pin_memory == (torch.cuda.is_available() or torch.xpu.is_available())
+    assert DatasetLoader(Noisy()).loader.pin_memory == (torch.cuda.is_available()
+                                                        or torch.xpu.is_available())
     assert DatasetLoader(Noisy(), pin_memory=False).loader.pin_memory is False
 
 
@@ -201,7 +213,8 @@ def test_iterable_dataset_gets_a_plain_loader():
     assert global_state() == before
 
 def test_drop_last_and_shuffle_are_for_training():
-    dls = DataLoaders.from_datasets(Noisy(), Noisy(), Noisy(), bs=4, valid_bs=5, drop_last=True, num_workers=0)
+    dls = DataLoaders.from_datasets(Noisy(), Noisy(), Noisy(), bs=4, valid_bs=5, drop_last=True,
+                                    num_workers=0)
     assert (len(dls.train), len(dls.valid), len(dls.test)) == (5, 5, 5)
     assert (dls.train.n_samples, dls.valid.n_samples) == (20, 22)
     assert [dl.shuffle for dl in (dls.train, dls.valid, dls.test)] == [True, False, False]
@@ -211,7 +224,8 @@ def test_drop_last_and_shuffle_are_for_training():
 class OwnSampler:
     "A sampler with generators and a counter of its own"
     def __init__(self):
-        self.rng, self.legacy, self.py = np.random.default_rng(0), np.random.RandomState(0), random.Random(0)
+        self.rng, self.legacy, self.py = (np.random.default_rng(0), np.random.RandomState(0),
+                                          random.Random(0))
         self.generator, self.rounds = torch.Generator(), 0
     def __len__(self): return 8
     def __iter__(self):
@@ -226,16 +240,21 @@ foreign = {
     'shuffle': lambda: DataLoader(range(8), 2, shuffle=True),
     'generator': lambda: DataLoader(range(8), 2, shuffle=True, generator=seeded()),
     'sampler': lambda: DataLoader(range(8), 2, sampler=RandomSampler(range(8), generator=seeded())),
-    'subset': lambda: DataLoader(range(8), 2, sampler=SubsetRandomSampler(range(4), generator=seeded())),
-    'weighted': lambda: DataLoader(range(8), 2, sampler=WeightedRandomSampler([1.] * 8, 8, generator=seeded())),
-    'batch_sampler': lambda: DataLoader(range(8), batch_sampler=BatchSampler(RandomSampler(range(8), generator=seeded()), 2, False)),
+    'subset': lambda: DataLoader(range(8), 2,
+                                 sampler=SubsetRandomSampler(range(4), generator=seeded())),
+    'weighted': lambda: DataLoader(range(8), 2,
+                                   sampler=WeightedRandomSampler([1.] * 8, 8, generator=seeded())),
+    'batch_sampler': lambda: DataLoader(range(8), batch_sampler=BatchSampler(
+        RandomSampler(range(8), generator=seeded()), 2, False)),
     'own': lambda: DataLoader(range(8), 2, sampler=OwnSampler()),
     'own_batches': lambda: DataLoader(range(8), batch_sampler=BatchSampler(OwnSampler(), 2, False)),
     'workers': lambda: DataLoader(range(8), 2, shuffle=True, generator=seeded(), num_workers=1),
-    'persistent': lambda: DataLoader(range(8), 2, shuffle=True, generator=seeded(), num_workers=1, persistent_workers=True),
+    'persistent': lambda: DataLoader(range(8), 2, shuffle=True, generator=seeded(), num_workers=1,
+                                     persistent_workers=True),
     'tensors': lambda: TensorLoader(torch.arange(8), 2, True),
     'dataset': lambda: DatasetLoader(range(8), 2, True),
-    'dataset_workers': lambda: DatasetLoader(range(8), 2, True, num_workers=1, persistent_workers=True),
+    'dataset_workers': lambda: DatasetLoader(range(8), 2, True, num_workers=1,
+                                             persistent_workers=True),
     'list': lambda: [1, 2, 3],
 }
 
@@ -274,7 +293,8 @@ def test_untouched_after_an_error():
             raise KeyError
     assert equal(list(dl), expected)
 
-@pytest.mark.parametrize('make', [lambda: iter([1]), lambda: (b for b in [1]), lambda: iter(TensorLoader(torch.arange(3)))])
+@pytest.mark.parametrize('make', [lambda: iter([1]), lambda: (b for b in [1]),
+                                  lambda: iter(TensorLoader(torch.arange(3)))])
 def test_untouched_refuses_iterators(make):
     with pytest.raises(ValueError, match='reading it uses it up'):
         with untouched(make()): pass
@@ -290,6 +310,8 @@ def test_parts_of_a_batch_draw_other_numbers():
         def __len__(self): return 8
         def __getitem__(self, i): return torch.rand(())
     whole = DataLoaders.from_datasets(Noise(), bs=4, num_workers=0).train
-    draws = [[batch.tolist() for batch in dl] for dl in (whole, whole.shared(Share(0, 2, True)), whole.shared(Share(1, 2, True)), whole.shared(Share(1, 2, True)))]
+    draws = [[batch.tolist() for batch in dl]
+             for dl in (whole, whole.shared(Share(0, 2, True)), whole.shared(Share(1, 2, True)),
+                        whole.shared(Share(1, 2, True)))]
     assert [batch[:2] for batch in draws[0]] == draws[1] and draws[2] == draws[3]
     assert not {n for batch in draws[0] for n in batch} & {n for batch in draws[2] for n in batch}

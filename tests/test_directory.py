@@ -1,6 +1,8 @@
-"What 01_store.ipynb cannot show of the directory: death and failure at every step, damage, the lock among processes"
-import errno, hashlib, json, math, os, pickle, platform, random, resource, shutil, signal, stat, subprocess, sys, tempfile, textwrap, threading, time
+"The directory of a run: death and failure at every step, damage, the lock among processes"
+import errno, hashlib, json, math, os, pickle, platform, random, resource, shutil, signal, stat
+import subprocess, sys, tempfile, textwrap, threading, time
 from collections import Counter, OrderedDict
+from functools import partial
 from pathlib import Path
 import numpy as np
 import pytest
@@ -38,7 +40,11 @@ def filled(folder, **states):
 def record(store, id, tree, **more): store.write({'id': id, 'state': store.put(tree)[0], **more})
 def state(store, id): return store.get(store.read(id)['state'])
 def packs(store): return sorted((store.folder / 'packs').glob('*.safetensors'))
-def files(folder): return sorted(path.relative_to(folder).as_posix() for path in Path(folder).rglob('*') if not path.is_dir())
+
+
+def files(folder):
+    return sorted(path.relative_to(folder).as_posix()
+                  for path in Path(folder).rglob('*') if not path.is_dir())
 
 
 def damage(path, place=-1):
@@ -50,7 +56,8 @@ def damage(path, place=-1):
 # Ids and names
 
 WORDS = st.from_regex(r'\A[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z') | st.sampled_from(
-    ['1', '1.5', '-1', 'con', 'CON', 'Con.x', 'nul.', 'com1', 'lpt9.a.b', 'a.', 'a..', 'a=', 'A', 'aA', 'AA', '1e5', '1.', 'nan', 'inf', '00', '0']).filter(
+    ['1', '1.5', '-1', 'con', 'CON', 'Con.x', 'nul.', 'com1', 'lpt9.a.b', 'a.', 'a..', 'a=', 'A',
+     'aA', 'AA', '1e5', '1.', 'nan', 'inf', '00', '0']).filter(
     lambda word: store.WORD.fullmatch(word))
 IDS = st.integers(-10**62, 10**62) | st.floats(-1e60, 1e60, allow_nan=False) | WORDS
 
@@ -58,7 +65,7 @@ IDS = st.integers(-10**62, 10**62) | st.floats(-1e60, 1e60, allow_nan=False) | W
 @settings(max_examples=500, deadline=None)
 @given(IDS, IDS)
 def test_file_names_never_collide(a, b):
-    "Not even where case does not count; each leads back to its id, is legal on Windows, and short enough"
+    "Not even where case does not count; each leads back to its id, and is legal on Windows"
     a, b = check_id(a), check_id(b)
     name = file_name(a)
     assert id_of(name) == a and type(id_of(name)) is type(a)
@@ -67,25 +74,41 @@ def test_file_names_never_collide(a, b):
     if (a, type(a)) != (b, type(b)): assert name.casefold() != file_name(b).casefold()
 
 
-@pytest.mark.parametrize('name', ['', '=', 'A', '==a', '=a', '+', '+1', '++a', 'a=', '1.0', '01', '1e5', '-0', '1 (2)', 'nul', 'a.', 'a/b', '..', '1' * 500, '+a' * 65])
+@pytest.mark.parametrize('name',
+                         ['', '=', 'A', '==a', '=a', '+', '+1', '++a', 'a=', '1.0', '01', '1e5',
+                          '-0', '1 (2)', 'nul', 'a.', 'a/b', '..', '1' * 500, '+a' * 65])
 def test_names_that_no_id_has(name): assert id_of(name) is None
 
 
-@pytest.mark.parametrize('id, kept', [(1, 1), (1., 1), (-0., 0), (1.5, 1.5), (1e22, 10**22), (2**53 + 1, 2**53 + 1), (1e-7, 1e-7), ('1', '1'), ('a' * 64, 'a' * 64), (10**63 - 1, 10**63 - 1)])
-def test_ids_as_they_are_kept(id, kept): assert check_id(id) == kept and type(check_id(id)) is type(kept)
+@pytest.mark.parametrize('id, kept', [(1, 1), (1., 1), (-0., 0), (1.5, 1.5), (1e22, 10**22),
+                                      (2**53 + 1, 2**53 + 1), (1e-7, 1e-7), ('1', '1'),
+                                      ('a' * 64, 'a' * 64), (10**63 - 1, 10**63 - 1)])
+def test_ids_as_they_are_kept(id, kept):
+    assert check_id(id) == kept and type(check_id(id)) is type(kept)
 
 
 class Level(int): pass
 class Word(str): pass
 
 
-@pytest.mark.parametrize('id, error', [(True, TypeError), (False, TypeError), (None, TypeError), (np.int64(1), TypeError), (np.float64(1.5), TypeError), (np.str_('a'), TypeError), (Level(1), TypeError), (Word('a'), TypeError),
-    (b'a', TypeError), ((1,), TypeError), ([1], TypeError), (1j, TypeError), (torch.tensor(1), TypeError), (math.nan, ValueError), (math.inf, ValueError), (-math.inf, ValueError), (1e300, ValueError), (10**64, ValueError), (-10**63, ValueError),
-    (10**5000, ValueError), ('', ValueError), ('a' * 65, ValueError), ('.a', ValueError), ('-a', ValueError), ('_a', ValueError), ('a/b', ValueError), ('..', ValueError), ('../a', ValueError), ('a\\b', ValueError), ('a b', ValueError),
-    ('a\n', ValueError), ('a\0', ValueError), ('é', ValueError), ('١', ValueError), ('ａ', ValueError), ('~', ValueError), ('a:b', ValueError)], ids=lambda value: 'huge' if type(value) is int and value > 10**99 else ascii(value)[:20])
+@pytest.mark.parametrize('id, error', [
+    (True, TypeError), (False, TypeError), (None, TypeError), (np.int64(1), TypeError),
+    (np.float64(1.5), TypeError), (np.str_('a'), TypeError), (Level(1), TypeError),
+    (Word('a'), TypeError),
+    (b'a', TypeError), ((1,), TypeError), ([1], TypeError), (1j, TypeError),
+    (torch.tensor(1), TypeError), (math.nan, ValueError), (math.inf, ValueError),
+    (-math.inf, ValueError), (1e300, ValueError), (10**64, ValueError), (-10**63, ValueError),
+    (10**5000, ValueError), ('', ValueError), ('a' * 65, ValueError), ('.a', ValueError),
+    ('-a', ValueError), ('_a', ValueError), ('a/b', ValueError), ('..', ValueError),
+    ('../a', ValueError), ('a\\b', ValueError), ('a b', ValueError),
+    ('a\n', ValueError), ('a\0', ValueError), ('é', ValueError), ('١', ValueError),
+    ('ａ', ValueError), ('~', ValueError), ('a:b', ValueError)], ids=lambda value: 'huge'
+                         if type(value) is int and value > 10**99 else ascii(value)[:20])
 def test_ids_that_are_refused(folder, id, error):
     for refuse in (check_id, Store(folder).read, Store(folder).work):
-        with pytest.raises(error, match='is no id: it must be a whole number.*or text of at most 64'): refuse(id)
+        with pytest.raises(error,
+                           match='is no id: it must be a whole number.*or text of at most 64'):
+            refuse(id)
     assert not folder.exists()
 
 
@@ -102,20 +125,30 @@ def test_text_of_an_id_leads_back(id):
     assert eval(id_text(id)) == id
 
 
-@pytest.mark.parametrize('text, id', [('1', 1), ('-1', -1), ('1.0', 1), ('1.5', 1.5), ('1e3', 1000), ('abc', 'abc'), ("'1'", '1'), ('"1.5"', '1.5'), ("'a'", 'a'), ('007', '007'), ('1_000', '1_000'), ('nan', 'nan'), ('inf', 'inf'), ('1.', '1.'), ('0x1', '0x1')])
-def test_ids_on_the_command_line(text, id): assert parse_id(text) == id and type(parse_id(text)) is type(id)
+@pytest.mark.parametrize('text, id', [('1', 1), ('-1', -1), ('1.0', 1), ('1.5', 1.5), ('1e3', 1000),
+                                      ('abc', 'abc'), ("'1'", '1'), ('"1.5"', '1.5'), ("'a'", 'a'),
+                                      ('007', '007'), ('1_000', '1_000'), ('nan', 'nan'),
+                                      ('inf', 'inf'), ('1.', '1.'), ('0x1', '0x1')])
+def test_ids_on_the_command_line(text, id):
+    assert parse_id(text) == id and type(parse_id(text)) is type(id)
 
 
-@pytest.mark.parametrize('text', ['', "'", "''", '"a', "'a\"", '../a', '1e999', '9' * 80, '9' * 9999, "'../a'", ' 1', '-', '--1', '+1'])
+@pytest.mark.parametrize('text', ['', "'", "''", '"a', "'a\"", '../a', '1e999', '9' * 80,
+                                  '9' * 9999, "'../a'", ' 1', '-', '--1', '+1'])
 def test_words_that_are_no_id(text):
     with pytest.raises(ValueError, match='is no id'): parse_id(text)
 
 
 def test_names_of_runs():
-    for name in ('digits', 'notebook/digits', 'a/b/c', 'Digits', 'v1.2', 'packs2', 'locks', '1', 'a' * 64): assert check_name(name) == name
+    for name in ('digits', 'notebook/digits', 'a/b/c', 'Digits', 'v1.2', 'packs2', 'locks', '1',
+                 'a' * 64):
+        assert check_name(name) == name
 
 
-@pytest.mark.parametrize('name', ['', '/', '/a', 'a/', 'a//b', '.', '..', 'a/../b', '../a', 'a\\b', 'C:', 'a b', 'a.', 'a./b', '-a', 'é', 'a\n', 'a' * 65, 'nodes', 'Packs', 'a/WORK', 'lock', 'LOCK/a', 'format.json', 'holder.json', 'Format.JSON',
+@pytest.mark.parametrize('name', [
+    '', '/', '/a', 'a/', 'a//b', '.', '..', 'a/../b', '../a', 'a\\b', 'C:', 'a b', 'a.', 'a./b',
+    '-a', 'é', 'a\n', 'a' * 65, 'nodes', 'Packs', 'a/WORK', 'lock', 'LOCK/a', 'format.json',
+    'holder.json', 'Format.JSON',
     'con', 'CON', 'nul', 'aux.txt', 'a/Com1', 'lpt9.x', '.git'])
 def test_names_that_are_refused(name):
     with pytest.raises(ValueError, match='is no name for a run: .'): check_name(name)
@@ -135,13 +168,18 @@ def test_all_that_a_store_has_is_reserved(folder):
 # The fixture of format 1, which is to be read forever
 
 def fixture_state():
-    return {'model': {'w': torch.arange(6.).reshape(2, 3), 'b': torch.zeros(2, dtype=torch.float16), 'n': torch.tensor(3)},
-            'optimizer': {'state': {0: {'step': 2, 'exp_avg': torch.ones(2, 3)}}, 'betas': (.9, .999), 'steps': Counter({3: 1})},
-            'rng': torch.arange(5, dtype=torch.uint8), 'best': -math.inf, 'rows': [np.float32(.5), np.arange(3)], 'order': OrderedDict(b=1, a=None)}
+    return {'model': {'w': torch.arange(6.).reshape(2, 3), 'b': torch.zeros(2, dtype=torch.float16),
+                      'n': torch.tensor(3)},
+            'optimizer': {'state': {0: {'step': 2, 'exp_avg': torch.ones(2, 3)}},
+                          'betas': (.9, .999), 'steps': Counter({3: 1})},
+            'rng': torch.arange(5, dtype=torch.uint8), 'best': -math.inf,
+            'rows': [np.float32(.5), np.arange(3)], 'order': OrderedDict(b=1, a=None)}
 
 
 def fixture_node(id, root):
-    return {'id': id, 'parent': None, 'description': 'é, "quoted"', 'calls': [{'method': 'fit', 'status': 'running', 'state': root, 'seconds': .1}, {'method': 'b'}], 'empty': [], 'none': {}}
+    return {'id': id, 'parent': None, 'description': 'é, "quoted"',
+            'calls': [{'method': 'fit', 'status': 'running', 'state': root, 'seconds': .1},
+                      {'method': 'b'}], 'empty': [], 'none': {}}
 
 
 def test_format_1_is_read(tmp_path):
@@ -155,10 +193,12 @@ def test_format_1_is_read(tmp_path):
         root = node['calls'][0]['state']
         assert node == fixture_node(id, root) and same(run.get(root), fixture_state())
     assert load_newest(run.work(1) / '0')[0] == {'epoch': 2}
-    assert run.digests_of(fixture_state()) == json.loads((FIXTURES / 'store_1_parts.json').read_text())
+    assert (run.digests_of(fixture_state())
+            == json.loads((FIXTURES / 'store_1_parts.json').read_text()))
     assert run.gc().packs == [] and run.nbytes(root) == 89
     with run.writing():
-        assert run.put(fixture_state())[0] == root and len(packs(run)) == 1 # today's digests are those of then
+        # today's digests are those of then
+        assert run.put(fixture_state())[0] == root and len(packs(run)) == 1
         run.delete('nul')
     assert run.ids() == [-1.5, 1, '1', 'Adam']
     assert same(load_tree(FIXTURES / 'tree_1.safetensors'), fixture_state())
@@ -166,13 +206,21 @@ def test_format_1_is_read(tmp_path):
 
 def test_there_is_a_reader_and_a_fixture_for_each_format():
     assert sorted(store.READERS) == list(range(1, store.FORMAT + 1))
-    for number in store.READERS: assert json.loads((FIXTURES / f'store_{number}' / 'format.json').read_text())['format'] == number
+    for number in store.READERS:
+        assert (json.loads((FIXTURES / f'store_{number}' / 'format.json').read_text())['format']
+                == number)
 
 
 @pytest.mark.parametrize('text, error', [
-    ('{"format": 2}', 'format 2, which a newer learnkit.*update learnkit'), ('{"format": 10000000000000000000000}', 'newer'), ('{"format": 0}', '0 is no format'), ('{"format": -1}', 'no format'),
-    ('{"format": true}', 'True is no format'), ('{"format": 1.0}', 'no format'), ('{"format": "1"}', 'no format'), ('{"format": null}', 'no format'), ('{}', 'no format'), ('[1]', 'no format'), ('1', 'no format'), ('', 'damaged'),
-    ('{"format": 1, "format": 1}', 'twice'), ('{"format": NaN}', 'damaged'), ('[' * 100_000, 'damaged'), ('{"format": 1' + '0' * 5000 + '}', 'damaged'), ('\ufeff{"format": 1}', 'damaged')])
+    ('{"format": 2}', 'format 2, which a newer learnkit.*update learnkit'),
+    ('{"format": 10000000000000000000000}', 'newer'), ('{"format": 0}', '0 is no format'),
+    ('{"format": -1}', 'no format'),
+    ('{"format": true}', 'True is no format'), ('{"format": 1.0}', 'no format'),
+    ('{"format": "1"}', 'no format'), ('{"format": null}', 'no format'), ('{}', 'no format'),
+    ('[1]', 'no format'), ('1', 'no format'), ('', 'damaged'),
+    ('{"format": 1, "format": 1}', 'twice'), ('{"format": NaN}', 'damaged'),
+    ('[' * 100_000, 'damaged'), ('{"format": 1' + '0' * 5000 + '}', 'damaged'),
+    ('\ufeff{"format": 1}', 'damaged')])
 @pytest.mark.parametrize('late', [False, True])
 def test_formats_that_are_not_read(folder, text, error, late):
     run = filled(folder, a=torch.ones(1))
@@ -186,7 +234,8 @@ def test_formats_that_are_not_read(folder, text, error, late):
 def test_a_store_without_its_format(folder):
     filled(folder, a=1)
     (folder / 'format.json').unlink()
-    with pytest.raises(DamagedError, match='format.json is missing: put back {"format": 1}'): Store(folder)
+    with pytest.raises(DamagedError, match='format.json is missing: put back {"format": 1}'):
+        Store(folder)
     (folder / 'format.json').write_text('{"format": 1}')
     assert state(Store(folder, 'any'), 'a') == 1
 
@@ -194,18 +243,26 @@ def test_a_store_without_its_format(folder):
 def test_a_name_that_differs_in_case_only(tmp_path):
     "As it is found where the file system takes both for one"
     with Store(tmp_path / 'run', 'a/Digits').writing(): pass
-    with pytest.raises(StoreError, match="made as 'a/Digits', and 'a/digits' differs from it in upper and lower case only"): Store(tmp_path / 'run', 'a/digits')
+    with pytest.raises(
+        StoreError,
+        match="made as 'a/Digits', and 'a/digits' differs from it in upper and lower case only"):
+        Store(tmp_path / 'run', 'a/digits')
     for name in ('a/Digits', None, 'b/moved'): assert Store(tmp_path / 'run', name).ids() == []
 
 
 # Nodes
 
-JSON = st.recursive(st.none() | st.booleans() | st.integers(-2**70, 2**70) | st.floats(allow_nan=False, allow_infinity=False) | st.text(st.characters(exclude_categories=['Cs']), max_size=5),
-                    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(st.characters(exclude_categories=['Cs']), max_size=5), inner, max_size=4), max_leaves=15)
+JSON = st.recursive(st.none() | st.booleans() | st.integers(-2**70, 2**70)
+                    | st.floats(allow_nan=False, allow_infinity=False)
+                    | st.text(st.characters(exclude_categories=['Cs']), max_size=5),
+                    lambda inner: st.lists(inner, max_size=4)
+                    | st.dictionaries(st.text(st.characters(exclude_categories=['Cs']), max_size=5),
+                                      inner, max_size=4), max_leaves=15)
 
 
 @settings(max_examples=150, deadline=None)
-@given(IDS, st.dictionaries(st.text(st.characters(exclude_categories=['Cs']), max_size=5), JSON, max_size=5))
+@given(IDS, st.dictionaries(st.text(st.characters(exclude_categories=['Cs']), max_size=5), JSON,
+                            max_size=5))
 def test_any_node_comes_back(tmp_path_factory, id, node):
     run = Store(tmp_path_factory.mktemp('nodes'))
     with run.writing(): run.write({**node, 'id': id})
@@ -215,7 +272,9 @@ def test_any_node_comes_back(tmp_path_factory, id, node):
     assert json.loads(lines)['node'] == node
 
 
-@pytest.mark.parametrize('value', [math.nan, math.inf, {1: 2}, {None: 1}, (1,), [(1,)], {1}, b'a', '\ud800', torch.ones(1), np.float32(1), np.int64(1), Path('a'), Level(1).__class__], ids=repr)
+@pytest.mark.parametrize('value', [math.nan, math.inf, {1: 2}, {None: 1}, (1,), [(1,)], {1}, b'a',
+                                   '\ud800', torch.ones(1), np.float32(1), np.int64(1), Path('a'),
+                                   Level(1).__class__], ids=repr)
 def test_nodes_that_are_refused(folder, value):
     "What JSON would change or cannot hold; the old node stays"
     run = filled(folder, a=1)
@@ -237,7 +296,8 @@ def test_a_node_too_long_to_read(folder, monkeypatch):
     run = filled(folder, a=1)
     monkeypatch.setattr(store, 'MAX_TEXT', 1000)
     with run.writing():
-        with pytest.raises(UnstorableError, match='1,000 bytes'): run.write({'id': 'a', 'text': 'x' * 1000})
+        with pytest.raises(UnstorableError, match='1,000 bytes'):
+            run.write({'id': 'a', 'text': 'x' * 1000})
         run.write({'id': 'a', 'text': 'x' * 800})
     assert run.read('a')['text'] == 'x' * 800
 
@@ -245,7 +305,8 @@ def test_a_node_too_long_to_read(folder, monkeypatch):
 def test_nodes_are_written_in_place_of_older_ones(folder):
     run = filled(folder, a=1, b=2)
     with run.writing(): run.write({'id': 'a', 'new': True})
-    assert run.read('a') == {'id': 'a', 'new': True} and run.read('b')['state'] == 2 and run.read('c') is None
+    assert run.read('a') == {'id': 'a', 'new': True} and run.read('b')['state'] == 2
+    assert run.read('c') is None
     with run.writing():
         run.delete('a')
         with pytest.raises(KeyError, match="no checkpoint 'a'"): run.delete('a')
@@ -262,7 +323,8 @@ def test_ids_that_look_alike(folder):
     assert len({str(run.work(id)).lower() for id in ids}) == len(ids)
 
 
-@pytest.mark.parametrize('new, error', [('2.json', 'renamed'), ('+a.json', 'renamed'), ('=1.json', 'renamed')])
+@pytest.mark.parametrize('new, error',
+                         [('2.json', 'renamed'), ('+a.json', 'renamed'), ('=1.json', 'renamed')])
 def test_a_node_that_was_renamed(folder, new, error):
     run = Store(folder)
     with run.writing(): run.write({'id': 1})
@@ -271,7 +333,8 @@ def test_a_node_that_was_renamed(folder, new, error):
     with pytest.raises(DamagedError, match=error): run.gc()
 
 
-@pytest.mark.parametrize('name', ['1 (2).json', 'A.json', '1.0.json', 'copy of 1.json', '.json.json', 'ä.json'])
+@pytest.mark.parametrize('name', ['1 (2).json', 'A.json', '1.0.json', 'copy of 1.json',
+                                  '.json.json', 'ä.json'])
 def test_files_among_the_nodes_that_are_none(folder, name):
     run = filled(folder, a=1)
     shutil.copy(folder / 'nodes' / 'a.json', folder / 'nodes' / name)
@@ -283,16 +346,22 @@ def test_files_among_the_nodes_that_are_none(folder, name):
     assert run.ids() == ['a']
 
 
-def sealed(text): return b'{"sha256": "%b",\n"node": %b}\n' % (hashlib.sha256(text).hexdigest().encode(), text)
+def sealed(text):
+    return b'{"sha256": "%b",\n"node": %b}\n' % (hashlib.sha256(text).hexdigest().encode(), text)
 
 
-@pytest.mark.parametrize('text', [b'[' * 200_000, b'{"a":' * 200_000, b'{"id": "a", "id": "a"}', b'{"id": "a", "b": NaN}', b'{"id": "a", "b": -Infinity}', b'[]', b'"a"', b'{}', b'{"id": 1}', b'{"id": true}', b'', b'{"id": "a"', b'{"id": "a", "b": "\xff"}',
+@pytest.mark.parametrize('text', [
+    b'[' * 200_000, b'{"a":' * 200_000, b'{"id": "a", "id": "a"}', b'{"id": "a", "b": NaN}',
+    b'{"id": "a", "b": -Infinity}', b'[]', b'"a"', b'{}', b'{"id": 1}', b'{"id": true}', b'',
+    b'{"id": "a"', b'{"id": "a", "b": "\xff"}',
     b'{"id": "a", "b": ' + b'9' * 5000 + b'}', b'{"id": "a"}}\n{'], ids=lambda text: text[:20])
 def test_nodes_that_make_no_sense(folder, text):
     "Even with a right seal"
     run = filled(folder, a=1)
     (folder / 'nodes' / 'a.json').write_bytes(sealed(text))
-    with pytest.raises(DamagedError, match='a.json cannot be used.*remove it to compute the checkpoint anew'): run.read('a')
+    with pytest.raises(DamagedError,
+                       match='a.json cannot be used.*remove it to compute the checkpoint anew'):
+        run.read('a')
     with pytest.raises(DamagedError): run.gc()
     with run.writing(): run.write({'id': 'a', 'ok': 1}) # the way out
     assert run.read('a') == {'id': 'a', 'ok': 1}
@@ -306,7 +375,8 @@ def test_ids_in_nodes_are_exact(folder, id):
 
 
 def test_a_node_is_lines_that_a_person_reads(folder):
-    with Store(folder).writing() as run: run.write({'id': 1, 'description': 'né', 'calls': [{'method': 'fit'}, {'method': 'b'}]})
+    with Store(folder).writing() as run:
+        run.write({'id': 1, 'description': 'né', 'calls': [{'method': 'fit'}, {'method': 'b'}]})
     lines = (folder / 'nodes' / '1.json').read_text(encoding='utf-8').splitlines()
     assert {'"description": "né",', '{"method": "fit"},'} <= {*lines}
 
@@ -322,9 +392,10 @@ def test_any_tree_comes_back(tmp_path_factory, a, b, ahead):
         if ahead: patch.setattr(store, 'AHEAD', 0)
         roots = [run.put(tree) for tree in (a, b, {'a': a, 'b': b})]
         assert len(packs(run)) <= 2 # the third is made of the others
-    for (root, parts), tree in zip(roots, (a, b, {'a': a, 'b': b})):
+    for (root, parts), tree in zip(roots, (a, b, {'a': a, 'b': b}), strict=True):
         root = json.loads(json.dumps(root, allow_nan=False))
-        assert same(run.get(root), tree) and same(Store(run.folder).get(root), tree) and run.holds(root)
+        assert same(run.get(root), tree) and same(Store(run.folder).get(root), tree)
+        assert run.holds(root)
         assert parts == run.digests_of(tree)
 
 
@@ -334,7 +405,8 @@ def test_parts_are_the_digests_of_what_is_below(tmp_path_factory, a, b, rng):
     run = Store(tmp_path_factory.mktemp('parts'))
     with run.writing():
         assert run.put({'a': a, 'b': b})[1] == {'a': tree_digest(a), 'b': tree_digest(b)}
-        for tree in ([a], (a, b), {1: a}, {'': a}, {'$tensor': a}, OrderedDict(a=a), {'a': a, 1: b}):
+        for tree in ([a], (a, b), {1: a}, {'': a}, {'$tensor': a}, OrderedDict(a=a),
+                     {'a': a, 1: b}):
             assert run.put(tree)[1] == {'': tree_digest(tree)} == run.digests_of(tree)
         assert run.put({})[1] == {}
     nan_keys = any(key != key for key in a) if isinstance(a, dict) else False
@@ -346,31 +418,40 @@ def test_large_states_are_hashed_while_they_are_written(tmp_path, monkeypatch, a
     "With the same bytes in the end, whatever goes side by side"
     monkeypatch.setattr(store, 'AHEAD', ahead)
     torch.manual_seed(0)
-    tree = {f'{i}': torch.randn(n, n) if i % 3 else torch.ones(n, dtype=torch.uint8) for i, n in enumerate([1, 900, 3, 700, 700, 0, 5, 600] * 2)}
-    tree |= {'copy': tree['1'].clone(), 'half': tree['4'].half(), 'é' * 50: 'text', 'ü"\n': tree['7'] + 1}
+    tree = {f'{i}': torch.randn(n, n) if i % 3 else torch.ones(n, dtype=torch.uint8)
+            for i, n in enumerate([1, 900, 3, 700, 700, 0, 5, 600] * 2)}
+    tree |= {'copy': tree['1'].clone(), 'half': tree['4'].half(), 'é' * 50: 'text',
+             'ü"\n': tree['7'] + 1}
     with Store(tmp_path / 'run').writing() as run: root, parts = run.put(tree)
-    assert same(Store(run.folder).get(root), tree) and parts == run.digests_of(tree) and len(packs(run)) == 1
+    assert same(Store(run.folder).get(root), tree) and parts == run.digests_of(tree)
+    assert len(packs(run)) == 1
     assert same(load_tree(save_tree(tree, tmp_path / 'tree')), tree)
     for path in (tmp_path / 'tree', packs(run)[0]):
         data = path.read_bytes()
         start = 8 + int.from_bytes(data[:8], 'little')
         header = json.loads(data[8:start])
         header.pop('__metadata__', None)
-        assert start % 8 == 0 and len(header) == len({store.tensor_digest(t) for t in tree.values() if not isinstance(t, str)})
+        assert start % 8 == 0
+        assert len(header) == len({store.tensor_digest(t)
+                                   for t in tree.values() if not isinstance(t, str)})
         sizes = {'F32': 4, 'F16': 2, 'U8': 1}
-        assert all(entry['data_offsets'][0] % sizes[entry['dtype']] == 0 for entry in header.values())
+        assert all(entry['data_offsets'][0] % sizes[entry['dtype']] == 0
+                   for entry in header.values())
 
 
 def test_equal_tensors_are_stored_once(folder):
     x = torch.arange(1000.)
-    run = filled(folder, a={'x': x, 'y': [x.clone(), x.view(1000).numpy()]}, b={'z': x, 'new': torch.ones(3)}, c={'again': torch.ones(3)})
+    run = filled(folder, a={'x': x, 'y': [x.clone(), x.view(1000).numpy()]},
+                 b={'z': x, 'new': torch.ones(3)}, c={'again': torch.ones(3)})
     sizes = sorted(len(load_file(path)) for path in packs(run))
     assert sizes == [1, 1]
     roots = [run.read(id)['state'] for id in 'abc']
-    assert [run.nbytes(root) for root in roots] == [4000, 4012, 12] and run.nbytes(*roots) == 4012 and run.nbytes() == 0
+    assert [run.nbytes(root) for root in roots] == [4000, 4012, 12] and run.nbytes(*roots) == 4012
+    assert run.nbytes() == 0
     loaded = state(run, 'a')
     loaded['x'] += 1
-    assert torch.equal(loaded['y'][0], x) and (loaded['y'][1] == x.numpy()).all() # each its own memory
+    # each its own memory
+    assert torch.equal(loaded['y'][0], x) and (loaded['y'][1] == x.numpy()).all()
 
 
 def test_one_state_is_one_pack_and_one_fsync(folder, monkeypatch):
@@ -380,7 +461,9 @@ def test_one_state_is_one_pack_and_one_fsync(folder, monkeypatch):
     with run.writing():
         called = failing_at(monkeypatch, 0, None)
         root, parts = run.put(tree)
-        assert Counter(called)['fsync'] == 2 and called.count('create') == called.count('rename') == 1 # file and folder
+        # file and folder
+        assert Counter(called)['fsync'] == 2
+        assert called.count('create') == called.count('rename') == 1
         called.clear()
         assert run.put(tree) == Store(folder).put(tree) == (root, parts)
         assert run.put({'fork': list(tree.values())[3:9]})[1] and called == []
@@ -413,19 +496,22 @@ def test_a_pack_is_a_plain_safetensors_file_named_by_what_is_in_it(folder):
     run = filled(folder, a=[torch.ones(2), torch.zeros(3).half()])
     path, = packs(run)
     tensors = load_file(path)
-    assert {name: store.tensor_digest(t) for name, t in tensors.items()} == {name: name for name in tensors}
+    assert {name: store.tensor_digest(t)
+            for name, t in tensors.items()} == {name: name for name in tensors}
     assert path.stem == hashlib.sha256('\n'.join(sorted(tensors)).encode()).hexdigest()
 
 
 def test_refused_before_anything_is_written(folder):
     with Store(folder).writing() as run:
         before = files(folder)
-        with pytest.raises(UnstorableError, match=r'^optimizer\.foo: '): run.put({'w': torch.ones(3), 'optimizer': {'foo': object()}})
+        with pytest.raises(UnstorableError, match=r'^optimizer\.foo: '):
+            run.put({'w': torch.ones(3), 'optimizer': {'foo': object()}})
         with pytest.raises(UnstorableError): run.digests_of([object()])
         assert files(folder) == before
 
 
-@pytest.mark.parametrize('root', [{'$tensor': 'a'}, {'$array': '0' * 64}, [{'$list': [{'$tensor': '../../etc/passwd'}]}]])
+@pytest.mark.parametrize('root', [{'$tensor': 'a'}, {'$array': '0' * 64},
+                                  [{'$list': [{'$tensor': '../../etc/passwd'}]}]])
 def test_roots_that_nothing_holds(folder, root):
     run = filled(folder, a=torch.ones(1))
     assert not run.holds(root) and run.nbytes(root) == 0
@@ -434,7 +520,8 @@ def test_roots_that_nothing_holds(folder, root):
     assert not (folder.parent / 'none').exists()
 
 
-@pytest.mark.parametrize('root', [{'$new': 1}, {'$tensor': 1}, {'$tensor': ['a']}, {'$dtype': 'load'}, {'$tuple': 3}, {'$float': 'x'}])
+@pytest.mark.parametrize('root', [{'$new': 1}, {'$tensor': 1}, {'$tensor': ['a']},
+                                  {'$dtype': 'load'}, {'$tuple': 3}, {'$float': 'x'}])
 def test_roots_that_make_no_sense(folder, root):
     with pytest.raises(StoreError): filled(folder, a=1).get(root)
     deep = 1
@@ -445,7 +532,8 @@ def test_roots_that_make_no_sense(folder, root):
 def test_what_is_only_read_is_not_touched(folder):
     "Reading makes no file and takes no lock; of a store that is not there neither"
     empty = Store(folder)
-    assert empty.ids() == [] and empty.read(1) is None and empty.get([1]) == [1] and empty.gc() == Garbage(True) == empty.gc() and empty.holds(1)
+    assert empty.ids() == [] and empty.read(1) is None and empty.get([1]) == [1]
+    assert empty.gc() == Garbage(True) == empty.gc() and empty.holds(1)
     empty.gc(dry_run=False), empty.destroy(), empty.work(1), empty.digests_of({'a': torch.ones(1)})
     assert not folder.exists() and 'run' in repr(empty)
     filled(folder, a=torch.ones(1), b=2)
@@ -458,7 +546,8 @@ def test_what_is_only_read_is_not_touched(folder):
 def test_writing_needs_the_lock(folder):
     run = filled(folder, a=1)
     for write in (lambda: run.put(1), lambda: run.write({'id': 1}), lambda: run.delete('a')):
-        with pytest.raises(RuntimeError, match=r'needs the lock of .*run: with store.writing\(\)'): write()
+        with pytest.raises(RuntimeError, match=r'needs the lock of .*run: with store.writing\(\)'):
+            write()
     assert state(run, 'a') == 1
 
 
@@ -484,7 +573,8 @@ def dying_at(n, when):
             nonlocal count
             count += 1
             if count != n: return real(*args)
-            if when == 'middle' and name == 'write': real(args[0], bytes(args[1])[:len(args[1]) // 2])
+            if when == 'middle' and name == 'write':
+                real(args[0], bytes(args[1])[:len(args[1]) // 2])
             try:
                 if when == 'after': real(*args)
             finally: os._exit(77)
@@ -493,7 +583,7 @@ def dying_at(n, when):
 
 
 def deaths(work, tmp_path, thorough):
-    "(n, when) of each death that work can meet: before each step, half-way through a write, after the last one"
+    "(n, when) of each death that work can meet: before each step, in a write, after the last one"
     def child():
         called = failing_at(pytest.MonkeyPatch(), 0, None)
         work()
@@ -506,7 +596,8 @@ def deaths(work, tmp_path, thorough):
     yield from ((n, 'after') for n in range(1 if thorough else len(called), len(called) + 1))
 
 
-THOROUGH = pytest.mark.parametrize('thorough', [False, pytest.param(True, marks=pytest.mark.slow)], ids=['', 'thorough'])
+THOROUGH = pytest.mark.parametrize('thorough', [False, pytest.param(True, marks=pytest.mark.slow)],
+                                   ids=['', 'thorough'])
 X, Y = torch.arange(5.), torch.ones(3)
 OLD = {'a': {'x': X, 'y': Y, 'mine': torch.zeros(7)}, 'b': [X, torch.full((4,), 4)], 'c': 'nothing'}
 NEW = {'x': X, 'z': torch.full((2, 2), 7.), 'w': Y + 1}
@@ -519,11 +610,13 @@ def prepared(folder):
         run.delete('dead')
         run.put([torch.full((3,), 3.)])
         record(run, 'c', 'nothing', calls=[{'status': 'running'}, {'status': 'complete'}])
-    for place in ('c/0', 'c/1', 'gone'): save_next({'epoch': place}, run.work(place.split('/')[0]) / Path(place).name)
+    for place in ('c/0', 'c/1', 'gone'):
+        save_next({'epoch': place}, run.work(place.split('/')[0]) / Path(place).name)
     (folder / 'packs' / 'bad.damaged').write_bytes(b'bad')
     pid = subprocess.Popen(['true'])
     pid.wait()
-    for part in ('.', 'nodes', 'packs', 'work/c/0'): (folder / part / f'.learnkit-{pid.pid}-00ff').write_bytes(b'half')
+    for part in ('.', 'nodes', 'packs', 'work/c/0'):
+        (folder / part / f'.learnkit-{pid.pid}-00ff').write_bytes(b'half')
 
 
 def save_new(run): record(run, 'new', NEW)
@@ -537,7 +630,9 @@ def rescue(run):
     with pytest.raises(DamagedError): state(run, 'a')
 
 
-AFTER = {save_new: {**OLD, 'new': NEW}, save_over: {**OLD, 'a': NEW}, delete: {'a': OLD['a'], 'b': OLD['b']}, sweep: {'b': OLD['b'], 'c': OLD['c']}, destroy: {}, rescue: OLD}
+AFTER = {save_new: {**OLD, 'new': NEW}, save_over: {**OLD, 'a': NEW},
+         delete: {'a': OLD['a'], 'b': OLD['b']}, sweep: {'b': OLD['b'], 'c': OLD['c']}, destroy: {},
+         rescue: OLD}
 
 
 def sound(folder, *possible, lost=()):
@@ -545,20 +640,24 @@ def sound(folder, *possible, lost=()):
     run = Store(folder)
     found = {id: run.read(id)['state'] for id in run.ids()}
     found = {id: run.get(root) for id, root in found.items() if id not in lost}
-    return any(same(dict(sorted(found.items())), {id: tree for id, tree in sorted(states.items()) if id not in lost}) for states in possible)
+    return any(same(dict(sorted(found.items())), {id: tree for id, tree in sorted(states.items())
+                                                  if id not in lost}) for states in possible)
 
 
 def some(*names): return [{id: OLD[id] for id in OLD if id in ids} for ids in names]
 
 
 @THOROUGH
-@pytest.mark.parametrize('work, ahead', [*((work, 2**24) for work in AFTER), (save_new, 0), (rescue, 0)], ids=lambda value: getattr(value, '__name__', ''))
+@pytest.mark.parametrize('work, ahead',
+                         [*((work, 2**24) for work in AFTER), (save_new, 0), (rescue, 0)],
+                         ids=lambda value: getattr(value, '__name__', ''))
 def test_death_at_every_step(tmp_path, monkeypatch, work, ahead, thorough):
-    "Whatever was going on, the old or the new is there, with its tensors; the next writer gets through"
+    "Whatever was going on, the old or the new is there, whole; the next writer gets through"
     monkeypatch.setattr(store, 'AHEAD', ahead)
     template, lost = tmp_path / 'template', ('a',) if work is rescue else ()
     prepared(template)
-    if work is rescue: damage(Store(template).locate({store.tensor_digest(OLD['a']['mine'])}).popitem()[0])
+    if work is rescue:
+        damage(Store(template).locate({store.tensor_digest(OLD['a']['mine'])}).popitem()[0])
     partly = some('bc', 'ac', 'ab', 'a', 'b', 'c', '') if work in (sweep, destroy) else []
     def child(folder, n=None, when=None):
         run = Store(folder)
@@ -568,7 +667,7 @@ def test_death_at_every_step(tmp_path, monkeypatch, work, ahead, thorough):
     for n, when in deaths(lambda: child(tmp_path / 'count'), tmp_path, thorough):
         folder = tmp_path / f'{when}{n}'
         shutil.copytree(template, folder)
-        assert forked(lambda: child(folder, n, when)) == 77
+        assert forked(partial(child, folder, n, when)) == 77
         if not folder.exists():
             assert work is destroy
             continue
@@ -578,10 +677,12 @@ def test_death_at_every_step(tmp_path, monkeypatch, work, ahead, thorough):
         with Store(folder).writing(wait=5) as run: # the lock is free
             done = {delete: 'c', sweep: 'a'}.get(work)
             if work is not rescue and (not done or done in run.ids()): work(run)
-        assert work is destroy and not folder.exists() or sound(folder, AFTER[work], lost=lost), (n, when)
+        gone = work is destroy and not folder.exists()
+        assert gone or sound(folder, AFTER[work], lost=lost), (n, when)
         if work not in (rescue, destroy):
             Store(folder).gc(dry_run=False)
-            assert Store(folder).gc() == Garbage(True) and not [name for name in files(folder) if '.learnkit-' in name]
+            assert Store(folder).gc() == Garbage(True)
+            assert not [name for name in files(folder) if '.learnkit-' in name]
             assert sound(folder, AFTER[work]), (n, when)
 
 
@@ -590,13 +691,21 @@ def test_death_while_a_store_is_made(tmp_path, thorough):
     "Afterwards there is no store, or one"
     for n, when in deaths(lambda: filled(tmp_path / 'count' / 'a', new=NEW), tmp_path, thorough):
         folder = tmp_path / f'{when}{n}' / 'a'
-        assert forked(lambda: (dying_at(n, when), filled(folder, new=NEW))) == 77
+        def child(folder=folder, n=n, when=when):
+            dying_at(n, when)
+            filled(folder, new=NEW)
+        assert forked(child) == 77
         assert sound(folder, {}, {'new': NEW})
         assert sound(filled(folder, new=NEW).folder, {'new': NEW})
 
 
-@pytest.mark.parametrize('error', [OSError(errno.ENOSPC, 'No space left on device'), OSError(errno.EIO, 'I/O'), OSError(errno.EROFS, 'Read-only'), KeyboardInterrupt(), MemoryError()], ids=repr)
-@pytest.mark.parametrize('work', [save_over, sweep, pytest.param(save_new, marks=pytest.mark.slow), pytest.param(delete, marks=pytest.mark.slow), pytest.param(destroy, marks=pytest.mark.slow)], ids=lambda work: work.__name__)
+@pytest.mark.parametrize('error', [OSError(errno.ENOSPC, 'No space left on device'),
+                                   OSError(errno.EIO, 'I/O'), OSError(errno.EROFS, 'Read-only'),
+                                   KeyboardInterrupt(), MemoryError()], ids=repr)
+@pytest.mark.parametrize('work', [save_over, sweep, pytest.param(save_new, marks=pytest.mark.slow),
+                                  pytest.param(delete, marks=pytest.mark.slow),
+                                  pytest.param(destroy, marks=pytest.mark.slow)],
+                         ids=lambda work: work.__name__)
 def test_failure_at_every_step(tmp_path, work, error):
     "The old state stays, the lock is let go, and another try gets through"
     template = tmp_path / 'template'
@@ -611,7 +720,9 @@ def test_failure_at_every_step(tmp_path, work, error):
                 with Store(folder).writing() as run: work(run)
             except type(error) as raised:
                 if isinstance(error, OSError): assert raised.errno == error.errno
-                if getattr(error, 'errno', None) == errno.ENOSPC and called[n - 1] in ('create', 'write', 'mkdir'): assert 'MiB are free' in str(raised) and str(folder) in str(raised)
+                if getattr(error, 'errno',
+                           None) == errno.ENOSPC and called[n - 1] in ('create', 'write', 'mkdir'):
+                    assert 'MiB are free' in str(raised) and str(folder) in str(raised)
         assert not folder.exists() or sound(folder, OLD, AFTER[work], *partly)
         if folder.exists():
             with Store(folder).writing(wait=0): pass
@@ -632,9 +743,11 @@ def test_pack_before_node_and_node_before_pack(folder, monkeypatch):
             return real(*args)
         return step
     with run.writing():
-        for name in ('rename', 'fsync', 'unlink'): monkeypatch.setattr(store, name, watch(name, getattr(store, name)))
+        for name in ('rename', 'fsync', 'unlink'):
+            monkeypatch.setattr(store, name, watch(name, getattr(store, name)))
         record(run, 'new', NEW)
-        assert log == ['fsync packs', 'rename packs', 'fsync packs', 'fsync nodes', 'rename nodes', 'fsync nodes']
+        assert log == ['fsync packs', 'rename packs', 'fsync packs', 'fsync nodes', 'rename nodes',
+                       'fsync nodes']
         log.clear()
         run.delete('new')
         assert log == ['unlink nodes', 'fsync nodes']
@@ -642,7 +755,10 @@ def test_pack_before_node_and_node_before_pack(folder, monkeypatch):
         run.delete('a')
         log.clear()
         run.gc(dry_run=False)
-        assert log == ['fsync packs', 'rename packs', 'fsync packs', 'unlink packs', 'fsync packs'] or sorted(log) == sorted(['unlink packs', 'fsync packs', 'fsync packs', 'rename packs', 'fsync packs', 'unlink packs', 'fsync packs'])
+        assert log == ['fsync packs', 'rename packs', 'fsync packs', 'unlink packs',
+                       'fsync packs'] or sorted(log) == sorted(
+                           ['unlink packs', 'fsync packs', 'fsync packs', 'rename packs',
+                            'fsync packs', 'unlink packs', 'fsync packs'])
 
 
 def test_new_folders_are_durable_before_what_is_in_them(folder, monkeypatch):
@@ -653,7 +769,8 @@ def test_new_folders_are_durable_before_what_is_in_them(folder, monkeypatch):
             log.append((name, os.readlink(f'/proc/self/fd/{arg}') if name == 'fsync' else str(arg)))
             return real(arg)
         return step
-    for name in ('mkdir', 'fsync'): monkeypatch.setattr(store, name, watch(name, getattr(store, name)))
+    for name in ('mkdir', 'fsync'):
+        monkeypatch.setattr(store, name, watch(name, getattr(store, name)))
     filled(folder / 'a' / 'b', a=OLD['a'])
     made = [i for i, (name, _) in enumerate(log) if name == 'mkdir']
     assert len(made) == 5
@@ -670,7 +787,8 @@ def test_an_error_of_an_early_sync_is_heard(folder, monkeypatch):
         real(fd)
     with run.writing():
         monkeypatch.setattr(store, 'fsync', fails)
-        with pytest.raises(OSError, match='Input/output error.*packs'): run.put([torch.full((50,), i) for i in range(5)])
+        with pytest.raises(OSError, match='Input/output error.*packs'):
+            run.put([torch.full((50,), i) for i in range(5)])
         assert len(calls) > 2 and len(packs(run)) == 1
         assert run.put([torch.full((50,), i) for i in range(5)])
 
@@ -688,15 +806,21 @@ def test_gc_keeps_what_any_node_names(folder):
         run.write({'id': '1', 'answers': [{'result': {'$tuple': [roots[2]['a']]}}]})
     dry = run.gc()
     before = files(folder)
-    assert dry.dry_run and len(dry.packs) == 4 and 'would be freed' in str(dry) and before == files(folder)
+    assert dry.dry_run and len(dry.packs) == 4 and 'would be freed' in str(dry)
+    assert before == files(folder)
     size = sum(path.stat().st_size for path in packs(run))
     done = run.gc(dry_run=False)
-    assert (done.packs, done.bytes, done.dry_run) == (dry.packs, dry.bytes, False) and 'were freed' in str(done)
-    for k in range(2): assert same(run.get(roots[k]), trees[k]) and same(Store(folder).get(roots[k]), trees[k])
-    assert (run.get(roots[2]['a']) == trees[2]['a']).all() and not run.holds(roots[2]['t']) and not run.holds(roots[3])
+    assert (done.packs, done.bytes, done.dry_run) == (dry.packs, dry.bytes, False)
+    assert 'were freed' in str(done)
+    for k in range(2):
+        assert same(run.get(roots[k]), trees[k]) and same(Store(folder).get(roots[k]), trees[k])
+    assert (run.get(roots[2]['a']) == trees[2]['a']).all() and not run.holds(roots[2]['t'])
+    assert not run.holds(roots[3])
     names = [name for path in packs(run) for name in load_file(path)]
-    assert sorted(names) == sorted(store.references([roots[0], roots[1], roots[2]['a']])) # all that is needed, once
-    assert done.bytes == pytest.approx(size - sum(path.stat().st_size for path in packs(run)), abs=300)
+    # all that is needed, once
+    assert sorted(names) == sorted(store.references([roots[0], roots[1], roots[2]['a']]))
+    assert done.bytes == pytest.approx(size - sum(path.stat().st_size for path in packs(run)),
+                                       abs=300)
     assert run.gc() == Garbage(True) and run.gc(dry_run=False) == Garbage(False)
 
 
@@ -710,23 +834,29 @@ def test_gc_of_a_pack_whose_rest_is_another_pack(folder, first):
         run.delete('alone')
         run.gc(dry_run=False)
         record(run, 'both', {'x': X, 'y': Y})
-        for path, data in copy.items(): path.write_bytes(data)  # as a writer that was killed leaves it
+        for path, data in copy.items():
+            path.write_bytes(data)  # as a writer that was killed leaves it
         run.write({'id': 'both', 'state': run.put(first)[0]})
     run.gc(dry_run=False)
     assert same(state(run, 'both'), first) and len(packs(run)) == 1
 
 
-@pytest.mark.parametrize('seed', [*range(4), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(4, 60))])
+@pytest.mark.parametrize('seed', [*range(4), *(pytest.param(seed, marks=pytest.mark.slow)
+                                               for seed in range(4, 60))])
 def test_any_sequence_of_steps(folder, seed):
-    "By several stores of one folder, some of which die: what was recorded last is there, and after a gc nothing else"
+    "By several stores of one folder, some die: the last record is there, and after a gc only that"
     rng, told, runs = random.Random(seed), {}, [Store(folder) for _ in range(3)]
-    def tree(): return {str(i): torch.full((rng.randrange(1, 4),), rng.randrange(4)) for i in range(rng.randrange(4))}
+    def tree():
+        return {str(i): torch.full((rng.randrange(1, 4),), rng.randrange(4))
+                for i in range(rng.randrange(4))}
     for _ in range(25):
-        run, id, step = rng.choice(runs), rng.choice([1, 2, 'a', 'A']), rng.choice(['save', 'save', 'delete', 'gc', 'die', 'look'])
+        run = rng.choice(runs)
+        id = rng.choice([1, 2, 'a', 'A'])
+        step = rng.choice(['save', 'save', 'delete', 'gc', 'die', 'look'])
         new = tree()
         if step == 'die':
             at = rng.randrange(1, 60)
-            def child():
+            def child(run=run, id=id, new=new, at=at):
                 dying_at(at, rng.choice(['before', 'middle', 'after']))
                 with run.writing():
                     record(run, id, new)
@@ -745,7 +875,8 @@ def test_any_sequence_of_steps(folder, seed):
     runs[0].gc(dry_run=False)
     live = sorted({store.tensor_digest(t) for tree in told.values() for t in tree.values()})
     assert sorted(name for path in packs(runs[0]) for name in load_file(path)) == live
-    assert not [name for name in files(folder) if name.split('/')[0] not in ('format.json', 'lock', 'nodes', 'packs')]
+    assert not [name for name in files(folder)
+                if name.split('/')[0] not in ('format.json', 'lock', 'nodes', 'packs')]
 
 
 def test_gc_of_work_temporary_and_damaged_files(folder):
@@ -757,16 +888,24 @@ def test_gc_of_work_temporary_and_damaged_files(folder):
     (folder / 'other' / '.learnkit-1-notes').touch()
     run = Store(folder)
     report = run.gc()
-    assert report.work == ['work/c/1', 'work/gone'] and report.damaged == ['packs/bad.damaged'] and len(report.left_over) == 4
+    assert report.work == ['work/c/1', 'work/gone'] and report.damaged == ['packs/bad.damaged']
+    assert len(report.left_over) == 4
     assert len(report.packs) == 2 and report.bytes > 600
     run.gc(dry_run=False)
-    assert not [name for name in files(folder) if 'damaged' in name or '.learnkit-' in name and name != live and 'other' not in name]
-    assert load_newest(run.work('c') / '0')[0] == {'epoch': 'c/0'} and not (folder / 'work' / 'gone').exists() and not (folder / 'work' / 'c' / '1').exists()
-    assert {live, 'work/.DS_Store', 'other/.learnkit-1-notes'} <= {*files(folder)} and sound(folder, OLD)
+    assert not [name for name in files(folder) if 'damaged' in name
+                or '.learnkit-' in name and name != live and 'other' not in name]
+    assert load_newest(run.work('c') / '0')[0] == {'epoch': 'c/0'}
+    assert not (folder / 'work' / 'gone').exists() and not (folder / 'work' / 'c' / '1').exists()
+    assert {live, 'work/.DS_Store', 'other/.learnkit-1-notes'} <= {*files(folder)}
+    assert sound(folder, OLD)
 
 
-@pytest.mark.parametrize('node, kept', [({}, []), ({'calls': [{'status': 'running'}]}, ['0', 'answer-ab', 'save-000001.safetensors']), ({'calls': [{'status': 'complete'}, {'status': 'running'}]}, ['1', 'answer-ab', 'save-000001.safetensors']),
-    ({'answers': [{'key': 'abc', 'status': 'complete'}]}, []), ({'answers': [{'key': 'cd'}]}, ['answer-ab'])])
+@pytest.mark.parametrize('node, kept', [
+    ({}, []), ({'calls': [{'status': 'running'}]}, ['0', 'answer-ab', 'save-000001.safetensors']),
+    ({'calls': [{'status': 'complete'}, {'status': 'running'}]},
+     ['1', 'answer-ab', 'save-000001.safetensors']),
+    ({'answers': [{'key': 'abc', 'status': 'complete'}]}, []),
+    ({'answers': [{'key': 'cd'}]}, ['answer-ab'])])
 def test_which_saves_a_running_call_needs(folder, node, kept):
     "An answer that is not recorded yet may be on its way"
     run = Store(folder)
@@ -792,7 +931,8 @@ def test_gc_of_a_tensor_that_two_packs_hold(folder):
     "As a gc that was killed leaves it"
     run = filled(folder, a=OLD['a'])
     path, = packs(run)
-    store.write_pack(folder / 'packs', store.by_width([(store.tensor_digest(X), X), (store.tensor_digest(Y), Y)]), 400)
+    store.write_pack(folder / 'packs', store.by_width([(store.tensor_digest(X), X),
+                                                       (store.tensor_digest(Y), Y)]), 400)
     assert len(packs(run)) == 2
     run.gc(dry_run=False)
     names = [name for path in packs(run) for name in load_file(path)]
@@ -859,15 +999,18 @@ def test_a_store_that_was_removed_and_is_made_anew(folder, monkeypatch):
     "By one who knew the old one"
     run = filled(folder, a=OLD['a'])
     Store(folder).destroy()
-    assert run.ids() == [] and run.read('a') is None and not run.holds({'$tensor': store.tensor_digest(X)})
+    assert run.ids() == [] and run.read('a') is None
+    assert not run.holds({'$tensor': store.tensor_digest(X)})
     with run.writing(): record(run, 'b', OLD['b'])
     assert sound(folder, {'b': OLD['b']}) and Store(folder).format == 1
     removed, unlink = [], store.unlink
-    monkeypatch.setattr(store, 'unlink', lambda path: removed.append(Path(path).name) or unlink(path))
+    monkeypatch.setattr(store, 'unlink',
+                        lambda path: removed.append(Path(path).name) or unlink(path))
     with run.writing():
         assert run.holder()
         run.destroy()
-        assert removed[-3:] == ['format.json', 'holder.json', 'lock'] # from then on it may be the next one's
+        # from then on it may be the next one's
+        assert removed[-3:] == ['format.json', 'holder.json', 'lock']
     assert not folder.exists() and run.holder() is None
 
 
@@ -875,8 +1018,11 @@ def test_a_store_that_was_removed_and_is_made_anew(folder, monkeypatch):
 
 def script(code, *args, **kwargs):
     "Another process, which says when it is ready"
-    code = 'import os, sys, time, torch\nfrom learnkit import *\nimport learnkit.files.store as s\n' + textwrap.dedent(code)
-    process = subprocess.Popen([sys.executable, '-c', code, *map(str, args)], stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True, **kwargs)
+    imports = ('import os, sys, time, torch\nfrom learnkit import *\n'
+               'import learnkit.files.store as s\n')
+    code = imports + textwrap.dedent(code)
+    process = subprocess.Popen([sys.executable, '-c', code, *map(str, args)],
+                               stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True, **kwargs)
     return process
 
 
@@ -888,17 +1034,20 @@ HOLDS = '''
 
 
 def test_one_writer_and_its_name(folder):
-    "The second one is told who; it gets through when the first is done, or dead; readers never wait"
+    "The second one learns who; it gets through once the first is done or dead; readers never wait"
     run = filled(folder, a=OLD['a'])
     with script(HOLDS, folder) as process:
         assert process.stdout.readline() == 'ready\n'
         start = time.time()
-        with pytest.raises(LockedError, match=rf'run is locked by process {process.pid} on {platform.node()} since 20') as error:
+        holder = f'process {process.pid} on {platform.node()}'
+        with pytest.raises(LockedError, match=f'run is locked by {holder} since 20') as error:
             with run.writing(wait=.2): pass
-        assert error.value.holder['pid'] == process.pid and error.value.path == folder and abs(error.value.holder['since'] - start) < 60
+        assert error.value.holder['pid'] == process.pid and error.value.path == folder
+        assert abs(error.value.holder['since'] - start) < 60
         assert isinstance(error.value, StoreError) and not run.system_lock().is_locked
         with pytest.raises(RuntimeError): run.put(1)
-        assert same(state(Store(folder), 'a'), OLD['a']) and Store(folder).ids() == ['a'] and run.gc() == Garbage(True)
+        assert same(state(Store(folder), 'a'), OLD['a']) and Store(folder).ids() == ['a']
+        assert run.gc() == Garbage(True)
         with pytest.raises(LockedError): run.writing(wait=0).__enter__()
         process.kill()
         process.wait()
@@ -948,7 +1097,8 @@ def test_a_forked_child_does_not_hold_the_lock(folder):
         try: Store(folder).put(1)
         except RuntimeError: pass
         else: raise AssertionError
-        with pytest.raises(LockedError, match=f'process {os.getppid()}'): run.writing(wait=0).__enter__()
+        with pytest.raises(LockedError, match=f'process {os.getppid()}'):
+            run.writing(wait=0).__enter__()
     with run.writing():
         assert forked(leave) == 0
         run.write({'id': 2})
@@ -979,8 +1129,10 @@ def test_a_child_that_outlives_the_writer(folder):
         with Store(folder).writing(): pass # after seconds at the most
 
 
-HOLDERS = ['', '{}', '[]', 'null', pickle.dumps(1).decode('latin1'), '{"host": "a"}', '{"host": 1, "pid": 1, "since": 1.0}', '{"host": "x", "pid": "1", "since": 1.0}',
-           '{"host": "x", "pid": 1, "since": NaN}', '{"host": "x", "pid": 1, "since": 1.0, "since": 1.0}', '[' * 100_000, 'x' * 10**6]
+HOLDERS = ['', '{}', '[]', 'null', pickle.dumps(1).decode('latin1'), '{"host": "a"}',
+           '{"host": 1, "pid": 1, "since": 1.0}', '{"host": "x", "pid": "1", "since": 1.0}',
+           '{"host": "x", "pid": 1, "since": NaN}',
+           '{"host": "x", "pid": 1, "since": 1.0, "since": 1.0}', '[' * 100_000, 'x' * 10**6]
 
 
 def test_holders_that_make_no_sense(folder):
@@ -989,7 +1141,8 @@ def test_holders_that_make_no_sense(folder):
         assert process.stdout.readline() == 'ready\n'
         for text in HOLDERS:
             (folder / 'holder.json').write_text(text)
-            with pytest.raises(LockedError, match='is locked by another process') as error: run.writing(wait=0).__enter__()
+            with pytest.raises(LockedError, match='is locked by another process') as error:
+                run.writing(wait=0).__enter__()
             assert error.value.holder is None
         process.communicate('\n')
     with run.writing(): assert run.holder()['pid'] == os.getpid()
@@ -1002,10 +1155,13 @@ def test_a_holder_that_is_dead_misleads_nobody(folder):
     run = Store(folder)
     with script(HOLDS, folder) as process:
         assert process.stdout.readline() == 'ready\n'
-        (folder / 'holder.json').write_text(json.dumps({'host': platform.node(), 'pid': dead.pid, 'since': 1.}))
+        (folder / 'holder.json').write_text(json.dumps({'host': platform.node(), 'pid': dead.pid,
+                                                        'since': 1.}))
         with pytest.raises(LockedError, match='by another process'): run.writing(wait=0).__enter__()
-        (folder / 'holder.json').write_text(json.dumps({'host': 'elsewhere', 'pid': dead.pid, 'since': 1.}))
-        with pytest.raises(LockedError, match=f'process {dead.pid} on elsewhere'): run.writing(wait=0).__enter__()
+        (folder / 'holder.json').write_text(json.dumps({'host': 'elsewhere', 'pid': dead.pid,
+                                                        'since': 1.}))
+        with pytest.raises(LockedError, match=f'process {dead.pid} on elsewhere'):
+            run.writing(wait=0).__enter__()
         process.communicate('\n')
 
 
@@ -1015,7 +1171,8 @@ WRITES = '''
         time.sleep(.05) # let the others have it
         with run.writing(wait=300):
             node = run.read('count') or {'id': 'count', 'n': 0}
-            root, _ = run.put([torch.full((100,), float(node['n'])), torch.full((50,), float(os.getpid()))])
+            root, _ = run.put([torch.full((100,), float(node['n'])),
+                               torch.full((50,), float(os.getpid()))])
             run.write({'id': 'count', 'n': node['n'] + 1, 'state': root})
             if i % 3 == 0: run.gc(dry_run=False)
 '''
@@ -1034,9 +1191,10 @@ def test_writers_take_turns_and_readers_see_whole_states(folder):
                 if values: assert values[0].tolist() == [node['n'] - 1] * 100
                 reads += bool(values)
                 break
-            else: assert False
+            else: raise AssertionError(process.args)
     assert [process.returncode for process in (a, b, c)] == [0] * 3 and reads
-    assert Store(folder).read('count')['n'] == 15 and not [name for name in files(folder) if 'damaged' in name]
+    assert Store(folder).read('count')['n'] == 15
+    assert not [name for name in files(folder) if 'damaged' in name]
 
 
 DESTROYS = '''
@@ -1049,7 +1207,9 @@ DESTROYS = '''
 
 
 def test_a_store_that_is_removed_while_others_wait(folder):
-    with script(DESTROYS, folder, 'destroy') as a, script(DESTROYS, folder, 'write') as b, script(DESTROYS, folder, 'destroy') as c: pass
+    with (script(DESTROYS, folder, 'destroy') as a, script(DESTROYS, folder, 'write') as b,
+          script(DESTROYS, folder, 'destroy') as c):
+        pass
     assert [process.returncode for process in (a, b, c)] == [0] * 3
     for id in Store(folder).ids(): assert state(Store(folder), id).shape == (9,)
 
@@ -1077,12 +1237,14 @@ def test_a_file_where_a_folder_should_be(tmp_path):
         shutil.copytree(tmp_path / 'run', tmp_path / part)
         shutil.rmtree(tmp_path / part / part, ignore_errors=True)
         (tmp_path / part / part).touch()
-        with pytest.raises(StoreError, match=f'{part} is no folder: move it away'): Store(tmp_path / part).gc()
+        with pytest.raises(StoreError, match=f'{part} is no folder: move it away'):
+            Store(tmp_path / part).gc()
     for name in ('nodes/a.json', 'format.json'):
         shutil.copytree(tmp_path / 'run', tmp_path / 'other')
         (tmp_path / 'other' / name).unlink()
         (tmp_path / 'other' / name).mkdir()
-        with pytest.raises(DamagedError, match='no regular file'): Store(tmp_path / 'other').read('a')
+        with pytest.raises(DamagedError, match='no regular file'):
+            Store(tmp_path / 'other').read('a')
         shutil.rmtree(tmp_path / 'other')
 
 
@@ -1118,7 +1280,8 @@ def test_links_inside_are_removed_and_not_followed(tmp_path):
 def test_the_folder_itself_may_be_a_link(tmp_path):
     (tmp_path / 'big').mkdir()
     (tmp_path / 'run').symlink_to(tmp_path / 'big')
-    assert same(state(filled(tmp_path / 'run', a=OLD['a']), 'a'), OLD['a']) and (tmp_path / 'big' / 'nodes').exists()
+    assert same(state(filled(tmp_path / 'run', a=OLD['a']), 'a'), OLD['a'])
+    assert (tmp_path / 'big' / 'nodes').exists()
 
 
 def test_no_file_may_grow(folder):
@@ -1128,15 +1291,18 @@ def test_no_file_may_grow(folder):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
         with run.writing():
-            with pytest.raises(OSError, match='File too large.*packs'): run.put({'big': torch.ones(999)})
+            with pytest.raises(OSError, match='File too large.*packs'):
+                run.put({'big': torch.ones(999)})
             record(run, 'small', torch.ones(9))
     assert forked(child) == 0
-    assert sound(folder, {'a': OLD['a'], 'small': torch.ones(9)}) and len(packs(run)) == 2 and not [name for name in files(folder) if '.learnkit-' in name]
+    assert sound(folder, {'a': OLD['a'], 'small': torch.ones(9)}) and len(packs(run)) == 2
+    assert not [name for name in files(folder) if '.learnkit-' in name]
 
 
 def test_a_folder_that_may_not_be_written():
     "It can be read, damage is reported, and writing says what is in the way"
-    folder = Path(tempfile.mkdtemp()) / 'run' # that of the tests is closed to the other user that root becomes here
+    # that of the tests is closed to the other user that root becomes here
+    folder = Path(tempfile.mkdtemp()) / 'run'
     folder.parent.chmod(0o755)
     run = filled(folder, a=OLD['a'], b=[torch.full((4,), 4)])
     damage(run.locate({store.tensor_digest(OLD['b'][1])}).popitem()[0])
@@ -1145,10 +1311,13 @@ def test_a_folder_that_may_not_be_written():
     def child():
         if os.geteuid() == 0: os.setuid(65534)
         run = Store(folder)
-        assert same(state(run, 'a'), OLD['a']) and run.gc() == Garbage(True) and run.holds(run.read('a')['state'])
+        assert same(state(run, 'a'), OLD['a']) and run.gc() == Garbage(True)
+        assert run.holds(run.read('a')['state'])
         with pytest.raises(PermissionError, match='run'): run.writing().__enter__()
-        with pytest.raises(DamagedError, match='It stays where it is .*Permission denied'): state(run, 'b')
-        with pytest.raises(DamagedError, match='It stays where it is .*Permission denied'): state(Store(folder), 'b')
+        with pytest.raises(DamagedError, match='It stays where it is .*Permission denied'):
+            state(run, 'b')
+        with pytest.raises(DamagedError, match='It stays where it is .*Permission denied'):
+            state(Store(folder), 'b')
     try: assert forked(child) == 0
     finally:
         for path in everyone: path.chmod(0o755)
@@ -1158,7 +1327,8 @@ def test_a_folder_that_may_not_be_written():
 def test_temporary_files_are_beside_their_targets(folder, monkeypatch):
     monkeypatch.setenv('TMPDIR', '/nowhere/at/all')
     created, create = [], store.create
-    monkeypatch.setattr(store, 'create', lambda path: created.append(Path(path).parent.name) or create(path))
+    monkeypatch.setattr(store, 'create',
+                        lambda path: created.append(Path(path).parent.name) or create(path))
     filled(folder, a=OLD['a'])
     assert created == ['run', 'run', 'packs', 'nodes']
 
@@ -1169,9 +1339,13 @@ def damaged_files(folder):
     "A store to be damaged; names of one file of each kind"
     run = Store(folder, 'digits')
     torch.manual_seed(0)
-    with run.writing(): record(run, 'a', {'w': torch.randn(20, 9), 'mask': torch.ones(5).bool(), 'half': torch.rand(7).half(), 'rows': [{'epoch': i, 'loss': i / 3} for i in range(9)]}, description='é')
+    with run.writing():
+        record(run, 'a',
+               {'w': torch.randn(20, 9), 'mask': torch.ones(5).bool(), 'half': torch.rand(7).half(),
+                'rows': [{'epoch': i, 'loss': i / 3} for i in range(9)]}, description='é')
     save_next({'w': torch.randn(20, 9)}, run.work('a') / '0')
-    return ['packs/' + packs(run)[0].name, 'nodes/a.json', 'format.json', 'work/+a/0/save-000001.safetensors'.replace('+a', 'a')]
+    return ['packs/' + packs(run)[0].name, 'nodes/a.json', 'format.json',
+            'work/+a/0/save-000001.safetensors'.replace('+a', 'a')]
 
 
 def everything(folder):
@@ -1186,12 +1360,16 @@ def everything(folder):
 @pytest.mark.parametrize('places', [20, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings('ignore:.*is set aside')
 def test_damage_anywhere(folder, kind, places):
-    "A flipped bit or a cut: our own error or the same values, never others; a later read says no less"
+    "A flipped bit or a cut: our own error or the same values; a later read says no less"
     name = damaged_files(folder)[kind]
-    whole, data, rng, caught = everything(folder), (folder / name).read_bytes(), random.Random(kind), 0
+    whole = everything(folder)
+    data = (folder / name).read_bytes()
+    rng = random.Random(kind)
+    caught = 0
     assert len(data) > 9 and name in files(folder)
     names = files(folder)
-    flips = [(place, bit) for place, bit in zip(rng.choices(range(len(data)), k=places), rng.choices(range(8), k=places))]
+    flips = [(place, bit) for place, bit in zip(rng.choices(range(len(data)), k=places),
+                                                rng.choices(range(8), k=places), strict=True)]
     for change in [*flips, *rng.sample(range(len(data)), min(places, len(data)))]:
         damaged = bytearray(data)
         if type(change) is tuple: damaged[change[0]] ^= 1 << change[1]
@@ -1217,18 +1395,26 @@ def test_a_damaged_pack_is_set_aside_and_its_sound_tensors_stay(folder):
     place = json.loads(data[8:start])[store.tensor_digest(torch.arange(100.))]['data_offsets'][0]
     damage(path, start + place)
     assert same(state(run, 'b'), {'x': X, 'y': Y}) and path.exists() # nobody has read what is bad
-    with pytest.raises(DamagedError, match=rf'{path.name} is damaged: tensor {store.tensor_digest(torch.arange(100.))} is not as it was written. It is set aside as {path.stem}.damaged. Put back a copy of the file, or delete the checkpoint'):
+    digest = store.tensor_digest(torch.arange(100.))
+    said = (rf'{path.name} is damaged: tensor {digest} is not as it was written. '
+            rf'It is set aside as {path.stem}.damaged. '
+            'Put back a copy of the file, or delete the checkpoint')
+    with pytest.raises(DamagedError, match=said):
         state(run, 'a')
-    assert not path.exists() and path.with_suffix('.damaged').exists() and not run.holds(run.read('a')['state'])
+    assert not path.exists() and path.with_suffix('.damaged').exists()
+    assert not run.holds(run.read('a')['state'])
     for reader in (run, Store(folder)): assert same(state(reader, 'b'), {'x': X, 'y': Y})
-    with pytest.raises(DamagedError, match=f'1 of 2 tensors are in no pack; {path.stem}.damaged had been damaged'): state(run, 'a')
+    with pytest.raises(
+        DamagedError, match=f'1 of 2 tensors are in no pack; {path.stem}.damaged had been damaged'):
+        state(run, 'a')
     with run.writing(): record(run, 'a', {'big': torch.arange(100.), 'x': X}) # the way out
     assert same(state(run, 'a'), {'big': torch.arange(100.), 'x': X})
     path.with_suffix('.damaged').rename(path) # the other way out: a copy put back
     path.write_bytes(data)
     assert same(state(Store(folder), 'a'), {'big': torch.arange(100.), 'x': X})
     run.gc(dry_run=False)
-    assert same(state(run, 'a'), {'big': torch.arange(100.), 'x': X}) and same(state(run, 'b'), {'x': X, 'y': Y})
+    assert same(state(run, 'a'), {'big': torch.arange(100.), 'x': X})
+    assert same(state(run, 'b'), {'x': X, 'y': Y})
 
 
 @pytest.mark.parametrize('place', [3, 9, 20, 40])
@@ -1237,7 +1423,8 @@ def test_a_damaged_header(folder, place):
     path = run.locate({store.tensor_digest(Y)}).popitem()[0]
     damage(path, place)
     fresh = Store(folder)
-    assert same(state(fresh, 'b'), [torch.full((4,), 4)]) and not fresh.holds(fresh.read('a')['state'])
+    assert same(state(fresh, 'b'), [torch.full((4,), 4)])
+    assert not fresh.holds(fresh.read('a')['state'])
     with fresh.writing(): assert fresh.put(OLD['a'])[0] == fresh.read('a')['state'] # stored anew
     assert same(state(Store(folder), 'a'), OLD['a'])
     for known in (True, False):
@@ -1255,7 +1442,9 @@ def test_a_damaged_pack_stays_while_another_process_writes(folder):
     damage(packs(run)[0])
     with script(HOLDS, folder) as process:
         assert process.stdout.readline() == 'ready\n'
-        with pytest.raises(DamagedError, match=f'It stays where it is .*locked by process {process.pid}'): state(run, 'a')
+        with pytest.raises(DamagedError,
+                           match=f'It stays where it is .*locked by process {process.pid}'):
+            state(run, 'a')
         assert len(packs(run)) == 1
         process.communicate('\n')
 
@@ -1291,7 +1480,9 @@ def test_nothing_in_a_file_runs(folder, tmp_path, monkeypatch, payload):
     for i in range(5):
         names = [*damaged_files(folder), 'lock']
         if payload == 'torch': torch.save({'a': Bomb()}, folder / names[i])
-        else: (folder / names[i]).write_bytes(pickle.dumps(Bomb()) if payload == 'pickle' else b'PK\3\4' + pickle.dumps(Bomb()))
+        else:
+            (folder / names[i]).write_bytes(pickle.dumps(Bomb()) if payload == 'pickle'
+                                            else b'PK\3\4' + pickle.dumps(Bomb()))
         if names[i] != 'lock':
             with pytest.raises(StoreError): everything(folder)
         else:
@@ -1322,7 +1513,8 @@ def test_files_of_absurd_size(folder):
         with open(folder / name, 'wb') as file: file.truncate(2**40)
         if name == 'holder.json': assert run.holder() is None
         else:
-            with pytest.raises(DamagedError, match='1,099,511,627,776 bytes'): Store(folder).read('a')
+            with pytest.raises(DamagedError, match='1,099,511,627,776 bytes'):
+                Store(folder).read('a')
         shutil.rmtree(folder)
 
 
@@ -1346,4 +1538,5 @@ def test_saves_are_listed_once(folder, monkeypatch):
     for i in range(1, 4):
         save_next(i, folder)
         assert len(listed) == i
-    assert [path.name for path in saves(folder)] == ['save-000003.safetensors', 'save-000002.safetensors']
+    assert [path.name
+            for path in saves(folder)] == ['save-000003.safetensors', 'save-000002.safetensors']

@@ -15,8 +15,10 @@ def alike(a, b, tolerance, path=''):
         for key in a: alike(a[key], b[key], tolerance, f'{path}/{key}')
     elif isinstance(a, (list, tuple)):
         assert len(a) == len(b), path
-        for i, (x, y) in enumerate(zip(a, b)): alike(x, y, tolerance, f'{path}/{i}')
-    elif isinstance(a, float): assert math.isclose(a, b, rel_tol=tolerance, abs_tol=tolerance) or math.isnan(a) and math.isnan(b), (path, a, b)
+        for i, (x, y) in enumerate(zip(a, b, strict=True)): alike(x, y, tolerance, f'{path}/{i}')
+    elif isinstance(a, float):
+        assert math.isclose(a, b, rel_tol=tolerance,
+                            abs_tol=tolerance) or math.isnan(a) and math.isnan(b), (path, a, b)
     else: assert a == b, (path, a, b)
 
 
@@ -46,7 +48,8 @@ def test_every_size_gives_the_numbers_of_one_process(one, n, strategy):
 def test_callbacks_and_loaders_give_the_numbers_of_one_process(strategy):
     one = ranks.cases()
     for found in launch(ranks.cases, strategy, n=2):
-        for name in ranks.CASES: alike(one[name], found[name], 2e-3 if name == 'bf16' else 1e-4, name)
+        for name in ranks.CASES:
+            alike(one[name], found[name], 2e-3 if name == 'bf16' else 1e-4, name)
 
 
 @pytest.mark.parametrize('strategy', ['ddp', 'fsdp'])
@@ -62,17 +65,20 @@ def test_a_distributed_sampler_is_left_alone():
 
 
 def test_shards_of_other_lengths_do_not_hang():
-    for a, b in zip(*launch(ranks.all_uneven, n=2)): assert a == b and a[1] == 10
+    for a, b in zip(*launch(ranks.all_uneven, n=2), strict=True): assert a == b and a[1] == 10
 
 
 @pytest.mark.slow
 def test_a_process_without_any_batch_is_named():
-    with pytest.raises(RuntimeError, match='Unknown gave no batch to process 1 of 2, but one to process 0'): launch(ranks.uneven, ranks.Unknown, (3, 0), n=2)
+    with pytest.raises(RuntimeError,
+                       match='Unknown gave no batch to process 1 of 2, but one to process 0'):
+        launch(ranks.uneven, ranks.Unknown, (3, 0), n=2)
 
 
 def test_helpers(capfd):
     first, second = launch(ranks.helpers, n=2)
-    assert first['started'] == multiprocessing.get_start_method()  # of a loader's workers: spawned ones take seconds
+    # of a loader's workers: spawned ones take seconds
+    assert first['started'] == multiprocessing.get_start_method()
     assert first['gather'] == second['gather'] == [[0, 0], [1, 1], [1, 1]]
     assert first['padded'] == [[0, -1], [1, 1]]
     assert (first['rank'], second['rank'], first['size']) == (0, 1, 2)
@@ -84,11 +90,16 @@ def test_the_model_stays_what_it_is():
         assert before[0] == '0.weight' and inside and after and same and not left and hooks == 6 + 2
 
 
-@pytest.mark.parametrize('event, rank', [('after_batch', 1), ('before_validate', 0), slow('before_fit', 0), slow('before_fit', 1), slow('after_batch', 0),
-                                         slow('before_validate', 1), slow('after_fit', 0), slow('after_fit', 1), slow('before_lr_find', 0), slow('before_lr_find', 1)])
+@pytest.mark.parametrize('event, rank',
+                         [('after_batch', 1), ('before_validate', 0), slow('before_fit', 0),
+                          slow('before_fit', 1), slow('after_batch', 0),
+                          slow('before_validate', 1), slow('after_fit', 0), slow('after_fit', 1),
+                          slow('before_lr_find', 0), slow('before_lr_find', 1)])
 def test_an_error_in_one_process_ends_all_and_is_the_one_shown(event, rank, capfd):
     start = time.monotonic()
-    with pytest.raises(RuntimeError, match=f'failed in process {rank} of 2(.|\n)*ZeroDivisionError: in {event}'): launch(ranks.fails, event, rank, n=2)
+    with pytest.raises(RuntimeError,
+                       match=f'failed in process {rank} of 2(.|\n)*ZeroDivisionError: in {event}'):
+        launch(ranks.fails, event, rank, n=2)
     assert time.monotonic() - start < 30
     assert 'Connection' not in capfd.readouterr().err.replace('ConnectionAbort', '')
 
@@ -100,26 +111,32 @@ def test_a_process_that_waits_elsewhere_ends_too():
 
 
 @pytest.fixture(scope='module')
-def undisturbed(tmp_path_factory):
-    return lru_cache(lambda kind: launch(ranks.saved, tmp_path_factory.mktemp('whole') / 'run', None, None, 3, kind, n=2))
+def whole(tmp_path_factory):
+    return lru_cache(lambda kind: launch(ranks.saved, tmp_path_factory.mktemp('whole') / 'run',
+                                         None, None, 3, kind, n=2))
 
 
 @pytest.mark.parametrize('stop, how, end, kind', [
-    (3, 'SIGKILL', 'SIGKILL', 'foreign'), slow(4, 'SIGTERM', 'exit code 143', 'tensors'), slow(8, 'fail', 'on purpose', 'tensors'),
-    slow(8, 'fail', 'on purpose', 'foreign'), slow(3, 'SIGKILL', 'SIGKILL', 'tensors'), slow(4, 'SIGTERM', 'exit code 143', 'foreign')])
-def test_what_was_broken_off_goes_on_with_the_same_bits(tmp_path, undisturbed, stop, how, end, kind):
-    with pytest.raises(RuntimeError, match=end): launch(ranks.saved, tmp_path / 'run', stop, how, 3, kind, n=2)
+    (3, 'SIGKILL', 'SIGKILL', 'foreign'), slow(4, 'SIGTERM', 'exit code 143', 'tensors'),
+    slow(8, 'fail', 'on purpose', 'tensors'),
+    slow(8, 'fail', 'on purpose', 'foreign'), slow(3, 'SIGKILL', 'SIGKILL', 'tensors'),
+    slow(4, 'SIGTERM', 'exit code 143', 'foreign')])
+def test_what_was_broken_off_goes_on_with_the_same_bits(tmp_path, whole, stop, how, end, kind):
+    with pytest.raises(RuntimeError, match=end):
+        launch(ranks.saved, tmp_path / 'run', stop, how, 3, kind, n=2)
     assert list((tmp_path / 'run').glob('*.safetensors'))
     again = launch(ranks.saved, tmp_path / 'run', None, None, 3, kind, n=2)
-    for (a, rows_a), (b, rows_b) in zip(undisturbed(kind), again):
+    for (a, rows_a), (b, rows_b) in zip(whole(kind), again, strict=True):
         assert rows_a == rows_b and [name for name in a if a[name] != b[name]] == []
 
 
 @pytest.mark.slow
 def test_another_number_of_processes_goes_on_by_samples(tmp_path, capfd):
-    with pytest.raises(RuntimeError, match='143'): launch(ranks.saved, tmp_path / 'run', 4, 'SIGTERM', n=2)
+    with pytest.raises(RuntimeError, match='143'):
+        launch(ranks.saved, tmp_path / 'run', 4, 'SIGTERM', n=2)
     (a, rows), (b, more), _ = launch(ranks.saved, tmp_path / 'run', n=3)
-    assert len(rows['epoch']) == 3 and rows['valid_loss'] == more['valid_loss'] and a['model'] == b['model']
+    assert len(rows['epoch']) == 3 and rows['valid_loss'] == more['valid_loss']
+    assert a['model'] == b['model']
 
 
 # Checkpoints
@@ -133,27 +150,36 @@ def undisturbed(tmp_path_factory):
 def test_a_rerun_fetches_the_same_bits_on_every_process(undisturbed):
     folder, first = undisturbed
     again = launch(ranks.recorded, folder, n=2)
-    for (found, n, status), (fetched, none, _) in zip(first, again):
+    for (found, n, status), (fetched, none, _) in zip(first, again, strict=True):
         assert fetched == found and n == 30 and none == 0 and status == ['complete'] * 3
-    with pytest.raises(RuntimeError, match='StaleCheckpoint: (.|\\n)*n_epoch 2 -> 3'): launch(ranks.recorded, folder, None, None, 3, n=2)
+    with pytest.raises(RuntimeError, match='StaleCheckpoint: (.|\\n)*n_epoch 2 -> 3'):
+        launch(ranks.recorded, folder, None, None, 3, n=2)
 
 
 def test_a_single_process_fetches_what_two_have_computed(undisturbed):
     folder, first = undisturbed
     found, n, _ = ranks.recorded(folder)
-    assert n == 0 and [step[0]['model'] for step in found] == [step[0]['model'] for step in first[0][0]]
+    assert n == 0
+    assert [step[0]['model'] for step in found] == [step[0]['model'] for step in first[0][0]]
     assert [step[1:] for step in found] == [step[1:] for step in first[0][0]]
 
 
-@pytest.mark.parametrize('at, how, end', [(15, 'SIGKILL', 'SIGKILL'), slow(7, 'SIGTERM', '143'), slow(9, 'fail', 'on purpose'), slow(26, 'SIGKILL', 'SIGKILL')])
-def test_a_script_of_two_processes_that_was_broken_off_ends_with_the_same_bits(tmp_path, undisturbed, at, how, end):
+@pytest.mark.parametrize('at, how, end',
+                         [(15, 'SIGKILL', 'SIGKILL'), slow(7, 'SIGTERM', '143'),
+                          slow(9, 'fail', 'on purpose'), slow(26, 'SIGKILL', 'SIGKILL')])
+def test_a_script_of_two_processes_that_was_broken_off_ends_with_the_same_bits(
+    tmp_path, undisturbed, at, how, end):
     with pytest.raises(RuntimeError, match=end): launch(ranks.recorded, tmp_path, at, how, n=2)
     again = launch(ranks.recorded, tmp_path, n=2)
-    for (found, _, _), (other, n, status) in zip(undisturbed[1], again): assert other == found and n < 30 and status == ['complete'] * 3
+    for (found, _, _), (other, n, status) in zip(undisturbed[1], again, strict=True):
+        assert other == found and n < 30 and status == ['complete'] * 3
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path):
-    with pytest.raises(RuntimeError, match='RuntimeError: checkpoint called in one of 2 processes that do not know'): launch(ranks.paused, tmp_path, n=2)
+    with pytest.raises(
+        RuntimeError,
+        match='RuntimeError: checkpoint called in one of 2 processes that do not know'):
+        launch(ranks.apart, tmp_path, n=2)
     assert not list(tmp_path.iterdir())
 
 
@@ -171,18 +197,23 @@ if 'fail' in sys.argv and learn.rank == 1: raise ValueError('on purpose')
 @pytest.mark.parametrize('args, code', [(['--x', '1'], 0), (['fail'], 1)])
 def test_the_command_launches_a_script(tmp_path, args, code):
     (tmp_path / 'script.py').write_text(SCRIPT.format(folder=os.path.dirname(__file__)))
-    done = subprocess.run([sys.executable, '-m', 'learnkit', 'launch', '-n', '2', tmp_path / 'script.py', *args], capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, '-m', 'learnkit', 'launch', '-n', '2',
+                           tmp_path / 'script.py', *args], capture_output=True, text=True,
+                          timeout=100)
     assert done.returncode == code and done.stdout == f'0 1 {args}\n'
-    assert done.stderr.count('Traceback') == code and ('ValueError: on purpose' in done.stderr) == bool(code)
+    assert done.stderr.count('Traceback') == code
+    assert ('ValueError: on purpose' in done.stderr) == bool(code)
 
 
 def test_the_command_names_what_is_missing(tmp_path, capsys):
-    assert main(['launch', str(tmp_path / 'none.py')]) == 1 and 'there is no file' in capsys.readouterr().err
+    assert main(['launch', str(tmp_path / 'none.py')]) == 1
+    assert 'there is no file' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('n', [0, -1, True, 1.5, '2'])
 def test_numbers_of_processes_that_cannot_be(n):
-    with pytest.raises(ValueError, match='must be a whole number, at least 1'): launch(ranks.helpers, n=n)
+    with pytest.raises(ValueError, match='must be a whole number, at least 1'):
+        launch(ranks.helpers, n=n)
 
 
 # A model in parts
@@ -190,10 +221,12 @@ def test_numbers_of_processes_that_cannot_be(n):
 @pytest.mark.parametrize('n', [2, slow(3)])
 def test_each_process_holds_a_part_and_the_whole_comes_back(n):
     one, found = ranks.in_parts(), launch(ranks.in_parts, n=n)
-    assert sum(part['inside'] for part in found) == one['inside'] and max(part['inside'] for part in found) < 0.6 * one['inside']
+    assert sum(part['inside'] for part in found) == one['inside']
+    assert max(part['inside'] for part in found) < 0.6 * one['inside']
     for part in found:
         assert part['names'] and all(part['same']) and part['is'] == one['is']
-        alike({name: part[name] for name in ('weights', 'ema', 'reset')}, {name: one[name] for name in ('weights', 'ema', 'reset')}, 1e-4)
+        alike({name: part[name] for name in ('weights', 'ema', 'reset')},
+              {name: one[name] for name in ('weights', 'ema', 'reset')}, 1e-4)
 
 
 def test_a_model_that_is_too_large_stays_in_parts(capfd):
@@ -204,7 +237,9 @@ def test_a_model_that_is_too_large_stays_in_parts(capfd):
 def test_weights_that_are_nowhere_yet_are_made_as_on_one_process():
     one = ranks.from_meta()
     for found in launch(ranks.from_meta, n=2): alike(one, found, 1e-5)
-    with pytest.raises(ValueError, match='0 is on the meta device, and Body has no method reset_parameters'): ranks.no_weights()
+    with pytest.raises(ValueError,
+                       match='0 is on the meta device, and Body has no method reset_parameters'):
+        ranks.no_weights()
 
 
 @pytest.fixture(scope='module')
@@ -213,51 +248,64 @@ def three_parts(tmp_path_factory):
     return folder, limited(lambda: launch(ranks.written_in_parts, folder, n=3))[0]
 
 
-@pytest.mark.parametrize('read, n', [(ranks.read_plain, 1), (ranks.read_in_parts, 2), slow(ranks.read_whole, 2), slow(ranks.read_in_parts, 3), slow(ranks.read_plain, 2)])
-def test_what_was_saved_in_parts_is_loaded_by_any_number_of_processes(tmp_path, three_parts, read, n):
+@pytest.mark.parametrize('read, n', [(ranks.read_plain, 1), (ranks.read_in_parts, 2),
+                                     slow(ranks.read_whole, 2), slow(ranks.read_in_parts, 3),
+                                     slow(ranks.read_plain, 2)])
+def test_what_was_saved_in_parts_is_loaded_by_any_number_of_processes(
+    tmp_path, three_parts, read, n):
     folder, (valid, weights) = three_parts
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    assert len(list(tmp_path.glob('model.parts/*'))) == 1 and len(list(tmp_path.glob('model.parts/*/*'))) == 3
+    assert len(list(tmp_path.glob('model.parts/*'))) == 1
+    assert len(list(tmp_path.glob('model.parts/*/*'))) == 3
     assert sum(path.stat().st_size for path in tmp_path.glob('model.parts/*/*')) > 2000
     for found, more in launch(read, tmp_path, n=n):
         alike(found, valid, 1e-6)
         alike(more, weights, 1e-5)
 
 
-@pytest.mark.parametrize('run, stop, how', [(ranks.saved_in_parts, 4, 'SIGTERM'), slow(ranks.saved_in_parts, 3, 'SIGKILL'), slow(ranks.saved_whole, 3, 'SIGKILL'), slow(ranks.saved_whole, 8, 'fail')])
+@pytest.mark.parametrize('run, stop, how', [(ranks.saved_in_parts, 4, 'SIGTERM'),
+                                            slow(ranks.saved_in_parts, 3, 'SIGKILL'),
+                                            slow(ranks.saved_whole, 3, 'SIGKILL'),
+                                            slow(ranks.saved_whole, 8, 'fail')])
 def test_a_fit_of_a_model_in_parts_goes_on_with_the_same_bits(tmp_path, run, stop, how):
-    undisturbed = launch(run, tmp_path / 'whole', n=2)
+    whole = launch(run, tmp_path / 'whole', n=2)
     with pytest.raises(RuntimeError): launch(run, tmp_path / 'run', stop, how, n=2)
     again = launch(run, tmp_path / 'run', n=2)
-    for (a, rows_a), (b, rows_b) in zip(undisturbed, again): assert rows_a == rows_b and [name for name in a if a[name] != b[name]] == []
+    for (a, rows_a), (b, rows_b) in zip(whole, again, strict=True):
+        assert rows_a == rows_b and [name for name in a if a[name] != b[name]] == []
     in_parts = run is ranks.saved_in_parts
-    assert len(list((tmp_path / 'run').glob('*'))) == len(list((tmp_path / 'run').glob('*.safetensors'))) * (1 + in_parts)
+    assert (len(list((tmp_path / 'run').glob('*')))
+            == len(list((tmp_path / 'run').glob('*.safetensors'))) * (1 + in_parts))
     one = ranks.saved_whole(tmp_path / 'run')  # a single process takes it over
-    assert one[1] == undisturbed[0][1] and one[0]['model'] == undisturbed[0][0]['model']
+    assert one[1] == whole[0][1] and one[0]['model'] == whole[0][0]['model']
 
 
 @pytest.mark.slow
 def test_damaged_parts_are_told_and_the_save_before_is_used(tmp_path):
-    undisturbed = launch(ranks.saved_in_parts, tmp_path / 'run', n=2)
+    whole = launch(ranks.saved_in_parts, tmp_path / 'run', n=2)
     file = sorted((tmp_path / 'run').glob('*.parts/*/*'))[-1]
     data = bytearray(file.read_bytes())
     data[-3] ^= 1
     file.write_bytes(data)
     again = launch(ranks.saved_in_parts, tmp_path / 'run', n=2)
-    for (a, _), (b, _) in zip(undisturbed, again): assert a == b
+    for (a, _), (b, _) in zip(whole, again, strict=True): assert a == b
     assert len(list((tmp_path / 'run').glob('*.damaged'))) == 1
     for file in (tmp_path / 'run').glob('*.parts/*/*'): file.unlink()
-    with pytest.raises(RuntimeError, match='no save in .* is sound'): launch(ranks.saved_in_parts, tmp_path / 'run', n=2)
+    with pytest.raises(RuntimeError, match='no save in .* is sound'):
+        launch(ranks.saved_in_parts, tmp_path / 'run', n=2)
 
 
 @pytest.mark.parametrize('run', [ranks.recorded_in_parts, slow(ranks.recorded_whole)])
 def test_checkpoints_of_a_model_in_parts(tmp_path, run):
     first = launch(run, tmp_path / 'whole', n=2)
-    with pytest.raises(RuntimeError, match='SIGKILL'): launch(run, tmp_path / 'broken', 15, 'SIGKILL', n=2)
-    for (found, _, _), (other, n, status) in zip(first, launch(run, tmp_path / 'broken', n=2)):
+    with pytest.raises(RuntimeError, match='SIGKILL'):
+        launch(run, tmp_path / 'broken', 15, 'SIGKILL', n=2)
+    for (found, _, _), (other, n, status) in zip(first, launch(run, tmp_path / 'broken', n=2),
+                                                 strict=True):
         assert other == found and 0 < n < 30 and status == ['complete'] * 3
     found, n, _ = ranks.recorded(tmp_path / 'whole')
-    assert n == 0 and [step[0]['model'] for step in found] == [step[0]['model'] for step in first[0][0]]
+    assert n == 0
+    assert [step[0]['model'] for step in found] == [step[0]['model'] for step in first[0][0]]
 
 
 RESTARTED = '''
@@ -272,10 +320,14 @@ if rank() == 0: print(n, tree_digest(found))
 '''
 
 
-@pytest.mark.parametrize('at, how', [(15, ['torch.distributed.run', '--standalone', '--nproc-per-node=2', '--max-restarts=1']), slow(26, ['learnkit', 'launch', '-n', '2', '--restarts', '1'])])
+@pytest.mark.parametrize('at, how', [
+    (15, ['torch.distributed.run', '--standalone', '--nproc-per-node=2', '--max-restarts=1']),
+    slow(26, ['learnkit', 'launch', '-n', '2', '--restarts', '1'])])
 def test_a_script_that_is_restarted_goes_on_by_itself(tmp_path, undisturbed, at, how):
-    (tmp_path / 'script.py').write_text(RESTARTED.format(folder=os.path.dirname(__file__), root=str(tmp_path / 'ckpts'), at=at))
-    done = subprocess.run([sys.executable, '-m', *how, tmp_path / 'script.py'], capture_output=True, text=True, timeout=110)
+    (tmp_path / 'script.py').write_text(RESTARTED.format(folder=os.path.dirname(__file__),
+                                                         root=str(tmp_path / 'ckpts'), at=at))
+    done = subprocess.run([sys.executable, '-m', *how, tmp_path / 'script.py'], capture_output=True,
+                          text=True, timeout=110)
     n, digest = done.stdout.split()
     assert done.returncode == 0 and 0 < int(n) < 30 and digest == tree_digest(undisturbed[1][0][0])
 
@@ -292,10 +344,16 @@ def test_other_ways_to_start(tmp_path, who):
     (tmp_path / 'script.py').write_text(SCRIPT.format(folder=os.path.dirname(__file__)))
     port, started = free_port(), []
     for i in range(2):
-        torchrun = ['torch.distributed.run', '--nnodes=2', '--nproc-per-node=1', '--rdzv-backend=c10d', f'--rdzv-endpoint=localhost:{port}', '--rdzv-id=x', '--local-addr=127.0.0.1']
-        slurm = {'SLURM_PROCID': str(i), 'SLURM_STEP_NUM_TASKS': '2', 'SLURM_LOCALID': str(i), 'SLURM_STEP_NODELIST': 'localhost', 'SLURM_JOB_ID': str(port)}
-        how = ([sys.executable, '-m', *torchrun], {}) if who != 'srun' else ([sys.executable], slurm)
-        started.append(subprocess.Popen([*how[0], tmp_path / 'script.py'], env={**os.environ, **how[1]}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        torchrun = ['torch.distributed.run', '--nnodes=2', '--nproc-per-node=1',
+                    '--rdzv-backend=c10d', f'--rdzv-endpoint=localhost:{port}', '--rdzv-id=x',
+                    '--local-addr=127.0.0.1']
+        slurm = {'SLURM_PROCID': str(i), 'SLURM_STEP_NUM_TASKS': '2', 'SLURM_LOCALID': str(i),
+                 'SLURM_STEP_NODELIST': 'localhost', 'SLURM_JOB_ID': str(port)}
+        how = ([sys.executable, '-m', *torchrun],
+               {}) if who != 'srun' else ([sys.executable], slurm)
+        started.append(subprocess.Popen([*how[0], tmp_path / 'script.py'],
+                                        env={**os.environ, **how[1]}, stdout=subprocess.PIPE,
+                                        stderr=subprocess.PIPE, text=True))
     ended = [process.communicate(timeout=100) for process in started]
     assert [process.returncode for process in started] == [0, 0], ended
     assert sorted(out for out, _ in ended) == ['', '0 1 []\n']
@@ -328,7 +386,9 @@ def test_an_error_of_all_can_be_caught():
 def test_an_error_between_fits_ends_all_and_is_shown_once(tmp_path, where):
     (tmp_path / 'script.py').write_text(BETWEEN.format(folder=os.path.dirname(__file__)))
     start = time.monotonic()
-    done = subprocess.run([sys.executable, '-m', 'learnkit', 'launch', '-n', '2', tmp_path / 'script.py', where], capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, '-m', 'learnkit', 'launch', '-n', '2',
+                           tmp_path / 'script.py', where], capture_output=True, text=True,
+                          timeout=100)
     assert done.returncode == 1 and time.monotonic() - start < 40
     assert done.stderr.count('Traceback') == done.stderr.count('ZeroDivisionError: on purpose') == 1
 
@@ -347,8 +407,11 @@ for where in ('before', 'between'):
 @pytest.mark.parametrize('signum, code', [(signal.SIGTERM, 143), slow(signal.SIGINT, 130)])
 def test_a_signal_to_the_launcher_ends_all_with_a_save(tmp_path, signum, code):
     (tmp_path / 'script.py').write_text(SIGNALLED.format(folder=os.path.dirname(__file__)))
-    started = subprocess.Popen([sys.executable, '-m', 'learnkit', 'launch', '-n', '2', 'script.py'], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    started = subprocess.Popen([sys.executable, '-m', 'learnkit', 'launch', '-n', '2', 'script.py'],
+                               cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT,
+                                                                signal.default_int_handler))
     assert started.stdout.readline() == 'begun\n'
     time.sleep(2)
     started.send_signal(signum)
@@ -362,28 +425,36 @@ import sys, time
 sys.path.insert(0, {folder!r})
 import ranks
 from learnkit import *
-learn = ranks.learner(cbs=[Distributed(), SaveState('run', '1 h'), Callback(after_batch=lambda learn: time.sleep(0.02))])
+slow = Callback(after_batch=lambda learn: time.sleep(0.02))
+learn = ranks.learner(cbs=[Distributed(), SaveState('run', '1 h'), slow])
 learn.print('begun', flush=True)
 learn.fit(200)
 '''
 
 
-@pytest.mark.parametrize('options, why', [(dict(strategy='fsdp', find_unused=True), 'find_unused'), (dict(blocks=len), 'blocks'), (dict(mesh=1), 'mesh')])
+@pytest.mark.parametrize('options, why', [(dict(strategy='fsdp', find_unused=True), 'find_unused'),
+                                          (dict(blocks=len), 'blocks'), (dict(mesh=1), 'mesh')])
 def test_what_a_strategy_does_not_know_is_refused(options, why):
     with pytest.raises(TypeError, match=f'{why}=...'): ranks.Distributed(**options)
 
 
 def test_an_unknown_strategy_is_refused():
-    with pytest.raises(ValueError, match="strategy='zero'.: must be 'ddp' or 'fsdp'"): ranks.Distributed(strategy='zero')
+    with pytest.raises(ValueError, match="strategy='zero'.: must be 'ddp' or 'fsdp'"):
+        ranks.Distributed(strategy='zero')
 
 
-@pytest.mark.parametrize('how, rank, end', [slow('full', 1, 'No space left'), slow('full', 0, 'No space left'), slow('kill', 1, 'SIGKILL'), slow('kill after', 0, 'SIGKILL')])
+@pytest.mark.parametrize('how, rank, end',
+                         [slow('full', 1, 'No space left'), slow('full', 0, 'No space left'),
+                          slow('kill', 1, 'SIGKILL'), slow('kill after', 0, 'SIGKILL')])
 def test_a_save_in_parts_that_is_broken_off_leaves_the_one_before(tmp_path, how, rank, end):
-    with pytest.raises(RuntimeError, match=end): launch(ranks.breaks_off, tmp_path / 'run', how, rank, n=2)
+    with pytest.raises(RuntimeError, match=end):
+        launch(ranks.breaks_off, tmp_path / 'run', how, rank, n=2)
     names = sorted(path.name for path in (tmp_path / 'run').glob('save*.safetensors'))
     assert names == ['save-000001.safetensors', 'save-000002.safetensors']
     if how == 'full': assert not list((tmp_path / 'run').glob('save-000003.parts/*'))
-    undisturbed, again = launch(ranks.saved_in_parts, tmp_path / 'whole', n=2), launch(ranks.saved_in_parts, tmp_path / 'run', n=2)
-    for (a, _), (b, _) in zip(undisturbed, again): assert a == b
+    whole = launch(ranks.saved_in_parts, tmp_path / 'whole', n=2)
+    again = launch(ranks.saved_in_parts, tmp_path / 'run', n=2)
+    for (a, _), (b, _) in zip(whole, again, strict=True): assert a == b
     left = sorted(path.name for path in (tmp_path / 'run').iterdir())
-    assert len(left) == 4 and all(len(list(folder.iterdir())) == 1 for folder in (tmp_path / 'run').glob('*.parts'))
+    assert len(left) == 4
+    assert all(len(list(folder.iterdir())) == 1 for folder in (tmp_path / 'run').glob('*.parts'))

@@ -406,9 +406,9 @@ def test_trees_are_pure_json(trees):
             for value in node.values(): check(value)
         elif type(node) is list:
             for value in node: check(value)
-        else: assert node is None or type(node) in (bool, int,
-            str) or type(node) is float and math.isfinite(node)
-    for name, value in trees.items():
+        elif type(node) is float: assert math.isfinite(node)
+        else: assert node is None or type(node) in (bool, int, str)
+    for value in trees.values():
         check(value)
         assert json.loads(json.dumps(value, allow_nan=False)) == value
         json.dumps(value, ensure_ascii=False).encode()
@@ -1402,7 +1402,8 @@ def test_arguments_by_name():
 def test_arguments_given():
     assert given_arguments(Host().fit, (3, None),
         {'flag': True, 'cbs': None, 'x': 1}) == {'n_epoch': 3, 'flag': True, 'x': 1}
-    assert given_arguments(lambda a=torch.zeros(2), b=1: 0, (torch.zeros(2), 1.), {}) == {'b': 1.}
+    zeros = torch.zeros(2)
+    assert given_arguments(lambda a=zeros, b=1: 0, (torch.zeros(2), 1.), {}) == {'b': 1.}
     assert list(given_arguments(lambda a=None: 0, (threading.Lock(),), {})) == ['a']
 
 

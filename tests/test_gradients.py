@@ -1,4 +1,4 @@
-"Accumulation equals the big batch, clipping sees whole updates, averages follow their formula, nothing stays behind"
+"Accumulation equals the big batch, clipping sees whole updates, averages follow their formula"
 import math, signal
 from functools import partial
 import pytest
@@ -11,23 +11,28 @@ from learnkit.training.gradients import EMA, SWA, GradientAccumulation, Gradient
 from learnkit.training.precision import MixedPrecision
 from learnkit.files.tree import tree_digest
 
-CANCELS = [CancelFit, CancelEpoch, CancelTrain, CancelValidate, CancelBatch, CancelBackward, CancelStep]
+CANCELS = [CancelFit, CancelEpoch, CancelTrain, CancelValidate, CancelBatch, CancelBackward,
+           CancelStep]
 
 
-def small_loss(pred, targ): return (pred - targ).square().mean() / 64  # times 2**16 its gradients stay in fp16
+def small_loss(pred, targ):
+    return (pred - targ).square().mean() / 64  # times 2**16 its gradients stay in fp16
 
 def make_model(): return nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 1))
 
 def cut(sizes, seed=0): # batches of these sizes, always of the same samples
     rng = torch.Generator().manual_seed(seed)
     x, y = torch.randn(sum(sizes), 4, generator=rng), torch.randn(sum(sizes), 1, generator=rng)
-    return list(zip(x.split(sizes), y.split(sizes)))
+    return list(zip(x.split(sizes), y.split(sizes), strict=True))
 
-def make_learner(train=(8,) * 6, valid=(8, 4), model=None, opt_func=partial(torch.optim.SGD, momentum=0.9), lr=0.1,
-                 loss_func=nn.MSELoss(), **kwargs):
+def make_learner(train=(8,) * 6, valid=(8, 4), model=None,
+                 opt_func=partial(torch.optim.SGD, momentum=0.9), lr=0.1,
+                 loss_func=None, **kwargs):
     torch.manual_seed(0)
     train = cut(train) if type(train) in (list, tuple) and type(train[0]) is int else train
-    learn = Learner(DataLoaders(train, cut(valid, 1)), model or make_model(), loss_func, opt_func, lr, device='cpu', **kwargs)
+    learn = Learner(DataLoaders(train, cut(valid, 1)), model or make_model(),
+                    loss_func or nn.MSELoss(), opt_func,
+                    lr, device='cpu', **kwargs)
     learn.remove_cb(Progress)
     return learn
 
@@ -55,21 +60,26 @@ def trained(sizes, *cbs, n_epoch=2, **kwargs):
     learn.fit(n_epoch, cbs=list(cbs))
     return learn
 
-def close(a, b, atol=1e-6): torch.testing.assert_close(flat(a.model), flat(b.model), rtol=0, atol=atol)
+def close(a, b, atol=1e-6):
+    torch.testing.assert_close(flat(a.model), flat(b.model), rtol=0, atol=atol)
 
 
 # accumulation
 
 @pytest.mark.parametrize('n,sizes,big', [
-    (2, [8, 8, 8, 8], [16, 16]), (3, [8, 8, 8, 8], [24, 8]), (3, [5, 1, 10, 7, 7, 2, 16], [16, 16, 16]),
-    (2, [1, 15, 3], [16, 3]), (10, [4, 3, 9], [16]), (1, [3, 9], [3, 9]), (4, [16, 8, 4, 2, 1, 1], [30, 2])])
+    (2, [8, 8, 8, 8], [16, 16]), (3, [8, 8, 8, 8], [24, 8]),
+    (3, [5, 1, 10, 7, 7, 2, 16], [16, 16, 16]),
+    (2, [1, 15, 3], [16, 3]), (10, [4, 3, 9], [16]), (1, [3, 9], [3, 9]),
+    (4, [16, 8, 4, 2, 1, 1], [30, 2])])
 @pytest.mark.parametrize('opt_func', [None, partial(torch.optim.SGD, momentum=0.9)])
 def test_ragged_batches_equal_the_big_one(n, sizes, big, opt_func):
-    ours, theirs = trained(sizes, GradientAccumulation(n), opt_func=opt_func, lr=0.01), trained(big, opt_func=opt_func, lr=0.01)
+    ours = trained(sizes, GradientAccumulation(n), opt_func=opt_func, lr=0.01)
+    theirs = trained(big, opt_func=opt_func, lr=0.01)
     close(ours, theirs)
     assert ours.steps_done == theirs.steps_done == 2 * len(big) and no_grads(ours)
 
-@pytest.mark.parametrize('sizes', [[0, 8, 8], [8, 0, 8], [8, 8, 0], [0, 0, 16], [16, 0, 0], [0, 16]])
+@pytest.mark.parametrize('sizes',
+                         [[0, 8, 8], [8, 0, 8], [8, 8, 0], [0, 0, 16], [16, 0, 0], [0, 16]])
 def test_batches_without_samples_add_nothing(sizes):
     close(trained(sizes, GradientAccumulation(3)), trained([16]))
 
@@ -82,7 +92,8 @@ def test_losses_that_are_no_number_without_items_add_nothing():
     def masked(pred, targ):
         counts = targ.squeeze(1).bool()
         return ((pred.squeeze(1) - 1).square() * counts).sum() / counts.sum()
-    counting = Callback(after_loss=lambda learn: setattr(learn, 'n_items', int(learn.yb[0].sum())), phases=('train',))
+    counting = Callback(after_loss=lambda learn: setattr(learn, 'n_items', int(learn.yb[0].sum())),
+                        phases=('train',))
     x = torch.randn(8, 4)
     def fitted(masks, n):
         learn = make_learner([(x, torch.tensor(mask)[:, None]) for mask in masks], loss_func=masked)
@@ -100,9 +111,11 @@ def test_items_of_your_own_weigh_a_token_mean():
         mask = (torch.arange(5) < lengths[:, None]).float()
         return (pred.squeeze(-1).square() * mask).sum() / mask.sum()
     def run(sizes, *cbs):
-        learn = make_learner(list(zip(tokens.split(sizes), lengths.split(sizes))), loss_func=masked)
+        learn = make_learner(list(zip(tokens.split(sizes), lengths.split(sizes), strict=True)),
+                             loss_func=masked)
         learn.dls.valid = None
-        count = Callback(after_loss=lambda learn: setattr(learn, 'n_items', learn.yb[0].sum()))  # a tensor will do
+        # a tensor will do
+        count = Callback(after_loss=lambda learn: setattr(learn, 'n_items', learn.yb[0].sum()))
         learn.fit(2, cbs=[count, *cbs])
         return learn
     close(run([2, 7, 3], GradientAccumulation(3)), run([12]))
@@ -114,23 +127,32 @@ def test_equal_batches_are_summed_and_divided_once():
     learn, (first, second) = make_learner([8, 8], opt_func=torch.optim.SGD), cut([8, 8])
     model = make_learner().model
     for x, y in (first, second): nn.functional.mse_loss(model(x), y).backward()
-    expected = torch.cat([(p - 0.1 * (p.grad * 0.5)).detach().flatten() for p in model.parameters()])
+    expected = torch.cat([(p - 0.1 * (p.grad * 0.5)).detach().flatten()
+                          for p in model.parameters()])
     learn.fit(1, cbs=GradientAccumulation(2))
     torch.testing.assert_close(flat(learn.model), expected, rtol=0, atol=1e-7)
 
 @pytest.mark.parametrize('sizes', [[8] * 5, [8] * 4, [8], [3, 9, 1, 4, 6]])
 def test_without_a_length_the_rest_is_stepped_after_the_epoch(sizes):
-    ours, theirs = trained(Stream(sizes), GradientAccumulation(2)), trained(sizes, GradientAccumulation(2))
-    assert digest(ours) == digest(theirs) and ours.steps_done == theirs.steps_done and no_grads(ours)
+    ours = trained(Stream(sizes), GradientAccumulation(2))
+    theirs = trained(sizes, GradientAccumulation(2))
+    assert digest(ours) == digest(theirs) and ours.steps_done == theirs.steps_done
+    assert no_grads(ours)
 
 def test_a_cancelled_pass_steps_what_is_left():
-    ours = trained([8] * 6, GradientAccumulation(4), Callback(before_batch=lambda learn: raiser(CancelTrain)(learn) if learn.iter == 2 else None, phases=('train',)))
+    ours = trained([8] * 6, GradientAccumulation(4),
+                   Callback(before_batch=lambda learn: raiser(CancelTrain)(learn) if learn.iter == 2
+                            else None, phases=('train',)))
     theirs = trained(cut([8] * 6)[:2], GradientAccumulation(2))
     assert digest(ours) == digest(theirs) and ours.steps_done == 2
 
-@pytest.mark.parametrize('cancel,event', [*((CancelBatch, event) for event in ('before_batch', 'after_pred', 'after_loss', 'before_backward')), (CancelBackward, 'before_backward')])
+@pytest.mark.parametrize('cancel,event',
+                         [*((CancelBatch, event) for event in (
+                             'before_batch', 'after_pred', 'after_loss', 'before_backward')),
+                          (CancelBackward, 'before_backward')])
 def test_batches_cancelled_before_the_backward_pass_do_not_count(cancel, event):
-    skip = Callback(phases=('train',), **{event: lambda learn: raiser(cancel)(learn) if learn.iter in (0, 3, 5) else None})
+    skip = Callback(phases=('train',), **{event: lambda learn: raiser(cancel)(learn)
+                                          if learn.iter in (0, 3, 5) else None})
     batches = cut([5, 8, 3, 7, 8, 4])
     ours = make_learner(batches)
     ours.fit(1, cbs=[GradientAccumulation(2), skip])
@@ -143,7 +165,8 @@ def test_batches_cancelled_before_the_backward_pass_do_not_count(cancel, event):
 def test_a_step_cancelled_by_another_stays_open_for_the_next_batch(event, precision):
     cancel = lambda learn: raiser(CancelStep)(learn) if learn.iter == 1 else None
     ours = make_learner([4, 8, 6, 2], loss_func=small_loss)
-    ours.fit(1, cbs=[GradientAccumulation(2), *precision, Callback(phases=('train',), **{event: cancel})])
+    ours.fit(1, cbs=[GradientAccumulation(2), *precision,
+                     Callback(phases=('train',), **{event: cancel})])
     theirs = make_learner([18, 2], loss_func=small_loss)
     theirs.fit(1, cbs=precision)
     close(ours, theirs, 2e-5 if precision else 1e-6)
@@ -151,7 +174,8 @@ def test_a_step_cancelled_by_another_stays_open_for_the_next_batch(event, precis
 
 def test_the_reported_loss_is_that_of_the_batch():
     still = dict(opt_func=torch.optim.SGD, lr=0.)
-    ours, theirs = trained([5, 1, 10, 7], GradientAccumulation(3), **still), trained([5, 1, 10, 7], **still)
+    ours = trained([5, 1, 10, 7], GradientAccumulation(3), **still)
+    theirs = trained([5, 1, 10, 7], **still)
     assert ours.recorder.steps.loss.tolist() == theirs.recorder.steps.loss.tolist()
     assert ours.recorder.df.train_loss.tolist() == theirs.recorder.df.train_loss.tolist()
 
@@ -159,9 +183,12 @@ def test_schedules_and_n_steps_count_updates():
     learn = make_learner([8] * 7)
     learn.fit_one_cycle(3, 0.1, cbs=GradientAccumulation(3))
     assert (learn.n_updates, learn.updates, learn.steps_done) == (9, 9, 9)
-    assert learn.recorder.steps.lr.nunique() == 9 and learn.opt.param_groups[0]['lr'] == pytest.approx(1e-6)
+    assert learn.recorder.steps.lr.nunique() == 9
+    assert learn.opt.param_groups[0]['lr'] == pytest.approx(1e-6)
     learn.fit(n_steps=5, cbs=GradientAccumulation(3))
-    assert (learn.updates, learn.n_epoch, learn.epoch, learn.recorder.df.run.tolist()) == (5, 2, 1, [0, 0, 0, 1, 1]) and no_grads(learn)
+    assert (learn.updates, learn.n_epoch, learn.epoch,
+            learn.recorder.df.run.tolist()) == (5, 2, 1, [0, 0, 0, 1, 1])
+    assert no_grads(learn)
 
 def test_n_may_change_between_fits():
     accumulation = GradientAccumulation(2)
@@ -175,23 +202,29 @@ def test_n_may_change_between_fits():
 
 @pytest.mark.parametrize('n', [0, -1, 2.5, True, '2', None])
 def test_n_is_a_whole_number(n):
-    with pytest.raises(ValueError, match='must be a whole number, at least 1'): GradientAccumulation(n)
+    with pytest.raises(ValueError, match='must be a whole number, at least 1'):
+        GradientAccumulation(n)
 
 def test_two_of_a_kind_are_an_error():
     for cls in (partial(GradientAccumulation, 2), EMA):
-        with pytest.raises(ValueError, match='exclude each other'): make_learner(cbs=[cls(), cls()]).fit(1)
-    with pytest.raises(ValueError, match='exclude each other'): make_learner(cbs=[EMA(), SWA()]).validate()
+        with pytest.raises(ValueError, match='exclude each other'):
+            make_learner(cbs=[cls(), cls()]).fit(1)
+    with pytest.raises(ValueError, match='exclude each other'):
+        make_learner(cbs=[EMA(), SWA()]).validate()
 
 @pytest.mark.parametrize('cb', [GradientAccumulation(2), GradientClip(1.)])
 def test_optimizers_with_a_closure_and_none_at_all_are_refused(cb):
-    with pytest.raises(ValueError, match='does not work with LBFGS'): make_learner(opt_func=torch.optim.LBFGS).fit(1, cbs=cb)
+    with pytest.raises(ValueError, match='does not work with LBFGS'):
+        make_learner(opt_func=torch.optim.LBFGS).fit(1, cbs=cb)
     learn = make_learner(model=nn.Identity(), loss_func=lambda pred, targ: pred.mean())
     with pytest.raises(ValueError, match='has no optimizer'): learn.fit(1, cbs=cb)
 
 def test_gradients_are_exchanged_for_the_last_batch_of_a_group():
     flags = []
     learn = make_learner([8] * 5)
-    learn.fit(1, cbs=[GradientAccumulation(2), Callback(after_pred=lambda learn: flags.append(learn.sync_grads), phases=('train',))])
+    learn.fit(1, cbs=[GradientAccumulation(2),
+                      Callback(after_pred=lambda learn: flags.append(learn.sync_grads),
+                               phases=('train',))])
     assert flags == [False, True, False, True, True] and learn.sync_grads
 
 @pytest.fixture
@@ -207,8 +240,10 @@ def test_a_model_that_exchanges_gradients_itself_is_told(alone):
     learn = make_learner([8, 4, 8], model=model)
     learn.fit(1, cbs=[GradientAccumulation(2), Callback(after_pred=told, phases=('train',))])
     assert flags == [False, True, True] and model.require_backward_grad_sync
-    torch.testing.assert_close(flat(model), flat(trained([8, 4, 8], GradientAccumulation(2), n_epoch=1).model))
-    with pytest.raises(RuntimeError, match='not exchanged'): make_learner(Stream([8] * 3), model=model).fit(1, cbs=GradientAccumulation(2))
+    torch.testing.assert_close(flat(model),
+                               flat(trained([8, 4, 8], GradientAccumulation(2), n_epoch=1).model))
+    with pytest.raises(RuntimeError, match='not exchanged'):
+        make_learner(Stream([8] * 3), model=model).fit(1, cbs=GradientAccumulation(2))
     assert model.require_backward_grad_sync
 
 @pytest.mark.parametrize('precision', ['bf16', 'fp16'])
@@ -221,10 +256,12 @@ def test_a_model_of_fsdp2_trains_as_a_plain_one(alone, precision):
         if shard:
             fully_shard(learn.model, mesh=init_device_mesh('cpu', (1,)))
             learn.make_opt()
-        learn.fit(2, lr=0.01, cbs=[GradientAccumulation(2), MixedPrecision(precision), GradientClip(0.01), EMA(0.5)])
+        learn.fit(2, lr=0.01, cbs=[GradientAccumulation(2), MixedPrecision(precision),
+                                   GradientClip(0.01), EMA(0.5)])
         found.append((learn.steps_done, learn.recorder.df.drop(columns='time').values.tolist()))
     assert found[1][0] == found[0][0] == 6
-    torch.testing.assert_close(*[torch.tensor(rows, dtype=torch.float64) for _, rows in found], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(*[torch.tensor(rows, dtype=torch.float64) for _, rows in found],
+                               rtol=1e-4, atol=1e-6)
 
 def test_gradients_dropped_in_a_group_take_their_weight_along():
     drop = lambda learn: learn.zero_grad() if learn.iter == 1 else None
@@ -246,7 +283,8 @@ def test_a_search_for_a_rate_steps_on_every_batch():
 
 def norms_of(sizes, *cbs, **kwargs):
     found = []
-    norm = lambda learn: found.append(torch.nn.utils.get_total_norm([p.grad for p in learn.model.parameters()]).item())
+    norm = lambda learn: found.append(
+        torch.nn.utils.get_total_norm([p.grad for p in learn.model.parameters()]).item())
     learn = trained(sizes, Callback(order=-20, before_step=norm, phases=('train',)), *cbs, **kwargs)
     return found, learn
 
@@ -254,9 +292,11 @@ def test_norms_are_bounded_and_kept():
     clip = GradientClip(0.5)
     bounded, learn = norms_of([8] * 4, clip, n_epoch=1)
     free, other = norms_of([8] * 4, n_epoch=1, opt_func=torch.optim.SGD, lr=0.)
-    _, watched = norms_of([8] * 4, GradientClip(math.inf), n_epoch=1, opt_func=torch.optim.SGD, lr=0.)
+    _, watched = norms_of([8] * 4, GradientClip(math.inf), n_epoch=1, opt_func=torch.optim.SGD,
+                          lr=0.)
     assert max(bounded) <= 0.5 + 1e-6 < min(free)
-    assert watched.recorder.rows[0]['train_grad_norm'] == pytest.approx(sum(free) / 4) and digest(watched) == digest(other)
+    assert watched.recorder.rows[0]['train_grad_norm'] == pytest.approx(sum(free) / 4)
+    assert digest(watched) == digest(other)
     assert set(clip.tracks) <= set(learn.recorder.df.columns)
 
 def test_clipping_is_that_of_torch():
@@ -264,20 +304,25 @@ def test_clipping_is_that_of_torch():
     model, (x, y) = make_learner().model, cut([8])[0]
     nn.functional.mse_loss(model(x), y).backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), 0.3)
-    torch.testing.assert_close(flat(ours.model), torch.cat([(p - 0.1 * p.grad).detach().flatten() for p in model.parameters()]), rtol=0, atol=1e-7)
+    torch.testing.assert_close(flat(ours.model),
+                               torch.cat([(p - 0.1 * p.grad).detach().flatten()
+                                          for p in model.parameters()]), rtol=0, atol=1e-7)
     assert ours.recorder.rows[0]['train_grad_norm'] == pytest.approx(norm.item())
 
 def test_values_are_bounded():
     largest = []
-    see = lambda learn: largest.append(max(p.grad.abs().max().item() for p in learn.model.parameters()))
-    learn = trained([8] * 4, GradientClip(max_value=0.01), Callback(order=-20, before_step=see, phases=('train',)))
+    see = lambda learn: largest.append(max(p.grad.abs().max().item()
+                                           for p in learn.model.parameters()))
+    learn = trained([8] * 4, GradientClip(max_value=0.01),
+                    Callback(order=-20, before_step=see, phases=('train',)))
     assert max(largest) == pytest.approx(0.01) and learn.recorder.rows[0]['train_grad_norm'] > 0.1
 
 def test_the_norm_is_that_of_the_whole_update():
     wanted = trained([16, 16, 8], GradientClip(0.5), n_epoch=1)
     for train in ([8] * 5, Stream([8] * 5)):
         found = trained(train, GradientClip(0.5), GradientAccumulation(2), n_epoch=1)
-        assert found.recorder.rows[0]['train_grad_norm'] == pytest.approx(wanted.recorder.rows[0]['train_grad_norm'], rel=1e-5)
+        assert (found.recorder.rows[0]['train_grad_norm']
+                == pytest.approx(wanted.recorder.rows[0]['train_grad_norm'], rel=1e-5))
         close(found, wanted)
 
 def test_the_norm_is_unscaled_and_skipped_updates_do_not_spoil_it():
@@ -285,17 +330,22 @@ def test_the_norm_is_unscaled_and_skipped_updates_do_not_spoil_it():
     learn = make_learner([8] * 4, loss_func=small_loss, lr=0.).to_fp16()
     learn.scaler = torch.amp.GradScaler('cpu', init_scale=2.**22)
     learn.fit(4, cbs=GradientClip(0.005))
-    assert learn.steps_skipped > 0 and learn.recorder.df.train_grad_norm.map(math.isfinite).sum() >= 2
-    assert learn.recorder.rows[-1]['train_grad_norm'] == pytest.approx(wanted.recorder.rows[0]['train_grad_norm'], rel=1e-2)
+    assert learn.steps_skipped > 0
+    assert learn.recorder.df.train_grad_norm.map(math.isfinite).sum() >= 2
+    assert (learn.recorder.rows[-1]['train_grad_norm']
+            == pytest.approx(wanted.recorder.rows[0]['train_grad_norm'], rel=1e-2))
 
 def test_a_search_for_a_rate_clips_and_tracks_nothing():
     learn = make_learner(cbs=GradientClip(1e-8))
     tracked = []
-    learn.add_cb(Callback(after_batch=lambda learn: tracked.append(dict(learn.recorder.tracked)), phases=('lr_find',)))
+    learn.add_cb(Callback(after_batch=lambda learn: tracked.append(dict(learn.recorder.tracked)),
+                          phases=('lr_find',)))
     result = learn.lr_find(num_it=12, end_lr=1.)
     assert result.losses.max() < 4 * result.losses.min() and tracked == [{}] * 12
 
-@pytest.mark.parametrize('kwargs', [{}, dict(max_norm=-1), dict(max_value=0), dict(max_norm=math.nan), dict(max_norm='1'), dict(max_value=True)])
+@pytest.mark.parametrize('kwargs',
+                         [{}, dict(max_norm=-1), dict(max_value=0), dict(max_norm=math.nan),
+                          dict(max_norm='1'), dict(max_value=True)])
 def test_bounds_are_numbers_above_0(kwargs):
     with pytest.raises(ValueError, match='GradientClip'): GradientClip(**kwargs)
 
@@ -332,10 +382,11 @@ def test_every_evaluation_sees_the_average(cb):
     learn = make_learner(cbs=cb)
     learn.fit(1)
     raw, model = flat(learn.model), learn.ema_model
-    x, y = map(torch.cat, zip(*cut((8, 4), 1)))
+    x, y = map(torch.cat, zip(*cut((8, 4), 1), strict=True))
     assert not model.training and no_grads(learn)
     expected = nn.functional.mse_loss(model(x), y).item()
-    assert learn.recorder.rows[-1]['valid_loss'] == pytest.approx(expected) == pytest.approx(learn.validate()['loss'])
+    assert (learn.recorder.rows[-1]['valid_loss'] == pytest.approx(expected)
+            == pytest.approx(learn.validate()['loss']))
     assert learn.test(learn.dls.valid)['loss'] == pytest.approx(expected)
     torch.testing.assert_close(learn.get_preds()[0], model(x).detach())
     torch.testing.assert_close(learn.predict(x), model(x).detach())
@@ -345,7 +396,9 @@ def test_every_evaluation_sees_the_average(cb):
 def test_before_the_first_fit_the_raw_weights_are_seen():
     assert make_learner(cbs=EMA()).validate() == make_learner().validate()
 
-@pytest.mark.parametrize('event', ['before_validate', 'before_batch', 'after_pred', 'after_loss', 'after_batch', 'after_validate', 'cleanup_batch', 'cleanup_validate'])
+@pytest.mark.parametrize('event',
+                         ['before_validate', 'before_batch', 'after_pred', 'after_loss',
+                          'after_batch', 'after_validate', 'cleanup_batch', 'cleanup_validate'])
 @pytest.mark.parametrize('error', [*CANCELS, OSError, KeyboardInterrupt])
 @pytest.mark.parametrize('order', [0, 50])
 def test_raw_weights_come_back_whatever_happens(event, error, order):
@@ -357,7 +410,8 @@ def test_raw_weights_come_back_whatever_happens(event, error, order):
         except (OSError, KeyboardInterrupt): pass
     assert digest(learn) == before and learn.cbs[-1]._raw is None
 
-@pytest.mark.parametrize('event', ['before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_backward', 'before_step', 'after_step', 'after_batch'])
+@pytest.mark.parametrize('event', ['before_batch', 'after_pred', 'after_loss', 'before_backward',
+                                   'after_backward', 'before_step', 'after_step', 'after_batch'])
 def test_evaluating_inside_a_training_batch_changes_nothing(event):
     plain, nested = make_learner(cbs=EMA(0.9)), make_learner(cbs=EMA(0.9))
     plain.fit(2)
@@ -370,11 +424,12 @@ def test_evaluating_inside_an_evaluation_sees_the_average():
         if not seen: seen.append(0) or seen.append(learn.validate()['loss'])
     learn.fit(1)
     before = digest(learn)
-    with learn.added_cbs(Callback(after_pred=again, phases=('valid',))): outer = learn.validate()['loss']
+    with learn.added_cbs(Callback(after_pred=again, phases=('valid',))):
+        outer = learn.validate()['loss']
     assert seen[1] == outer and digest(learn) == before
 
 class Parts(nn.Module):
-    "A shared weight, a frozen one, running statistics, a counter, a mask, something that is not saved"
+    "A weight shared, one frozen, running statistics, a counter, a mask, something not saved"
     def __init__(self):
         super().__init__()
         self.first, self.second, self.norm = nn.Linear(4, 4), nn.Linear(4, 4), nn.BatchNorm1d(4)
@@ -391,13 +446,16 @@ class Parts(nn.Module):
 def test_all_that_a_model_holds():
     learn, cb = make_learner(model=Parts()), EMA(0.5)
     stats = [learn.model.norm.running_mean.clone()]
-    note = Callback(order=30, after_step=lambda learn: stats.append(learn.model.norm.running_mean.clone()), phases=('train',))
+    note = Callback(order=30,
+                    after_step=lambda learn: stats.append(learn.model.norm.running_mean.clone()),
+                    phases=('train',))
     learn.fit(1, cbs=[cb, note])
     expected = stats[0]
     for value in stats[1:]: expected = 0.5 * expected + 0.5 * value
     model = learn.ema_model
     torch.testing.assert_close(model.norm.running_mean, expected)
-    assert model.norm.num_batches_tracked == 6 and torch.equal(model.frozen, torch.ones(4)) and not model.frozen.requires_grad
+    assert model.norm.num_batches_tracked == 6 and torch.equal(model.frozen, torch.ones(4))
+    assert not model.frozen.requires_grad
     assert model.second.weight is model.first.weight and model.mask.tolist() == [0., -math.inf]
     assert set(cb.weights()) == set(learn.model.state_dict()) - {'second.weight', 'view'}
     assert model.seen.item() == pytest.approx(sum(i * 0.5 ** (7 - i) for i in range(1, 7)))
@@ -407,7 +465,8 @@ def test_the_average_of_16_bit_weights_is_in_32():
     model = make_model().bfloat16()
     learn, cb = make_learner(model=model, opt_func=torch.optim.SGD, lr=0.5), EMA(0.999)
     learn.loss_func = lambda pred, targ: (pred.float() - targ).square().mean()
-    learn.add_cb(Callback(before_batch=lambda learn: setattr(learn, 'xb', (learn.xb[0].bfloat16(),)), order=-100))
+    learn.add_cb(Callback(
+        before_batch=lambda learn: setattr(learn, 'xb', (learn.xb[0].bfloat16(),)), order=-100))
     expected, seen = averaged(learn, cb)
     expected = expected.double()
     for w in seen: expected = 0.999 * expected + 0.001 * w.double()
@@ -429,7 +488,8 @@ def test_a_model_of_another_shape_starts_a_new_average():
     learn.fit(1)
     learn.model = nn.Linear(4, 1)
     learn.make_opt()
-    with pytest.raises(ValueError, match='of another model.*a fit starts a new one'): learn.validate()
+    with pytest.raises(ValueError, match='of another model.*a fit starts a new one'):
+        learn.validate()
     with pytest.raises(ValueError, match='of another model'): learn.ema_model
     start = flat(learn.model)
     learn.fit(1)
@@ -454,7 +514,9 @@ def test_the_average_is_live_and_restored_with_the_state(tmp_path):
     assert learn.cbs[-1].weights() is None
 
 def test_loaded_averages_follow_the_layout_of_their_weights():
-    def conv(): return nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(), nn.Linear(3, 1)).to(memory_format=torch.channels_last)
+    def conv():
+        return nn.Sequential(nn.Conv2d(2, 3, 3), nn.Flatten(),
+                             nn.Linear(3, 1)).to(memory_format=torch.channels_last)
     x = [(torch.randn(4, 2, 3, 3), torch.randn(4, 1)) for _ in range(3)]
     learn = make_learner(x, model=conv(), cbs=EMA(0.9))
     learn.dls.valid = x
@@ -462,22 +524,26 @@ def test_loaded_averages_follow_the_layout_of_their_weights():
     state = {name: t.contiguous() for name, t in learn.cbs[-1].state_dict()['average'].items()}
     kept, strides = {name: t.clone() for name, t in state.items()}, []
     load = lambda learn: learn.cbs[1].load_state_dict({'average': state, 'count': 3})
-    see = Callback(after_step=lambda learn: strides.append(learn.cbs[1].weights()['0.weight'].stride()), phases=('train',), order=50)
+    see = Callback(after_step=lambda learn: strides.append(
+        learn.cbs[1].weights()['0.weight'].stride()), phases=('train',), order=50)
     for when in ('before_fit', 'before_train'):  # while idle comes first, then inside a fit
         load(learn)
         learn.fit(1, cbs=[Callback(order=50, **{when: load}), see])
         assert learn.cbs[1].count == 6
     assert set(strides) == {learn.model[0].weight.stride()}
-    assert all(torch.equal(state[name], kept[name]) for name in state)  # what was loaded is not written to
+    # what was loaded is not written to
+    assert all(torch.equal(state[name], kept[name]) for name in state)
 
 def test_an_average_added_during_a_fit_begins_there():
     cb, learn = EMA(0.9), make_learner()
-    learn.fit(1, cbs=Callback(before_batch=lambda learn: learn.add_cb(cb) if learn.iter == 3 and learn.training else None))
+    learn.fit(1, cbs=Callback(before_batch=lambda learn: learn.add_cb(cb)
+                              if learn.iter == 3 and learn.training else None))
     assert cb.count == 3 and learn.ema_model is not None
 
 def test_a_copy_has_no_gradients_and_is_no_part_of_the_learner():
     learn, found = make_learner(cbs=EMA(0.9)), []
-    learn.fit(1, cbs=Callback(before_step=lambda learn: found.append(learn.ema_model), phases=('train',)))
+    learn.fit(1, cbs=Callback(before_step=lambda learn: found.append(learn.ema_model),
+                              phases=('train',)))
     assert all(p.grad is None for model in found for p in model.parameters())
     before = digest(learn)
     with torch.no_grad(): learn.ema_model[0].weight.zero_()
@@ -485,9 +551,12 @@ def test_a_copy_has_no_gradients_and_is_no_part_of_the_learner():
 
 def test_no_average_is_a_clear_error():
     with pytest.raises(ValueError, match='train with EMA'): make_learner().ema_model
-    with pytest.raises(ValueError, match='has averaged nothing yet'): make_learner(cbs=EMA()).ema_model
+    with pytest.raises(ValueError, match='has averaged nothing yet'):
+        make_learner(cbs=EMA()).ema_model
 
-@pytest.mark.parametrize('make', [lambda: EMA(1.), lambda: EMA(-0.1), lambda: EMA(True), lambda: EMA(every=0), lambda: SWA(1.), lambda: SWA(-1), lambda: SWA(every=1.5)])
+@pytest.mark.parametrize('make', [lambda: EMA(1.), lambda: EMA(-0.1), lambda: EMA(True),
+                                  lambda: EMA(every=0), lambda: SWA(1.), lambda: SWA(-1),
+                                  lambda: SWA(every=1.5)])
 def test_settings_of_averages_are_checked(make):
     with pytest.raises(ValueError, match='must be'): make()
 
@@ -501,13 +570,15 @@ def test_equal_weights_from_a_share_of_the_fit_on(start, every):
 def test_without_a_length_the_share_is_counted_in_epochs():
     learn = make_learner(Stream([8] * 5))
     _, seen = averaged(learn, SWA(0.5), n_epoch=4)
-    torch.testing.assert_close(flat(learn.ema_model), torch.stack(seen[10:]).mean(0), rtol=0, atol=1e-6)
+    torch.testing.assert_close(flat(learn.ema_model), torch.stack(seen[10:]).mean(0), rtol=0,
+                               atol=1e-6)
 
 def test_a_new_fit_begins_a_new_mean():
     learn, cb = make_learner(), SWA(0.5)
     averaged(learn, cb)
     _, seen = averaged(learn, cb)
-    torch.testing.assert_close(flat(learn.ema_model), torch.stack(seen[6:]).mean(0), rtol=0, atol=1e-6)
+    torch.testing.assert_close(flat(learn.ema_model), torch.stack(seen[6:]).mean(0), rtol=0,
+                               atol=1e-6)
     assert learn.recorder.rows[2]['valid_loss'] == pytest.approx(trained_to(3), rel=1e-5)
 
 def trained_to(n_epoch): # the validation loss of raw weights in the middle of a second fit
@@ -527,7 +598,8 @@ def test_searching_for_a_rate_and_evaluating_leave_the_average_alone():
 
 # together
 
-def everything(dtype='fp16'): return [GradientAccumulation(2), MixedPrecision(dtype), GradientClip(0.01), EMA(0.5)]
+def everything(dtype='fp16'):
+    return [GradientAccumulation(2), MixedPrecision(dtype), GradientClip(0.01), EMA(0.5)]
 
 def clean(learn, cbs):
     accumulation, precision, _, ema = cbs
@@ -546,7 +618,8 @@ def test_all_together_are_the_loop_written_by_hand():
         for group in ([0, 1], [2, 3], [4]):
             batches = [cut(sizes)[i] for i in group]
             for x, y in batches:
-                with torch.autocast('cpu', torch.float16): loss = small_loss(hand.model(x).float(), y)
+                with torch.autocast('cpu', torch.float16):
+                    loss = small_loss(hand.model(x).float(), y)
                 scaler.scale(loss * (len(x) / len(batches[0][0]))).backward()
             total = sum(len(x) for x, _ in batches)
             if total != len(batches[0][0]):
@@ -559,18 +632,22 @@ def test_all_together_are_the_loop_written_by_hand():
             scaler.update()
             hand.opt.zero_grad()
             average, updates = 0.5 * average + 0.5 * flat(hand.model), updates + 1
-    assert digest(learn) == digest(hand) and learn.steps_done == updates == 9 and learn.steps_skipped == 0
+    assert digest(learn) == digest(hand) and learn.steps_done == updates == 9
+    assert learn.steps_skipped == 0
     torch.testing.assert_close(flat(learn.ema_model), average, rtol=0, atol=1e-6)
     assert learn.opt.param_groups[0]['lr'] == pytest.approx(1e-7)
 
-EVENTS = sorted(BATCH_EVENTS - {'after_cancel_batch', 'after_cancel_backward', 'after_cancel_step'}) + [
-    'before_fit', 'before_epoch', 'before_train', 'after_train', 'cleanup_train', 'before_validate', 'after_validate', 'after_epoch', 'after_fit', 'cleanup_fit']
+EVENTS = sorted(BATCH_EVENTS - {'after_cancel_batch', 'after_cancel_backward',
+                                'after_cancel_step'}) + [
+    'before_fit', 'before_epoch', 'before_train', 'after_train', 'cleanup_train', 'before_validate',
+    'after_validate', 'after_epoch', 'after_fit', 'cleanup_fit']
 
 @pytest.mark.parametrize('event', EVENTS)
 @pytest.mark.parametrize('error', [*CANCELS, OSError, KeyboardInterrupt])
 @pytest.mark.parametrize('order', [-100, -35, 80])
 def test_nothing_stays_on_after_anything_from_anywhere(event, error, order):
-    learn, cbs = make_learner([8, 4, 2, 6, 8], loss_func=small_loss, on_interrupt='raise'), everything()
+    learn = make_learner([8, 4, 2, 6, 8], loss_func=small_loss, on_interrupt='raise')
+    cbs = everything()
     left = [3]  # so it happens once, in the middle of things where the event comes often
     def once(learn):
         left[0] -= 1
@@ -592,7 +669,8 @@ def test_what_is_cancelled_every_time_leaves_nothing(event, error):
 
 def test_a_signal_in_the_middle_of_a_group_leaves_nothing():
     learn, cbs = make_learner([8] * 5, loss_func=small_loss), everything()
-    stop = Callback(phases=('train',), after_pred=lambda learn: signal.raise_signal(signal.SIGINT) if learn.iter == 2 else None)
+    stop = Callback(phases=('train',), after_pred=lambda learn: signal.raise_signal(signal.SIGINT)
+                    if learn.iter == 2 else None)
     with pytest.warns(UserWarning, match='fit interrupted'): learn.fit(2, cbs=[*cbs, stop])
     clean(learn, cbs)
     assert learn.steps_done == 1

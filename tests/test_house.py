@@ -51,7 +51,8 @@ def test_exports_its_module(notebook):
 
 def test_rooms_are_those_of_the_list():
     "Every folder of notebooks is a room or a folder of guides, and both trees look alike"
-    folders = {path.name for path in (ROOT / 'nbs').iterdir() if path.is_dir() and path.name[0] != '.'}
+    folders = {path.name
+               for path in (ROOT / 'nbs').iterdir() if path.is_dir() and path.name[0] != '.'}
     assert folders - {'tutorials'} == set(export.ROOMS)
     assert sorted(map(module_name, MODULES)) == sorted(PLACE)
 
@@ -68,6 +69,13 @@ def test_outputs_are_good(notebook):
 def test_outputs_are_stored(notebook):
     "A notebook is a page with its values and plots"
     assert outputs(notebook), 'run `make outputs NB=' + short(notebook) + '`'
+
+
+@pytest.mark.parametrize('name', [LIB.name, 'nbs', 'tests', 'benchmarks', 'docs', 'tools',
+                                  'examples', 'setup.py'])
+def test_style(name):
+    "At most 100 columns in files and cells, and none of the mistakes that ruff's B rules know"
+    run(tool('ruff'), 'check', '--no-cache', '--quiet', '--output-format', 'concise', name)
 
 
 FOLDERS = [LIB.name, 'docs', 'tools', 'examples', 'benchmarks', 'tests']

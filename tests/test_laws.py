@@ -1,4 +1,4 @@
-"""The laws of checkpoints one by one, the cases that a rerun has to master, and the defects to be without"""
+"The laws of checkpoints one by one, the cases that a rerun has to master, the defects to avoid"
 import importlib.util, math, os, random, signal, sys, types, warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import ExponentialLR, StepLR
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset, WeightedRandomSampler, random_split
+from torch.utils.data import (ConcatDataset, DataLoader, Dataset, IterableDataset, Subset,
+                              TensorDataset, WeightedRandomSampler, random_split)
 from counting import Fits
 from learnkit import *
 from learnkit.checkpoints.checkpointed import CheckpointedLearner, StaleCheckpoint
@@ -32,18 +33,27 @@ def tensors(n=48):
     return x, (x[:, 0] > 0).long()
 
 
-def data(**kwargs): return DataLoaders.from_tensors(tensors(), valid_pct=0.25, bs=12, device='cpu', **kwargs)
-def net(): return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 2))
+def data(**kwargs):
+    return DataLoaders.from_tensors(tensors(), valid_pct=0.25, bs=12, device='cpu', **kwargs)
+
+
+def net():
+    return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3),
+                         nn.Linear(8, 2))
+
+
 def two_groups(model): return [list(model[:2].parameters()), list(model[2:].parameters())]
 
 
-def make(root, seed=0, dls=None, model=None, loss_func=None, cls=CheckpointedLearner, cbs=(), name='run', **kwargs):
+def make(root, seed=0, dls=None, model=None, loss_func=None, cls=CheckpointedLearner, cbs=(),
+         name='run', **kwargs):
     "A learner; with root None a plain one, which records nothing"
     if seed is not None: set_seed(seed)
     kwargs = {'metrics': accuracy, 'lr': 1e-2, **kwargs}
     if root is None: cls = {CheckpointedLearner: Learner}.get(cls, cls)
     else: kwargs |= {'root': root, 'name': name}
-    learn = cls(dls or data(), model or net(), loss_func or nn.CrossEntropyLoss(), device='cpu', cbs=[Fits(), *cbs], **kwargs)
+    learn = cls(dls or data(), model or net(), loss_func or nn.CrossEntropyLoss(), device='cpu',
+                cbs=[Fits(), *cbs], **kwargs)
     learn.remove_cb(Progress)
     return learn
 
@@ -52,7 +62,8 @@ def digest(learn): return tree_digest(learn.state_dict())
 
 
 def state(learn): # all that is to be equal
-    return (digest(learn), learn.recorder.df.drop(columns='time').to_json(), learn.lr, [p.requires_grad for p in learn.model.parameters()],
+    return (digest(learn), learn.recorder.df.drop(columns='time').to_json(), learn.lr,
+            [p.requires_grad for p in learn.model.parameters()],
             [type(cb).__name__ for cb in learn.cbs], type(learn.opt), learn.fit_ended)
 
 
@@ -74,12 +85,18 @@ def fit(n=1, **kwargs): return lambda cp: cp.fit(n, **kwargs)
 # Hit == miss: what is kept in the learner, passed to a call, or given to the constructor
 
 SPECS = {
-    'EMA': lambda: EMA(0.9), 'SWA': lambda: SWA(0.25), 'clip': lambda: GradientClip(0.5), 'accumulation': lambda: GradientAccumulation(2),
-    'bf16': lambda: MixedPrecision(torch.bfloat16), 'best': lambda: SaveBest('accuracy'), 'best of all': lambda: SaveBest('accuracy', scope='learner', restore=False),
-    'best in a file': lambda: SaveBest('valid_loss', path='best'), 'plateau': lambda: ReduceLROnPlateau(patience=1), 'early': lambda: EarlyStopping(patience=1),
-    'per step': lambda: TorchScheduler(partial(StepLR, step_size=2, gamma=0.5), per='step'), 'per epoch': lambda: TorchScheduler(partial(ExponentialLR, gamma=0.5), per='epoch'),
-    'validate every': lambda: ValidateEvery(2), 'short': lambda: ShortEpoch(2), 'mixup': lambda: MixUp(), 'nan': lambda: StopOnNaN(),
-    'stages': lambda: StageFuncs(train_step=train_step, valid_epoch_end=lambda learn: {'end': learn.epochs_done}),
+    'EMA': lambda: EMA(0.9), 'SWA': lambda: SWA(0.25), 'clip': lambda: GradientClip(0.5),
+    'accumulation': lambda: GradientAccumulation(2),
+    'bf16': lambda: MixedPrecision(torch.bfloat16), 'best': lambda: SaveBest('accuracy'),
+    'best of all': lambda: SaveBest('accuracy', scope='learner', restore=False),
+    'best in a file': lambda: SaveBest('valid_loss', path='best'),
+    'plateau': lambda: ReduceLROnPlateau(patience=1), 'early': lambda: EarlyStopping(patience=1),
+    'per step': lambda: TorchScheduler(partial(StepLR, step_size=2, gamma=0.5), per='step'),
+    'per epoch': lambda: TorchScheduler(partial(ExponentialLR, gamma=0.5), per='epoch'),
+    'validate every': lambda: ValidateEvery(2), 'short': lambda: ShortEpoch(2),
+    'mixup': lambda: MixUp(), 'nan': lambda: StopOnNaN(),
+    'stages': lambda: StageFuncs(train_step=train_step,
+                                 valid_epoch_end=lambda learn: {'end': learn.epochs_done}),
     'several': lambda: [EMA(0.8), SaveBest('accuracy'), GradientAccumulation(3)]}
 
 
@@ -93,7 +110,8 @@ def with_callback(root, spec, where, seed=0, **kwargs):
     "What holds after each of some calls"
     new = lambda: SPECS[spec]() if where == 'call' else None
     given = SPECS[spec]() if where == 'constructor' else []
-    learn = make(root, seed, cbs=given if isinstance(given, list) else [given], path=kwargs.pop('path'), **kwargs)
+    learn = make(root, seed, cbs=given if isinstance(given, list) else [given],
+                 path=kwargs.pop('path'), **kwargs)
     begin, found = learn.checkpoint if root else lambda id: nullcontext(learn), []
     with begin(1) as cp:
         if where == 'learner': cp.add_cb(SPECS[spec]())
@@ -111,7 +129,8 @@ def places():
     "Every callback in a call; kept in the learner some, and the others when there is time"
     for spec in SPECS:
         for where in ('call', 'learner', 'constructor'):
-            quick = where == 'call' or where == 'learner' and spec in ('EMA', 'per step', 'several', 'plateau')
+            often = spec in ('EMA', 'per step', 'several', 'plateau')
+            quick = where == 'call' or where == 'learner' and often
             yield pytest.param(spec, where, marks=() if quick else pytest.mark.slow)
 
 
@@ -129,7 +148,8 @@ def test_a_callback_fetched_computed_and_without_record(tmp_path, spec, where):
 class Noisy(Dataset):
     def __init__(self, n=36): self.x, self.y = tensors(n)
     def __len__(self): return len(self.x)
-    def __getitem__(self, i): return self.x[i] + torch.rand(4) * random.random() * np.random.rand(), self.y[i]
+    def __getitem__(self, i):
+        return self.x[i] + torch.rand(4) * random.random() * np.random.rand(), self.y[i]
 
 
 class Dicts(Noisy):
@@ -155,19 +175,28 @@ def generator(): return torch.Generator().manual_seed(7)
 
 
 SETTINGS = {
-    'shuffled': lambda: dict(dls=DataLoaders(batches(sample(36), shuffle=True), batches(sample(12)))),
-    'own generator': lambda: dict(dls=DataLoaders(batches(sample(36), shuffle=True, generator=generator()), batches(sample(12)))),
-    'random items': lambda: dict(dls=DataLoaders(batches(Noisy(), shuffle=True), batches(sample(12)))),
-    'workers': lambda: dict(dls=DataLoaders(batches(Noisy(), shuffle=True, num_workers=2), batches(Noisy(12), num_workers=2))),
-    'own workers': lambda: dict(dls=DataLoaders.from_datasets(Noisy(), sample(12), bs=12, num_workers=2)),
-    'weighted': lambda: dict(dls=DataLoaders(batches(sample(36), sampler=WeightedRandomSampler([1.] * 36, 36)), batches(sample(12)))),
-    'parts': lambda: dict(dls=DataLoaders(*(batches(part) for part in random_split(Noisy(48), [36, 12], generator())))),
+    'shuffled': lambda: dict(dls=DataLoaders(batches(sample(36), shuffle=True),
+                                             batches(sample(12)))),
+    'own generator': lambda: dict(dls=DataLoaders(
+        batches(sample(36), shuffle=True, generator=generator()), batches(sample(12)))),
+    'random items': lambda: dict(dls=DataLoaders(batches(Noisy(), shuffle=True),
+                                                 batches(sample(12)))),
+    'workers': lambda: dict(dls=DataLoaders(batches(Noisy(), shuffle=True, num_workers=2),
+                                            batches(Noisy(12), num_workers=2))),
+    'own workers': lambda: dict(
+        dls=DataLoaders.from_datasets(Noisy(), sample(12), bs=12, num_workers=2)),
+    'weighted': lambda: dict(dls=DataLoaders(
+        batches(sample(36), sampler=WeightedRandomSampler([1.] * 36, 36)), batches(sample(12)))),
+    'parts': lambda: dict(dls=DataLoaders(
+        *(batches(part) for part in random_split(Noisy(48), [36, 12], generator())))),
     'lists': lambda: dict(dls=DataLoaders([tensors(12), tensors(24)], [tensors(12)])),
-    'dicts': lambda: dict(dls=DataLoaders(batches(Dicts(), shuffle=True), batches(Dicts(12))), metrics=None, cls=CheckpointedOnDicts),
+    'dicts': lambda: dict(dls=DataLoaders(batches(Dicts(), shuffle=True), batches(Dicts(12))),
+                          metrics=None, cls=CheckpointedOnDicts),
     'no validation': lambda: dict(dls=DataLoaders(batches(sample(36), shuffle=True)), metrics=None),
     'no parameters': lambda: dict(model=NoParameters()),
     'lbfgs': lambda: dict(opt_func=partial(torch.optim.LBFGS, max_iter=2)),
-    'plain functions': lambda: dict(loss_func=F.cross_entropy, opt_func=lambda groups, lr: SGD(groups, lr=lr))}
+    'plain functions': lambda: dict(loss_func=F.cross_entropy,
+                                    opt_func=lambda groups, lr: SGD(groups, lr=lr))}
 
 
 def with_setting(root, setting, seed=0):
@@ -184,7 +213,9 @@ def with_setting(root, setting, seed=0):
     return found
 
 
-@pytest.mark.parametrize('setting', [pytest.param(name, marks=pytest.mark.slow if name in ('own workers', 'weighted', 'parts') else ()) for name in SETTINGS])
+@pytest.mark.parametrize('setting', [pytest.param(name, marks=pytest.mark.slow
+                                                  if name in ('own workers', 'weighted', 'parts')
+                                                  else ()) for name in SETTINGS])
 def test_data_and_models_fetched_computed_and_without_record(tmp_path, setting):
     first = with_setting(tmp_path, setting)
     assert Fits.n
@@ -199,13 +230,18 @@ class Lines(IterableDataset):
 
 
 def test_an_iterable_dataset_is_told_by_its_class(tmp_path):
-    def run(): return digest(one(tmp_path, 'fit', 1, dls=DataLoaders(batches(Lines()), batches(sample(12))))[0])
+    def run():
+        return digest(one(tmp_path, 'fit', 1,
+                          dls=DataLoaders(batches(Lines()), batches(sample(12))))[0])
     assert run() == run() and Fits.n == 3
 
 
-@pytest.mark.parametrize('event', ['before_batch', 'before_validate', *(pytest.param(event, marks=pytest.mark.slow) for event in (
+@pytest.mark.parametrize('event', ['before_batch', 'before_validate',
+                                   *(pytest.param(event, marks=pytest.mark.slow) for event in (
     'before_epoch', 'after_loss', 'after_backward', 'after_train'))])
-@pytest.mark.parametrize('cancel', [CancelFit, CancelEpoch, CancelTrain, CancelValidate, CancelBatch, CancelBackward, CancelStep], ids=lambda c: c.__name__)
+@pytest.mark.parametrize('cancel', [CancelFit, CancelEpoch, CancelTrain, CancelValidate,
+                                    CancelBatch, CancelBackward, CancelStep],
+                         ids=lambda c: c.__name__)
 def test_a_cancelled_level_fetched_computed_and_without_record(tmp_path, event, cancel):
     def stop(learn):
         if learn.steps_done == 2 and learn.epoch < 2: raise cancel()
@@ -224,7 +260,8 @@ def test_a_cancelled_level_fetched_computed_and_without_record(tmp_path, event, 
 
 def test_max_time_steps_and_other_data(tmp_path):
     def run():
-        learn = block(make(tmp_path), 1, fit(10_000, max_time=0.1), fit(None, n_steps=4), fit(1, dls=data(seed=3)))
+        learn = block(make(tmp_path), 1, fit(10_000, max_time=0.1), fit(None, n_steps=4),
+                      fit(1, dls=data(seed=3)))
         return state(learn), learn.time_is_up, learn.epochs_done
     first, Fits.n = run(), 0
     assert run() == first and not Fits.n
@@ -255,7 +292,9 @@ def test_law_1_pure_calls_leave_no_trace_and_are_not_numbered(tmp_path):
     with learn.checkpoint(1) as cp:
         cp.fit(1)
         before = state(learn), learn.model.training
-        for ask in (lambda: cp.validate(), lambda: cp.test(learn.dls.valid), lambda: cp.lr_find(num_it=5), lambda: cp.get_preds(), lambda: cp.predict(tensors()[0][:2])):
+        for ask in (lambda: cp.validate(), lambda: cp.test(learn.dls.valid),
+                    lambda: cp.lr_find(num_it=5), lambda: cp.get_preds(),
+                    lambda: cp.predict(tensors()[0][:2])):
             first, again = ask(), ask()
             assert (state(learn), learn.model.training) == before
         cp.fit(1)
@@ -282,8 +321,10 @@ def test_law_1_other_arguments_or_another_state_are_another_question(tmp_path):
 
 def test_law_1_structural_calls_are_made_on_every_run(tmp_path):
     for _ in range(2):
-        learn = block(make(tmp_path, cls=Own, splitter=two_groups), 1, fit(1), lambda cp: cp.wide(), lambda cp: cp.freeze(), lambda cp: cp.add_cb(EMA(0.9)), fit(1))
-        assert learn.model[3].p == 0.6 and learn.cbs[-1].__class__ is EMA and not learn.model[0].weight.requires_grad
+        learn = block(make(tmp_path, cls=Own, splitter=two_groups), 1, fit(1), lambda cp: cp.wide(),
+                      lambda cp: cp.freeze(), lambda cp: cp.add_cb(EMA(0.9)), fit(1))
+        assert learn.model[3].p == 0.6 and learn.cbs[-1].__class__ is EMA
+        assert not learn.model[0].weight.requires_grad
         assert learn.cbs[-1].count == 3
     assert Fits.n == 6
 
@@ -303,7 +344,8 @@ def test_law_1_what_plots_runs_always(tmp_path):
     assert len(ASKED) == 2
 
 
-@pytest.mark.parametrize('ask', [lambda cp: cp.lr_find(num_it=5).losses.tolist(), lambda cp: cp.validate(), lambda cp: cp.get_preds()[0].tolist()])
+@pytest.mark.parametrize('ask', [lambda cp: cp.lr_find(num_it=5).losses.tolist(),
+                                 lambda cp: cp.validate(), lambda cp: cp.get_preds()[0].tolist()])
 def test_law_1_a_question_before_the_first_call_of_an_unseeded_run(tmp_path, ask):
     def run(seed):
         learn = make(tmp_path, seed)
@@ -317,7 +359,8 @@ def test_law_1_a_question_before_the_first_call_of_an_unseeded_run(tmp_path, ask
 
 # Law 2: keys
 
-@pytest.mark.parametrize('given', [((1,), {}), ((), {'n_epoch': 1}), ((1, None, None), {}), ((1,), {'lr': None, 'reset_opt': False})])
+@pytest.mark.parametrize('given', [((1,), {}), ((), {'n_epoch': 1}), ((1, None, None), {}),
+                                   ((1,), {'lr': None, 'reset_opt': False})])
 def test_law_2_defaults_are_filled_in(tmp_path, given):
     one(tmp_path, 'fit', 1)
     block(make(tmp_path), 1, lambda cp: cp.fit(*given[0], **given[1]))
@@ -351,7 +394,8 @@ class Shifted(TensorDataset):
 
 
 class ShiftedPart(Subset):
-    def __init__(self, shift): super().__init__(sample(36), range(36)), setattr(self, 'shift', shift)
+    def __init__(self, shift):
+        super().__init__(sample(36), range(36)), setattr(self, 'shift', shift)
     def __getitem__(self, i):
         x, y = super().__getitem__(i)
         return x + self.shift, y
@@ -359,8 +403,11 @@ class ShiftedPart(Subset):
 
 
 class ShiftedBatches(DataLoader):
-    def __init__(self, shift): super().__init__(sample(36), batch_size=12), setattr(self, 'shift', shift)
-    def __setattr__(self, name, value): object.__setattr__(self, name, value) if name == 'shift' else super().__setattr__(name, value)
+    def __init__(self, shift):
+        super().__init__(sample(36), batch_size=12), setattr(self, 'shift', shift)
+    def __setattr__(self, name, value):
+        object.__setattr__(self, name,
+                           value) if name == 'shift' else super().__setattr__(name, value)
     def __iter__(self):
         for x, y in super().__iter__(): yield x + self.shift, y
 
@@ -415,11 +462,13 @@ def hooked(v):
 
 
 def collate(v, items):
-    x, y = zip(*items)
+    x, y = zip(*items, strict=True)
     return torch.stack(x) * v, torch.stack(y)
 
 
-def loader(dataset, **kwargs): return dict(dls=DataLoaders(dataset if isinstance(dataset, DataLoader) else batches(dataset, **kwargs)), metrics=None)
+def loader(dataset, **kwargs):
+    return dict(dls=DataLoaders(dataset if isinstance(dataset, DataLoader)
+                                else batches(dataset, **kwargs)), metrics=None)
 
 
 CHANGES = { # what changes with a value, while the script stays the same
@@ -435,23 +484,30 @@ CHANGES = { # what changes with a value, while the script stays the same
     'a TensorDataset of a user': (None, lambda v: loader(Shifted(v))),
     'a Subset of a user': (None, lambda v: loader(ShiftedPart(v))),
     'a part of a dataset of a user': (None, lambda v: loader(Subset(Shifted(v), range(36)))),
-    'datasets of a user together': (None, lambda v: loader(ConcatDataset([Shifted(v), Shifted(0.)]))),
+    'datasets of a user together': (None,
+                                    lambda v: loader(ConcatDataset([Shifted(v), Shifted(0.)]))),
     'a DataLoader of a user': (None, lambda v: loader(ShiftedBatches(v))),
     'a transform': (None, lambda v: loader(Items(v))),
     'one number of the data': (None, lambda v: loader(TensorDataset(*changed_item(v)))),
     'a collate function': (None, lambda v: loader(sample(36), collate_fn=partial(collate, v))),
-    'the weights of a sampler': (None, lambda v: loader(sample(36), sampler=WeightedRandomSampler([v] + [1.] * 35, 36))),
+    'the weights of a sampler': (
+        None, lambda v: loader(sample(36), sampler=WeightedRandomSampler([v] + [1.] * 35, 36))),
     'the order': (None, lambda v: loader(sample(36), shuffle=v == 1)),
     'a plain attribute of the model': (None, lambda v: dict(model=Net(v))),
-    'a torch function in the model': (None, lambda v: dict(model=Net(act=torch.relu if v == 1 else torch.tanh))),
-    'a functional of torch in the model': (None, lambda v: dict(model=Net(act=F.gelu if v == 1 else F.silu))),
+    'a torch function in the model': (
+        None, lambda v: dict(model=Net(act=torch.relu if v == 1 else torch.tanh))),
+    'a functional of torch in the model': (
+        None, lambda v: dict(model=Net(act=F.gelu if v == 1 else F.silu))),
     'a function in the model': (None, lambda v: dict(model=Net(act=lambda x: x * v))),
     'a dataclass in the model': (None, lambda v: dict(model=Net(config=Config(v)))),
-    'an object in the model': (None, lambda v: dict(model=Net(config=types.SimpleNamespace(scale=v)))),
+    'an object in the model': (None,
+                               lambda v: dict(model=Net(config=types.SimpleNamespace(scale=v)))),
     'a hook': (None, lambda v: dict(model=hooked(v))),
     'a callback': (None, lambda v: dict(cbs=[Weighted(v)])),
-    'a callback function': (None, lambda v: dict(cbs=[Callback(after_loss=lambda learn: setattr(learn, 'loss', learn.loss * v))])),
-    'a metric': (None, lambda v: dict(metrics={'m': lambda pred, targ: (pred.argmax(-1) == targ).float().mean() * v})),
+    'a callback function': (None, lambda v: dict(
+        cbs=[Callback(after_loss=lambda learn: setattr(learn, 'loss', learn.loss * v))])),
+    'a metric': (None, lambda v: dict(
+        metrics={'m': lambda pred, targ: (pred.argmax(-1) == targ).float().mean() * v})),
     'the optimizer': (None, lambda v: dict(opt_func=partial(Adam, betas=(v / 10, 0.99)))),
     'the seed': (None, lambda v: dict(seed=int(v)))}
 
@@ -470,7 +526,8 @@ def test_law_2_a_changed_input_is_never_silent(tmp_path, what):
         put(place, value)
         if what == 'the seed': # as the learner's own argument
             set_seed(0)
-            learn = CheckpointedLearner(data(), net(), nn.CrossEntropyLoss(), root=tmp_path, name='run', device='cpu', **given(value))
+            learn = CheckpointedLearner(data(), net(), nn.CrossEntropyLoss(), root=tmp_path,
+                                        name='run', device='cpu', **given(value))
         else: learn = make(tmp_path, **given(value))
         return digest(block(learn, 1, fit(1)))
     try:
@@ -493,7 +550,8 @@ def test_law_2_an_attribute_that_a_users_learner_reads(tmp_path):
 
 def test_law_2_what_has_no_fingerprint_is_refused_with_the_way_out(tmp_path):
     learn = make(tmp_path, cls=Own)
-    with pytest.raises(UnfingerprintableError, match=r'give.*__fingerprint__'): block(learn, 1, lambda cp: cp.give(iter([1])))
+    with pytest.raises(UnfingerprintableError, match=r'give.*__fingerprint__'):
+        block(learn, 1, lambda cp: cp.give(iter([1])))
     assert not (tmp_path / 'run' / 'nodes').exists()
 
 
@@ -519,7 +577,8 @@ def test_law_3_the_difference_what_depends_on_it_and_the_ways_on(tmp_path):
     learn = block(make(tmp_path), 1, fit(1), fit(2))
     block(block(learn, 2, fit(1)), 'fork', fit(1))
     with pytest.raises(StaleCheckpoint) as caught: block(make(tmp_path), 1, fit(3), fit(2))
-    for part in ('n_epoch 1 -> 3', 'fit(2)', '2', "'fork'", 'on_change', 'new id'): assert part in str(caught.value)
+    for part in ('n_epoch 1 -> 3', 'fit(2)', '2', "'fork'", 'on_change', 'new id'):
+        assert part in str(caught.value)
     Fits.n = 0
     block(block(make(tmp_path), 1, fit(1), fit(2)), 2, fit(1))
     assert not Fits.n
@@ -527,7 +586,8 @@ def test_law_3_the_difference_what_depends_on_it_and_the_ways_on(tmp_path):
 
 def test_law_3_fewer_calls_are_stale_before_anything_is_dropped(tmp_path):
     block(make(tmp_path), 1, fit(1), fit(2))
-    with pytest.raises(StaleCheckpoint, match=r'removed: fit\(2\)'): block(make(tmp_path), 1, fit(1))
+    with pytest.raises(StaleCheckpoint, match=r'removed: fit\(2\)'):
+        block(make(tmp_path), 1, fit(1))
     Fits.n = 0
     block(make(tmp_path), 1, fit(1), fit(2))
     assert not Fits.n
@@ -579,7 +639,8 @@ class Own(Steps, CheckpointedLearner):
     def train(self): return self.inner()
     def inner(self): self.fit(1, lr={inner})
 '''
-PARTS = dict.fromkeys(['part', 'model', 'helper', 'loss', 'metric', 'base', 'callback', 'mixin', 'step', 'inner', 'config'], 0.5)
+PARTS = dict.fromkeys(['part', 'model', 'helper', 'loss', 'metric', 'base', 'callback', 'mixin',
+                       'step', 'inner', 'config'], 0.5)
 
 
 def written(folder, **parts): # module
@@ -596,7 +657,8 @@ def written(folder, **parts): # module
 
 def with_code(tmp_path, code='warn', **parts):
     users = written(tmp_path, **parts)
-    learn = make(tmp_path, cls=users.Own, model=users.Net(), loss_func=users.loss, metrics={'m': users.metric}, cbs=[users.Watch()], code=code)
+    learn = make(tmp_path, cls=users.Own, model=users.Net(), loss_func=users.loss,
+                 metrics={'m': users.metric}, cbs=[users.Watch()], code=code)
     return digest(block(learn, 1, lambda cp: cp.train()))
 
 
@@ -610,7 +672,8 @@ def test_law_3_changed_code_is_one_warning_or_an_error(tmp_path, part):
         warnings.simplefilter('always')
         assert with_code(tmp_path, **{part: 0.25}) == first
     assert len(told) == 1 and 'has changed' in str(told[0].message), [str(w.message) for w in told]
-    with pytest.raises(StaleCheckpoint, match='has changed'): with_code(tmp_path, code='strict', **{part: 0.25})
+    with pytest.raises(StaleCheckpoint, match='has changed'):
+        with_code(tmp_path, code='strict', **{part: 0.25})
     assert Fits.n == 3
 
 
@@ -644,7 +707,8 @@ class Stop(Callback):
 @pytest.mark.parametrize('error', [OSError, KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize('after', [1, 4, 5, 9, 10])
 def test_law_4_a_call_that_was_broken_off_is_not_taken_for_finished(tmp_path, after, error):
-    with pytest.raises(error): block(make(tmp_path, cbs=[Stop(after, error)], save_every='1 step'), 1, fit(3), fit(1))
+    with pytest.raises(error):
+        block(make(tmp_path, cbs=[Stop(after, error)], save_every='1 step'), 1, fit(3), fit(1))
     assert Store(tmp_path / 'run').read(1)['calls'][-1]['status'] == 'running'
     assert not Store(tmp_path / 'run').read(1)['closed']
     done, Fits.n = Fits.n, 0
@@ -659,11 +723,13 @@ class Press(Callback):
     def __init__(self, after): self.after = [after]
     def settings(self): return None
     def after_batch(self, learn):
-        if learn.phase == 'train' and learn.steps_done == self.after[0]: signal.raise_signal(signal.SIGINT)
+        if learn.phase == 'train' and learn.steps_done == self.after[0]:
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_law_4_ctrl_c_raises_after_the_save_and_the_block_is_running(tmp_path):
-    with pytest.raises(KeyboardInterrupt): block(make(tmp_path, cbs=[Press(4)], on_interrupt='return'), 1, fit(3))
+    with pytest.raises(KeyboardInterrupt):
+        block(make(tmp_path, cbs=[Press(4)], on_interrupt='return'), 1, fit(3))
     assert Store(tmp_path / 'run').read(1)['calls'][0]['status'] == 'running' and Fits.n == 4
     learn = block(make(tmp_path), 1, fit(3))
     assert Fits.n == 9
@@ -674,7 +740,8 @@ def test_law_4_nothing_goes_on_from_a_checkpoint_that_is_not_finished(tmp_path):
     learn = make(tmp_path, cbs=[Stop(5)])
     with pytest.raises(OSError): block(learn, 1, fit(3))
     with pytest.raises(RuntimeError, match='not finished'): block(learn, 2, fit(1))
-    with pytest.raises(RuntimeError, match='not finished'): block(make(tmp_path), 2, fit(1), parent=1)
+    with pytest.raises(RuntimeError, match='not finished'):
+        block(make(tmp_path), 2, fit(1), parent=1)
     with pytest.raises(RuntimeError, match='not finished'): make(tmp_path).rollback(1)
     with pytest.raises(RuntimeError, match='not finished'): make(tmp_path).cache(1).validate()
 
@@ -693,12 +760,15 @@ def test_law_5_cache_computes_on_the_checkpoint_whatever_the_learner_is_now(tmp_
         assert learn.cache(id).validate() == want[id][0]
         assert state(learn) == before
     Fits.n = 0
-    for _ in range(2): learn.cache(1).fit(1), learn.cache(1).fit(2), learn.cache(1).lr_find(num_it=4)
+    for _ in range(2):
+        learn.cache(1).fit(1), learn.cache(1).fit(2), learn.cache(1).lr_find(num_it=4)
     assert state(learn) == before and Fits.n == 3 + 6 + 4 * 0
 
 
-@pytest.mark.parametrize('call', [lambda c: c.freeze(), lambda c: c.add_cb(GradientClip(1.)), lambda c: c.setup(opt_func=SGD), lambda c: c.fine_tune(1),
-                                  lambda c: c.fit(1, cbs=EMA(0.9)), lambda c: c.reset(), lambda c: c.remove_cb(Fits), lambda c: c.wide()])
+@pytest.mark.parametrize('call', [lambda c: c.freeze(), lambda c: c.add_cb(GradientClip(1.)),
+                                  lambda c: c.setup(opt_func=SGD), lambda c: c.fine_tune(1),
+                                  lambda c: c.fit(1, cbs=EMA(0.9)), lambda c: c.reset(),
+                                  lambda c: c.remove_cb(Fits), lambda c: c.wide()])
 def test_law_5_whatever_is_called_through_the_cache_the_learner_stays(tmp_path, call):
     learn = block(make(tmp_path, cls=Own, splitter=two_groups), 1, fit(1))
     block(learn, 2, fit(1))
@@ -719,7 +789,8 @@ def test_law_5_an_error_in_the_cache_leaves_the_learner(tmp_path):
 
 def test_law_6_rollback_brings_back_structure_in_the_same_process(tmp_path):
     learn, want = make(tmp_path, splitter=two_groups), {}
-    steps = {1: [fit(1)], 2: [lambda cp: cp.freeze(), fit(1)], 3: [lambda cp: cp.setup(opt_func=partial(SGD, momentum=0.9), lr=0.1), fit(1)],
+    steps = {1: [fit(1)], 2: [lambda cp: cp.freeze(), fit(1)],
+             3: [lambda cp: cp.setup(opt_func=partial(SGD, momentum=0.9), lr=0.1), fit(1)],
              4: [lambda cp: cp.unfreeze(), lambda cp: cp.add_cb(EMA(0.9)), fit(1)]}
     for id, calls in steps.items():
         block(learn, id, *calls)
@@ -728,7 +799,8 @@ def test_law_6_rollback_brings_back_structure_in_the_same_process(tmp_path):
 
 
 def test_law_6_in_a_fresh_process_another_structure_is_an_error_that_says_what_to_call(tmp_path):
-    learn = block(make(tmp_path, splitter=two_groups), 1, lambda cp: cp.setup(opt_func=partial(SGD, momentum=0.9)), fit(1))
+    learn = block(make(tmp_path, splitter=two_groups), 1,
+                  lambda cp: cp.setup(opt_func=partial(SGD, momentum=0.9)), fit(1))
     want = state(learn)
     fresh = make(tmp_path, splitter=two_groups)
     before = state(fresh)
@@ -741,7 +813,8 @@ def test_law_6_in_a_fresh_process_another_structure_is_an_error_that_says_what_t
 def test_law_6_a_rollback_that_fails_changes_nothing(tmp_path):
     learn = block(block(make(tmp_path), 1, fit(1)), 2, fit(1))
     before = state(learn)
-    for given, error in (((9,), KeyError), ((1, 'worst'), ValueError), ((1, 'best'), LookupError), ((1, 'last', 7), ValueError), ((1, 'last', True), ValueError)):
+    for given, error in (((9,), KeyError), ((1, 'worst'), ValueError), ((1, 'best'), LookupError),
+                         ((1, 'last', 7), ValueError), ((1, 'last', True), ValueError)):
         with pytest.raises(error): learn.rollback(*given)
         assert state(learn) == before
     for pack in (tmp_path / 'run' / 'packs').iterdir(): pack.write_bytes(pack.read_bytes()[:-3])
@@ -750,7 +823,8 @@ def test_law_6_a_rollback_that_fails_changes_nothing(tmp_path):
 
 
 def test_law_6_best_is_over_all_fits_of_a_checkpoint(tmp_path):
-    learn = block(make(tmp_path), 1, fit(2, cbs=SaveBest('accuracy')), fit(1, lr=5., cbs=SaveBest('accuracy')), fit(1, lr=5., cbs=SaveBest('accuracy')))
+    learn = block(make(tmp_path), 1, fit(2, cbs=SaveBest('accuracy')),
+                  fit(1, lr=5., cbs=SaveBest('accuracy')), fit(1, lr=5., cbs=SaveBest('accuracy')))
     best = learn.recorder.df.accuracy.max()
     fresh = make(tmp_path)
     assert fresh.rollback(1, which='best').validate()['accuracy'] == pytest.approx(best)
@@ -814,8 +888,12 @@ def test_law_9_a_direct_call_in_a_block_is_an_error_that_says_cp(tmp_path):
     learn.fit(1)
 
 
-@pytest.mark.parametrize('change', [lambda learn: learn.freeze(), lambda learn: setattr(learn, 'lr', 0.5), lambda learn: learn.model[0].weight.requires_grad_(False),
-                                    lambda learn: learn.add_cb(EMA(0.9)), lambda learn: learn.setup(opt_func=SGD)], ids=['freeze', 'lr', 'weight', 'callback', 'setup'])
+@pytest.mark.parametrize('change',
+                         [lambda learn: learn.freeze(), lambda learn: setattr(learn, 'lr', 0.5),
+                          lambda learn: learn.model[0].weight.requires_grad_(False),
+                          lambda learn: learn.add_cb(EMA(0.9)),
+                          lambda learn: learn.setup(opt_func=SGD)],
+                         ids=['freeze', 'lr', 'weight', 'callback', 'setup'])
 def test_law_9_a_bookmark_is_the_learner_as_it_stands(tmp_path, change):
     learn = block(make(tmp_path, splitter=two_groups), 1, fit(1))
     change(learn)
@@ -825,7 +903,9 @@ def test_law_9_a_bookmark_is_the_learner_as_it_stands(tmp_path, change):
     assert state(learn.rollback('mark')) == want
 
 
-@pytest.mark.parametrize('change', [lambda learn: learn.freeze(), lambda learn: setattr(learn, 'lr', 0.5), lambda learn: learn.model[0].weight.requires_grad_(False)],
+@pytest.mark.parametrize('change',
+                         [lambda learn: learn.freeze(), lambda learn: setattr(learn, 'lr', 0.5),
+                          lambda learn: learn.model[0].weight.requires_grad_(False)],
                          ids=['freeze', 'lr', 'weight'])
 def test_law_9_a_cell_that_changes_the_learner_and_then_records_can_run_twice(tmp_path, change):
     learn, found = block(make(tmp_path, splitter=two_groups), 1, fit(1)), []
@@ -838,7 +918,8 @@ def test_law_9_a_cell_that_changes_the_learner_and_then_records_can_run_twice(tm
 
 def test_law_9_all_cells_in_any_order_that_leads_there(tmp_path):
     learn = make(tmp_path)
-    cells = {1: lambda: block(learn, 1, fit(1)), 2: lambda: block(learn, 2, fit(1)), 3: lambda: block(learn, 3, fit(1), parent=1)}
+    cells = {1: lambda: block(learn, 1, fit(1)), 2: lambda: block(learn, 2, fit(1)),
+             3: lambda: block(learn, 3, fit(1), parent=1)}
     found = {}
     for id in (1, 2, 3, 1, 2, 2, 1, 3, 3, 1, 2):
         cells[id]()
@@ -848,8 +929,11 @@ def test_law_9_all_cells_in_any_order_that_leads_there(tmp_path):
 
 def test_law_9_from_elsewhere_it_names_the_parent_and_the_place(tmp_path):
     learn = block(block(block(make(tmp_path), 1, fit(1)), 2, fit(1)), 3, fit(1), parent=1)
-    with pytest.raises(StaleCheckpoint, match='from checkpoint 1, and the learner stands at checkpoint 3'): block(learn, 2, fit(1))
-    with pytest.raises(StaleCheckpoint, match='not from checkpoint 2'): block(learn, 3, fit(1), parent=2)
+    with pytest.raises(StaleCheckpoint,
+                       match='from checkpoint 1, and the learner stands at checkpoint 3'):
+        block(learn, 2, fit(1))
+    with pytest.raises(StaleCheckpoint, match='not from checkpoint 2'):
+        block(learn, 3, fit(1), parent=2)
 
 
 @pytest.mark.parametrize('on_change', ['error', 'rerun'])
@@ -857,7 +941,8 @@ def test_law_9_no_circles(tmp_path, on_change):
     block(block(block(make(tmp_path), 1, fit(1)), 2, fit(1)), 3, fit(1))
     want = {id: digest(make(tmp_path).rollback(id)) for id in (1, 2, 3)}
     for id, parent in ((1, 1), (2, 3), (1, 3), (3, 3)):
-        with pytest.raises((ValueError, RuntimeError, StaleCheckpoint)): block(make(tmp_path, on_change=on_change), id, fit(2), parent=parent)
+        with pytest.raises((ValueError, RuntimeError, StaleCheckpoint)):
+            block(make(tmp_path, on_change=on_change), id, fit(2), parent=parent)
     assert {id: digest(make(tmp_path).rollback(id)) for id in (1, 2, 3)} == want
 
 
@@ -865,7 +950,8 @@ def test_law_9_a_learner_built_anew_in_the_same_process(tmp_path):
     model = net()
     set_seed(0)
     first = state(block(block(make(tmp_path, model=model), 1, fit(1)), 2, fit(1)))
-    assert state(block(block(make(tmp_path, model=model), 1, fit(1)), 2, fit(1))) == first and Fits.n == 6
+    assert state(block(block(make(tmp_path, model=model), 1, fit(1)), 2, fit(1))) == first
+    assert Fits.n == 6
 
 
 def test_law_9_a_plan_computes_and_writes_nothing(tmp_path, capsys):
@@ -876,9 +962,10 @@ def test_law_9_a_plan_computes_and_writes_nothing(tmp_path, capsys):
     learn.add_cb(Progress(bar=False))
     with learn.plan():
         block(learn, 1, fit(1), fit(2, lr=0.5))
-        assert False, 'the plan goes on'
+        raise AssertionError('the plan goes on')
     assert 'fit(2, lr=0.5)' in capsys.readouterr().out and not Fits.n
-    assert files == {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*') if path.is_file()}
+    assert files == {path: path.stat().st_mtime_ns
+                     for path in tmp_path.rglob('*') if path.is_file()}
 
 
 # Law 10: results
@@ -890,13 +977,19 @@ class Found:
     inner: object = None
 
 
-@pytest.mark.parametrize('value', [None, False, 0, 0., -0., math.inf, '', [], (), {}, 2**70, {1: (2,), 'a': None}, torch.arange(3), np.arange(2.), Found(1, Found([2])),
-                                   pd.DataFrame({'a': [1, None], 'b': ['x', 'y']}), [Found(torch.ones(1))], slice(1, None)], ids=lambda v: type(v).__name__)
+@pytest.mark.parametrize('value', [None, False, 0, 0., -0., math.inf, '', [], (), {}, 2**70,
+                                   {1: (2,), 'a': None}, torch.arange(3), np.arange(2.),
+                                   Found(1, Found([2])),
+                                   pd.DataFrame({'a': [1, None], 'b': ['x', 'y']}),
+                                   [Found(torch.ones(1))], slice(1, None)],
+                         ids=lambda v: type(v).__name__)
 def test_law_10_results_come_back_with_their_type(tmp_path, value):
-    first, again = one(tmp_path, 'give', asked=[value], cls=Own)[1], one(tmp_path, 'give', asked=[value], cls=Own)[1]
+    first = one(tmp_path, 'give', asked=[value], cls=Own)[1]
+    again = one(tmp_path, 'give', asked=[value], cls=Own)[1]
     assert type(again) is type(first)
     if isinstance(value, pd.DataFrame): return pd.testing.assert_frame_equal(first, again)
-    plain = lambda x: vars(x) | {'inner': plain(x.inner)} if isinstance(x, Found) else list(map(plain, x)) if type(x) is list else x
+    plain = (lambda x: vars(x) | {'inner': plain(x.inner)} if isinstance(x, Found)
+             else list(map(plain, x)) if type(x) is list else x)
     assert tree_digest(plain(first)) == tree_digest(plain(again))
 
 
@@ -908,7 +1001,8 @@ class Gives(CheckpointedLearner):
 
 def test_law_10_other_results_are_refused_with_the_reason_and_training_is_kept(tmp_path):
     for _ in range(2):
-        with pytest.raises(UnstorableError, match=r'deep.*object'): block(make(tmp_path, cls=Gives), 1, lambda cp: cp.bad())
+        with pytest.raises(UnstorableError, match=r'deep.*object'):
+            block(make(tmp_path, cls=Gives), 1, lambda cp: cp.bad())
     assert Fits.n == 6
 
 
@@ -943,12 +1037,17 @@ def test_p2_a_third_call_added_later_runs_alone(tmp_path):
 
 def test_p3_a_changed_setup_or_argument_is_detected(tmp_path):
     story(make(tmp_path))
-    for change in (lambda cp: cp.setup(opt_func=partial(Adam, lr=2e-2)), lambda cp: cp.setup(opt_func=SGD, lr=1e-2), lambda cp: cp.setup(loss_func=F.cross_entropy), fit(1)):
+    for change in (lambda cp: cp.setup(opt_func=partial(Adam, lr=2e-2)),
+                   lambda cp: cp.setup(opt_func=SGD, lr=1e-2),
+                   lambda cp: cp.setup(loss_func=F.cross_entropy), fit(1)):
         with pytest.raises(StaleCheckpoint): block(make(tmp_path), 1, change)
 
 
 def test_p4_a_fork_starts_exactly_where_its_parent_ended(tmp_path):
-    def prepared(cp): cp.setup(opt_func=partial(SGD, momentum=0.9), lr=0.1, epoch_sched=partial(ExponentialLR, gamma=0.9), step_sched=partial(StepLR, step_size=2))
+    def prepared(cp):
+        cp.setup(opt_func=partial(SGD, momentum=0.9), lr=0.1,
+                 epoch_sched=partial(ExponentialLR, gamma=0.9),
+                 step_sched=partial(StepLR, step_size=2))
     learn = block(make(tmp_path), 1, prepared, fit(1))
     end = state(learn), torch.get_rng_state().tolist()
     block(learn, 2, fit(2))
@@ -961,14 +1060,17 @@ def test_p4_a_fork_starts_exactly_where_its_parent_ended(tmp_path):
 
 def test_p5_after_the_best_is_loaded_the_schedule_goes_on(tmp_path):
     learn = make(tmp_path)
-    block(learn, 1, lambda cp: cp.setup(opt_func=SGD, lr=0.1, epoch_sched=partial(ExponentialLR, gamma=0.5)), fit(3, cbs=SaveBest('accuracy')))
+    block(learn, 1,
+          lambda cp: cp.setup(opt_func=SGD, lr=0.1, epoch_sched=partial(ExponentialLR, gamma=0.5)),
+          fit(3, cbs=SaveBest('accuracy')))
     assert learn.opt.param_groups[0]['lr'] == pytest.approx(0.1 * 0.5**3)
     learn.rollback(1, which='best')
     assert learn.opt.param_groups[0]['lr'] == pytest.approx(0.1 * 0.5**3)
 
 
 def test_p6_the_last_in_memory_the_best_on_disk(tmp_path):
-    learn = block(make(tmp_path), 1, fit(2, cbs=SaveBest('accuracy', restore=False)), fit(1, lr=10.))
+    learn = block(make(tmp_path), 1, fit(2, cbs=SaveBest('accuracy', restore=False)),
+                  fit(1, lr=10.))
     last = digest(learn)
     assert last == digest(plain_best(restore=False))
     fresh = make(tmp_path)
@@ -986,7 +1088,8 @@ def plain_best(**kwargs):
 
 def test_p7_rollback_without_schedulers_keeps_rates(tmp_path):
     learn = make(tmp_path)
-    block(learn, 1, lambda cp: cp.setup(opt_func=SGD, lr=0.1, epoch_sched=partial(ExponentialLR, gamma=0.5)), fit(1))
+    block(learn, 1, lambda cp: cp.setup(opt_func=SGD, lr=0.1,
+                                        epoch_sched=partial(ExponentialLR, gamma=0.5)), fit(1))
     weights = learn.model[0].weight.clone()
     block(learn, 2, fit(2))
     rate = learn.opt.param_groups[0]['lr']
@@ -1003,10 +1106,12 @@ def test_p8_slots_by_checkpoint_and_method_and_their_deletion(tmp_path):
     assert ask() == ask() == [1, 2, 2, 4] and len(ASKED) == 4
     learn.cache(1).validate()
     learn.cache(1).delete('count')
-    assert [answer['method'] for answer in Store(tmp_path / 'run').read(1)['answers']] == ['validate']
+    assert [answer['method']
+            for answer in Store(tmp_path / 'run').read(1)['answers']] == ['validate']
     assert ask() == [1, 2, 2, 4] and len(ASKED) == 6
     learn.cache(1).delete()
-    assert not Store(tmp_path / 'run').read(1)['answers'] and Store(tmp_path / 'run').read(2)['answers']
+    assert not Store(tmp_path / 'run').read(1)['answers']
+    assert Store(tmp_path / 'run').read(2)['answers']
     with pytest.raises(KeyError): learn.cache(1).delete('count')
 
 
@@ -1014,15 +1119,18 @@ def test_p9_a_partial_setup_keeps_the_rest(tmp_path):
     learn = block(make(tmp_path), 1, fit(1))
     moments = tree_digest(learn.opt.state_dict()['state'])
     block(learn, 2, lambda cp: cp.setup(loss_func=nn.CrossEntropyLoss(label_smoothing=0.1)))
-    assert tree_digest(learn.opt.state_dict()['state']) == moments and learn.loss_func.label_smoothing == 0.1
+    assert tree_digest(learn.opt.state_dict()['state']) == moments
+    assert learn.loss_func.label_smoothing == 0.1
     loss = learn.loss_func
     block(learn, 3, lambda cp: cp.setup(opt_func=partial(SGD, momentum=0.9)))
-    assert learn.loss_func is loss and not learn.opt.state_dict()['state'] and type(learn.opt) is SGD
+    assert learn.loss_func is loss and not learn.opt.state_dict()['state']
+    assert type(learn.opt) is SGD
 
 
 def test_p10_a_second_setup_in_a_block_is_an_error(tmp_path):
     learn = make(tmp_path)
-    with pytest.raises(RuntimeError, match='setup'): block(learn, 1, lambda cp: cp.setup(lr=0.1), lambda cp: cp.setup(lr=0.2))
+    with pytest.raises(RuntimeError, match='setup'):
+        block(learn, 1, lambda cp: cp.setup(lr=0.1), lambda cp: cp.setup(lr=0.2))
     block(make(tmp_path / 'other'), 1, lambda cp: cp.setup(lr=0.1))
 
 
@@ -1035,7 +1143,8 @@ def test_p11_history_with_metrics_that_come_and_go_still_plots(tmp_path):
         learn.metrics = None
         block(learn, 3, fit(1, dls=DataLoaders(batches(sample(36)))))
         frame = learn.recorder.df
-        assert len(frame) == 4 and frame.accuracy.isna().tolist() == [True, False, False, True] and frame.valid_loss.isna().tolist() == [False] * 3 + [True]
+        assert len(frame) == 4 and frame.accuracy.isna().tolist() == [True, False, False, True]
+        assert frame.valid_loss.isna().tolist() == [False] * 3 + [True]
         learn.recorder.plot_metrics(), learn.recorder.plot_loss()
     assert Fits.n == 12
 
@@ -1043,9 +1152,11 @@ def test_p11_history_with_metrics_that_come_and_go_still_plots(tmp_path):
 def test_p12_the_direction_of_a_metric_decides_what_is_best(tmp_path):
     @metric(higher_is_better=False)
     def wrong(pred, targ): return (pred.argmax(-1) != targ).float().mean()
-    learn = block(make(tmp_path, metrics={'wrong': wrong}, lr=0.5), 1, fit(4, cbs=SaveBest('wrong')))
+    learn = block(make(tmp_path, metrics={'wrong': wrong}, lr=0.5), 1,
+                  fit(4, cbs=SaveBest('wrong')))
     fresh = make(tmp_path, metrics={'wrong': wrong}, lr=0.5)
-    assert fresh.rollback(1, which='best').validate()['wrong'] == pytest.approx(learn.recorder.df.wrong.min())
+    assert (fresh.rollback(1, which='best').validate()['wrong']
+            == pytest.approx(learn.recorder.df.wrong.min()))
 
 
 def test_p13_one_and_a_half_sorts_between_one_and_two(tmp_path):
@@ -1069,7 +1180,8 @@ def test_p15_deleting_removes_all_files(tmp_path):
     learn.delete_checkpoint(2)
     assert sorted(path.name for path in (tmp_path / 'a' / 'b' / 'nodes').iterdir()) == ['1.json']
     learn.delete_run()
-    assert not [path for path in tmp_path.rglob('*') if path.is_file()] and not (tmp_path / 'a' / 'b').exists()
+    assert not [path for path in tmp_path.rglob('*') if path.is_file()]
+    assert not (tmp_path / 'a' / 'b').exists()
     Fits.n = 0
     block(make(tmp_path, name='a/b'), 1, fit(1))
     assert Fits.n == 3
@@ -1096,7 +1208,8 @@ def test_no_call_that_was_killed_is_taken_for_finished(tmp_path):
 
 def test_no_argument_is_ignored(tmp_path):
     one(tmp_path, 'fit', 1)
-    for given in (dict(lr=1.), dict(cbs=EMA(0.9)), dict(dls=data(seed=1)), dict(reset_opt=True), dict(max_time='1 h')):
+    for given in (dict(lr=1.), dict(cbs=EMA(0.9)), dict(dls=data(seed=1)), dict(reset_opt=True),
+                  dict(max_time='1 h')):
         with pytest.raises(StaleCheckpoint): block(make(tmp_path), 1, fit(1, **given))
 
 
@@ -1117,9 +1230,11 @@ def test_no_cache_is_computed_on_other_weights(tmp_path):
 def test_no_trace_of_the_lr_finder_in_moments_gradients_mode_or_rng(tmp_path):
     learn = block(make(tmp_path), 1, fit(1))
     learn.model.eval()
-    before = state(learn), learn.model.training, torch.get_rng_state().tolist(), random.getstate(), [p.grad for p in learn.model.parameters()]
+    before = (state(learn), learn.model.training, torch.get_rng_state().tolist(), random.getstate(),
+              [p.grad for p in learn.model.parameters()])
     learn.cache(1).lr_find(num_it=7)
-    assert (state(learn), learn.model.training, torch.get_rng_state().tolist(), random.getstate(), [p.grad for p in learn.model.parameters()]) == before
+    assert (state(learn), learn.model.training, torch.get_rng_state().tolist(), random.getstate(),
+            [p.grad for p in learn.model.parameters()]) == before
     assert digest(block(learn, 2, fit(1))) == digest(plain_run(1, 1))
 
 
@@ -1137,9 +1252,13 @@ def test_rollback_is_possible_in_a_fresh_process(tmp_path):
 
 def test_no_old_scheduler_drives_a_new_optimizer(tmp_path):
     for _ in range(2):
-        learn = block(make(tmp_path), 1, lambda cp: cp.setup(opt_func=SGD, lr=0.1, epoch_sched=partial(ExponentialLR, gamma=0.5)), fit(1))
+        learn = block(make(tmp_path), 1,
+                      lambda cp: cp.setup(opt_func=SGD, lr=0.1,
+                                          epoch_sched=partial(ExponentialLR, gamma=0.5)), fit(1))
         block(learn, 2, lambda cp: cp.setup(opt_func=Adam, lr=0.2), fit(1))
-        assert learn.opt.param_groups[0]['lr'] == pytest.approx(0.1) and all(cb.scheduler.optimizer is learn.opt for cb in learn.cbs if isinstance(cb, TorchScheduler) and hasattr(cb, 'scheduler'))
+        assert learn.opt.param_groups[0]['lr'] == pytest.approx(0.1)
+        assert all(cb.scheduler.optimizer is learn.opt for cb in learn.cbs
+                   if isinstance(cb, TorchScheduler) and hasattr(cb, 'scheduler'))
 
 
 def test_patience_counts_alike_in_continued_runs(tmp_path):
@@ -1191,7 +1310,9 @@ def test_law_2_what_a_users_learner_counts_for_itself_does_not_matter(tmp_path):
 
 
 def test_law_2_what_a_users_model_counts_for_itself_does_not_matter(tmp_path):
-    def run(): return digest(block(block(make(tmp_path, model=CountingNet()), 1, fit(1), lambda cp: cp.validate(), fit(1)), 2, fit(1)))
+    def run():
+        return digest(block(block(make(tmp_path, model=CountingNet()), 1, fit(1),
+                                  lambda cp: cp.validate(), fit(1)), 2, fit(1)))
     assert run() == run() == run() and Fits.n == 9
 
 
@@ -1217,7 +1338,8 @@ class Tempered(nn.Module):
 def test_a_loss_with_parameters_of_its_own(tmp_path):
     def run(root):
         loss = Tempered()
-        learn = make(root, loss_func=loss, splitter=lambda model: [[*model.parameters(), loss.temperature]])
+        learn = make(root, loss_func=loss,
+                     splitter=lambda model: [[*model.parameters(), loss.temperature]])
         if root: block(block(learn, 1, fit(1), fit(1)), 2, fit(1), parent=1)
         else: [learn.fit(1) for _ in range(3)]
         return digest(learn), loss.temperature.item(), loss.calls.item()
@@ -1228,7 +1350,9 @@ def test_a_loss_with_parameters_of_its_own(tmp_path):
 def test_data_changed_in_place_between_blocks_is_not_silent(tmp_path):
     def run(change, size):
         x, y = tensors(size)
-        learn = block(make(tmp_path / str(size), dls=DataLoaders(DataLoader(TensorDataset(x, y), batch_size=size // 3)), metrics=None), 1, fit(1))
+        learn = block(make(tmp_path / str(size),
+                           dls=DataLoaders(DataLoader(TensorDataset(x, y), batch_size=size // 3)),
+                           metrics=None), 1, fit(1))
         change(x)
         return block(learn, 2, fit(1))
     for size in (36, 3 * 2**15):
@@ -1238,7 +1362,8 @@ def test_data_changed_in_place_between_blocks_is_not_silent(tmp_path):
 
 
 class Overrides(CheckpointedLearner):
-    def fit(self, n_epoch=None, lr=None, cbs=None, **kwargs): return super().fit(n_epoch, lr, cbs, **kwargs)
+    def fit(self, n_epoch=None, lr=None, cbs=None, **kwargs):
+        return super().fit(n_epoch, lr, cbs, **kwargs)
 
     @pure
     def score(self): return self.validate()['accuracy']
@@ -1255,7 +1380,8 @@ class Overrides(CheckpointedLearner):
 def test_a_subclass_with_methods_that_call_each_other(tmp_path):
     def run():
         learn, found = make(tmp_path, cls=Overrides), []
-        block(learn, 1, fit(1), lambda cp: found.append(cp.score()), lambda cp: found.append(cp.search()), fit(1))
+        block(learn, 1, fit(1), lambda cp: found.append(cp.score()),
+              lambda cp: found.append(cp.search()), fit(1))
         return state(learn), found
     assert run() == run() and Fits.n == 12
 

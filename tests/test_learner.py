@@ -14,11 +14,12 @@ from learnkit.files.tree import tree_digest
 def data(n=20, bs=4, seed=0):
     gen = torch.Generator().manual_seed(seed)
     x = torch.randn(n, 3, generator=gen)
-    return list(zip(x.split(bs), (x.sum(1, keepdim=True) > 0).float().split(bs)))
+    return list(zip(x.split(bs), (x.sum(1, keepdim=True) > 0).float().split(bs), strict=True))
 
 def make(train=None, valid=None, model=None, loss_func=F.mse_loss, **kwargs):
     torch.manual_seed(0)
-    learn = Learner(DataLoaders(data() if train is None else train, valid), model or nn.Linear(3, 1), loss_func, device='cpu', **kwargs)
+    learn = Learner(DataLoaders(data() if train is None else train, valid),
+                    model or nn.Linear(3, 1), loss_func, device='cpu', **kwargs)
     learn.remove_cb(Progress)
     return learn
 
@@ -54,11 +55,13 @@ FORMS = {
     'list': (lambda x, y: [x, y], nn.Linear(3, 1), F.mse_loss, {}),
     'namedtuple': (Named, nn.Linear(3, 1), F.mse_loss, {}),
     'two inputs': (lambda x, y: (x, x, y), Two(), F.mse_loss, {}),
-    'two targets': (lambda x, y: (x, y, y), nn.Linear(3, 1), lambda p, a, b: F.mse_loss(p, a) + F.mse_loss(p, b), {'n_inp': 1}),
+    'two targets': (lambda x, y: (x, y, y), nn.Linear(3, 1),
+                    lambda p, a, b: F.mse_loss(p, a) + F.mse_loss(p, b), {'n_inp': 1}),
     'one tensor': (lambda x, y: x, nn.Linear(3, 1), lambda p: (p ** 2).mean(), {}),
     'tuple of one': (lambda x, y: (x,), nn.Linear(3, 1), lambda p: (p ** 2).mean(), {}),
     'dict': (lambda x, y: {'x': x, 'y': y}, Dicts(), None, {}),
-    'dict and loss_func': (lambda x, y: {'x': x, 'y': y}, Dicts(), lambda p, batch: F.mse_loss(p['pred'], batch['y']), {}),
+    'dict and loss_func': (lambda x, y: {'x': x, 'y': y}, Dicts(),
+                           lambda p, batch: F.mse_loss(p['pred'], batch['y']), {}),
     'object with to': (Pair, Dicts(), None, {}),
 }
 
@@ -87,9 +90,11 @@ def test_an_iterator_that_runs_dry_is_an_error():
     learn = make(iter(data()))
     with pytest.raises(ValueError, match='an iterator can be read only once'): learn.fit(2)
 
-@pytest.mark.parametrize('empty', [[], DataLoader(TensorDataset(torch.empty(0, 3), torch.empty(0, 1)), 4)])
+@pytest.mark.parametrize('empty',
+                         [[], DataLoader(TensorDataset(torch.empty(0, 3), torch.empty(0, 1)), 4)])
 def test_no_data_is_an_error(empty):
-    with pytest.raises(ValueError, match='the train loader gave no batch in epoch 0'): make(train=None).fit(1, dls=DataLoaders(empty))
+    with pytest.raises(ValueError, match='the train loader gave no batch in epoch 0'):
+        make(train=None).fit(1, dls=DataLoaders(empty))
     with pytest.raises(ValueError, match='the loader gave no batch'): make().validate(empty)
 
 def test_no_validation_data():
@@ -126,7 +131,7 @@ def test_a_frozen_model_is_left_alone():
 @pytest.mark.parametrize('bs', [1, 3, 4, 7, 20, 64])
 def test_means_are_exact_with_uneven_batches(bs):
     batches = data(17, bs)
-    x, y = (torch.cat(t) for t in zip(*batches))
+    x, y = (torch.cat(t) for t in zip(*batches, strict=True))
     learn = make(batches, batches, metrics={'mae': lambda p, t: (p - t).abs().mean()})
     found = learn.validate()
     pred = learn.model(x)
@@ -141,7 +146,8 @@ def test_n_items_weighs_a_batch():
     with learn.added_cbs(Callback(before_batch=tokens)): found = learn.validate()
     weights = torch.tensor([y.sum() + 1 for _, y in data(10)])
     losses = torch.stack([F.mse_loss(learn.model(x), y) for x, y in data(10)])
-    assert found['loss'] == pytest.approx(((weights * losses).sum() / weights.sum()).item(), rel=1e-6)
+    assert found['loss'] == pytest.approx(((weights * losses).sum() / weights.sum()).item(),
+                                          rel=1e-6)
 
 def test_a_cancelled_batch_counts_in_no_mean():
     def skip(learn):
@@ -156,8 +162,9 @@ def test_get_preds_streams_in_order_with_losses_and_inputs():
     batches = data(17)
     learn = make(valid=batches, loss_func=nn.MSELoss())
     preds, targs, losses, inputs = learn.get_preds(with_loss=True, with_input=True)
-    x, y = (torch.cat(t) for t in zip(*batches))
-    assert torch.equal(inputs, x) and torch.equal(targs, y) and torch.equal(preds, learn.model(x).detach())
+    x, y = (torch.cat(t) for t in zip(*batches, strict=True))
+    assert torch.equal(inputs, x) and torch.equal(targs, y)
+    assert torch.equal(preds, learn.model(x).detach())
     assert torch.allclose(losses, ((preds - y) ** 2)[:, 0])
     assert learn.loss_func.reduction == 'mean'
 
@@ -174,10 +181,12 @@ def test_predict_takes_inputs_alone():
 
 def test_predictions_of_different_shapes_are_an_error():
     ragged = [(torch.randn(2, n), torch.zeros(2)) for n in (3, 5)]
-    with pytest.raises(ValueError, match=r'samples of shape \(5,\) follow samples of shape \(3,\)'): make(model=nn.Identity()).get_preds(ragged)
+    with pytest.raises(ValueError, match=r'samples of shape \(5,\) follow samples of shape \(3,\)'):
+        make(model=nn.Identity()).get_preds(ragged)
 
 
-@pytest.mark.parametrize('call', [lambda l: l.validate(), lambda l: l.test(), lambda l: l.get_preds(), lambda l: l.predict(torch.ones(1, 3)),
+@pytest.mark.parametrize('call', [lambda l: l.validate(), lambda l: l.test(),
+                                  lambda l: l.get_preds(), lambda l: l.predict(torch.ones(1, 3)),
                                   lambda l: l.lr_find(num_it=7, start_lr=1e-4)])
 @pytest.mark.parametrize('loader', ['tensors', 'DataLoader', 'generator'])
 def test_looking_changes_nothing(call, loader):
@@ -211,8 +220,11 @@ def test_looking_changes_nothing(call, loader):
 
 
 def test_state_round_trip_in_memory_and_in_a_file(tmp_path):
-    def learner(): return make(valid=data(8, seed=1), opt_func=partial(torch.optim.SGD, momentum=0.9), path=tmp_path,
-                               model=nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(), nn.Linear(4, 1)))
+    def learner():
+        return make(valid=data(8, seed=1), opt_func=partial(torch.optim.SGD, momentum=0.9),
+                    path=tmp_path,
+                    model=nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(),
+                                        nn.Linear(4, 1)))
     learn = learner()
     learn.fit_one_cycle(2, 0.1)
     state = learn.state_dict()
@@ -237,9 +249,12 @@ def test_state_is_a_copy():
 def test_loading_another_architecture_changes_nothing(tmp_path):
     learn = make(path=tmp_path)
     learn.save('small')
-    for model, text in ((nn.Linear(3, 2), r'different: weight is float32\[1, 3\] there and float32\[2, 3\] here'),
-                        (nn.Sequential(nn.Linear(3, 1)), 'missing there: 0.weight, 0.bias; unknown here: weight, bias'),
-                        (nn.Linear(3, 1).double(), r'weight is float32\[1, 3\] there and float64\[1, 3\] here')):
+    for model, text in ((nn.Linear(3, 2),
+                         r'different: weight is float32\[1, 3\] there and float32\[2, 3\] here'),
+                        (nn.Sequential(nn.Linear(3, 1)),
+                         'missing there: 0.weight, 0.bias; unknown here: weight, bias'),
+                        (nn.Linear(3, 1).double(),
+                         r'weight is float32\[1, 3\] there and float64\[1, 3\] here')):
         other = make(model=model, path=tmp_path)
         before = digest(other)
         with pytest.raises(ValueError, match=text): other.load('small')
@@ -251,9 +266,11 @@ def test_loading_into_another_optimizer_or_other_callbacks_changes_nothing():
         def state_dict(self): return {'n': self.n}
         def load_state_dict(self, state): self.n = state['n']
     state = make(cbs=Count).state_dict()
-    for other, text in ((make(cbs=Count, opt_func=torch.optim.SGD), 'the saved optimizer is AdamW, this one is SGD'),
+    for other, text in ((make(cbs=Count, opt_func=torch.optim.SGD),
+                         'the saved optimizer is AdamW, this one is SGD'),
                         (make(cbs=Count, wd=0.1), 'has groups of'),
-                        (make(), r"it holds \['Count', 'Recorder'\], this learner has \['Recorder'\]")):
+                        (make(),
+                         r"it holds \['Count', 'Recorder'\], this learner has \['Recorder'\]")):
         before = digest(other)
         with pytest.raises(ValueError, match=text): other.load_state_dict(state)
         assert digest(other) == before
@@ -309,8 +326,10 @@ def test_one_optimizer_through_several_fits_unless_reset():
     learn.fit(1, reset_opt=True)
     assert learn.opt is not first
 
-@pytest.mark.parametrize('opt_func', [torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.NAdam,
-                                      torch.optim.Rprop, torch.optim.LBFGS, torch.optim.Adafactor, torch.optim.ASGD, torch.optim.RAdam])
+@pytest.mark.parametrize('opt_func', [torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop,
+                                      torch.optim.Adagrad, torch.optim.NAdam,
+                                      torch.optim.Rprop, torch.optim.LBFGS, torch.optim.Adafactor,
+                                      torch.optim.ASGD, torch.optim.RAdam])
 def test_torch_optimizers_as_they_are(opt_func):
     learn = make(data(40), opt_func=opt_func, lr=0.01)
     before = learn.validate(data(40))['loss']
@@ -326,15 +345,20 @@ def test_the_default_optimizer_is_fused_adamw():
 
 def test_lr_given_twice_is_an_error():
     assert make(opt_func=partial(torch.optim.SGD, lr=0.5)).lr == 0.5
-    with pytest.raises(ValueError, match='lr is given twice: 0.1 to the learner and 0.5 in opt_func'): make(lr=0.1, opt_func=partial(torch.optim.SGD, lr=0.5))
+    with pytest.raises(ValueError,
+                       match='lr is given twice: 0.1 to the learner and 0.5 in opt_func'):
+        make(lr=0.1, opt_func=partial(torch.optim.SGD, lr=0.5))
 
 def test_wd_spares_norms_and_biases_and_lr_spreads_over_groups():
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
-    learn = make(model=model, wd=0.1, splitter=lambda m: [m[:2].parameters(), m[2:].parameters()], lr=slice(1e-4, 1e-2))
-    decays = {id(p): group['weight_decay'] for group in learn.opt.param_groups for p in group['params']}
+    learn = make(model=model, wd=0.1, splitter=lambda m: [m[:2].parameters(), m[2:].parameters()],
+                 lr=slice(1e-4, 1e-2))
+    decays = {id(p): group['weight_decay'] for group in learn.opt.param_groups
+              for p in group['params']}
     assert [decays[id(p)] for p in model.parameters()] == [0.1, 0, 0, 0, 0.1, 0]
     seen = []
-    learn.fit(1, cbs=Callback(after_batch=lambda learn: seen.append([g['lr'] for g in learn.opt.param_groups])))
+    learn.fit(1, cbs=Callback(
+        after_batch=lambda learn: seen.append([g['lr'] for g in learn.opt.param_groups])))
     assert seen[0] == pytest.approx([1e-4, 1e-4, 1e-2, 1e-2])
     learn.fit(1, lr=0.5)
     assert {g['lr'] for g in learn.opt.param_groups} == {0.5}
@@ -343,7 +367,8 @@ def test_channels_last_survives_a_save(tmp_path):
     def learner():
         model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.LazyLinear(2))
         model(torch.zeros(1, 3, 6, 6))
-        return make([(torch.randn(4, 3, 6, 6), torch.zeros(4, 2)) for _ in range(3)], model=model.to(memory_format=torch.channels_last), path=tmp_path)
+        return make([(torch.randn(4, 3, 6, 6), torch.zeros(4, 2)) for _ in range(3)],
+                    model=model.to(memory_format=torch.channels_last), path=tmp_path)
     learn = learner()
     learn.fit(1)
     learn.save('conv')
@@ -373,7 +398,8 @@ def test_no_device_sync_per_step(monkeypatch):
     learn = make(valid=data(8), metrics=mae)
     reads = []
     for name in ('item', '__float__', 'cpu', 'tolist', 'numpy', '__bool__'):
-        def spy(self, *args, _old=getattr(torch.Tensor, name), _name=name, **kwargs):
+        old = getattr(torch.Tensor, name)
+        def spy(self, *args, _old=old, _name=name, **kwargs):
             reads.append((_name, learn.levels[-1:]))
             return _old(self, *args, **kwargs)
         monkeypatch.setattr(torch.Tensor, name, spy)
@@ -382,7 +408,8 @@ def test_no_device_sync_per_step(monkeypatch):
 
 @pytest.mark.parametrize('kwargs,error,text', [
     (dict(on_interrupt='stop'), ValueError, "on_interrupt='stop': must be 'return' or 'raise'"),
-    (dict(opt_func=torch.optim.SGD(nn.Linear(1, 1).parameters())), TypeError, 'opt_func is an optimizer that exists already'),
+    (dict(opt_func=torch.optim.SGD(nn.Linear(1, 1).parameters())), TypeError,
+     'opt_func is an optimizer that exists already'),
     (dict(cbs=print), TypeError, r'For a function use Callback\(after_batch='),
     (dict(metrics=[mae, mae]), ValueError, 'dict'),
     (dict(model=nn.LazyLinear(1)), ValueError, 'has no shape yet')])
@@ -390,10 +417,15 @@ def test_what_the_constructor_refuses(kwargs, error, text):
     with pytest.raises(error, match=text): make(**kwargs)
 
 def test_loaders_must_be_wrapped():
-    with pytest.raises(TypeError, match=r'dls is a tuple; wrap loaders as DataLoaders\(train, valid\)'): Learner((data(), data()), nn.Linear(3, 1))
+    with pytest.raises(TypeError,
+                       match=r'dls is a tuple; wrap loaders as DataLoaders\(train, valid\)'):
+        Learner((data(), data()), nn.Linear(3, 1))
 
 def test_a_missing_loss_is_named():
-    with pytest.raises(ValueError, match='the learner has no loss_func and the model returned a Tensor without a loss'): make(loss_func=None).fit(1)
+    with pytest.raises(
+        ValueError,
+        match='the learner has no loss_func and the model returned a Tensor without a loss'):
+        make(loss_func=None).fit(1)
 
 def test_seed_makes_a_run_repeatable():
     start = nn.Sequential(nn.Linear(3, 8), nn.Dropout(), nn.Linear(8, 1))
@@ -405,7 +437,8 @@ def test_seed_makes_a_run_repeatable():
 
 
 def test_what_is_tracked_on_the_side_does_not_reach_the_row():
-    value = lambda learn: learn.track('one', 1. if learn.levels == ['fit', 'epoch', 'validate', 'batch'] else 100.)
+    inner = ['fit', 'epoch', 'validate', 'batch']
+    value = lambda learn: learn.track('one', 1. if learn.levels == inner else 100.)
     learn = make(valid=data(8), cbs=Callback(after_pred=value))
     learn.validate()
     learn.get_preds()
@@ -419,25 +452,30 @@ def test_a_cancel_before_the_recorder_repeats_no_numbers():
             if learn.epoch == 1: raise CancelTrain
     learn = make(valid=data(8))
     learn.fit(2, cbs=Early)
-    assert math.isnan(learn.recorder.df.train_loss[1]) and len(learn.recorder.steps) == learn.steps_done == 5
+    assert math.isnan(learn.recorder.df.train_loss[1])
+    assert len(learn.recorder.steps) == learn.steps_done == 5
 
 def test_a_cancelled_validation_returns_nothing_old():
     learn = make(valid=data(8))
     learn.validate()
     def refuse(learn): raise CancelValidate
-    with learn.added_cbs(Callback(order=-20, before_validate=refuse)): assert math.isnan(learn.validate()['loss'])
+    with learn.added_cbs(Callback(order=-20, before_validate=refuse)):
+        assert math.isnan(learn.validate()['loss'])
 
 def test_predictions_during_validation():
     learn = make(valid=data(8))
     plain = learn.validate()
-    with learn.added_cbs(Callback(after_pred=lambda learn: learn.phase == 'valid' and learn.predict(torch.ones(1, 3)))):
+    with learn.added_cbs(Callback(after_pred=lambda learn: learn.phase == 'valid'
+                                  and learn.predict(torch.ones(1, 3)))):
         assert learn.validate() == plain
         learn.fit(1)
 
 def test_steps_of_an_epoch_that_broke_off_are_kept():
     learn = make()
-    learn.fit(2, cbs=Callback(after_step=lambda learn: learn.stop() if learn.updates == 7 else None))
-    assert len(learn.recorder.steps) == 6 and len(learn.recorder.df) == 1  # the batch of the stop did not end
+    learn.fit(2,
+              cbs=Callback(after_step=lambda learn: learn.stop() if learn.updates == 7 else None))
+    # the batch of the stop did not end
+    assert len(learn.recorder.steps) == 6 and len(learn.recorder.df) == 1
 
 def test_reset_after_a_fit_with_its_own_stateful_callback():
     class Count(Callback):
@@ -451,7 +489,8 @@ def test_reset_after_a_fit_with_its_own_stateful_callback():
 def test_a_parameter_that_would_never_be_trained_is_an_error():
     learn = make()
     learn.model.extra = nn.Linear(3, 3)
-    with pytest.raises(ValueError, match='model.extra.weight is trainable but in no group'): learn.fit(1)
+    with pytest.raises(ValueError, match='model.extra.weight is trainable but in no group'):
+        learn.fit(1)
     learn.fit(1, reset_opt=True)
 
 def test_structures_that_differ_are_not_mixed_up():
@@ -462,11 +501,13 @@ def test_structures_that_differ_are_not_mixed_up():
     assert [len(batch) for batch in preds] == [2, 3] and targs.shape == (5,)
 
 def test_losses_of_samples_follow_the_losses_own_rules():
-    own = make(valid=data(6), cbs=Callback(get_loss=lambda learn: setattr(learn, 'loss', (learn.pred - learn.yb[0]).abs().mean())))
+    own = make(valid=data(6), cbs=Callback(
+        get_loss=lambda learn: setattr(learn, 'loss', (learn.pred - learn.yb[0]).abs().mean())))
     preds, targs, losses = own.get_preds(with_loss=True)
     assert torch.allclose(losses, (preds - targs).abs()[:, 0])
-    with pytest.raises(ValueError, match='need a loss_func'): make([{'x': x, 'y': y} for x, y in data(4)], model=Dicts(), loss_func=None).get_preds(
-        [{'x': x, 'y': y} for x, y in data(4)], with_loss=True)
+    with pytest.raises(ValueError, match='need a loss_func'):
+        make([{'x': x, 'y': y} for x, y in data(4)], model=Dicts(), loss_func=None).get_preds(
+[{'x': x, 'y': y} for x, y in data(4)], with_loss=True)
 
 def test_a_rate_that_is_a_tensor_is_each_groups_own():
     learn = make(lr=torch.tensor(0.01), opt_func=torch.optim.SGD)
@@ -474,9 +515,11 @@ def test_a_rate_that_is_a_tensor_is_each_groups_own():
     assert learn.lr.item() == pytest.approx(0.01) and learn.recorder.steps.lr.nunique() > 1
 
 def test_names_of_columns_are_refused():
-    with pytest.raises(ValueError, match="a metric cannot be called 'lr'"): make(metrics={'lr': mae})
+    with pytest.raises(ValueError, match="a metric cannot be called 'lr'"):
+        make(metrics={'lr': mae})
     learn = make()
-    with pytest.raises(ValueError, match='train_loss is recorded already'): learn.fit(1, cbs=Callback(after_loss=lambda learn: learn.track('loss', 1.)))
+    with pytest.raises(ValueError, match='train_loss is recorded already'):
+        learn.fit(1, cbs=Callback(after_loss=lambda learn: learn.track('loss', 1.)))
 
 def test_no_trace_with_an_expanded_buffer():
     model = nn.Linear(3, 1)
@@ -486,7 +529,8 @@ def test_no_trace_with_an_expanded_buffer():
     learn.fit(1)
 
 def test_a_dataset_is_no_loader():
-    with pytest.raises(TypeError, match='holds samples, not batches'): make().validate(TensorDataset(torch.ones(6, 3), torch.ones(6, 1)))
+    with pytest.raises(TypeError, match='holds samples, not batches'):
+        make().validate(TensorDataset(torch.ones(6, 3), torch.ones(6, 1)))
 
 def test_lr_is_not_lr_max():
     with pytest.raises(TypeError, match='takes lr_max'): make().fit_one_cycle(1, lr=0.5)
@@ -508,4 +552,5 @@ def test_reset_after_another_optimizer_was_set_up():
     learn.setup(opt_func=torch.optim.SGD)
     learn.fit(1)
     learn.reset()
-    assert tree_digest(learn.model.state_dict()) == first and type(learn.opt) is torch.optim.SGD and learn.steps_done == 0
+    assert tree_digest(learn.model.state_dict()) == first and type(learn.opt) is torch.optim.SGD
+    assert learn.steps_done == 0

@@ -32,14 +32,18 @@ def no_figures_left():
 
 # Nodes by hand
 
-def call(method='fit', n=2, last=None, best=None, metric='accuracy', higher=True, after=None, text=None,
+def call(method='fit', n=2, last=None, best=None, metric='accuracy', higher=True, after=None,
+         text=None,
          structure=None, code=None, versions=None, state=None, **values):
     structure = structure or {}
-    metrics = {'train_loss': 0.5, 'valid_loss': 0.4, 'lr': 1e-3} | ({metric: last} if last is not None else {})
+    metrics = {'train_loss': 0.5, 'valid_loss': 0.4,
+               'lr': 1e-3} | ({metric: last} if last is not None else {})
     best = None if best is None else {'name': metric, 'value': best, 'higher': higher, 'place': []}
-    return {'method': method, 'text': text or f'{method}({n})', 'kind': 'changes', 'status': 'complete',
+    return {'method': method, 'text': text or f'{method}({n})', 'kind': 'changes',
+            'status': 'complete',
             'arguments': fingerprint({'n_epoch': n, **values}).tree, 'structure': structure,
-            'structure_after': structure, 'before': {}, 'begin': None, 'after': after, 'state': state,
+            'structure_after': structure, 'before': {}, 'begin': None, 'after': after,
+            'state': state,
             'beside': None, 'result': None, 'callbacks': [], 'returns_host': False,
             'report': {'rows': [0, n], 'epochs': n, 'fits': 1, 'metrics': metrics, 'best': best},
             'code': code or {}, 'versions': versions or {'torch': '2.13.0'}, 'started': NOW - 400,
@@ -88,7 +92,8 @@ class Nodes:
     def nbytes(self, *nodes): return 1000 * len(nodes)
 
     def read(self, id):
-        if id in self.bad: raise DamagedError(f'{id}.json cannot be used: it is not as it was written')
+        if id in self.bad:
+            raise DamagedError(f'{id}.json cannot be used: it is not as it was written')
         return self.nodes.get(id)
 
 
@@ -132,12 +137,14 @@ def test_a_child_of_an_earlier_call_is_compared_with_that_call():
 
 
 def test_a_child_is_stale_while_its_parent_is_computed_anew():
-    assert status(Nodes(node(1, calls=[running()], closed=False), node(2, 1, parent_state='x')))[2] == 'stale'
+    assert status(Nodes(node(1, calls=[running()], closed=False),
+                        node(2, 1, parent_state='x')))[2] == 'stale'
 
 
 def test_children_of_bookmarks_and_of_damaged_parents_are_not_stale():
     begin = {'parts': {'model': 'm'}, 'state': None, 'beside': None, 'structure': {}}
-    store = Nodes(node(1, calls=[], begin=begin), node(2, 1, parent_state=digest_of({'model': 'm'})),
+    store = Nodes(node(1, calls=[], begin=begin),
+                  node(2, 1, parent_state=digest_of({'model': 'm'})),
                   node(3), node(4, 3, parent_state='x'), bad=[3])
     assert status(store) == {1: 'complete', 2: 'complete', 3: 'damaged', 4: 'complete'}
 
@@ -195,8 +202,10 @@ def test_bytes_count_each_tensor_once(tmp_path):
     with store.writing():
         big, _ = store.put({'model': {'w': torch.arange(1000.), 'same': torch.arange(1000.)}})
         small, _ = store.put({'model': {'w': torch.arange(1000.), 'b': torch.ones(10)}})
-        for made in Nodes(node(1, state=big), node(2, 1, calls=[call(state=small), call(state=big)]),
-                          node(3, 1)).nodes.values(): store.write(made)
+        for made in Nodes(node(1, state=big),
+                          node(2, 1, calls=[call(state=small), call(state=big)]),
+                          node(3, 1)).nodes.values():
+            store.write(made)
     assert checkpoints_table(store).bytes.tolist() == [4000, 4040, 0]
     assert lines(store)[-1] == '3 checkpoints, 4.04 kB'
 
@@ -204,7 +213,8 @@ def test_bytes_count_each_tensor_once(tmp_path):
 def test_looking_takes_no_lock_and_writes_nothing(tmp_path):
     store = saved(tmp_path, node(1), node(2, 1))
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*')}
-    checkpoints_table(store), tree_text(store), plot_tree(store), explain_text(store, 1, 2), show_text(store, 1)
+    checkpoints_table(store), tree_text(store), plot_tree(store), explain_text(
+        store, 1, 2), show_text(store, 1)
     assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob('*')}
 
 
@@ -212,17 +222,20 @@ def test_looking_takes_no_lock_and_writes_nothing(tmp_path):
 
 def test_the_best_of_all_calls_goes_by_its_direction():
     up = node(1, calls=[call(best=0.9), call(best=0.95), call(best=0.93)])
-    down = node(2, calls=[call(best=best, metric='valid_loss', higher=False) for best in (0.9, 0.8)])
+    down = node(2,
+                calls=[call(best=best, metric='valid_loss', higher=False) for best in (0.9, 0.8)])
     mixed = node(3, calls=[call(best=0.1), call(best=0.9, metric='f1')])
     assert [best_value(n)['value'] for n in (up, down, mixed)] == [0.95, 0.8, 0.1]
     assert best_value(node(4)) is None
 
 
 @pytest.mark.parametrize('kwargs, text', [
-    (dict(last=0.9, best=0.95), 'accuracy 0.9, best 0.95'), (dict(last=0.95, best=0.95), 'accuracy 0.95'),
+    (dict(last=0.9, best=0.95), 'accuracy 0.9, best 0.95'),
+    (dict(last=0.95, best=0.95), 'accuracy 0.95'),
     (dict(last=0.123456), 'accuracy 0.1235'), ({}, 'valid_loss 0.4'),
     (dict(last=None, best=0.7), 'accuracy 0.7')])
-def test_the_number_that_counts(kwargs, text): assert f'  {text}  ' in lines(Nodes(node(1, **kwargs)))[0]
+def test_the_number_that_counts(kwargs, text):
+    assert f'  {text}  ' in lines(Nodes(node(1, **kwargs)))[0]
 
 
 def test_a_value_that_is_not_finite_is_shown_as_unknown():
@@ -238,13 +251,15 @@ def drawn(store, **kwargs): # lines up to the id
 
 
 def test_forks_of_forks():
-    store = Nodes(node(1), node(2, 1), node(3, 2), node(4, 2), node(5, 4), node(6, 5), node(7, 1), node(8, 7))
+    store = Nodes(node(1), node(2, 1), node(3, 2), node(4, 2), node(5, 4), node(6, 5), node(7, 1),
+                  node(8, 7))
     assert drawn(store) == ['● 1', '├─● 2', '│ ├─● 3', '│ └─● 4', '│   ● 5', '│   ● 6',
                             '└─● 7', '  ● 8']
 
 
 def test_a_chain_does_not_move_to_the_right():
-    assert drawn(Nodes(*(node(i, i - 1 or None) for i in range(1, 31)))) == [f'● {i}' for i in range(1, 31)]
+    chain = Nodes(*(node(i, i - 1 or None) for i in range(1, 31)))
+    assert drawn(chain) == [f'● {i}' for i in range(1, 31)]
 
 
 def test_a_very_long_chain():
@@ -272,19 +287,23 @@ def test_a_circle_is_drawn_once():
 
 
 def test_numbers_are_sorted_by_value():
-    assert drawn(Nodes(node(1), node(10, 1), node(9, 1), node(1.5, 1)))[1:] == ['├─● 1.5', '├─● 9', '└─● 10']
+    assert drawn(Nodes(node(1), node(10, 1), node(9, 1),
+                       node(1.5, 1)))[1:] == ['├─● 1.5', '├─● 9', '└─● 10']
 
 
 def test_what_a_line_says():
-    made = node(1, None, 'AdamW', answers=[answer('lr_find'), answer('validate'), answer('validate')],
-                calls=[call(n=20, text="fit(20, cbs=SaveBest('accuracy'), lr=0.1)", last=0.9, best=0.92),
+    made = node(1, None, 'AdamW',
+                answers=[answer('lr_find'), answer('validate'), answer('validate')],
+                calls=[call(n=20, text="fit(20, cbs=SaveBest('accuracy'), lr=0.1)", last=0.9,
+                            best=0.92),
                        call(n=1, last=0.92), call(n=1, last=0.92)])
     assert lines(Nodes(made))[0] == ('● 1  AdamW  fit(20, …), fit(1) ×2  accuracy 0.92  '
                                      'asked lr_find, validate ×2  1 kB  5 min ago')
 
 
 @pytest.mark.parametrize('at, mark', [
-    (Place(2), '← here'), (Place(2, 0), '← here, after call 0'), (Place(2, 'best'), '← here, its best'),
+    (Place(2), '← here'), (Place(2, 0), '← here, after call 0'),
+    (Place(2, 'best'), '← here, its best'),
     (Place(2, 'inside'), '← here, inside a call')])
 def test_where_the_learner_stands(at, mark):
     found = lines(Nodes(node(1), node(2, 1), node(3, 2)), at=at)
@@ -319,7 +338,8 @@ words = st.text(max_size=80) | st.sampled_from(
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 25), words, st.booleans()), max_size=25), st.integers(40, 160))
+@given(st.lists(st.tuples(st.integers(0, 25), words, st.booleans()), max_size=25),
+       st.integers(40, 160))
 def test_any_store_gives_a_line_each_that_fits(made, width):
     store = Nodes(*(node(i, parent or None, text, closed=closed)
                     for i, (parent, text, closed) in enumerate(made, 1)))
@@ -343,12 +363,14 @@ def test_columns_stand_below_one_another():
 
 @pytest.mark.parametrize('width', [75, 85, 99])
 def test_texts_are_cut_no_more_than_they_must(width):
-    store = Nodes(node(1, None, 'description ' * 9, calls=[call(text='fit(first, second)')] * 3, last=0.9))
+    store = Nodes(node(1, None, 'description ' * 9, calls=[call(text='fit(first, second)')] * 3,
+                       last=0.9))
     assert columns_of(lines(store, width=width)[0]) == width
 
 
 def test_a_narrow_tree_keeps_what_matters():
-    store = Nodes(node(1, None, 'a description of some length', last=0.9, answers=[answer('validate')],
+    store = Nodes(node(1, None, 'a description of some length', last=0.9,
+                       answers=[answer('validate')],
                        closed=False))
     wide, narrow = (lines(store, width=w)[0] for w in (200, 60))
     for part in ('fit(2)', 'asked validate', '1 kB', 'ago'): assert part in wide
@@ -365,21 +387,24 @@ def test_ascii_where_an_output_has_no_more():
 
 def test_nothing_in_a_store_speaks_to_the_terminal(capsys):
     evil = answer('val\x1b[2Jidate') | {'text': 'val\x1b[31m\a()'}
-    print_text(tree_text(Nodes(node(1, None, 'a\x1b]0;title\a', calls=[call(text='fit(\x1b[1m)')], answers=[evil]))))
+    print_text(tree_text(Nodes(node(1, None, 'a\x1b]0;title\a', calls=[call(text='fit(\x1b[1m)')],
+                                    answers=[evil]))))
     print_text('\n'.join(show_text(Nodes(node(1, answers=[evil])), 1)))
     out = capsys.readouterr().out
     assert 'val' in out and not {c for c in out if not c.isprintable()} - {'\n'}
 
 
 @pytest.mark.parametrize('text, short', [
-    ('fit(1)', 'fit(1)'), ("fit_one_cycle(20, 0.003, cbs=SaveBest('accuracy'))", 'fit_one_cycle(20, 0.003, …)'),
+    ('fit(1)', 'fit(1)'),
+    ("fit_one_cycle(20, 0.003, cbs=SaveBest('accuracy'))", 'fit_one_cycle(20, 0.003, …)'),
     ("fit(cbs=[SaveBest('accuracy'), EMA(0.9), X()])", 'fit(…)'), ('f(' + 'x' * 50 + ')', 'f(…)'),
     ("setup(opt_func=partial(SGD, momentum=0.9), lr=0.1)", 'setup(…)')])
 def test_calls_in_short(text, short): assert short_call(text) == short
 
 
-@pytest.mark.parametrize('seconds, text', [(-9, 'just now'), (59, 'just now'), (60, '1 min ago'), (7199, '1 h ago'),
-                                           (86400 * 2 - 1, '47 h ago'), (86400 * 40, '40 days ago')])
+@pytest.mark.parametrize('seconds, text',
+                         [(-9, 'just now'), (59, 'just now'), (60, '1 min ago'), (7199, '1 h ago'),
+                          (86400 * 2 - 1, '47 h ago'), (86400 * 40, '40 days ago')])
 def test_ages(seconds, text): assert age_text(seconds) == text
 
 
@@ -405,7 +430,8 @@ def best_marks(ax): # rows of the larger marks
 @pytest.mark.parametrize('higher, row', [(True, 2), (False, 1)])
 def test_the_best_is_set_off_by_its_direction(higher, row):
     values = {1: 0.5, 2: 0.1, 3: 0.9}
-    store = Nodes(*(node(i, 1 if i > 1 else None, last=v, best=v, higher=higher) for i, v in values.items()))
+    store = Nodes(*(node(i, 1 if i > 1 else None, last=v, best=v, higher=higher)
+                    for i, v in values.items()))
     ax = plot_tree(store)
     assert best_marks(ax) == [row]
     bold = {text.get_text() for text in ax.texts if text.get_weight() == 'bold'}
@@ -423,7 +449,8 @@ def test_a_metric_can_be_chosen_and_must_be_there():
     store = Nodes(node(1, last=0.9, best=0.95), node(2, 1, last=0.8))
     ax = plot_tree(store, metric='valid_loss')
     assert ax.child_axes[0].get_xlabel() == 'valid_loss' and best_marks(ax) == [0]
-    with pytest.raises(ValueError, match="metric='f1': no checkpoint has it; have: accuracy, train_loss"):
+    with pytest.raises(ValueError,
+                       match="metric='f1': no checkpoint has it; have: accuracy, train_loss"):
         plot_tree(store, metric='f1')
 
 
@@ -455,7 +482,8 @@ def boxes(ax): # of the texts, in pixels
 def test_texts_do_not_run_into_one_another(n, shape):
     parent = {'star': lambda i: 1, 'chain': lambda i: i - 1, 'comb': lambda i: i // 2}[shape]
     text = 'a description that is much too long for a figure, really ' * 2
-    store = Nodes(*(node(i, parent(i) if i > 1 else None, text, last=0.8 + i / 1000) for i in range(1, n + 1)))
+    store = Nodes(*(node(i, parent(i) if i > 1 else None, text, last=0.8 + i / 1000)
+                    for i in range(1, n + 1)))
     ax = plot_tree(store)
     found, panel = boxes(ax), ax.child_axes[0].get_window_extent()
     assert len(found) == 3 * n
@@ -507,7 +535,8 @@ def test_where_two_come_from(a, b, way): assert said(tree, a, b, 'lineage') == w
 def test_calls_are_set_side_by_side():
     store = Nodes(node(1), node(2, 1, calls=[call('setup', lr=0.1), call(n=2)]),
                   node(3, 1, calls=[call(n=5), call('freeze')]))
-    assert said(store, 2, 3, 'calls') == ['only 2: setup(2)', 'fit: n_epoch 2 -> 5', 'only 3: freeze(2)']
+    assert said(store, 2, 3, 'calls') == ['only 2: setup(2)', 'fit: n_epoch 2 -> 5',
+                                          'only 3: freeze(2)']
 
 
 def test_equal_calls_are_said_to_be_so():
@@ -557,17 +586,20 @@ def test_what_only_the_first_checkpoint_says_is_compared_for_two_beginnings():
 def test_code_versions_state_and_metrics():
     store = Nodes(node(1, code={'m.Net': 'x', 'm.loss': 'y'}, versions={'torch': '2.12'}, last=0.9,
                        after={'model': 'a', 'opt': 'o'}),
-                  node(2, code={'m.Net': 'z', 'm.loss': 'y'}, versions={'torch': '2.13', 'numpy': '2'},
+                  node(2, code={'m.Net': 'z', 'm.loss': 'y'},
+                       versions={'torch': '2.13', 'numpy': '2'},
                        last=0.8, best=0.85, after={'model': 'b', 'opt': 'o'}))
     assert said(store, 1, 2, 'code') == ['m.Net differs']
     assert said(store, 1, 2, 'versions') == ['torch 2.12 -> 2.13', 'numpy none -> 2']
     assert said(store, 1, 2, 'state') == ['equal: opt', 'differ: model']
     table = [line.split() for line in said(store, 1, 2, 'metrics')]
-    assert table[0] == ['1', '2'] and ['accuracy', '0.9', '0.8'] in table and ['best', 'accuracy', '0.85'] in table
+    assert table[0] == ['1', '2'] and ['accuracy', '0.9', '0.8'] in table
+    assert ['best', 'accuracy', '0.85'] in table
 
 
 def test_code_that_changed_on_the_way_is_seen():
-    store = Nodes(node(1, code={'f': 'x'}), node(2, 1, code={'f': 'y'}), node(3, 1, code={'g': 'z'}))
+    store = Nodes(node(1, code={'f': 'x'}), node(2, 1, code={'f': 'y'}),
+                  node(3, 1, code={'g': 'z'}))
     assert said(store, 1, 2, 'code') == ['f differs'] and said(store, 1, 3, 'code') == ['the same']
 
 
@@ -577,14 +609,16 @@ def test_no_digest_is_ever_shown():
     assert not re.search('[0-9a-f]{16}', '\n'.join(show_text(Nodes(a, b), 1)))
 
 
-def test_a_checkpoint_beside_itself(): assert explain_text(tree, 1, 1.0) == ['1 and 1 are one checkpoint']
+def test_a_checkpoint_beside_itself():
+    assert explain_text(tree, 1, 1.0) == ['1 and 1 are one checkpoint']
 
 
 def test_explaining_what_is_not_there():
     with pytest.raises(NoCheckpoint, match='there is no checkpoint 77 in ckpts/run; have: 1, 2, 3'):
         explain_text(tree, 1, 77)
     with pytest.raises(ValueError, match='is no id'): explain_text(tree, 1, 'x y')
-    with pytest.raises(DamagedError, match='cannot be used'): explain_text(Nodes(node(1), node(2), bad=[2]), 1, 2)
+    with pytest.raises(DamagedError, match='cannot be used'):
+        explain_text(Nodes(node(1), node(2), bad=[2]), 1, 2)
 
 
 def test_a_damaged_ancestor_is_said():
@@ -597,11 +631,14 @@ def test_a_damaged_ancestor_is_said():
 
 def test_all_of_one():
     store = Nodes(node(1, None, 'base', last=0.9, best=0.95, code={'m.Net': 'x'},
-                       answers=[answer('validate', {'loss': 0.25, 'preds': {'$tensor': 'a' * 64}})]),
+                       answers=[answer('validate',
+                                       {'loss': 0.25, 'preds': {'$tensor': 'a' * 64}})]),
                   node(2, 1), node(3, 1))
     text = '\n'.join(show_text(store, 1))
-    for part in ('1  base\n', 'status    complete\n', 'forks     2, 3\n', '0  fit(2)\n', '2 epochs, 1 min 0 s on ',
-                 'accuracy 0.9, best accuracy 0.95\n', 'm.Net\n', 'validate()\n', 'gave loss 0.25, preds tensor\n',
+    for part in ('1  base\n', 'status    complete\n', 'forks     2, 3\n', '0  fit(2)\n',
+                 '2 epochs, 1 min 0 s on ',
+                 'accuracy 0.9, best accuracy 0.95\n', 'm.Net\n', 'validate()\n',
+                 'gave loss 0.25, preds tensor\n',
                  'torch 2.13.0', 'model, opt, rng\n'):
         assert part in text
     with pytest.raises(NoCheckpoint): show_text(store, 9)
@@ -620,7 +657,8 @@ def with_states(folder, *nodes):
     with store.writing():
         for made in Nodes(*nodes).nodes.values():
             for record in made['calls']:
-                record['state'], _ = store.put({'model': {'w': torch.full((3,), float(len(store.where)))}})
+                record['state'], _ = store.put(
+                    {'model': {'w': torch.full((3,), float(len(store.where)))}})
                 record['beside'] = {'lr': 0.1}
             store.write(made)
     return store
@@ -632,7 +670,8 @@ def test_a_child_keeps_the_end_of_its_parent(tmp_path):
     end, inner = (store.read(2)['calls'][k]['state'] for k in (1, 0))
     delete_checkpoint(store, 2, force=True)
     begins = [store.read(id)['begin'] for id in (3, 4, 5)]
-    assert [begin['state'] for begin in begins] == [end, inner, None] and begins[0]['beside'] == {'lr': 0.1}
+    assert [begin['state'] for begin in begins] == [end, inner, None]
+    assert begins[0]['beside'] == {'lr': 0.1}
     assert begins[0]['parts'] == {'model': 'b'} and store.read(2) is None
     store.gc(dry_run=False)
     assert store.holds([end, inner]) and set(status(store).values()) == {'complete'}
@@ -657,9 +696,11 @@ def test_a_child_with_a_beginning_of_its_own_keeps_that(tmp_path):
 
 def test_a_parent_is_not_deleted_by_accident(tmp_path):
     store = saved(tmp_path, node(1), node(2, 1), node('x', 1))
-    with pytest.raises(HasChildren, match="2, 'x' went on from checkpoint 1"): delete_checkpoint(store, 1)
+    with pytest.raises(HasChildren, match="2, 'x' went on from checkpoint 1"):
+        delete_checkpoint(store, 1)
     assert store.ids() == [1, 2, 'x']
-    with pytest.raises(NoCheckpoint, match='there is no checkpoint 9'): delete_checkpoint(store, 9, force=True)
+    with pytest.raises(NoCheckpoint, match='there is no checkpoint 9'):
+        delete_checkpoint(store, 9, force=True)
 
 
 def test_a_damaged_checkpoint_can_be_deleted(tmp_path):
@@ -683,7 +724,8 @@ def learner(root, **kwargs):
     torch.manual_seed(0)
     x = torch.randn(40, 4)
     dls = DataLoaders.from_tensors((x, (x[:, 0] > 0).long()), valid_pct=0.25, bs=10, device='cpu')
-    learn = CheckpointedLearner(dls, nn.Linear(4, 2), nn.CrossEntropyLoss(), metrics=accuracy, lr=1e-2, seed=0,
+    learn = CheckpointedLearner(dls, nn.Linear(4, 2), nn.CrossEntropyLoss(), metrics=accuracy,
+                                lr=1e-2, seed=0,
                                 name='run', root=root, device='cpu', **kwargs)
     learn.remove_cb(Progress)
     return learn
@@ -714,7 +756,8 @@ def test_a_real_run(tmp_path, capsys):
     learn.plot_tree().figure.canvas.draw()
     learn.explain(2, 3)
     out = capsys.readouterr().out
-    for part in ('opt_func', 'momentum=0.9', 'lr 0.001 -> 0.01', 'fit: n_epoch 2 -> 1'): assert part in out
+    for part in ('opt_func', 'momentum=0.9', 'lr 0.001 -> 0.01', 'fit: n_epoch 2 -> 1'):
+        assert part in out
     learn.explain()
     assert 'lr_find' in capsys.readouterr().out
     with pytest.raises(TypeError, match='two ids'): learn.explain(1)
@@ -732,7 +775,8 @@ def test_looking_inside_a_block_is_not_recorded(tmp_path, capsys):
 def test_a_call_that_failed_is_running_and_then_complete(tmp_path):
     learn = learner(tmp_path)
     def fail(learn): raise OSError('no more')
-    with pytest.raises(OSError), learn.checkpoint(1) as cp: cp.fit(1, cbs=Callback(after_epoch=fail))
+    with pytest.raises(OSError), learn.checkpoint(1) as cp:
+        cp.fit(1, cbs=Callback(after_epoch=fail))
     assert learn.checkpoints.status.tolist() == ['running']
     assert '← here, inside a call' in tree_text(learn.ledger.store, at=learn.ledger.at)
     assert show_text(learn.ledger.store, 1)
@@ -797,4 +841,5 @@ def test_a_bookmark_is_deleted_and_its_child_fetched(tmp_path):
     learn = run()
     learn.delete_checkpoint(1, force=True)
     again = run()
-    assert again.checkpoints.status.tolist() == ['complete'] * 2 and again.checkpoints.id.tolist() == [1, 2]
+    assert again.checkpoints.status.tolist() == ['complete'] * 2
+    assert again.checkpoints.id.tolist() == [1, 2]

@@ -1,4 +1,4 @@
-"The loop against its table: events in order, every Cancel from every event, cleanup after every exception"
+"The loop against its table: order of events, every Cancel from every event, cleanup after errors"
 import inspect, itertools
 import pytest
 import torch
@@ -7,19 +7,22 @@ from learnkit import *
 from learnkit.components.callback import BATCH_EVENTS, EVENTS, LEVELS
 
 BEFORE = {level: f'before_{level}' for level in LEVELS}
-TRAIN_BATCH = ['before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_backward', 'before_step',
+TRAIN_BATCH = ['before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_backward',
+               'before_step',
                'after_step', 'after_batch', 'cleanup_batch']
 VALID_BATCH = ['before_batch', 'after_pred', 'after_loss', 'after_batch', 'cleanup_batch']
 PREDICT_BATCH = ['before_batch', 'after_pred', 'after_batch', 'cleanup_batch']
 EPOCH = ['before_epoch', 'before_train', *TRAIN_BATCH * 2, 'after_train', 'cleanup_train',
-         'before_validate', *VALID_BATCH, 'after_validate', 'cleanup_validate', 'after_epoch', 'cleanup_epoch']
+         'before_validate', *VALID_BATCH, 'after_validate', 'cleanup_validate', 'after_epoch',
+         'cleanup_epoch']
 FIT = ['before_fit', *EPOCH * 2, 'after_fit', 'cleanup_fit']
 
 
 class Spy(Callback):
     "Notes every event it hears; does what `then` says at the n-th occurrence of one"
     order = 50
-    def __init__(self, at=None, then=None, nth=0): self.at, self.then, self.left, self.trace = at, then, nth, []
+    def __init__(self, at=None, then=None, nth=0):
+        self.at, self.then, self.left, self.trace = at, then, nth, []
 
 def _note(event):
     def method(self, learn):
@@ -37,7 +40,8 @@ def batches(n, size=4): return [(torch.randn(size, 3), torch.randn(size, 1)) for
 @pytest.fixture
 def learn():
     torch.manual_seed(0)
-    learn = Learner(DataLoaders(batches(2), batches(1), batches(1)), nn.Linear(3, 1), nn.MSELoss(), device='cpu')
+    learn = Learner(DataLoaders(batches(2), batches(1), batches(1)), nn.Linear(3, 1), nn.MSELoss(),
+                    device='cpu')
     learn.remove_cb(Progress)
     return learn
 
@@ -51,8 +55,11 @@ def test_events_of_a_fit(learn): assert spied(learn, Spy()) == FIT
 def test_rest_comes_after_each_batch_of_training_each_epoch_and_the_fit(learn):
     heard = []
     spy = Spy()
-    with learn.added_cbs(Callback(order=99, at_rest=lambda learn: heard.append((spy.trace[-1], learn.levels[:]))), ): spied(learn, spy, lambda learn: learn.fit(1))
-    assert heard == [('cleanup_batch', ['fit', 'epoch', 'train'])] * 2 + [('cleanup_epoch', ['fit']), ('cleanup_fit', [])]
+    with learn.added_cbs(
+        Callback(order=99, at_rest=lambda learn: heard.append((spy.trace[-1], learn.levels[:]))), ):
+        spied(learn, spy, lambda learn: learn.fit(1))
+    assert (heard == [('cleanup_batch', ['fit', 'epoch', 'train'])] * 2
+            + [('cleanup_epoch', ['fit']), ('cleanup_fit', [])])
 
 def test_after_create_fires_once():
     spy = Spy()
@@ -61,14 +68,16 @@ def test_after_create_fires_once():
 
 @pytest.mark.parametrize('call', [lambda learn: learn.validate(), lambda learn: learn.test()])
 def test_events_of_validate_and_test(learn, call):
-    assert spied(learn, Spy(), call) == ['before_validate', *VALID_BATCH, 'after_validate', 'cleanup_validate']
+    assert spied(learn, Spy(), call) == ['before_validate', *VALID_BATCH, 'after_validate',
+                                         'cleanup_validate']
 
 def test_events_of_get_preds(learn):
     expected = ['before_validate', *PREDICT_BATCH, 'after_validate', 'cleanup_validate']
     assert spied(learn, Spy(), lambda learn: learn.get_preds()) == expected
 
 def test_lr_find_is_not_heard_unless_asked(learn):
-    assert spied(learn, Spy(), lambda learn: learn.lr_find(num_it=3)) == ['before_lr_find', 'after_lr_find', 'cleanup_lr_find']
+    assert (spied(learn, Spy(), lambda learn: learn.lr_find(num_it=3))
+            == ['before_lr_find', 'after_lr_find', 'cleanup_lr_find'])
 
 def test_lr_find_batches_are_heard_when_asked(learn):
     spy = Spy()
@@ -79,18 +88,21 @@ def test_lr_find_batches_are_heard_when_asked(learn):
 def test_two_callbacks_are_called_event_by_event(learn):
     trace = []
     cbs = [Callback(order=order, before_fit=lambda learn, name=name: trace.append(name),
-                    after_fit=lambda learn, name=name: trace.append(name)) for name, order in (('b', 1), ('a', 0))]
+                    after_fit=lambda learn, name=name: trace.append(name))
+           for name, order in (('b', 1), ('a', 0))]
     learn.fit(1, cbs=cbs)
     assert trace == ['a', 'b', 'a', 'b']
 
 def test_modes_and_grad_in_each_phase(learn):
     seen = []
-    note = Callback(after_pred=lambda learn: seen.append((learn.phase, learn.training, learn.model.training, torch.is_grad_enabled())))
+    note = Callback(after_pred=lambda learn: seen.append(
+        (learn.phase, learn.training, learn.model.training, torch.is_grad_enabled())))
     with learn.added_cbs(note):
         learn.fit(1)
         learn.test()
         learn.get_preds()
-    assert seen == [('train', True, True, True)] * 2 + [(phase, False, False, False) for phase in ('valid', 'test', 'predict')]
+    assert seen == [('train', True, True, True)] * 2 + [(phase, False, False, False)
+                                                        for phase in ('valid', 'test', 'predict')]
 
 def test_modules_kept_in_eval_mode_come_back(learn):
     learn.model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
@@ -104,7 +116,7 @@ def raiser(error):
     def raise_it(learn): raise error
     return raise_it
 
-# what each Cancel ends and what goes on after it, event by event: what must be in the rest of the trace
+# what each Cancel ends and what goes on after it, by event: what must be in the rest of the trace
 CANCELS = {'fit': CancelFit, 'epoch': CancelEpoch, 'train': CancelTrain, 'validate': CancelValidate,
            'batch': CancelBatch, 'backward': CancelBackward, 'step': CancelStep}
 FIT_EVENTS = list(dict.fromkeys(FIT))
@@ -143,7 +155,7 @@ def test_every_cancel_from_every_event(learn, event, name):
         assert rest == FIT[at + 1:]
         return
     assert f'after_cancel_{target}' in rest
-    # from the cancelled level on: only cleanups of what was open inside, then cancel, after, cleanup of the level
+    # from the cancelled level on: cleanups of what was open inside, then cancel, after, cleanup
     inner = [f'cleanup_{level}' for level in reversed(levels[levels.index(target) + 1:])
              if event != f'cleanup_{level}' or level != levels[-1]]
     expected = [*inner, f'after_cancel_{target}', f'after_{target}', f'cleanup_{target}']
@@ -164,19 +176,22 @@ def test_cleanup_after_an_exception_at_every_event(learn, event, error):
     assert any(event in note and 'Spy' in note for note in error.__notes__)
     levels = open_levels(event)
     for level in levels: assert f'cleanup_{level}' in other.trace
-    assert [e for e in other.trace if e.startswith('cleanup')][-len(levels):] == [f'cleanup_{l}' for l in reversed(levels)]
+    assert [e for e in other.trace
+            if e.startswith('cleanup')][-len(levels):] == [f'cleanup_{l}' for l in reversed(levels)]
     assert (learn.levels, learn.phase, len(learn.cbs), learn.model.training) == ([], None, 1, mode)
     assert torch.is_grad_enabled()
     learn.fit(1)  # still usable
     error.__notes__.clear()
 
 def test_ctrl_c_returns_with_a_warning(learn):
-    with pytest.warns(UserWarning, match='fit interrupted in epoch 0'): learn.fit(2, cbs=Callback(after_batch=raiser(KeyboardInterrupt())))
+    with pytest.warns(UserWarning, match='fit interrupted in epoch 0'):
+        learn.fit(2, cbs=Callback(after_batch=raiser(KeyboardInterrupt())))
     assert learn.phase is None and learn.levels == []
 
 def test_a_failing_cleanup_does_not_keep_others_from_theirs(learn):
     done = []
-    cbs = [Callback(cleanup_fit=raiser(ValueError('first'))), Callback(cleanup_fit=lambda learn: done.append(1))]
+    cbs = [Callback(cleanup_fit=raiser(ValueError('first'))),
+           Callback(cleanup_fit=lambda learn: done.append(1))]
     with pytest.raises(ValueError, match='first'): learn.fit(1, cbs=cbs)
     assert done == [1]
 
@@ -200,7 +215,9 @@ def test_cancel_backward_skips_the_step(learn):
 
 def test_live_edits_take_effect_at_the_next_event(learn):
     trace = []
-    def tell(name): return Callback(after_pred=lambda learn: trace.append(name), after_loss=lambda learn: trace.append(name))
+    def tell(name):
+        return Callback(after_pred=lambda learn: trace.append(name),
+                        after_loss=lambda learn: trace.append(name))
     first, second, third = tell('first'), tell('second'), tell('third')
     def edit(learn):
         if learn.phase != 'train' or learn.iter: return
@@ -247,9 +264,11 @@ def test_user_events(learn):
     learn('my_event')
     assert own.heard == 11
 
-@pytest.mark.parametrize('name', ['after_bach', 'before_fitt', 'cleanup_train_', 'after_cancel', 'before_pred'])
+@pytest.mark.parametrize('name', ['after_bach', 'before_fitt', 'cleanup_train_', 'after_cancel',
+                                  'before_pred'])
 def test_misspelt_events_are_errors(name):
-    with pytest.raises(TypeError, match=f"'{name}' is no event"): type('Typo', (Callback,), {name: lambda self, learn: None})
+    with pytest.raises(TypeError, match=f"'{name}' is no event"):
+        type('Typo', (Callback,), {name: lambda self, learn: None})
 
 
 def test_a_learner_whose_steps_all_come_from_callbacks():
@@ -269,7 +288,9 @@ def test_a_learner_whose_steps_all_come_from_callbacks():
 
 def test_the_last_callback_that_defines_a_step_wins(learn):
     calls = []
-    cbs = [Callback(order=order, get_loss=lambda learn, order=order: (calls.append(order), learn.get_loss())) for order in (2, 1)]
+    cbs = [Callback(order=order,
+                    get_loss=lambda learn, order=order: (calls.append(order), learn.get_loss()))
+           for order in (2, 1)]
     learn.fit(1, cbs=cbs)
     assert set(calls) == {2}
 
@@ -279,41 +300,53 @@ def test_steps_are_overridden_in_a_subclass():
             super().get_loss()
             self.loss = 2 * self.loss
     data = batches(1)
-    plain, doubled = (cls(DataLoaders(data, data), nn.Linear(3, 1), nn.MSELoss(), device='cpu', seed=0) for cls in (Learner, Doubled))
+    plain, doubled = (cls(DataLoaders(data, data), nn.Linear(3, 1), nn.MSELoss(), device='cpu',
+                          seed=0) for cls in (Learner, Doubled))
     doubled.model.load_state_dict(plain.model.state_dict())
     assert doubled.validate()['loss'] == pytest.approx(2 * plain.validate()['loss'])
 
 
 def test_variables_exist_from_construction(learn):
-    for name in ('epoch', 'n_epoch', 'iter', 'n_iter', 'updates', 'n_updates', 'epochs_done', 'steps_done', 'batch', 'pred',
-                 'loss', 'phase', 'dl', 'levels', 'training'): getattr(learn, name)
+    for name in ('epoch', 'n_epoch', 'iter', 'n_iter', 'updates', 'n_updates', 'epochs_done',
+                 'steps_done', 'batch', 'pred',
+                 'loss', 'phase', 'dl', 'levels', 'training'):
+        getattr(learn, name)
 
 def test_variables_over_two_fits(learn):
     seen = []
-    note = Callback(after_batch=lambda learn: seen.append((learn.epoch, learn.iter, learn.n_iter, learn.epochs_done, learn.steps_done))
+    note = Callback(after_batch=lambda learn: seen.append((learn.epoch, learn.iter, learn.n_iter,
+                                                           learn.epochs_done, learn.steps_done))
                     if learn.phase == 'train' else None)
     with learn.added_cbs(note):
         learn.fit(2)
         learn.fit(1)
-    assert seen == [(0, 0, 2, 0, 1), (0, 1, 2, 0, 2), (1, 0, 2, 1, 3), (1, 1, 2, 1, 4), (0, 0, 2, 2, 5), (0, 1, 2, 2, 6)]
+    assert seen == [(0, 0, 2, 0, 1), (0, 1, 2, 0, 2), (1, 0, 2, 1, 3), (1, 1, 2, 1, 4),
+                    (0, 0, 2, 2, 5), (0, 1, 2, 2, 6)]
 
 def test_n_steps_ends_in_the_middle_of_an_epoch(learn):
     trace = spied(learn, Spy(), lambda learn: learn.fit(n_steps=3))
-    assert trace.count('after_step') == 3 and trace.count('after_epoch') == 2 and trace.count('after_validate') == 2
+    assert trace.count('after_step') == 3 and trace.count('after_epoch') == 2
+    assert trace.count('after_validate') == 2
 
 def test_n_steps_that_can_never_be_reached_is_an_error(learn):
-    with pytest.raises(RuntimeError, match='made no update'): learn.fit(n_steps=3, cbs=Callback(before_step=raiser(CancelStep())))
+    with pytest.raises(RuntimeError, match='made no update'):
+        learn.fit(n_steps=3, cbs=Callback(before_step=raiser(CancelStep())))
 
 def test_fit_inside_a_fit_is_an_error(learn):
-    with pytest.raises(RuntimeError, match='fit called while fit is running'): learn.fit(1, cbs=Callback(after_batch=lambda learn: learn.fit(1)))
+    with pytest.raises(RuntimeError, match='fit called while fit is running'):
+        learn.fit(1, cbs=Callback(after_batch=lambda learn: learn.fit(1)))
 
 def test_validate_inside_a_fit_puts_everything_back(learn):
     seen = []
     def look(learn):
         if learn.phase != 'train': return
-        before = (learn.batch, learn.pred, learn.loss, learn.iter, learn.n_iter, learn.phase, learn.model.training)
+        before = (learn.batch, learn.pred, learn.loss, learn.iter, learn.n_iter, learn.phase,
+                  learn.model.training)
         seen.append(learn.validate())
-        assert all(a is b for a, b in zip(before, (learn.batch, learn.pred, learn.loss, learn.iter, learn.n_iter, learn.phase, learn.model.training)))
+        assert all(a is b
+                   for a, b in zip(before, (learn.batch, learn.pred, learn.loss, learn.iter,
+                                            learn.n_iter, learn.phase, learn.model.training),
+                                   strict=True))
         assert torch.is_grad_enabled()
     plain = learn.state_dict()
     learn.fit(2)
@@ -326,8 +359,11 @@ def test_validate_inside_a_fit_puts_everything_back(learn):
 
 
 def test_the_three_levels_stay_readable():
-    parts = ('_level', '_cancelled', '_ends', '_all_epochs', '_one_epoch', '_evaluate', '_all_batches', '_one_batch', '_update')
-    lines = [line for name in parts for line in inspect.getsource(getattr(Learner, name)).splitlines() if line.strip() != '@patch']
+    parts = ('_level', '_cancelled', '_ends', '_all_epochs', '_one_epoch', '_evaluate',
+             '_all_batches', '_one_batch', '_update')
+    lines = [line for name in parts
+             for line in inspect.getsource(getattr(Learner, name)).splitlines()
+             if line.strip() != '@patch']
     assert len(lines) < 70
 
 
@@ -343,12 +379,14 @@ def test_an_error_in_cleanup_is_not_lost_to_a_cancel(learn, error):
 
 def test_gradients_are_zeroed_when_a_cancel_leaves_after_step(learn):
     seen = []
-    look = Callback(before_batch=lambda learn: seen.append(learn.model.weight.grad) if learn.phase == 'train' else None)
+    look = Callback(before_batch=lambda learn: seen.append(learn.model.weight.grad)
+                    if learn.phase == 'train' else None)
     learn.fit(2, cbs=[Callback(after_step=raiser(CancelBatch())), look])
     assert seen == [None] * 4
 
 def test_a_defined_step_that_fails_is_named(learn):
-    with pytest.raises(ValueError) as caught: learn.fit(1, cbs=Callback(get_loss=raiser(ValueError('x'))))
+    with pytest.raises(ValueError) as caught:
+        learn.fit(1, cbs=Callback(get_loss=raiser(ValueError('x'))))
     assert any('get_loss' in note for note in caught.value.__notes__)
 
 def test_a_kept_list_of_callbacks_stays_the_learners(learn):

@@ -1,4 +1,4 @@
-"The LR finder leaves no trace: after a full sweep, an exception, an interruption, a divergence at once"
+"The LR finder leaves no trace: after a sweep, an exception, an interruption, a divergence at once"
 import math, os, warnings
 import pytest
 import torch
@@ -12,7 +12,8 @@ class Noisy(nn.Module):
     "Has a buffer that is not saved, one that is replaced, dropout and batch norm"
     def __init__(self):
         super().__init__()
-        self.body = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 1))
+        self.body = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.2),
+                                  nn.Linear(8, 1))
         self.register_buffer('calls', torch.zeros(1), persistent=False)
         self.register_buffer('last', torch.zeros(1))
     def forward(self, x):
@@ -27,7 +28,8 @@ def loaders(kind):
     if kind == 'tensors': return DataLoaders.from_tensors((X, X[:, :1]), bs=8)
     gen = torch.Generator().manual_seed(7) if kind == 'generator' else None
     workers = dict(num_workers=1, persistent_workers=True) if kind == 'persistent' else {}
-    return DataLoaders(DataLoader(TensorDataset(X, X[:, :1]), 8, shuffle=True, generator=gen, **workers))
+    return DataLoaders(DataLoader(TensorDataset(X, X[:, :1]), 8, shuffle=True, generator=gen,
+                                  **workers))
 
 class Heard(Callback):
     "A stateful callback that takes part in the finder's batches"
@@ -49,10 +51,14 @@ def whole(learn):
     state = {**learn.state_dict(), 'buffers': [b.clone() for b in learn.model.buffers()],
              'grads': [None if p.grad is None else p.grad.clone() for p in params],
              'modes': [m.training for m in learn.model.modules()],
-             'groups': [{k: v for k, v in g.items() if k != 'params'} for g in learn.opt.param_groups],
-             'loop': [learn.epoch, learn.n_epoch, learn.iter, learn.n_iter, learn.updates, learn.n_updates, learn.phase],
-             'cbs': [type(cb).__name__ for cb in learn.cbs], 'epoch': getattr(learn.dls.train, 'epoch', None),
-             'generator': gen.get_state() if (gen := getattr(learn.dls.train, 'generator', None)) else None}
+             'groups': [{k: v for k, v in g.items() if k != 'params'}
+                        for g in learn.opt.param_groups],
+             'loop': [learn.epoch, learn.n_epoch, learn.iter, learn.n_iter, learn.updates,
+                      learn.n_updates, learn.phase],
+             'cbs': [type(cb).__name__ for cb in learn.cbs],
+             'epoch': getattr(learn.dls.train, 'epoch', None),
+             'generator': gen.get_state() if (gen := getattr(learn.dls.train, 'generator', None))
+             else None}
     return tree_digest(state)
 
 def raiser(error, at):
@@ -70,12 +76,14 @@ class At(Callback):
 
 CASES = {
     'a full sweep': (None, None), 'an exception': (ValueError('midway'), ValueError),
-    'an interruption': (KeyboardInterrupt(), KeyboardInterrupt), 'a Cancel': (CancelFit(), None), 'a cancelled batch': (CancelBatch(), None)}
+    'an interruption': (KeyboardInterrupt(), KeyboardInterrupt), 'a Cancel': (CancelFit(), None),
+    'a cancelled batch': (CancelBatch(), None)}
 
 KINDS = ['tensors', 'DataLoader', 'generator', 'persistent']
 
 @pytest.mark.parametrize('kind,case', [  # starting workers takes its time
-    pytest.param(kind, case, marks=pytest.mark.slow if kind == 'persistent' and case != 'a full sweep' else ())
+    pytest.param(kind, case,
+                 marks=pytest.mark.slow if kind == 'persistent' and case != 'a full sweep' else ())
     for kind in KINDS for case in CASES])
 @pytest.mark.parametrize('trained', [False, True])
 def test_no_trace(kind, case, trained):
@@ -85,7 +93,8 @@ def test_no_trace(kind, case, trained):
         learn.fit(1)
         learn.model.body[1].eval()
         learn.model(X).sum().backward()  # gradients of the user's own
-    before, objects = whole(learn), [id(t) for t in (*learn.model.parameters(), *learn.model.buffers())]
+    before = whole(learn)
+    objects = [id(t) for t in (*learn.model.parameters(), *learn.model.buffers())]
     cbs = [] if error is None else At(error)
     with learn.added_cbs(cbs), warnings.catch_warnings():
         warnings.simplefilter('ignore')
@@ -109,7 +118,8 @@ def test_divergence_at_once():
     learn = make('tensors')
     learn.loss_func = lambda pred, targ: (pred * float('nan')).sum()
     before = whole(learn)
-    with pytest.warns(UserWarning, match='lr_find has no suggestion') as caught: found = learn.lr_find()
+    with pytest.warns(UserWarning, match='lr_find has no suggestion') as caught:
+        found = learn.lr_find()
     assert len(caught) == 1 and len(found.lrs) == 1
     assert all(math.isnan(lr) for lr in (found.valley, found.steep, found.minimum))
     assert whole(learn) == before
@@ -119,9 +129,11 @@ def test_early_divergence_stops_the_sweep():
     found = learn.lr_find(start_lr=1e-3, end_lr=1e6, num_it=200)
     assert len(found.lrs) < 200
     full = learn.lr_find(start_lr=1e-3, end_lr=1e2, num_it=50, stop_div=False)
-    assert len(full.lrs) == 50 and full.lrs[0] == pytest.approx(1e-3) and full.lrs[-1] == pytest.approx(1e2)
+    assert len(full.lrs) == 50 and full.lrs[0] == pytest.approx(1e-3)
+    assert full.lrs[-1] == pytest.approx(1e2)
 
-def test_more_batches_than_an_epoch_has(): assert len(make('tensors').lr_find(num_it=30, end_lr=1e-3).lrs) == 30
+def test_more_batches_than_an_epoch_has():
+    assert len(make('tensors').lr_find(num_it=30, end_lr=1e-3).lrs) == 30
 
 def test_suggestions_are_rates_that_were_tried():
     found = make('tensors').lr_find()

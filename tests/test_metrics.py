@@ -23,19 +23,24 @@ distances = {'mse': mse, 'mae': mae, 'rmse': rmse}
 def tallied(metrics, pred, targ, sizes):
     tally = Tally(metrics)
     tally.reset('cpu')
-    for p, t in zip(pred.split(sizes), targ.split(sizes)): tally.add(p, (t,), (p * 0).mean() + len(p), len(p))
+    for p, t in zip(pred.split(sizes), targ.split(sizes), strict=True):
+        tally.add(p, (t,), (p * 0).mean() + len(p), len(p))
     return tally.compute()
 
 @few
 @given(sizes=cuts, seed=st.integers(0, 2**31))
 def test_classification_over_any_cut(sizes, seed):
     n, rng = sum(sizes), torch.Generator().manual_seed(seed)
-    pred, targ = torch.randn(n, 4, generator=rng, dtype=torch.float64), torch.randint(4, (n,), generator=rng)
+    pred = torch.randn(n, 4, generator=rng, dtype=torch.float64)
+    targ = torch.randint(4, (n,), generator=rng)
     found = tallied(functions, pred, targ, sizes)
     assert found['loss'] == pytest.approx(sum(s * s for s in sizes) / n)
-    for name, m in functions.items(): assert found[name] == pytest.approx(m(pred, targ).item(), rel=1e-12), name
-    assert found['accuracy'] == pytest.approx((pred.argmax(1) == targ).double().mean().item(), rel=1e-12)
-    assert found['top_2'] == pytest.approx(sk.top_k_accuracy_score(targ.numpy(), pred.numpy(), k=2, labels=range(4)), rel=1e-12)
+    for name, m in functions.items():
+        assert found[name] == pytest.approx(m(pred, targ).item(), rel=1e-12), name
+    assert found['accuracy'] == pytest.approx((pred.argmax(1) == targ).double().mean().item(),
+                                              rel=1e-12)
+    top_2 = sk.top_k_accuracy_score(targ.numpy(), pred.numpy(), k=2, labels=range(4))
+    assert found['top_2'] == pytest.approx(top_2, rel=1e-12)
     log_loss = -pred.log_softmax(1)[range(n), targ].mean().item()
     assert math.log(found['perplexity']) == pytest.approx(log_loss)
 
@@ -60,14 +65,18 @@ def test_objects_over_any_cut(sizes, seed):
     assert found['matthews_corrcoef'] == sk.matthews_corrcoef(targ.numpy(), pred.argmax(1).numpy())
 
 @few
-@given(values=st.lists(st.tuples(st.floats(-1e6, 1e6), st.integers(0, 9), st.booleans(), st.booleans()), max_size=12))
+@given(values=st.lists(st.tuples(st.floats(-1e6, 1e6), st.integers(0, 9), st.booleans(),
+                                 st.booleans()), max_size=12))
 def test_mean(values):
     mean = Mean()
     for value, n, as_tensor, n_as_tensor in values:
-        mean.add(torch.tensor(value, dtype=torch.float64) if as_tensor else value, torch.tensor(n) if n_as_tensor else n)
+        mean.add(torch.tensor(value, dtype=torch.float64) if as_tensor else value,
+                 torch.tensor(n) if n_as_tensor else n)
     total = sum(n for _, n, _, _ in values)
     if not total: assert math.isnan(mean.compute())
-    else: assert mean.compute() == pytest.approx(sum(v * n for v, n, _, _ in values) / total, rel=1e-9, abs=1e-9)
+    else:
+        assert mean.compute() == pytest.approx(sum(v * n for v, n, _, _ in values) / total,
+                                               rel=1e-9, abs=1e-9)
     assert mean.n == total
 
 def test_a_batch_without_weight_does_not_count():
@@ -80,11 +89,14 @@ class Unread(torch.Tensor):
     "A tensor that must not be read on the host"
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        if func in (torch.Tensor.item, torch.Tensor.cpu, torch.Tensor.tolist, torch.Tensor.__float__, torch.Tensor.__bool__,
-                    torch.Tensor.numpy): raise AssertionError(f'{func.__name__} waits for the device')
+        if func in (torch.Tensor.item, torch.Tensor.cpu, torch.Tensor.tolist,
+                    torch.Tensor.__float__, torch.Tensor.__bool__,
+                    torch.Tensor.numpy):
+            raise AssertionError(f'{func.__name__} waits for the device')
         return super().__torch_function__(func, types, args, kwargs or {})
 
-@pytest.mark.parametrize('m', [accuracy, error_rate, top_k_accuracy, binary_accuracy, mse, mae, rmse, perplexity], ids=metric_name)
+@pytest.mark.parametrize('m', [accuracy, error_rate, top_k_accuracy, binary_accuracy, mse, mae,
+                               rmse, perplexity], ids=metric_name)
 def test_add_does_not_wait_for_the_device(m):
     classes = m in (accuracy, error_rate, top_k_accuracy, perplexity)
     pred = torch.randn(6, 5).as_subclass(Unread)
@@ -96,51 +108,63 @@ def test_add_does_not_wait_for_the_device(m):
 def test_losses_keep_no_graph():
     tally, w = Tally(mse), torch.ones(3, requires_grad=True)
     tally.add(w * 2, (torch.zeros(3),), (w * 2).sum(), 3)
-    assert all(value.grad_fn is None for value in tally.loss.values + tally.passes['mse'].mean.values)
+    assert all(value.grad_fn is None
+               for value in tally.loss.values + tally.passes['mse'].mean.values)
 
 @pytest.mark.parametrize('m', [accuracy, error_rate, top_k_accuracy, perplexity], ids=metric_name)
 def test_classes_of_another_shape(m):
     for shape in ((4, 1), (3,), (4, 6)):
-        with pytest.raises(ValueError, match='do not match'): m(torch.randn(4, 6), torch.zeros(shape, dtype=torch.long))
+        with pytest.raises(ValueError, match='do not match'):
+            m(torch.randn(4, 6), torch.zeros(shape, dtype=torch.long))
 
 @pytest.mark.parametrize('m', [binary_accuracy, mse, mae, rmse], ids=metric_name)
 def test_values_of_another_shape(m):
     for shape in ((4,), (4, 4), (1, 1), ()):
-        with pytest.raises(ValueError, match='do not match'): m(torch.randn(4, 1), torch.zeros(shape))
+        with pytest.raises(ValueError, match='do not match'):
+            m(torch.randn(4, 1), torch.zeros(shape))
 
 def test_directions_of_all():
     up = (accuracy, top_k_accuracy, binary_accuracy)
     down = (error_rate, mse, mae, rmse, perplexity)
-    assert all(higher_is_better(m) is True for m in up) and all(higher_is_better(m) is False for m in down)
-    assert higher_is_better(partial(partial(mse))) is False and metric_name(partial(partial(mse))) == 'mse'
+    assert all(higher_is_better(m) is True for m in up)
+    assert all(higher_is_better(m) is False for m in down)
+    assert higher_is_better(partial(partial(mse))) is False
+    assert metric_name(partial(partial(mse))) == 'mse'
 
 def test_names_of_results_are_the_names_announced():
-    collection = torchmetrics.MetricCollection([torchmetrics.MeanSquaredError(), torchmetrics.MeanAbsoluteError()])
-    for metrics in (None, mse, [mse, nn.L1Loss()], {'a': mse, 'b': collection}, [collection, sklearn_metric(sk.r2_score, pred='raw')]):
+    collection = torchmetrics.MetricCollection([torchmetrics.MeanSquaredError(),
+                                                torchmetrics.MeanAbsoluteError()])
+    for metrics in (None, mse, [mse, nn.L1Loss()], {'a': mse, 'b': collection},
+                    [collection, sklearn_metric(sk.r2_score, pred='raw')]):
         tally = Tally(metrics)
         tally.add(torch.randn(4), (torch.randn(4),), None, 4)
         assert list(tally.compute()) == tally.names
     assert Tally({'b': collection}).names == ['loss', 'b_MeanSquaredError', 'b_MeanAbsoluteError']
 
 def test_reset_starts_over():
-    tally = Tally([mse, torchmetrics.MeanSquaredError(), sklearn_metric(sk.mean_squared_error, False, 'raw', name='sk')])
+    tally = Tally([mse, torchmetrics.MeanSquaredError(),
+                   sklearn_metric(sk.mean_squared_error, False, 'raw', name='sk')])
     for targ in (0., 2.):
         tally.reset('cpu')
         tally.add(torch.zeros(3), (torch.full((3,), targ),), 1., 3)
-        assert tally.compute() == {'loss': 1, 'mse': targ**2, 'mean_squared_error': targ**2, 'sk': targ**2}
+        assert tally.compute() == {'loss': 1, 'mse': targ**2, 'mean_squared_error': targ**2,
+                                   'sk': targ**2}
 
 def test_an_error_names_its_metric():
     tally = Tally([mse, accuracy])
     with pytest.raises(ValueError) as info: tally.add(torch.zeros(3), (torch.zeros(3),), 1., 3)
     assert info.value.__notes__ == ["(in metric 'accuracy')"]
 
-@pytest.mark.parametrize('name,pred,func', [('prob', torch.randn(20, 2), sk.roc_auc_score), ('prob', torch.randn(20, 1), sk.roc_auc_score),
-                                            ('raw', torch.randn(20), sk.roc_auc_score), ('binary', torch.randn(20, 1), sk.f1_score)])
+@pytest.mark.parametrize('name,pred,func', [('prob', torch.randn(20, 2), sk.roc_auc_score),
+                                            ('prob', torch.randn(20, 1), sk.roc_auc_score),
+                                            ('raw', torch.randn(20), sk.roc_auc_score),
+                                            ('binary', torch.randn(20, 1), sk.f1_score)])
 def test_sklearn_with_two_classes(name, pred, func):
     targ = torch.arange(20) % 2
     m = sklearn_metric(func, pred=name)
-    for p, t in zip(pred.split(6), targ.split(6)): m.update(p, t)
-    score = {'prob': lambda: pred.softmax(1)[:, 1] if pred.shape[1] == 2 else pred.sigmoid()[:, 0], 'raw': lambda: pred,
+    for p, t in zip(pred.split(6), targ.split(6), strict=True): m.update(p, t)
+    score = {'prob': lambda: pred.softmax(1)[:, 1] if pred.shape[1] == 2 else pred.sigmoid()[:, 0],
+             'raw': lambda: pred,
              'binary': lambda: (pred[:, 0].sigmoid() > .5).long()}[name]()
     assert m.compute() == func(targ, score)
     assert m.name == func.__name__ and m.higher_is_better
@@ -161,4 +185,5 @@ def test_perplexity_leaves_out_ignored_targets():
 
 def test_values_of_low_precision():
     pred = torch.full((4,), 300.).half()
-    assert mse(pred, torch.zeros(4).half()).item() == 90000 and rmse(pred.bfloat16(), torch.zeros(4)).dtype == torch.float32
+    assert mse(pred, torch.zeros(4).half()).item() == 90000
+    assert rmse(pred.bfloat16(), torch.zeros(4)).dtype == torch.float32

@@ -8,17 +8,20 @@ from learnkit.training.gradients import EMA, GradientAccumulation, GradientClip
 from learnkit.training.precision import MixedPrecision
 from learnkit.files.tree import tree_digest
 
-EVENTS = ('before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_backward', 'before_step', 'after_step',
+EVENTS = ('before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_backward',
+          'before_step', 'after_step',
           'after_batch', 'cleanup_batch')
 
 
-def small_loss(pred, targ): return (pred - targ).square().mean() / 64  # times 2**16 its gradients stay in fp16
+def small_loss(pred, targ):
+    return (pred - targ).square().mean() / 64  # times 2**16 its gradients stay in fp16
 
 def make_learner(n=6, size=8, opt_func=None, model=None, lr=1e-2, **kwargs):
     torch.manual_seed(0)
     batches = [(torch.randn(size, 4), torch.randn(size, 1)) for _ in range(n)]
     model = model or nn.Sequential(nn.Linear(4, 16), nn.GELU(), nn.Linear(16, 1))
-    learn = Learner(DataLoaders(batches, batches[:2], batches[:1]), model, small_loss, opt_func, lr, device='cpu', **kwargs)
+    learn = Learner(DataLoaders(batches, batches[:2], batches[:1]), model, small_loss, opt_func, lr,
+                    device='cpu', **kwargs)
     learn.remove_cb(Progress)
     return learn
 
@@ -28,17 +31,22 @@ def raiser(error):
 
 def autocast_on(): return torch.is_autocast_enabled('cpu')
 def digest(learn): return tree_digest(learn.model.state_dict())
-def weights(learn): return torch.cat([p.detach().flatten() for p in learn.model.parameters()]).clone()
+
+def weights(learn):
+    return torch.cat([p.detach().flatten() for p in learn.model.parameters()]).clone()
 
 def look(event, see, phases=('train',), order=0):
     "A callback that calls `see` at `event`, and the list of what it returned"
     seen = []
-    return Callback(order=order, phases=phases, **{event: lambda learn: seen.append(see(learn))}), seen
+    return (Callback(order=order, phases=phases, **{event: lambda learn: seen.append(see(learn))}),
+            seen)
 
 
-@pytest.mark.parametrize('dtype,expected', [('bf16', torch.bfloat16), ('fp16', torch.float16), (torch.bfloat16, torch.bfloat16),
+@pytest.mark.parametrize('dtype,expected', [('bf16', torch.bfloat16), ('fp16', torch.float16),
+                                            (torch.bfloat16, torch.bfloat16),
                                             (torch.float16, torch.float16), (None, torch.bfloat16)])
-def test_types_and_their_names(dtype, expected): assert MixedPrecision(dtype).type_on(torch.device('cpu')) is expected
+def test_types_and_their_names(dtype, expected):
+    assert MixedPrecision(dtype).type_on(torch.device('cpu')) is expected
 
 @pytest.mark.parametrize('dtype', ['half', 'fp8', torch.float32, 16])
 def test_other_types_are_refused(dtype):
@@ -46,26 +54,31 @@ def test_other_types_are_refused(dtype):
 
 def test_a_gpu_without_bf16_takes_fp16(monkeypatch):
     asked = []
-    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: asked.append(including_emulation))
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported',
+                        lambda including_emulation=True: asked.append(including_emulation))
     assert MixedPrecision().type_on(torch.device('cuda')) is torch.float16
     assert asked == [False]
 
 def test_name_and_type_are_the_same_setting():
-    assert MixedPrecision('bf16').settings() == MixedPrecision(torch.bfloat16).settings() != MixedPrecision('fp16').settings()
+    assert (MixedPrecision('bf16').settings() == MixedPrecision(torch.bfloat16).settings()
+            != MixedPrecision('fp16').settings())
 
 
 @pytest.mark.parametrize('dtype', ['bf16', 'fp16'])
 def test_the_model_computes_in_16_bits_and_everything_else_sees_32(dtype):
     learn, inside = make_learner(metrics=lambda pred, targ: float(pred.dtype is torch.float32)), []
     learn.model[0].register_forward_hook(lambda module, args, out: inside.append(out.dtype))
-    note, seen = look('after_loss', lambda learn: (learn.pred.dtype, learn.loss.dtype), ('train', 'valid', 'test'))
+    note, seen = look('after_loss', lambda learn: (learn.pred.dtype, learn.loss.dtype),
+                      ('train', 'valid', 'test'))
     learn.add_cb([MixedPrecision(dtype), note])
     learn.fit(1)
     learn.test()
-    assert set(inside) == {MixedPrecision(dtype).dtype} and set(seen) == {(torch.float32, torch.float32)}
+    assert set(inside) == {MixedPrecision(dtype).dtype}
+    assert set(seen) == {(torch.float32, torch.float32)}
     assert learn.get_preds()[0].dtype is learn.predict(torch.randn(2, 4)).dtype is torch.float32
     assert learn.get_preds(with_loss=True)[2].dtype is torch.float32
-    assert learn.recorder.rows[0]['<lambda>'] == 1. and {p.grad for p in learn.model.parameters()} == {None}
+    assert learn.recorder.rows[0]['<lambda>'] == 1.
+    assert {p.grad for p in learn.model.parameters()} == {None}
 
 def test_the_loss_function_is_under_autocast():
     class Loss(nn.Module):
@@ -89,20 +102,25 @@ def test_nested_outputs_are_brought_to_float32():
         def __init__(self):
             super().__init__()
             self.layer = nn.Linear(4, 1)
-        def forward(self, x): return {'out': [self.layer(x)], 'ids': torch.arange(len(x)), 'wide': x.double()}
+        def forward(self, x):
+            return {'out': [self.layer(x)], 'ids': torch.arange(len(x)), 'wide': x.double()}
     learn = make_learner(model=Two())
     learn.loss_func = lambda pred, targ: (pred['out'][0] - targ).square().mean()
-    note, seen = look('after_pred', lambda learn: (learn.pred['out'][0].dtype, learn.pred['ids'].dtype, learn.pred['wide'].dtype))
+    note, seen = look('after_pred',
+                      lambda learn: (learn.pred['out'][0].dtype, learn.pred['ids'].dtype,
+                                     learn.pred['wide'].dtype))
     learn.fit(1, cbs=[MixedPrecision('bf16'), note])
     assert set(seen) == {(torch.float32, torch.int64, torch.float64)}
 
 
 @pytest.mark.parametrize('event', EVENTS)
 @pytest.mark.parametrize('phase', ['train', 'valid', 'test', 'predict', 'lr_find'])
-@pytest.mark.parametrize('error', [CancelFit, CancelEpoch, CancelTrain, CancelValidate, CancelBatch, CancelBackward, CancelStep, OSError, KeyboardInterrupt])
+@pytest.mark.parametrize('error', [CancelFit, CancelEpoch, CancelTrain, CancelValidate, CancelBatch,
+                                   CancelBackward, CancelStep, OSError, KeyboardInterrupt])
 def test_autocast_never_stays_on(event, phase, error):
     learn = make_learner(on_interrupt='raise').to_fp16()
-    calls = {'train': lambda: learn.fit(1), 'valid': learn.validate, 'test': learn.test, 'predict': learn.get_preds,
+    calls = {'train': lambda: learn.fit(1), 'valid': learn.validate, 'test': learn.test,
+             'predict': learn.get_preds,
              'lr_find': lambda: learn.lr_find(num_it=4, suggest=())}
     with learn.added_cbs(Callback(order=96, phases=(phase,), **{event: raiser(error())})):
         try: calls[phase]()
@@ -143,7 +161,8 @@ def test_a_region_of_the_user_stays_as_it_is():
 
 def test_events_after_the_loss_are_outside():
     learn = make_learner().to_bf16()
-    notes = [look(event, lambda learn: autocast_on(), phases=('train', 'predict')) for event in EVENTS]
+    notes = [look(event, lambda learn: autocast_on(), phases=('train', 'predict'))
+             for event in EVENTS]
     learn.fit(1, cbs=[note for note, _ in notes])
     assert [set(seen) for _, seen in notes] == [{True}] * 2 + [{False}] * 7
     with learn.added_cbs(notes[7][0]): learn.get_preds()
@@ -152,7 +171,8 @@ def test_events_after_the_loss_are_outside():
 
 def test_what_follows_a_cancel_is_outside():
     after, seen = look('after_cancel_batch', lambda learn: autocast_on(), ('train', 'predict'))
-    learn = make_learner(cbs=[after, Callback(after_pred=raiser(CancelBatch()), order=96)]).to_bf16()
+    learn = make_learner(cbs=[after,
+                              Callback(after_pred=raiser(CancelBatch()), order=96)]).to_bf16()
     learn.fit(1)
     learn.get_preds()
     assert seen == [False] * 8
@@ -173,7 +193,8 @@ def by_hand(learn, dtype, every=1, clip=None):
         learn.opt.zero_grad()
 
 @pytest.mark.parametrize('dtype', ['bf16', 'fp16'])
-@pytest.mark.parametrize('opt_func', [None, partial(torch.optim.AdamW, fused=False), partial(torch.optim.SGD, momentum=0.9),
+@pytest.mark.parametrize('opt_func', [None, partial(torch.optim.AdamW, fused=False),
+                                      partial(torch.optim.SGD, momentum=0.9),
                                       partial(torch.optim.Adam, foreach=True)])
 @pytest.mark.parametrize('clip', [None, 0.1])
 def test_updates_are_those_of_torch(dtype, opt_func, clip):
@@ -218,7 +239,8 @@ def test_the_reported_loss_is_not_scaled():
     note, seen = look('after_batch', lambda learn: learn.loss.item())
     fp16.fit(1, cbs=note)
     fp32.fit(1)
-    assert fp16.recorder.steps.loss.tolist() == seen == pytest.approx(fp32.recorder.steps.loss.tolist(), rel=1e-2)
+    assert (fp16.recorder.steps.loss.tolist() == seen
+            == pytest.approx(fp32.recorder.steps.loss.tolist(), rel=1e-2))
 
 def test_a_step_of_your_own_is_used():
     class Halved(Learner):
@@ -239,11 +261,13 @@ def overflowing(n_epoch=1, scale=2.**60, cbs=(), **kwargs):
 def test_an_overflow_skips_the_update_and_moves_nothing_else():
     before = weights(make_learner())
     stepped, steps = look('after_step', lambda learn: 1)
-    cancelled, grads = look('after_cancel_step', lambda learn: {p.grad for p in learn.model.parameters()})
+    cancelled, grads = look('after_cancel_step',
+                            lambda learn: {p.grad for p in learn.model.parameters()})
     clip = GradientClip(1.)
     learn = overflowing(cbs=[stepped, cancelled, clip])
     assert torch.equal(weights(learn), before) and not learn.opt.state
-    assert (learn.steps_done, learn.updates, learn.steps_skipped, learn.scaler.get_scale()) == (0, 0, 6, 2.**54)
+    assert (learn.steps_done, learn.updates, learn.steps_skipped,
+            learn.scaler.get_scale()) == (0, 0, 6, 2.**54)
     assert steps == [] and grads == [{None}] * 6 and clip.norm is None
     assert learn.recorder.steps.lr.nunique() == 1
 
@@ -291,7 +315,8 @@ def test_saved_and_loaded_training_goes_on_alike(tmp_path):
     second = make_learner(path=tmp_path).to_fp16()
     second.load('half')
     for learn in (first, second): learn.fit_one_cycle(1, 1e-2)
-    assert tree_digest(first.state_dict()) == tree_digest(second.state_dict()) and second.steps_skipped == 12
+    assert tree_digest(first.state_dict()) == tree_digest(second.state_dict())
+    assert second.steps_skipped == 12
 
 def test_a_search_for_a_rate_leaves_no_trace():
     learn = make_learner().to_fp16()
@@ -320,19 +345,23 @@ def test_the_precision_does_not_change_during_a_fit():
     with pytest.raises(RuntimeError, match='cannot change while fit is running'):
         make_learner().fit(1, cbs=Callback(after_pred=lambda learn: learn.to_fp16()))
 
-@pytest.mark.parametrize('call', [lambda learn: learn.fit(1), lambda learn: learn.validate(), lambda learn: learn.lr_find(num_it=3)])
+@pytest.mark.parametrize('call', [lambda learn: learn.fit(1), lambda learn: learn.validate(),
+                                  lambda learn: learn.lr_find(num_it=3)])
 def test_two_precisions_are_an_error(call):
-    with pytest.raises(ValueError, match=r'MixedPrecision\(\) exclude each other.*to_fp32'): call(make_learner(cbs=[MixedPrecision('bf16'), MixedPrecision]))
+    with pytest.raises(ValueError, match=r'MixedPrecision\(\) exclude each other.*to_fp32'):
+        call(make_learner(cbs=[MixedPrecision('bf16'), MixedPrecision]))
 
 @pytest.mark.parametrize('dtype', ['bf16', 'fp16'])
-@pytest.mark.parametrize('call', [lambda learn: learn.fit(1), lambda learn: learn.lr_find(num_it=3)])
+@pytest.mark.parametrize('call',
+                         [lambda learn: learn.fit(1), lambda learn: learn.lr_find(num_it=3)])
 def test_optimizers_with_a_closure_are_refused(dtype, call):
     learn = make_learner(opt_func=torch.optim.LBFGS, cbs=MixedPrecision(dtype))
     with pytest.raises(ValueError, match='does not work with LBFGS'): call(learn)
 
 def test_weights_in_fp16_are_refused_and_those_in_bf16_are_not():
     model = nn.Sequential(nn.Linear(4, 1))
-    with pytest.raises(ValueError, match='0.weight is float16.*model.float'): make_learner(model=model.half()).to_fp16().fit(1)
+    with pytest.raises(ValueError, match='0.weight is float16.*model.float'):
+        make_learner(model=model.half()).to_fp16().fit(1)
     make_learner(model=model.bfloat16()).to_bf16().fit(1)
 
 def test_a_model_without_parameters():

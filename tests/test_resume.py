@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset, WeightedRandomSampler
+from torch.utils.data import (DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset,
+                              WeightedRandomSampler)
 from learnkit import *
 from learnkit.components.callback import Interrupted
 from learnkit.loop.learner import Saved
@@ -22,11 +23,13 @@ def samples(n=N, seed=0):
     return x, (x.sum(1, keepdim=True) > 0).float()
 
 class Augmented(Dataset):
-    "Samples with noise from a generator: python's, numpy's or torch's global one, or one of the dataset's own"
-    def __init__(self, noise=None): self.x, self.y, self.noise, self.own = *samples(), noise, np.random.default_rng(3)
+    "Samples with noise from a generator: a global one (python, numpy, torch), or the dataset's own"
+    def __init__(self, noise=None):
+        self.x, self.y, self.noise, self.own = *samples(), noise, np.random.default_rng(3)
     def __len__(self): return len(self.x)
     def __getitem__(self, i):
-        draw = {None: lambda: 0., 'python': random.random, 'numpy': np.random.rand, 'torch': lambda: torch.rand(()).item(),
+        draw = {None: lambda: 0., 'python': random.random, 'numpy': np.random.rand,
+                'torch': lambda: torch.rand(()).item(),
                 'own': self.own.random}[self.noise]
         return self.x[i] + 0.1 * float(draw()), self.y[i]
 
@@ -40,7 +43,7 @@ class Lazy:
 
 class Stream(IterableDataset):
     def __iter__(self):
-        for x, y in zip(*samples()): yield x + torch.rand(()), y
+        for x, y in zip(*samples(), strict=True): yield x + torch.rand(()), y
 
 class Foreign:
     "Neither a DataLoader nor a sequence: shuffled by numpy"
@@ -54,7 +57,8 @@ class Stateful:
     def __init__(self): self.epoch, self.at, self.resumed = 0, 0, False
     def __len__(self): return 6
     def state_dict(self): return {'epoch': self.epoch, 'at': self.at}
-    def load_state_dict(self, state): self.epoch, self.at, self.resumed = state['epoch'], state['at'], True
+    def load_state_dict(self, state):
+        self.epoch, self.at, self.resumed = state['epoch'], state['at'], True
     def __iter__(self):
         if not self.resumed: self.at = 0
         self.resumed = False
@@ -71,32 +75,40 @@ def seeded(n): return torch.Generator().manual_seed(n)
 LOADERS = {
     'tensors': lambda: DataLoaders.from_tensors(samples(), bs=BS).train,
     'dataset': lambda: DataLoaders.from_datasets(Augmented('numpy'), bs=BS).train,
-    'list': lambda: list(zip(*(t.split(BS) for t in samples()))),
+    'list': lambda: list(zip(*(t.split(BS) for t in samples()), strict=True)),
     'loader': lambda: DataLoader(TensorDataset(*samples()), BS, shuffle=True),
-    'generator': lambda: DataLoader(TensorDataset(*samples()), BS, shuffle=True, generator=seeded(5)),
-    'sampler': lambda: DataLoader(Augmented('torch'), BS, sampler=RandomSampler(range(N), generator=seeded(2))),
-    'replacement': lambda: DataLoader(Augmented('numpy'), BS, sampler=RandomSampler(range(N), replacement=True, num_samples=23)),
-    'weighted': lambda: DataLoader(Augmented('torch'), BS, sampler=WeightedRandomSampler(torch.ones(N), N)),
+    'generator': lambda: DataLoader(TensorDataset(*samples()), BS, shuffle=True,
+                                    generator=seeded(5)),
+    'sampler': lambda: DataLoader(Augmented('torch'), BS,
+                                  sampler=RandomSampler(range(N), generator=seeded(2))),
+    'replacement': lambda: DataLoader(
+        Augmented('numpy'), BS, sampler=RandomSampler(range(N), replacement=True, num_samples=23)),
+    'weighted': lambda: DataLoader(Augmented('torch'), BS,
+                                   sampler=WeightedRandomSampler(torch.ones(N), N)),
     'python': lambda: DataLoader(Augmented('python'), BS, shuffle=True),
     'numpy': lambda: DataLoader(Augmented('numpy'), BS, shuffle=True),
     'torch': lambda: DataLoader(Augmented('torch'), BS, shuffle=True),
     'own': lambda: DataLoader(Augmented('own'), BS, shuffle=True, drop_last=True),
     'lazy': lambda: DataLoader(Augmented('python'), BS, sampler=Lazy(N)),
-    'no batches': lambda: DataLoader([(x[None], y[None]) for x, y in zip(*samples(6))], batch_size=None, shuffle=True),
+    'no batches': lambda: DataLoader([(x[None], y[None]) for x, y in zip(*samples(6), strict=True)],
+                                     batch_size=None, shuffle=True),
     'stream': lambda: DataLoader(Stream(), BS),
     'foreign': Foreign,
     'stateful': Stateful,
 }
 WORKERS = {
-    'own workers': lambda: DataLoaders.from_datasets(Augmented('python'), bs=BS, num_workers=2).train,
+    'own workers': lambda: DataLoaders.from_datasets(Augmented('python'), bs=BS,
+                                                     num_workers=2).train,
     'workers': lambda: DataLoader(Augmented('torch'), BS, shuffle=True, num_workers=2),
-    'persistent': lambda: DataLoader(Augmented('numpy'), BS, shuffle=True, num_workers=2, persistent_workers=True),
+    'persistent': lambda: DataLoader(Augmented('numpy'), BS, shuffle=True, num_workers=2,
+                                     persistent_workers=True),
     'streaming workers': lambda: DataLoader(Stream(), BS, num_workers=1),
 }
 
 
 def net(*, dropout=False, norm=False):
-    parts = [nn.Linear(4, 8), nn.BatchNorm1d(8) if norm else None, nn.Tanh(), nn.Dropout(0.4) if dropout else None, nn.Linear(8, 1)]
+    parts = [nn.Linear(4, 8), nn.BatchNorm1d(8) if norm else None, nn.Tanh(),
+             nn.Dropout(0.4) if dropout else None, nn.Linear(8, 1)]
     return nn.Sequential(*[part for part in parts if part is not None])
 
 def splitter(model): return [model[:-1].parameters(), model[-1].parameters()]
@@ -119,26 +131,31 @@ PARTS = {
     'evaluations': lambda: ValidateEvery(4),
     'short': lambda: ShortEpoch(5),
     'mixup': lambda: MixUp(0.4),
-    'sched': lambda: TorchScheduler(lambda opt: torch.optim.lr_scheduler.StepLR(opt, 4, 0.7), per='step'),
-    'sched by epoch': lambda: TorchScheduler(lambda opt: torch.optim.lr_scheduler.ReduceLROnPlateau(opt, patience=0), per='epoch'),
+    'sched': lambda: TorchScheduler(lambda opt: torch.optim.lr_scheduler.StepLR(opt, 4, 0.7),
+                                    per='step'),
+    'sched by epoch': lambda: TorchScheduler(
+        lambda opt: torch.optim.lr_scheduler.ReduceLROnPlateau(opt, patience=0), per='epoch'),
     'bf16': lambda: MixedPrecision('bf16'),
     'fp16': lambda: MixedPrecision('fp16'),
     'sgd': {'opt_func': lambda params, lr: torch.optim.SGD(params, lr=lr, momentum=0.9)},
     'steps': {'n_steps': True},
-    'valid': {'valid': lambda: DataLoader(TensorDataset(*samples(9, 1)), 4, shuffle=True, generator=seeded(9))},
+    'valid': {'valid': lambda: DataLoader(TensorDataset(*samples(9, 1)), 4, shuffle=True,
+                                          generator=seeded(9))},
     **{f'data: {name}': {'loader': make} for name, make in LOADERS.items()},
 }
 
 def train(*names, cbs=(), seed=0, **kwargs):
     "A fit of three epochs made of the named parts; returns the learner"
     parts = [PARTS[name] for name in names]
-    config = {'dropout': False, 'norm': False, 'fit': 'fit', 'opt_func': None, 'n_steps': False, 'loader': LOADERS['tensors'],
+    config = {'dropout': False, 'norm': False, 'fit': 'fit', 'opt_func': None, 'n_steps': False,
+              'loader': LOADERS['tensors'],
               'valid': lambda: DataLoader(TensorDataset(*samples(9, 1)), 4)}
     for part in parts: config |= part if isinstance(part, dict) else {}
     set_seed(seed)
     model = net(dropout=config['dropout'], norm=config['norm'])
     dls = DataLoaders(config['loader'](), config['valid']())
-    learn = Learner(dls, model, F.mse_loss, config['opt_func'], lr=0.02, splitter=splitter, metrics=mae, device='cpu',
+    learn = Learner(dls, model, F.mse_loss, config['opt_func'], lr=0.02, splitter=splitter,
+                    metrics=mae, device='cpu',
                     path=kwargs.pop('path', '.'))
     learn.remove_cb(Progress)
     own = [part() for part in parts if not isinstance(part, dict)]
@@ -164,8 +181,10 @@ class Quiet(Callback):
 
 def outcome(learn): # all that must be the same
     results = learn.validate()
-    return {'state': tree_digest(learn.state_dict()), 'results': results, 'rows': learn.recorder.rows,
-            'average': tree_digest(dict(learn.ema_model.state_dict())) if has_average(learn) else None}
+    return {'state': tree_digest(learn.state_dict()), 'results': results,
+            'rows': learn.recorder.rows,
+            'average': tree_digest(dict(learn.ema_model.state_dict())) if has_average(learn)
+            else None}
 
 def has_average(learn):
     try: return learn.ema_model is not None
@@ -179,26 +198,35 @@ def resumes_everywhere(tmp_path, *names, every=1):
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             learn = train(*names, cbs=[Quiet()], seed=100 + i, resume=saved, path=tmp_path)
-        assert outcome(learn) == whole, f'from {saved.fit if saved.fit["complete"] else (saved.fit["epoch"], saved.fit["stage"], saved.fit["batch"])}'
+        place = [saved.fit[name] for name in ('complete', 'epoch', 'stage', 'batch')]
+        assert outcome(learn) == whole, f'from complete, epoch, stage, batch {place}'
 
 
 @pytest.mark.parametrize('name', PARTS)
 def test_each_part_resumes_at_every_batch(tmp_path, name): resumes_everywhere(tmp_path, name)
 
-SAMPLE = [('dropout', 'data: torch'), ('norm', 'ema'), ('ema', 'accumulation'), ('accumulation', 'clip'), ('one cycle', 'plateau'),
-          ('plateau', 'early stop'), ('early stop', 'best'), ('best', 'ema'), ('accumulation', 'fp16'), ('clip', 'fp16'),
-          ('evaluations', 'early stop'), ('accumulation', 'data: stream'), ('steps', 'accumulation'), ('short', 'accumulation'),
-          ('one cycle', 'fp16'), ('mixup', 'data: loader'), ('sched', 'plateau'), ('swa', 'one cycle'), ('evaluations', 'best'), ('short', 'data: stateful')]
+SAMPLE = [('dropout', 'data: torch'), ('norm', 'ema'), ('ema', 'accumulation'),
+          ('accumulation', 'clip'), ('one cycle', 'plateau'),
+          ('plateau', 'early stop'), ('early stop', 'best'), ('best', 'ema'),
+          ('accumulation', 'fp16'), ('clip', 'fp16'),
+          ('evaluations', 'early stop'), ('accumulation', 'data: stream'),
+          ('steps', 'accumulation'), ('short', 'accumulation'),
+          ('one cycle', 'fp16'), ('mixup', 'data: loader'), ('sched', 'plateau'),
+          ('swa', 'one cycle'), ('evaluations', 'best'), ('short', 'data: stateful')]
 
 @pytest.mark.parametrize('names', SAMPLE, ids='+'.join)
 def test_pairs_resume_at_every_batch(tmp_path, names): resumes_everywhere(tmp_path, *names, every=2)
 
 def can_go_together(a, b):
-    if {a, b} in ({'norm', 'data: no batches'}, {'one cycle', 'data: stream'}): return False  # single samples; no length
-    return not ({a, b} <= {'fp16', 'bf16'} or {a, b} <= {'ema', 'swa'} or {'one cycle', 'sched', 'sched by epoch'} >= {a, b} or a.startswith('data') and b.startswith('data'))
+    if {a, b} in ({'norm', 'data: no batches'}, {'one cycle', 'data: stream'}):
+        return False  # single samples; no length
+    return not ({a, b} <= {'fp16', 'bf16'} or {a, b} <= {'ema', 'swa'}
+                or {'one cycle', 'sched', 'sched by epoch'} >= {a, b}
+                or a.startswith('data') and b.startswith('data'))
 
 @pytest.mark.slow
-@pytest.mark.parametrize('names', [pair for pair in itertools.combinations(PARTS, 2) if can_go_together(*pair)], ids='+'.join)
+@pytest.mark.parametrize('names', [pair for pair in itertools.combinations(PARTS, 2)
+                                   if can_go_together(*pair)], ids='+'.join)
 def test_all_pairs_resume_at_every_batch(tmp_path, names): resumes_everywhere(tmp_path, *names)
 
 @pytest.mark.parametrize('name', WORKERS)
@@ -207,10 +235,12 @@ def test_workers_resume(tmp_path, name, monkeypatch):
     resumes_everywhere(tmp_path, name, every=6)
 
 @pytest.mark.slow
-@pytest.mark.parametrize('part', ['dropout', 'norm', 'ema', 'accumulation', 'one cycle', 'evaluations'])
+@pytest.mark.parametrize('part',
+                         ['dropout', 'norm', 'ema', 'accumulation', 'one cycle', 'evaluations'])
 @pytest.mark.parametrize('name', WORKERS)
 def test_workers_resume_at_every_batch(tmp_path, name, part, monkeypatch):
-    if (name, part) == ('streaming workers', 'one cycle'): pytest.skip('a schedule needs a loader with a length, or n_steps')
+    if (name, part) == ('streaming workers', 'one cycle'):
+        pytest.skip('a schedule needs a loader with a length, or n_steps')
     monkeypatch.setitem(PARTS, name, {'loader': WORKERS[name]})
     resumes_everywhere(tmp_path, name, part)
 
@@ -236,16 +266,19 @@ class PowerCut(BaseException): pass
 def power_cut(learn): raise PowerCut
 
 def cut(tmp_path, *names, steps=8, every='1 epoch', **kwargs):
-    with pytest.raises(PowerCut): train(*names, cbs=[SaveState('run', every), at(steps, power_cut)], path=tmp_path, **kwargs)
+    with pytest.raises(PowerCut):
+        train(*names, cbs=[SaveState('run', every), at(steps, power_cut)], path=tmp_path, **kwargs)
 
-@pytest.mark.parametrize('every, steps, epoch, batch', [('1 epoch', 8, 1, 0), ('3 steps', 8, 0, 6), ('2 steps', 9, 1, 2), ('1 step', 9, 1, 3)])
+@pytest.mark.parametrize('every, steps, epoch, batch', [('1 epoch', 8, 1, 0), ('3 steps', 8, 0, 6),
+                                                        ('2 steps', 9, 1, 2), ('1 step', 9, 1, 3)])
 def test_a_killed_fit_goes_on_from_its_newest_save(tmp_path, every, steps, epoch, batch):
     whole = outcome(train('dropout', 'one cycle'))
     cut(tmp_path, 'dropout', 'one cycle', steps=steps, every=every)
     fit = load_tree(saves(tmp_path / 'run')[0])['learner']['fit']
     assert (fit['epoch'], fit['batch']) == (epoch, batch)
     done = []
-    learn = train('dropout', 'one cycle', cbs=[SaveState('run', every), On(after_step=done.append)], path=tmp_path, seed=7, resume='latest')
+    learn = train('dropout', 'one cycle', cbs=[SaveState('run', every), On(after_step=done.append)],
+                  path=tmp_path, seed=7, resume='latest')
     assert outcome(learn) == whole and len(done) == 18 - 6 * epoch - batch
 
 def test_saves_follow_the_period_and_end_with_the_fit(tmp_path):
@@ -255,7 +288,8 @@ def test_saves_follow_the_period_and_end_with_the_fit(tmp_path):
             def at_rest(self, learn):
                 before = saves(tmp_path / every) if (tmp_path / every).exists() else []
                 super().at_rest(learn)
-                if saves(tmp_path / every) != before: marks.append((learn.levels[-1:], learn.updates))
+                if saves(tmp_path / every) != before:
+                    marks.append((learn.levels[-1:], learn.updates))
         train(cbs=[Spy(every, every)], path=tmp_path)
         return marks
     end = ([], 18)
@@ -275,9 +309,11 @@ def test_keep(tmp_path):
 def test_a_fresh_fit_drops_the_saves_of_the_one_before(tmp_path):
     train(cbs=[SaveState('run')], path=tmp_path)
     old = files(tmp_path / 'run')
-    with pytest.raises(PowerCut): train(cbs=[SaveState('run', '2 steps'), at(1, power_cut)], path=tmp_path)
+    with pytest.raises(PowerCut):
+        train(cbs=[SaveState('run', '2 steps'), at(1, power_cut)], path=tmp_path)
     assert files(tmp_path / 'run') == old  # nothing new is durable yet
-    with pytest.raises(PowerCut): train(cbs=[SaveState('run', '2 steps'), at(3, power_cut)], path=tmp_path)
+    with pytest.raises(PowerCut):
+        train(cbs=[SaveState('run', '2 steps'), at(3, power_cut)], path=tmp_path)
     assert len(files(tmp_path / 'run')) == 1 and not set(files(tmp_path / 'run')) & set(old)
 
 def test_nothing_saved_yet_starts_from_the_beginning_and_says_so(tmp_path, capsys):
@@ -288,7 +324,8 @@ def test_nothing_saved_yet_starts_from_the_beginning_and_says_so(tmp_path, capsy
 def test_a_complete_fit_returns_at_once(tmp_path, capsys):
     whole = outcome(train('best', cbs=[SaveState('run')], path=tmp_path))
     heard = []
-    spy = On(**{event: (lambda learn, event=event: heard.append(event)) for event in ('before_fit', 'after_step', 'after_fit')})
+    spy = On(**{event: (lambda learn, event=event: heard.append(event))
+                for event in ('before_fit', 'after_step', 'after_fit')})
     learn = train('best', cbs=[SaveState('run'), spy], path=tmp_path, seed=5, resume='latest')
     assert outcome(learn) == whole and heard == []
 
@@ -296,42 +333,56 @@ def test_resume_from_a_folder_a_file_and_from_learn_save(tmp_path):
     whole = outcome(train('norm'))
     cut(tmp_path, 'norm', every='5 steps')
     newest = saves(tmp_path / 'run')[0]
-    for place in ('run', tmp_path / 'run', newest, newest.relative_to(tmp_path), str(newest.with_suffix(''))):
+    for place in ('run', tmp_path / 'run', newest, newest.relative_to(tmp_path),
+                  str(newest.with_suffix(''))):
         assert outcome(train('norm', path=tmp_path, seed=3, resume=place, cbs=[Quiet()])) == whole
-    with pytest.raises(PowerCut): train('norm', cbs=[at(4, lambda learn: learn.save('mine')), at(5, power_cut)], path=tmp_path)
+    with pytest.raises(PowerCut):
+        train('norm', cbs=[at(4, lambda learn: learn.save('mine')), at(5, power_cut)],
+              path=tmp_path)
     assert outcome(train('norm', path=tmp_path, seed=3, resume='mine')) == whole
 
 @pytest.mark.parametrize('names, kwargs, text', [
-    ((), {'n_epoch': 4}, 'n_epoch 3 -> 4'), ((), {'lr': 0.1}, 'lr 0.02 -> 0.1'), ((), {'n_epoch': None, 'n_steps': 18}, 'n_steps None -> 18'),
-    (('clip',), {}, 'callbacks'), (('early stop',), {}, 'callbacks'), (('one cycle',), {}, 'callbacks'), ((), {'reset_opt': True}, 'reset_opt False -> True'),
-    (('norm',), {}, 'the saved model is not a Sequential like this one'), (('sgd',), {}, 'the saved optimizer is AdamW'),
+    ((), {'n_epoch': 4}, 'n_epoch 3 -> 4'), ((), {'lr': 0.1}, 'lr 0.02 -> 0.1'),
+    ((), {'n_epoch': None, 'n_steps': 18}, 'n_steps None -> 18'),
+    (('clip',), {}, 'callbacks'), (('early stop',), {}, 'callbacks'),
+    (('one cycle',), {}, 'callbacks'), ((), {'reset_opt': True}, 'reset_opt False -> True'),
+    (('norm',), {}, 'the saved model is not a Sequential like this one'),
+    (('sgd',), {}, 'the saved optimizer is AdamW'),
     (('data: list',), {}, 'the saved training read from TensorLoader')])
 def test_another_call_is_refused_with_the_difference(tmp_path, names, kwargs, text):
     cut(tmp_path)
-    with pytest.raises(ValueError, match=text): train(*names, cbs=[SaveState('run')], path=tmp_path, resume='latest', **kwargs)
+    with pytest.raises(ValueError, match=text):
+        train(*names, cbs=[SaveState('run')], path=tmp_path, resume='latest', **kwargs)
 
 @pytest.mark.parametrize('epochs_before', range(6))
 def test_fine_tune_goes_on_in_either_of_its_fits(tmp_path, epochs_before):
     def fine_tune(*cbs, seed=0, **kwargs):
         set_seed(seed)
-        learn = Learner(DataLoaders(LOADERS['torch'](), LOADERS['list']()), net(dropout=True), F.mse_loss, splitter=splitter, device='cpu', path=tmp_path)
+        learn = Learner(DataLoaders(LOADERS['torch'](), LOADERS['list']()), net(dropout=True),
+                        F.mse_loss, splitter=splitter, device='cpu', path=tmp_path)
         learn.remove_cb(Progress)
         learn.fine_tune(3, freeze_epochs=2, cbs=[SaveBest(), *cbs], **kwargs)
         return outcome(learn)
     def cut(learn):
         if learn.epochs_done == epochs_before: raise PowerCut
     whole = fine_tune()
-    try: fine_tune(SaveState('run'), On(order=200, before_epoch=cut, after_fit=lambda learn: cut(learn) if epochs_before == 5 else None))
+    try:
+        fine_tune(SaveState('run'),
+                  On(order=200, before_epoch=cut,
+                     after_fit=lambda learn: cut(learn) if epochs_before == 5 else None))
     except PowerCut: pass
-    assert fine_tune(SaveState('run'), seed=0 if epochs_before == 0 else 9, resume='latest') == whole
+    assert fine_tune(SaveState('run'), seed=0 if epochs_before == 0 else 9,
+                     resume='latest') == whole
 
 def test_another_schedule_is_refused(tmp_path):
     cut(tmp_path, 'one cycle')
-    with pytest.raises(ValueError, match='callbacks'): train('one cycle', cbs=[SaveState('run')], path=tmp_path, resume='latest', lr_max=0.5)
+    with pytest.raises(ValueError, match='callbacks'):
+        train('one cycle', cbs=[SaveState('run')], path=tmp_path, resume='latest', lr_max=0.5)
 
 def test_another_fit_of_the_learner_is_refused(tmp_path):
     learn = train(cbs=[SaveState('run')], path=tmp_path)
-    with pytest.raises(ValueError, match='is of a fit that this learner has made already'): learn.fit(3, cbs=SaveState('run'), resume='latest')
+    with pytest.raises(ValueError, match='is of a fit that this learner has made already'):
+        learn.fit(3, cbs=SaveState('run'), resume='latest')
 
 def test_an_interrupted_fit_goes_on_in_the_same_learner(tmp_path):
     whole = outcome(train('dropout', 'best'))
@@ -346,16 +397,21 @@ def shutil_rm(folder):
 
 def interrupted_learner(tmp_path, steps):
     with pytest.warns(UserWarning, match='fit interrupted'):
-        return train('dropout', 'best', cbs=[SaveState('run'), at(steps, lambda learn: os.kill(os.getpid(), signal.SIGINT))], path=tmp_path)
+        return train('dropout', 'best',
+                     cbs=[SaveState('run'),
+                          at(steps, lambda learn: os.kill(os.getpid(), signal.SIGINT))],
+                     path=tmp_path)
 
 def test_latest_needs_one_save_state(tmp_path):
     with pytest.raises(ValueError, match='0 callbacks save'): train(resume='latest')
-    with pytest.raises(ValueError, match='2 callbacks save'): train(cbs=[SaveState('a'), SaveState('b')], path=tmp_path, resume='latest')
+    with pytest.raises(ValueError, match='2 callbacks save'):
+        train(cbs=[SaveState('a'), SaveState('b')], path=tmp_path, resume='latest')
 
 def test_an_idle_save_is_no_fit_to_go_on_with(tmp_path):
     learn = train(path=tmp_path)
     learn.save('idle')
-    with pytest.raises(ValueError, match='was not saved during a fit'): train(path=tmp_path, resume='idle')
+    with pytest.raises(ValueError, match='was not saved during a fit'):
+        train(path=tmp_path, resume='idle')
 
 def test_wrong_resume_data():
     with pytest.raises(ValueError, match="must be 'exact' or 'skip'"): train(resume_data='fast')
@@ -369,12 +425,14 @@ def test_a_damaged_save_falls_back_loudly_to_the_one_before(tmp_path):
     whole = outcome(train('dropout'))
     cut(tmp_path, 'dropout', steps=9, every='2 steps')
     damage(saves(tmp_path / 'run')[0])
-    with pytest.warns(UserWarning, match='save-000004.safetensors is damaged.*set aside as save-000004.damaged'):
+    with pytest.warns(UserWarning,
+                      match='save-000004.safetensors is damaged.*set aside as save-000004.damaged'):
         learn = train('dropout', cbs=[SaveState('run')], path=tmp_path, seed=4, resume='latest')
     assert outcome(learn) == whole
     cut(tmp_path, 'dropout', steps=9, every='2 steps')
     for path in saves(tmp_path / 'run'): damage(path)
-    with pytest.warns(UserWarning, match='is damaged'), pytest.raises(DamagedError, match='no save in .* is sound'):
+    with (pytest.warns(UserWarning, match='is damaged'),
+          pytest.raises(DamagedError, match='no save in .* is sound')):
         train('dropout', cbs=[SaveState('run')], path=tmp_path, resume='latest')
 
 class Counts(Callback):
@@ -388,7 +446,8 @@ def test_state_that_cannot_be_stored_is_refused_with_its_path(tmp_path):
 
 def test_iterators_are_refused_at_the_start(tmp_path):
     learn = train()
-    with pytest.raises(ValueError, match='is an iterator: what it has given is gone'): learn.fit(1, dls=DataLoaders(iter([1])), cbs=SaveState(tmp_path))
+    with pytest.raises(ValueError, match='is an iterator: what it has given is gone'):
+        learn.fit(1, dls=DataLoaders(iter([1])), cbs=SaveState(tmp_path))
     assert learn.updates == 0
 
 def test_data_that_became_shorter_is_noticed(tmp_path):
@@ -396,10 +455,13 @@ def test_data_that_became_shorter_is_noticed(tmp_path):
         def __init__(self): self.n = 6
         def __iter__(self): return itertools.islice(super().__iter__(), self.n)
     data = Shrinks()
-    with pytest.raises(PowerCut): train(cbs=[SaveState('run', '1 step'), at(5, power_cut)], path=tmp_path, dls=DataLoaders(data))
+    with pytest.raises(PowerCut):
+        train(cbs=[SaveState('run', '1 step'), at(5, power_cut)], path=tmp_path,
+              dls=DataLoaders(data))
     data.n = 3
     with pytest.raises(ValueError, match='ended after 3 batches; 5 were read before'):
-        train(cbs=[SaveState('run', '1 step')], path=tmp_path, dls=DataLoaders(data), resume='latest')
+        train(cbs=[SaveState('run', '1 step')], path=tmp_path, dls=DataLoaders(data),
+              resume='latest')
 
 def test_skipping_reads_nothing_that_was_read(tmp_path):
     made = []
@@ -407,28 +469,38 @@ def test_skipping_reads_nothing_that_was_read(tmp_path):
         def __getitem__(self, i):
             made.append(i)
             return super().__getitem__(i)
-    for loader in (lambda: DataLoader(Counting('torch'), BS, shuffle=True), lambda: DataLoaders.from_datasets(Counting('torch'), bs=BS).train):
-        with pytest.raises(PowerCut): train(cbs=[SaveState('run', '1 step'), at(4, power_cut)], path=tmp_path, dls=DataLoaders(loader()))
+    for loader in (lambda: DataLoader(Counting('torch'), BS, shuffle=True),
+                   lambda: DataLoaders.from_datasets(Counting('torch'), bs=BS).train):
+        with pytest.raises(PowerCut):
+            train(cbs=[SaveState('run', '1 step'), at(4, power_cut)], path=tmp_path,
+                  dls=DataLoaders(loader()))
         made.clear()
         with pytest.raises(PowerCut):
-            train(cbs=[SaveState('run', '1 step'), at(6, power_cut)], path=tmp_path, dls=DataLoaders(loader()), resume='latest')
+            train(cbs=[SaveState('run', '1 step'), at(6, power_cut)], path=tmp_path,
+                  dls=DataLoaders(loader()), resume='latest')
         assert len(made) == N - 4 * BS
         shutil_rm(tmp_path / 'run')
 
 def test_resume_data_skip_leaves_workers_alone_and_goes_on_with_the_right_samples(tmp_path, capsys):
-    loader = lambda: DataLoader(TensorDataset(*samples()), BS, shuffle=True, num_workers=1)  # draws nothing, so even this is exact
+    # draws nothing, so even this is exact
+    loader = lambda: DataLoader(TensorDataset(*samples()), BS, shuffle=True, num_workers=1)
     whole = outcome(train(dls=DataLoaders(loader())))
-    with pytest.raises(PowerCut): train(cbs=[SaveState('run', '1 step'), at(9, power_cut)], path=tmp_path, dls=DataLoaders(loader()))
-    learn = train(cbs=[SaveState('run', '1 step'), Progress()], path=tmp_path, dls=DataLoaders(loader()), resume='latest', resume_data='skip', seed=3)
+    with pytest.raises(PowerCut):
+        train(cbs=[SaveState('run', '1 step'), at(9, power_cut)], path=tmp_path,
+              dls=DataLoaders(loader()))
+    learn = train(cbs=[SaveState('run', '1 step'), Progress()], path=tmp_path,
+                  dls=DataLoaders(loader()), resume='latest', resume_data='skip', seed=3)
     assert outcome(learn)['rows'] == whole['rows']
-    assert 'what workers draw at random from here on is not what they would have drawn' in capsys.readouterr().out
+    assert ('what workers draw at random from here on is not what they would have drawn'
+            in capsys.readouterr().out)
 
 def test_max_time_ends_the_fit_and_the_next_one_goes_on_exactly(tmp_path):
     whole = outcome(train('dropout', 'one cycle'))
     slow = On(after_batch=lambda learn: time.sleep(0.02) if learn.training else None)
     pieces = []
     while not pieces or pieces[-1].steps_done < 18:
-        pieces.append(train('dropout', 'one cycle', cbs=[SaveState('run'), slow], path=tmp_path, seed=len(pieces), resume='latest', max_time='0.1 s'))
+        pieces.append(train('dropout', 'one cycle', cbs=[SaveState('run'), slow], path=tmp_path,
+                            seed=len(pieces), resume='latest', max_time='0.1 s'))
         assert len(pieces) < 18
     assert len(pieces) > 1 and 'valid_loss' in pieces[0].recorder.rows[-1]
     assert outcome(pieces[-1]) == whole
@@ -442,7 +514,8 @@ def forked(work, kill_after=None, signum=signal.SIGKILL):
     if pid == 0:
         try:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+                signal.signal(number, signal.default_int_handler if number == signal.SIGINT
+                              else signal.SIG_DFL)
             sys.stdout = sys.stderr = open(os.devnull, 'w')
             work()
         except SystemExit as end: os._exit(end.code)
@@ -457,25 +530,33 @@ def killed_until_done(tmp_path, names, seed, every='2 steps'):
     whole, draw, kills = outcome(train(*names)), random.Random(seed), 0
     slow = On(after_batch=lambda learn: time.sleep(0.004))
     def work():
-        seed = int(time.time()) if saves(tmp_path / 'run') else 0  # a fit that is begun again begins alike
-        save_tree(outcome(train(*names, cbs=[SaveState('run', every), slow], path=tmp_path, seed=seed, resume='latest')), tmp_path / 'done')
-    while forked(work, kill_after=draw.uniform(0.01, 0.1) * (1 + kills / 10) if kills else 0.03) != 0:
+        # a fit that is begun again begins alike
+        seed = int(time.time()) if saves(tmp_path / 'run') else 0
+        save_tree(outcome(train(*names, cbs=[SaveState('run', every), slow], path=tmp_path,
+                                seed=seed, resume='latest')), tmp_path / 'done')
+    while forked(work,
+                 kill_after=draw.uniform(0.01, 0.1) * (1 + kills / 10) if kills else 0.03) != 0:
         kills += 1
         assert kills < 200
     done = load_tree(tmp_path / 'done')
     assert done == whole
-    assert [path for path in (tmp_path / 'run').iterdir() if path.suffix != '.safetensors'] == []  # nothing half written is left
+    # nothing half written is left
+    assert [path for path in (tmp_path / 'run').iterdir() if path.suffix != '.safetensors'] == []
     assert kills  # or nothing was tested
 
-KILLED = [('dropout', 'one cycle', 'best'), ('norm', 'early stop', 'data: numpy'), ('dropout', 'steps', 'data: generator')]
+KILLED = [('dropout', 'one cycle', 'best'), ('norm', 'early stop', 'data: numpy'),
+          ('dropout', 'steps', 'data: generator')]
 
 @pytest.mark.parametrize('names', KILLED, ids='+'.join)
-def test_killed_at_random_moments_until_it_is_done(tmp_path, names): killed_until_done(tmp_path, names, seed=1)
+def test_killed_at_random_moments_until_it_is_done(tmp_path, names):
+    killed_until_done(tmp_path, names, seed=1)
 
 @pytest.mark.slow
 @pytest.mark.parametrize('seed', range(20))
-@pytest.mark.parametrize('names', [*KILLED, ('ema', 'accumulation', 'clip', 'mixup'), ('fp16', 'accumulation'), ('evaluations', 'best')], ids='+'.join)
-def test_killed_again_and_again(tmp_path, names, seed): killed_until_done(tmp_path, names, seed, every='1 step')
+@pytest.mark.parametrize('names', [*KILLED, ('ema', 'accumulation', 'clip', 'mixup'),
+                                   ('fp16', 'accumulation'), ('evaluations', 'best')], ids='+'.join)
+def test_killed_again_and_again(tmp_path, names, seed):
+    killed_until_done(tmp_path, names, seed, every='1 step')
 
 class Signal(Callback):
     "Sends a signal to this process at the n-th time of an event"
@@ -488,8 +569,10 @@ class Signal(Callback):
         self.left -= 1
         if self.left == 0: os.kill(os.getpid(), self.signum)
 
-TRAIN_EVENTS = ['before_fit', 'before_epoch', 'before_train', 'before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_backward', 'before_step',
-                'after_step', 'after_batch', 'after_train', 'before_validate', 'after_validate', 'after_epoch', 'at_rest', 'after_fit']
+TRAIN_EVENTS = ['before_fit', 'before_epoch', 'before_train', 'before_batch', 'after_pred',
+                'after_loss', 'before_backward', 'after_backward', 'before_step',
+                'after_step', 'after_batch', 'after_train', 'before_validate', 'after_validate',
+                'after_epoch', 'at_rest', 'after_fit']
 
 @pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGUSR1], ids=['SIGTERM', 'SIGUSR1'])
 @pytest.mark.parametrize('event', TRAIN_EVENTS)
@@ -497,10 +580,13 @@ def test_a_signal_at_any_event_finishes_saves_and_exits_143(tmp_path, event, sig
     names = ('dropout', 'best', 'data: torch')
     whole = outcome(train(*names))
     once = event in ('before_fit', 'after_fit')
-    def work(): train(*names, cbs=[SaveState('run', '1 h'), Signal(event, signum, 1 if once else 2)], path=tmp_path)
+    def work():
+        train(*names, cbs=[SaveState('run', '1 h'), Signal(event, signum, 1 if once else 2)],
+              path=tmp_path)
     assert os.waitstatus_to_exitcode(forked(work)) == 143
     assert len(saves(tmp_path / 'run')) >= 1
-    assert outcome(train(*names, cbs=[SaveState('run', '1 h')], path=tmp_path, seed=3, resume='latest')) == whole
+    assert outcome(train(*names, cbs=[SaveState('run', '1 h')], path=tmp_path, seed=3,
+                         resume='latest')) == whole
 
 @pytest.mark.parametrize('nth', [1, 2, 4])
 def test_a_signal_during_validation_saves_and_goes_on(tmp_path, nth):
@@ -509,17 +595,24 @@ def test_a_signal_during_validation_saves_and_goes_on(tmp_path, nth):
         def send(self, learn): super().send(learn) if learn.phase == 'valid' else None
     names = ('norm', 'best', 'early stop', 'valid')
     whole = outcome(train(*names))
-    def work(): train(*names, cbs=[SaveState('run', '1 h'), InValidation('after_pred', signal.SIGTERM, nth)], path=tmp_path)
+    def work():
+        train(*names, cbs=[SaveState('run', '1 h'),
+                           InValidation('after_pred', signal.SIGTERM, nth)], path=tmp_path)
     assert os.waitstatus_to_exitcode(forked(work)) == 143
-    assert outcome(train(*names, cbs=[SaveState('run')], path=tmp_path, seed=3, resume='latest')) == whole
+    assert outcome(train(*names, cbs=[SaveState('run')], path=tmp_path, seed=3,
+                         resume='latest')) == whole
 
 @pytest.mark.parametrize('method', ['validate', 'lr_find', 'get_preds'])
 def test_a_signal_outside_a_fit_exits_143_after_the_batch(tmp_path, method):
     def work():
         learn = train()
         batches = []
-        count = On(after_batch=lambda learn: (tmp_path / 'batches').write_text(str(batches.append(0) or len(batches))), phases=('valid', 'predict', 'lr_find'))
-        with learn.added_cbs([Signal('before_batch', signal.SIGTERM, 2) if method != 'get_preds' else On(before_batch=lambda learn: os.kill(os.getpid(), signal.SIGTERM) if batches else None), count]):
+        count = On(after_batch=lambda learn: (tmp_path / 'batches').write_text(
+            str(batches.append(0) or len(batches))), phases=('valid', 'predict', 'lr_find'))
+        with learn.added_cbs(
+            [Signal('before_batch', signal.SIGTERM, 2) if method != 'get_preds'
+             else On(before_batch=lambda learn: os.kill(os.getpid(), signal.SIGTERM) if batches
+                     else None), count]):
             getattr(learn, method)()
     assert os.waitstatus_to_exitcode(forked(work)) == 143
     assert (tmp_path / 'batches').read_text() == '2'
@@ -532,9 +625,13 @@ def test_a_second_signal_ends_at_once():
 
 def test_ctrl_c_finishes_the_batch_and_returns_with_the_state_kept():
     reached = []
-    with pytest.warns(UserWarning, match='fit interrupted in epoch 1, batch 2; the learner keeps the state of 9 updates'):
-        learn = train('norm', cbs=[Signal('before_step', signal.SIGINT, 9), On(after_step=lambda learn: reached.append(learn.steps_done))])
-    assert reached[-1] == learn.steps_done == 9 and learn.levels == [] and learn.phase is None and learn.interrupted is None
+    with pytest.warns(
+        UserWarning,
+        match='fit interrupted in epoch 1, batch 2; the learner keeps the state of 9 updates'):
+        learn = train('norm', cbs=[Signal('before_step', signal.SIGINT, 9),
+                                   On(after_step=lambda learn: reached.append(learn.steps_done))])
+    assert reached[-1] == learn.steps_done == 9 and learn.levels == [] and learn.phase is None
+    assert learn.interrupted is None
     assert all(p.grad is None for p in learn.model.parameters())
     learn.fit(1)
     assert learn.steps_done == 15 and learn.recorder.steps.step.tolist() == list(range(15))
@@ -545,17 +642,21 @@ def test_ctrl_c_can_be_raised():
     with pytest.raises(KeyboardInterrupt): learn.fit(1, cbs=Signal('after_pred', signal.SIGINT, 2))
     assert learn.steps_done == 20
     for call in (learn.validate, learn.lr_find):
-        with pytest.raises(KeyboardInterrupt), learn.added_cbs(Signal('after_loss', signal.SIGINT, 1)): call()
+        with (pytest.raises(KeyboardInterrupt),
+              learn.added_cbs(Signal('after_loss', signal.SIGINT, 1))):
+            call()
 
 def test_handlers_are_put_back():
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+    before = [signal.getsignal(number)
+              for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
     learn = train()
     during = []
     learn.fit(1, cbs=On(after_batch=lambda learn: during.append(signal.getsignal(signal.SIGTERM))))
     with pytest.raises(ZeroDivisionError): learn.fit(1, cbs=On(after_batch=lambda learn: 1 / 0))
     with pytest.warns(UserWarning): learn.fit(1, cbs=Signal('after_pred', signal.SIGINT, 2))
     learn.validate(), learn.lr_find(num_it=12)
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == before
+    assert [signal.getsignal(number)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == before
     assert during[0] not in before
 
 def test_off_the_main_thread_nothing_is_installed():
@@ -593,25 +694,30 @@ def test_a_forked_child_answers_signals_by_itself():
 # -- What users did to it
 
 def test_workers_live_through_a_signal_to_the_whole_group(tmp_path):
-    for i, (loader, signum) in enumerate(itertools.product((WORKERS['workers'], WORKERS['own workers']), (signal.SIGINT, signal.SIGTERM))):
+    loaders = WORKERS['workers'], WORKERS['own workers']
+    cases = itertools.product(loaders, (signal.SIGINT, signal.SIGTERM))
+    for i, (loader, signum) in enumerate(cases):
         folder = tmp_path / str(i)
-        def send(learn):
+        def send(learn, signum=signum):
             if learn.updates != 8: return
             sender = os.fork()  # a worker takes it from its parent as a word to end
             if sender == 0: os.killpg(os.getpgid(0), signum), os._exit(0)
             os.waitpid(sender, 0)
             time.sleep(0.3)  # long enough for the death of a worker to be noticed
-        def work():
+        def work(send=send, folder=folder, loader=loader):
             os.setpgid(0, 0)
-            learn = train(cbs=[SaveState('run', '1 h'), On(before_batch=send)], path=folder, dls=DataLoaders(loader()))
+            learn = train(cbs=[SaveState('run', '1 h'), On(before_batch=send)], path=folder,
+                          dls=DataLoaders(loader()))
             os._exit(7 if learn.steps_done == 9 and not learn.fit_ended else 8)
         assert os.waitstatus_to_exitcode(forked(work)) == (7 if signum == signal.SIGINT else 143)
         whole = outcome(train(dls=DataLoaders(loader())))
-        assert outcome(train(cbs=[SaveState('run', '1 h')], path=folder, dls=DataLoaders(loader()), seed=2, resume='latest')) == whole
+        assert outcome(train(cbs=[SaveState('run', '1 h')], path=folder, dls=DataLoaders(loader()),
+                             seed=2, resume='latest')) == whole
 
 def two_fits(tmp_path, interrupt=None, seed=0):
     set_seed(seed)
-    learn = Learner(DataLoaders(LOADERS['tensors'](), LOADERS['list']()), net(dropout=True), F.mse_loss, device='cpu', path=tmp_path)
+    learn = Learner(DataLoaders(LOADERS['tensors'](), LOADERS['list']()), net(dropout=True),
+                    F.mse_loss, device='cpu', path=tmp_path)
     learn.remove_cb(Progress)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
@@ -621,7 +727,8 @@ def two_fits(tmp_path, interrupt=None, seed=0):
 
 def test_a_second_fit_that_began_too_early_is_begun_again(tmp_path):
     whole = two_fits(tmp_path / 'whole')
-    interrupted = two_fits(tmp_path / 'cut', at(4, lambda learn: os.kill(os.getpid(), signal.SIGINT)))
+    interrupted = two_fits(tmp_path / 'cut',
+                           at(4, lambda learn: os.kill(os.getpid(), signal.SIGINT)))
     assert interrupted != whole and two_fits(tmp_path / 'cut', seed=3) == whole
 
 @pytest.mark.parametrize('opt', ['Adagrad', 'Adadelta', 'Rprop'])
@@ -643,7 +750,8 @@ def test_parameters_and_buffers_of_the_loss_are_part_of_the_state(tmp_path):
     def run(*cbs, seed=0, **kwargs):
         set_seed(seed)
         loss = Weighted()
-        learn = Learner(DataLoaders(LOADERS['tensors'](), LOADERS['list']()), net(), loss, device='cpu', path=tmp_path, lr=.05,
+        learn = Learner(DataLoaders(LOADERS['tensors'](), LOADERS['list']()), net(), loss,
+                        device='cpu', path=tmp_path, lr=.05,
                         splitter=lambda model: [list(model.parameters()) + [loss.log_var]])
         learn.remove_cb(Progress)
         learn.fit(3, cbs=[SaveBest(), *cbs], **kwargs)
@@ -664,7 +772,8 @@ def test_a_new_optimizer_goes_on_too(tmp_path):
     assert run(SaveState('b'), resume='latest') == whole
     learn = train()
     before = learn.opt
-    with pytest.raises(ValueError): learn.fit(2, reset_opt=True, cbs=SaveState(tmp_path / 'b'), resume='latest')
+    with pytest.raises(ValueError):
+        learn.fit(2, reset_opt=True, cbs=SaveState(tmp_path / 'b'), resume='latest')
     assert learn.opt is before
 
 def test_a_signal_during_a_validation_of_ones_own_waits_for_its_end(tmp_path):
@@ -673,31 +782,48 @@ def test_a_signal_during_a_validation_of_ones_own_waits_for_its_end(tmp_path):
         ran.append(learn.validate(samples_list()))
     class InLook(Signal):
         phases = ('valid',)
-        def send(self, learn): super().send(learn) if 'train' in learn.levels and learn.phase == 'valid' else None
+        def send(self, learn):
+            super().send(learn) if 'train' in learn.levels and learn.phase == 'valid' else None
     whole = outcome(train('dropout'))
-    def work(): train('dropout', cbs=[SaveState('run', '1 h'), On(after_batch=lambda learn: look(learn) if learn.training and learn.updates == 8 else None), InLook('after_pred', signal.SIGTERM, 1)], path=tmp_path)
+    def work():
+        train('dropout',
+              cbs=[SaveState('run', '1 h'), On(after_batch=lambda learn: look(learn)
+                                               if learn.training and learn.updates == 8 else None),
+                   InLook('after_pred', signal.SIGTERM, 1)], path=tmp_path)
     assert os.waitstatus_to_exitcode(forked(work)) == 143
     assert load_tree(saves(tmp_path / 'run')[0])['learner']['fit']['batch'] == 2
-    assert outcome(train('dropout', cbs=[SaveState('run')], path=tmp_path, seed=3, resume='latest')) == whole
+    assert outcome(train('dropout', cbs=[SaveState('run')], path=tmp_path, seed=3,
+                         resume='latest')) == whole
 
 def samples_list(): return LOADERS['list']()
 
 def test_saves_of_an_earlier_fit_go_with_a_warning(tmp_path):
     train(cbs=[SaveState('run')], path=tmp_path)
-    with pytest.warns(UserWarning, match='holds saves of an earlier fit, which go when this one saves'): train(cbs=[SaveState('run')], path=tmp_path)
-    with pytest.raises(ValueError, match="nothing is saved in .*rum, but .*run, to which SaveState.* saves, holds saves"):
+    with pytest.warns(UserWarning,
+                      match='holds saves of an earlier fit, which go when this one saves'):
+        train(cbs=[SaveState('run')], path=tmp_path)
+    with pytest.raises(
+        ValueError,
+        match="nothing is saved in .*rum, but .*run, to which SaveState.* saves, holds saves"):
         train(cbs=[SaveState('run')], path=tmp_path, resume='rum')
     for wrong in (True, False, '', 3):
-        with pytest.raises(TypeError, match="give the folder of a SaveState, a file, or 'latest'"): train(cbs=[SaveState('run')], path=tmp_path, resume=wrong)
+        with pytest.raises(TypeError, match="give the folder of a SaveState, a file, or 'latest'"):
+            train(cbs=[SaveState('run')], path=tmp_path, resume=wrong)
 
-@pytest.mark.parametrize('event', ['before_batch', 'after_loss', 'after_step', 'after_batch', 'after_train', 'after_epoch'])
+@pytest.mark.parametrize('event', ['before_batch', 'after_loss', 'after_step', 'after_batch',
+                                   'after_train', 'after_epoch'])
 def test_a_file_written_between_rests_is_no_place_to_go_on_from(tmp_path, event):
-    def save(learn): learn.save('mine') if learn.updates == 7 or event in ('after_train', 'after_epoch') else None
+    def save(learn):
+        if learn.updates == 7 or event in ('after_train', 'after_epoch'): learn.save('mine')
     train(cbs=[On(**{event: save})], path=tmp_path)
-    with pytest.raises(ValueError, match='was saved while a batch or an epoch was not over'): train(path=tmp_path, resume='mine')
+    with pytest.raises(ValueError, match='was saved while a batch or an epoch was not over'):
+        train(path=tmp_path, resume='mine')
 
 def test_a_generator_in_the_dataset_gives_the_same_with_any_number_of_workers():
-    def drawn(workers): return [x.tolist() for epoch in range(2) for x, _ in DataLoaders.from_datasets(Augmented('own'), bs=BS, num_workers=workers).train.batches(epoch)]
+    def drawn(workers):
+        return [x.tolist() for epoch in range(2)
+                for x, _ in DataLoaders.from_datasets(Augmented('own'), bs=BS,
+                                                      num_workers=workers).train.batches(epoch)]
     assert drawn(0) == drawn(2)
     assert drawn(0)[:6] != drawn(0)[6:]
 
@@ -712,23 +838,28 @@ def test_settings_of_numpy_and_nan_compare_as_they_should(tmp_path):
         def __init__(self, x): self.x = x
     def cut_with(cb):
         shutil_rm(tmp_path / 'run')
-        with pytest.raises(PowerCut): train(cbs=[cb, SaveState('run'), at(8, power_cut)], path=tmp_path)
+        with pytest.raises(PowerCut):
+            train(cbs=[cb, SaveState('run'), at(8, power_cut)], path=tmp_path)
     for before, now in ((float('nan'), float('nan')), (np.float64(.9), .9), (np.int64(3), 3)):
         cut_with(My(before))
         train(cbs=[My(now), SaveState('run')], path=tmp_path, resume='latest')
     cut_with(My(np.float64(.9)))
-    with pytest.raises(ValueError, match=r'then My\(0.9\), now My\(0.99\)'): train(cbs=[My(.99), SaveState('run')], path=tmp_path, resume='latest')
+    with pytest.raises(ValueError, match=r'then My\(0.9\), now My\(0.99\)'):
+        train(cbs=[My(.99), SaveState('run')], path=tmp_path, resume='latest')
 
 class Score(Callback):
     "A value that is never as good as in an epoch that time cuts short"
     tracks = ('train_score',)
-    def after_train(self, learn): learn.track('score', 100. if learn.time_is_up else -abs(learn.epoch - 1.), n=1)
+    def after_train(self, learn):
+        learn.track('score', 100. if learn.time_is_up else -abs(learn.epoch - 1.), n=1)
 
 def test_a_best_file_agrees_with_the_save_when_time_is_up(tmp_path):
-    def run(folder, *cbs, **kwargs): return train(cbs=[Score(), SaveBest('train_score', mode='max', path='best'), SaveState('run'), *cbs], path=folder, **kwargs)
+    def run(folder, *cbs, **kwargs):
+        return train(cbs=[Score(), SaveBest('train_score', mode='max', path='best'),
+                          SaveState('run'), *cbs], path=folder, **kwargs)
     whole = outcome(run(tmp_path / 'whole'))
     for stop in range(1, 18, 3):
-        def clock(learn):
+        def clock(learn, stop=stop):
             if learn.updates == stop: learn.time_is_up = True
         run(tmp_path / str(stop), On(order=-300, at_rest=clock), max_time=1000)
         assert outcome(run(tmp_path / str(stop), seed=5, resume='latest')) == whole

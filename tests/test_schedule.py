@@ -58,7 +58,8 @@ def whole(learn):
     return {name: state[name] for name in ('model', 'opt', 'callbacks', 'rng', 'counters')}
 
 def one_cycle(top=.1, div=25., div_final=1e5, pct=.25):
-    return combine_scheds([pct, 1 - pct], [sched_cos(top / div, top), sched_cos(top, top / div_final)])
+    return combine_scheds([pct, 1 - pct],
+                          [sched_cos(top / div, top), sched_cos(top, top / div_final)])
 
 FITS = {
     'one_cycle': (lambda learn, **kw: learn.fit_one_cycle(lr_max=.1, **kw), one_cycle(), 1e-6),
@@ -105,7 +106,8 @@ def test_a_stopped_fit_ends_at_the_end_value():
     learn.fit_flat_cos(4, .1, cbs=Callback(after_epoch=lambda learn: learn.stop()))
     assert learn.opt.param_groups[0]['lr'] == pytest.approx(1e-6)
 
-@pytest.mark.parametrize('cycles,length,mult', [(1, 1, 2), (3, 1, 2), (2, 2, 3), (4, 1, 1), (3, 3, 1)])
+@pytest.mark.parametrize('cycles,length,mult',
+                         [(1, 1, 2), (3, 1, 2), (2, 2, 3), (4, 1, 1), (3, 3, 1)])
 def test_restarts_fall_on_their_step(cycles, length, mult):
     learn, rates = make(n=47), Rates()
     learn.fit_sgdr(cycles, length, .1, mult, cbs=rates)
@@ -122,13 +124,17 @@ def test_jumps_of_combined_schedules_fall_on_their_step():
 def test_groups_keep_their_proportions():
     for fit in ('fit_one_cycle', 'fit_flat_cos', 'fit_wsd'):
         learn, seen = make(splitter=halves), []
-        spy = Callback(before_step=lambda learn: seen.append([g['lr'] for g in learn.opt.param_groups]))
+        def rates(learn, seen=seen): seen.append([g['lr'] for g in learn.opt.param_groups])
+        spy = Callback(before_step=rates)
         getattr(learn, fit)(4, slice(1e-3, 1e-1), cbs=spy)
-        assert all(b == pytest.approx(100 * a) for a, b in seen) and max(b for _, b in seen) == pytest.approx(.1)
+        assert all(b == pytest.approx(100 * a) for a, b in seen)
+        assert max(b for _, b in seen) == pytest.approx(.1)
 
 def test_keywords_reach_fit():
-    for call in (lambda learn, **kw: learn.fit_one_cycle(1, **kw), lambda learn, **kw: learn.fit_flat_cos(1, **kw),
-                 lambda learn, **kw: learn.fit_wsd(1, **kw), lambda learn, **kw: learn.fit_sgdr(1, **kw)):
+    for call in (lambda learn, **kw: learn.fit_one_cycle(1, **kw),
+                 lambda learn, **kw: learn.fit_flat_cos(1, **kw),
+                 lambda learn, **kw: learn.fit_wsd(1, **kw),
+                 lambda learn, **kw: learn.fit_sgdr(1, **kw)):
         learn, other = make(), make(n=20)
         opt = learn.opt
         call(learn, dls=other.dls, reset_opt=True, max_time=100)
@@ -136,22 +142,26 @@ def test_keywords_reach_fit():
 
 def test_wrong_shares_are_refused_before_anything_happens():
     learn = make()
-    for call in (lambda: learn.fit_one_cycle(1, pct_start=2), lambda: learn.fit_flat_cos(1, pct_warmup=-1),
-                 lambda: learn.fit_wsd(1, pct_warmup=.9, pct_decay=.2), lambda: learn.fit_sgdr(1.5)):
+    for call in (lambda: learn.fit_one_cycle(1, pct_start=2),
+                 lambda: learn.fit_flat_cos(1, pct_warmup=-1),
+                 lambda: learn.fit_wsd(1, pct_warmup=.9, pct_decay=.2),
+                 lambda: learn.fit_sgdr(1.5)):
         with pytest.raises(ValueError): call()
     with pytest.raises(TypeError): learn.fit_sgdr(1, lr=.1)
     assert learn.recorder.run == -1
 
 def test_curves_tell_schedules_apart():
     settings = [ParamScheduler({'lr': sched}).settings() for sched in
-                (one_cycle(), one_cycle(.2), one_cycle(pct=.3), [one_cycle()], sched_const(torch.tensor(1.)))]
+                (one_cycle(), one_cycle(.2), one_cycle(pct=.3), [one_cycle()],
+                 sched_const(torch.tensor(1.)))]
     assert len({tree_digest(s) for s in settings}) == 5
     assert ParamScheduler({'lr': one_cycle()}).settings() == settings[0]
 
 def test_a_fit_is_not_continued_with_another_schedule(tmp_path):
     def fit(pct, **kwargs):
         learn = make(path=tmp_path)
-        save = Callback(at_rest=lambda learn: learn.steps_done == 3 and learn.save('three'), order=100)
+        save = Callback(at_rest=lambda learn: learn.steps_done == 3 and learn.save('three'),
+                        order=100)
         learn.fit_one_cycle(2, .1, pct_start=pct, cbs=save, **kwargs)
         return whole(learn)
     through = fit(.25)
@@ -164,10 +174,12 @@ def test_a_fit_is_not_continued_with_another_schedule(tmp_path):
 def test_fine_tune_trains_the_head_then_everything():
     learn, seen = make(splitter=halves), []
     spy = Callback(before_step=lambda learn: seen.append(
-        ([p.requires_grad for p in learn.model[0].parameters()], [g['lr'] for g in learn.opt.param_groups])))
+        ([p.requires_grad for p in learn.model[0].parameters()],
+         [g['lr'] for g in learn.opt.param_groups])))
     learn.fine_tune(2, .1, cbs=spy)
     assert [free for free, _ in seen] == [[False] * 2] * 5 + [[True] * 2] * 10
-    assert [lrs[1] for _, lrs in seen[5:]] == pytest.approx([one_cycle(.05, 5., pct=.3)(i / 10) for i in range(10)])
+    wanted = [one_cycle(.05, 5., pct=.3)(i / 10) for i in range(10)]
+    assert [lrs[1] for _, lrs in seen[5:]] == pytest.approx(wanted)
     assert all(a == pytest.approx(b / 100) for _, (a, b) in seen[5:])
 
 def test_fine_tune_without_a_frozen_part():
@@ -178,7 +190,8 @@ def test_fine_tune_without_a_frozen_part():
 def test_fine_tune_stops_when_its_first_fit_is_interrupted():
     learn = make(splitter=halves)
     def interrupt(learn): raise KeyboardInterrupt
-    with pytest.warns(UserWarning, match='interrupted'): learn.fine_tune(2, cbs=Callback(after_step=interrupt))
+    with pytest.warns(UserWarning, match='interrupted'):
+        learn.fine_tune(2, cbs=Callback(after_step=interrupt))
     assert learn.steps_done == 1 and not learn.model[0].weight.requires_grad
 
 def test_fine_tune_goes_on_when_its_first_fit_is_stopped():
@@ -198,22 +211,27 @@ class Halving:
     def __call__(self, epoch): return .5 ** (epoch // self.n)
 
 def sequential(opt):
-    parts = [ts.LinearLR(opt, .1, total_iters=3), ts.CosineAnnealingLR(opt, 10), ts.ExponentialLR(opt, .9)]
+    parts = [ts.LinearLR(opt, .1, total_iters=3), ts.CosineAnnealingLR(opt, 10),
+             ts.ExponentialLR(opt, .9)]
     return ts.SequentialLR(opt, parts, [3, 8])
 
-def chained(opt): return ts.ChainedScheduler([ts.ConstantLR(opt, .5, 4), ts.MultiStepLR(opt, [3, 7], .8)])
+def chained(opt):
+    return ts.ChainedScheduler([ts.ConstantLR(opt, .5, 4), ts.MultiStepLR(opt, [3, 7], .8)])
+
 def nested(opt):
-    return ts.SequentialLR(opt, [ts.LinearLR(opt, .1, total_iters=2), ts.CyclicLR(opt, .001, .01, 3)], [4])
+    return ts.SequentialLR(opt, [ts.LinearLR(opt, .1, total_iters=2),
+                                 ts.CyclicLR(opt, .001, .01, 3)], [4])
 
 class Timm:
     "The protocol of timm's schedulers, by update or by epoch"
     def __init__(self, optimizer, by='epoch', warmup=3):
-        self.optimizer, self.by, self.warmup, self.metric, self.calls = optimizer, by, warmup, None, []
+        self.optimizer, self.by, self.warmup = optimizer, by, warmup
+        self.metric, self.calls = None, []
         for group in optimizer.param_groups: group.setdefault('initial_lr', group['lr'])
         self.base = [group['initial_lr'] for group in optimizer.param_groups]
         self.set(0)
     def set(self, t):
-        for group, base in zip(self.optimizer.param_groups, self.base):
+        for group, base in zip(self.optimizer.param_groups, self.base, strict=True):
             group['lr'] = base * min((t + 1) / self.warmup, 1) * .97 ** t
     def step(self, epoch, metric=None):
         self.metric = metric
@@ -234,12 +252,15 @@ SCHEDS = {
     'MultiStepLR': partial(ts.MultiStepLR, milestones=[2, 2, 5, 11], gamma=.7),
     'ConstantLR': partial(ts.ConstantLR, factor=.3, total_iters=6),
     'LinearLR': partial(ts.LinearLR, start_factor=.1, total_iters=9),
-    'ExponentialLR': partial(ts.ExponentialLR, gamma=.9), 'PolynomialLR': partial(ts.PolynomialLR, total_iters=12, power=2.),
+    'ExponentialLR': partial(ts.ExponentialLR, gamma=.9),
+    'PolynomialLR': partial(ts.PolynomialLR, total_iters=12, power=2.),
     'CosineAnnealingLR': partial(ts.CosineAnnealingLR, T_max=13, eta_min=1e-4),
     'CosineAnnealingWarmRestarts': partial(ts.CosineAnnealingWarmRestarts, T_0=3, T_mult=2),
-    'CyclicLR': partial(ts.CyclicLR, base_lr=1e-3, max_lr=1e-2, step_size_up=3, mode='exp_range', gamma=.98),
+    'CyclicLR': partial(ts.CyclicLR, base_lr=1e-3, max_lr=1e-2, step_size_up=3, mode='exp_range',
+                        gamma=.98),
     'CyclicLR, a function': lambda opt: ts.CyclicLR(opt, 1e-3, 1e-2, 3, scale_fn=lambda x: 1 / x),
-    'OneCycleLR': partial(ts.OneCycleLR, max_lr=.02, total_steps=60, anneal_strategy='linear', three_phase=True),
+    'OneCycleLR': partial(ts.OneCycleLR, max_lr=.02, total_steps=60, anneal_strategy='linear',
+                          three_phase=True),
     'SequentialLR': sequential, 'ChainedScheduler': chained, 'SequentialLR, cyclic': nested,
     'timm by update': partial(Timm, by='update'), 'timm by epoch': Timm,
     'ReduceLROnPlateau': partial(ts.ReduceLROnPlateau, patience=0, threshold=10., factor=.5)}
@@ -269,7 +290,8 @@ def by_hand(name, per, epochs):
                 if isinstance(scheduler, Timm): scheduler.step_update(updates)
                 elif per == 'step': scheduler.step()
             if isinstance(scheduler, Timm): scheduler.step(epoch + 1)
-            elif per == 'epoch': scheduler.step(*([1.] if isinstance(scheduler, ts.ReduceLROnPlateau) else []))
+            elif per == 'epoch':
+                scheduler.step(*([1.] if isinstance(scheduler, ts.ReduceLROnPlateau) else []))
     return lrs
 
 @pytest.mark.parametrize('name,per', ALL)
@@ -280,7 +302,8 @@ def test_the_rates_are_those_of_a_loop_by_hand(name, per):
         learn.fit(4, cbs=rates)
     assert rates.lrs == by_hand(name, per, 4)
     assert learn.recorder.steps.lr.tolist() == rates.lrs
-    if per == 'epoch' and 'update' not in name: assert learn.recorder.df.lr.tolist() == rates.lrs[4::5]
+    if per == 'epoch' and 'update' not in name:
+        assert learn.recorder.df.lr.tolist() == rates.lrs[4::5]
 
 @pytest.mark.parametrize('name,per', ALL)
 def test_two_fits_are_one_long_one(name, per):
@@ -293,7 +316,8 @@ def test_two_fits_are_one_long_one(name, per):
 
 @pytest.mark.parametrize('name,per,opt_func', [
     *((name, per, partial(SGD, momentum=.9)) for name, per in ALL),
-    *((name, 'step', AdamW) for name in ('CyclicLR', 'OneCycleLR', 'SequentialLR, cyclic', 'timm by update'))])  # betas
+    *((name, 'step', AdamW)
+      for name in ('CyclicLR', 'OneCycleLR', 'SequentialLR, cyclic', 'timm by update'))]) # betas
 def test_it_goes_on_exactly_from_a_file(name, per, opt_func, tmp_path):
     learn = scheduled(name, per, opt_func)
     learn.fit(2)
@@ -352,7 +376,8 @@ def test_it_starts_again_with_a_new_optimizer(name, per):
 
 def test_state_is_plain_and_is_a_copy():
     learn = scheduled('MultiStepLR', 'step')
-    assert learn.cbs[-1].state_dict() == {'kind': 'NoneType', 'scheduler': None, 'epochs': 0, 'updates': 0, 'scale': 1.}
+    assert learn.cbs[-1].state_dict() == {'kind': 'NoneType', 'scheduler': None, 'epochs': 0,
+                                          'updates': 0, 'scale': 1.}
     learn.fit(1)
     state = learn.cbs[-1].state_dict()
     assert type(state['scheduler']['milestones']) is Counter and state['updates'] == 5
@@ -378,14 +403,19 @@ def test_functions_in_a_state_are_made_again():
         def __init__(self, opt, funcs):
             self.funcs, self.first = funcs, funcs[0]
             super().__init__(opt)
-        def get_lr(self): return [base * self.funcs[self.last_epoch % 2](self.last_epoch) for base in self.base_lrs]
-    def build(): return make(cbs=TorchScheduler(partial(Own, funcs=[lambda n: 1 / (n + 1), lambda n: .9 ** n])))
+        def get_lr(self):
+            return [base * self.funcs[self.last_epoch % 2](self.last_epoch)
+                    for base in self.base_lrs]
+    def build():
+        return make(cbs=TorchScheduler(partial(Own,
+                                               funcs=[lambda n: 1 / (n + 1), lambda n: .9 ** n])))
     learn, again = build(), build()
     learn.fit(1)
     again.load_state_dict(learn.state_dict())
     learn.fit(1)
     again.fit(1)
-    assert same(whole(learn), whole(again)) and 'funcs' not in learn.cbs[-1].state_dict()['scheduler']
+    assert same(whole(learn), whole(again))
+    assert 'funcs' not in learn.cbs[-1].state_dict()['scheduler']
 
 def test_order_of_loading_and_new_optimizers():
     saved = scheduled('StepLR', 'step')
@@ -420,7 +450,9 @@ def test_another_kind_is_refused_and_changes_nothing():
     built = scheduled('ExponentialLR', 'step')
     built.fit(1)
     before = whole(built)
-    with pytest.raises(ValueError, match='the saved scheduler is StepLR, this one is ExponentialLR'): built.load_state_dict(state)
+    with pytest.raises(ValueError,
+                       match='the saved scheduler is StepLR, this one is ExponentialLR'):
+        built.load_state_dict(state)
     assert same(whole(built), before)
     fresh = scheduled('ExponentialLR', 'step')
     fresh.load_state_dict(state)
@@ -436,12 +468,14 @@ def test_only_real_updates_count():
     learn, rates = scheduled('ExponentialLR', 'step'), Rates()
     learn.fit(2, cbs=[rates, Accumulate(2)])  # five batches: two updates and the rest
     assert rates.lrs == pytest.approx([.01 * .9 ** i for i in range(6)])
-    assert learn.cbs[1].updates == 6 and learn.opt.param_groups[0]['lr'] == pytest.approx(.01 * .9 ** 6)
+    assert learn.cbs[1].updates == 6
+    assert learn.opt.param_groups[0]['lr'] == pytest.approx(.01 * .9 ** 6)
 
 def test_an_update_counts_also_when_the_fit_ends_with_it():
     learn = scheduled('ExponentialLR', 'step')
     learn.fit(1, cbs=Callback(after_step=lambda learn: learn.stop()))
-    assert learn.steps_done == learn.cbs[-1].updates == 1 and learn.opt.param_groups[0]['lr'] == pytest.approx(.009)
+    assert learn.steps_done == learn.cbs[-1].updates == 1
+    assert learn.opt.param_groups[0]['lr'] == pytest.approx(.009)
 
 def test_plateau_gets_its_monitor():
     seen = []
@@ -452,9 +486,11 @@ def test_plateau_gets_its_monitor():
     learn = make(cbs=TorchScheduler(Spy, 'epoch', 'train_loss'))
     learn.fit(2)
     assert seen == learn.recorder.df.train_loss.tolist()
-    with pytest.raises(ValueError, match="no 'auc' was recorded; have: run, epoch, train_loss, valid_loss, lr"):
+    with pytest.raises(ValueError,
+                       match="no 'auc' was recorded; have: run, epoch, train_loss, valid_loss, lr"):
         make(cbs=TorchScheduler(Spy, 'epoch', 'auc')).fit(1)
-    with pytest.raises(ValueError, match="give it per='epoch'"): make(cbs=TorchScheduler(Spy)).fit(1)
+    with pytest.raises(ValueError, match="give it per='epoch'"):
+        make(cbs=TorchScheduler(Spy)).fit(1)
     def cancel(learn): raise CancelEpoch
     learn.fit(1, cbs=Callback(after_step=cancel))  # no result to look at
     assert len(seen) == 2 and learn.epochs_done == 3
@@ -463,7 +499,8 @@ def test_timm_is_told_of_updates_and_epochs():
     learn = scheduled('timm by update', 'epoch')
     learn.fit(1)
     learn.fit(1)
-    calls = [['update', i] for i in range(1, 6)] + [['epoch', 1]] + [['update', i] for i in range(6, 11)] + [['epoch', 2]]
+    calls = ([['update', i] for i in range(1, 6)] + [['epoch', 1]]
+             + [['update', i] for i in range(6, 11)] + [['epoch', 2]])
     assert learn.cbs[-1].scheduler.calls == calls
     assert learn.cbs[-1].scheduler.metric == learn.recorder.df.valid_loss.iloc[-1]
 
@@ -490,16 +527,19 @@ def test_two_of_them_work_together():
     assert lrs == pytest.approx([.01 * .9 ** i * .5 ** (i // 5) for i in range(15)])
     for fits in ((1, 2), (1, None, 2), (2, None, 1)):
         again, now = run(*fits)
-        assert again == lrs and same(now['model'], state['model']) and same(now['opt'], state['opt'])
+        assert again == lrs and same(now['model'], state['model'])
+        assert same(now['opt'], state['opt'])
 
 def test_rates_that_are_tensors():
     opt_func = partial(Adam, foreach=False)
     def run(save):
-        learn = make(opt_func, lr=torch.tensor(.01), cbs=TorchScheduler(SCHEDS['CosineAnnealingLR']))
+        learn = make(opt_func, lr=torch.tensor(.01),
+                     cbs=TorchScheduler(SCHEDS['CosineAnnealingLR']))
         learn.fit(1)
         if save:
             state = learn.state_dict()
-            learn = make(opt_func, lr=torch.tensor(.01), cbs=TorchScheduler(SCHEDS['CosineAnnealingLR']))
+            learn = make(opt_func, lr=torch.tensor(.01),
+                         cbs=TorchScheduler(SCHEDS['CosineAnnealingLR']))
             learn.load_state_dict(state)
         learn.fit(1)
         return learn
@@ -513,9 +553,12 @@ def test_rates_that_are_tensors():
 def test_a_rate_given_and_schedules_that_would_fight_are_refused():
     learn = scheduled('StepLR', 'step', splitter=halves)
     with pytest.raises(ValueError, match='setup'): learn.fit(1, .1)
-    for call in (lambda **kw: learn.fit_one_cycle(1, **kw), lambda **kw: learn.fit_flat_cos(1, **kw),
-                 lambda **kw: learn.fit_wsd(1, **kw), lambda **kw: learn.fit_sgdr(1, **kw), lambda **kw: learn.fine_tune(1, **kw),
-                 lambda **kw: learn.fit(1, cbs=[ParamScheduler({'lr': sched_const(1)}), kw.get('cbs')])):
+    for call in (lambda **kw: learn.fit_one_cycle(1, **kw),
+                 lambda **kw: learn.fit_flat_cos(1, **kw),
+                 lambda **kw: learn.fit_wsd(1, **kw), lambda **kw: learn.fit_sgdr(1, **kw),
+                 lambda **kw: learn.fine_tune(1, **kw),
+                 lambda **kw: learn.fit(1, cbs=[ParamScheduler({'lr': sched_const(1)}),
+                                                kw.get('cbs')])):
         with pytest.raises(ValueError, match='would fight'): call()
         cb = learn.cbs[-1]
         learn.remove_cb(cb)
@@ -527,16 +570,19 @@ def test_a_rate_given_and_schedules_that_would_fight_are_refused():
 
 def test_wrong_sched_funcs():
     learn = make()
-    with pytest.raises(TypeError, match='give a function of the optimizer'): TorchScheduler(ts.StepLR(learn.opt, 1))
+    with pytest.raises(TypeError, match='give a function of the optimizer'):
+        TorchScheduler(ts.StepLR(learn.opt, 1))
     with pytest.raises(ValueError, match='per'): TorchScheduler(ts.StepLR, 'batch')
-    with pytest.raises(TypeError, match='no scheduler'): learn.fit(1, cbs=TorchScheduler(lambda opt: 3))
+    with pytest.raises(TypeError, match='no scheduler'):
+        learn.fit(1, cbs=TorchScheduler(lambda opt: 3))
     with pytest.raises(ValueError, match='another optimizer'):
         learn.fit(1, cbs=TorchScheduler(lambda opt: ts.StepLR(make().opt, 1)))
     bare = Learner(learn.dls, nn.Identity(), lambda *_: torch.zeros(()), device='cpu')
     with pytest.raises(ValueError, match='no optimizer'): bare.fit(1, cbs=TorchScheduler(ts.StepLR))
 
 def test_settings_tell_schedulers_apart():
-    given = [(partial(ts.StepLR, step_size=1),), (partial(ts.StepLR, step_size=2),), (sequential,), (chained,),
+    given = [(partial(ts.StepLR, step_size=1),), (partial(ts.StepLR, step_size=2),), (sequential,),
+             (chained,),
              (chained, 'epoch'), (chained, 'epoch', 'train_loss')]
     cbs = [TorchScheduler(*args) for args in given]
     assert len({tree_digest(cb.settings()) for cb in cbs}) == len(cbs)
@@ -549,10 +595,12 @@ def test_setup_rebuilds_what_is_given_and_keeps_the_rest():
     learn.fit(1)
     opt, scheduler, state = learn.opt, learn.cbs[-1].scheduler, whole(learn)
     assert learn.setup(loss_func=nn.L1Loss()) is learn
-    assert type(learn.loss_func) is nn.L1Loss and learn.opt is opt and learn.cbs[-1].scheduler is scheduler
+    assert type(learn.loss_func) is nn.L1Loss and learn.opt is opt
+    assert learn.cbs[-1].scheduler is scheduler
     assert same(whole(learn), state)
     learn.setup(lr=.5)
-    assert learn.opt is opt and opt.state and learn.lr == opt.param_groups[0]['lr'] == .5 and learn.cbs[-1].updates == 0
+    assert learn.opt is opt and opt.state and learn.lr == opt.param_groups[0]['lr'] == .5
+    assert learn.cbs[-1].updates == 0
     rates = Rates()
     learn.fit(1, cbs=rates)
     assert rates.lrs == pytest.approx([.5 * .9 ** i for i in range(5)])
@@ -583,11 +631,13 @@ def test_setup_takes_the_rate_of_a_partial():
     assert learn.opt.param_groups[0]['lr'] == 1e-2
 
 def test_setup_replaces_and_removes_schedulers_of_one_kind():
-    steps, epochs = TorchScheduler(SCHEDS['ExponentialLR']), TorchScheduler(SCHEDS['StepLR'], 'epoch')
+    steps = TorchScheduler(SCHEDS['ExponentialLR'])
+    epochs = TorchScheduler(SCHEDS['StepLR'], 'epoch')
     learn = make(cbs=[steps, epochs])
     learn.fit(1)
     learn.setup(step_sched=SCHEDS['LinearLR'])
-    assert type(learn.cbs[1].scheduler) is ts.LinearLR and learn.cbs[2] is epochs and epochs.epochs == 1
+    assert type(learn.cbs[1].scheduler) is ts.LinearLR and learn.cbs[2] is epochs
+    assert epochs.epochs == 1
     assert len(learn.cbs) == 3 and not steps in learn.cbs
     learn.setup(step_sched=False)
     assert list(learn.cbs) == [learn.recorder, epochs]
@@ -600,13 +650,18 @@ def test_setup_is_all_or_nothing():
     def broken(opt, lr=None): raise RuntimeError('broken')
     learn = scheduled('CyclicLR', 'step', splitter=halves)
     learn.fit(1)
-    def parts(): return [learn.opt, learn.lr, learn.loss_func, learn.opt_func, *learn.cbs, learn.cbs[-1].scheduler]
+    def parts():
+        return [learn.opt, learn.lr, learn.loss_func, learn.opt_func, *learn.cbs,
+                learn.cbs[-1].scheduler]
     before, kept = whole(learn), parts()
-    for kwargs in (dict(opt_func=broken), dict(lr=.2, step_sched=broken), dict(opt_func=Adam, epoch_sched=broken),
-                   dict(lr=[1, 2, 3]), dict(lr=-1), dict(step_sched=3), dict(step_sched=ts.ReduceLROnPlateau),
+    for kwargs in (dict(opt_func=broken), dict(lr=.2, step_sched=broken),
+                   dict(opt_func=Adam, epoch_sched=broken),
+                   dict(lr=[1, 2, 3]), dict(lr=-1), dict(step_sched=3),
+                   dict(step_sched=ts.ReduceLROnPlateau),
                    dict(opt_func=torch.optim.Adagrad),  # it has no momentum to cycle
                    dict(opt_func=Adam, epoch_sched=False, step_sched=broken)):
-        with pytest.raises((RuntimeError, ValueError, TypeError)): learn.setup(loss_func=nn.L1Loss(), **kwargs)
+        with pytest.raises((RuntimeError, ValueError, TypeError)):
+            learn.setup(loss_func=nn.L1Loss(), **kwargs)
         assert parts() == kept and same(whole(learn), before)
     again = scheduled('CyclicLR', 'step', splitter=halves)
     again.fit(1)
@@ -638,7 +693,8 @@ def test_frozen_layers_do_not_move_and_norms_may():
         before = {k: v.clone() for k, v in learn.model.state_dict().items()}
         learn.fit(1)
         moved = {k for k, v in learn.model.state_dict().items() if not torch.equal(v, before[k])}
-        norm = {'1.weight', '1.bias', '1.running_mean', '1.running_var', '1.num_batches_tracked'} if train_bn else set()
+        norm = {'1.weight', '1.bias', '1.running_mean', '1.running_var',
+                '1.num_batches_tracked'} if train_bn else set()
         assert moved == {'3.weight', '3.bias'} | norm
 
 def test_freezing_keeps_optimizer_state_and_says_what_is_wrong():
@@ -649,7 +705,8 @@ def test_freezing_keeps_optimizer_state_and_says_what_is_wrong():
     learn.unfreeze()
     assert len(learn.opt.state) == states == 6
     for n in (2, -3, 'head', 1.0, True):
-        with pytest.raises(ValueError, match='2 groups of layers'): freeze_layers(learn.model, learn.opt, n)
+        with pytest.raises(ValueError, match='2 groups of layers'):
+            freeze_layers(learn.model, learn.opt, n)
     with pytest.raises(ValueError, match='splitter'): freeze_layers(make().model, make().opt, 1)
     assert freeze_layers(make().model, make().opt, 0) == []
 

@@ -1,5 +1,6 @@
-"What 01_store.ipynb cannot show: any tree there and back, damage anywhere, failure and death at every step"
-import enum, errno, json, math, os, random, signal, struct, subprocess, sys, textwrap, threading, time
+"Trees in files: any tree there and back, damage anywhere, failure and death at every step"
+import enum, errno, json, math, os, random, signal, struct, subprocess, sys, textwrap, threading
+import time
 from collections import Counter, OrderedDict, defaultdict
 import numpy as np
 import pytest
@@ -21,15 +22,18 @@ def path(tmp_path): return tmp_path / 'tree.safetensors'
 
 
 def raw(t): # its bytes; a copy in plain memory can be viewed as any type
-    return torch.empty(t.shape, dtype=t.dtype).copy_(t.detach()).flatten().view(torch.uint8).tolist()
+    return torch.empty(t.shape,
+                       dtype=t.dtype).copy_(t.detach()).flatten().view(torch.uint8).tolist()
 
 
 def same(a, b):
     "Whether two trees have the same types, order and bits; written apart from what it checks"
     if isinstance(a, torch.Tensor):
-        return type(b) is torch.Tensor and (a.dtype, a.shape) == (b.dtype, b.shape) and raw(a) == raw(b)
+        return type(b) is torch.Tensor and (a.dtype,
+                                            a.shape) == (b.dtype, b.shape) and raw(a) == raw(b)
     if type(a) is not type(b): return False
-    if isinstance(a, (np.ndarray, np.generic)): return (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
+    if isinstance(a, (np.ndarray, np.generic)):
+        return (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
     if isinstance(a, float): return struct.pack('d', a) == struct.pack('d', b)
     if isinstance(a, dict): return same(list(a.items()), list(b.items()))
     if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(same, a, b))
@@ -40,7 +44,8 @@ def same(a, b):
 # Round trips
 
 DTYPES = list(store.DTYPES)
-NP_DTYPES = ['bool', 'int8', 'int16', 'int32', 'int64', 'uint8', 'uint16', 'uint32', 'uint64', 'float16', 'float32',
+NP_DTYPES = ['bool', 'int8', 'int16', 'int32', 'int64', 'uint8', 'uint16', 'uint32', 'uint64',
+             'float16', 'float32',
              'float64', 'complex64']
 SHAPES = st.lists(st.integers(0, 3), max_size=3)
 
@@ -57,16 +62,23 @@ def array(dtype, shape, seed): return tensor(getattr(torch, dtype), shape, seed)
 
 SEEDS = st.integers(0, 3) # few, so that equal tensors occur
 TEXT = st.text(st.characters(exclude_categories=()), max_size=6) # halves of surrogate pairs too
-SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.integers(-2**2000, 2**2000), st.floats(), TEXT)
-KEYS = st.one_of(TEXT, st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=2).map(tuple), max_leaves=4))
+SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.integers(-2**2000, 2**2000),
+                    st.floats(), TEXT)
+KEYS = st.one_of(TEXT, st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=2).map(tuple),
+                                    max_leaves=4))
 LEAVES = st.one_of(
-    SCALARS, st.builds(tensor, st.sampled_from(DTYPES), SHAPES, SEEDS), st.builds(array, st.sampled_from(NP_DTYPES), SHAPES, SEEDS),
+    SCALARS, st.builds(tensor, st.sampled_from(DTYPES), SHAPES, SEEDS),
+    st.builds(array, st.sampled_from(NP_DTYPES), SHAPES, SEEDS),
     st.builds(lambda dtype, seed: array(dtype, [1], seed)[0], st.sampled_from(NP_DTYPES), SEEDS),
-    SHAPES.map(torch.Size), st.slices(5), st.sampled_from(DTYPES), st.sampled_from(['cpu', 'cuda:1', 'meta']).map(torch.device))
+    SHAPES.map(torch.Size), st.slices(5), st.sampled_from(DTYPES),
+    st.sampled_from(['cpu', 'cuda:1', 'meta']).map(torch.device))
 TREES = st.recursive(LEAVES, lambda inner: st.one_of(
-    st.lists(inner, max_size=4), st.lists(inner, max_size=4).map(tuple), st.dictionaries(KEYS, inner, max_size=4),
-    st.dictionaries(st.sampled_from(['a', 'a.b', 'b', '$a', '', '__metadata__', 'a~2', '$tensor']), inner, max_size=4),
-    st.dictionaries(KEYS, inner, max_size=3).map(OrderedDict), st.dictionaries(KEYS, inner, max_size=3).map(Counter)),
+    st.lists(inner, max_size=4), st.lists(inner, max_size=4).map(tuple),
+    st.dictionaries(KEYS, inner, max_size=4),
+    st.dictionaries(st.sampled_from(['a', 'a.b', 'b', '$a', '', '__metadata__', 'a~2', '$tensor']),
+                    inner, max_size=4),
+    st.dictionaries(KEYS, inner, max_size=3).map(OrderedDict),
+    st.dictionaries(KEYS, inner, max_size=3).map(Counter)),
     max_leaves=20)
 
 
@@ -109,9 +121,11 @@ def test_digests_tell_trees_apart(a, b):
 def same_set(a, b): # equal but for the order of keys and the bits of nan
     if isinstance(a, float) and isinstance(b, float) and a != a: return b != b
     if isinstance(a, dict) and type(a) is type(b) and not isinstance(a, OrderedDict):
-        order = lambda item: tree_digest(item[0]) # repr would not do: that of a Counter compares its values
+        # repr would not do: that of a Counter compares its values
+        order = lambda item: tree_digest(item[0])
         return same_set(sorted(a.items(), key=order), sorted(b.items(), key=order))
-    if isinstance(a, (list, tuple)) and type(a) is type(b): return len(a) == len(b) and all(map(same_set, a, b))
+    if isinstance(a, (list, tuple)) and type(a) is type(b):
+        return len(a) == len(b) and all(map(same_set, a, b))
     return same(a, b)
 
 
@@ -125,18 +139,24 @@ def test_every_layout(path):
     "Transposed, expanded, strided, overlapping, lazily conjugated and negated, from another memory"
     x = torch.arange(24.).reshape(2, 3, 4)
     z = torch.complex(x, x + 1)
-    tree = {'t': x.mT, 'step': x[:, ::2], 'expanded': x[:1].expand(5, 3, 4), 'a': x[0], 'b': x.flatten()[3:20], 'same': x,
-            'flipped view': x.unfold(2, 2, 1), 'conj': z.conj(), 'imag of conj': z.conj().imag, 'last': x.permute(2, 0, 1),
-            'image': torch.rand(2, 3, 4, 5).to(memory_format=torch.channels_last), 'one': x[0, 0, 0].expand(1),
-            'parameter': nn.Parameter(x), 'graph': nn.Parameter(x) * 2, 'int': x.view(torch.int32), 'one of many': x[:, :1, 0]}
+    tree = {'t': x.mT, 'step': x[:, ::2], 'expanded': x[:1].expand(5, 3, 4), 'a': x[0],
+            'b': x.flatten()[3:20], 'same': x,
+            'flipped view': x.unfold(2, 2, 1), 'conj': z.conj(), 'imag of conj': z.conj().imag,
+            'last': x.permute(2, 0, 1),
+            'image': torch.rand(2, 3, 4, 5).to(memory_format=torch.channels_last),
+            'one': x[0, 0, 0].expand(1),
+            'parameter': nn.Parameter(x), 'graph': nn.Parameter(x) * 2, 'int': x.view(torch.int32),
+            'one of many': x[:, :1, 0]}
     with torch.inference_mode(): tree['inference'] = x + 5
     loaded = load_tree(save_tree(tree, path))
     assert same(list(tree.values()), list(loaded.values()))
     assert all(t.is_contiguous() and not t.requires_grad for t in loaded.values())
 
 
-@pytest.mark.parametrize('array', [np.ones((2, 3)).T, np.arange(9)[::-2], np.asfortranarray(np.ones((2, 3))), np.array(1.),
-                                   np.broadcast_to(np.float32(2), (2, 2)), np.zeros((0, 3), 'uint16')])
+@pytest.mark.parametrize('array', [np.ones((2, 3)).T, np.arange(9)[::-2],
+                                   np.asfortranarray(np.ones((2, 3))), np.array(1.),
+                                   np.broadcast_to(np.float32(2), (2, 2)),
+                                   np.zeros((0, 3), 'uint16')])
 def test_arrays_of_every_layout(path, array):
     loaded = load_tree(save_tree(array, path))
     assert same(array, loaded) and loaded.flags.writeable
@@ -144,13 +164,16 @@ def test_arrays_of_every_layout(path, array):
 
 def test_equal_tensors_are_stored_once_and_loaded_apart(path):
     x = torch.arange(1000.)
-    tree = {'a': x, 'b': x.clone(), 'c': [x.view(1000)], 'other shape': x.view(10, 100), 'd': x.numpy()}
+    tree = {'a': x, 'b': x.clone(), 'c': [x.view(1000)], 'other shape': x.view(10, 100),
+            'd': x.numpy()}
     loaded = load_tree(save_tree(tree, path))
     with safe_open(path, 'pt') as file: assert sorted(file.keys()) == ['a', 'other shape']
     loaded['a'] += 1
     loaded['d'] *= 2
-    assert torch.equal(loaded['b'], x) and torch.equal(loaded['c'][0], x) and torch.equal(loaded['other shape'].flatten(), x)
-    assert len({t.untyped_storage().data_ptr() for t in (loaded['a'], loaded['b'], loaded['c'][0])}) == 3
+    assert torch.equal(loaded['b'], x) and torch.equal(loaded['c'][0], x)
+    assert torch.equal(loaded['other shape'].flatten(), x)
+    assert len({t.untyped_storage().data_ptr()
+                for t in (loaded['a'], loaded['b'], loaded['c'][0])}) == 3
 
 
 def test_each_tensor_is_hashed_once(path, monkeypatch):
@@ -172,22 +195,27 @@ def test_an_optimizer_and_its_model(path):
     tree = {'model': model.state_dict(), 'opt': opt.state_dict(), 'schedule': schedule.state_dict()}
     loaded = load_tree(save_tree(tree, path))
     assert same(tree, loaded)
-    with safe_open(path, 'pt') as file: assert {'model.0.weight', 'opt.state[0].exp_avg'} <= {*file.keys()}
+    with safe_open(path, 'pt') as file:
+        assert {'model.0.weight', 'opt.state[0].exp_avg'} <= {*file.keys()}
 
 
 @pytest.mark.parametrize('value', [
-    '\ud83d\ude00', '\ud83d', ['\udfff\ud800'], {'\ud83d\ude00': 1, '😀': 2}, 10**5000, -2**63, 2**63, -2**63 - 1, math.inf, -math.inf,
-    *(struct.unpack('>d', bytes.fromhex(bits))[0] for bits in ('7ff8000000000000', 'fff8000000000000', '7ff8000000000123')),
-    -0., 5e-324, {math.inf: 1}, {1: 1, '1': 2}, {'$tensor': 'a'}, {'$dict': []}], ids=lambda value: ascii(value)[:20] if value != 10**5000 else 'huge')
+    '\ud83d\ude00', '\ud83d', ['\udfff\ud800'], {'\ud83d\ude00': 1, '😀': 2}, 10**5000, -2**63,
+    2**63, -2**63 - 1, math.inf, -math.inf,
+    *(struct.unpack('>d', bytes.fromhex(bits))[0]
+      for bits in ('7ff8000000000000', 'fff8000000000000', '7ff8000000000123')),
+    -0., 5e-324, {math.inf: 1}, {1: 1, '1': 2}, {'$tensor': 'a'}, {'$dict': []}],
+                         ids=lambda value: ascii(value)[:20] if value != 10**5000 else 'huge')
 def test_what_json_has_not(path, value):
-    "Halves of surrogate pairs beside each other, long integers, the bits of nan, keys that look like kinds"
+    "Halves of surrogate pairs side by side, long integers, bits of nan, keys that look like kinds"
     assert same(value, load_tree(save_tree(value, path)))
     def strict(constant): raise AssertionError(constant)
     with safe_open(path, 'pt') as file: json.loads(file.metadata()['tree'], parse_constant=strict)
 
 
 def test_names_that_clash(path):
-    tree = {'a.b': torch.zeros(1), 'a': {'b': torch.ones(1)}, 'a.b~2': torch.ones(2), '__metadata__': torch.ones(3)}
+    tree = {'a.b': torch.zeros(1), 'a': {'b': torch.ones(1)}, 'a.b~2': torch.ones(2),
+            '__metadata__': torch.ones(3)}
     assert same(tree, load_tree(save_tree(tree, path)))
 
 
@@ -199,21 +227,25 @@ def test_every_tensor_is_aligned(path):
         start = 8 + int.from_bytes(data[:8], 'little')
         assert start % 8 == 0
         for name, entry in json.loads(data[8:start]).items():
-            if name != '__metadata__': assert entry['data_offsets'][0] % tree[name].element_size() == 0
+            if name != '__metadata__':
+                assert entry['data_offsets'][0] % tree[name].element_size() == 0
     data = save_tensors(tree, path).read_bytes()
     for name, entry in json.loads(data[8:8 + int.from_bytes(data[:8], 'little')]).items():
         assert entry['data_offsets'][0] % tree[name].element_size() == 0
 
 
 def test_nan_has_one_digest():
-    nans = [struct.unpack('>d', bytes.fromhex(bits))[0] for bits in ('7ff8000000000000', 'fff8000000000000', '7ff8000000000123')]
-    assert len({tree_digest([nan]) for nan in nans}) == 1 and tree_digest([nans[0]]) != tree_digest([math.inf])
+    nans = [struct.unpack('>d', bytes.fromhex(bits))[0]
+            for bits in ('7ff8000000000000', 'fff8000000000000', '7ff8000000000123')]
+    assert len({tree_digest([nan]) for nan in nans}) == 1
+    assert tree_digest([nans[0]]) != tree_digest([math.inf])
 
 
 def test_order_counts_in_an_ordered_dict_only():
     for kind, differ in ((dict, False), (Counter, False), (OrderedDict, True)):
         for items in ([(1, 1), (2, 2)], [('a', 1), ('b', 2)]):
-            assert (tree_digest(kind(dict(items))) != tree_digest(kind(dict(items[::-1])))) == differ
+            assert (tree_digest(kind(dict(items)))
+                    != tree_digest(kind(dict(items[::-1])))) == differ
 
 
 # What is refused
@@ -226,46 +258,60 @@ class MyArray(np.ndarray): pass
 class Thing: pass
 
 REFUSED = {
-    'function': lambda: 1, 'object': Thing(), 'class': Thing, 'set': {1}, 'bytes': b'a', 'complex': 1j, 'range': range(3),
-    'str enum': Colour.RED, 'int enum': Level.LOW, 'tuple subclass': MyTuple(), 'defaultdict': defaultdict(int),
-    'generator': torch.Generator(), 'module': nn.Linear(1, 1), 'sparse': torch.eye(2).to_sparse(), 'csr': torch.eye(2).to_sparse_csr(),
+    'function': lambda: 1, 'object': Thing(), 'class': Thing, 'set': {1}, 'bytes': b'a',
+    'complex': 1j, 'range': range(3),
+    'str enum': Colour.RED, 'int enum': Level.LOW, 'tuple subclass': MyTuple(),
+    'defaultdict': defaultdict(int),
+    'generator': torch.Generator(), 'module': nn.Linear(1, 1), 'sparse': torch.eye(2).to_sparse(),
+    'csr': torch.eye(2).to_sparse_csr(),
     'meta': torch.ones(1, device='meta'), 'tensor subclass': torch.ones(1).as_subclass(MyTensor),
-    'quantised': torch.quantize_per_tensor(torch.ones(1), 1., 0, torch.qint8), 'complex128': torch.ones(1, dtype=torch.complex128),
-    'nested': torch.nested.nested_tensor([torch.ones(1), torch.ones(2)]), 'lazy': nn.LazyLinear(1).weight, 'texts': np.array(['a']),
-    'objects': np.array([None]), 'dates': np.array(['2020'], 'M8[D]'), 'big endian': np.ones(2, '>f4'), 'void': np.zeros(2, 'i4,f4'),
-    'longdouble': np.longdouble(1), 'longdoubles': np.ones(1, 'g'), 'complex128s': np.ones(1, complex), 'np text': np.str_('a'),
+    'quantised': torch.quantize_per_tensor(torch.ones(1), 1., 0, torch.qint8),
+    'complex128': torch.ones(1, dtype=torch.complex128),
+    'nested': torch.nested.nested_tensor([torch.ones(1), torch.ones(2)]),
+    'lazy': nn.LazyLinear(1).weight, 'texts': np.array(['a']),
+    'objects': np.array([None]), 'dates': np.array(['2020'], 'M8[D]'),
+    'big endian': np.ones(2, '>f4'), 'void': np.zeros(2, 'i4,f4'),
+    'longdouble': np.longdouble(1), 'longdoubles': np.ones(1, 'g'),
+    'complex128s': np.ones(1, complex), 'np text': np.str_('a'),
     'array subclass': np.ones(2).view(MyArray), 'masked': np.ma.masked_array([1.]),
 }
 
 
 @pytest.mark.parametrize('name', REFUSED)
 @pytest.mark.parametrize('wrap, place', [
-    (lambda x: x, r'tree'), (lambda x: {'optimizer': {'state': {3: {'foo': x}}}}, r'optimizer\.state\[3\]\.foo'),
-    (lambda x: [torch.ones(1), (x,)], r'\[1\]\[0\]'), (lambda x: OrderedDict({('a', 1): {'b c': x}}), r"\[\('a', 1\)\]\.b c")])
+    (lambda x: x, r'tree'),
+    (lambda x: {'optimizer': {'state': {3: {'foo': x}}}}, r'optimizer\.state\[3\]\.foo'),
+    (lambda x: [torch.ones(1), (x,)], r'\[1\]\[0\]'),
+    (lambda x: OrderedDict({('a', 1): {'b c': x}}), r"\[\('a', 1\)\]\.b c")])
 def test_refused_with_its_place(path, name, wrap, place):
     "Before anything is written"
     save_tree('old', path)
-    with pytest.raises(UnstorableError, match=rf'^{place}: <(class|enum) .*> cannot be stored: .') as error:
+    with pytest.raises(UnstorableError,
+                       match=rf'^{place}: <(class|enum) .*> cannot be stored: .') as error:
         save_tree(wrap(REFUSED[name]), path)
     assert 'NoneType' not in str(error.value)
     with pytest.raises(UnstorableError): tree_digest(wrap(REFUSED[name]))
     assert load_tree(path) == 'old' and os.listdir(path.parent) == [path.name]
 
 
-@pytest.mark.parametrize('key', [Colour.RED, Level.LOW, b'a', frozenset(), (1, b'a'), np.int64(1), torch.float32, Thing])
+@pytest.mark.parametrize('key', [Colour.RED, Level.LOW, b'a', frozenset(), (1, b'a'), np.int64(1),
+                                 torch.float32, Thing])
 @pytest.mark.parametrize('kind', [dict, OrderedDict, Counter])
 def test_keys_that_are_refused(path, key, kind):
-    with pytest.raises(UnstorableError, match='^a: .*as a key'): save_tree({'a': kind({key: 1})}, path)
+    with pytest.raises(UnstorableError, match='^a: .*as a key'):
+        save_tree({'a': kind({key: 1})}, path)
 
 
 def test_cycles_and_depth(path):
     loop = {'a': [1, {}]}
     loop['a'][1]['b'] = loop
-    with pytest.raises(UnstorableError, match=r'^a\[1\]\.b: .*contains itself'): save_tree(loop, path)
+    with pytest.raises(UnstorableError, match=r'^a\[1\]\.b: .*contains itself'):
+        save_tree(loop, path)
     shared = [torch.ones(1)]
     assert load_tree(save_tree([shared, shared, {'a': shared}], path))[2] == {'a': shared}
     deep = kinds = 1
-    for _ in range(store.MAX_DEPTH): deep, kinds = [deep], OrderedDict({(1,): (kinds,)}) if kinds == 1 else [kinds]
+    for _ in range(store.MAX_DEPTH):
+        deep, kinds = [deep], OrderedDict({(1,): (kinds,)}) if kinds == 1 else [kinds]
     assert load_tree(save_tree(deep, path)) == deep
     with pytest.raises(UnstorableError, match='more than 100 levels'): save_tree([[deep]], path)
     for _ in range(100_000): deep = [deep]
@@ -283,8 +329,10 @@ def test_a_header_too_long_to_read(path, monkeypatch):
 
 def sample():
     torch.manual_seed(0)
-    return {'model': {f'{i}.weight': torch.randn(4, i) for i in range(5)}, 'half': torch.rand(3).half(), 'mask': torch.ones(5).bool(),
-            'text': 'é😀', 'rows': [{'epoch': i, 'loss': i / 3} for i in range(20)], 'nan': math.nan, 'steps': {1: (2,)}}
+    return {'model': {f'{i}.weight': torch.randn(4, i) for i in range(5)},
+            'half': torch.rand(3).half(), 'mask': torch.ones(5).bool(),
+            'text': 'é😀', 'rows': [{'epoch': i, 'loss': i / 3} for i in range(20)],
+            'nan': math.nan, 'steps': {1: (2,)}}
 
 
 def check_damaged(path, data, tree):
@@ -310,7 +358,8 @@ def test_one_flipped_bit(path):
 
 def test_cut_off(path):
     data, rng = save_tree(sample(), path).read_bytes(), random.Random(1)
-    for n in [*range(40), *rng.sample(range(len(data)), 250), len(data) - 1]: assert check_damaged(path, data[:n], None), n
+    for n in [*range(40), *rng.sample(range(len(data)), 250), len(data) - 1]:
+        assert check_damaged(path, data[:n], None), n
     for more in (b'\0', b' ' * 8, data): assert check_damaged(path, data + more, None)
 
 
@@ -332,16 +381,21 @@ def test_payloads_of_another_file(path):
 
 def rewritten(path, **changes):
     "The file with other metadata, sealed again"
-    with safe_open(path, 'pt') as file: metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+    with safe_open(path, 'pt') as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
     metadata = {key: value for key, value in {**metadata, **changes}.items() if value is not None}
     if changes.get('sha256', '') == '': metadata['sha256'] = store.seal(metadata)
     return store.save_items(path, tensors.items(), metadata)
 
 
 @pytest.mark.parametrize('changes, error', [
-    ({'learnkit': '2'}, 'format 2.*newer'), ({'learnkit': '2', 'sha256': 'f' * 64}, 'damaged'), ({'tree': '[1]', 'sha256': None}, 'damaged'),
-    ({'tree': None}, 'damaged'), ({'tree': '{"$new": 1}'}, 'there is no new'), ({'tree': '{"$tensor": "b"}'}, 'damaged'), ({'tree': '[' * 10**5}, 'damaged'),
-    ({'tensors': '{}'}, 'damaged'), ({'tensors': json.dumps({name: store.tensor_digest(torch.ones(3)) for name in 'ab'})}, 'damaged'), ({'learnkit': 'x'}, 'damaged'), ({'tree': '{"$dtype": "load"}'}, 'no dtype')])
+    ({'learnkit': '2'}, 'format 2.*newer'), ({'learnkit': '2', 'sha256': 'f' * 64}, 'damaged'),
+    ({'tree': '[1]', 'sha256': None}, 'damaged'),
+    ({'tree': None}, 'damaged'), ({'tree': '{"$new": 1}'}, 'there is no new'),
+    ({'tree': '{"$tensor": "b"}'}, 'damaged'), ({'tree': '[' * 10**5}, 'damaged'),
+    ({'tensors': '{}'}, 'damaged'),
+    ({'tensors': json.dumps({name: store.tensor_digest(torch.ones(3)) for name in 'ab'})},
+     'damaged'), ({'learnkit': 'x'}, 'damaged'), ({'tree': '{"$dtype": "load"}'}, 'no dtype')])
 def test_metadata_that_makes_no_sense(path, changes, error):
     "Even with a right seal"
     save_tree({'a': torch.ones(3)}, path)
@@ -351,7 +405,8 @@ def test_metadata_that_makes_no_sense(path, changes, error):
 def test_files_of_others(path):
     save_file({'a': torch.ones(1)}, path, metadata={'format': 'pt'})
     with pytest.raises(StoreError, match='learnkit did not write it'): load_tree(path)
-    for content in (b'', b'{}', b'PK\3\4' + bytes(100), json.dumps([1] * 99).encode(), b'\2' + bytes(7) + b'{}'):
+    for content in (b'', b'{}', b'PK\3\4' + bytes(100), json.dumps([1] * 99).encode(),
+                    b'\2' + bytes(7) + b'{}'):
         path.write_bytes(content)
         with pytest.raises(StoreError): load_tree(path)
     with pytest.raises(FileNotFoundError): load_tree(path.parent / 'none')
@@ -369,8 +424,10 @@ def test_durable_before_it_is_named(path, monkeypatch, overwrite):
         fsync(fd)
     if os.path.isdir('/proc/self/fd'): monkeypatch.setattr(store, 'fsync', watched)
     save_tree(NEW, path, overwrite)
-    steps = [step for i, step in enumerate(called) if called[i - 1:i] != [step]] # one for each run of equal ones
-    assert steps == ['create', 'write', 'fsync', 'rename' if overwrite else 'link', 'fsync', 'unlink']
+    # one for each run of equal ones
+    steps = [step for i, step in enumerate(called) if called[i - 1:i] != [step]]
+    assert steps == ['create', 'write', 'fsync', 'rename' if overwrite else 'link', 'fsync',
+                     'unlink']
     assert synced in ([], [False, True])
 
 
@@ -378,7 +435,7 @@ STEPS = ['create', 'write', 'fsync', 'rename', 'link', 'unlink']
 
 
 def failing_at(monkeypatch, n, error):
-    "Let the n-th call that changes the disk fail; a write fails after half of its bytes. Returns what was called"
+    "What was called; the n-th call that changes the disk fails, a write after half of its bytes"
     called = []
     def wrap(name, real):
         def step(*args):
@@ -394,9 +451,13 @@ def failing_at(monkeypatch, n, error):
 OLD, NEW = {'w': torch.zeros(9)}, {'w': torch.ones(9), 'b': [torch.ones(3), 'text']}
 
 
-@pytest.mark.parametrize('error', [OSError(errno.ENOSPC, 'No space left on device'), OSError(errno.EIO, 'I/O'), OSError('odd'),
-                                   PermissionError(errno.EACCES, 'Permission denied'), KeyboardInterrupt(), MemoryError()], ids=repr)
-@pytest.mark.parametrize('save', [save_tree, lambda tree, path, **kw: save_tensors({'w': tree['w']}, path, **kw)], ids=['tree', 'tensors'])
+@pytest.mark.parametrize('error', [OSError(errno.ENOSPC, 'No space left on device'),
+                                   OSError(errno.EIO, 'I/O'), OSError('odd'),
+                                   PermissionError(errno.EACCES, 'Permission denied'),
+                                   KeyboardInterrupt(), MemoryError()], ids=repr)
+@pytest.mark.parametrize(
+    'save', [save_tree, lambda tree, path, **kw: save_tensors({'w': tree['w']}, path, **kw)],
+    ids=['tree', 'tensors'])
 @pytest.mark.parametrize('old', [True, False])
 def test_failure_at_every_step(path, error, save, old):
     "The old file or the new one is there, whole, and nothing else"
@@ -411,7 +472,8 @@ def test_failure_at_every_step(path, error, save, old):
             except type(error) as raised:
                 assert called[n - 1] != 'unlink' or not isinstance(raised, OSError)
                 if isinstance(raised, OSError): assert str(path) in str(raised)
-                if getattr(error, 'errno', None) == errno.ENOSPC: assert 'MiB are free' in str(raised)
+                if getattr(error, 'errno', None) == errno.ENOSPC:
+                    assert 'MiB are free' in str(raised)
             finished = len(called) < n
         left = os.listdir(path.parent)
         if called[-1] != 'unlink' or len(called) != n: # the removal itself did not fail
@@ -433,7 +495,8 @@ def test_without_hard_links(path, monkeypatch):
     monkeypatch.setattr(store, 'link', link)
     save_tree('new', path, overwrite=False)
     with pytest.raises(FileExistsError): save_tree('other', path, overwrite=False)
-    monkeypatch.setattr(store, 'check_target', lambda *args: None) # a file that appears after the look
+    # a file that appears after the look
+    monkeypatch.setattr(store, 'check_target', lambda *args: None)
     with pytest.raises(FileExistsError): save_tree('other', path, overwrite=False)
     assert load_tree(path) == 'new' and os.listdir(path.parent) == [path.name]
 
@@ -457,7 +520,8 @@ def test_one_winner_without_overwrite(path, monkeypatch, links):
 
 def test_many_writers_of_one_name(path):
     "With overwrite each gets through, and the file is one of theirs"
-    threads = [threading.Thread(target=save_tree, args=(torch.full((999,), i), path)) for i in range(8)]
+    threads = [threading.Thread(target=save_tree, args=(torch.full((999,), i), path))
+               for i in range(8)]
     for thread in threads: thread.start()
     for thread in threads: thread.join()
     assert len(load_tree(path).unique()) == 1 and os.listdir(path.parent) == [path.name]
@@ -468,13 +532,15 @@ def test_not_written_when_it_exists(path, monkeypatch):
     save_tree('old', path)
     for name in STEPS: monkeypatch.setattr(store, name, None)
     for save in (save_tree, save_tensors):
-        with pytest.raises(FileExistsError, match='overwrite'): save({'a': Thing()}, path, overwrite=False)
+        with pytest.raises(FileExistsError, match='overwrite'):
+            save({'a': Thing()}, path, overwrite=False)
     assert load_tree(path) == 'old'
 
 
 def test_what_is_in_the_way(tmp_path):
     with pytest.raises(OSError, match='no regular file'): save_tree(1, tmp_path)
-    with pytest.raises(FileNotFoundError, match='no folder .*nowhere'): save_tree(1, tmp_path / 'nowhere' / 'a')
+    with pytest.raises(FileNotFoundError, match='no folder .*nowhere'):
+        save_tree(1, tmp_path / 'nowhere' / 'a')
     (tmp_path / 'file').touch()
     with pytest.raises(OSError, match='no folder .*file'): save_tree(1, tmp_path / 'file' / 'a')
 
@@ -495,7 +561,8 @@ KILLED = '''
 def test_killed_while_writing(path):
     "Whatever was going on, one whole file; what is left over names the process"
     for delay in (.02, .05, .08, .11):
-        process = subprocess.Popen([sys.executable, '-c', textwrap.dedent(KILLED), path], stdout=subprocess.PIPE)
+        process = subprocess.Popen([sys.executable, '-c', textwrap.dedent(KILLED), path],
+                                   stdout=subprocess.PIPE)
         assert process.stdout.readline() == b'ready\n'
         time.sleep(delay)
         process.send_signal(signal.SIGKILL)
@@ -531,7 +598,8 @@ def test_mode_follows_the_umask(path):
 def test_plain_tensors(path):
     "Under their names, also when they share memory"
     x = torch.arange(6.)
-    tensors = {'a': x, 'b': x, 'c': x[2:], 'd.e': x.reshape(2, 3).t(), 'é': torch.zeros(0), '0': x[0]}
+    tensors = {'a': x, 'b': x, 'c': x[2:], 'd.e': x.reshape(2, 3).t(), 'é': torch.zeros(0),
+               '0': x[0]}
     save_tensors(tensors, path, metadata={'a': 'é', 'b': '2'})
     assert same(tensors, {name: load_file(path)[name] for name in tensors})
     with safe_open(path, 'pt') as file: assert file.metadata() == {'a': 'é', 'b': '2'}
@@ -539,8 +607,10 @@ def test_plain_tensors(path):
     assert load_file(save_tensors({}, path)) == {}
 
 
-@pytest.mark.parametrize('tensors, metadata', [({'a': 1}, None), ({'a': torch.eye(2).to_sparse()}, None), ({1: torch.ones(1)}, None),
-    ({'\ud800': torch.ones(1)}, None), ({'__metadata__': torch.ones(1)}, None), ({}, {'a': 1}), ({}, {'a': '\ud800'})])
+@pytest.mark.parametrize('tensors, metadata', [
+    ({'a': 1}, None), ({'a': torch.eye(2).to_sparse()}, None), ({1: torch.ones(1)}, None),
+    ({'\ud800': torch.ones(1)}, None), ({'__metadata__': torch.ones(1)}, None), ({}, {'a': 1}),
+    ({}, {'a': '\ud800'})])
 def test_plain_tensors_that_are_refused(path, tensors, metadata):
     with pytest.raises(UnstorableError): save_tensors(tensors, path, metadata=metadata)
     assert os.listdir(path.parent) == []

@@ -13,9 +13,12 @@ def test_results_of_both(two_processes):
 
 def test_what_does_not_end_is_ended(two_processes, tmp_path):
     start = time.monotonic()
-    with pytest.raises(TimeoutError, match='waits had not ended after 6 s'): two_processes(ranks.waits, str(tmp_path), timeout=6)
+    with pytest.raises(TimeoutError, match='waits had not ended after 6 s'):
+        two_processes(ranks.waits, str(tmp_path), timeout=6)
     assert time.monotonic() - start < 40
-    assert len(list(tmp_path.iterdir())) == 2 and not any(is_alive(int(path.read_text())) for path in tmp_path.iterdir())
+    assert len(list(tmp_path.iterdir())) == 2
+    assert not any(is_alive(int(path.read_text())) for path in tmp_path.iterdir())
 
 
-def test_processes_use_no_accelerator(two_processes): assert os.environ['CUDA_VISIBLE_DEVICES'] == ''
+def test_processes_use_no_accelerator(two_processes):
+    assert os.environ['CUDA_VISIBLE_DEVICES'] == ''

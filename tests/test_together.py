@@ -16,7 +16,8 @@ def data(n, seed):
 def make(cbs=None, lr=.05, loss_func=F.mse_loss, splitter=None, opt_func=torch.optim.SGD, n=20):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
-    learn = Learner(DataLoaders.from_tensors(data(n, 1), data(8, 2), bs=5), model, loss_func, opt_func, lr, splitter, cbs, device='cpu')
+    learn = Learner(DataLoaders.from_tensors(data(n, 1), data(8, 2), bs=5), model, loss_func,
+                    opt_func, lr, splitter, cbs, device='cpu')
     learn.remove_cb(Progress)
     return learn
 
@@ -31,7 +32,8 @@ def worse(learn):
 def test_the_best_model_is_what_evaluations_see(average):
     learn = make([average(), SaveBest(), Callback(after_step=worse, order=-1)])
     learn.fit(5)
-    assert learn.validate()['loss'] == pytest.approx(min(row['valid_loss'] for row in learn.recorder.rows), rel=1e-6)
+    assert learn.validate()['loss'] == pytest.approx(min(row['valid_loss']
+                                                         for row in learn.recorder.rows), rel=1e-6)
 
 def test_a_best_model_from_before_an_average_was_there_drops_it():
     best = SaveBest(scope='learner')
@@ -46,7 +48,8 @@ def test_load_best_finds_the_average_of_the_last_fit():
     learn = make()
     learn.fit(5, cbs=[EMA(.5), best, Callback(after_step=worse, order=-1)])
     best.load_best(learn)
-    assert F.mse_loss(learn.ema_model(data(8, 2)[0]), data(8, 2)[1]).item() == pytest.approx(best.best, rel=1e-6)
+    assert F.mse_loss(learn.ema_model(data(8, 2)[0]),
+                      data(8, 2)[1]).item() == pytest.approx(best.best, rel=1e-6)
 
 def test_the_best_file_of_another_process_can_be_loaded(tmp_path):
     learn = make()
@@ -57,16 +60,20 @@ def test_the_best_file_of_another_process_can_be_loaded(tmp_path):
     SaveBest(path='best').load_best(other)
     assert other.validate() == learn.validate()
 
-KINDS = {'StepLR': partial(lr_scheduler.StepLR, step_size=3, gamma=.5), 'CosineAnnealingLR': partial(lr_scheduler.CosineAnnealingLR, T_max=40),
-         'LambdaLR': partial(lr_scheduler.LambdaLR, lr_lambda=lambda n: .9 ** n), 'ExponentialLR': partial(lr_scheduler.ExponentialLR, gamma=.9),
-         'CosineAnnealingWarmRestarts': partial(lr_scheduler.CosineAnnealingWarmRestarts, T_0=5), 'OneCycleLR': partial(lr_scheduler.OneCycleLR, max_lr=.1, total_steps=40)}
+KINDS = {'StepLR': partial(lr_scheduler.StepLR, step_size=3, gamma=.5),
+         'CosineAnnealingLR': partial(lr_scheduler.CosineAnnealingLR, T_max=40),
+         'LambdaLR': partial(lr_scheduler.LambdaLR, lr_lambda=lambda n: .9 ** n),
+         'ExponentialLR': partial(lr_scheduler.ExponentialLR, gamma=.9),
+         'CosineAnnealingWarmRestarts': partial(lr_scheduler.CosineAnnealingWarmRestarts, T_0=5),
+         'OneCycleLR': partial(lr_scheduler.OneCycleLR, max_lr=.1, total_steps=40)}
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_a_scheduler_that_sits_out_a_fit_goes_on_where_it_was(kind):
     def rates(*fits):
         learn, sched, seen = make(), TorchScheduler(KINDS[kind]), []
         for scheduled in fits:
-            learn.fit(1, cbs=[Callback(before_step=lambda learn: seen.append(learn.opt.param_groups[0]['lr']) if scheduled else None), *([sched] if scheduled else [])])
+            spy = Callback(before_step=lambda learn: seen.append(learn.opt.param_groups[0]['lr']))
+            learn.fit(1, cbs=[spy, sched] if scheduled else [])
         return seen
     assert rates(True, False, True, False, True) == rates(True, True, True)
 
@@ -77,12 +84,14 @@ def test_a_plateau_lowers_what_any_scheduler_sets(kind, per):
         learn = make([TorchScheduler(KINDS[kind], per), *cbs])
         learn.fit(5)
         return learn.recorder.steps.lr
-    lowered = rates(ReduceLROnPlateau(patience=2, factor=.1, min_delta=1e9))  # never better: after epochs 2 and 4 (the first counts)
+    # never better: after epochs 2 and 4 (the first counts)
+    lowered = rates(ReduceLROnPlateau(patience=2, factor=.1, min_delta=1e9))
     ratio = (lowered / rates()).round(6).tolist()
     assert ratio[:4] == [1.] * 4 and ratio[-1] < .2 and set(ratio) <= {1., .1, .01}
 
 def test_two_schedules_of_one_thing_are_refused():
-    with pytest.raises(ValueError, match="2 schedules of 'lr' in one fit"): make().fit_one_cycle(1, .1, cbs=ParamScheduler({'lr': sched_const(.1)}))
+    with pytest.raises(ValueError, match="2 schedules of 'lr' in one fit"):
+        make().fit_one_cycle(1, .1, cbs=ParamScheduler({'lr': sched_const(.1)}))
 
 def test_a_scale_that_fell_recovers_and_the_user_hears_of_it():
     broken = []
@@ -91,7 +100,8 @@ def test_a_scale_that_fell_recovers_and_the_user_hears_of_it():
     learn.to_fp16()
     learn.fit(1)
     broken.append(True)
-    with pytest.warns(UserWarning, match='infinite or nan at every loss scale') as heard: learn.fit(3)
+    with pytest.warns(UserWarning, match='infinite or nan at every loss scale') as heard:
+        learn.fit(3)
     assert len(heard) == 1
     assert learn.scaler.get_scale() > 0
     broken.clear()
@@ -102,7 +112,8 @@ def test_a_scale_that_fell_recovers_and_the_user_hears_of_it():
     assert learn.steps_done > before
 
 @pytest.mark.parametrize('call, text', [
-    (lambda learn: learn.fine_tune(2, lr=.1), 'fine_tune takes base_lr'), (lambda learn: learn.fine_tune(2, slice(1e-3, 1e-2)), 'fine_tune takes base_lr'),
+    (lambda learn: learn.fine_tune(2, lr=.1), 'fine_tune takes base_lr'),
+    (lambda learn: learn.fine_tune(2, slice(1e-3, 1e-2)), 'fine_tune takes base_lr'),
     (lambda learn: learn.fine_tune(2, .1, cbs=SaveBest('acuracy')), "no metric 'acuracy'")])
 def test_a_fine_tune_that_fails_leaves_nothing_frozen(call, text):
     learn = make(splitter=halves)
@@ -111,14 +122,17 @@ def test_a_fine_tune_that_fails_leaves_nothing_frozen(call, text):
 
 def test_a_fine_tune_that_was_ended_says_that_the_body_is_frozen():
     learn = make(splitter=halves)
-    with pytest.warns(UserWarning, match='the body is still frozen'): learn.fine_tune(2, .1, max_time=0.)
+    with pytest.warns(UserWarning, match='the body is still frozen'):
+        learn.fine_tune(2, .1, max_time=0.)
     assert not learn.model[0].weight.requires_grad and not learn.fit_ended
 
 def test_an_average_that_never_began_is_told():
-    with pytest.warns(UserWarning, match='has averaged nothing'): make([SWA(.9), EarlyStopping(patience=1, min_delta=1e9)]).fit(10)
+    with pytest.warns(UserWarning, match='has averaged nothing'):
+        make([SWA(.9), EarlyStopping(patience=1, min_delta=1e9)]).fit(10)
 
 def test_sums_cannot_be_accumulated():
-    with pytest.raises(ValueError, match="reduction='sum'"): make([GradientAccumulation(2)], loss_func=nn.MSELoss(reduction='sum')).fit(1)
+    with pytest.raises(ValueError, match="reduction='sum'"):
+        make([GradientAccumulation(2)], loss_func=nn.MSELoss(reduction='sum')).fit(1)
 
 def test_a_batch_without_items_is_no_nan():
     class Empty(Callback):
@@ -129,7 +143,9 @@ def test_a_batch_without_items_is_no_nan():
     assert learn.steps_done == 2
 
 def test_two_clips_are_refused():
-    with pytest.raises(ValueError, match='exclude each other'): make([GradientClip(1.)]).fit(1, cbs=GradientClip(2.))
+    with pytest.raises(ValueError, match='exclude each other'):
+        make([GradientClip(1.)]).fit(1, cbs=GradientClip(2.))
 
 def test_torchs_scheduler_taken_for_learnkits_callback():
-    with pytest.raises(TypeError, match="is learnkit's callback; import torch's own"): make([TorchScheduler(ReduceLROnPlateau, per='epoch')]).fit(1)
+    with pytest.raises(TypeError, match="is learnkit's callback; import torch's own"):
+        make([TorchScheduler(ReduceLROnPlateau, per='epoch')]).fit(1)

@@ -1,4 +1,4 @@
-"Callbacks that act on one number an epoch: exact to the bit, on any rest point, beside each other, and never in the way"
+"Callbacks that act on one number an epoch: exact to the bit, on any rest point, side by side"
 import math, os, signal, warnings
 from functools import partial
 import pytest
@@ -23,19 +23,22 @@ class Script(Callback):
     tracks = ('valid_x',)
     def __init__(self, *values): self.values = values
     def before_validate(self, learn):
-        value = self.values[learn.epoch] if learn.phase == 'valid' and learn.levels[:1] == ['fit'] else None
+        value = (self.values[learn.epoch] if learn.phase == 'valid' and learn.levels[:1] == ['fit']
+                 else None)
         if value is not None: learn.track('x', value, n=1)
 
 class Average(Callback):
     "Keeps an average of the weights, as EMA does"
     order = 10
     def __init__(self): self.kept = None
-    def before_fit(self, learn): self.kept = self.kept or {k: p.detach().clone() for k, p in learn.model.named_parameters()}
+    def before_fit(self, learn):
+        self.kept = self.kept or {k: p.detach().clone() for k, p in learn.model.named_parameters()}
     def after_step(self, learn):
         for k, p in learn.model.named_parameters(): self.kept[k].lerp_(p.detach(), 0.2)
     def weights(self): return self.kept
     def state_dict(self): return {'kept': self.kept}
-    def load_state_dict(self, state): self.kept = state['kept'] and {k: t.clone() for k, t in state['kept'].items()}
+    def load_state_dict(self, state):
+        self.kept = state['kept'] and {k: t.clone() for k, t in state['kept'].items()}
 
 class At(Callback):
     "Does something once, at an event of one epoch"
@@ -53,9 +56,12 @@ def raiser(error):
 
 def make(*cbs, opt_func=None, lr=0.05, path='.', valid=True, bn=True, dls=None, **kwargs):
     torch.manual_seed(0)
-    dls = dls or DataLoaders.from_tensors((X, target(X)), valid=(V, target(V)) if valid else None, bs=10)
-    model = nn.Sequential(nn.Linear(4, 8), *([nn.BatchNorm1d(8)] if bn else []), nn.ReLU(), nn.Dropout(0.1), nn.Linear(8, 1))
-    learn = Learner(dls, model, nn.MSELoss(), opt_func, lr=lr, metrics=kwargs.pop('metrics', mae), cbs=cbs,
+    dls = dls or DataLoaders.from_tensors((X, target(X)), valid=(V, target(V)) if valid else None,
+                                          bs=10)
+    model = nn.Sequential(nn.Linear(4, 8), *([nn.BatchNorm1d(8)] if bn else []), nn.ReLU(),
+                          nn.Dropout(0.1), nn.Linear(8, 1))
+    learn = Learner(dls, model, nn.MSELoss(), opt_func, lr=lr, metrics=kwargs.pop('metrics', mae),
+                    cbs=cbs,
                     device='cpu', path=path, **kwargs)
     learn.remove_cb(Progress)
     return learn
@@ -83,13 +89,16 @@ def caught(f, *args, **kwargs):
 
 def test_unknown_monitor_is_an_error_before_any_step():
     learn = make()
-    with pytest.raises(ValueError, match=r"SaveBest\('auc'\): no metric 'auc' will be recorded; have: train_loss, valid_loss, mae"):
+    said = (r"SaveBest\('auc'\): no metric 'auc' will be recorded; "
+            'have: train_loss, valid_loss, mae')
+    with pytest.raises(ValueError, match=said):
         learn.fit(1, cbs=SaveBest('auc'))
     assert learn.steps_done == 0 and not learn.recorder.rows
 
 @pytest.mark.parametrize('cb', [SaveBest, EarlyStopping, ReduceLROnPlateau])
 def test_valid_loss_without_validation_data_is_an_error_that_says_so(cb):
-    with pytest.raises(ValueError, match='have: train_loss. There is no validation data'): make(valid=False).fit(1, cbs=cb)
+    with pytest.raises(ValueError, match='have: train_loss. There is no validation data'):
+        make(valid=False).fit(1, cbs=cb)
     learn = make(valid=False)
     learn.fit(2, cbs=cb('train_loss'))
     assert learn.epochs_done == 2
@@ -97,7 +106,8 @@ def test_valid_loss_without_validation_data_is_an_error_that_says_so(cb):
 def test_unknown_direction_is_an_error_that_names_mode():
     def odd(pred, targ): return pred.mean()
     learn = make(metrics=[odd])
-    with pytest.raises(ValueError, match="more of 'odd' is better; give mode='max' or mode='min'"): learn.fit(1, cbs=SaveBest('odd'))
+    with pytest.raises(ValueError, match="more of 'odd' is better; give mode='max' or mode='min'"):
+        learn.fit(1, cbs=SaveBest('odd'))
     learn.fit(1, cbs=SaveBest('odd', mode='min'))
 
 def directions(metrics, *names):
@@ -109,8 +119,10 @@ def directions(metrics, *names):
     return found
 
 def test_directions_come_from_the_metrics():
-    assert directions([mse, binary_accuracy, error_rate], 'mse', 'binary_accuracy', 'error_rate') == [False, True, False]
-    assert directions({'up': binary_accuracy, 'top_loss': lambda p, t: p.sum()}, 'up', 'top_loss') == [True, False]
+    assert directions([mse, binary_accuracy, error_rate], 'mse', 'binary_accuracy',
+                      'error_rate') == [False, True, False]
+    assert directions({'up': binary_accuracy, 'top_loss': lambda p, t: p.sum()}, 'up',
+                      'top_loss') == [True, False]
 
 def test_metric_objects_and_collections_of_torchmetrics():
     tm = pytest.importorskip('torchmetrics')
@@ -124,7 +136,8 @@ def test_columns_that_a_callback_announces_are_known():
     best = SaveBest('valid_x', mode='max')
     learn = scripted([1., 3., 2.], best)
     assert (best.best, best.best_epoch, best.best_run) == (3, 1, 0)
-    with pytest.raises(ValueError, match="'train_x' will be"): learn.fit(1, cbs=SaveBest('train_x', mode='max'))
+    with pytest.raises(ValueError, match="'train_x' will be"):
+        learn.fit(1, cbs=SaveBest('train_x', mode='max'))
 
 def test_columns_that_cannot_be_told_are_checked_at_the_first_row():
     class Tells(Script): tracks = None
@@ -133,7 +146,10 @@ def test_columns_that_cannot_be_told_are_checked_at_the_first_row():
         learn.fit(3, cbs=EarlyStopping(monitor, mode='max'))
         return learn.epochs_done
     assert fit('valid_x') == 3
-    with pytest.raises(ValueError, match=r"no metric 'valid_y' was recorded; have: train_loss, valid_loss, mae, valid_x"): fit('valid_y')
+    with pytest.raises(
+        ValueError,
+        match=r"no metric 'valid_y' was recorded; have: train_loss, valid_loss, mae, valid_x"):
+        fit('valid_y')
     with pytest.raises(ValueError, match="'other' will be recorded"): fit('other')
 
 def test_values_of_a_metric_that_gives_a_dict():
@@ -144,18 +160,26 @@ def test_values_of_a_metric_that_gives_a_dict():
     best = EarlyStopping('half', mode='max')
     make(metrics=Two()).fit(1, cbs=best)
     assert best.best == 12
-    with pytest.raises(ValueError, match='will be recorded'): make(metrics=Two()).fit(1, cbs=EarlyStopping('half'))
-    with pytest.raises(ValueError, match='was recorded; have: .*count, half'): make(metrics=Two()).fit(1, cbs=EarlyStopping('hlaf', mode='max'))
+    with pytest.raises(ValueError, match='will be recorded'):
+        make(metrics=Two()).fit(1, cbs=EarlyStopping('half'))
+    with pytest.raises(ValueError, match='was recorded; have: .*count, half'):
+        make(metrics=Two()).fit(1, cbs=EarlyStopping('hlaf', mode='max'))
 
 def test_without_the_recorder_it_is_an_error():
     learn = make()
-    with learn.removed_cbs(Recorder), pytest.raises(ValueError, match='no Recorder is among'): learn.fit(1, cbs=SaveBest)
+    with learn.removed_cbs(Recorder), pytest.raises(ValueError, match='no Recorder is among'):
+        learn.fit(1, cbs=SaveBest)
 
 @pytest.mark.parametrize('make_one,text', [
-    (lambda: SaveBest(mode='up'), 'mode'), (lambda: SaveBest(scope='run'), 'scope'), (lambda: SaveBest(min_delta=nan), 'min_delta'),
-    (lambda: EarlyStopping(patience=0), 'patience'), (lambda: EarlyStopping(patience=1.5), 'whole'), (lambda: EarlyStopping(patience=True), 'patience'),
-    (lambda: ReduceLROnPlateau(factor=1), 'factor'), (lambda: ReduceLROnPlateau(factor=0), 'factor'), (lambda: ReduceLROnPlateau(cooldown=-1), 'cooldown'),
-    (lambda: ReduceLROnPlateau(min_lr=-1), 'min_lr'), (lambda: StopOnNaN(0), 'every'), (lambda: AskToContinue(0), 'every')])
+    (lambda: SaveBest(mode='up'), 'mode'), (lambda: SaveBest(scope='run'), 'scope'),
+    (lambda: SaveBest(min_delta=nan), 'min_delta'),
+    (lambda: EarlyStopping(patience=0), 'patience'), (lambda: EarlyStopping(patience=1.5), 'whole'),
+    (lambda: EarlyStopping(patience=True), 'patience'),
+    (lambda: ReduceLROnPlateau(factor=1), 'factor'),
+    (lambda: ReduceLROnPlateau(factor=0), 'factor'),
+    (lambda: ReduceLROnPlateau(cooldown=-1), 'cooldown'),
+    (lambda: ReduceLROnPlateau(min_lr=-1), 'min_lr'), (lambda: StopOnNaN(0), 'every'),
+    (lambda: AskToContinue(0), 'every')])
 def test_bad_arguments_are_refused(make_one, text):
     with pytest.raises(ValueError, match=text): make_one()
 
@@ -187,7 +211,8 @@ def test_equal_values_do_not_win_and_min_delta_counts():
 
 def test_epochs_without_the_number_are_no_look():
     stop = EarlyStopping('valid_loss', patience=2)
-    learn = make(At('before_validate', raiser(CancelValidate()), epoch=0, order=-20), At('before_validate', raiser(CancelValidate()), 2, order=5),
+    learn = make(At('before_validate', raiser(CancelValidate()), epoch=0, order=-20),
+                 At('before_validate', raiser(CancelValidate()), 2, order=5),
                  At('before_batch', raiser(CancelEpoch()), epoch=3), stop)
     learn.fit(5)
     assert learn.epochs_done == 5 and stop.looks == 2
@@ -198,8 +223,11 @@ def test_a_cancelled_training_is_still_a_look():
     assert stop.looks == 3
 
 def test_a_number_that_never_comes_is_an_error_in_the_first_complete_epoch():
-    learn = make(Script(None, None), EarlyStopping('valid_x', mode='min'), At('before_batch', raiser(CancelEpoch()), epoch=0))
-    with pytest.raises(ValueError, match="no metric 'valid_x' was recorded; have: train_loss, valid_loss, mae"): learn.fit(2)
+    learn = make(Script(None, None), EarlyStopping('valid_x', mode='min'),
+                 At('before_batch', raiser(CancelEpoch()), epoch=0))
+    with pytest.raises(ValueError,
+                       match="no metric 'valid_x' was recorded; have: train_loss, valid_loss, mae"):
+        learn.fit(2)
     assert learn.epoch == 1
 
 def test_each_fit_looks_anew_for_a_missing_number():
@@ -216,15 +244,18 @@ class Evaluate(Callback):
     "What an evaluation inside an epoch does"
     order = 60
     events = ('after_evaluation',)
-    def __init__(self, value, epoch=1, batch=1): self.value, self.epoch, self.batch = value, epoch, batch
+    def __init__(self, value, epoch=1, batch=1):
+        self.value, self.epoch, self.batch = value, epoch, batch
     def after_batch(self, learn):
         if learn.phase != 'train' or (learn.epoch, learn.iter) != (self.epoch, self.batch): return
-        learn.recorder.evals.append({'run': learn.recorder.run, 'epoch': learn.epoch, 'step': learn.steps_done, 'valid_loss': self.value})
+        learn.recorder.evals.append({'run': learn.recorder.run, 'epoch': learn.epoch,
+                                     'step': learn.steps_done, 'valid_loss': self.value})
         learn('after_evaluation')
 
 def test_it_also_looks_at_evaluations_inside_an_epoch():
     best, by_mae, seen = SaveBest(), SaveBest('mae'), []
-    look = Callback(order=61, after_batch=lambda learn: seen.append(learn.steps_done) if best.best == -1 and not seen else None)
+    look = Callback(order=61, after_batch=lambda learn: seen.append(learn.steps_done)
+                    if best.best == -1 and not seen else None)
     learn = make(Evaluate(-1.), look, best, by_mae, bn=False)
     learn.fit(3)
     assert (best.best, best.best_epoch, best.best_step) == (-1, 1, 6) and seen == [6]
@@ -237,7 +268,8 @@ def test_it_also_looks_at_evaluations_inside_an_epoch():
 
 # The best model
 
-@pytest.mark.parametrize('opt_func', [None, SGD, partial(torch.optim.AdamW, amsgrad=True), torch.optim.Adagrad, torch.optim.SGD])
+@pytest.mark.parametrize('opt_func', [None, SGD, partial(torch.optim.AdamW, amsgrad=True),
+                                      torch.optim.Adagrad, torch.optim.SGD])
 @pytest.mark.parametrize('path', [None, 'deep/er/best'])
 def test_best_comes_back_to_the_bit(opt_func, path, tmp_path):
     best, average = SaveBest('valid_x', mode='max', path=path), Average()
@@ -247,7 +279,8 @@ def test_best_comes_back_to_the_bit(opt_func, path, tmp_path):
     other.fit(3)
     assert model_and_moments(learn) == model_and_moments(other)
     assert tree_digest(average.weights()) == tree_digest(kept.weights())
-    assert [f.name for f in tmp_path.rglob('*.safetensors')] == (['best.safetensors'] if path else [])
+    assert [f.name
+            for f in tmp_path.rglob('*.safetensors')] == (['best.safetensors'] if path else [])
 
 def test_counters_rng_history_groups_and_other_callbacks_stay_as_they_are():
     stop = EarlyStopping('valid_x', mode='min', patience=9)
@@ -259,17 +292,20 @@ def test_counters_rng_history_groups_and_other_callbacks_stay_as_they_are():
     for cbs in ([], [SaveBest('valid_x', mode='min')]):
         learn = fit(*cbs)
         state = learn.state_dict()
-        callbacks = {name: value for name, value in state['callbacks'].items() if name != 'SaveBest'}
-        parts.append(tree_digest([state['rng'], state['counters'], callbacks, learn.opt.state_dict()['param_groups']]))
+        callbacks = {name: value
+                     for name, value in state['callbacks'].items() if name != 'SaveBest'}
+        parts.append(tree_digest([state['rng'], state['counters'], callbacks,
+                                  learn.opt.state_dict()['param_groups']]))
     assert parts[0] == parts[1]
 
 def test_group_objects_stay_the_same():
-    "What else holds them (a schedule of torch) goes on working, and a rate that is a tensor is not replaced"
+    "What else holds them (a schedule of torch) goes on working; a rate that is a tensor is kept"
     learn = make(opt_func=partial(torch.optim.Adam, capturable=False), lr=0.01)
     learn.opt.param_groups[0]['lr'] = rate = torch.tensor(0.01)
     group = learn.opt.param_groups[0]
     learn.fit(2, lr=0.02, cbs=SaveBest)
-    assert learn.opt.param_groups[0] is group and group['lr'] is rate and rate.item() == pytest.approx(0.02)
+    assert learn.opt.param_groups[0] is group and group['lr'] is rate
+    assert rate.item() == pytest.approx(0.02)
 
 def test_the_next_fit_is_that_of_the_schedule():
     best = SaveBest()
@@ -280,12 +316,14 @@ def test_the_next_fit_is_that_of_the_schedule():
     assert learn.recorder.df.lr.tolist()[3:] == [0.01, 0.01]
 
 def test_moments_come_back_in_the_memory_layout_of_their_weights():
-    dls = DataLoaders([(torch.randn(4, 3, 8, 8), torch.randn(4, 2, 6, 6))] * 2, valid=[(torch.randn(4, 3, 8, 8), torch.randn(4, 2, 6, 6))])
+    dls = DataLoaders([(torch.randn(4, 3, 8, 8), torch.randn(4, 2, 6, 6))] * 2,
+                      valid=[(torch.randn(4, 3, 8, 8), torch.randn(4, 2, 6, 6))])
     model = nn.Conv2d(3, 2, 3).to(memory_format=torch.channels_last)
     learn = Learner(dls, model, nn.MSELoss(), device='cpu')
     with learn.no_logging(): learn.fit(2, cbs=SaveBest)
     state = learn.opt.state[model.weight]
-    assert state['exp_avg'].stride() == model.weight.stride() != state['exp_avg'].contiguous().stride()
+    assert (state['exp_avg'].stride() == model.weight.stride()
+            != state['exp_avg'].contiguous().stride())
 
 def test_trained_on_after_a_restore_the_snapshot_is_untouched():
     best = SaveBest(scope='learner')
@@ -328,7 +366,8 @@ def test_when_all_is_nan_nothing_is_restored_and_one_warning_says_so():
     with pytest.raises(ValueError, match='no best model yet'): best.load_best(None)
 
 def test_scope_fit_forgets_and_scope_learner_does_not():
-    each, ever = SaveBest('valid_x', mode='min', restore=False), SaveBest('valid_x', mode='min', scope='learner')
+    each = SaveBest('valid_x', mode='min', restore=False)
+    ever = SaveBest('valid_x', mode='min', scope='learner')
     learn = make(Script(1., 2.), each, ever)
     learn.fit(2)
     first = tree_digest(ever.snapshot)
@@ -354,7 +393,8 @@ def test_two_side_by_side():
     assert model_and_moments(learn) == shorter[0]
 
 def test_two_cannot_share_a_file(tmp_path):
-    learn = make(SaveBest(path='a'), SaveBest('mae', path=tmp_path / 'a.safetensors'), path=tmp_path)
+    learn = make(SaveBest(path='a'), SaveBest('mae', path=tmp_path / 'a.safetensors'),
+                 path=tmp_path)
     with pytest.raises(ValueError, match='would both write to'): learn.fit(1)
 
 def test_another_optimizer_keeps_its_state_and_a_warning_says_so():
@@ -367,7 +407,8 @@ def test_another_optimizer_keeps_its_state_and_a_warning_says_so():
     learn.cbs[1].values = (2.,)
     said = caught(learn.fit, 1)
     assert len(said) == 1 and 'AdamW, this one is SGD' in said[0]
-    assert tree_digest(learn.state_dict()['model']) == weights and 'momentum_buffer' in next(iter(learn.opt.state.values()))
+    assert tree_digest(learn.state_dict()['model']) == weights
+    assert 'momentum_buffer' in next(iter(learn.opt.state.values()))
 
 def test_another_model_is_an_error_that_loads_nothing():
     best = SaveBest()
@@ -402,7 +443,10 @@ def test_a_missing_file_is_an_error_that_names_it(tmp_path):
     learn, best, file = fitted(tmp_path)
     file.unlink()
     before = whole(learn)
-    with pytest.raises(FileNotFoundError, match='best.safetensors, which the best model .valid_loss .* was written to, is gone'): best.load_best(learn)
+    with pytest.raises(
+        FileNotFoundError,
+        match='best.safetensors, which the best model .valid_loss .* was written to, is gone'):
+        best.load_best(learn)
     assert whole(learn) == before
 
 def test_a_damaged_file_is_an_error(tmp_path):
@@ -470,7 +514,8 @@ def test_it_says_why(capsys):
     assert capsys.readouterr().out == ''
     learn.add_cb(Progress)
     learn.fit(3)
-    assert "EarlyStopping('valid_x'): stopped in epoch 1, as valid_x was not better than 3 in 1 look" in capsys.readouterr().out
+    assert ("EarlyStopping('valid_x'): stopped in epoch 1, "
+            'as valid_x was not better than 3 in 1 look') in capsys.readouterr().out
 
 def rates(values, *cbs, **kwargs):
     plateau = ReduceLROnPlateau('valid_x', mode='min', **{'factor': 0.5, **kwargs})
@@ -489,7 +534,8 @@ def test_plateau_restarts_in_each_fit():
     assert learn.recorder.df.lr.tolist() == [1, 1, .5, 4, 4, 2]
 
 def test_plateau_lowers_every_group():
-    def halves(model): return [model[0].parameters(), [p for part in model[1:] for p in part.parameters()]]
+    def halves(model):
+        return [model[0].parameters(), [p for part in model[1:] for p in part.parameters()]]
     learn = make(Script(3., 3.), ReduceLROnPlateau('valid_x', 0.5, 1, mode='min'), splitter=halves)
     learn.fit(2, lr=[0.1, 0.2])
     assert [group['lr'] for group in learn.opt.param_groups] == [0.05, 0.1]
@@ -498,7 +544,8 @@ def test_plateau_scales_a_schedule_without_compounding():
     def fit(*cbs):
         learn = make(Script(*[3.] * 6), *cbs)
         learn.fit_one_cycle(6, 0.1)
-        return learn.recorder.steps.lr.values, learn.recorder.steps.mom.values, learn.opt.param_groups[0]['lr']
+        return (learn.recorder.steps.lr.values, learn.recorder.steps.mom.values,
+                learn.opt.param_groups[0]['lr'])
     plain, scaled = fit(), fit(ReduceLROnPlateau('valid_x', 0.5, 2, mode='min'))
     scale = [1.] * 12 + [.5] * 8 + [.25] * 4
     assert scaled[0] == pytest.approx(plain[0] * scale, rel=1e-12)
@@ -507,13 +554,15 @@ def test_plateau_scales_a_schedule_without_compounding():
 
 def test_plateau_beside_a_schedule_of_something_else_multiplies_once():
     def schedule(): return ParamScheduler({'mom': sched_lin(0.9, 0.5)})
-    learn = make(Script(3., 3., 3.), ReduceLROnPlateau('valid_x', 0.5, 1, mode='min'), schedule(), opt_func=SGD, lr=1.)
+    learn = make(Script(3., 3., 3.), ReduceLROnPlateau('valid_x', 0.5, 1, mode='min'), schedule(),
+                 opt_func=SGD, lr=1.)
     learn.loss_func = lambda pred, targ: pred.sum() * 0
     learn.fit(3)
     assert learn.recorder.df.lr.tolist() == [1, 1, .5]
 
 def test_plateau_with_a_rate_that_is_a_tensor():
-    learn = make(Script(3., 3., 3.), ReduceLROnPlateau('valid_x', 0.5, 1, mode='min', min_lr=0.01), opt_func=torch.optim.Adam)
+    learn = make(Script(3., 3., 3.), ReduceLROnPlateau('valid_x', 0.5, 1, mode='min', min_lr=0.01),
+                 opt_func=torch.optim.Adam)
     learn.opt.param_groups[0]['lr'] = rate = torch.tensor(0.1)
     learn.fit(3)
     assert rate.item() == pytest.approx(0.05 / 4) and learn.opt.param_groups[0]['lr'] is rate
@@ -521,7 +570,8 @@ def test_plateau_with_a_rate_that_is_a_tensor():
 def test_plateau_without_an_optimizer_is_an_error():
     class Plain(nn.Module):
         def forward(self, x): return x.sum()
-    learn = Learner(DataLoaders([torch.ones(2, 1)], valid=[torch.ones(2, 1)]), Plain(), device='cpu')
+    learn = Learner(DataLoaders([torch.ones(2, 1)], valid=[torch.ones(2, 1)]), Plain(),
+                    device='cpu')
     with learn.no_logging():
         with pytest.raises(ValueError, match='no optimizer'): learn.fit(1, cbs=ReduceLROnPlateau)
         learn.fit(2, cbs=[SaveBest, EarlyStopping(patience=2), StopOnNaN])
@@ -534,7 +584,8 @@ class Poison(Callback):
     "Makes the loss of one batch not finite"
     def __init__(self, at=5, value=nan): self.at, self.value = at, value
     def after_loss(self, learn):
-        if learn.phase == 'train' and learn.steps_done == self.at: learn.loss = learn.loss * self.value
+        if learn.phase == 'train' and learn.steps_done == self.at:
+            learn.loss = learn.loss * self.value
 
 @pytest.mark.parametrize('value', [nan, inf, -inf])
 def test_a_bad_loss_ends_the_fit_before_its_update(value):
@@ -542,9 +593,11 @@ def test_a_bad_loss_ends_the_fit_before_its_update(value):
     said = caught(learn.fit, 3)
     other = make()
     other.fit(n_steps=5)
-    assert tree_digest(learn.state_dict()['model']['0.weight']) == tree_digest(other.state_dict()['model']['0.weight'])
+    assert (tree_digest(learn.state_dict()['model']['0.weight'])
+            == tree_digest(other.state_dict()['model']['0.weight']))
     assert len(said) == 1 and (learn.steps_done, learn.epochs_done) == (5, 1)
-    assert f'the loss is {value if math.isnan(value) else ""}' in said[0] and 'epoch 1, batch 1, lr 0.05' in said[0]
+    assert f'the loss is {value if math.isnan(value) else ""}' in said[0]
+    assert 'epoch 1, batch 1, lr 0.05' in said[0]
 
 def test_where_looking_waits_for_the_device_it_looks_seldom_and_at_the_end(monkeypatch):
     monkeypatch.setattr(track, 'is_at_hand', lambda loss: False)
@@ -556,7 +609,8 @@ def test_where_looking_waits_for_the_device_it_looks_seldom_and_at_the_end(monke
 
 def test_good_losses_and_other_phases_are_let_alone():
     learn = make(StopOnNaN())
-    learn.loss_func = lambda pred, targ: nn.functional.mse_loss(pred, targ) * (1 if learn.training else nan)
+    factor = lambda: 1 if learn.training else nan
+    learn.loss_func = lambda pred, targ: nn.functional.mse_loss(pred, targ) * factor()
     assert caught(learn.fit, 2) == [] and learn.epochs_done == 2
     learn.loss_func = lambda pred, targ: (pred - targ).square().mean()[None]
     learn.fit(1)
@@ -608,7 +662,8 @@ def test_n_ends_the_fit_as_a_stop_does():
 # Beside everything else
 
 def everything(path=None):
-    return [SaveBest(path=path), SaveBest('mae', restore=False, scope='learner'), EarlyStopping(patience=3, min_delta=0.01),
+    return [SaveBest(path=path), SaveBest('mae', restore=False, scope='learner'),
+            EarlyStopping(patience=3, min_delta=0.01),
             ReduceLROnPlateau('mae', 0.5, 1, cooldown=1), StopOnNaN(), Average()]
 
 @pytest.mark.parametrize('call', ['validate', 'get_preds', 'lr_find', 'predict', 'test'])
@@ -616,7 +671,8 @@ def test_attached_for_good_they_do_not_disturb(call):
     learn = make(*everything())
     learn.fit(2)
     before = whole(learn)
-    {'validate': learn.validate, 'get_preds': learn.get_preds, 'lr_find': partial(learn.lr_find, num_it=12),
+    {'validate': learn.validate, 'get_preds': learn.get_preds,
+     'lr_find': partial(learn.lr_find, num_it=12),
      'predict': partial(learn.predict, V), 'test': partial(learn.test, learn.dls.valid)}[call]()
     assert whole(learn) == before
     learn.fit(2)
@@ -624,8 +680,10 @@ def test_attached_for_good_they_do_not_disturb(call):
     for _ in range(2): other.fit(2)
     assert whole(learn) == whole(other)
 
-@pytest.mark.parametrize('error', [ValueError('x'), KeyboardInterrupt(), CancelFit(), CancelEpoch(), CancelTrain(), CancelBatch(), CancelValidate()])
-@pytest.mark.parametrize('event', ['before_fit', 'before_epoch', 'before_batch', 'after_loss', 'after_train', 'before_validate', 'after_epoch'])
+@pytest.mark.parametrize('error', [ValueError('x'), KeyboardInterrupt(), CancelFit(), CancelEpoch(),
+                                   CancelTrain(), CancelBatch(), CancelValidate()])
+@pytest.mark.parametrize('event', ['before_fit', 'before_epoch', 'before_batch', 'after_loss',
+                                   'after_train', 'before_validate', 'after_epoch'])
 @pytest.mark.parametrize('order', [-20, 99])
 def test_after_anything_that_ends_a_fit_the_next_is_as_always(error, event, order):
     learn = make(*everything())
@@ -646,7 +704,8 @@ def test_after_anything_that_ends_a_fit_the_next_is_as_always(error, event, orde
     other.fit(3)
     assert model_and_moments(learn) == model_and_moments(other)
     mine, its = learn.cbs.state_dict(), other.cbs.state_dict()
-    assert tree_digest([mine[k] for k in mine if k not in ('Recorder', 'Average')]) == tree_digest([its[k] for k in its if k not in ('Recorder', 'Average')])
+    assert (tree_digest([mine[k] for k in mine if k not in ('Recorder', 'Average')])
+            == tree_digest([its[k] for k in its if k not in ('Recorder', 'Average')]))
 
 def test_no_epochs_at_all():
     learn = make(*everything())
@@ -657,13 +716,15 @@ def test_no_epochs_at_all():
 def test_in_pairs_each_sees_and_keeps_what_it_does_alone(first, second):
     tracker, alone = everything()[first], everything()[first]
     for cbs in ([tracker, everything()[second]], [alone]): make(*cbs).fit(4)
-    assert tree_digest(tracker.state_dict()) == tree_digest({**alone.state_dict(), **beside(tracker)})
+    wanted = {**alone.state_dict(), **beside(tracker)}
+    assert tree_digest(tracker.state_dict()) == tree_digest(wanted)
 
 def beside(cb): # the snapshot of a SaveBest holds the averages of whoever else is there
     return {'snapshot': cb.snapshot} if isinstance(cb, SaveBest) else {}
 
 def test_stopping_and_slowing_down_together():
-    stop, slow = EarlyStopping('valid_x', 3, mode='min'), ReduceLROnPlateau('valid_x', 0.5, 2, mode='min')
+    stop = EarlyStopping('valid_x', 3, mode='min')
+    slow = ReduceLROnPlateau('valid_x', 0.5, 2, mode='min')
     learn = scripted([3., 3., 3., 3., 3.], stop, slow, best := SaveBest('valid_x', mode='min'))
     assert learn.recorder.df.lr.tolist() == [1, 1, 1, .5] and best.best_epoch == 0
 
@@ -675,13 +736,16 @@ class Keep(Callback):
     order = 100
     def __init__(self): self.states = []
     def settings(self): return None
-    def at_rest(self, learn): self.states.append(Saved(learn.state_dict(), list(learn.recorder.times), 'memory'))
+    def at_rest(self, learn):
+        self.states.append(Saved(learn.state_dict(), list(learn.recorder.times), 'memory'))
 
 def run(kind, path=None, folder='.', resume=None):
     keep = Keep()
     values = (5., 4., 4., 3., 3.5, 3.5, 3.5, 3.5, 3.5)
-    cbs = [Script(*values), SaveBest('valid_x', mode='min', path=path), SaveBest('mae', scope='learner', restore=False), Average(),
-           EarlyStopping('valid_x', 4, mode='min'), ReduceLROnPlateau('valid_x', 0.5, 2, mode='min', cooldown=1), StopOnNaN()]
+    cbs = [Script(*values), SaveBest('valid_x', mode='min', path=path),
+           SaveBest('mae', scope='learner', restore=False), Average(),
+           EarlyStopping('valid_x', 4, mode='min'),
+           ReduceLROnPlateau('valid_x', 0.5, 2, mode='min', cooldown=1), StopOnNaN()]
     learn = make(*cbs, keep, opt_func=SGD, path=folder)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
@@ -695,7 +759,8 @@ def test_continued_from_any_rest_point_it_ends_with_the_same_bits(kind, path, tm
     learn, states = run(kind, path, tmp_path)
     end = whole(learn)
     assert learn.epochs_done == 8 and learn.cbs[2].best_epoch == 3 and learn.cbs[6].scale < 1
-    assert len(states) == 8 * 4 + 8  # after each batch, each epoch but the one that was stopped in, and the fit
+    # after each batch, each epoch but the one that was stopped in, and the fit
+    assert len(states) == 8 * 4 + 8
     for saved in states[1::3]:
         digest = tree_digest(saved.state['callbacks'])
         again, _ = run(kind, path, tmp_path, saved)
@@ -707,7 +772,9 @@ def test_state_of_another_monitor_is_refused_and_nothing_is_loaded():
     learn.fit(1)
     other = make(SaveBest(), SaveBest('mae'))
     before = whole(other)
-    with pytest.raises(ValueError, match=r"SaveBest\('valid_loss'\): the saved state is that of SaveBest\('mae'\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"SaveBest\('valid_loss'\): the saved state is that of SaveBest\('mae'\)"):
         other.load_state_dict(learn.state_dict())
     assert whole(other) == before
 
@@ -726,17 +793,20 @@ def test_interrupted_in_a_validation_it_goes_on_with_the_same_bits():
     def fit(resume=None, interrupt=False):
         keep, stop = Keep(), EarlyStopping('valid_x', 1, mode='min')
         def kill(learn):
-            if interrupt and learn.phase == 'valid' and learn.epoch == 1: os.kill(os.getpid(), signal.SIGINT)
+            if interrupt and learn.phase == 'valid' and learn.epoch == 1:
+                os.kill(os.getpid(), signal.SIGINT)
         cancel = At('before_batch', raiser(CancelTrain()), epoch=1)
         cancel.phases = ('train',)
         quiet = Callback(after_batch=kill)
         quiet.settings = lambda: None
-        learn = make(Script(None, None, 2., 1., 1., 0.), stop, SaveBest(), At('before_validate', raiser(CancelValidate())), cancel, quiet, keep)
+        learn = make(Script(None, None, 2., 1., 1., 0.), stop, SaveBest(),
+                     At('before_validate', raiser(CancelValidate())), cancel, quiet, keep)
         caught(learn.fit, 6, resume=resume)
         return learn, keep.states
     learn, _ = fit()
     assert learn.epochs_done == 5
     broken, states = fit(interrupt=True)
-    assert broken.epochs_done == 1 and states[-1].place == 'validate' and states[-1].state['callbacks']['EarlyStopping']['cut']
+    assert broken.epochs_done == 1 and states[-1].place == 'validate'
+    assert states[-1].state['callbacks']['EarlyStopping']['cut']
     again, _ = fit(states[-1])
     assert whole(again) == whole(learn)
