@@ -19,7 +19,8 @@ class Everywhere:
         self.originals.setdefault(name, getattr(self, name))
         self.replace(name, value)
 
-    def __delattr__(self, name): self.replace(name, self.originals.pop(name)) # back to what it was
+    def __delattr__(self, name): # back to what it was; a name may have been set several times
+        if name in self.originals: self.replace(name, self.originals.pop(name))
 
     def replace(self, name, value):
         old = getattr(self, name)
