@@ -1,14 +1,21 @@
 """Writes README.md (`readme`) or the documentation in site/ (`site`) from the notebooks
 
 A page is its notebook without the hidden cells and with the stored outputs; nothing is run. Of an
-exported definition it shows the signature as written, the docstring, and the source, folded away.
-Names in backticks become links."""
-import ast, base64, json, logging, os, re, shutil, sys
+exported definition it shows the signature as written, the docstring, and the source, folded away;
+of a helper (`#| exporti`) the source alone, folded under its name. Names in backticks become links.
+"""
+import ast, base64, json, logging, os, re, runpy, shutil, sys
 from pathlib import Path
 from nbdev.doclinks import patch_name
 
+ROOT = Path(__file__).resolve().parent.parent
+ROOMS = runpy.run_path(str(ROOT / 'tools' / 'export.py'))['ROOMS'] # the lowest first
+MOST_USED = 'loop', 'data', 'training', 'checkpoints' # these come first; then from the top down
+START = 'index', 'tutorials/checkpoints' # what is read first, below nbs/; other tutorials are guides
+LEARNERS = 'Learner', 'Checkpointed', 'CheckpointedLearner' # what `learn` may be in prose
+
 SHORT = 12 # lines of an exported cell that a page shows whole
-HIDDEN = {'hide', 'default_exp', 'exporti'} # directives
+HIDDEN = {'hide', 'default_exp'} # directives
 FUNCTIONS = ast.FunctionDef, ast.AsyncFunctionDef
 DEFINITIONS = *FUNCTIONS, ast.ClassDef
 
@@ -24,9 +31,22 @@ def read(notebook): # list of cells
     return [cell for cell in cells if cell['source'] and not cell['directives'] & HIDDEN]
 
 
-def numbered(root): # sorted list of paths
+def rooms(root): # dict: folder -> sorted list of paths
+    "The notebooks that make modules, by room as a reader wants them; at the end those in no room"
+    order = [*MOST_USED, *(room for room in reversed(ROOMS) if room not in MOST_USED), '']
+    return {room: sorted((root / 'nbs' / room).glob('[0-9]*.ipynb')) for room in order}
+
+
+def numbered(root): # list of paths
     "The notebooks that make modules"
-    return sorted((root / 'nbs').glob('[0-9]*.ipynb'))
+    return [notebook for notebooks in rooms(root).values() for notebook in notebooks]
+
+
+def guides(root): # list of paths
+    "The notebooks of nbs/guides and nbs/tutorials that are not read first"
+    nbs = root / 'nbs'
+    found = sorted(path for folder in ('guides', 'tutorials') for path in nbs.glob(f'{folder}/*.ipynb'))
+    return [path for path in found if path.relative_to(nbs).with_suffix('').as_posix() not in START]
 
 
 def title(notebook):
@@ -52,6 +72,20 @@ def definitions(source): # list of (name, node)
     "The public definitions of a cell; a patched method is named with its class"
     nodes = [node for node in ast.parse(source).body if isinstance(node, DEFINITIONS)]
     return [(name, node) for node in nodes if is_public(name := patch_name(node), node)]
+
+
+def bound_names(node): # list of names
+    "What a statement defines: a function, a class, a method of each class it is patched into, or values"
+    if isinstance(node, DEFINITIONS):
+        name = patch_name(node)
+        return [name] if isinstance(name, str) else list(name)
+    targets = [*getattr(node, 'targets', []), getattr(node, 'target', None)]
+    return [target.id for target in targets if isinstance(target, ast.Name)]
+
+
+def all_names(source): # list of names
+    "What a cell defines, once each, in order"
+    return list(dict.fromkeys(name for node in ast.parse(source).body for name in bound_names(node)))
 
 
 def first_line(node): # index of a line
@@ -80,25 +114,40 @@ def methods(node):
     return '\n'.join(lines)
 
 
-def anchor(name): return name.lower().replace('__', '') # as `__` would be read as markdown
+def anchor(name): return name.replace('__', '') # which would be read as markdown
 
 
 def heading(name): return '### ' + name.replace('_', r'\_') + f' {{ #{anchor(name)} }}'
 
 
+def only_imports(source): # bool
+    return all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.parse(source).body)
+
+
+def folded(title, source): # a block that opens on a click
+    return f'??? quote "{title}"\n' + indented(code(source))
+
+
+def helpers(source): # list of blocks
+    "Of a cell that users of the library do not need: its source, folded under the names it defines"
+    if only_imports(source): return []
+    names = [f'`{name}`{{ #{anchor(name)} }}' for name in all_names(source)]
+    return [folded(', '.join(names) or 'Source', source)]
+
+
 def exported(source): # list of blocks
     "Of an exported cell: nothing of imports, a few lines as they are, the source of more folded"
-    tree = ast.parse(source).body
     lines, public = source.splitlines(), definitions(source)
-    if all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in tree): return []
+    if only_imports(source): return []
     if len(lines) <= SHORT: return [heading(name) for name, _ in public] + [code(source)]
+    if not public: return helpers(source)
     page = []
     for name, node in public:
         is_class = isinstance(node, ast.ClassDef)
         shown = class_signature(lines, node) if is_class else signature(lines, node)
         page += [heading(name), code('\n'.join(shown)), ast.get_docstring(node) or '']
         if is_class: page.append(methods(node))
-    return [*page, '??? quote "Source"\n' + indented(code(source))]
+    return [*page, folded('Source', source)]
 
 
 # Cells and outputs
@@ -114,6 +163,7 @@ def code(source, language='python'):
 
 def output(out, # one output of a cell
            save_image, # function of (bytes, extension) -> link
+           link, # function of markdown -> markdown with links
           ): # one block
     "The richest form of an output that a page can show"
     text = lambda x: ''.join(x).rstrip()
@@ -124,14 +174,15 @@ def output(out, # one output of a cell
     if kind == 'image/png': return f'![]({save_image(base64.b64decode(text(data[kind])), "png")})'
     if kind == 'image/svg+xml': return f'![]({save_image(text(data[kind]).encode(), "svg")})'
     if kind == 'text/html': return plain_html(text(data[kind]))
-    if kind == 'text/markdown': return text(data[kind])
+    if kind == 'text/markdown': return link(text(data[kind]))
     return code(text(data[kind]), 'text')
 
 
 def plain_html(html):
-    "Without styles and blank lines, which would end a block of HTML inside markdown"
-    html = re.sub(r'<style.*?</style>', '', html, flags=re.S).replace(' border="1"', '')
-    return '<div>\n' + re.sub(r'\n\s*', '\n', html).strip() + '\n</div>'
+    "Without styles, so that tables look alike, and blank lines, which would end a block of HTML"
+    html = re.sub(r'<style.*?</style>', '', html, flags=re.S)
+    html = html.replace(' border="1"', '').replace(' class="dataframe"', '')
+    return '<div class="output">\n' + re.sub(r'\n\s*', '\n', html).strip() + '\n</div>'
 
 
 def blocks(notebook, # path
@@ -142,11 +193,20 @@ def blocks(notebook, # path
     page = []
     for cell in read(notebook):
         if cell['cell_type'] == 'markdown': page.append(link(cell['source']))
+        elif 'exporti' in cell['directives']: page += helpers(cell['source'])
         elif 'exports' in cell['directives']: page.append(code(cell['source']))
         elif 'export' in cell['directives']: page += exported(cell['source'])
         elif 'echo' not in cell['directives']: page.append(code(cell['source']))
-        page += [output(out, save_image) for out in cell.get('outputs', [])]
+        page += [output(out, save_image, link) for out in cell.get('outputs', [])]
     return [block for block in page if block]
+
+
+def possible_names(text): # list of names
+    "What code may be about: `SaveBest('accuracy')` about SaveBest, `learn.fit(3)` about Learner.fit"
+    name = text.partition('(')[0]
+    owner, _, method = name.partition('.')
+    learners = [f'{cls}.{method}' for cls in LEARNERS] if owner == 'learn' else []
+    return [name, *learners]
 
 
 def linked(text, # markdown
@@ -155,12 +215,12 @@ def linked(text, # markdown
           ): # markdown
     "Turn names in backticks into links, and adapt links, outside of code and headings"
     def name_link(match):
-        name = match[1].removesuffix('()')
-        return f'[`{match[1]}`]({names[name]})' if name in names else match[0]
+        name = next((name for name in possible_names(match[1]) if name in names), None)
+        return match[0] if name is None else f'[`{match[1]}`]({names[name]})'
     def line(text):
         if text.startswith(('#', '    ')): return text
         text = re.sub(r'(?<=\]\()(?!\w+:|#)([^)#\s]+)', lambda match: place(match[1]), text)
-        return re.sub(r'(?<!\[)`([\w.]+(?:\(\))?)`', name_link, text)
+        return re.sub(r'(?<![\[`])`([\w.]+(?:\([^`]*\))?)`(?!`)', name_link, text)
     parts = re.split(r'(^```.*?^```$)', text, flags=re.S | re.M)
     parts[::2] = ['\n'.join(map(line, prose.split('\n'))) for prose in parts[::2]]
     return ''.join(parts)
@@ -183,10 +243,21 @@ def image_saver(folder, stem, address):
     return save
 
 
-def names_of(notebook): # list of names
-    "Every documented name of a notebook"
+def public_names(notebook): # list of names
+    "The names that have a heading on a page"
     cells = (cell for cell in read(notebook) if cell['directives'] & {'export', 'exports'})
     return [name for cell in cells for name, _ in definitions(cell['source'])]
+
+
+def helper_names(notebook): # list of names
+    "The names under which code is folded on a page"
+    cells = (cell for cell in read(notebook) if 'exporti' in cell['directives'])
+    return [name for cell in cells for name in all_names(cell['source'])]
+
+
+def own_links(notebook): # dict: name -> address
+    "A helper is linked to on its own page alone: elsewhere the same word may mean another thing"
+    return {name: f'#{anchor(name)}' for name in helper_names(notebook)}
 
 
 # The two products
@@ -195,7 +266,8 @@ def build_readme(root, to=None):
     "README.md and docs/images/ from nbs/index.ipynb, into the folder `to`"
     to, index = Path(to or root), root / 'nbs' / 'index.ipynb'
     shutil.rmtree(to / 'docs' / 'images', ignore_errors=True)
-    names = {name: f'nbs/{nb.name}' for nb in numbered(root) for name in names_of(nb)}
+    names = {name: notebook.relative_to(root).as_posix()
+             for notebook in numbered(root) for name in public_names(notebook)}
     def place(link): return Path(os.path.relpath(target(root, index, link), root)).as_posix()
     save = image_saver(to / 'docs' / 'images', 'index', 'docs/images')
     page = blocks(index, lambda text: linked(text, names, place), save)
@@ -206,39 +278,62 @@ def page_of(root, notebook): # path below the folder of pages
     return notebook.relative_to(root / 'nbs').parent / page_name(notebook)
 
 
+def address(root, notebook): # the page of a notebook, as other pages name it
+    return f'/{page_of(root, notebook).as_posix()}'
+
+
 def write_page(root, notebook, names, pages):
     "One notebook as markdown; the files of the repository that it links to come along"
     def place(link):
         file = target(root, notebook, link)
         if not file.is_file(): return link # mkdocs complains
-        if file.suffix == '.ipynb': return f'/{page_of(root, file).as_posix()}'
+        if file.suffix == '.ipynb': return address(root, file)
         copy = pages / file.relative_to(root)
         copy.parent.mkdir(parents=True, exist_ok=True)
         return '/' + Path(shutil.copy(file, copy)).relative_to(pages).as_posix()
-    page = pages / page_of(root, notebook)
+    page, names = pages / page_of(root, notebook), {**names, **own_links(notebook)}
     page.parent.mkdir(parents=True, exist_ok=True)
     save = image_saver(page.parent / 'images', page.stem, 'images')
     shown = blocks(notebook, lambda text: linked(text, names, place), save)
     page.write_text('\n\n'.join(shown) + '\n', encoding='utf-8')
 
 
+def navigation(root): # nested lists of {title: group or notebook}
+    "Start, Guides, and Reference by room"
+    def entries(notebooks): return [{title(notebook): notebook} for notebook in notebooks]
+    start = [root / 'nbs' / f'{name}.ipynb' for name in START]
+    by_room = rooms(root)
+    in_no_room = entries(by_room.pop(''))
+    reference = [{room.capitalize(): entries(found)} for room, found in by_room.items() if found]
+    return [{'Start': [{'Home': start[0]}, *entries(start[1:])]}, {'Guides': entries(guides(root))},
+            {'Reference': [*reference, *in_no_room]}]
+
+
+def map_leaves(func, nested): # the same nesting of lists and dicts
+    if isinstance(nested, list): return [map_leaves(func, item) for item in nested]
+    if isinstance(nested, dict): return {key: map_leaves(func, x) for key, x in nested.items()}
+    return func(nested)
+
+
+def write_pages(root, pages): # the navigation, as mkdocs wants it
+    "All notebooks as markdown"
+    names = {name: f'{address(root, notebook)}#{anchor(name)}'
+             for notebook in numbered(root) for name in public_names(notebook)}
+    def write(notebook):
+        write_page(root, notebook, names, pages)
+        return page_of(root, notebook).as_posix()
+    return map_leaves(write, navigation(root))
+
+
 def build_site(root):
-    "Pages in _docs/, the site in site/: home, tutorials, then the modules by number"
+    "Pages in _docs/, the site in site/"
     from mkdocs.commands.build import build
     from mkdocs.config import load_config
     logging.basicConfig(format='%(levelname)s: %(message)s') # warnings are of broken links
-    pages, nbs = root / '_docs', root / 'nbs'
+    pages = root / '_docs'
     shutil.rmtree(pages, ignore_errors=True)
-    names = {name: f'/{page_name(notebook)}#{anchor(name)}'
-             for notebook in numbered(root) for name in names_of(notebook)}
-    groups = {'Tutorials': sorted((nbs / 'tutorials').glob('*.ipynb')), 'Reference': numbered(root)}
-    nav = [{'Home': 'index.md'}]
-    write_page(root, nbs / 'index.ipynb', names, pages)
-    for group, notebooks in groups.items():
-        for notebook in notebooks: write_page(root, notebook, names, pages)
-        entries = [{title(notebook): page_of(root, notebook).as_posix()} for notebook in notebooks]
-        if entries: nav.append({group: entries})
-    shutil.copy(root / 'docs' / 'extra.css', pages)
+    nav = write_pages(root, pages)
+    for file in ('extra.css', 'iframe-worker.js'): shutil.copy(root / 'docs' / file, pages)
     build(load_config(str(root / 'docs' / 'mkdocs.yml'), nav=nav, docs_dir=str(pages),
                       site_dir=str(root / 'site')))
     print('written: site/index.html')
