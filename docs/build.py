@@ -11,7 +11,7 @@ from nbdev.doclinks import patch_name
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = runpy.run_path(str(ROOT / 'tools' / 'export.py'))['ROOMS'] # the lowest first
 MOST_USED = 'loop', 'data', 'training', 'checkpoints' # these come first; then from the top down
-START = 'index', 'tutorials/checkpoints' # what is read first, below nbs/; other tutorials are guides
+START = 'index', 'tutorials/checkpoints' # what is read first; other tutorials are guides
 LEARNERS = 'Learner', 'Checkpointed', 'CheckpointedLearner' # what `learn` may be in prose
 
 SHORT = 12 # lines of an exported cell that a page shows whole
@@ -45,8 +45,8 @@ def numbered(root): # list of paths
 def guides(root): # list of paths
     "The notebooks of nbs/guides and nbs/tutorials that are not read first"
     nbs = root / 'nbs'
-    found = sorted(path for folder in ('guides', 'tutorials') for path in nbs.glob(f'{folder}/*.ipynb'))
-    return [path for path in found if path.relative_to(nbs).with_suffix('').as_posix() not in START]
+    first = {nbs / f'{name}.ipynb' for name in START}
+    return sorted({*nbs.glob('guides/*.ipynb'), *nbs.glob('tutorials/*.ipynb')} - first)
 
 
 def title(notebook):
@@ -75,7 +75,7 @@ def definitions(source): # list of (name, node)
 
 
 def bound_names(node): # list of names
-    "What a statement defines: a function, a class, a method of each class it is patched into, or values"
+    "What a statement defines; a function that is patched into several classes has a name for each"
     if isinstance(node, DEFINITIONS):
         name = patch_name(node)
         return [name] if isinstance(name, str) else list(name)
@@ -85,7 +85,8 @@ def bound_names(node): # list of names
 
 def all_names(source): # list of names
     "What a cell defines, once each, in order"
-    return list(dict.fromkeys(name for node in ast.parse(source).body for name in bound_names(node)))
+    found = (name for node in ast.parse(source).body for name in bound_names(node))
+    return list(dict.fromkeys(found))
 
 
 def first_line(node): # index of a line
@@ -110,14 +111,15 @@ def methods(node):
     "A list of the public methods written in the body of a class"
     def args(method): return ast.unparse(method.args).removeprefix('self').removeprefix(', ')
     public = [o for o in node.body if isinstance(o, FUNCTIONS) and o.name[0] != '_']
-    lines = (f'- `.{o.name}({args(o)})` {ast.get_docstring(o) or ""}' for o in public)
+    lines = (f'- `.{o.name}({args(o)})`{{ #{node.name}.{o.name} }} {ast.get_docstring(o) or ""}'
+             for o in public)
     return '\n'.join(lines)
 
 
 def anchor(name): return name.replace('__', '') # which would be read as markdown
 
 
-def heading(name): return '### ' + name.replace('_', r'\_') + f' {{ #{anchor(name)} }}'
+def heading(name): return '### ' + name.replace('_', r'\_') + f' {{ #{anchor(name)} .definition }}'
 
 
 def only_imports(source): # bool
@@ -162,7 +164,7 @@ def code(source, language='python'):
 
 
 def output(out, # one output of a cell
-           save_image, # function of (bytes, extension) -> link
+           save_image, # function of (bytes, extension) -> markdown
            link, # function of markdown -> markdown with links
           ): # one block
     "The richest form of an output that a page can show"
@@ -171,8 +173,8 @@ def output(out, # one output of a cell
     data = out.get('data', {})
     kinds = ['image/png', 'image/svg+xml', 'text/html', 'text/markdown', 'text/plain']
     kind = next(kind for kind in kinds if kind in data)
-    if kind == 'image/png': return f'![]({save_image(base64.b64decode(text(data[kind])), "png")})'
-    if kind == 'image/svg+xml': return f'![]({save_image(text(data[kind]).encode(), "svg")})'
+    if kind == 'image/png': return save_image(base64.b64decode(text(data[kind])), 'png')
+    if kind == 'image/svg+xml': return save_image(text(data[kind]).encode(), 'svg')
     if kind == 'text/html': return plain_html(text(data[kind]))
     if kind == 'text/markdown': return link(text(data[kind]))
     return code(text(data[kind]), 'text')
@@ -187,7 +189,7 @@ def plain_html(html):
 
 def blocks(notebook, # path
            link, # function of markdown -> markdown with links
-           save_image, # function of (bytes, extension) -> link
+           save_image, # function of (bytes, extension) -> markdown
           ): # list of markdown blocks
     "A notebook as a page"
     page = []
@@ -202,7 +204,7 @@ def blocks(notebook, # path
 
 
 def possible_names(text): # list of names
-    "What code may be about: `SaveBest('accuracy')` about SaveBest, `learn.fit(3)` about Learner.fit"
+    "What code may be about: `SaveBest('loss')` is about SaveBest, `learn.fit(3)` about Learner.fit"
     name = text.partition('(')[0]
     owner, _, method = name.partition('.')
     learners = [f'{cls}.{method}' for cls in LEARNERS] if owner == 'learn' else []
@@ -232,14 +234,19 @@ def target(root, notebook, link): # path
     return beside if beside.exists() else (root / link).resolve()
 
 
-def image_saver(folder, stem, address):
-    "A function that numbers and writes the images of one page"
+def half_width(image, extension): # attribute of an image in markdown
+    "Plots are stored with two pixels for one on the screen; a PNG says its width in bytes 16 to 20"
+    return f'{{ width={int.from_bytes(image[16:20]) // 2} }}' if extension == 'png' else ''
+
+
+def image_saver(folder, stem, address, attributes=lambda image, extension: ''):
+    "A function that numbers and writes the images of one page, and returns what shows them"
     written = []
     def save(image, extension):
         folder.mkdir(parents=True, exist_ok=True)
         written.append(folder / f'{stem}-{len(written) + 1}.{extension}')
         written[-1].write_bytes(image)
-        return f'{address}/{written[-1].name}'
+        return f'![]({address}/{written[-1].name})' + attributes(image, extension)
     return save
 
 
@@ -293,7 +300,7 @@ def write_page(root, notebook, names, pages):
         return '/' + Path(shutil.copy(file, copy)).relative_to(pages).as_posix()
     page, names = pages / page_of(root, notebook), {**names, **own_links(notebook)}
     page.parent.mkdir(parents=True, exist_ok=True)
-    save = image_saver(page.parent / 'images', page.stem, 'images')
+    save = image_saver(page.parent / 'images', page.stem, 'images', half_width)
     shown = blocks(notebook, lambda text: linked(text, names, place), save)
     page.write_text('\n\n'.join(shown) + '\n', encoding='utf-8')
 

@@ -12,12 +12,14 @@ if (location.protocol === 'file:') window.Worker = class extends EventTarget {
     })
     this.ready = new Promise(loaded => { inside.frameLoaded = loaded })
     inside.document.open()
-    inside.document.write(`<script>postMessage = message => parent.postMessage(message, '*')</script>
+    inside.document.write(`
+      <script>postMessage = message => parent.postMessage(message, '*')</script>
       <script src="${url}" onload="frameLoaded()"></script>`)
     inside.document.close()
   }
   postMessage(data) {
-    this.ready.then(() => this.frame.contentWindow.dispatchEvent(new MessageEvent('message', {data})))
+    const message = new MessageEvent('message', {data})
+    this.ready.then(() => this.frame.contentWindow.dispatchEvent(message))
   }
   terminate() { this.frame.remove() }
 }
