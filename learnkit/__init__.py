@@ -87,6 +87,8 @@ from .loop import predict as _predict
 from .loop.learner import (
     Learner,
 )
+from .loop import fit as _fit
+from .loop import methods as _methods
 from .training.schedule import (
     combine_scheds, ParamScheduler, sched_const, sched_cos, sched_exp, sched_lin, sched_poly,
     sched_warmup, TorchScheduler,

@@ -36,7 +36,7 @@ from ..fingerprint.words import as_text
 from ..fingerprint.differences import differences
 from ..loop.progress import Progress, show_message
 from ..loop.learner import Learner
-from ..loop.saving import localized
+from ..loop.saving import localized, save_path
 from ..loop.state import check_loss_state, check_model_state, load_model_state
 from ..loop.resume import as_period
 from ..training.schedule import torch_schedulers
@@ -1495,7 +1495,7 @@ class CheckpointedLearner(Checkpointed, Learner):
 
     def _reads(self, method, arguments):
         if method != 'load': return {}
-        path = self._file(arguments['name'])
+        path = save_path(self, arguments['name'])
         return {str(arguments['name']): file_digest(path) if path.exists() else 'no such file'}
 
 # %% ../../nbs/checkpoints/00_checkpointed.ipynb #b79823ac
