@@ -42,6 +42,7 @@ class Interrupts(Callback):
         self.signum, learn._fit.seconds = signum, seconds
         if self.max_time is not None: learn._fit.time_is_up = seconds >= self.max_time
 
+# %% ../../nbs/loop/06_interrupts.ipynb #54c56924
 class EndOnSignal(Callback):
     "Raises `Interrupted` when a signal has come and all others have heard of it"
     order, phases = math.inf, (*PHASES, 'lr_find')

@@ -52,19 +52,22 @@ class Loop(Guarded):
         self._fit.stage = 'validate'
         if self.dls.valid is not None: self._evaluate('valid', self.dls.valid)
 
-    def _evaluate(self, phase, dl):
-        with isolated_rng(), self._pass(phase, dl): self._level('validate', self._all_batches)
+# %% ../../nbs/loop/03_loop.ipynb #2bb3ae6b
+@patch
+def _evaluate(self:Loop, phase, dl):
+    with isolated_rng(), self._pass(phase, dl): self._level('validate', self._all_batches)
 
-    def _all_batches(self):
-        self.iter = self.first_batch - 1
-        batches = self.dl if self.batches is None else self.batches
-        for self.iter, batch in enumerate(batches, self.first_batch):
-            self.batch = to_device(batch, self.device)
-            self.pred = self.loss = self._n_items = None
-            self._level('batch', self._one_batch)
-            if self.phase == 'train': self._count_batch()
-            if self.iter + 1 == self.limit or self.phase == 'train' and self._fit.is_over: break
-        if self.iter < 0: self._check_no_batches()
+@patch
+def _all_batches(self:Loop):
+    self.iter = self.first_batch - 1
+    batches = self.dl if self.batches is None else self.batches
+    for self.iter, batch in enumerate(batches, self.first_batch):
+        self.batch = to_device(batch, self.device)
+        self.pred = self.loss = self._n_items = None
+        self._level('batch', self._one_batch)
+        if self.phase == 'train': self._count_batch()
+        if self.iter + 1 == self.limit or self.phase == 'train' and self._fit.is_over: break
+    if self.iter < 0: self._check_no_batches()
 
 # %% ../../nbs/loop/03_loop.ipynb #849bdd9e
 @patch

@@ -36,6 +36,7 @@ def test(self:Learner,
     "As `validate`, on the test data, in phase 'test'"
     return measure(self, 'test', self.dls.test if dl is None else dl)
 
+# %% ../../nbs/loop/11_methods.ipynb #39b9e311
 @patch
 @pure
 def get_preds(self:Learner,

@@ -137,6 +137,7 @@ def load_state(learn, state):
         set_generator_states(getattr(learn.dls, name), states)
     set_rng_state(state['rng'])
 
+# %% ../../nbs/loop/04_state.ipynb #46173c15
 def load_scaler(learn, state):
     "Give the learner the gradient scaler it had, or none"
     if state is None: learn.scaler = None
