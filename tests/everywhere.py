@@ -7,8 +7,8 @@ class Everywhere:
     def __init__(self, room):
         package = importlib.import_module(f'learnkit.{room}')
         names = [module.name for module in pkgutil.iter_modules(package.__path__)]
-        vars(self)['originals'] = {}
-        vars(self)['modules'] = [importlib.import_module(f'learnkit.{room}.{name}') for name in names]
+        modules = [importlib.import_module(f'{package.__name__}.{name}') for name in names]
+        vars(self).update(modules=modules, originals={})
 
     def __getattr__(self, name):
         for module in self.modules:
@@ -16,9 +16,13 @@ class Everywhere:
         raise AttributeError(f'no module of the room has {name!r}')
 
     def __setattr__(self, name, value):
+        self.originals.setdefault(name, getattr(self, name))
+        self.replace(name, value)
+
+    def __delattr__(self, name): # back to what it was; a name may have been set several times
+        if name in self.originals: self.replace(name, self.originals.pop(name))
+
+    def replace(self, name, value):
         old = getattr(self, name)
-        self.originals.setdefault(name, old)
         for module in [m for key, m in sys.modules.items() if key.startswith('learnkit')]:
             if vars(module).get(name) is old: setattr(module, name, value)
-
-    def __delattr__(self, name): setattr(self, name, self.originals.pop(name))
