@@ -5,6 +5,7 @@ NEW := 'import sys; sys.exit(sys.version_info < (3, 11))'
 found = $(shell $(1) -c $(NEW) 2> /dev/null && echo $(1))
 PYTHON ?= $(or $(call found,python3.11),$(call found,python3),$(call found,python3.12))
 NB ?=
+K ?=
 
 # More threads are slower on small models, and the last bits of a result depend on their number
 export OMP_NUM_THREADS := 1
@@ -18,8 +19,8 @@ help: ## list the targets
 train: $(VENV)/.dev ## train a small CNN on handwritten digits, about ten seconds
 	$(BIN)/python examples/mnist.py
 
-test: $(VENV)/.dev ## run all tests and every notebook
-	$(BIN)/python -m pytest -n 2
+test: $(VENV)/.dev ## run all tests and every notebook; of one: make test K=name
+	$(BIN)/python -m pytest -n 2 $(if $(K),-k '$(K)')
 
 test-slow: $(VENV)/.dev ## run the tests that take minutes
 	$(BIN)/python -m pytest -n 2 -m slow
@@ -40,7 +41,7 @@ bench: $(VENV)/.dev ## measure speed against the limits, into benchmarks/RESULTS
 	for f in $$(grep -l __main__ benchmarks/*.py); do $(BIN)/python $$f || exit 1; done
 
 clean: ## remove what the other targets made, .venv excepted
-	rm -rf site _docs _proc build dist *.egg-info .pytest_cache .hypothesis
+	rm -rf site _docs _proc build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # Installed anew when what is asked for changed

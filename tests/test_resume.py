@@ -9,7 +9,7 @@ from torch.utils.data import (DataLoader, Dataset, IterableDataset, RandomSample
                               WeightedRandomSampler)
 from learnkit import *
 from learnkit.components.callback import Interrupted
-from learnkit.loop.resume import Saved
+from learnkit.loop.learner import Saved
 from learnkit.files.errors import DamagedError, UnstorableError
 from learnkit.files.saves import save_next, saves
 from learnkit.files.tree import load_tree, save_tree, tree_digest
@@ -198,8 +198,8 @@ def resumes_everywhere(tmp_path, *names, every=1):
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             learn = train(*names, cbs=[Quiet()], seed=100 + i, resume=saved, path=tmp_path)
-        place = [saved.fit.get(name) for name in ('complete', 'epoch', 'stage', 'batch')]
-        assert outcome(learn) == whole, f'from complete, epoch, stage, batch {place}'
+        place = {name: saved.fit.get(name) for name in ('complete', 'epoch', 'stage', 'batch')}
+        assert outcome(learn) == whole, f'from {place}'
 
 
 @pytest.mark.parametrize('name', PARTS)
