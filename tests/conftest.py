@@ -1,10 +1,20 @@
 "Set before torch is imported: one thread, no bars, no windows"
 import os, signal, threading
+from contextlib import ExitStack
 
 os.environ.update(OMP_NUM_THREADS='1', TQDM_DISABLE='1', MPLBACKEND='Agg')
 os.environ.pop('IN_TEST', None) # with it set, nbdev exports nothing
 
 import pytest
+from preloaded import serving
+
+
+def pytest_configure(config):
+    "One server for all processes in which tests run; it costs nothing until it is asked"
+    if hasattr(config, 'workerinput'): return
+    stack = ExitStack()
+    stack.enter_context(serving())
+    config.add_cleanup(stack.close)
 
 
 @pytest.fixture(autouse=True)
