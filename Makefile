@@ -5,6 +5,7 @@ NEW := 'import sys; sys.exit(sys.version_info < (3, 11))'
 found = $(shell $(1) -c $(NEW) 2> /dev/null && echo $(1))
 PYTHON ?= $(or $(call found,python3.11),$(call found,python3),$(call found,python3.12))
 NB ?=
+K ?=
 
 # More threads are slower on small models, and the last bits of a result depend on their number
 export OMP_NUM_THREADS := 1
@@ -18,11 +19,13 @@ help: ## list the targets
 train: $(VENV)/.dev ## train a small CNN on handwritten digits, about ten seconds
 	$(BIN)/python examples/mnist.py
 
-test: $(VENV)/.dev ## run all tests and every notebook
-	$(BIN)/python -m pytest -n 2
+PYTEST = $(BIN)/python -m pytest -n 2 --dist worksteal $(if $(K),-k '$(K)')
 
-test-slow: $(VENV)/.dev ## run the tests that take minutes
-	$(BIN)/python -m pytest -n 2 -m slow
+test: $(VENV)/.dev ## run all tests and every notebook; a part of them: make test K=store
+	$(PYTEST)
+
+test-slow: $(VENV)/.dev ## run the tests that take minutes; a part of them: make test-slow K=store
+	$(PYTEST) -m slow
 
 export: $(VENV)/.dev ## write learnkit/ from the notebooks
 	$(BIN)/python tools/export.py

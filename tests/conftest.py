@@ -17,6 +17,14 @@ def pytest_configure(config):
     config.add_cleanup(stack.close)
 
 
+LONGEST = 'test_distributed', 'test_notebooks', 'test_testing', 'test_crash'
+
+
+def pytest_collection_modifyitems(items):
+    "The longest first, so that all workers end together"
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
 @pytest.fixture(autouse=True)
 def answers_to_ctrl_c():
     "A shell that starts the tests in the background has them ignore Ctrl-C, which some tests send"

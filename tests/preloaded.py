@@ -118,6 +118,12 @@ class Server:
         os._exit(0)
 
 
+def is_asked(listener, starter): # bool, as soon as somebody asks, or has gone without asking
+    with selectors.DefaultSelector() as selector:
+        for file in (listener, starter): selector.register(file, selectors.EVENT_READ)
+        return listener in [key.fileobj for key, _ in selector.select()]
+
+
 def kill(pid):
     "End a copy and all of its session"
     for end in (os.killpg, os.kill):  # at its very beginning it has no session yet
@@ -170,6 +176,7 @@ def run_as_main(args):
 def run_module(args):
     import runpy
     sys.argv, sys.path[0] = args, os.getcwd()
+    if not hasattr(sys.modules.get(args[0]), '__path__'): sys.modules.pop(args[0], None)  # it is run anew
     runpy.run_module(args[0], run_name='__main__', alter_sys=True)
 
 
@@ -189,9 +196,7 @@ def end_quickly():
 def main(listener, folder):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     listener = socket.socket(fileno=int(listener))
-    with selectors.DefaultSelector() as asked:
-        for file in (listener, sys.stdin): asked.register(file, selectors.EVENT_READ)
-        asked.select()  # import nothing until somebody asks, or has gone without asking
+    if not is_asked(listener, sys.stdin): return
     import_all()
     sys.executable = f'{folder}/python'
     multiprocessing.set_executable(sys.executable)

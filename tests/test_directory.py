@@ -3,6 +3,7 @@ import errno, hashlib, json, math, os, pickle, platform, random, resource, shuti
 from collections import Counter, OrderedDict
 from pathlib import Path
 import numpy as np
+import preloaded
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -867,10 +868,11 @@ def test_a_store_that_was_removed_and_is_made_anew(folder, monkeypatch):
 
 # The lock
 
-def script(code, *args, **kwargs):
-    "Another process, which says when it is ready"
-    code = 'import os, sys, time, torch\nfrom learnkit.store import *\nfrom learnkit import store as s\n' + textwrap.dedent(code)
-    process = subprocess.Popen([sys.executable, '-c', code, *map(str, args)], stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True, **kwargs)
+def script(code, *args, command=None, **kwargs):
+    "Another process, which says when it is ready; `process.itself` is its number, and `process` may but start it"
+    code = 'import os, sys, time, torch\nfrom learnkit.store import *\nfrom learnkit import store as s\nprint(os.getpid(), flush=True)\n' + textwrap.dedent(code)
+    process = subprocess.Popen([command or preloaded.python(), '-c', code, *map(str, args)], stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True, **kwargs)
+    process.itself = int(process.stdout.readline())
     return process
 
 
@@ -887,14 +889,14 @@ def test_one_writer_and_its_name(folder):
     with script(HOLDS, folder) as process:
         assert process.stdout.readline() == 'ready\n'
         start = time.time()
-        with pytest.raises(LockedError, match=rf'run is locked by process {process.pid} on {platform.node()} since 20') as error:
+        with pytest.raises(LockedError, match=rf'run is locked by process {process.itself} on {platform.node()} since 20') as error:
             with run.writing(wait=.2): pass
-        assert error.value.holder['pid'] == process.pid and error.value.path == folder and abs(error.value.holder['since'] - start) < 60
+        assert error.value.holder['pid'] == process.itself and error.value.path == folder and abs(error.value.holder['since'] - start) < 60
         assert isinstance(error.value, StoreError) and not run.system_lock().is_locked
         with pytest.raises(RuntimeError): run.put(1)
         assert same(state(Store(folder), 'a'), OLD['a']) and Store(folder).ids() == ['a'] and run.gc() == Garbage(True)
         with pytest.raises(LockedError): run.writing(wait=0).__enter__()
-        process.kill()
+        os.kill(process.itself, signal.SIGKILL)
         process.wait()
         assert (folder / 'holder.json').exists() # it had no time to clear up
         assert run.holder() is None
@@ -966,7 +968,7 @@ def test_a_child_that_outlives_the_writer(folder):
         print('ready', flush=True)
         sys.stdin.readline()
     '''
-    with script(code, folder) as process:
+    with script(code, folder, command=sys.executable) as process:  # of a copy nothing outlives its end
         assert process.stdout.readline() == 'ready\n'
         process.kill()
         process.wait()
@@ -1249,7 +1251,7 @@ def test_a_damaged_pack_stays_while_another_process_writes(folder):
     damage(packs(run)[0])
     with script(HOLDS, folder) as process:
         assert process.stdout.readline() == 'ready\n'
-        with pytest.raises(DamagedError, match=f'It stays where it is .*locked by process {process.pid}'): state(run, 'a')
+        with pytest.raises(DamagedError, match=f'It stays where it is .*locked by process {process.itself}'): state(run, 'a')
         assert len(packs(run)) == 1
         process.communicate('\n')
 

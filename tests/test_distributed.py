@@ -87,7 +87,7 @@ def test_a_process_without_any_batch_is_named():
 
 
 def test_helpers(capfd):
-    with fresh_processes(): first, second = launch(ranks.helpers, n=2)
+    first, second = launch(ranks.helpers, n=2)
     assert first['started'] == multiprocessing.get_start_method()  # of a loader's workers: spawned ones take seconds
     assert first['gather'] == second['gather'] == [[0, 0], [1, 1], [1, 1]]
     assert first['padded'] == [[0, -1], [1, 1]]
