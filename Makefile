@@ -19,11 +19,13 @@ help: ## list the targets
 train: $(VENV)/.dev ## train a small CNN on handwritten digits, about ten seconds
 	$(BIN)/python examples/mnist.py
 
-test: $(VENV)/.dev ## run all tests and every notebook; of one: make test K=name
-	$(BIN)/python -m pytest -n 2 $(if $(K),-k '$(K)')
+PYTEST = $(BIN)/python -m pytest -n 2 --dist worksteal $(if $(K),-k '$(K)')
 
-test-slow: $(VENV)/.dev ## run the tests that take minutes
-	$(BIN)/python -m pytest -n 2 -m slow
+test: $(VENV)/.dev ## run all tests and every notebook; a part of them: make test K=store
+	$(PYTEST)
+
+test-slow: $(VENV)/.dev ## run the tests that take minutes; a part of them: make test-slow K=store
+	$(PYTEST) -m slow
 
 export: $(VENV)/.dev ## write learnkit/ from the notebooks
 	$(BIN)/python tools/export.py

@@ -9,7 +9,7 @@ from torch.utils.data import (DataLoader, Dataset, IterableDataset, RandomSample
                               WeightedRandomSampler)
 from learnkit import *
 from learnkit.components.callback import Interrupted
-from learnkit.loop.learner import Saved
+from learnkit.loop.resume import Saved
 from learnkit.files.errors import DamagedError, UnstorableError
 from learnkit.files.saves import save_next, saves
 from learnkit.files.tree import load_tree, save_tree, tree_digest
