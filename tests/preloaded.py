@@ -53,14 +53,15 @@ def listening(folder): # socket
 def write_command(folder): # str
     path = Path(folder, 'python')
     client = Path(__file__).with_name('preloaded_python.py')
-    path.write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, "-ISB", str(client), folder])} "$@"\n')
+    command = shlex.join([sys.executable, '-ISB', str(client), folder])
+    path.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
     path.chmod(0o755)
     return str(path)
 
 
 @contextmanager
 def spawning(command):
-    "Have multiprocessing's method 'spawn' start processes by a command in place of `sys.executable`"
+    "Have multiprocessing's 'spawn' start processes by a command in place of `sys.executable`"
     resource_tracker.ensure_running()  # a fresh process, as it outlives all others
     before = os.fsdecode(multiprocessing.spawn.get_executable())
     multiprocessing.set_executable(command)
@@ -159,12 +160,14 @@ def place_files(files, numbers):
     for i, file in enumerate(files): os.dup2(file, free + i)
     for i, number in enumerate(numbers): os.dup2(free + i, number)
     keep = sorted(numbers)
-    for low, high in zip(keep, [*keep[1:], os.sysconf('SC_OPEN_MAX')]): os.closerange(low + 1, high)
+    ends = [*keep[1:], os.sysconf('SC_OPEN_MAX')]
+    for low, high in zip(keep, ends, strict=True): os.closerange(low + 1, high)
 
 
 def run_as_main(args):
     "What python does with its arguments"
-    while args[0][0] == '-' and args[0] not in ('-c', '-m'): args = args[2 if args[0] == '-X' else 1:]
+    while args[0][0] == '-' and args[0] not in ('-c', '-m'):
+        args = args[2 if args[0] == '-X' else 1:]
     sys.modules['__main__'] = main = types.ModuleType('__main__')
     if args[0] == '-m': run_module(args[1:])
     elif args[0] == '-c': run_code(main, args[1], '<string>', [args[0], *args[2:]], '')
@@ -176,7 +179,8 @@ def run_as_main(args):
 def run_module(args):
     import runpy
     sys.argv, sys.path[0] = args, os.getcwd()
-    if not hasattr(sys.modules.get(args[0]), '__path__'): sys.modules.pop(args[0], None)  # it is run anew
+    if not hasattr(sys.modules.get(args[0]), '__path__'):
+        sys.modules.pop(args[0], None)  # it is run anew
     runpy.run_module(args[0], run_name='__main__', alter_sys=True)
 
 

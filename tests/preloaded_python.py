@@ -1,7 +1,8 @@
-"Stands for a copy that the server of preloaded.py has made: asks for it, passes signals on, ends as it ends"
+"Stands for a copy made by the server of preloaded.py: asks for it, passes signals on, ends with it"
 import json, os, signal, socket, sys
 
-PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1,
+             signal.SIGUSR2)
 
 
 def open_files(): # list of numbers

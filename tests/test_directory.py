@@ -1124,7 +1124,7 @@ def test_a_child_that_outlives_the_writer(folder):
         print('ready', flush=True)
         sys.stdin.readline()
     '''
-    with script(code, folder, command=sys.executable) as process:  # of a copy nothing outlives its end
+    with script(code, folder, command=sys.executable) as process:  # nothing outlives a copy's end
         assert process.stdout.readline() == 'ready\n'
         process.kill()
         process.wait()

@@ -53,7 +53,8 @@ FEW = 1, 2, 3, 5, 8, 13  # numbers of samples; how they are divided does not dep
 
 
 @pytest.mark.parametrize('n, strategy, samples', [
-    (2, 'fsdp', FEW), (3, 'ddp', ranks.SAMPLES), *(slow(n, strategy, ranks.SAMPLES) for n, strategy in [(2, 'fsdp'), (2, 'ddp'), (3, 'fsdp')])],
+    (2, 'fsdp', FEW), (3, 'ddp', ranks.SAMPLES), slow(2, 'fsdp', ranks.SAMPLES),
+    slow(2, 'ddp', ranks.SAMPLES), slow(3, 'fsdp', ranks.SAMPLES)],
     ids=lambda value: {FEW: 'few', ranks.SAMPLES: 'all'}.get(value))
 def test_every_size_gives_the_numbers_of_one_process(one, n, strategy, samples):
     of_these = {size: found for size, found in one.items() if size[0] in samples}
@@ -122,7 +123,8 @@ def test_an_error_in_one_process_ends_all_and_is_the_one_shown(event, rank, capf
 
 def test_a_process_that_waits_elsewhere_ends_too():
     start = time.monotonic()
-    with fresh_processes(), pytest.raises(RuntimeError, match='ZeroDivisionError: early'): launch(ranks.hangs, 1, n=2)
+    with fresh_processes(), pytest.raises(RuntimeError, match='ZeroDivisionError: early'):
+        launch(ranks.hangs, 1, n=2)
     assert time.monotonic() - start < 30
 
 
