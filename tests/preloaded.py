@@ -53,14 +53,15 @@ def listening(folder): # socket
 def write_command(folder): # str
     path = Path(folder, 'python')
     client = Path(__file__).with_name('preloaded_python.py')
-    path.write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, "-ISB", str(client), folder])} "$@"\n')
+    command = shlex.join([sys.executable, '-ISB', str(client), folder])
+    path.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
     path.chmod(0o755)
     return str(path)
 
 
 @contextmanager
 def spawning(command):
-    "Have multiprocessing's method 'spawn' start processes by a command in place of `sys.executable`"
+    "Have multiprocessing's method 'spawn' start processes by a command other than this python"
     resource_tracker.ensure_running()  # a fresh process, as it outlives all others
     before = os.fsdecode(multiprocessing.spawn.get_executable())
     multiprocessing.set_executable(command)
@@ -80,6 +81,7 @@ class Server:
     def serve(self): # (request, files), in a copy
         while True:
             for key, _ in self.selector.select(timeout=10):
+                if key.fileobj not in self.selector.get_map(): continue  # its copy has just ended
                 request = key.data(key.fileobj)
                 if request: return request
             for pid, begun in self.copies.items():
@@ -88,6 +90,7 @@ class Server:
     def begin(self, listener):
         asker, _ = listener.accept()
         request, files, _, _ = socket.recv_fds(asker, LARGEST, 250)
+        if not request: return asker.close()  # gone before it could say what
         pid = os.fork()
         if pid == 0: return json.loads(request), files
         for file in files: os.close(file)
@@ -97,7 +100,8 @@ class Server:
 
     def signal(self, pid, asker):
         "Pass on a signal; SIGKILL cannot be told, but then the one who asks is gone"
-        message = asker.recv(8)
+        try: message = asker.recv(8)
+        except ConnectionError: message = b''
         if message: os.kill(pid, int(message))
         else:
             kill(pid)
@@ -142,14 +146,15 @@ def import_all():
 
 def become(request, files): # list of arguments
     "Be as a fresh process"
-    import numpy as np
+    import numpy, torch
     os.setsid()
     place_files(files, request['numbers'])
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(request['env'])
     os.chdir(request['cwd'])
-    np.random.seed()  # `random` does so by itself
+    numpy.random.seed()  # anew, as `random` does by itself
+    torch.default_generator.seed()
     return request['args']
 
 
@@ -164,7 +169,8 @@ def place_files(files, numbers):
 
 def run_as_main(args):
     "What python does with its arguments"
-    while args[0][0] == '-' and args[0] not in ('-c', '-m'): args = args[2 if args[0] == '-X' else 1:]
+    while args[0][0] == '-' and args[0] not in ('-c', '-m'):  # options of python
+        args = args[2 if args[0] == '-X' else 1:]
     sys.modules['__main__'] = main = types.ModuleType('__main__')
     if args[0] == '-m': run_module(args[1:])
     elif args[0] == '-c': run_code(main, args[1], '<string>', [args[0], *args[2:]], '')
@@ -176,7 +182,7 @@ def run_as_main(args):
 def run_module(args):
     import runpy
     sys.argv, sys.path[0] = args, os.getcwd()
-    if not hasattr(sys.modules.get(args[0]), '__path__'): sys.modules.pop(args[0], None)  # it is run anew
+    if not hasattr(sys.modules.get(args[0]), '__path__'): sys.modules.pop(args[0], None)  # run anew
     runpy.run_module(args[0], run_name='__main__', alter_sys=True)
 
 
