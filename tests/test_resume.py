@@ -203,7 +203,12 @@ def resumes_everywhere(tmp_path, *names, every=1):
 
 
 @pytest.mark.parametrize('name', PARTS)
-def test_each_part_resumes_at_every_batch(tmp_path, name): resumes_everywhere(tmp_path, name)
+def test_each_part_resumes_at_every_batch(tmp_path, name):
+    resumes_everywhere(tmp_path, name, every=2 if name.startswith('data') else 1)
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', [name for name in PARTS if name.startswith('data')])
+def test_all_data_resumes_at_every_batch(tmp_path, name): resumes_everywhere(tmp_path, name)
 
 SAMPLE = [('dropout', 'data: torch'), ('norm', 'ema'), ('ema', 'accumulation'),
           ('accumulation', 'clip'), ('one cycle', 'plateau'),
