@@ -16,7 +16,7 @@ export OMP_NUM_THREADS := 1
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
-train: $(VENV)/.dev ## train a small CNN on handwritten digits, about ten seconds
+train: $(VENV)/.dev ## train a small CNN on handwritten digits, ten to twenty seconds
 	$(BIN)/python examples/mnist.py
 
 PYTEST = $(BIN)/python -m pytest -n 2 --dist worksteal $(if $(K),-k '$(K)')
@@ -30,7 +30,7 @@ test-slow: $(VENV)/.dev ## run the tests that take minutes; a part of them: make
 export: $(VENV)/.dev ## write learnkit/ from the notebooks
 	$(BIN)/python tools/export.py
 
-outputs: export ## run the notebooks, store their outputs; of one: make outputs NB=nbs/02_data.ipynb
+outputs: export ## run the notebooks, store outputs; of one: make outputs NB=nbs/data/01_loaders.ipynb
 	$(BIN)/python tools/outputs.py $(NB)
 
 readme: $(VENV)/.dev ## write README.md from nbs/index.ipynb
