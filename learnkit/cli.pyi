@@ -3,6 +3,7 @@
 # pyright: reportPrivateImportUsage=false
 """What is on disk, what came of it, and how to get rid of it"""
 from typing import Any
+from .files.store import Store
 __all__ = []
 
 class CommandError(Exception):
@@ -15,19 +16,19 @@ def run_names(root: Any) -> Any:
         sorted list
     """
 
-def is_run_name(name: Any) -> Any:
+def is_run_name(name: Any) -> bool:
     """Whether a run can be called so
 
     Returns:
         bool
     """
 
-def no_folder(root: Any) -> Any:
+def no_folder(root: Any) -> CommandError:
     """Returns:
         CommandError
     """
 
-def open_run(root: Any, name: Any) -> Any:
+def open_run(root: Any, name: Any) -> Store:
     """The store of a run that must be there
 
     Returns:
@@ -44,7 +45,7 @@ def run_row(root: Any, name: Any) -> Any:
         (name, checkpoints, bytes, last change), as text
     """
 
-def disk_size(store: Any) -> Any:
+def disk_size(store: Any) -> bytes:
     """What packs and saves take
 
     Returns:

@@ -7,7 +7,7 @@ __all__ = [
     'map_tensors', 'to_device', 'detach', 'to_host', 'batch_size'
 ]
 
-def moves_itself(x: Any) -> Any:
+def moves_itself(x: Any) -> bool:
     """Whether `x` has a method `to` and is no tensor: a packed sequence, a tokenizer's output
 
     Returns:
@@ -72,7 +72,7 @@ def n_rows(x: Any) -> Any:
         int; None when there is no tensor with dimensions
     """
 
-def batch_size(batch: Any) -> Any:
+def batch_size(batch: Any) -> int:
     """How many samples: the first dimension of the first tensor, else `len`, else 1
 
     Returns:
@@ -120,7 +120,7 @@ class Gather:
     def read(self) -> Any:
         """The nesting of the first batch, holding all samples; None when nothing came"""
 
-def only_tensors(x: Any) -> Any:
+def only_tensors(x: Any) -> bool:
     """Whether `x` is a nesting of tuples, lists and dicts with nothing but tensors in it
 
     Returns:

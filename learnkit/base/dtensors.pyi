@@ -12,7 +12,7 @@ def is_a(x: Any, module: str, name: str) -> Any:
         bool; False where the module was never imported: then nothing is
     """
 
-def is_sharded(model: Any) -> Any:
+def is_sharded(model: Any) -> bool:
     """Whether a module was given to FSDP2's `fully_shard`
 
     Returns:
@@ -26,7 +26,7 @@ def plain_class(module: Any) -> Any:
         class
     """
 
-def is_from_fsdp(hook: Any) -> Any:
+def is_from_fsdp(hook: Any) -> bool:
     """Whether `fully_shard` has given this hook to a module
 
     Returns:
@@ -37,7 +37,7 @@ FSDP_MARKS: tuple[str, ...]
 def reshard(model: Any) -> None:
     """Have a model of FSDP2 hold its parts again, not the whole weights that a forward pass leaves"""
 
-def is_dtensor(t: Any) -> Any:
+def is_dtensor(t: Any) -> bool:
     """Whether a tensor is spread over processes
 
     Returns:
@@ -65,7 +65,7 @@ def distribute_like(value: Any, like: Any) -> Any:
         tensor
     """
 
-def any_dtensor(tree: Any) -> Any:
+def any_dtensor(tree: Any) -> bool:
     """Whether there is a tensor in a nesting that is spread over processes
 
     Returns:

@@ -16,7 +16,7 @@ def private_names(cls: Any) -> Any:
         set of str
     """
 
-def is_learnkits(cls: Any) -> Any:
+def is_learnkits(cls: Any) -> bool:
     """Whether a class is one of learnkit's own
 
     Returns:

@@ -9,7 +9,7 @@ __all__ = [
     'rank', 'world_size', 'is_main', 'rank0_only', 'rank0_first', 'sum_over_ranks'
 ]
 
-def in_group() -> Any:
+def in_group() -> bool:
     """Whether this process is in a process group of `torch.distributed`
 
     Returns:
@@ -38,7 +38,7 @@ def world_size() -> Any:
         int; 1 for a single process
     """
 
-def is_main() -> Any:
+def is_main() -> bool:
     """Whether this is rank 0, the process that prints and writes
 
     Returns:

@@ -6,14 +6,14 @@ from types import MappingProxyType
 from typing import Any
 __all__ = []
 
-def short_path(path: Any) -> Any:
+def short_path(path: Any) -> str:
     """A path as it is told to people: from the current folder on, if it lies below it
 
     Returns:
         str
     """
 
-def callers_level() -> Any:
+def callers_level() -> int:
     """The `stacklevel` at which a warning points to the code that has called learnkit
 
     Returns:
@@ -21,7 +21,7 @@ def callers_level() -> Any:
     """
 UNITS: MappingProxyType
 
-def as_seconds(duration: Any) -> Any:
+def as_seconds(duration: Any) -> float:
     """A duration in seconds
 
     Args:
@@ -31,14 +31,14 @@ def as_seconds(duration: Any) -> Any:
         float
     """
 
-def is_text(s: str) -> Any:
+def is_text(s: str) -> bool:
     """Whether a string is valid unicode, and not half of a surrogate pair
 
     Returns:
         bool
     """
 
-def duration(seconds: float) -> Any:
+def duration(seconds: float) -> str:
     """As people say it
 
     Returns:
@@ -52,7 +52,7 @@ def size_text(n: int) -> str:
         str
     """
 
-def age_text(seconds: float) -> Any:
+def age_text(seconds: float) -> str:
     """How long ago something was
 
     Returns:

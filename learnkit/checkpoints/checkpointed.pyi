@@ -44,7 +44,7 @@ def unpack_result(tree: Any) -> Any:
         what was packed
     """
 
-def is_frame(x: Any) -> Any:
+def is_frame(x: Any) -> bool:
     """Whether `x` is a DataFrame or a Series; pandas is not imported to find out
 
     Returns:
@@ -308,7 +308,7 @@ class Ledger:
         """What the host counts for itself, in its constructor or in a call, makes no difference"""
     def look(self) -> None:
         """What the script has set on the host since the last call makes one"""
-    def ask(self, method: str, args: Any, kwargs: Any) -> Any:
+    def ask(self, method: str, args: Any, kwargs: Any) -> Call:
         """What is asked for
 
         Returns:
@@ -326,7 +326,7 @@ class Ledger:
         Returns:
             dict: name -> Fingerprint
         """
-    def node(self, id: Any) -> Any:
+    def node(self, id: Any) -> dict:
         """What is recorded under an id
 
         Returns:
@@ -366,19 +366,19 @@ class Ledger:
         """Raise RuntimeError while a block is open or the host is at work"""
     def check_alone(self, what: Any) -> None:
         """Raise RuntimeError where several processes would each write to the same record"""
-    def broken_off(self, block: Any) -> Any:
+    def broken_off(self, block: Any) -> Place:
         """Where the host stands when a block ends with an error
 
         Returns:
             Place
         """
-    def begin(self, id: Any, description: Any, parent: Any) -> Any:
+    def begin(self, id: Any, description: Any, parent: Any) -> Block:
         """Bring the host to where the checkpoint begins, and compare with what is recorded
 
         Returns:
             Block
         """
-    def new_node(self, id: Any, description: Any, old: Any) -> Any:
+    def new_node(self, id: Any, description: Any, old: Any) -> dict:
         """A checkpoint of which nothing is recorded yet
 
         Returns:
@@ -390,7 +390,7 @@ class Ledger:
         """Roll back to the parent that is asked for"""
     def go_to_begin(self, id: Any, node: Any) -> None:
         """A block that runs again, as a notebook's cell does: back to where it began"""
-    def told(self, place: Any) -> Any:
+    def told(self, place: Any) -> str:
         """A place in words
 
         Returns:
@@ -402,7 +402,7 @@ class Ledger:
         Returns:
             str
         """
-    def is_worth_keeping(self, node: Any, first: Any = 0) -> Any:
+    def is_worth_keeping(self, node: Any, first: Any = 0) -> bool:
         """Whether anything was computed in a checkpoint from a call on; one that failed at once is not
 
         Returns:
@@ -422,7 +422,7 @@ class Ledger:
         """
     def changed(self, node: Any, k: Any, problems: Any) -> None:
         """What is asked for differs from what is recorded from call `k` on"""
-    def dependents(self, node: Any, k: Any) -> Any:
+    def dependents(self, node: Any, k: Any) -> str:
         """What was computed from the result of call `k`
 
         Returns:
@@ -484,7 +484,7 @@ class Ledger:
         """Raise StaleCheckpoint unless states are those of the callbacks that were given"""
     def tell(self, id: Any, recorded: Any, strays: Any = ()) -> None:
         """One line on a call that was fetched"""
-    def hold(self, block: Any) -> Any:
+    def hold(self, block: Any) -> bool:
         """Take the writer's lock for the rest of a block; False if the record has changed meanwhile
 
         Returns:
@@ -492,7 +492,7 @@ class Ledger:
         """
     def compute(self, block: Any, call: Any, parts: Any, recorded: Any) -> Any:
         """Make the call, from exactly the state before it, and record it"""
-    def new_record(self, call: Any, parts: Any) -> Any:
+    def new_record(self, call: Any, parts: Any) -> dict:
         """A call that is running
 
         Returns:
@@ -500,7 +500,7 @@ class Ledger:
         """
     def record_begin(self, block: Any, parts: Any) -> None:
         """Note where a checkpoint begins; its state is stored unless it is its parent's end"""
-    def has_left(self, saved: Any, parts: Any) -> Any:
+    def has_left(self, saved: Any, parts: Any) -> bool:
         """Whether the host has moved on from a recorded state, or what lies beside it was changed
 
         Returns:
@@ -578,7 +578,7 @@ class Ledger:
         """Delete the answers of a method, or all"""
     def roll(self, place: Any, schedulers: Any = True) -> None:
         """Bring the host to a place"""
-    def calls_before(self, node: Any, place: Any) -> Any:
+    def calls_before(self, node: Any, place: Any) -> int:
         """How many calls lie before a place
 
         Returns:
@@ -622,7 +622,7 @@ class Together:
     def writing(self: _Self) -> AbstractContextManager[_Self]: ...
     def gc(self, dry_run: Any) -> Any: ...
 
-def is_same(a: Any, b: Any) -> Any:
+def is_same(a: Any, b: Any) -> bool:
     """Whether two plain values are equal to the bit
 
     Returns:
@@ -636,12 +636,12 @@ def constants_read(func: Any) -> Any:
         dict: name -> value
     """
 
-def is_constant(x: Any) -> Any:
+def is_constant(x: Any) -> bool:
     """Returns:
         bool
     """
 
-def as_dict(state: Any) -> Any:
+def as_dict(state: Any) -> dict:
     """A host's state by parts
 
     Returns:
@@ -699,7 +699,7 @@ class Fetched:
 
 def is_large(t: Any) -> Any: ...
 
-def mark(t: Any) -> Any:
+def mark(t: Any) -> tuple:
     """What shows that a tensor was written to: torch's counter, and sums that see other ways too
 
     Returns:
@@ -754,7 +754,7 @@ def structure_after(node: Any, n: Any) -> Any:
         dict: name -> digest
     """
 
-def not_kept(node: Any) -> Any:
+def not_kept(node: Any) -> LookupError:
     """Returns:
         LookupError
     """
@@ -843,7 +843,7 @@ def module_attributes(model: nn.Module) -> Any:
 def lay_attributes(learn: Learner, attributes: dict) -> None:
     """Give the learner and the modules of its model the attributes they had"""
 
-def is_storable(x: Any) -> Any:
+def is_storable(x: Any) -> bool:
     """Returns:
         bool
     """
@@ -884,7 +884,7 @@ def still(learn: Learner) -> Any:
     """
 STRUCTURE: tuple[str, ...]
 
-def public(module: Any) -> Any:
+def public(module: Any) -> dict:
     """The attributes of a module that are not torch's own bookkeeping
 
     Returns:

@@ -28,7 +28,7 @@ def origins(lineage: Any, a: Any, b: Any, start: Any) -> Any:
         list of texts
     """
 
-def step_text(lineage: Any, id: Any) -> Any:
+def step_text(lineage: Any, id: Any) -> str:
     """A checkpoint on the way, and where it goes on from, if that is no end
 
     Returns:
@@ -63,7 +63,7 @@ def compared_call(mine: Any, other: Any) -> Any:
         list of texts
     """
 
-def call_text(call: Any) -> Any:
+def call_text(call: Any) -> str:
     """A call as in the script
 
     Returns:
@@ -91,7 +91,7 @@ def beginning(node: Any) -> Any:
         dict: name -> description
     """
 
-def latest(lineage: Any, id: Any, key: Any) -> Any:
+def latest(lineage: Any, id: Any, key: Any) -> dict:
     """What the calls on the way to a checkpoint were made with; the last word counts
 
     Returns:
@@ -140,14 +140,14 @@ def sections(parts: Any, otherwise: Any) -> Any:
         list of lines
     """
 
-def result_text(root: Any) -> Any:
+def result_text(root: Any) -> str:
     """A stored result in short; tensors stay where they are
 
     Returns:
         str
     """
 
-def items_text(items: Any) -> Any:
+def items_text(items: Any) -> str:
     """The items of a dict; of a dataclass or table only the class
 
     Returns:

@@ -54,7 +54,7 @@ class Lineage:
         Returns:
             'complete', 'running', 'stale', 'damaged', 'deleted'
         """
-    def left_behind(self, id: Any) -> Any:
+    def left_behind(self, id: Any) -> bool:
         """Whether the parent is no longer what the checkpoint went on from
 
         Returns:
@@ -78,13 +78,13 @@ class Lineage:
         Returns:
             dict: parts, state, beside
         """
-    def nbytes(self, *ids: Any) -> Any:
+    def nbytes(self, *ids: Any) -> int:
         """Bytes of the distinct tensors of some checkpoints
 
         Returns:
             int
         """
-    def node(self, id: Any) -> Any:
+    def node(self, id: Any) -> dict:
         """The node of a checkpoint that must be there
 
         Returns:
@@ -102,7 +102,7 @@ class Row:
     depth: int = ...
     """how many it goes on from"""
 
-def total_epochs(node: Any) -> Any:
+def total_epochs(node: Any) -> int:
     """The epochs of all calls
 
     Returns:
@@ -134,14 +134,14 @@ def main_metric(row: dict) -> Any:
 
 def number(x: Any) -> Any: ...
 
-def best_text(node: Any) -> Any:
+def best_text(node: Any) -> str:
     """'accuracy 0.981', or nothing where no best model is kept
 
     Returns:
         str
     """
 
-def metric_text(node: Any) -> Any:
+def metric_text(node: Any) -> str:
     """The number that counts: as it was last, and at its best
 
     Returns:

@@ -22,35 +22,35 @@ def table_row(lineage: Any, id: Any) -> Any:
         dict: column -> value
     """
 
-def columns_of(text: Any) -> Any:
+def columns_of(text: Any) -> int:
     """How many columns of a terminal a text takes
 
     Returns:
         int
     """
 
-def one_line(text: Any) -> Any:
+def one_line(text: Any) -> str:
     """A text without line ends, control characters and what hides letters
 
     Returns:
         str
     """
 
-def cut(text: Any, width: int) -> Any:
+def cut(text: Any, width: int) -> str:
     """The beginning of a text that is too long
 
     Returns:
         str
     """
 
-def padded(text: Any, width: int, right: Any = False) -> Any:
+def padded(text: Any, width: int, right: Any = False) -> str:
     """A text filled up with spaces
 
     Returns:
         str
     """
 
-def short_call(text: Any, width: int = 28) -> Any:
+def short_call(text: Any, width: int = 28) -> str:
     """A call with the first of its arguments
 
     Args:
@@ -60,14 +60,14 @@ def short_call(text: Any, width: int = 28) -> Any:
         str
     """
 
-def in_short(calls: Any) -> Any:
+def in_short(calls: Any) -> str:
     """All calls in a line; what is called again and again only once
 
     Returns:
         str
     """
 
-def asked(node: Any) -> Any:
+def asked(node: Any) -> str:
     """The methods that were asked on the state of a checkpoint
 
     Returns:
@@ -82,7 +82,7 @@ def cells(lineage: Any, id: Any, at: Any, now: Any) -> Any:
         list of str
     """
 
-def after(call: Any) -> Any:
+def after(call: Any) -> str:
     """Which place of a checkpoint
 
     Returns:
@@ -96,7 +96,7 @@ def head(lineage: Any, id: Any) -> str:
         str
     """
 
-def label(lineage: Any, id: Any) -> Any:
+def label(lineage: Any, id: Any) -> str:
     """What stands beside the id
 
     Returns:
@@ -117,7 +117,7 @@ def fitted(table: Any, width: Any) -> Any:
         list of rows
     """
 
-def tree_text(store: Any, at: Any = None, now: Any = None, width: Any = None) -> Any:
+def tree_text(store: Any, at: Any = None, now: Any = None, width: Any = None) -> str:
     """The checkpoints of a store, one a line, as a tree
 
     Args:
@@ -129,7 +129,7 @@ def tree_text(store: Any, at: Any = None, now: Any = None, width: Any = None) ->
         str
     """
 
-def summary(lineage: Any, at: Any) -> Any:
+def summary(lineage: Any, at: Any) -> str:
     """The last line of the tree
 
     Returns:
@@ -144,14 +144,14 @@ def troubles(lineage: Any) -> Any:
     """
 PLAIN: Any
 
-def printable(text: Any, encoding: Any) -> Any:
+def printable(text: Any, encoding: Any) -> str:
     """The text as far as an output can show it, drawn with ASCII where it has no lines
 
     Returns:
         str
     """
 
-def terminal_width(otherwise: Any) -> Any:
+def terminal_width(otherwise: Any) -> int:
     """The columns of the terminal that is printed to
 
     Returns:

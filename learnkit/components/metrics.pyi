@@ -2,6 +2,8 @@
 # pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 # pyright: reportPrivateImportUsage=false
 """Exact means over all samples, and which way is better"""
+from collections.abc import Callable
+import torch
 from typing import Any, Protocol, runtime_checkable
 __all__ = [
     'Metric', 'metric', 'accuracy', 'error_rate', 'top_k_accuracy', 'binary_accuracy', 'mse',
@@ -27,7 +29,7 @@ class Mean:
             float, nan when there is nothing to average
         """
     @property
-    def n(self) -> Any:
+    def n(self) -> float:
         """The sum of the weights
 
         Returns:
@@ -80,7 +82,7 @@ def metric(
         higher_is_better: bool | None = None,
         name: str | None = None,
         finish: Any = None,
-) -> Any:
+) -> Callable[[Callable[..., Any]], Metric]:
     """Make a `Metric` of a function that returns the mean over a batch
 
     Args:
@@ -107,6 +109,7 @@ def fraction(hits: Any) -> Any:
         bool tensor -> 0-d tensor
     """
 
+@metric(higher_is_better=True)
 def accuracy(pred: Any, targ: Any, axis: int = -1) -> Any:
     """Part of the targets that have the highest score
 
@@ -119,6 +122,7 @@ def accuracy(pred: Any, targ: Any, axis: int = -1) -> Any:
         0-d tensor
     """
 
+@metric(higher_is_better=False)
 def error_rate(pred: Any, targ: Any, axis: int = -1) -> Any:
     """1 - accuracy
 
@@ -126,6 +130,7 @@ def error_rate(pred: Any, targ: Any, axis: int = -1) -> Any:
         as `accuracy`
     """
 
+@metric(higher_is_better=True)
 def top_k_accuracy(pred: Any, targ: Any, k: int = 5) -> Any:
     """Part of the targets that are among the `k` highest scores
 
@@ -137,6 +142,7 @@ def top_k_accuracy(pred: Any, targ: Any, k: int = 5) -> Any:
         0-d tensor
     """
 
+@metric(higher_is_better=True)
 def binary_accuracy(pred: Any, targ: Any, thresh: float = 0.5, from_logits: bool = True) -> Any:
     """Part of the entries on the right side of the threshold
 
@@ -161,6 +167,7 @@ def difference(pred: Any, targ: Any, name: str) -> Any:
         tensor
     """
 
+@metric(higher_is_better=False)
 def mse(pred: Any, targ: Any) -> Any:
     """Mean squared error
 
@@ -168,6 +175,7 @@ def mse(pred: Any, targ: Any) -> Any:
         tensors of one shape -> 0-d tensor
     """
 
+@metric(higher_is_better=False)
 def mae(pred: Any, targ: Any) -> Any:
     """Mean absolute error
 
@@ -175,6 +183,7 @@ def mae(pred: Any, targ: Any) -> Any:
         tensors of one shape -> 0-d tensor
     """
 
+@metric(higher_is_better=False, finish=torch.sqrt)
 def rmse(pred: Any, targ: Any) -> Any:
     """Root of the mean squared error over all samples
 
@@ -182,6 +191,7 @@ def rmse(pred: Any, targ: Any) -> Any:
         tensors of one shape -> 0-d tensor
     """
 
+@metric(higher_is_better=False, finish=torch.exp)
 def perplexity(pred: Any, targ: Any) -> Any:
     """exp of the mean cross entropy (natural logarithm) over all samples
 
@@ -200,7 +210,7 @@ def base_metric(m: Any) -> Any:
         metric
     """
 
-def metric_name(m: Any) -> Any:
+def metric_name(m: Any) -> str:
     """What the value of a metric is called
 
     Returns:
@@ -316,7 +326,7 @@ class Replayed(Driven):
     def add(self, pred: Any, yb: Any, n: Any) -> None: ...
     def compute(self, ranks: Any) -> Any: ...
 
-def driven(m: Any, ranks: Any) -> Any:
+def driven(m: Any, ranks: Any) -> Driven:
     """A pass of a metric; torchmetrics' exchange their states themselves when asked for the value
 
     Returns:
@@ -362,7 +372,7 @@ class Tally:
         Returns:
             None: metrics that are modules stay where they are
         """
-    def joined(self, name: Any, key: Any) -> Any:
+    def joined(self, name: Any, key: Any) -> str:
         """What one value of a dict is called: its key, after the metric's name if one was given
 
         Returns:
@@ -398,7 +408,7 @@ class Tally:
             list of str
         """
 
-def as_number(name: str, value: Any) -> Any:
+def as_number(name: str, value: Any) -> float:
     """The value of a metric as a float
 
     Args:

@@ -46,7 +46,7 @@ def spread_lr(lr: Any, n: int) -> Any:
         list of n floats
     """
 
-def n_layers(opt: torch.optim.Optimizer) -> Any:
+def n_layers(opt: torch.optim.Optimizer) -> int:
     """How many groups of layers (lists of the splitter) the optimizer has
 
     Returns:
@@ -60,7 +60,7 @@ def set_lr(opt: torch.optim.Optimizer, lr: Any) -> None:
         lr: as in `spread_lr`
     """
 
-def hyper_key(group: dict, name: str) -> Any:
+def hyper_key(group: dict, name: str) -> str | None:
     """The key that holds hyperparameter `name`; None when the optimizer has no such thing
 
     Args:
@@ -199,14 +199,14 @@ def one_or_text(values: Any) -> Any:
         None for none, the value where all are equal, else text
     """
 
-def shape_text(params: Any) -> Any:
+def shape_text(params: Any) -> str:
     """The shapes of the weights: of all matrices, or of the first parameter when there are none
 
     Returns:
         str
     """
 
-def count_new(tensors: Any, seen: set) -> Any:
+def count_new(tensors: Any, seen: set) -> int:
     """How many values the tensors have that are not in `seen`, to which they are added
 
     Returns:
@@ -220,7 +220,7 @@ def how_trainable(params: Any) -> Any:
         'yes', 'no', 'partly', or '' without parameters
     """
 
-def needs_closure(opt: torch.optim.Optimizer) -> Any:
+def needs_closure(opt: torch.optim.Optimizer) -> bool:
     """Whether `opt.step` must be given a function that computes the loss anew
 
     Returns:

@@ -181,7 +181,7 @@ class DatasetLoader(EpochLoader):
             iterator of batches
         """
 
-def pinned(pin_memory: bool | None = None) -> Any:
+def pinned(pin_memory: bool | None = None) -> bool:
     """`pin_memory`; if None, whether that speeds up copies to the default device
 
     Returns:
@@ -221,7 +221,7 @@ class DataLoaders:
             device: Any = None,
             seed: int | None = None,
             valid_bs: int | None = None,
-    ) -> Any:
+    ) -> DataLoaders:
         """Loaders of data in memory; the training one is shuffled
 
         Args:
@@ -251,7 +251,7 @@ class DataLoaders:
             collate_fn: Any = None,
             pin_memory: bool | None = None,
             **kwargs: Any,
-    ) -> Any:
+    ) -> DataLoaders:
         """Loaders of datasets; only the training one is shuffled, and only it may drop samples
 
         Args:
@@ -278,7 +278,7 @@ def check_loader(dl: Any) -> Any:
         the loader, or None
     """
 
-def describe(dl: Any) -> Any:
+def describe(dl: Any) -> str:
     """What a loader holds, as far as it says; of a part of one, all of it
 
     Returns:
@@ -313,7 +313,7 @@ def dataset_loader(
         `DatasetLoader`; torch's `DataLoader` for an `IterableDataset`; None
     """
 
-def length(dl: Any) -> Any:
+def length(dl: Any) -> int | None:
     """How many batches `dl` has; None when it cannot tell
 
     Returns:
@@ -323,7 +323,7 @@ def length(dl: Any) -> Any:
 def set_epoch(dl: Any, epoch: int) -> None:
     """Tell a loader, or its sampler, which epoch's order is wanted, if it can be told"""
 
-def n_samples(dl: Any) -> Any:
+def n_samples(dl: Any) -> int | None:
     """How many samples a loader will give, as far as it tells
 
     Returns:

@@ -36,7 +36,7 @@ class Share:
     """how many there are"""
     pad: bool
     """whether a process that would get nothing gets a sample that counts for nothing"""
-    def part(self, n: int) -> Any:
+    def part(self, n: int) -> slice:
         """Which of the `n` samples of a batch are this process's; parts differ by one sample at most
 
         Returns:

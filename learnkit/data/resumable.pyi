@@ -4,6 +4,7 @@
 """Leave a loader as it was, or go on in the middle of its epoch"""
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from torch.utils.data import DataLoader
 from typing import Any
 __all__ = []
 
@@ -24,7 +25,7 @@ def own_workers(dl: Any) -> Any:
         loader
     """
 
-def keeps_state(dl: Any) -> Any:
+def keeps_state(dl: Any) -> bool:
     """Whether a loader can say where it is and go back there, as torchdata's `StatefulDataLoader`
 
     Returns:
@@ -95,7 +96,7 @@ class LateSampler:
     def __init__(self, sampler: Any, start: int) -> None: ...
     def __iter__(self) -> Iterator[Any]: ...
 
-def without_first(dl: Any, start: int) -> Any:
+def without_first(dl: Any, start: int) -> DataLoader:
     """A loader like `dl` whose workers begin with batch `start`
 
     Returns:

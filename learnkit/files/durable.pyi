@@ -2,6 +2,7 @@
 # pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 # pyright: reportPrivateImportUsage=false
 """A file that is there as a whole or not at all"""
+from pathlib import Path
 from typing import Any
 __all__ = []
 
@@ -49,7 +50,7 @@ def atomic_write(path: Any, fill: Any, overwrite: bool = True) -> Any:
         Path of the file
     """
 
-def write_bytes(path: Any, data: Any, overwrite: bool = True) -> Any:
+def write_bytes(path: Any, data: Any, overwrite: bool = True) -> Path:
     """A whole file of these bytes
 
     Returns:
@@ -70,14 +71,14 @@ def file_digest(path: Any) -> Any:
         64 hex digits; None where there is no file
     """
 
-def is_alive(pid: int) -> Any:
+def is_alive(pid: int) -> bool:
     """Whether there is a process of this number on this machine
 
     Returns:
         bool
     """
 
-def is_left_over(temp: Any) -> Any:
+def is_left_over(temp: Any) -> bool:
     """Whether a half-written file was left by a process of this machine that is no more
 
     Returns:

@@ -23,7 +23,7 @@ class LockedError(StoreError):
     def __init__(self, path: Any, holder: dict | None = None) -> None: ...
     def __str__(self) -> str: ...
 
-def told(holder: dict) -> Any:
+def told(holder: dict) -> str:
     """Who holds a lock
 
     Returns:

@@ -24,7 +24,7 @@ class Garbage:
     """what all of it takes"""
     def __str__(self) -> str: ...
 
-def runs(node: dict, name: Any) -> Any:
+def runs(node: dict, name: Any) -> bool:
     """Whether the call that some saves in a work folder belong to is still to be done
 
     Returns:

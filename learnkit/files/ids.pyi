@@ -18,14 +18,14 @@ def check_id(id: Any) -> Any:
         int, float or str
     """
 
-def sort_ids(ids: Any) -> Any:
+def sort_ids(ids: Any) -> list:
     """Numbers by value, then text
 
     Returns:
         list
     """
 
-def id_text(id: Any) -> Any:
+def id_text(id: Any) -> str:
     """An id as it is written in code: `1` is not `'1'`
 
     Returns:
@@ -39,14 +39,14 @@ def parse_id(text: str) -> Any:
         the id
     """
 
-def is_device(word: Any) -> Any:
+def is_device(word: Any) -> bool:
     """Whether Windows takes a file name for a device
 
     Returns:
         bool
     """
 
-def file_name(id: Any) -> Any:
+def file_name(id: Any) -> str:
     """What the files of a checkpoint are called
 
     Returns:
@@ -60,7 +60,7 @@ def id_of(name: Any) -> Any:
         the id; None where no id has this file name
     """
 
-def check_name(name: str) -> Any:
+def check_name(name: str) -> str:
     """The name of a run, one or more words with `/` between them
 
     Returns:

@@ -6,14 +6,14 @@ from typing import Any
 __all__ = []
 MAX_TEXT: int
 
-def read_text(path: Any) -> Any:
+def read_text(path: Any) -> bytes:
     """The content of a regular file of reasonable size
 
     Returns:
         bytes
     """
 
-def once(pairs: Any) -> Any:
+def once(pairs: Any) -> dict:
     """Returns:
         dict
     """
@@ -30,14 +30,14 @@ SEALED: Any
 
 def as_line(value: Any) -> Any: ...
 
-def node_text(node: dict) -> Any:
+def node_text(node: dict) -> bytes:
     """A node as it is written
 
     Returns:
         bytes
     """
 
-def node_1(data: Any) -> Any:
+def node_1(data: Any) -> dict:
     """A node from its text, in format 1
 
     Returns:

@@ -2,6 +2,7 @@
 # pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 # pyright: reportPrivateImportUsage=false
 """The newest sound one of a few"""
+from pathlib import Path
 from typing import Any
 __all__ = []
 
@@ -12,7 +13,7 @@ def saves(folder: Any) -> Any:
         list of Paths, the newest first
     """
 
-def next_save(folder: Any, older: Any = None) -> Any:
+def next_save(folder: Any, older: Any = None) -> Path:
     """The file that `save_next` will write; `older`: the saves there are, if they are known
 
     Returns:

@@ -5,6 +5,7 @@
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
+from ..files.garbage import Garbage
 from ..files.tree import Packer
 _Self = TypeVar('_Self')
 __all__ = [
@@ -45,7 +46,7 @@ class Store:
         Returns:
             Path of the new pack, None if there is none
         """
-    def gc(self, dry_run: bool = True) -> Any:
+    def gc(self, dry_run: bool = True) -> Garbage:
         """Free what no checkpoint needs, or say what that is
 
         Returns:
@@ -59,7 +60,7 @@ class Store:
         """
     def destroy(self) -> None:
         """Remove all of the store; nodes go first, so that none ever misses its tensors"""
-    def part(self, name: Any) -> Any:
+    def part(self, name: Any) -> Path:
         """A folder of the store; it must be one, since what is in it gets deleted
 
         Returns:
@@ -100,7 +101,7 @@ class Store:
         Returns:
             function
         """
-    def ids(self) -> Any:
+    def ids(self) -> list:
         """Of all checkpoints, numbers first
 
         Returns:
@@ -120,7 +121,7 @@ class Store:
         """
     def delete(self, id: Any) -> None:
         """Delete a checkpoint, and then the saves of its running call; `gc` frees its tensors"""
-    def work(self, id: Any) -> Any:
+    def work(self, id: Any) -> Path:
         """The folder for the saves of a running call
 
         Returns:
@@ -186,7 +187,7 @@ class Store:
         Returns:
             dict: digest -> tensor
         """
-    def holds(self, root: Any) -> Any:
+    def holds(self, root: Any) -> bool:
         """Whether each tensor of a state is in a pack; they are not read
 
         Returns:
@@ -210,7 +211,7 @@ def part_digests(tree: Any, canonical: Any) -> Any:
 def fill_in(packer: Packer, digests: Any) -> None:
     """Name the tensors that a packer found"""
 
-def pack_name(names: Any) -> Any:
+def pack_name(names: Any) -> str:
     """A pack is named by the sorted list of its tensors
 
     Returns:
@@ -224,7 +225,7 @@ def pack_sizes(path: Any) -> Any:
         dict: digest -> number of bytes
     """
 
-def write_pack(folder: Any, items: Any, room: Any) -> Any:
+def write_pack(folder: Any, items: Any, room: Any) -> Path:
     """Write tensors, named by their digests, into one new pack
 
     Returns:

@@ -55,12 +55,12 @@ def tensor_digests(tensors: Any) -> Iterator[Any]:
 MAX_HEADER: int
 AHEAD: int
 
-def header_entry(t: torch.Tensor, begin: int) -> Any:
+def header_entry(t: torch.Tensor, begin: int) -> dict:
     """Returns:
         dict
     """
 
-def header_text(entries: dict, metadata: dict | None = None) -> Any:
+def header_text(entries: dict, metadata: dict | None = None) -> bytes:
     """A safetensors header, padded so that each tensor is aligned
 
     Args:

@@ -14,7 +14,7 @@ CONTAINERS: set[Any]
 KEYS: set[Any]
 STORABLE: str
 
-def place(path: Any) -> Any:
+def place(path: Any) -> str:
     """Where a value is in a tree: `optimizer.state[3].exp_avg`; `tree` for the whole
 
     Returns:
@@ -124,7 +124,7 @@ def seal(metadata: dict) -> Any:
         64 hex digits
     """
 
-def free_name(name: Any, taken: Any) -> Any:
+def free_name(name: Any, taken: Any) -> str:
     """The name, with a number behind it where it is taken
 
     Returns:
@@ -184,7 +184,7 @@ def load_tree(path: Any) -> Any:
         the tree, its tensors on the cpu
     """
 
-def to_bytes(tree: Any) -> Any:
+def to_bytes(tree: Any) -> bytes:
     """A tree as bytes, for `from_bytes`; UnstorableError for what `save_tree` would refuse
 
     Returns:

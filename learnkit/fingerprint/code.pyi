@@ -9,20 +9,20 @@ __all__ = []
 
 def text_of(node: Any) -> Any: ...
 
-def is_own(module: str) -> Any:
+def is_own(module: str) -> bool:
     """Whether the code of a module is the user's: not python's, not of a package, not learnkit's
 
     Returns:
         bool
     """
 
-def is_package(top: Any) -> Any:
+def is_package(top: Any) -> bool:
     """Returns:
         bool
     """
 
 @lru_cache(maxsize=None)
-def is_installed(file: str) -> Any:
+def is_installed(file: str) -> bool:
     """Whether a file is python's or a package's
 
     Returns:
@@ -38,7 +38,7 @@ def parsed(text: str) -> Any:
     """
 FUNCTIONS: tuple[Any, ...]
 
-def first_line(node: Any) -> Any:
+def first_line(node: Any) -> int:
     """Where a definition begins, with its decorators
 
     Returns:
@@ -66,7 +66,7 @@ def classes_in(tree: Any, before: Any = '') -> Any:
         dict: qualified name -> node
     """
 
-def source_of(file: str) -> Any:
+def source_of(file: str) -> str:
     """The text of a file, or of a notebook's cell
 
     Returns:
@@ -94,7 +94,7 @@ def plain_node(node: Any) -> Any:
         JSON value
     """
 
-def is_remark(node: Any) -> Any:
+def is_remark(node: Any) -> bool:
     """Whether a statement is nothing but a string
 
     Returns:
@@ -148,7 +148,7 @@ def variables_read(func: Any) -> Any:
         dict: name -> value
     """
 
-def is_empty(cell: Any) -> Any:
+def is_empty(cell: Any) -> bool:
     """Whether a variable has no value yet
 
     Returns:

@@ -58,14 +58,14 @@ def compared_part(name: Any, kind: Any, part: Any, a: Any, b: Any) -> Any:
         list of str
     """
 
-def wrapper(by: Any) -> Any:
+def wrapper(by: Any) -> str:
     """What wraps a function
 
     Returns:
         str
     """
 
-def child_label(name: Any, key: Any, a: Any, b: Any) -> Any:
+def child_label(name: Any, key: Any, a: Any, b: Any) -> str:
     """The path of a module and its class: `model encoder.3 (Dropout)`
 
     Returns:
@@ -79,7 +79,7 @@ def compared_lists(name: Any, before: Any, now: Any) -> Any:
         list of str
     """
 
-def is_reordered(before: Any, now: Any) -> Any:
+def is_reordered(before: Any, now: Any) -> bool:
     """Whether things of the same names stand in another order
 
     Returns:
@@ -97,14 +97,14 @@ def paired(before: Any, now: Any, gone: list, new: list) -> Any:
         list of (index, index)
     """
 
-def item_label(name: Any, i: Any, items: Any) -> Any:
+def item_label(name: Any, i: Any, items: Any) -> str:
     """The name of an item: its class where that tells which it is
 
     Returns:
         str
     """
 
-def as_a_whole(name: Any, before: Any, now: Any) -> Any:
+def as_a_whole(name: Any, before: Any, now: Any) -> str:
     """How two things differ that are not compared part by part
 
     Returns:

@@ -7,7 +7,7 @@ __all__ = []
 
 def describe_function(func: Any, walk: Any) -> Any: ...
 
-def is_setting(x: Any, depth: Any = 0) -> Any:
+def is_setting(x: Any, depth: Any = 0) -> bool:
     """Whether a global counts: plain values, containers of them, tensors, functions, classes
 
     Returns:
@@ -57,7 +57,7 @@ def given_arguments(func: Any, args: Any, kwargs: Any) -> Any:
         dict: name -> value
     """
 
-def is_equal(a: Any, b: Any) -> Any:
+def is_equal(a: Any, b: Any) -> bool:
     """Whether two values have the same description
 
     Returns:

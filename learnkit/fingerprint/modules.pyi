@@ -14,7 +14,7 @@ HOOKS: tuple[str, ...]
 
 def describe_module(x: Any, walk: Any) -> Any: ...
 
-def is_private_setting(x: Any) -> Any:
+def is_private_setting(x: Any) -> bool:
     """Whether an attribute that begins with `_` counts: plain values, but nothing large
 
     Returns:

@@ -36,7 +36,7 @@ def fingerprint(
         ignore: Any = (),
         memo: dict | None = None,
         weights: bool = True,
-) -> Any:
+) -> Fingerprint:
     """Describe `x`; UnfingerprintableError if that cannot be done
 
     Args:
@@ -77,7 +77,7 @@ class Walk:
     root: Any
     mode: Any
     def __init__(self, where: Any, ignore: Any, memo: Any, weights: Any, named: Any) -> None: ...
-    def here(self) -> Any:
+    def here(self) -> str:
         """The place: `fit: cbs[0].func`
 
         Returns:
@@ -197,7 +197,7 @@ class Walk:
         Returns:
             JSON value
         """
-    def is_default(self, param: Any, node: Any) -> Any:
+    def is_default(self, param: Any, node: Any) -> bool:
         """Whether a described argument is the default of its parameter
 
         Returns:
@@ -250,7 +250,7 @@ def describe_tuple(x: Any, walk: Any) -> Any: ...
 
 def describe_set(x: Any, walk: Any) -> Any: ...
 
-def is_mute(x: Any) -> Any:
+def is_mute(x: Any) -> bool:
     """Whether it is a callback that does not matter for what is computed
 
     Returns:
@@ -348,7 +348,7 @@ def describe_annotation(x: Any, walk: Any) -> Any:
     """
 FAMILIES: types.MappingProxyType
 
-def made_in_python(cls: Any) -> Any:
+def made_in_python(cls: Any) -> bool:
     """Whether all that an object holds is in its attributes: the test that copyreg makes
 
     Returns:
@@ -371,7 +371,7 @@ def members(cls: Any) -> Any:
         (slots, cached properties), tuples of names
     """
 
-def is_own_method(x: Any, name: Any, value: Any) -> Any:
+def is_own_method(x: Any, name: Any, value: Any) -> bool:
     """Whether an attribute is one of the object's methods with something around it
 
     Returns:
@@ -411,14 +411,14 @@ def describe_callbacks(x: Any, walk: Any) -> Any:
         list of JSON values, or what anything else is
     """
 
-def flatten(x: Any) -> Any:
+def flatten(x: Any) -> list:
     """A nesting of lists as one list
 
     Returns:
         list
     """
 
-def is_callback(x: Any) -> Any:
+def is_callback(x: Any) -> bool:
     """Returns:
         bool
     """

@@ -6,7 +6,7 @@ import types
 from typing import Any
 __all__ = []
 
-def as_text(tree: Any, width: int = 60) -> Any:
+def as_text(tree: Any, width: int = 60) -> str:
     """A description as in a script
 
     Args:
@@ -24,7 +24,7 @@ def node_kind(tree: Any) -> Any:
         str; None for what JSON has
     """
 
-def cut(text: Any, width: Any) -> Any:
+def cut(text: Any, width: Any) -> str:
     """Returns:
         str
     """
@@ -36,75 +36,75 @@ def enclosed(begin: Any, parts: Any, end: Any, width: Any) -> str:
         str
     """
 
-def inner(node: Any, begin: Any, width: Any) -> Any:
+def inner(node: Any, begin: Any, width: Any) -> str:
     """A part, in the room that is left for it
 
     Returns:
         str
     """
 
-def in_brackets(begin: Any, nodes: Any, end: Any, width: Any) -> Any:
+def in_brackets(begin: Any, nodes: Any, end: Any, width: Any) -> str:
     """Returns:
         str
     """
 
-def short_name(name: Any) -> Any:
+def short_name(name: Any) -> str:
     """A qualified name without module and outer functions
 
     Returns:
         str
     """
 
-def text_of_value(tree: Any, kind: Any, width: Any) -> Any:
+def text_of_value(tree: Any, kind: Any, width: Any) -> str:
     """A value with nothing in it that has a form of its own
 
     Returns:
         str
     """
 
-def text_of_items(tree: Any, kind: Any, width: Any) -> Any:
+def text_of_items(tree: Any, kind: Any, width: Any) -> str:
     """A tuple, set or the like
 
     Returns:
         str
     """
 
-def text_of_pairs(tree: Any, kind: Any, width: Any) -> Any:
+def text_of_pairs(tree: Any, kind: Any, width: Any) -> str:
     """A dict of another kind than JSON's
 
     Returns:
         str
     """
 
-def text_of_range(tree: Any, kind: Any, width: Any) -> Any:
+def text_of_range(tree: Any, kind: Any, width: Any) -> str:
     """A slice or range without the parts that need not be said
 
     Returns:
         str
     """
 
-def text_of_number(tree: Any, kind: Any, width: Any) -> Any:
+def text_of_number(tree: Any, kind: Any, width: Any) -> str:
     """A number or text that JSON has not
 
     Returns:
         str
     """
 
-def text_of_tensor(tree: Any, kind: Any, width: Any) -> Any:
+def text_of_tensor(tree: Any, kind: Any, width: Any) -> str:
     """Shape and type; of a few numbers the values
 
     Returns:
         str
     """
 
-def short_number(node: Any, dtype: Any) -> Any:
+def short_number(node: Any, dtype: Any) -> str:
     """A number in no more digits than its type has
 
     Returns:
         str
     """
 
-def text_of_function(tree: Any, kind: Any, width: Any) -> Any:
+def text_of_function(tree: Any, kind: Any, width: Any) -> str:
     """The name of a function, or a lambda as it is written
 
     Returns:
@@ -123,7 +123,7 @@ def text_of_call(tree: Any, kind: Any, width: Any) -> str: ...
 
 def text_of_text(tree: Any, kind: Any, width: Any) -> Any: ...
 
-def short_value(tree: Any) -> Any:
+def short_value(tree: Any) -> str:
     """A date, fraction, pattern ... as its repr
 
     Returns:
@@ -135,40 +135,40 @@ def text_of_method(tree: Any, kind: Any, width: Any) -> str:
         str
     """
 
-def text_of_partial(tree: Any, kind: Any, width: Any) -> Any:
+def text_of_partial(tree: Any, kind: Any, width: Any) -> str:
     """Returns:
         str
     """
 
-def text_of_metric(tree: Any, kind: Any, width: Any) -> Any:
+def text_of_metric(tree: Any, kind: Any, width: Any) -> str:
     """A metric by the name of its function
 
     Returns:
         str
     """
 
-def text_of_object(tree: Any, kind: Any, width: Any) -> Any:
+def text_of_object(tree: Any, kind: Any, width: Any) -> str:
     """A class with what is given to it
 
     Returns:
         str
     """
 
-def labelled(name: Any, node: Any, begin: Any, width: Any) -> Any:
+def labelled(name: Any, node: Any, begin: Any, width: Any) -> str:
     """An argument with its name
 
     Returns:
         str
     """
 
-def text_of_loader(tree: Any, kind: Any, width: Any) -> Any:
+def text_of_loader(tree: Any, kind: Any, width: Any) -> str:
     """A loader with its data and settings
 
     Returns:
         str
     """
 
-def text_of_dataset(tree: Any, kind: Any, width: Any) -> Any:
+def text_of_dataset(tree: Any, kind: Any, width: Any) -> str:
     """A dataset with its parts or its length
 
     Returns:

@@ -18,7 +18,7 @@ class Interrupts(Callback):
     def __init__(self) -> None: ...
     def settings(self) -> Any: ...
     @property
-    def caught(self) -> Any:
+    def caught(self) -> int | None:
         """Returns:
             int or None
         """
@@ -44,14 +44,14 @@ def interruptible(learn: Learner) -> AbstractContextManager[None]:
 def signals_held_back(learn: Learner, hold: bool) -> AbstractContextManager[None]:
     """Passes inside are not ended by a signal if `hold`: a fit around them can only rest after them"""
 
-def pending_signal(learn: Learner) -> Any:
+def pending_signal(learn: Learner) -> int | None:
     """The signal that has come while something runs and will end it after this batch
 
     Returns:
         int or None
     """
 
-def returns_after(learn: Learner, stop: KeyboardInterrupt) -> Any:
+def returns_after(learn: Learner, stop: KeyboardInterrupt) -> bool:
     """Whether fit returns to its caller: after Ctrl-C, unless it is the second signal
 
     Returns:

@@ -8,8 +8,12 @@ from torch import nn
 import torch
 from typing import Any, TypeVar
 from ..components.callback import Callbacks
+from ..data.loaders import DataLoaders
 from ..loop.loop import Loop
 from ..loop.recorder import Recorder
+from ..processes.group import Ranks
+from ..training.lr_find import LRFinderResult
+from ..training.steps import OverfitResult
 _Self = TypeVar('_Self')
 __all__ = [
     'Learner'
@@ -163,7 +167,7 @@ class Learner(Loop):
     @batches_per_update.setter
     def batches_per_update(self, n: Any) -> None: ...
     @property
-    def ranks(self) -> Any:
+    def ranks(self) -> Ranks | None:
         """The processes that train together, see `Distributed`; None for a single one
 
         Returns:
@@ -353,14 +357,14 @@ class Learner(Loop):
     def print(self, *values: Any, **kwargs: Any) -> None:
         """Print, on process 0 alone"""
     @property
-    def rank(self) -> Any:
+    def rank(self) -> int:
         """The number of this process
 
         Returns:
             int
         """
     @property
-    def world_size(self) -> Any:
+    def world_size(self) -> int:
         """How many processes train together
 
         Returns:
@@ -380,7 +384,7 @@ class Learner(Loop):
             num_it: int = 100,
             stop_div: bool = True,
             suggest: Any = ('valley', 'steep', 'minimum'),
-    ) -> Any:
+    ) -> LRFinderResult:
         """Try rates from `start_lr` to `end_lr` in a trial run that leaves no trace
 
         Args:
@@ -557,7 +561,7 @@ class Learner(Loop):
         Returns:
             dict: train_loss, valid_loss, metrics, tracked values
         """
-    def overfit(self, batches: int = 1, n_steps: int = 100, lr: Any = None) -> Any:
+    def overfit(self, batches: int = 1, n_steps: int = 100, lr: Any = None) -> OverfitResult:
         """Train on the same few batches, to see whether the model can learn, and leave no trace
 
         Args:
@@ -588,7 +592,7 @@ class Learner(Loop):
 def check_arguments(model: Any, on_interrupt: Any) -> None:
     """Raise for a model that is none, and for an unknown way to act on Ctrl-C"""
 
-def as_dataloaders(dls: Any) -> Any:
+def as_dataloaders(dls: Any) -> DataLoaders:
     """`dls` itself when it can be trained on, with a word of help when not
 
     Returns:
@@ -623,14 +627,14 @@ def find_callbacks(have: Any, cbs: Any) -> Any:
         list of callbacks
     """
 
-def is_among(cb: Any, cbs: Any) -> Any:
+def is_among(cb: Any, cbs: Any) -> bool:
     """Whether this very callback is in a list
 
     Returns:
         bool
     """
 
-def owner_name(method: Any) -> Any:
+def owner_name(method: Any) -> str:
     """The callback a bound method belongs to, or the function's own name
 
     Returns:

@@ -57,14 +57,14 @@ def loss_of(pred: Any) -> Any:
         the loss in a model's output
     """
 
-def overrides(learn: Learner, step: str) -> Any:
+def overrides(learn: Learner, step: str) -> bool:
     """Whether a callback or a subclass does this step in its own way
 
     Returns:
         bool
     """
 
-def has_updates(learn: Learner) -> Any:
+def has_updates(learn: Learner) -> bool:
     """Whether there is anything to train: trainable parameters, or a step of another kind
 
     Returns:
@@ -85,14 +85,14 @@ def split_batch(batch: Any, n_inp: Any = None) -> Any:
 def add_origin(learn: Learner, error: Any, method: Any, event: Any) -> None:
     """Note in an exception which callback raised it, and when"""
 
-def is_meant_here(cancel: Any, levels: Any) -> Any:
+def is_meant_here(cancel: Any, levels: Any) -> bool:
     """Whether a Cancel ends the innermost open level: its own, or the last one if that is not open
 
     Returns:
         bool
     """
 
-def gravity(error: Any) -> Any:
+def gravity(error: Any) -> int:
     """How much an exception matters: an interruption most, a Cancel least
 
     Returns:

@@ -40,7 +40,7 @@ class FitState:
     fit_ended: bool = ...
     """by itself or by a callback, not by a signal or the clock"""
     @property
-    def is_over(self) -> Any:
+    def is_over(self) -> bool:
         """Whether the updates are made, or time is up
 
         Returns:

@@ -25,7 +25,7 @@ def unreduced(loss_func: Any, *args: Any) -> Any:
         tensor, or None for a function that knows no reduction
     """
 
-def has_reduction(loss_func: Any) -> Any:
+def has_reduction(loss_func: Any) -> bool:
     """Whether a loss function takes the argument `reduction`
 
     Returns:
@@ -69,7 +69,7 @@ def predictions(learn: Learner, dl: Any, with_loss: Any, with_input: Any) -> Any
         tuple of tensors
     """
 
-def n_samples(dl: Any) -> Any:
+def n_samples(dl: Any) -> int | None:
     """How many samples a loader will give, as far as it tells
 
     Returns:

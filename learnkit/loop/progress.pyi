@@ -9,14 +9,14 @@ __all__ = [
     'Progress'
 ]
 
-def in_notebook() -> Any:
+def in_notebook() -> bool:
     """Whether output goes to a notebook (an IPython kernel that is no terminal)
 
     Returns:
         bool
     """
 
-def cell_text(name: str, value: Any) -> Any:
+def cell_text(name: str, value: Any) -> str:
     """A value as it stands in the table
 
     Args:

@@ -248,7 +248,7 @@ def between(steps: dict, evals: Any) -> Any:
         list of (position among `steps`, validation loss)
     """
 
-def epoch_end(steps: dict, row: dict) -> Any:
+def epoch_end(steps: dict, row: dict) -> int:
     """Position of the last step of the row's epoch among `steps`
 
     Args:

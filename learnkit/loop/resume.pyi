@@ -63,7 +63,7 @@ def describe_call(learn: Learner, n_epoch: Any, n_steps: Any, lr: Any, reset_opt
 def check_call(saved: Saved, call: dict) -> None:
     """Raise ValueError unless `call` is the one that was interrupted"""
 
-def is_same(a: Any, b: Any) -> Any:
+def is_same(a: Any, b: Any) -> bool:
     """Whether two plain settings are equal; nan is equal to itself
 
     Returns:
@@ -135,7 +135,7 @@ def noting_the_end(learn: Learner, batches: Any) -> Any:
         iterable
     """
 
-def is_saved(learn: Learner) -> Any:
+def is_saved(learn: Learner) -> bool:
     """Whether a callback saves the fit
 
     Returns:
@@ -160,7 +160,7 @@ class SaveState(Callback):
     def settings(self) -> Any: ...
     def before_fit(self, learn: Learner) -> None: ...
     def at_rest(self, learn: Learner) -> None: ...
-    def is_due(self, learn: Learner) -> Any:
+    def is_due(self, learn: Learner) -> bool:
         """Whether it is time for a save
 
         Returns:

@@ -34,7 +34,7 @@ def local_differences(state: dict, ranks: Any, buffers: Any = ()) -> Any:
         list of (paths, values), one a process but the first
     """
 
-def localized(state: dict, ranks: Any) -> Any:
+def localized(state: dict, ranks: Any) -> dict:
     """A state with what this process had for itself; of other processes only what all had alike
 
     Returns:

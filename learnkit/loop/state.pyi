@@ -25,7 +25,7 @@ def model_state(model: nn.Module) -> Any:
 def load_model_state(model: nn.Module, state: Any) -> None:
     """Load what `model_state` returned"""
 
-def kind(value: Any) -> Any:
+def kind(value: Any) -> str:
     """Shape and dtype of a tensor, the type of anything else
 
     Returns:
@@ -78,7 +78,7 @@ def on_host(state: Any) -> Any:
         the same nesting
     """
 
-def n_bytes(state: Any) -> Any:
+def n_bytes(state: Any) -> int:
     """The size of the tensors in a state; of DTensors, on all processes together
 
     Returns:

@@ -26,7 +26,7 @@ class Ranks:
         Returns:
             tensor
         """
-    def mean(self, value: float, weight: float) -> Any:
+    def mean(self, value: float, weight: float) -> float:
         """The weighted mean over the processes
 
         Returns:
@@ -50,7 +50,7 @@ def begin_group() -> None:
 
 def end_group() -> None: ...
 
-def first_host(nodes: str) -> Any:
+def first_host(nodes: str) -> str:
     """The first of SLURM's list of machines, as 'node[03-05,09],other'
 
     Returns:

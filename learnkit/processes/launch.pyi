@@ -31,7 +31,7 @@ def time_limit(seconds: Any, fn: Any) -> AbstractContextManager[None]:
 def quiet() -> AbstractContextManager[None]:
     """Logs say nothing for a while, as what they would say is said by an exception"""
 
-def is_importable(fn: Any) -> Any:
+def is_importable(fn: Any) -> bool:
     """Whether a fresh process can find a function by its name
 
     Returns:
@@ -41,14 +41,14 @@ def is_importable(fn: Any) -> Any:
 def reporting(started: Any, fn: Any, *args: Any) -> Any:
     """Call a function; an exception is written to where the launcher looks for it"""
 
-def told(failure: Any) -> Any:
+def told(failure: Any) -> str:
     """What is known of the end of a process
 
     Returns:
         str
     """
 
-def local_processes() -> Any:
+def local_processes() -> int:
     """One process for each accelerator of this machine, or a single one
 
     Returns:

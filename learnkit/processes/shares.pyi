@@ -55,7 +55,7 @@ def no_part(loader: Any, share: Any, have: Any) -> str:
         str
     """
 
-def is_spread(dl: Any) -> Any:
+def is_spread(dl: Any) -> bool:
     """Whether a loader's sampler is one that gives each process other samples
 
     Returns:

@@ -115,7 +115,7 @@ def held(slots: dict) -> Any:
         dict: name -> live tensor, apart from its graph
     """
 
-def averages(tensor: Any) -> Any:
+def averages(tensor: Any) -> bool:
     """Whether a mean of such tensors has a meaning
 
     Returns:
@@ -180,7 +180,7 @@ class EMA(Average):
     def before_fit(self, learn: Learner) -> None: ...
     def after_step(self, learn: Learner) -> None: ...
 
-def share_done(learn: Learner) -> Any:
+def share_done(learn: Learner) -> float:
     """The part of the fit that came before this update, by epochs where their number is unknown
 
     Returns:

@@ -14,21 +14,21 @@ __all__ = [
     'LRFinderResult'
 ]
 
-def steep(lrs: Any, losses: Any) -> Any:
+def steep(lrs: Any, losses: Any) -> float:
     """The rate where the loss falls fastest, per factor of the rate, before its lowest point
 
     Returns:
         float
     """
 
-def minimum(lrs: Any, losses: Any) -> Any:
+def minimum(lrs: Any, losses: Any) -> float:
     """A tenth of the rate with the lowest loss
 
     Returns:
         float
     """
 
-def valley(lrs: Any, losses: Any) -> Any:
+def valley(lrs: Any, losses: Any) -> float:
     """The rate at which the longest descent, which need not be unbroken, has done half of its fall
 
     Returns:
@@ -109,7 +109,7 @@ class Cycled:
 def check_sweep(learn: Learner, start_lr: Any, end_lr: Any, num_it: Any, suggest: Any) -> None:
     """Raise for a sweep that cannot be made"""
 
-def suggestions(lrs: Any, losses: Any, suggest: Any) -> Any:
+def suggestions(lrs: Any, losses: Any, suggest: Any) -> LRFinderResult:
     """The result of a sweep, with one warning when it is too short to say anything
 
     Args:

@@ -47,7 +47,7 @@ def check_optimizer(learn: Learner, cb: Any, needed: Any = True) -> None:
         needed: whether there must be one
     """
 
-def has_gradients(opt: Any) -> Any:
+def has_gradients(opt: Any) -> bool:
     """Whether there is any gradient
 
     Returns:

@@ -108,7 +108,7 @@ def layer_lrs(learn: Learner, lr: Any) -> Any:
         list of floats
     """
 
-def has_momentum(learn: Learner) -> Any:
+def has_momentum(learn: Learner) -> bool:
     """Whether the optimizer has a momentum that is in use
 
     Returns:
@@ -122,7 +122,7 @@ def decay_func(decay: Any) -> Any:
         function of (start, end) -> schedule
     """
 
-def has_gone_on(learn: Learner, cbs: Any, resume: Any) -> Any:
+def has_gone_on(learn: Learner, cbs: Any, resume: Any) -> bool:
     """Whether what was saved is of the second of two fits; the first then counts as done
 
     Args:
@@ -190,7 +190,7 @@ class TorchScheduler(Callback):
             plain tree
         """
 
-def is_timm(scheduler: Any) -> Any:
+def is_timm(scheduler: Any) -> bool:
     """Whether a scheduler wants to be told of each update and each epoch by number
 
     Returns:
@@ -221,7 +221,7 @@ def check_scheduler(scheduler: Any, opt: Any, per: Any) -> Any:
         the scheduler
     """
 
-def without_functions(state: dict) -> Any:
+def without_functions(state: dict) -> dict:
     """A copy of a scheduler's state with nothing in it but data
 
     Returns:

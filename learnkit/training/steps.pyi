@@ -17,8 +17,6 @@ __all__ = [
 
 class StageFuncs(Callback):
     """A step, a start and an end for each of train, valid and test, as functions of the learner"""
-    before_validate: Any
-    after_validate: Any
     steps: dict[str, Any]
     starts: dict[str, Any]
     ends: dict[str, Any]
@@ -52,6 +50,8 @@ class StageFuncs(Callback):
     def before_train(self, learn: Learner) -> None: ...
     def after_train(self, learn: Learner) -> None: ...
     def cleanup_batch(self, learn: Learner) -> None: ...
+    def before_validate(self, learn: Learner) -> None: ...
+    def after_validate(self, learn: Learner) -> None: ...
 
 def check_functions(stages: Any) -> None:
     """Raise TypeError for a stage that is given and no function"""
@@ -87,7 +87,7 @@ class ValidateEvery(Callback):
     def evaluate(self, learn: Learner) -> None:
         """Validate now, and tell the others"""
 
-def ends_pass(learn: Learner) -> Any:
+def ends_pass(learn: Learner) -> bool:
     """Whether this batch is the last of its pass, as far as is known
 
     Returns:
@@ -113,7 +113,7 @@ class ShortEpoch(Callback):
             n: number of batches, or their share as a float between 0 and 1
             valid: whether validation inside a fit is shortened as well
         """
-    def count(self, dl: Any) -> Any:
+    def count(self, dl: Any) -> int:
         """How many batches of `dl` are to be used
 
         Returns:
@@ -181,7 +181,7 @@ class CutMix(Mix):
     def draw(self, learn: Learner) -> None: ...
     def mix(self, x: Any) -> Any: ...
 
-def random_span(n: int, lam: float) -> Any:
+def random_span(n: int, lam: float) -> slice:
     """A part of a side around a random place, sqrt(1 - lam) of it, cut at the borders
 
     Args:

@@ -17,7 +17,7 @@ def known_monitors(learn: Learner) -> Any:
         dict: column of the history -> True (higher is better), False, or None
     """
 
-def may_come(learn: Learner, name: str, mode: Any) -> Any:
+def may_come(learn: Learner, name: str, mode: Any) -> bool:
     """Whether a column may come all the same: only its first row will tell
 
     Args:
@@ -28,21 +28,21 @@ def may_come(learn: Learner, name: str, mode: Any) -> Any:
         bool
     """
 
-def may_give_dict(m: Any) -> Any:
+def may_give_dict(m: Any) -> bool:
     """Whether a metric may give several values, under names that it does not tell beforehand
 
     Returns:
         bool
     """
 
-def goes_up(tracker: Any, learn: Learner) -> Any:
+def goes_up(tracker: Any, learn: Learner) -> bool:
     """Whether a higher value of the tracker's monitor is better; ValueError when it is unknown
 
     Returns:
         bool
     """
 
-def wins(value: float, best: Any, higher: bool, min_delta: float = 0.) -> Any:
+def wins(value: float, best: Any, higher: bool, min_delta: float = 0.) -> bool:
     """Whether `value` is better than `best`
 
     Args:
@@ -290,21 +290,21 @@ class StopOnNaN(Callback):
     def look(self, learn: Learner) -> None:
         """Stop the fit unless the loss of this batch is a finite number on every rank"""
 
-def is_at_hand(loss: Any) -> Any:
+def is_at_hand(loss: Any) -> bool:
     """Whether looking at the loss costs nothing: it is on the cpu, and there is one process
 
     Returns:
         bool
     """
 
-def all_finite(loss: Any) -> Any:
+def all_finite(loss: Any) -> bool:
     """Whether a loss, a number or tensor of any shape, is finite
 
     Returns:
         bool
     """
 
-def loss_text(loss: Any) -> Any:
+def loss_text(loss: Any) -> str:
     """The loss as it is shown; it may be another rank's that is bad
 
     Returns:
@@ -325,14 +325,14 @@ class AskToContinue(Callback):
     def settings(self) -> Any: ...
     def after_epoch(self, learn: Learner) -> None: ...
 
-def agreed(ask: Any, prompt: str) -> Any:
+def agreed(ask: Any, prompt: str) -> bool:
     """Whether the answer is yes; asks until there is one
 
     Returns:
         bool
     """
 
-def is_last_epoch(learn: Learner) -> Any:
+def is_last_epoch(learn: Learner) -> bool:
     """Whether the fit ends after this epoch anyway
 
     Returns:
