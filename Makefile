@@ -5,6 +5,7 @@ NEW := 'import sys; sys.exit(sys.version_info < (3, 11))'
 found = $(shell $(1) -c $(NEW) 2> /dev/null && echo $(1))
 PYTHON ?= $(or $(call found,python3.11),$(call found,python3),$(call found,python3.12))
 NB ?=
+K ?=
 # A plain path, which editors and type checkers follow, in place of an import hook
 EDITABLE := --config-settings editable_mode=compat --editable
 
@@ -20,11 +21,13 @@ help: ## list the targets
 train: $(VENV)/.dev ## train a small CNN on handwritten digits, about ten seconds
 	$(BIN)/python examples/mnist.py
 
-test: $(VENV)/.dev ## run all tests and every notebook
-	$(BIN)/python -m pytest -n 2
+PYTEST = $(BIN)/python -m pytest -n 2 --dist worksteal $(if $(K),-k '$(K)')
 
-test-slow: $(VENV)/.dev ## run the tests that take minutes
-	$(BIN)/python -m pytest -n 2 -m slow
+test: $(VENV)/.dev ## run all tests and every notebook; a part of them: make test K=store
+	$(PYTEST)
+
+test-slow: $(VENV)/.dev ## run the tests that take minutes; a part of them: make test-slow K=store
+	$(PYTEST) -m slow
 
 export: $(VENV)/.dev ## write learnkit/ from the notebooks
 	$(BIN)/python tools/export.py
@@ -42,7 +45,7 @@ bench: $(VENV)/.dev ## measure speed against the limits, into benchmarks/RESULTS
 	for f in $$(grep -l __main__ benchmarks/*.py); do $(BIN)/python $$f || exit 1; done
 
 clean: ## remove what the other targets made, .venv excepted
-	rm -rf site _docs _proc build dist *.egg-info .pytest_cache .hypothesis
+	rm -rf site _docs _proc build dist *.egg-info .pytest_cache .hypothesis .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # Installed anew when what is asked for changed

@@ -198,8 +198,8 @@ def resumes_everywhere(tmp_path, *names, every=1):
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             learn = train(*names, cbs=[Quiet()], seed=100 + i, resume=saved, path=tmp_path)
-        place = [saved.fit.get(name) for name in ('complete', 'epoch', 'stage', 'batch')]
-        assert outcome(learn) == whole, f'from complete, epoch, stage, batch {place}'
+        place = {name: saved.fit.get(name) for name in ('complete', 'epoch', 'stage', 'batch')}
+        assert outcome(learn) == whole, f'from {place}'
 
 
 @pytest.mark.parametrize('name', PARTS)

@@ -305,7 +305,8 @@ def constant_type(package, module, name): # annotation, or None
     if name in home.constants: return value_type(home.constants[name])
     node = home.definitions[name]
     if not isinstance(node, ast.Assign): return None
-    return dict(zip(names_of(node), types_of_targets(package, home, node, {})))[name]
+    kinds = types_of_targets(package, home, node, {})
+    return dict(zip(names_of(node), kinds, strict=True))[name]
 
 
 def value_type(value): # annotation
@@ -411,7 +412,8 @@ def members(package, module, node): # Members
              for home, base in bases_of(package, module, node)]
     for home, base, theirs in above:
         known = {**instance_attributes(package, theirs), **class_attributes(package, home, base)}
-        said = {name for name, (kind, _) in known.items() if kind or not attributes.get(name, ' ')[0]}
+        said = {name for name, (kind, _) in known.items()
+                if kind or name in attributes and not attributes[name][0]}
         for name in said | theirs.keys(): attributes.pop(name, None)
     for name in methods: attributes.pop(name, None)
     for name, (kind, comment) in attributes.items():
@@ -435,7 +437,7 @@ def arguments(args): # list of (ast.arg, default or None), as written
     "All parameters that can be given by name or place"
     plain = [*args.posonlyargs, *args.args]
     defaults = [None] * (len(plain) - len(args.defaults)) + args.defaults
-    return [*zip(plain, defaults), *zip(args.kwonlyargs, args.kw_defaults)]
+    return list(zip([*plain, *args.kwonlyargs], [*defaults, *args.kw_defaults], strict=True))
 
 
 def annotation_text(arg, default): # str; None where there is none
@@ -664,7 +666,8 @@ def default_text(default, source): # str
 def parameter(stub, method, said, arg, default, stars=''): # str
     text = said.get(arg.arg) or annotation_text(arg, default)
     text = stub.text(text or CONVENTIONS.get(arg.arg), method.home)
-    return f'{stars}{arg.arg}: {text}' + (f' = {default_text(default, method.home.source)}' if default else '')
+    given = f' = {default_text(default, method.home.source)}' if default else ''
+    return f'{stars}{arg.arg}: {text}{given}'
 
 
 def parameters(stub, method, said): # list of str
@@ -722,38 +725,43 @@ def kept_decorators(stub, method, name): # list of lines
     if method.kind == 'property' and 'patch' in dict(decorators(method.node)): return ['@property']
     if method.kind == 'setter': return [f'@{name}.setter']
     if method.kind == 'class': return ['@classmethod']
-    return [f'@{stub.text(ast.unparse(decorator), method.home)}'
-            for word, decorator in decorators(method.node)
+    kept = [decorator for word, decorator in decorators(method.node)
             if word in KEPT or makes_another(stub.package, method.home, word)]
+    return [f'@{stub.text(ast.unparse(decorator), method.home)}' for decorator in kept]
 
 
 def makes_another(package, module, name): # bool
     "Whether a decorator of the package says what it returns"
     _, func = definition_of(package, module, name)
-    return bool(func and (getattr(func, 'returns', None) or package.said.get(name, {}).get('return')))
+    said = package.said.get(name, {}).get('return')
+    return func is not None and bool(said or getattr(func, 'returns', None))
 
 
 def write_class(stub, node, indent=0):
     "A class with everything that it has"
-    package, module, own = stub.package, stub.module, Method(node, stub.module)
-    inner = ' ' * (indent + 4)
-    for line in kept_decorators(stub, own, node.name): stub.lines.append(' ' * indent + line)
-    bases = ', '.join(stub.text(ast.unparse(base), module) for base in node.bases)
-    stub.lines.append(' ' * indent + f'class {node.name}' + (f'({bases})' if bases else '') + ':')
-    start, doc = len(stub.lines), ast.get_docstring(node)
-    if doc: stub.lines += quoted(doc, indent + 4)
-    found = members(package, module, node)
-    is_enum = any('Enum' in ast.unparse(base) for base in node.bases)
-    fields = {name for item in node.body if isinstance(item, ast.AnnAssign) and item.value
-              for name in names_of(item)}
-    for name, (kind, comment) in found.attributes.items():
-        if not is_public(name) or name in HIDDEN: continue
-        text = stub.text(package.said.get(node.name, {}).get(name) or kind, module)
-        line = f'{name} = ...' if is_enum else f'{name}: {text}' + ' = ...' * (name in fields)
-        stub.lines.append(inner + line)
-        if comment: stub.lines += quoted(comment, indent + 4)
+    found, space = members(stub.package, stub.module, node), ' ' * indent
+    bases = ', '.join(stub.text(ast.unparse(base), stub.module) for base in node.bases)
+    stub.lines += [space + line for line in
+                   kept_decorators(stub, Method(node, stub.module), node.name)]
+    stub.lines.append(f'{space}class {node.name}' + (f'({bases})' if bases else '') + ':')
+    start = len(stub.lines)
+    if doc := ast.get_docstring(node): stub.lines += quoted(doc, indent + 4)
+    write_attributes(stub, node, found.attributes, indent + 4)
     write_methods(stub, node, found.methods, indent + 4)
     if len(stub.lines) == start: stub.lines[-1] += ' ...'
+
+
+def write_attributes(stub, node, attributes, indent):
+    is_enum = any('Enum' in ast.unparse(base) for base in node.bases)
+    defaults = {name for item in node.body if isinstance(item, ast.AnnAssign) and item.value
+                for name in names_of(item)}
+    for name, (kind, comment) in attributes.items():
+        if not is_public(name) or name in HIDDEN: continue
+        said = stub.package.said.get(node.name, {}).get(name)
+        text = '' if is_enum else f': {stub.text(said or kind, stub.module)}'
+        given = ' = ...' if is_enum or name in defaults else ''
+        stub.lines.append(' ' * indent + f'{name}{text}{given}')
+        if comment: stub.lines += quoted(comment, indent)
 
 
 def write_methods(stub, node, methods, indent):
@@ -808,11 +816,10 @@ def write_constant(stub, node):
     if names_of(node) == ['__all__']:
         return stub.lines.extend(list_lines(ast.literal_eval(node.value)))
     for name in filter(is_public, names_of(node)):
-        if makes_type(node): text = f'{name} = {stub.text(ast.unparse(node.value), stub.module)}'
-        elif isinstance(node, ast.AnnAssign):
-            text = f'{name}: {stub.text(ast.unparse(node.annotation), stub.module)}'
-        else: text = f'{name}: {stub.text(constant_type(stub.package, stub.module, name), stub.module)}'
-        stub.lines.append(text)
+        between, kind = ': ', constant_type(stub.package, stub.module, name)
+        if isinstance(node, ast.AnnAssign): kind = quoted_text(node.annotation)
+        elif makes_type(node): between, kind = ' = ', ast.unparse(node.value)
+        stub.lines.append(f'{name}{between}{stub.text(kind, stub.module)}')
 
 
 def makes_type(node): # bool
