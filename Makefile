@@ -6,6 +6,8 @@ found = $(shell $(1) -c $(NEW) 2> /dev/null && echo $(1))
 PYTHON ?= $(or $(call found,python3.11),$(call found,python3),$(call found,python3.12))
 NB ?=
 K ?=
+# A plain path, which editors and type checkers follow, in place of an import hook
+EDITABLE := --config-settings editable_mode=compat --editable
 
 # More threads are slower on small models, and the last bits of a result depend on their number
 export OMP_NUM_THREADS := 1
@@ -51,9 +53,9 @@ $(VENV)/.dev: settings.ini constraints.txt setup.py pyproject.toml
 	@$(or $(PYTHON),false) -c $(NEW) || \
 	  { echo 'learnkit needs Python 3.11 or newer: make PYTHON=/path/to/python3.11'; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(EDITABLE) '.[dev]'
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.dev
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(EDITABLE) '.[dev,docs]'
 	touch $@
