@@ -14,7 +14,7 @@ from test_store import STEPS, TREES, failing_at, same, shuffled
 from everywhere import Everywhere
 from learnkit.files.errors import DamagedError, LockedError, StoreError, UnstorableError
 from learnkit.files.garbage import Garbage
-from learnkit.files.ids import check_id, check_name, file_name, id_of, id_text, parse_id, sort_ids
+from learnkit.files.ids import check_id, check_run_name, file_name, id_of, id_text, parse_id, sort_ids
 from learnkit.files.saves import load_newest, save_next
 from learnkit.files.store import Store
 from learnkit.files.tree import load_tree, save_tree, tree_digest
@@ -142,7 +142,7 @@ def test_words_that_are_no_id(text):
 def test_names_of_runs():
     for name in ('digits', 'notebook/digits', 'a/b/c', 'Digits', 'v1.2', 'packs2', 'locks', '1',
                  'a' * 64):
-        assert check_name(name) == name
+        assert check_run_name(name) == name
 
 
 @pytest.mark.parametrize('name', [
@@ -151,9 +151,9 @@ def test_names_of_runs():
     'holder.json', 'Format.JSON',
     'con', 'CON', 'nul', 'aux.txt', 'a/Com1', 'lpt9.x', '.git'])
 def test_names_that_are_refused(name):
-    with pytest.raises(ValueError, match='is no name for a run: .'): check_name(name)
+    with pytest.raises(ValueError, match='is no name for a run: .'): check_run_name(name)
     for other in (None, 1, b'a', Path('a')):
-        with pytest.raises(TypeError, match='is no name'): check_name(other)
+        with pytest.raises(TypeError, match='is no name'): check_run_name(other)
 
 
 def test_all_that_a_store_has_is_reserved(folder):
@@ -162,7 +162,7 @@ def test_all_that_a_store_has_is_reserved(folder):
     save_next(1, run.work(1))
     with run.writing():
         for name in os.listdir(folder):
-            with pytest.raises(ValueError): check_name(f'run/{name}')
+            with pytest.raises(ValueError): check_run_name(f'run/{name}')
 
 
 # The fixture of format 1, which is to be read forever

@@ -21,16 +21,16 @@ from torch import nn
 from ..base.ranks import is_main, rank0_first
 from ..base.devices import default_device
 from ..base.randomness import isolated_rng, rng_state, set_rng_state, set_seed
-from ..base.batches import Gather, batch_size, map_tensors, to_device
-from ..base.dtensors import distribute_like, is_dtensor, is_sharded, plain_class, full_tensor
+from ..base.batches import BatchBuffer, batch_size, map_tensors, to_device
+from ..base.dtensors import distribute_like, is_dtensor, is_sharded, unsharded_class, full_tensor
 from ..base.methods import pure, structural, unrecorded
 from ..base.text import as_seconds, short_path
-from ..base.signals import Signals
+from ..base.signals import DeferredSignals
 from ..files.errors import DamagedError
 from ..files.tensors import save_tensors
 from ..files.tree import load_tree, save_tree, set_at, tree_digest, value_at
 from ..files.sharded import remove_shards, load_shards, save_shards
-from ..files.saves import load_newest, saves, quarantine
+from ..files.saves import load_newest, list_saves, quarantine_save
 from ..data.loaders import (
     DataLoaders, check_loader, describe, length, n_samples, set_epoch)
 from ..data.resumable import (
@@ -101,7 +101,7 @@ class Learner:
 
     def __repr__(self):
         loss = getattr(self.loss_func, '__name__', type(self.loss_func).__name__)
-        return (f'{type(self).__name__}({plain_class(self.model).__name__}, loss_func={loss}, '
+        return (f'{type(self).__name__}({unsharded_class(self.model).__name__}, loss_func={loss}, '
                 f'opt={type(self.opt).__name__}, lr={self.lr}, epochs_done={self.epochs_done})')
 
 # %% ../../nbs/loop/02_learner.ipynb #0c1ac80e
@@ -716,7 +716,7 @@ def check_model_state(model:nn.Module,
     problems = [f'{what}: {", ".join(keys[:3])}{" ..." if len(keys) > 3 else ""}'
                 for what, keys in found.items() if keys]
     if problems:
-        raise ValueError(f'the saved model is not a {plain_class(model).__name__} like this one; '
+        raise ValueError(f'the saved model is not a {unsharded_class(model).__name__} like this one; '
                          + '; '.join(problems) + '. Nothing was loaded.')
 
 # %% ../../nbs/loop/02_learner.ipynb #c4040935
@@ -868,7 +868,7 @@ def _read_saved(self:Learner, resume): # Saved; None when there is none
     except DamagedError as error:
         if place.is_file(): raise
         with self._main_first():
-            if path.exists(): quarantine(path, error)
+            if path.exists(): quarantine_save(path, error)
         return self._read_saved(resume)
     return Saved(tree['learner'], tree['times'], short_path(path))
 
@@ -921,7 +921,7 @@ def check_no_other_saves(learn, where):
     "Raise ValueError when there is nothing to go on from, but in the folder of a SaveState there is"
     for cb in learn.cbs:
         if cb.saves_to is None or learn.path / cb.saves_to == where: continue
-        if saves(learn.path / cb.saves_to):
+        if list_saves(learn.path / cb.saves_to):
             raise ValueError(f'nothing is saved in {where}, but {learn.path / cb.saves_to}, to which '
                              f"{cb} saves, holds saves: use resume='latest' to go on with them, or "
                              'leave resume out')
@@ -1039,7 +1039,7 @@ def _interruptible(self:Learner):
         return
     self.ranks  # who is to be waited for comes now: a signal still ends this process
     try:
-        with Signals() as self._signals:
+        with DeferredSignals() as self._signals:
             yield
             if self._signals.caught: raise Interrupted(self._signals.caught)
     except Interrupted as stop:
@@ -1255,7 +1255,7 @@ class Collect(Callback):
     def __init__(self, with_loss=False, with_input=False, n=None):
         self.with_loss, self._input, self._cancelled = with_loss, (), False
         kinds = ['pred', 'targ', *['loss'] * with_loss, *['input'] * with_input]
-        self.parts = {kind: Gather(n) for kind in kinds}
+        self.parts = {kind: BatchBuffer(n) for kind in kinds}
 
     def before_batch(self, learn): self._input, self._cancelled = learn.xb, False
     def after_cancel_batch(self, learn): self._cancelled = True

@@ -14,7 +14,7 @@ from ..base.batches import map_tensors
 from ..base.dtensors import local_part
 from ..base.text import as_seconds
 from ..files.tree import check_storable
-from ..files.saves import next_save, save_next, saves
+from ..files.saves import next_save_path, save_next, list_saves
 from ..data.resumable import check_resumable
 from ..components.callback import Callback, as_callbacks
 from .learner import Learner
@@ -41,7 +41,7 @@ class SaveState(Callback):
         if is_main(): folder.mkdir(parents=True, exist_ok=True)  # an error now, not after an epoch
         check_storable({'learner': map_tensors(local_part, learn._state())})
         self._fresh, self._time_was_up = not learn.is_resumed, False
-        if self._fresh and is_main() and saves(folder) and not learn._begins_anew:
+        if self._fresh and is_main() and list_saves(folder) and not learn._begins_anew:
             warnings.warn(f'{folder} holds saves of an earlier fit, which go when this one saves; '
                           "fit(..., resume='latest') would have gone on with it", stacklevel=5)
         self._mark(learn)
@@ -53,7 +53,7 @@ class SaveState(Callback):
         if not self._is_due(learn): return
         # Saves of an earlier fit go as soon as this one has its first
         keep, folder = 1 if self._fresh else self.keep, learn.path/self.saves_to
-        tree = learn.saved_tree(together=True, place=lambda: next_save(folder))
+        tree = learn.saved_tree(together=True, place=lambda: next_save_path(folder))
         if is_main(): save_next(tree, folder, keep=keep)
         self._fresh, self._time_was_up = False, learn.time_is_up
         self._mark(learn)
@@ -92,7 +92,7 @@ def saving_to(self:Learner,
             raise ValueError(f'fit(resume={resume!r}): inside of saving_to each fit goes on by itself; '
                              'leave resume out')
         folder = path/str(next(numbers))
-        return [*as_callbacks(cbs), SaveState(folder, every)], folder if saves(folder) else None
+        return [*as_callbacks(cbs), SaveState(folder, every)], folder if list_saves(folder) else None
     before = self._saving, self.on_interrupt
     self._saving, self.on_interrupt = kept, 'raise'
     try: yield self
