@@ -37,7 +37,7 @@ def map_tensors(f:Callable, # tensor -> anything
     if type(x) is dict: return {key: again(value) for key, value in x.items()}
     if has_to_method(x): return movable(x) if movable else x
     if isinstance(x, tuple): return getattr(x, '_make', type(x))(map(again, x))
-    if isinstance(x, list): return copy_with_items(x, [(i, again(item)) for i, item in enumerate(x)])
+    if isinstance(x, list): return copy_with_items(x, enumerate(map(again, x)))
     if isinstance(x, dict): return copy_with_items(x, [(key, again(x[key])) for key in x])
     if is_dataclass(x) and not isinstance(x, type):
         items = [(field.name, again(getattr(x, field.name))) for field in fields(x)]

@@ -12,12 +12,12 @@ from functools import singledispatch
 
 # %% ../../nbs/base/05_methods.ipynb #000a9bbc
 def pure(method:Callable)->Callable:
-    "Decorator: the method computes something and leaves its object as it was, random generators too"
+    "Decorator: the method computes a result and changes nothing, no random generator either"
     method.kind = 'pure'
     return method
 
 def structural(method:Callable)->Callable:
-    "Decorator: the method quickly changes how things are put together, so it is called on every run"
+    "Decorator: the method quickly changes how things are put together; every run calls it"
     method.kind = 'structural'
     return method
 

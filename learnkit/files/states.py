@@ -134,7 +134,8 @@ def raise_missing(self:Store, n_missing, n):
     damaged = sorted(path.name for path in self.subfolder('packs').glob('*.damaged'))
     why = 'a pack was removed, and not by learnkit'
     if damaged: why = f'{", ".join(damaged)} had been damaged'
-    raise DamagedError(f'{self.folder}: {n_missing} of {n} tensors are in no pack; {why}. {WAY_OUT}')
+    raise DamagedError(f'{self.folder}: {n_missing} of {n} tensors are in no pack; {why}. '
+                       f'{WAY_OUT}')
 
 @patch
 def read_pack(self:Store, path, digests): # dict: digest -> tensor
