@@ -51,8 +51,8 @@ def same_but(x, y, leaf):
     if not children(x): return x is y or x == y and type(x) is type(y)
     if type(x) is not type(y) or isinstance(x, dict) and list(x) != list(y): return False
     if x is y: return False # a container is a new one
-    return len(children(x)) == len(children(y)) and all(same_but(a, b, leaf)
-                                                  for a, b in zip(children(x), children(y), strict=True))
+    if len(children(x)) != len(children(y)): return False
+    return all(same_but(a, b, leaf) for a, b in zip(children(x), children(y), strict=True))
 
 
 @settings(max_examples=300, deadline=None)

@@ -307,7 +307,7 @@ class Bomb:
 @pytest.mark.filterwarnings('ignore:.*is set aside')
 @pytest.mark.parametrize('payload', ['pickle', 'torch', 'zip'])
 def test_nothing_in_a_file_runs(folder, tmp_path, monkeypatch, payload):
-    "A pickle that would make a folder, in position of each file"
+    "A pickle that would make a folder, in place of each file"
     monkeypatch.setenv('BOMB', str(tmp_path / 'bomb'))
     for i in range(5):
         names = [*damaged_files(folder), 'lock']

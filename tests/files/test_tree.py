@@ -277,7 +277,8 @@ def test_one_flipped_bit(path):
         damaged = bytearray(data)
         damaged[position // 8] ^= 1 << position % 8
         caught += bool(check_damaged(path, damaged, sample()))
-    assert caught > .98 * len(positions) # what is left: upper and lower case of escapes in the header
+    # what is left: upper and lower case of escapes in the header
+    assert caught > .98 * len(positions)
 
 
 def test_cut_off(path):
