@@ -1,8 +1,9 @@
 "Random trees and ids, stores that are filled, and operations that fail or kill"
-import math, os, struct, subprocess, sys, textwrap
+import math, os, struct, subprocess, textwrap
 from collections import Counter, OrderedDict
 from pathlib import Path
 import numpy as np
+import preloaded
 import torch
 from hypothesis import strategies as st
 from everywhere import Everywhere
@@ -195,13 +196,14 @@ def sound(folder, *possible, lost=()):
 
 # The lock
 
-def script(code, *args, **kwargs):
-    "Another process, which says when it is ready"
+def script(code, *args, command=None, **kwargs):
+    "Another process, which says when it is ready; `process.itself` is its number"
     imports = ('import os, sys, time, torch\nfrom learnkit import *\n'
-               'import learnkit.files.store as s\n')
+               'import learnkit.files.store as s\nprint(os.getpid(), flush=True)\n')
     code = imports + textwrap.dedent(code)
-    process = subprocess.Popen([sys.executable, '-c', code, *map(str, args)],
+    process = subprocess.Popen([command or preloaded.python(), '-c', code, *map(str, args)],
                                stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True, **kwargs)
+    process.itself = int(process.stdout.readline())
     return process
 
 

@@ -1,6 +1,7 @@
 "Before a group starts, and in two real processes"
 import os
 import torch.multiprocessing as mp
+import preloaded
 import torch
 from learnkit.base.ranks import is_main, rank, rank0_first, rank0_only, sum_over_ranks, world_size
 
@@ -40,4 +41,5 @@ def on_rank(number, folder):
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes(tmp_path): mp.spawn(on_rank, (str(tmp_path),), nprocs=2)
+def test_two_processes(tmp_path):
+    with preloaded.spawning(preloaded.python()): mp.spawn(on_rank, (str(tmp_path),), nprocs=2)

@@ -274,8 +274,8 @@ def test_a_damaged_pack_stays_while_another_process_writes(folder):
     damage(packs(run)[0])
     with script(HOLDS, folder) as process:
         assert process.stdout.readline() == 'ready\n'
-        with pytest.raises(DamagedError,
-                           match=f'It stays where it is .*locked by process {process.pid}'):
+        with pytest.raises(DamagedError, match='It stays where it is .*locked by process '
+                                               f'{process.itself}'):
             state(run, 'a')
         assert len(packs(run)) == 1
         process.communicate('\n')

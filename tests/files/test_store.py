@@ -1,5 +1,5 @@
 "The folder of a run: formats, the lock among processes, what is in the way"
-import json, math, os, pickle, platform, resource, shutil, signal, subprocess, tempfile
+import json, math, os, pickle, platform, resource, shutil, signal, subprocess, sys, tempfile
 import threading, time
 from collections import Counter, OrderedDict
 from pathlib import Path
@@ -152,17 +152,17 @@ def test_one_writer_and_its_name(folder):
     with script(HOLDS, folder) as process:
         assert process.stdout.readline() == 'ready\n'
         start = time.time()
-        holder = f'process {process.pid} on {platform.node()}'
+        holder = f'process {process.itself} on {platform.node()}'
         with pytest.raises(LockedError, match=f'run is locked by {holder} since 20') as error:
             with run.writing(wait=.2): pass
-        assert error.value.holder['pid'] == process.pid and error.value.path == folder
+        assert error.value.holder['pid'] == process.itself and error.value.path == folder
         assert abs(error.value.holder['since'] - start) < 60
         assert isinstance(error.value, StoreError) and not run.file_lock().is_locked
         with pytest.raises(RuntimeError): run.put(1)
         assert same(state(Store(folder), 'a'), OLD['a']) and Store(folder).ids() == ['a']
         assert run.gc() == Garbage(True)
         with pytest.raises(LockedError): run.writing(wait=0).__enter__()
-        process.kill()
+        os.kill(process.itself, signal.SIGKILL)
         process.wait()
         assert (folder / 'holder.json').exists() # it had no time to clear up
         assert run.holder() is None
@@ -235,7 +235,7 @@ def test_a_child_that_outlives_the_writer(folder):
         print('ready', flush=True)
         sys.stdin.readline()
     '''
-    with script(code, folder) as process:
+    with script(code, folder, command=sys.executable) as process:  # nothing outlives a copy's end
         assert process.stdout.readline() == 'ready\n'
         process.kill()
         process.wait()
