@@ -40,6 +40,7 @@ from .files import records as _records
 from .files.store import (
     Store,
 )
+from .files import states as _states
 from .files.garbage import (
     Garbage,
 )

@@ -207,7 +207,7 @@ def own_methods(package, module, node): # dict: name -> list of Methods
         same = found.get(name, []) if method.kind == 'setter' else []
         found[name] = [*same, method]
     for item in node.body:
-        if isinstance(item, ast.FunctionDef): add(item.name, Method(item, module, kind_of(item)))
+        if isinstance(item, ast.FunctionDef): add(item.name, Method(item, module, method_kind(item)))
     for method in package.patches[module.name, node.name]: add(method.node.name, method)
     for item in node.body: # `before_lr_find = before_fit`
         for name, value in assigned(item) if isinstance(item, ast.Assign) else ():
@@ -227,7 +227,7 @@ def assigned(item): # list of (target, value); value None where it is a part of 
     return pairs
 
 
-def kind_of(node): # as in Method
+def method_kind(node): # as in Method
     names = {name for name, _ in decorators(node)}
     if 'setter' in names: return 'setter'
     if names & {'property', 'cached_property'}: return 'property'
@@ -450,8 +450,8 @@ def annotation_text(arg, default): # str; None where there is none
 
 def quoted_text(node): # str
     "An annotation without the quotes around it; what may be any object may be used as any"
-    is_text = isinstance(node, ast.Constant) and isinstance(node.value, str)
-    text = node.value if is_text else ast.unparse(node)
+    is_valid_unicode = isinstance(node, ast.Constant) and isinstance(node.value, str)
+    text = node.value if is_valid_unicode else ast.unparse(node)
     return 'Any' if text == 'object' else text
 
 

@@ -2,16 +2,17 @@
 # pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 # pyright: reportPrivateImportUsage=false
 """The accelerator that is used if nothing is said"""
+import torch
 from typing import Any
 __all__ = [
     'default_device'
 ]
 
-def default_device() -> Any:
+def default_device() -> torch.device:
     """The accelerator that torch would use now (cuda, mps, xpu, ...), else the cpu
 
     Returns:
-        torch.device with its index, or cpu
+        with its index, or cpu
     """
 
 def accelerator() -> Any:

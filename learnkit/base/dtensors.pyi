@@ -5,12 +5,55 @@
 from typing import Any
 __all__ = []
 
-def is_a(x: Any, module: str, name: str) -> Any:
-    """Whether `x` is of a class in a module that costs half a second to import
+def is_instance(x: Any, module: str, name: str) -> Any:
+    """Whether `x` is of a class in a module that is not imported for this
 
     Returns:
-        bool; False where the module was never imported: then nothing is
+        bool; False as long as the module is not imported
     """
+
+def is_dtensor(t: Any) -> bool:
+    """Whether a tensor is a DTensor
+
+    Returns:
+        bool
+    """
+
+def any_dtensor(tree: Any) -> bool:
+    """Whether there is a DTensor in a nesting
+
+    Returns:
+        bool
+    """
+
+def split_by_dtensor(*lists: Any) -> Any:
+    """Lists of tensors, split into plain tensors and DTensors; kinds that do not occur are left out
+
+    Returns:
+        list of tuples of lists
+    """
+
+def full_tensor(t: Any) -> Any:
+    """The value of a tensor that may be a DTensor; all of its processes call this
+
+    Returns:
+        plain tensor, on the device
+    """
+
+def local_part(t: Any) -> Any:
+    """What this process holds of a tensor that may be a DTensor
+
+    Returns:
+        plain tensor
+    """
+
+def distribute_like(value: Any, like: Any) -> Any:
+    """A value as a DTensor if `like` is one, distributed in the same way; else as a plain tensor
+
+    Returns:
+        tensor
+    """
+FSDP_ATTRIBUTES: tuple[str, ...]
 
 def is_sharded(model: Any) -> bool:
     """Whether a module was given to FSDP2's `fully_shard`
@@ -19,62 +62,19 @@ def is_sharded(model: Any) -> bool:
         bool
     """
 
-def plain_class(module: Any) -> Any:
+def unsharded_class(module: Any) -> Any:
     """The class of a module, without the one that `fully_shard` puts around it
 
     Returns:
         class
     """
 
-def is_from_fsdp(hook: Any) -> bool:
+def is_fsdp_hook(hook: Any) -> bool:
     """Whether `fully_shard` has given this hook to a module
 
     Returns:
         bool
     """
-FSDP_MARKS: tuple[str, ...]
 
 def reshard(model: Any) -> None:
-    """Have a model of FSDP2 hold its parts again, not the whole weights that a forward pass leaves"""
-
-def is_dtensor(t: Any) -> bool:
-    """Whether a tensor is spread over processes
-
-    Returns:
-        bool
-    """
-
-def full_tensor(t: Any) -> Any:
-    """The value of a tensor that may be spread over processes; all of them call this
-
-    Returns:
-        plain tensor, on the device
-    """
-
-def local_part(t: Any) -> Any:
-    """What this process has of a tensor that may be spread over processes
-
-    Returns:
-        plain tensor
-    """
-
-def distribute_like(value: Any, like: Any) -> Any:
-    """A value, whole or not, spread over processes as another tensor is
-
-    Returns:
-        tensor
-    """
-
-def any_dtensor(tree: Any) -> bool:
-    """Whether there is a tensor in a nesting that is spread over processes
-
-    Returns:
-        bool
-    """
-
-def split_by_dtensor(*lists: Any) -> Any:
-    """Lists of tensors by whether they are spread over processes, as torch computes with no mixture
-
-    Returns:
-        list of tuples of lists
-    """
+    """Have a model of FSDP2 hold its local parts again, in place of full weights"""

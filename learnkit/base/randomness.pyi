@@ -23,18 +23,21 @@ def python_rng_state(rng: Any = ...) -> Any:
         dict: version, keys, gauss
     """
 
-def set_python_rng_state(state: Any, rng: Any = ...) -> None: ...
+def set_python_rng_state(state: Any, rng: Any = ...) -> None:
+    """Put python's `random`, or a `random.Random`, back to a state"""
 
-def plain_words(state: Any) -> Any:
-    """A state of one of numpy's bit generators as a plain tree
+def arrays_to_tensors(state: Any) -> Any:
+    """A state of numpy with tensors for arrays, and python's integers for numpy's
 
     Returns:
-        dict whose arrays are tensors and whose numbers are python's
+        the same nesting of dicts
     """
 
-def numpy_words(state: Any) -> Any:
-    """Returns:
-        the inverse of `plain_words`
+def tensors_to_arrays(state: Any) -> Any:
+    """The inverse of `arrays_to_tensors`
+
+    Returns:
+        the same nesting of dicts
     """
 
 def numpy_rng_state(rng: Any = ...) -> Any:
@@ -44,7 +47,8 @@ def numpy_rng_state(rng: Any = ...) -> Any:
         dict: bit_generator, state, has_gauss, gauss
     """
 
-def set_numpy_rng_state(state: Any, rng: Any = ...) -> None: ...
+def set_numpy_rng_state(state: Any, rng: Any = ...) -> None:
+    """Put numpy's global generator, or a `RandomState`, back to a state"""
 
 def accelerator_rng_state() -> Any:
     """The state of every local accelerator
@@ -53,18 +57,18 @@ def accelerator_rng_state() -> Any:
         dict: kind, and seed or states (a tensor for each device); None
     """
 
-def rng_state() -> Any:
-    """The state of every random generator of this process
-
-    Returns:
-        plain tree of dicts, numbers, None and tensors
-    """
-
 def set_accelerator_rng_state(state: Any) -> Any:
     """Restore the accelerators that are here
 
     Returns:
         from `accelerator_rng_state`
+    """
+
+def rng_state() -> dict:
+    """The state of every random generator of this process
+
+    Returns:
+        plain tree of dicts, numbers, None and tensors
     """
 
 def set_rng_state(state: dict) -> None:
@@ -81,15 +85,15 @@ def generator_state(rng: Any) -> Any:
         plain tree; None for anything that is no generator
     """
 
-def seed_generator(rng: Any, seed: int) -> None:
-    """Have a generator object start from `seed`"""
-
 def set_generator_state(rng: Any, state: Any) -> Any:
     """Put a generator object back to `state`
 
     Returns:
         from `generator_state`
     """
+
+def seed_generator(rng: Any, seed: int) -> None:
+    """Have a generator object start from `seed`"""
 
 def isolated_rng(seed: int | None = None) -> AbstractContextManager[None]:
     """Restore every random generator when the block ends, by an exception too

@@ -2,6 +2,7 @@
 # pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 # pyright: reportPrivateImportUsage=false
 """Which process this is, and how many there are"""
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 import torch
 from typing import Any
@@ -17,47 +18,43 @@ def in_group() -> bool:
     """
 LAUNCHERS: tuple[Any, ...]
 
-def launched() -> Any:
-    """What a launcher has told this process of its place among others
+def ranks_from_env() -> Any:
+    """What a launcher has set in the environment; without one, rank 0 of 1
 
     Returns:
-        dict of ints: rank, size, local (rank on this machine); those of a single process
+        dict of ints: rank, size, local (rank on this machine)
     """
 
-def rank() -> Any:
+def rank() -> int:
     """The number of this process
 
     Returns:
-        int; 0 for a single process
+        0 for a single process
     """
 
-def world_size() -> Any:
+def world_size() -> int:
     """How many processes run together
 
     Returns:
-        int; 1 for a single process
+        1 for a single process
     """
 
 def is_main() -> bool:
-    """Whether this is rank 0, the process that prints and writes
+    """Whether this is rank 0, the process that prints and writes"""
 
-    Returns:
-        bool
-    """
-
-def rank0_only(f: Any) -> Any:
-    """Decorator: done on rank 0 alone
+def rank0_only(f: Callable) -> Callable:
+    """Decorator: the function is called on rank 0 only
 
     Returns:
         function that returns None on the other ranks
     """
 
 def rank0_first() -> AbstractContextManager[None]:
-    """Rank 0 runs the block while the others wait, then they run it: a download happens once"""
+    """Run the block on rank 0, then on the others, which wait for it"""
 
-def sum_over_ranks(t: torch.Tensor) -> Any:
+def sum_over_ranks(t: torch.Tensor) -> torch.Tensor:
     """The sum of `t` over all processes, on each of them; `t` stays as it is
 
     Returns:
-        tensor on the same device; `t` itself for a single process
+        on the same device; `t` for a single process
     """

@@ -7,17 +7,10 @@ from typing import Any
 __all__ = []
 
 def short_path(path: Any) -> str:
-    """A path as it is told to people: from the current folder on, if it lies below it
+    """A path from the current folder on, if it lies below it
 
     Returns:
         str
-    """
-
-def callers_level() -> int:
-    """The `stacklevel` at which a warning points to the code that has called learnkit
-
-    Returns:
-        int
     """
 UNITS: MappingProxyType
 
@@ -31,22 +24,8 @@ def as_seconds(duration: Any) -> float:
         float
     """
 
-def is_text(s: str) -> bool:
-    """Whether a string is valid unicode, and not half of a surrogate pair
-
-    Returns:
-        bool
-    """
-
-def duration(seconds: float) -> str:
-    """As people say it
-
-    Returns:
-        str
-    """
-
-def size_text(n: int) -> str:
-    """Bytes as people say them
+def duration_text(seconds: float) -> str:
+    """A duration in the units that people use for it
 
     Returns:
         str
@@ -57,4 +36,25 @@ def age_text(seconds: float) -> str:
 
     Returns:
         str
+    """
+
+def size_text(n: int) -> str:
+    """A number of bytes in the unit that people use for it
+
+    Returns:
+        str
+    """
+
+def caller_stacklevel() -> int:
+    """The `stacklevel` at which a warning points to the code that has called learnkit
+
+    Returns:
+        int
+    """
+
+def is_valid_unicode(s: str) -> bool:
+    """Whether a string can be encoded in UTF-8
+
+    Returns:
+        bool
     """

@@ -12,7 +12,7 @@ from numbers import Integral, Real
 import torch
 from torch import nn
 from ..base.batches import map_tensors
-from ..base.dtensors import distribute_like, plain_class
+from ..base.dtensors import distribute_like, unsharded_class
 
 # %% ../../nbs/components/02_optim.ipynb #b2c65da7
 NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
@@ -250,7 +250,7 @@ def layer_table(model:nn.Module,
         if decays: hypers['wd'] = held[0]['wd'] if held else None  # the weight's, not the bias's
         parts = [part for part in name.split('.') if part != '_orig_mod']  # of torch.compile
         plain = '.'.join(parts)
-        rows.append({'name': plain, 'kind': plain_class(module).__name__, 'shape': shape_text(params),
+        rows.append({'name': plain, 'kind': unsharded_class(module).__name__, 'shape': shape_text(params),
                      'params': count_new(params, seen), 'buffers': count_new(buffers, seen),
                      **hypers, 'trainable': how_trainable(params)})
     return rows

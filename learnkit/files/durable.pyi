@@ -25,14 +25,14 @@ def rmdir(path: Any) -> None: ...
 def check_target(path: Any, overwrite: bool) -> None:
     """Raise if nothing may be written to `path`"""
 
-def give_name(temp: Any, path: Any, overwrite: bool) -> Any:
-    """Give a whole file its name; without `overwrite`, only if the name is free"""
+def rename_temp(temp: Any, path: Any, overwrite: bool) -> Any:
+    """Rename a temporary file to its final name; without `overwrite`, only if the name is free"""
 
 def sync_folder(path: Any) -> None:
     """Make the names in a folder durable"""
 
-def explained(error: OSError, path: Any) -> Any:
-    """The error, naming the file that was to be written and what is in the way
+def write_error(error: OSError, path: Any) -> Any:
+    """An error of the system, naming the file that was to be written and what is in the way
 
     Returns:
         OSError of the same class
@@ -51,7 +51,7 @@ def atomic_write(path: Any, fill: Any, overwrite: bool = True) -> Any:
     """
 
 def write_bytes(path: Any, data: Any, overwrite: bool = True) -> Path:
-    """A whole file of these bytes
+    """Write a file that holds these bytes
 
     Returns:
         Path
@@ -63,12 +63,21 @@ def make_folder(path: Any) -> None:
 def remove_folder(path: Any) -> None:
     """Remove a folder with all that is in it; what a link points to stays"""
 
-def clear(path: Any) -> None:
+def remove_path(path: Any) -> None:
     """Remove a file, or a folder with all that is in it, if it is there"""
 
 def file_digest(path: Any) -> Any:
-    """Returns:
+    """sha256 of a file's content
+
+    Returns:
         64 hex digits; None where there is no file
+    """
+
+def bytes_on_disk(path: Any) -> int:
+    """The size of a file, or of all files in a folder
+
+    Returns:
+        int
     """
 
 def is_alive(pid: int) -> bool:
@@ -79,13 +88,8 @@ def is_alive(pid: int) -> bool:
     """
 
 def is_left_over(temp: Any) -> bool:
-    """Whether a half-written file was left by a process of this machine that is no more
+    """Whether a temporary file was left by a process of this machine that is no more
 
     Returns:
         bool
-    """
-
-def size_of(path: Any) -> Any:
-    """Returns:
-        bytes of a file, or of all files in a folder
     """

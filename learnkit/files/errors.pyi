@@ -11,10 +11,17 @@ class StoreError(Exception):
     """A tree that cannot be stored, or a file that cannot be read; the text says why"""
 
 class UnstorableError(StoreError, TypeError):
-    """A value that no file can hold; the text begins with its place in the tree"""
+    """A value that no file can hold; the text begins with its path in the tree"""
 
 class DamagedError(StoreError):
     """A file is not as it was written"""
+
+def holder_text(holder: dict) -> str:
+    """Who holds a lock
+
+    Returns:
+        str
+    """
 
 class LockedError(StoreError):
     """Another process writes to the store; `path` says which store, `holder` who: host, pid, since"""
@@ -22,10 +29,3 @@ class LockedError(StoreError):
     holder: dict | None
     def __init__(self, path: Any, holder: dict | None = None) -> None: ...
     def __str__(self) -> str: ...
-
-def told(holder: dict) -> str:
-    """Who holds a lock
-
-    Returns:
-        str
-    """

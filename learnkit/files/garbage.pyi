@@ -19,12 +19,12 @@ class Garbage:
     left_over: list = ...
     """files that a killed process had begun"""
     damaged: list = ...
-    """what was set aside"""
+    """files that were found to be damaged"""
     bytes: int = ...
     """what all of it takes"""
     def __str__(self) -> str: ...
 
-def runs(node: dict, name: Any) -> bool:
+def is_save_needed(record: dict, name: Any) -> bool:
     """Whether the call that some saves in a work folder belong to is still to be done
 
     Returns:

@@ -6,13 +6,11 @@ from typing import Any
 __all__ = []
 WORD: Any
 NUMBER: Any
-DEVICES: set[str]
-RESERVED: set[str]
 WORDS: str
 ALLOWED: str
 
 def check_id(id: Any) -> Any:
-    """The id as it is kept, 1 for 1.0
+    """The id as it is kept, 1 for 1.0; TypeError or ValueError for what cannot be one
 
     Returns:
         int, float or str
@@ -33,11 +31,12 @@ def id_text(id: Any) -> str:
     """
 
 def parse_id(text: str) -> Any:
-    """The id that a word of the command line stands for; quotes make text of a number
+    """The id that a word of the command line stands for
 
     Returns:
         the id
     """
+DEVICES: set[str]
 
 def is_device(word: Any) -> bool:
     """Whether Windows takes a file name for a device
@@ -53,15 +52,16 @@ def file_name(id: Any) -> str:
         str
     """
 
-def id_of(name: Any) -> Any:
+def id_from_file_name(name: Any) -> Any:
     """The inverse of `file_name`
 
     Returns:
         the id; None where no id has this file name
     """
+RESERVED: set[str]
 
-def check_name(name: str) -> str:
-    """The name of a run, one or more words with `/` between them
+def check_run_name(name: str) -> str:
+    """The name of a run, one or more words with `/` between them; ValueError for any other text
 
     Returns:
         str

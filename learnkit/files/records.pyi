@@ -6,46 +6,46 @@ from typing import Any
 __all__ = []
 MAX_TEXT: int
 
-def read_text(path: Any) -> bytes:
-    """The content of a regular file of reasonable size
+def read_limited(path: Any) -> bytes:
+    """The content of a regular file of at most MAX_TEXT bytes
 
     Returns:
         bytes
     """
 
-def once(pairs: Any) -> dict:
+def reject_duplicate_keys(pairs: Any) -> dict:
     """Returns:
         dict
     """
 
-def no_number(text: Any) -> None: ...
+def reject_constant(text: Any) -> None: ...
 
 def strict_json(data: Any) -> Any:
-    """What bytes of JSON say; ValueError for any that learnkit would not write
+    """The value of JSON in bytes; ValueError for any that learnkit would not write
 
     Returns:
         JSON value
     """
 SEALED: Any
 
-def as_line(value: Any) -> Any: ...
+def json_line(value: Any) -> Any: ...
 
-def node_text(node: dict) -> bytes:
-    """A node as it is written
+def record_text(record: dict) -> bytes:
+    """A record as it is written
 
     Returns:
         bytes
     """
 
-def node_1(data: Any) -> dict:
-    """A node from its text, in format 1
+def parse_record_1(data: Any) -> dict:
+    """A record from its text, in format 1
 
     Returns:
         dict
     """
-READERS: dict[int, Any]
+RECORD_PARSERS: dict[int, Any]
 
-def references(root: Any) -> Any:
+def referenced_digests(root: Any) -> Any:
     """The tensors that JSON values name
 
     Returns:

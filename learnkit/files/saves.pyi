@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 __all__ = []
 
-def saves(folder: Any) -> Any:
+def list_saves(folder: Any) -> Any:
     """The numbered saves in a folder
 
     Returns:
         list of Paths, the newest first
     """
 
-def next_save(folder: Any, older: Any = None) -> Path:
+def next_save_path(folder: Any, older: Any = None) -> Path:
     """The file that `save_next` will write; `older`: the saves there are, if they are known
 
     Returns:
@@ -32,12 +32,12 @@ def save_next(tree: Any, folder: Any, keep: int = 2) -> Any:
         Path of the new file
     """
 
+def quarantine_save(path: Any, error: Any) -> None:
+    """Rename a damaged save, and warn"""
+
 def load_newest(folder: Any) -> Any:
-    """The newest sound save in a folder; damaged ones are set aside, with a warning
+    """The newest sound save in a folder; damaged ones are renamed, with a warning
 
     Returns:
         (tree, Path); None when there is no save
     """
-
-def quarantine(path: Any, error: Any) -> None:
-    """Give another name to a save that is damaged"""

@@ -6,20 +6,40 @@ from contextlib import AbstractContextManager
 from typing import Any
 __all__ = []
 
-def take_out_dtensors(tree: Any) -> Any:
-    """What is spread over processes, apart from the rest
+def extract_dtensors(tree: Any) -> Any:
+    """A tree without its DTensors, and the DTensors
 
     Returns:
-        (the same nesting with None for them, dict: path, a tuple -> tensor)
+        (the same nesting with None for them, dict: path, a tuple -> DTensor)
     """
 
-def parts_of(path: Any) -> Any: ...
+def unwrap_failure(folder: Any) -> AbstractContextManager[None]:
+    """Raise the exception of the process that failed in place of torch's, which lists all processes"""
+
+def shards_folder(path: Any) -> Any: ...
+
+def new_shards_folder(path: Any, ranks: Any) -> Any:
+    """Make a new folder for the shards of a file
+
+    Returns:
+        Path, the same in all processes
+    """
+
+def write_shards(folder: Any, tensors: dict, ranks: Any) -> None:
+    """Have each process write its shards of DTensors; a failure leaves no folder"""
+
+def file_digests(folder: Any, names: Any, ranks: Any) -> Any:
+    """The digests of some of the files, others in each process
+
+    Returns:
+        dict: name -> digest; None for a file that is not there
+    """
 
 def save_shards(tree: Any, path: Any, ranks: Any) -> Any:
-    """Write what is spread over processes to files beside `path`, each process its parts
+    """Write the DTensors of a tree to files beside `path`, each process its shards
 
     Args:
-        tree: dicts and lists; other containers hold nothing that is spread
+        tree: dicts and lists; other containers hold no DTensors
         path: file that the tree will be written to
         ranks: `Ranks`: all processes call this
 
@@ -27,26 +47,30 @@ def save_shards(tree: Any, path: Any, ranks: Any) -> Any:
         (the tree without them, a tree that `load_shards` takes)
     """
 
-def showing_cause(folder: Any) -> AbstractContextManager[None]:
-    """Of what torch raises in all processes, where one has failed, the exception of that one"""
+def check_shards(folder: Any, digests: dict, path: Any, ranks: Any) -> None:
+    """Raise DamagedError, in all processes, unless the files of a folder have these digests"""
 
-def digests_of_files(folder: Any, names: Any, ranks: Any) -> Any:
-    """The digests of files, each process some of them
+def empty_tensor(saved: Any, like: Any) -> Any:
+    """A tensor to read into
+
+    Args:
+        saved: what torch's reader says of a tensor
+        like: DTensor, or None
 
     Returns:
-        dict: name -> digest; None for a file that is not there
+        DTensor distributed as `like`, or plain tensor
     """
 
-def load_shards(tree: Any, parts: Any, path: Any, ranks: Any = None, like: Any = None) -> None:
+def load_shards(tree: Any, shards: dict, path: Any, ranks: Any = None, like: Any = None) -> None:
     """Read what `save_shards` has written; DamagedError, in all processes, if it is not as it was
 
     Args:
-        tree: with None for what is in parts; it is filled in
-        parts: as from `save_shards`
+        tree: with None for each DTensor; it is filled in
+        shards: as from `save_shards`
         path: file that the tree was read from
         ranks: `Ranks`: all processes call this
-        like: a tensor that is spread as those that are read will be; None: they are whole
+        like: DTensor, as which the tensors are distributed; None: they are plain
     """
 
 def remove_shards(path: Any, tree: Any) -> Any:
-    """Remove what lies beside a file and is not named in its tree"""
+    """Remove the shards beside a file that its tree does not name"""

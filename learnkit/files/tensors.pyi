@@ -4,6 +4,7 @@
 """Safetensors, hashed while they are written and read"""
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 import torch
 from typing import Any
 __all__ = [
@@ -39,8 +40,8 @@ def tensor_digest(t: torch.Tensor) -> Any:
         64 hex digits
     """
 
-def groups(tensors: Any) -> Iterator[Any]:
-    """Tensors by the MiB: enough work to hand to a thread
+def groups_of_1_mib(tensors: Any) -> Iterator[Any]:
+    """Tensors in groups large enough to be worth a thread
 
     Returns:
         iterator of lists
@@ -53,10 +54,11 @@ def tensor_digests(tensors: Any) -> Iterator[Any]:
         iterator of 64 hex digits each
     """
 MAX_HEADER: int
-AHEAD: int
 
 def header_entry(t: torch.Tensor, begin: int) -> dict:
-    """Returns:
+    """What the header says of a tensor whose bytes begin there
+
+    Returns:
         dict
     """
 
@@ -71,7 +73,7 @@ def header_text(entries: dict, metadata: dict | None = None) -> bytes:
         bytes
     """
 
-def room_for(items: Any, metadata: dict | None = None) -> Any:
+def max_header_size(items: Any, metadata: dict | None = None) -> Any:
     """How long a header can become at most
 
     Args:
@@ -81,54 +83,63 @@ def room_for(items: Any, metadata: dict | None = None) -> Any:
     Returns:
         number of bytes
     """
+OVERLAP_FROM: int
 
-def write_safetensors(file: Any, items: Any, room: int, metadata: Any = ...) -> Any:
+def write_safetensors(file: Any, items: Any, header_size: int, metadata: Any = ...) -> Any:
     """Write tensors as they come, and then the header into the room before them
 
     Args:
         file: a new one
         items: (name, contiguous tensor on the cpu), the widest numbers first
-        room: bytes for the header
+        header_size: bytes of room for the header
         metadata: function that returns it once all is written: str -> str
 
     Returns:
         dict: name -> entry of the header
     """
 
-def by_width(items: Any) -> Any:
-    """In the order of a file, in which each tensor is aligned
+def widest_first(items: Any) -> Any:
+    """Items in the order of a file, by size of element, which aligns each tensor
 
     Returns:
         list; each second thing is a tensor
     """
 
-def save_items(path: Any, items: list, metadata: dict | None = None, overwrite: bool = True) -> Any:
-    """A safetensors file of named tensors
+def save_named(path: Any, items: list, metadata: dict | None = None, overwrite: bool = True) -> Any:
+    """Write (name, tensor) pairs to a safetensors file
 
     Returns:
         Path of the file
     """
 
-def opened(path: Any) -> AbstractContextManager[Any]:
+def open_safetensors(path: Any) -> AbstractContextManager[Any]:
     """Open a safetensors file; DamagedError if it is none
 
     Returns:
         file of safetensors
     """
 
-def read_tensors(file: Any, names: Any) -> Any:
-    """Tensors with their digests, each hashed while the next one is read
+def read_with_digests(file: Any, names: Any) -> Any:
+    """Tensors of an open file with their digests, each hashed while the next one is read
 
     Returns:
-        (dict: name -> tensor with memory of its own, dict: name -> digest)
+        (dict: name -> tensor, dict: name -> digest)
+    """
+ITEM_SIZES: dict[Any, Any]
+
+def slice_nbytes(slice: Any) -> Any:
+    """How many bytes a tensor of a file has, by the header
+
+    Returns:
+        int; `slice` as from `get_slice` of an open file
     """
 
 def save_tensors(
         tensors: dict,
-        path: Any,
+        path: str | Path,
         overwrite: bool = True,
         metadata: dict | None = None,
-) -> Any:
+) -> Path:
     """Write tensors to a plain safetensors file, which any tool reads
 
     Args:
@@ -138,11 +149,5 @@ def save_tensors(
         metadata: str -> str
 
     Returns:
-        Path of the file
+        of the file
     """
-
-def item_size(slice: Any) -> Any:
-    """Returns:
-        bytes of a tensor in a file
-    """
-ITEM_SIZES: dict[Any, Any]

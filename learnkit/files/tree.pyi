@@ -3,7 +3,9 @@
 # pyright: reportPrivateImportUsage=false
 """Plain values and tensors, to one file and back, exactly"""
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+import torch
+from typing import Any, NamedTuple
 __all__ = [
     'tree_digest', 'save_tree', 'load_tree'
 ]
@@ -14,25 +16,35 @@ CONTAINERS: set[Any]
 KEYS: set[Any]
 STORABLE: str
 
-def place(path: Any) -> str:
-    """Where a value is in a tree: `optimizer.state[3].exp_avg`; `tree` for the whole
+def path_text(path: Any) -> str:
+    """The keys that lead to a value, as in `optimizer.state[3].exp_avg`; without keys, `tree`
 
     Returns:
         str
     """
 
-def advice(x: Any) -> str:
+def conversion_advice(x: Any) -> str:
     """What to do about a value whose type is not stored
 
     Returns:
         str
     """
 
+class FoundTensor(NamedTuple):
+    """A tensor of a tree, and where its name is to be filled in: `node[key]`"""
+    path: str
+    tensor: torch.Tensor
+    node: dict
+    key: str
+
+def fill_in_names(found: Any, names: Any) -> None:
+    """Write a name for each found tensor into its node"""
+
 class Packer:
     """Turns a tree into JSON values and finds its tensors on the way"""
     canonical: bool
     path: list[Any]
-    open: Any
+    containers: Any
     found: list[Any]
     def __init__(self, canonical: bool = False) -> None:
         """Turns a tree into JSON values and finds its tensors on the way
@@ -41,8 +53,8 @@ class Packer:
             canonical: whether equal trees give equal values
         """
     def refuse(self, x: Any, why: Any) -> None: ...
-    def inside(self, key: Any, x: Any) -> Any:
-        """Pack a part of a container
+    def pack_item(self, key: Any, x: Any) -> Any:
+        """Pack an item of a container
 
         Returns:
             JSON value
@@ -52,6 +64,14 @@ class Packer:
 
         Returns:
             JSON value
+        """
+    def pack_odd_text(self, x: Any) -> Any:
+        """Returns:
+            JSON value; with halves of surrogate pairs
+        """
+    def pack_float(self, x: Any) -> Any:
+        """Returns:
+            JSON value; nan has many bit patterns, but one digest
         """
     def pack_container(self, x: Any) -> Any:
         """A list, dict or the like, with all that is in it
@@ -66,6 +86,10 @@ class Packer:
     def pack_mapping(self, x: Any) -> Any:
         """Returns:
             JSON value
+        """
+    def is_plain_key(self, key: Any) -> bool:
+        """Returns:
+            bool
         """
     def pack_key(self, key: Any) -> Any:
         """Returns:
@@ -83,10 +107,6 @@ class Packer:
         """Returns:
             JSON value
         """
-    def pack_float(self, x: Any) -> Any:
-        """Returns:
-            JSON value; nan has many bit patterns, but one digest
-        """
 
 class Unpacker:
     """Turns JSON values back into a tree"""
@@ -99,23 +119,23 @@ class Unpacker:
         """
     def unpack(self, node: Any) -> Any:
         """The value that was packed"""
-    def tagged(self, kind: str, value: Any) -> Any:
+    def unpack_kind(self, kind: str, value: Any) -> Any:
         """The value of `{'$kind': value}`"""
 
 def text_digest(text: str) -> Any: ...
 
 def json_digest(value: Any) -> Any: ...
 
-def tree_digest(tree: Any) -> Any:
+def tree_digest(tree: Any) -> str:
     """sha256 over types, values and bits; the order of the keys of a dict does not count
 
     Returns:
         64 hex digits
     """
+FORMAT: int
 
 def check_storable(tree: Any) -> None:
-    """Raise UnstorableError, naming the place, for a tree that `save_tree` would refuse"""
-FORMAT: int
+    """Raise UnstorableError, naming the path, for a tree that `save_tree` would refuse"""
 
 def seal(metadata: dict) -> Any:
     """sha256 over all metadata but the seal itself; the same in every format
@@ -124,18 +144,11 @@ def seal(metadata: dict) -> Any:
         64 hex digits
     """
 
-def free_name(name: Any, taken: Any) -> str:
-    """The name, with a number behind it where it is taken
+def unique_name(name: Any, used: Any) -> str:
+    """The name, with a number behind it where it is used already
 
     Returns:
         str
-    """
-
-def hosts_by_width(found: list) -> Any:
-    """What a packer found, in the order of a file
-
-    Returns:
-        list of (place, tensor on the cpu, node, kind)
     """
 
 def tree_metadata(root: Any, digests: dict) -> Any:
@@ -145,22 +158,22 @@ def tree_metadata(root: Any, digests: dict) -> Any:
         str -> str
     """
 
-def distinct(found: Any, digests: dict) -> Iterator[Any]:
+def distinct_tensors(found: Any, digests: dict) -> Iterator[Any]:
     """Each tensor once; fills `digests`, name -> digest, and the nodes as it goes
 
     Returns:
         iterator of (name, tensor)
     """
 
-def tree_room(root: Any, found: Any) -> Any:
+def max_tree_header_size(root: Any, found: Any) -> Any:
     """How long the header of a tree can become, whichever tensors turn out to be equal
 
     Returns:
         number of bytes
     """
 
-def save_tree(tree: Any, path: Any, overwrite: bool = True) -> Any:
-    """Write a tree to one file, whole or not at all
+def save_tree(tree: Any, path: str | Path, overwrite: bool = True) -> Path:
+    """Write a tree to one file that is there as a whole or not at all
 
     Args:
         tree: containers, numbers, text, tensors, arrays
@@ -168,7 +181,7 @@ def save_tree(tree: Any, path: Any, overwrite: bool = True) -> Any:
         overwrite: False: FileExistsError if there is one
 
     Returns:
-        Path of the file
+        of the file
     """
 
 def check_seal(path: Any, metadata: dict) -> None:
@@ -177,7 +190,7 @@ def check_seal(path: Any, metadata: dict) -> None:
 def check_tensors(path: Any, found: dict, digests: dict) -> None:
     """Raise unless the tensors, by their digests, are those that were written"""
 
-def load_tree(path: Any) -> Any:
+def load_tree(path: str | Path) -> Any:
     """Read what `save_tree` wrote, exactly; DamagedError if the file is not as it was written
 
     Returns:
@@ -198,6 +211,12 @@ def from_bytes(data: Any) -> Any:
         the tree, its tensors on the cpu
     """
 
-def value_at(tree: Any, path: Any) -> Any: ...
+def value_at(tree: Any, path: Any) -> Any:
+    """The value to which a sequence of keys leads
 
-def set_at(tree: Any, path: Any, value: Any) -> None: ...
+    Returns:
+        the value
+    """
+
+def set_at(tree: Any, path: Any, value: Any) -> None:
+    """Put a value where a sequence of keys leads"""

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import nn
-from ..base.dtensors import FSDP_MARKS, is_from_fsdp, plain_class
+from ..base.dtensors import FSDP_ATTRIBUTES, is_fsdp_hook, unsharded_class
 from ..base.methods import full_name
 from ..files.tree import text_digest
 from ..components.callback import Callback
@@ -33,24 +33,24 @@ def describe_optimizer(x, walk):
     return {'$object': full_name(type(x)), 'with': walk.named_parts(x.state_dict())}
 
 # %% ../../nbs/fingerprint/04_modules.ipynb #eee17d28
-INNER = frozenset((*vars(nn.Module()), *FSDP_MARKS)) | {name for name in vars(nn.Module) if name[0] == '_'}
+INNER = frozenset((*vars(nn.Module()), *FSDP_ATTRIBUTES)) | {name for name in vars(nn.Module) if name[0] == '_'}
 HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
 
 @describe.register(nn.Module)
 def describe_module(x, walk):
     compiled = type(x).__module__.startswith('torch._dynamo')
     if compiled: return walk.node(x._orig_mod)
-    walk.note_class(plain_class(x))
+    walk.note_class(unsharded_class(x))
     outermost, mode = walk.tied is None, walk.mode
     if outermost: walk.tied, walk.root, mode = {}, len(walk.path), None
-    found = {'$module': full_name(plain_class(x)), 'with': walk.module_settings(x)}
+    found = {'$module': full_name(unsharded_class(x)), 'with': walk.module_settings(x)}
     if state := {**x._parameters, **x._buffers}: found['state'] = walk.module_state(state)
     buffers = {name: found['state'][name] for name in x._buffers}
     found['given'] = given_names(x, {**found['with'], **buffers}, walk)
     if walk.weights and x.training != mode: found['training'] = walk.mode = x.training
     if x._modules: found['children'] = {key: walk.child(key, m) for key, m in x._modules.items()}
     hooks = [hook for name in HOOKS for hook in getattr(x, name).values()]
-    if hooks := [hook for hook in hooks if not is_from_fsdp(hook)]:
+    if hooks := [hook for hook in hooks if not is_fsdp_hook(hook)]:
         found['hooks'] = [walk.hook(f'hooks[{i}]', hook) for i, hook in enumerate(hooks)]
     walk.mode = mode
     if outermost: walk.tied = None
@@ -60,7 +60,7 @@ def describe_module(x, walk):
 @patch
 def module_settings(self:Walk, x): # dict: name -> JSON value
     "The attributes of a module that say how it works"
-    found, own = {}, is_own(plain_class(x).__module__)
+    found, own = {}, is_own(unsharded_class(x).__module__)
     if isinstance(x, torch.fx.GraphModule): found['code'] = text_digest(x.code)
     for name, value in attributes(x).items():
         if name in INNER or not self.path and name in self.ignore: continue

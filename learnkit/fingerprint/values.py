@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from ..base.methods import full_name
-from ..base.text import is_text
-from ..files.tree import json_digest, place, text_digest
+from ..base.text import is_valid_unicode
+from ..files.tree import json_digest, path_text, text_digest
 from ..components.callback import Callback, Callbacks
 from .code import function_name, text_of
 
@@ -72,7 +72,7 @@ class Walk:
     def here(self): # str
         "The place: `fit: cbs[0].func`"
         if not self.path: return self.where
-        inner = place(self.path)
+        inner = path_text(self.path)
         if self.named: return f'{self.where}: {inner}'
         return self.where + ('' if inner[:1] == '[' else '.') + inner
 
@@ -160,7 +160,7 @@ def scalar_complex(x): return {'$complex': [scalar_float(x.real), scalar_float(x
 
 def scalar_str(x): # JSON value
     "A string; of a very long one its beginning"
-    if not is_text(x): return {'$str': x.encode('utf-8', 'surrogatepass').hex()}
+    if not is_valid_unicode(x): return {'$str': x.encode('utf-8', 'surrogatepass').hex()}
     return x if len(x) <= 1000 else {'$str': len(x), 'first': x[:60], 'digest': text_digest(x)}
 
 def scalar_bytes(x): # JSON value
@@ -225,7 +225,7 @@ def describe_proxy(x, walk): return {'$mappingproxy': mapping_node(dict(x), dict
 
 def mapping_node(x, base, walk): # JSON value
     "A dict that is plain to JSON, or its pairs"
-    plain = all(type(key) is str and key[:1] != '$' and is_text(key) for key in x)
+    plain = all(type(key) is str and key[:1] != '$' and is_valid_unicode(key) for key in x)
     small = len(x) <= WIDE or not walk.path
     if base is dict and plain and small: return {key: walk.inside(key, v) for key, v in x.items()}
     pairs = [[walk.inside(key, key), walk.inside(key, value)] for key, value in base.items(x)]

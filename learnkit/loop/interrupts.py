@@ -8,7 +8,7 @@ __all__ = []
 # %% ../../nbs/loop/06_interrupts.ipynb #34dfb67f
 import math, signal, sys, time
 from contextlib import contextmanager
-from ..base.signals import Signals
+from ..base.signals import DeferredSignals
 from ..components.callback import Callback, Interrupted
 
 # %% ../../nbs/loop/06_interrupts.ipynb #f98ab890
@@ -17,7 +17,7 @@ class Interrupts(Callback):
     order = -math.inf
 
     def __init__(self):
-        self.signals = None  # `Signals`, while something runs
+        self.signals = None  # `DeferredSignals`, while something runs
         self.signum = None  # the signal that ends the fit, as all processes know it
         self.held_back = False  # whether a pass in the middle of a fit is not to be ended
         self.began, self.max_time = 0., None
@@ -69,7 +69,7 @@ def interruptible(learn):
         return
     learn.ranks  # who is to be waited for comes now: a signal still ends this process
     try:
-        with Signals() as interrupts.signals:
+        with DeferredSignals() as interrupts.signals:
             yield
             if interrupts.caught: raise Interrupted(interrupts.caught)
     except Interrupted as stop:

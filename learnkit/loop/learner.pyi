@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import nn
 import torch
 from typing import Any, TypeVar
+from ..base.methods import pure, structural
 from ..components.callback import Callbacks
 from ..data.loaders import DataLoaders
 from ..loop.loop import Loop
@@ -118,6 +119,7 @@ class Learner(Loop):
             resume: go on from this folder or file, or 'latest': that of the SaveState in cbs
             resume_data: or 'skip': replay no batches whose workers drew random numbers
         """
+    @structural
     def make_opt(self) -> None:
         """Make a new optimizer over the model's parameters; state of the old one is gone"""
     def __repr__(self) -> str: ...
@@ -181,8 +183,10 @@ class Learner(Loop):
         """The callbacks, an editable list: changes take effect at the next event; may be assigned"""
     @cbs.setter
     def cbs(self, cbs: Any) -> None: ...
+    @structural
     def add_cb(self, cbs: Any) -> None:
         """Add a callback, several, or a class that needs no arguments"""
+    @structural
     def remove_cb(self, cbs: Any) -> None:
         """Remove a callback, several, or all of a class; ValueError when there is none"""
     def added_cbs(self: _Self, cbs: Any) -> AbstractContextManager[_Self]:
@@ -195,6 +199,7 @@ class Learner(Loop):
         """Neither bars nor tables for the time of a `with` block"""
     def show_training_loop(self) -> None:
         """Print the events and steps of a fit in order, with the callbacks that answer them"""
+    @pure
     def validate(self, dl: Any = None) -> dict[str, float]:
         """Loss and metrics over `dl`, exact means over its samples; changes nothing
 
@@ -204,6 +209,7 @@ class Learner(Loop):
         Returns:
             loss and metrics
         """
+    @pure
     def test(self, dl: Any = None) -> dict[str, float]:
         """As `validate`, on the test data, in phase 'test'
 
@@ -213,6 +219,7 @@ class Learner(Loop):
         Returns:
             loss and metrics
         """
+    @pure
     def get_preds(self, dl: Any = None, with_loss: bool = False, with_input: bool = False) -> tuple:
         """Predictions and targets over `dl`, in its order; changes nothing
 
@@ -224,6 +231,7 @@ class Learner(Loop):
         Returns:
             (preds, targs[, losses][, inputs]), tensors on the host, (samples, ...) each
         """
+    @pure
     def predict(self, x: Any) -> Any:
         """The model's output for `x`, in evaluation mode; changes nothing
 
@@ -301,6 +309,7 @@ class Learner(Loop):
         Returns:
             the learner
         """
+    @structural
     def freeze_to(self, n: int, train_bn: bool = True) -> None:
         """Let only the groups of layers from `n` on learn
 
@@ -308,10 +317,13 @@ class Learner(Loop):
             n: first group of layers that learns; negative: from the end
             train_bn: whether norm layers of the frozen groups go on learning
         """
+    @structural
     def freeze(self, train_bn: bool = True) -> None:
         """Let only the last group of layers, the head, learn"""
+    @structural
     def unfreeze(self) -> None:
         """Let all layers learn"""
+    @pure
     def summary(self) -> Any:
         """The modules that hold parameters: shapes, sizes, group of layers, rate, whether they learn
 
@@ -377,6 +389,7 @@ class Learner(Loop):
         Returns:
             nn.Module
         """
+    @pure
     def lr_find(
             self,
             start_lr: float = 1e-7,
@@ -531,6 +544,7 @@ class Learner(Loop):
             resume: as in `fit`; both fits save to the same folder
             kwargs: max_time, dls, reset_opt, and what `fit_one_cycle` takes, for both fits
         """
+    @structural
     def setup(
             self: _Self,
             loss_func: Any = None,
@@ -551,6 +565,7 @@ class Learner(Loop):
         Returns:
             the learner
         """
+    @pure
     def dry_run(self, steps: int = 2, cbs: Any = None) -> Any:
         """Try a short epoch with everything that belongs to a fit, and leave no trace
 
@@ -561,6 +576,7 @@ class Learner(Loop):
         Returns:
             dict: train_loss, valid_loss, metrics, tracked values
         """
+    @pure
     def overfit(self, batches: int = 1, n_steps: int = 100, lr: Any = None) -> OverfitResult:
         """Train on the same few batches, to see whether the model can learn, and leave no trace
 
@@ -572,12 +588,14 @@ class Learner(Loop):
         Returns:
             OverfitResult
         """
+    @structural
     def to_channels_last(self: _Self) -> _Self:
         """Lay out weights, the optimizer's state and all image batches with channels side by side
 
         Returns:
             the learner
         """
+    @structural
     def compile(self: _Self, on: bool = True, **kwargs: Any) -> _Self:
         """Have the model's computation compiled by `torch.compile`
 

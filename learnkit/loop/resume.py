@@ -15,9 +15,10 @@ from fastcore.basics import patch
 from ..base.batches import map_tensors
 from ..base.dtensors import local_part
 from ..base.ranks import is_main
-from ..base.text import as_seconds, callers_level, short_path
+from ..base.text import as_seconds, caller_stacklevel, short_path
 from ..files.errors import DamagedError
-from ..files.saves import load_newest, next_save, quarantine, save_next, saves
+from ..files.saves import (
+    list_saves, load_newest, next_save_path, quarantine_save, save_next)
 from ..files.tree import check_storable, load_tree
 from ..data.loaders import describe
 from ..data.resumable import (
@@ -67,7 +68,7 @@ def read_saved(learn,
     except DamagedError as error:
         if source.is_file(): raise
         with main_first(learn):
-            if path.exists(): quarantine(path, error)
+            if path.exists(): quarantine_save(path, error)
         return read_saved(learn, resume)
     return Saved(tree['learner'], tree['times'], short_path(path))
 
@@ -177,7 +178,7 @@ def check_no_other_saves(learn, source):
     "Raise ValueError when there is nothing to go on from, but in the folder of a SaveState there is"
     for cb in learn.cbs:
         if cb.saves_to is None or learn.path / cb.saves_to == source: continue
-        if saves(learn.path / cb.saves_to):
+        if list_saves(learn.path / cb.saves_to):
             raise ValueError(f'nothing is saved in {source}, but {learn.path / cb.saves_to}, to '
                              f"which {cb} saves, holds saves: use resume='latest' to go on with "
                              'them, or leave resume out')
@@ -327,17 +328,17 @@ class SaveState(Callback):
         if is_main(): folder.mkdir(parents=True, exist_ok=True)  # an error now, not after an epoch
         check_storable({'learner': map_tensors(local_part, live_state(learn))})
         self._is_first, self._time_was_up = point.saved is None, False
-        if self._is_first and is_main() and saves(folder) and not point.is_asked:
+        if self._is_first and is_main() and list_saves(folder) and not point.is_asked:
             warnings.warn(f'{folder} holds saves of an earlier fit, which go when this one saves; '
                           "fit(..., resume='latest') would have gone on with it",
-                          stacklevel=callers_level())
+                          stacklevel=caller_stacklevel())
         self._note_time(learn)
 
     def at_rest(self, learn):
         if not self.is_due(learn): return
         # Saves of an earlier fit go as soon as this one has its first
         keep, folder = 1 if self._is_first else self.keep, learn.path/self.saves_to
-        tree = tree_for_file(learn, per_process=True, path=lambda: next_save(folder))
+        tree = tree_for_file(learn, per_process=True, path=lambda: next_save_path(folder))
         if is_main(): save_next(tree, folder, keep=keep)
         self._is_first, self._time_was_up = False, learn.time_is_up
         self._note_time(learn)
@@ -383,7 +384,7 @@ def autosaving(learn,
             raise ValueError(f'fit(resume={resume!r}): inside of saving_to each fit goes on by '
                              'itself; leave resume out')
         folder = path/str(next(numbers))
-        return [*as_callbacks(cbs), SaveState(folder, every)], folder if saves(folder) else None
+        return [*as_callbacks(cbs), SaveState(folder, every)], folder if list_saves(folder) else None
     before = point.autosave, learn.on_interrupt
     point.autosave, learn.on_interrupt = autosave, 'raise'
     try: yield learn

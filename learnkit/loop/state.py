@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from ..base.batches import map_tensors
-from ..base.dtensors import distribute_like, full_tensor, is_dtensor, plain_class
+from ..base.dtensors import distribute_like, full_tensor, is_dtensor, unsharded_class
 from ..base.randomness import isolated_rng, rng_state, set_rng_state
 from ..components.optim import check_opt_state, load_opt_state, opt_params, opt_state
 from ..data.resumable import generator_states, keeps_state, set_generator_states
@@ -54,7 +54,7 @@ def check_model_state(model:nn.Module,
     problems = [f'{what}: {", ".join(keys[:3])}{" ..." if len(keys) > 3 else ""}'
                 for what, keys in found.items() if keys]
     if problems:
-        raise ValueError(f'the saved model is not a {plain_class(model).__name__} like this one; '
+        raise ValueError(f'the saved model is not a {unsharded_class(model).__name__} like this one; '
                          + '; '.join(problems) + '. Nothing was loaded.')
 
 # %% ../../nbs/loop/04_state.ipynb #5570ca1b

@@ -14,10 +14,10 @@ import torch.distributed as dist
 from fastcore.basics import patch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from ..base.ranks import in_group, is_main, launched, rank
+from ..base.ranks import in_group, is_main, ranks_from_env, rank
 from ..base.randomness import (
     generator_state, rng_state, set_generator_state, set_rng_state, set_seed)
-from ..base.batches import Gather, to_host
+from ..base.batches import BatchBuffer, to_host
 from ..base.dtensors import is_dtensor, is_sharded, reshard
 from ..base.methods import unrecorded
 from ..files.tree import tree_digest
@@ -74,7 +74,7 @@ class Distributed(Callback):
         "Join the other processes; the group of processes stays when this callback goes"
         if self._joined: return self.ranks
         self._joined = True
-        if not in_group() and launched()['size'] > 1: begin_group()
+        if not in_group() and ranks_from_env()['size'] > 1: begin_group()
         if in_group() and dist.get_world_size() > 1:
             self.ranks = Ranks(dist.new_group(backend='gloo'))
             self.watch = Watch(self.ranks)
@@ -406,7 +406,7 @@ def put_together(self:Distributed, collect, dl):
     places = sorted((number, r, i) for r, part in enumerate(found)
                     for i, number in enumerate(part['numbers']))
     for kind in collect.parts:
-        collect.parts[kind] = together = Gather()
+        collect.parts[kind] = together = BatchBuffer()
         for _, r, i in places:
             batches = found[r]['parts'][kind]
             if batches: together.add(batches[i])

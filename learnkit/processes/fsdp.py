@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed import _composable_state
 from ..base.batches import map_tensors
 from learnkit.base.dtensors import (
-    FSDP_MARKS, any_dtensor, distribute_like, is_from_fsdp, is_dtensor, is_sharded, plain_class, reshard,
+    FSDP_ATTRIBUTES, any_dtensor, distribute_like, is_fsdp_hook, is_dtensor, is_sharded, unsharded_class, reshard,
     full_tensor)
 from ..loop.progress import show_message
 from ..loop.state import live_state, n_bytes
@@ -82,7 +82,7 @@ def fill(model, device):
                  for key, t in held.items() if t is not None and t.is_meta]
         if not slots: continue
         if not hasattr(module, 'reset_parameters'):
-            raise ValueError(f'{name or "the model"} is on the meta device, and {plain_class(module).__name__} '
+            raise ValueError(f'{name or "the model"} is on the meta device, and {unsharded_class(module).__name__} '
                              'has no method reset_parameters that would make its weights')
         spread = [held[key] for held, key in slots]
         for (held, key), t in zip(slots, spread):
@@ -133,12 +133,12 @@ def unshard(self:Distributed, learn):
 
 def make_plain(module):
     "Take away what `fully_shard` has added to a module; torch itself has no way back"
-    module.__class__ = plain_class(module)
+    module.__class__ = unsharded_class(module)
     _composable_state._module_state_mapping.pop(module, None)
     for name, held in list(vars(module).items()):
-        if name in FSDP_MARKS: delattr(module, name)
+        if name in FSDP_ATTRIBUTES: delattr(module, name)
         elif isinstance(held, dict) and 'hooks' in name:
-            for key in [key for key, hook in held.items() if is_from_fsdp(hook)]: del held[key]
+            for key in [key for key, hook in held.items() if is_fsdp_hook(hook)]: del held[key]
         elif name.startswith('__composable_api'):
             for key in [key for key in held if getattr(key, '__name__', key) == 'fully_shard']: del held[key]
             if not held: delattr(module, name)

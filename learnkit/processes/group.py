@@ -10,7 +10,7 @@ import atexit, math, os, re
 import torch
 import torch.distributed as dist
 from torch import nn
-from ..base.ranks import in_group, launched
+from ..base.ranks import in_group, ranks_from_env
 from ..base.devices import default_device
 from ..files.tree import from_bytes, to_bytes
 
@@ -57,7 +57,7 @@ class Ranks:
 # %% ../../nbs/processes/00_group.ipynb #7d8f4f1c
 def begin_group():
     "Join the processes that a launcher has started"
-    place = launched()
+    place = ranks_from_env()
     if 'MASTER_ADDR' not in os.environ and 'SLURM_STEP_NODELIST' in os.environ:
         os.environ['MASTER_ADDR'] = first_host(os.environ['SLURM_STEP_NODELIST'])
         os.environ.setdefault('MASTER_PORT', str(20_000 + int(os.environ.get('SLURM_JOB_ID', 0)) % 20_000))

@@ -10,7 +10,7 @@ import logging, multiprocessing, signal, sys, threading
 from contextlib import contextmanager
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
-from ..base.ranks import launched
+from ..base.ranks import ranks_from_env
 
 # %% ../../nbs/processes/04_launch.ipynb #cfece69d
 def launch(fn, # called in each process; from a script: a function of a module
@@ -22,7 +22,7 @@ def launch(fn, # called in each process; from a script: a function of a module
     n = local_processes() if n is None else n
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise ValueError(f'launch(n={n!r}): must be a whole number, at least 1')
-    if launched()['size'] > 1: raise RuntimeError('launch called in a process that was launched itself')
+    if ranks_from_env()['size'] > 1: raise RuntimeError('launch called in a process that was launched itself')
     if n == 1: return [fn(*args)]
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

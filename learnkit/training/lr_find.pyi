@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from types import MappingProxyType
 from typing import Any
+from ..base.methods import result
 from ..components.callback import Callback
 from ..loop.learner import Learner
 from ..loop.recorder import RunningMean
@@ -42,6 +43,7 @@ def longest_descent(values: Any) -> Any:
         list of indices
     """
 
+@result
 @dataclass(frozen=True, eq=False)
 class LRFinderResult:
     """Rates, losses and suggestions of a trial run"""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from typing import Any
+from ..base.methods import result
 from ..components.callback import Callback
 from ..loop.learner import Learner
 __all__ = [
@@ -212,6 +213,7 @@ def check_mixable(mix: Any, learn: Learner) -> None:
 def check_loss_is_free(mix: Any, learn: Learner) -> None:
     """Raise unless the loss is a function of predictions and targets that can be called twice"""
 
+@result
 @dataclass(frozen=True, eq=False)
 class OverfitResult:
     """The losses of a training on few samples"""

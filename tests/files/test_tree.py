@@ -1,86 +1,20 @@
-"Trees in files: any tree there and back, damage anywhere, failure and death at every step"
-import enum, errno, json, math, os, random, signal, struct, subprocess, sys, textwrap, threading
-import time
-from collections import Counter, OrderedDict, defaultdict
+"Trees in files: any tree there and back, what is refused, damage anywhere"
+import enum, json, math, os, random, struct
+from collections import Counter, defaultdict, OrderedDict
 import numpy as np
-import preloaded
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from everywhere import Everywhere
+from files_helpers import array, DTYPES, same, shuffled, tensor, TREES
 from learnkit.files.errors import DamagedError, StoreError, UnstorableError
 from learnkit.files.tensors import save_tensors
 from learnkit.files.tree import load_tree, save_tree, tree_digest
 
 store = Everywhere('files')
-
-
-@pytest.fixture
-def path(tmp_path): return tmp_path / 'tree.safetensors'
-
-
-def raw(t): # its bytes; a copy in plain memory can be viewed as any type
-    return torch.empty(t.shape,
-                       dtype=t.dtype).copy_(t.detach()).flatten().view(torch.uint8).tolist()
-
-
-def same(a, b):
-    "Whether two trees have the same types, order and bits; written apart from what it checks"
-    if isinstance(a, torch.Tensor):
-        return type(b) is torch.Tensor and (a.dtype,
-                                            a.shape) == (b.dtype, b.shape) and raw(a) == raw(b)
-    if type(a) is not type(b): return False
-    if isinstance(a, (np.ndarray, np.generic)):
-        return (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
-    if isinstance(a, float): return struct.pack('d', a) == struct.pack('d', b)
-    if isinstance(a, dict): return same(list(a.items()), list(b.items()))
-    if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(same, a, b))
-    if isinstance(a, slice): return same((a.start, a.stop, a.step), (b.start, b.stop, b.step))
-    return a == b
-
-
-# Round trips
-
-DTYPES = list(store.DTYPES)
-NP_DTYPES = ['bool', 'int8', 'int16', 'int32', 'int64', 'uint8', 'uint16', 'uint32', 'uint64',
-             'float16', 'float32',
-             'float64', 'complex64']
-SHAPES = st.lists(st.integers(0, 3), max_size=3)
-
-
-def tensor(dtype, shape, seed):
-    "Random bytes, so that nan and other odd bit patterns occur"
-    n = math.prod(shape) * dtype.itemsize
-    data = np.random.default_rng(seed).integers(0, 2 if dtype == torch.bool else 256, n, 'uint8')
-    return torch.tensor(data.tolist(), dtype=torch.uint8).view(dtype).reshape(shape)
-
-
-def array(dtype, shape, seed): return tensor(getattr(torch, dtype), shape, seed).numpy()
-
-
-SEEDS = st.integers(0, 3) # few, so that equal tensors occur
-TEXT = st.text(st.characters(exclude_categories=()), max_size=6) # halves of surrogate pairs too
-SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.integers(-2**2000, 2**2000),
-                    st.floats(), TEXT)
-KEYS = st.one_of(TEXT, st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=2).map(tuple),
-                                    max_leaves=4))
-LEAVES = st.one_of(
-    SCALARS, st.builds(tensor, st.sampled_from(DTYPES), SHAPES, SEEDS),
-    st.builds(array, st.sampled_from(NP_DTYPES), SHAPES, SEEDS),
-    st.builds(lambda dtype, seed: array(dtype, [1], seed)[0], st.sampled_from(NP_DTYPES), SEEDS),
-    SHAPES.map(torch.Size), st.slices(5), st.sampled_from(DTYPES),
-    st.sampled_from(['cpu', 'cuda:1', 'meta']).map(torch.device))
-TREES = st.recursive(LEAVES, lambda inner: st.one_of(
-    st.lists(inner, max_size=4), st.lists(inner, max_size=4).map(tuple),
-    st.dictionaries(KEYS, inner, max_size=4),
-    st.dictionaries(st.sampled_from(['a', 'a.b', 'b', '$a', '', '__metadata__', 'a~2', '$tensor']),
-                    inner, max_size=4),
-    st.dictionaries(KEYS, inner, max_size=3).map(OrderedDict),
-    st.dictionaries(KEYS, inner, max_size=3).map(Counter)),
-    max_leaves=20)
 
 
 @settings(max_examples=400, deadline=None)
@@ -93,17 +27,6 @@ def test_any_tree_comes_back(tmp_path_factory, tree):
     first = path.read_bytes()
     save_tree(loaded, path)
     assert path.read_bytes() == first # the same tree makes the same file
-
-
-def shuffled(tree, rng):
-    "An equal tree, with the keys of its dicts in another order"
-    if type(tree) in (list, tuple): return type(tree)(shuffled(item, rng) for item in tree)
-    if not isinstance(tree, dict): return tree
-    items = [(key, shuffled(value, rng)) for key, value in tree.items()]
-    if type(tree) is not OrderedDict: rng.shuffle(items)
-    new = type(tree)()
-    for key, value in items: new[key] = value
-    return new
 
 
 @settings(max_examples=200, deadline=None)
@@ -279,16 +202,16 @@ REFUSED = {
 
 
 @pytest.mark.parametrize('name', REFUSED)
-@pytest.mark.parametrize('wrap, place', [
+@pytest.mark.parametrize('wrap, where', [
     (lambda x: x, r'tree'),
     (lambda x: {'optimizer': {'state': {3: {'foo': x}}}}, r'optimizer\.state\[3\]\.foo'),
     (lambda x: [torch.ones(1), (x,)], r'\[1\]\[0\]'),
     (lambda x: OrderedDict({('a', 1): {'b c': x}}), r"\[\('a', 1\)\]\.b c")])
-def test_refused_with_its_place(path, name, wrap, place):
+def test_refused_with_its_place(path, name, wrap, where):
     "Before anything is written"
     save_tree('old', path)
     with pytest.raises(UnstorableError,
-                       match=rf'^{place}: <(class|enum) .*> cannot be stored: .') as error:
+                       match=rf'^{where}: <(class|enum) .*> cannot be stored: .') as error:
         save_tree(wrap(REFUSED[name]), path)
     assert 'NoneType' not in str(error.value)
     with pytest.raises(UnstorableError): tree_digest(wrap(REFUSED[name]))
@@ -349,12 +272,13 @@ def test_one_flipped_bit(path):
     "Anywhere: every bit of the start and of the end, and hundreds in between"
     data, rng, caught = save_tree(sample(), path).read_bytes(), random.Random(0), 0
     ends = [*range(8 * 64), *range(8 * (len(data) - 32), 8 * len(data))]
-    places = ends + rng.sample(range(8 * len(data)), 1500)
-    for place in places:
+    positions = ends + rng.sample(range(8 * len(data)), 1500)
+    for position in positions:
         damaged = bytearray(data)
-        damaged[place // 8] ^= 1 << place % 8
+        damaged[position // 8] ^= 1 << position % 8
         caught += bool(check_damaged(path, damaged, sample()))
-    assert caught > .98 * len(places) # what is left: upper and lower case of escapes in the header
+    # what is left: upper and lower case of escapes in the header
+    assert caught > .98 * len(positions)
 
 
 def test_cut_off(path):
@@ -386,7 +310,7 @@ def rewritten(path, **changes):
         metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
     metadata = {key: value for key, value in {**metadata, **changes}.items() if value is not None}
     if changes.get('sha256', '') == '': metadata['sha256'] = store.seal(metadata)
-    return store.save_items(path, tensors.items(), metadata)
+    return store.save_named(path, tensors.items(), metadata)
 
 
 @pytest.mark.parametrize('changes, error', [
@@ -412,206 +336,3 @@ def test_files_of_others(path):
         with pytest.raises(StoreError): load_tree(path)
     with pytest.raises(FileNotFoundError): load_tree(path.parent / 'none')
     with pytest.raises(IsADirectoryError): load_tree(path.parent)
-
-
-# Failures and death in the middle of a write
-
-@pytest.mark.parametrize('overwrite', [True, False])
-def test_durable_before_it_is_named(path, monkeypatch, overwrite):
-    "The file is synced before it gets its name, and the folder after"
-    called, synced, fsync = failing_at(monkeypatch, 0, None), [], store.fsync
-    def watched(fd):
-        synced.append(os.path.isdir(os.readlink(f'/proc/self/fd/{fd}')))
-        fsync(fd)
-    if os.path.isdir('/proc/self/fd'): monkeypatch.setattr(store, 'fsync', watched)
-    save_tree(NEW, path, overwrite)
-    # one for each run of equal ones
-    steps = [step for i, step in enumerate(called) if called[i - 1:i] != [step]]
-    assert steps == ['create', 'write', 'fsync', 'rename' if overwrite else 'link', 'fsync',
-                     'unlink']
-    assert synced in ([], [False, True])
-
-
-STEPS = ['create', 'write', 'fsync', 'rename', 'link', 'unlink']
-
-
-def failing_at(monkeypatch, n, error):
-    "What was called; the n-th call that changes the disk fails, a write after half of its bytes"
-    called = []
-    def wrap(name, real):
-        def step(*args):
-            called.append(name)
-            if len(called) != n: return real(*args)
-            if name == 'write': real(args[0], bytes(args[1])[:len(args[1]) // 2])
-            raise error
-        return step
-    for name in STEPS: monkeypatch.setattr(store, name, wrap(name, getattr(store, name)))
-    return called
-
-
-OLD, NEW = {'w': torch.zeros(9)}, {'w': torch.ones(9), 'b': [torch.ones(3), 'text']}
-
-
-@pytest.mark.parametrize('error', [OSError(errno.ENOSPC, 'No space left on device'),
-                                   OSError(errno.EIO, 'I/O'), OSError('odd'),
-                                   PermissionError(errno.EACCES, 'Permission denied'),
-                                   KeyboardInterrupt(), MemoryError()], ids=repr)
-@pytest.mark.parametrize(
-    'save', [save_tree, lambda tree, path, **kw: save_tensors({'w': tree['w']}, path, **kw)],
-    ids=['tree', 'tensors'])
-@pytest.mark.parametrize('old', [True, False])
-def test_failure_at_every_step(path, error, save, old):
-    "The old file or the new one is there, whole, and nothing else"
-    ends = set()
-    for n in range(1, 99):
-        path.unlink(missing_ok=True)
-        if old: save_tree(OLD, path)
-        before = path.read_bytes() if old else None
-        with pytest.MonkeyPatch.context() as patch:
-            called = failing_at(patch, n, error)
-            try: save(NEW, path, overwrite=old)
-            except type(error) as raised:
-                assert called[n - 1] != 'unlink' or not isinstance(raised, OSError)
-                if isinstance(raised, OSError): assert str(path) in str(raised)
-                if getattr(error, 'errno', None) == errno.ENOSPC:
-                    assert 'MiB are free' in str(raised)
-            finished = len(called) < n
-        left = os.listdir(path.parent)
-        if called[-1] != 'unlink' or len(called) != n: # the removal itself did not fail
-            assert [name for name in left if name != path.name] == []
-        for name in left:
-            if name != path.name: (path.parent / name).unlink()
-        if path.exists() and path.read_bytes() != before:
-            ends.add('new')
-            if path.stat().st_size: assert 'w' in load_file(path)
-            if save is save_tree: assert same(NEW, load_tree(path))
-        else: ends.add('old')
-        if finished: break
-    assert finished and ends == {'old', 'new'}
-    assert {*called} == {'create', 'write', 'fsync', 'unlink', 'rename' if old else 'link'}
-
-
-def test_without_hard_links(path, monkeypatch):
-    def link(old, new): raise OSError(errno.EPERM, 'Operation not permitted')
-    monkeypatch.setattr(store, 'link', link)
-    save_tree('new', path, overwrite=False)
-    with pytest.raises(FileExistsError): save_tree('other', path, overwrite=False)
-    # a file that appears after the look
-    monkeypatch.setattr(store, 'check_target', lambda *args: None)
-    with pytest.raises(FileExistsError): save_tree('other', path, overwrite=False)
-    assert load_tree(path) == 'new' and os.listdir(path.parent) == [path.name]
-
-
-@pytest.mark.parametrize('links', [True, False])
-def test_one_winner_without_overwrite(path, monkeypatch, links):
-    "Of many that save under one name at once"
-    if not links:
-        def link(old, new): raise OSError(errno.EPERM, 'Operation not permitted')
-        monkeypatch.setattr(store, 'link', link)
-    results, barrier = [], threading.Barrier(8)
-    def save(i):
-        barrier.wait()
-        try: results.append(save_tree(i, path, overwrite=False) and i)
-        except FileExistsError: pass
-    threads = [threading.Thread(target=save, args=(i,)) for i in range(8)]
-    for thread in threads: thread.start()
-    for thread in threads: thread.join()
-    assert results == [load_tree(path)] and os.listdir(path.parent) == [path.name]
-
-
-def test_many_writers_of_one_name(path):
-    "With overwrite each gets through, and the file is one of theirs"
-    threads = [threading.Thread(target=save_tree, args=(torch.full((999,), i), path))
-               for i in range(8)]
-    for thread in threads: thread.start()
-    for thread in threads: thread.join()
-    assert len(load_tree(path).unique()) == 1 and os.listdir(path.parent) == [path.name]
-
-
-def test_not_written_when_it_exists(path, monkeypatch):
-    "FileExistsError comes before any work"
-    save_tree('old', path)
-    for name in STEPS: monkeypatch.setattr(store, name, None)
-    for save in (save_tree, save_tensors):
-        with pytest.raises(FileExistsError, match='overwrite'):
-            save({'a': Thing()}, path, overwrite=False)
-    assert load_tree(path) == 'old'
-
-
-def test_what_is_in_the_way(tmp_path):
-    with pytest.raises(OSError, match='no regular file'): save_tree(1, tmp_path)
-    with pytest.raises(FileNotFoundError, match='no folder .*nowhere'):
-        save_tree(1, tmp_path / 'nowhere' / 'a')
-    (tmp_path / 'file').touch()
-    with pytest.raises(OSError, match='no folder .*file'): save_tree(1, tmp_path / 'file' / 'a')
-
-
-KILLED = '''
-    import os, sys, time, torch
-    from learnkit.files.tree import save_tree
-    path = sys.argv[1]
-    save_tree(torch.zeros(10**6), path)
-    print(os.getpid(), flush=True)
-    i = 0
-    while True:
-        i += 1
-        save_tree(torch.full((10**6,), float(i)), path)
-'''
-
-
-def test_killed_while_writing(path):
-    "Whatever was going on, one whole file; what is left over names the process"
-    for delay in (.02, .05, .08, .11):
-        process = subprocess.Popen([preloaded.python(), '-c', textwrap.dedent(KILLED), path],
-                                   stdout=subprocess.PIPE)
-        pid = int(process.stdout.readline())
-        time.sleep(delay)
-        os.kill(pid, signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
-        assert len(load_tree(path).unique()) == 1
-        for name in os.listdir(path.parent):
-            if name == path.name: continue
-            assert name.startswith(f'.learnkit-{pid}-')
-            (path.parent / name).unlink()
-
-
-def test_a_system_that_writes_little_at_a_time():
-    class Slow:
-        def __init__(self): self.data = b''
-        def write(self, data):
-            self.data += bytes(data[:3])
-            return min(3, len(data))
-    slow = Slow()
-    store.write(slow, b'many bytes')
-    assert slow.data == b'many bytes'
-
-
-def test_mode_follows_the_umask(path):
-    before = os.umask(0o027)
-    try: save_tree(1, path)
-    finally: os.umask(before)
-    assert path.stat().st_mode & 0o777 == 0o640
-
-
-# Plain tensors
-
-def test_plain_tensors(path):
-    "Under their names, also when they share memory"
-    x = torch.arange(6.)
-    tensors = {'a': x, 'b': x, 'c': x[2:], 'd.e': x.reshape(2, 3).t(), 'é': torch.zeros(0),
-               '0': x[0]}
-    save_tensors(tensors, path, metadata={'a': 'é', 'b': '2'})
-    assert same(tensors, {name: load_file(path)[name] for name in tensors})
-    with safe_open(path, 'pt') as file: assert file.metadata() == {'a': 'é', 'b': '2'}
-    with pytest.raises(FileExistsError): save_tensors(tensors, path, overwrite=False)
-    assert load_file(save_tensors({}, path)) == {}
-
-
-@pytest.mark.parametrize('tensors, metadata', [
-    ({'a': 1}, None), ({'a': torch.eye(2).to_sparse()}, None), ({1: torch.ones(1)}, None),
-    ({'\ud800': torch.ones(1)}, None), ({'__metadata__': torch.ones(1)}, None), ({}, {'a': 1}),
-    ({}, {'a': '\ud800'})])
-def test_plain_tensors_that_are_refused(path, tensors, metadata):
-    with pytest.raises(UnstorableError): save_tensors(tensors, path, metadata=metadata)
-    assert os.listdir(path.parent) == []
