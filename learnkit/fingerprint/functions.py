@@ -61,8 +61,8 @@ def describe_function(func, walk):
         by_class = {full_name(cls): f for cls, f in func.registry.items()}
         return {**named, 'with': walk.describe_named(by_class)}
     record_function(func, walk)
-    own = is_user_function(func) or is_user_module(func.__module__)
-    if not own and '<locals>' not in func.__qualname__: return named
+    of_user = is_user_function(func) or is_user_module(func.__module__)
+    if not of_user and '<locals>' not in func.__qualname__: return named
     if 'reads' in walk.around: return {**named, **function_contents(func, walk)}
     with walk.within(reads={}):
         contents, reads = function_contents(func, walk), walk.around['reads']

@@ -110,14 +110,14 @@ def describe_epoch_loader(dl, walk):
     data = list(dl.tensors) if isinstance(dl, TensorLoader) else getattr(dl, 'dataset', None)
     if isinstance(dl, TensorLoader) and not dl.shuffle: del settings['seed'] # nothing is drawn
     if isinstance(dl, DatasetLoader):
-        settings |= own_functions(dl.loader.dataset.collate_fn, dl.loader.worker_init_fn)
+        settings |= changed_functions(dl.loader.dataset.collate_fn, dl.loader.worker_init_fn)
     return loader_as_json(dl, data, settings, walk)
 
 @describe.register(DataLoader)
 def describe_loader(dl, walk):
     "A loader of torch's"
     settings = {'batch_size': dl.batch_size, 'drop_last': dl.drop_last}
-    settings |= own_functions(dl.collate_fn, dl.worker_init_fn)
+    settings |= changed_functions(dl.collate_fn, dl.worker_init_fn)
     if dl.generator is not None: settings['seed'] = dl.generator.initial_seed()
     settings |= {name: value for name, value in vars(dl).items()
                  if name[0] != '_' and name not in FETCHING and name not in settings}
@@ -129,7 +129,7 @@ def describe_loader(dl, walk):
 
 FETCHING = frozenset((*vars(DataLoader([0])), 'pin_memory_device', 'in_order'))
 
-def own_functions(collate, worker_init): # dict: name -> function
+def changed_functions(collate, worker_init): # dict: name -> function
     "The functions of a loader that are not torch's own"
     found = {} if collate is default_collate else {'collate_fn': collate}
     return found if worker_init is None else {**found, 'worker_init_fn': worker_init}

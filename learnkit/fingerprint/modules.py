@@ -53,11 +53,11 @@ HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_p
 # %% ../../nbs/fingerprint/06_modules.ipynb #c59bfa69
 def describe_settings(x, walk): # dict: name -> JSON value
     "The attributes of a module that say how it works"
-    found, own = {}, is_user_module(plain_class(x).__module__)
+    found, of_user = {}, is_user_module(plain_class(x).__module__)
     if isinstance(x, torch.fx.GraphModule): found['code'] = text_digest(x.code)
     for name, value in attributes(x).items():
         if name in TORCH_ATTRIBUTES or walk.is_ignored(name): continue
-        if name[0] == '_' and not (own and is_private_setting(value)): continue
+        if name[0] == '_' and not (of_user and is_private_setting(value)): continue
         if walk.weights: found[name] = walk.describe_at(name, value)
         else:
             worked, node = walk.try_describe_at(name, value)

@@ -179,7 +179,7 @@ def mapping_as_json(base): # function of (value, walk)
         small = len(entries) <= MAX_KEYS or not walk.path
         if base is dict and small and all(is_plain_key(key) for key, _ in entries):
             return {key: walk.describe_at(key, value) for key, value in entries}
-        pairs = [[walk.describe_at(key, part) for part in (key, value)] for key, value in entries]
+        pairs = [[walk.describe_at(key, item) for item in (key, value)] for key, value in entries]
         if base is not OrderedDict: pairs.sort(key=json_text)
         tag = f'${base.__name__}'
         return {tag: pairs} if small else {tag: len(pairs), 'digest': json_digest(pairs)}
