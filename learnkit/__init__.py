@@ -22,6 +22,7 @@ from .base.methods import (
 )
 from .base import text as _text
 from .base import signals as _signals
+from .base import guard as _guard
 from .files.errors import (
     DamagedError, LockedError, StoreError, UnstorableError,
 )
@@ -76,12 +77,20 @@ from .loop.recorder import (
 from .loop.progress import (
     Progress,
 )
-from .loop.learner import (
-    Learner,
-)
+from .loop import position as _position
+from .loop import loop as _loop
+from .loop import state as _state
+from .loop import saving as _saving
+from .loop import interrupts as _interrupts
 from .loop.resume import (
     SaveState,
 )
+from .loop import predict as _predict
+from .loop.learner import (
+    Learner,
+)
+from .loop import fit as _fit
+from .loop import methods as _methods
 from .training.schedule import (
     combine_scheds, ParamScheduler, sched_const, sched_cos, sched_exp, sched_lin, sched_poly,
     sched_warmup, TorchScheduler,
@@ -136,7 +145,7 @@ __all__ = [
     'CancelTrain', 'CancelValidate', 'accuracy', 'binary_accuracy', 'error_rate', 'mae', 'Metric',
     'metric', 'mse', 'perplexity', 'rmse', 'sklearn_metric', 'top_k_accuracy', 'no_decay',
     'param_groups', 'spread_lr', 'Fingerprint', 'fingerprint', 'UnfingerprintableError', 'Recorder',
-    'Progress', 'Learner', 'SaveState', 'combine_scheds', 'ParamScheduler', 'sched_const',
+    'Progress', 'SaveState', 'Learner', 'combine_scheds', 'ParamScheduler', 'sched_const',
     'sched_cos', 'sched_exp', 'sched_lin', 'sched_poly', 'sched_warmup', 'TorchScheduler',
     'LRFinderResult', 'AskToContinue', 'EarlyStopping', 'ReduceLROnPlateau', 'SaveBest',
     'StopOnNaN', 'MixedPrecision', 'EMA', 'GradientAccumulation', 'GradientClip', 'SWA',

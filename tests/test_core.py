@@ -5,6 +5,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 import numpy as np
+import preloaded
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -299,4 +300,5 @@ def on_rank(number, folder):
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes(tmp_path): mp.spawn(on_rank, (str(tmp_path),), nprocs=2)
+def test_two_processes(tmp_path):
+    with preloaded.spawning(preloaded.python()): mp.spawn(on_rank, (str(tmp_path),), nprocs=2)

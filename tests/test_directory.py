@@ -5,6 +5,7 @@ from collections import Counter, OrderedDict
 from functools import partial
 from pathlib import Path
 import numpy as np
+import preloaded
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -1016,13 +1017,14 @@ def test_a_store_that_was_removed_and_is_made_anew(folder, monkeypatch):
 
 # The lock
 
-def script(code, *args, **kwargs):
-    "Another process, which says when it is ready"
+def script(code, *args, command=None, **kwargs):
+    "Another process, which says when it is ready; `process.itself` is its number"
     imports = ('import os, sys, time, torch\nfrom learnkit import *\n'
-               'import learnkit.files.store as s\n')
+               'import learnkit.files.store as s\nprint(os.getpid(), flush=True)\n')
     code = imports + textwrap.dedent(code)
-    process = subprocess.Popen([sys.executable, '-c', code, *map(str, args)],
+    process = subprocess.Popen([command or preloaded.python(), '-c', code, *map(str, args)],
                                stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True, **kwargs)
+    process.itself = int(process.stdout.readline())
     return process
 
 
@@ -1039,17 +1041,17 @@ def test_one_writer_and_its_name(folder):
     with script(HOLDS, folder) as process:
         assert process.stdout.readline() == 'ready\n'
         start = time.time()
-        holder = f'process {process.pid} on {platform.node()}'
+        holder = f'process {process.itself} on {platform.node()}'
         with pytest.raises(LockedError, match=f'run is locked by {holder} since 20') as error:
             with run.writing(wait=.2): pass
-        assert error.value.holder['pid'] == process.pid and error.value.path == folder
+        assert error.value.holder['pid'] == process.itself and error.value.path == folder
         assert abs(error.value.holder['since'] - start) < 60
         assert isinstance(error.value, StoreError) and not run.system_lock().is_locked
         with pytest.raises(RuntimeError): run.put(1)
         assert same(state(Store(folder), 'a'), OLD['a']) and Store(folder).ids() == ['a']
         assert run.gc() == Garbage(True)
         with pytest.raises(LockedError): run.writing(wait=0).__enter__()
-        process.kill()
+        os.kill(process.itself, signal.SIGKILL)
         process.wait()
         assert (folder / 'holder.json').exists() # it had no time to clear up
         assert run.holder() is None
@@ -1122,7 +1124,7 @@ def test_a_child_that_outlives_the_writer(folder):
         print('ready', flush=True)
         sys.stdin.readline()
     '''
-    with script(code, folder) as process:
+    with script(code, folder, command=sys.executable) as process:  # nothing outlives a copy's end
         assert process.stdout.readline() == 'ready\n'
         process.kill()
         process.wait()
@@ -1442,8 +1444,8 @@ def test_a_damaged_pack_stays_while_another_process_writes(folder):
     damage(packs(run)[0])
     with script(HOLDS, folder) as process:
         assert process.stdout.readline() == 'ready\n'
-        with pytest.raises(DamagedError,
-                           match=f'It stays where it is .*locked by process {process.pid}'):
+        with pytest.raises(DamagedError, match='It stays where it is .*locked by process '
+                                               f'{process.itself}'):
             state(run, 'a')
         assert len(packs(run)) == 1
         process.communicate('\n')

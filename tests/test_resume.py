@@ -9,7 +9,7 @@ from torch.utils.data import (DataLoader, Dataset, IterableDataset, RandomSample
                               WeightedRandomSampler)
 from learnkit import *
 from learnkit.components.callback import Interrupted
-from learnkit.loop.learner import Saved
+from learnkit.loop.resume import Saved
 from learnkit.files.errors import DamagedError, UnstorableError
 from learnkit.files.saves import save_next, saves
 from learnkit.files.tree import load_tree, save_tree, tree_digest
@@ -198,12 +198,17 @@ def resumes_everywhere(tmp_path, *names, every=1):
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             learn = train(*names, cbs=[Quiet()], seed=100 + i, resume=saved, path=tmp_path)
-        place = [saved.fit[name] for name in ('complete', 'epoch', 'stage', 'batch')]
-        assert outcome(learn) == whole, f'from complete, epoch, stage, batch {place}'
+        place = {name: saved.fit.get(name) for name in ('complete', 'epoch', 'stage', 'batch')}
+        assert outcome(learn) == whole, f'from {place}'
 
 
 @pytest.mark.parametrize('name', PARTS)
-def test_each_part_resumes_at_every_batch(tmp_path, name): resumes_everywhere(tmp_path, name)
+def test_each_part_resumes_at_every_batch(tmp_path, name):
+    resumes_everywhere(tmp_path, name, every=2 if name.startswith('data') else 1)
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', [name for name in PARTS if name.startswith('data')])
+def test_all_data_resumes_at_every_batch(tmp_path, name): resumes_everywhere(tmp_path, name)
 
 SAMPLE = [('dropout', 'data: torch'), ('norm', 'ema'), ('ema', 'accumulation'),
           ('accumulation', 'clip'), ('one cycle', 'plateau'),

@@ -3,6 +3,7 @@ import enum, errno, json, math, os, random, signal, struct, subprocess, sys, tex
 import time
 from collections import Counter, OrderedDict, defaultdict
 import numpy as np
+import preloaded
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -550,7 +551,7 @@ KILLED = '''
     from learnkit.files.tree import save_tree
     path = sys.argv[1]
     save_tree(torch.zeros(10**6), path)
-    print('ready', flush=True)
+    print(os.getpid(), flush=True)
     i = 0
     while True:
         i += 1
@@ -561,17 +562,17 @@ KILLED = '''
 def test_killed_while_writing(path):
     "Whatever was going on, one whole file; what is left over names the process"
     for delay in (.02, .05, .08, .11):
-        process = subprocess.Popen([sys.executable, '-c', textwrap.dedent(KILLED), path],
+        process = subprocess.Popen([preloaded.python(), '-c', textwrap.dedent(KILLED), path],
                                    stdout=subprocess.PIPE)
-        assert process.stdout.readline() == b'ready\n'
+        pid = int(process.stdout.readline())
         time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
         process.wait()
         process.stdout.close()
         assert len(load_tree(path).unique()) == 1
         for name in os.listdir(path.parent):
             if name == path.name: continue
-            assert name.startswith(f'.learnkit-{process.pid}-')
+            assert name.startswith(f'.learnkit-{pid}-')
             (path.parent / name).unlink()
 
 

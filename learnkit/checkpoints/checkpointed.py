@@ -35,11 +35,13 @@ from ..fingerprint.functions import call_arguments
 from ..fingerprint.words import as_text
 from ..fingerprint.differences import differences
 from ..loop.progress import Progress, show_message
-from ..loop.learner import (
-    Learner, check_loss_state, check_model_state, load_model_state, of_this_rank)
+from ..loop.learner import Learner
+from ..loop.saving import localized, save_path
+from ..loop.state import check_loss_state, check_model_state, load_model_state
 from ..loop.resume import as_period
 from ..training.schedule import torch_schedulers
 from ..training.track import SaveBest
+from ..loop.position import FitState
 
 # %% ../../nbs/checkpoints/00_checkpointed.ipynb #766a5848
 PROTOCOL = ('state_dict', 'load_state_dict', 'saving_to')  # what a host gives for being checkpointed
@@ -1493,7 +1495,7 @@ class CheckpointedLearner(Checkpointed, Learner):
 
     def _reads(self, method, arguments):
         if method != 'load': return {}
-        path = self._file(arguments['name'])
+        path = save_path(self, arguments['name'])
         return {str(arguments['name']): file_digest(path) if path.exists() else 'no such file'}
 
 # %% ../../nbs/checkpoints/00_checkpointed.ipynb #b79823ac
@@ -1566,18 +1568,15 @@ def frozen(learn): # list of names
 
 def still(learn): # list of names
     "Modules whose statistics stand still"
-    return [name for name, module in learn.model.named_modules() if any(module is m for m in learn._still)]
+    return [name for name, module in learn.model.named_modules() if any(module is m for m in learn.frozen_stats)]
 
 # %% ../../nbs/checkpoints/00_checkpointed.ipynb #668e8d51
-PLACES = ('epoch', 'iter', 'updates', 'batches_per_epoch', 'batches_per_update', 'limit', 'n_iter',
-          'time_is_up', 'fit_ended', '_n_epoch', '_stop_at', '_stage')  # what a fit leaves behind
-
 @patch
 def _beside(self:CheckpointedLearner): # plain tree
     "Times, layers that learn, default rate, and where the last fit ended"
     return {'times': list(self.recorder.times), 'lr': self.lr, 'frozen': frozen(self),
             'still': still(self), 'attributes': self._attributes(), 'outside': dict(self.ledger.outside),
-            'places': {name: getattr(self, name) for name in PLACES}}
+            'places': self._fit.outcome()}
 
 @patch
 def _lay_beside(self:CheckpointedLearner, tree):
@@ -1587,8 +1586,8 @@ def _lay_beside(self:CheckpointedLearner, tree):
     for name, param in named_params(self):
         param.grad = None
         if param.is_floating_point() or param.is_complex(): param.requires_grad_(name not in fixed)
-    self._still = [modules[name] for name in tree['still']]
-    vars(self).update(tree['places'])
+    self.frozen_stats = [modules[name] for name in tree['still']]
+    self._fit = FitState(**tree['places'])
     lay_attributes(self, tree['attributes'])
     self.ledger.outside = dict(tree['outside'])
 
@@ -1630,7 +1629,7 @@ def _rebuild(self:CheckpointedLearner, captured):
 @patch
 def _lay(self:CheckpointedLearner, state, captured=None, best=None):
     "Load a state, after `_rebuild` where a structure is given; an error changes nothing"
-    state = of_this_rank(state, self.ranks)
+    state = localized(state, self.ranks)
     with undone_on_error(self):
         if captured is not None: self._rebuild(captured)
         self.check_state(state)

@@ -26,7 +26,8 @@ from ..data.loaders import EpochLoader, generators, length
 from ..components.callback import Callback, Cancel, Interrupted, PHASES
 from ..components.optim import needs_closure, opt_params
 from ..loop.progress import show_message
-from ..loop.learner import Collect, Learner
+from ..loop.learner import Learner
+from ..loop.predict import Collect
 from ..training.lr_find import Cycled
 from ..training.steps import Repeated
 from .group import Ranks, begin_group
@@ -54,6 +55,7 @@ class Distributed(Callback):
         self.sync_bn, self.find_unused, self.blocks = sync_bn, find_unused, blocks
         self.gather_up_to, self.options = gather_up_to, options
         self.places_model = strategy == 'fsdp'  # cuts it, and brings the parts to the devices
+        self.n_items_all = None  # weight of the batch on all processes; None outside of training
         self._same = None  # the model that processes were made to have alike
         self._met = None  # callbacks that may keep a part of the model, where it will be whole again
         # Of a model in parts: its own parameters, their memory layouts, what undoes sync_bn
@@ -154,11 +156,11 @@ def before_lr_find(self:Distributed, learn):
 def before_batch(self:Distributed, learn):
     if not self.ranks: return
     if self._own_rng is not None and self.ranks.rank: set_rng_state(self._own_rng)
-    self._own_rng = None
+    self._own_rng = self.n_items_all = None
     if not learn.training: return
     mine, together = learn.dl.counts(learn.iter)
     if not mine: learn.n_items = 0
-    learn.n_items_all = together
+    self.n_items_all = together
     self._factor = self.ranks.size * mine / together
 
 @patch

@@ -17,7 +17,7 @@ from learnkit.base.dtensors import (
     FSDP_MARKS, any_dtensor, distribute_like, is_from_fsdp, is_dtensor, is_sharded, plain_class, reshard,
     full_tensor)
 from ..loop.progress import show_message
-from ..loop.learner import n_bytes
+from ..loop.state import live_state, n_bytes
 from .distributed import Distributed, synced_norms
 
 # %% ../../nbs/processes/03_fsdp.ipynb #0d515250
@@ -108,7 +108,7 @@ def unshard(self:Distributed, learn):
     "Give the model its own parameters back, whole; one that is too large stays as it is"
     if not self._plain: return
     model, parts = learn.model, params_of(learn.model)
-    if (size := n_bytes(learn._state())) > self.gather_up_to:
+    if (size := n_bytes(live_state(learn))) > self.gather_up_to:
         return show_message(learn, f'the model stays in parts: its state has {size / 2**30:.1f} GiB, more than '
                           'gather_up_to')
     reshard(model)

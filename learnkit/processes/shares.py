@@ -122,7 +122,7 @@ class JointLoader:
             if self.part.counts(number)[0]: yield batch
             else:
                 learn.batch = to_device(batch, learn.device)
-                learn._step('get_pred')
+                learn._run_step('get_pred')
 
 def numbers(dl, n:int): # list of int
     "The numbers, over all processes, of the `n` batches that were read here"
