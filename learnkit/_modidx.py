@@ -994,6 +994,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'learnkit/components/optim.py'),
                                            'learnkit.components.optim.param_layers': ( 'components/optim.html#param_layers',
                                                                                        'learnkit/components/optim.py'),
+                                           'learnkit.components.optim.requires_closure': ( 'components/optim.html#requires_closure',
+                                                                                           'learnkit/components/optim.py'),
                                            'learnkit.components.optim.set_hyper': ( 'components/optim.html#set_hyper',
                                                                                     'learnkit/components/optim.py'),
                                            'learnkit.components.optim.set_lr': ( 'components/optim.html#set_lr',
