@@ -60,12 +60,14 @@ from .components.metrics import (
 from .components.optim import (
     no_decay, param_groups, spread_lr,
 )
-from .fingerprint import code as _code
 from .fingerprint.values import (
     Fingerprint, fingerprint, UnfingerprintableError,
 )
+from .fingerprint import inspection as _inspection
+from .fingerprint import code as _code
 from .fingerprint import tensors as _tensors
 from .fingerprint import functions as _functions
+from .fingerprint import objects as _objects
 from .fingerprint import modules as _modules
 from .fingerprint import loaders as _loaders
 from .fingerprint import words as _words
