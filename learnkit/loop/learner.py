@@ -962,7 +962,7 @@ def _take(self:Learner, saved):
     saved.state = of_this_rank(saved.state, self.ranks)
     self.load_state_dict(saved.state)
     if n != n_saved and not saved.complete:
-        if self.ranks: self._cbs.distributed.own_randomness()
+        if self.ranks: self._cbs.distributed.seed_each_rank()
         show_message(self, f'saved by {n_saved} processes, goes on with {n}: what is drawn at random differs, '
                   'and the figures of the running epoch lack what other processes had seen')
     self.recorder.times = list(saved.times)
