@@ -27,7 +27,7 @@ def unrecorded(method): # the method
     method.kind = 'unrecorded'
     return method
 
-def method_kind(method): # 'pure', 'structural', 'unrecorded'; None without a decorator
+def declared_kind(method): # 'pure', 'structural', 'unrecorded'; None without a decorator
     "Which decorator a method has"
     return getattr(method, 'kind', None)
 

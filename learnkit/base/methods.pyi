@@ -22,7 +22,7 @@ def unrecorded(method: Any) -> Any:
         the method
     """
 
-def method_kind(method: Any) -> Any:
+def declared_kind(method: Any) -> Any:
     """Which decorator a method has
 
     Returns:
