@@ -2433,6 +2433,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'learnkit/processes/launch.py'),
                                            'learnkit.processes.launch.logging_disabled': ( 'processes/launch.html#logging_disabled',
                                                                                            'learnkit/processes/launch.py'),
+                                           'learnkit.processes.launch.n_threads': ( 'processes/launch.html#n_threads',
+                                                                                    'learnkit/processes/launch.py'),
                                            'learnkit.processes.launch.reset_handler': ( 'processes/launch.html#reset_handler',
                                                                                         'learnkit/processes/launch.py'),
                                            'learnkit.processes.launch.restored_handlers': ( 'processes/launch.html#restored_handlers',
