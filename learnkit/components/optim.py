@@ -303,7 +303,7 @@ def check_opt_state(opt:torch.optim.Optimizer,
                          f'groups of {have}: the splitter or wd differs')
 
 # %% ../../nbs/components/02_optim.ipynb #5b43c077
-def copied_like(param, # parameter; None: of no parameter
+def copy_like(param, # parameter; None: of no parameter
                 values, # what an optimizer keeps of it, or its gradient
                 now={}, # what is kept of it now: tensors that fit are written to, which spares memory
                ): # the same nesting
@@ -331,7 +331,7 @@ def load_opt_state(opt:torch.optim.Optimizer,
     held = dict(zip(keys, params))
     # The optimizer takes tensors over as they are, so they must be copies
     with torch.no_grad():
-        kept = {key: copied_like(held.get(key), values, opt.state.get(held.get(key), {}))
+        kept = {key: copy_like(held.get(key), values, opt.state.get(held.get(key), {}))
                 for key, values in state['state'].items()}
     opt.load_state_dict({'param_groups': map_tensors(torch.clone, state['param_groups']), 'state': kept})
 

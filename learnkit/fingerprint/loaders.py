@@ -17,7 +17,7 @@ from ..base.methods import full_name
 from ..files.tree import json_digest
 from ..data.loaders import (
     DataLoaders, DatasetLoader, EpochLoader, TensorLoader, generators)
-from ..data.resumable import untouched
+from ..data.resumable import reading_without_trace
 from .code import text_of
 from .values import FAMILIES, Walk, attributes, describe, items_of
 
@@ -167,7 +167,7 @@ def remembered_samples(self:Walk, ds, described): # digest; None where samples s
 def samples(self:Walk, ds, n:int): # digest; None for samples that cannot be described
     "Some samples, spread over a dataset"
     picks, nodes = sorted({k * (n - 1) // (SAMPLES - 1) for k in range(SAMPLES)}), []
-    with isolated_rng(0), untouched(ds):
+    with isolated_rng(0), reading_without_trace(ds):
         for rng in generators(ds): seed_generator(rng, 0)
         try: items = [ds[i] for i in picks]
         except Exception as error:

@@ -21,10 +21,10 @@ from ..files.saves import load_newest, next_save, quarantine, save_next, saves
 from ..files.tree import check_storable, load_tree
 from ..data.loaders import describe
 from ..data.resumable import (
-    check_resumable, check_same_loader, fresh_workers, generator_states, keeps_state, order_state,
+    check_resumable, check_same_loader, restart_workers, generator_states, is_stateful, order_state,
     resume_batches, set_generator_states)
 from ..components.callback import Callback, Interrupted, as_callbacks, plain_setting
-from ..components.optim import copied_like, opt_params
+from ..components.optim import copy_like, opt_params
 from .progress import show_message
 from .saving import localized, main_first, save_path, tree_for_file, with_shards
 from .state import check_learner_state, live_state, load_state
@@ -206,7 +206,7 @@ def load_grads(learn, grads):
     "Give the parameters the gradients they had"
     params = opt_params(learn.opt) if learn.opt else ()
     for param, grad in zip(params, grads or itertools.repeat(None), strict=False):
-        param.grad = None if grad is None else copied_like(param, grad)
+        param.grad = None if grad is None else copy_like(param, grad)
 
 # %% ../../nbs/loop/07_resume.ipynb #d2f83cc9
 class ResumePoint(Callback):
@@ -259,7 +259,7 @@ def batches(self:ResumePoint, learn): # (iterable, int)
     "The batches of this epoch that are still to come, and the number of the first"
     fit = learn._fit
     if self.saved is None:
-        if is_saved(learn): fresh_workers(learn.dl)
+        if is_saved(learn): restart_workers(learn.dl)
         fit.order = order_state(learn.dl)
         return noting_the_end(learn, learn.dl), 0
     fit.order, first = self.saved.fit['order'], self.saved.fit['batch']
@@ -271,7 +271,7 @@ def batches(self:ResumePoint, learn): # (iterable, int)
 
 def noting_the_end(learn, batches): # iterable
     "A loader that keeps its own state does not say whether an epoch of it was left early"
-    if not keeps_state(learn.dl): return batches
+    if not is_stateful(learn.dl): return batches
     def noted():
         learn._fit.read_all = False
         yield from batches
@@ -296,7 +296,7 @@ def describe_start(learn, saved, exact):
 @patch
 def before_validate(self:ResumePoint, learn):
     if learn.levels != ['fit', 'epoch', 'validate']: return
-    if is_saved(learn): fresh_workers(learn.dls.valid)
+    if is_saved(learn): restart_workers(learn.dls.valid)
     self.valid_rng = generator_states(learn.dls.valid)
 
 @patch

@@ -158,7 +158,7 @@ def before_batch(self:Distributed, learn):
     if self._own_rng is not None and self.ranks.rank: set_rng_state(self._own_rng)
     self._own_rng = self.n_items_all = None
     if not learn.training: return
-    mine, together = learn.dl.counts(learn.iter)
+    mine, together = learn.dl.sample_counts(learn.iter)
     if not mine: learn.n_items = 0
     self.n_items_all = together
     self._factor = self.ranks.size * mine / together

@@ -35,7 +35,7 @@ class EveryNth:
             self.counted[number] = sizes[self.share.rank] if mine else 0, sum(sizes)
             yield group[self.share.rank if mine else 0]
 
-    def counts(self, number): return self.counted.pop(number)  # see `EpochLoader.counts`
+    def sample_counts(self, number): return self.counted.pop(number)  # see `EpochLoader.sample_counts`
 
 # %% ../../nbs/processes/01_shares.ipynb #30513458
 class SharedBatches(EveryNth):
@@ -48,12 +48,12 @@ class SharedLoader(EveryNth):
     "A loader that reads all batches and gives those of one process"
     def __init__(self, loader, share):
         super().__init__(loader, share)
-        self.loader = self.undivided = loader
+        self.loader = self.full_loader = loader
 
 class OwnLoader:
     "A loader whose sampler gives each process other samples; short ones go on until all have ended"
     def __init__(self, loader, share, ranks):
-        self.loader = self.undivided = loader
+        self.loader = self.full_loader = loader
         self.share, self.ranks, self.lengths, self.have = share, ranks, None, None
 
     def __len__(self): return max(self.lengths) if self.share.pad and self.lengths else len(self.loader)
@@ -79,7 +79,7 @@ class OwnLoader:
             if batch is None: raise ValueError(no_part(self.loader, self.share, self.have))
             yield batch
 
-    def counts(self, number): return int(self.have[self.share.rank]), sum(self.have)
+    def sample_counts(self, number): return int(self.have[self.share.rank]), sum(self.have)
 
 def no_part(loader, share, have): # str
     return (f'{type(loader).__name__} gave no batch to process {share.rank} of {share.size}, but one to '
@@ -97,18 +97,19 @@ def shared_loader(dl, share:Share): # loader
     by_index = isinstance(dl, DataLoader) and not isinstance(dl.dataset, IterableDataset)
     if not by_index or dl.batch_sampler is None: return SharedLoader(dl, share)
     twin, batches = copy.copy(dl), SharedBatches(dl.batch_sampler, share)
-    own = {'batch_sampler': batches, 'counts': batches.counts, 'undivided': dl, '_iterator': None}
+    own = {'batch_sampler': batches, 'sample_counts': batches.sample_counts, 'full_loader': dl,
+           '_iterator': None}
     vars(twin).update(own)  # setattr is refused
     return twin
 
 class Alike:
     "A loader that gives the same batches to all processes"
     def __init__(self, loader, share):
-        self.loader = self.undivided = loader
+        self.loader = self.full_loader = loader
         self.share = share
     def __len__(self): return len(self.loader)
     def __iter__(self): return iter(self.loader)
-    def counts(self, number): return 1, self.share.size
+    def sample_counts(self, number): return 1, self.share.size
 
 class JointLoader:
     "Batches for an evaluation that no process can make alone: who has no part in one computes along"
@@ -119,7 +120,7 @@ class JointLoader:
         learn = self.learn
         for number, batch in enumerate(self.part):
             if number == learn.limit: return
-            if self.part.counts(number)[0]: yield batch
+            if self.part.sample_counts(number)[0]: yield batch
             else:
                 learn.batch = to_device(batch, learn.device)
                 learn._run_step('get_pred')
@@ -128,4 +129,4 @@ def numbers(dl, n:int): # list of int
     "The numbers, over all processes, of the `n` batches that were read here"
     if isinstance(dl, JointLoader): dl = dl.part
     if not isinstance(dl, EpochLoader): return list(range(n))
-    return [i for i in range(len(dl)) if dl.counts(i)[0]][:n]
+    return [i for i in range(len(dl)) if dl.sample_counts(i)[0]][:n]
