@@ -17,7 +17,7 @@ from ..components.callback import (
     Callbacks, Cancel, CancelBackward, CancelFit, CancelStep, Interrupted)
 from ..components.optim import needs_closure, opt_params
 from ..data.loaders import length, set_epoch
-from ..data.resumable import shielded
+from ..data.resumable import workers_outlive_signals
 from .position import FitState, PassState
 
 # %% ../../nbs/loop/03_loop.ipynb #69db0ebe
@@ -217,7 +217,7 @@ def _pass(self:Loop, phase, dl):
         self.can_update = self.training and has_updates(self)
         self.model.train(self.training)
         for module in self.frozen_stats: module.training = False
-        with torch.set_grad_enabled(self.training), shielded(dl): yield
+        with torch.set_grad_enabled(self.training), workers_outlive_signals(dl): yield
     finally:
         for module, mode in modes: module.training = mode
         vars(self).update(before)

@@ -15,7 +15,7 @@ from ..base.batches import map_tensors
 from ..base.dtensors import distribute_like, full_tensor, is_dtensor, unsharded_class
 from ..base.randomness import isolated_rng, rng_state, set_rng_state
 from ..components.optim import check_opt_state, load_opt_state, opt_params, opt_state
-from ..data.resumable import generator_states, keeps_state, set_generator_states
+from ..data.resumable import generator_states, is_stateful, set_generator_states
 
 # %% ../../nbs/loop/04_state.ipynb #df45db17
 def plain_names(model:nn.Module): # dict: name -> name in the model
@@ -87,7 +87,7 @@ def fit_state(learn): # plain tree; None when no fit runs
     "Where the running fit is, with the gradients that are there"
     tree, train = learn._fit.saved(), learn.dls.train
     if tree is None or tree['complete']: return tree
-    if tree['order'] and keeps_state(train):
+    if tree['order'] and is_stateful(train):
         tree['order'] = {**tree['order'], 'own': train.state_dict()}
     grads = [param.grad for param in opt_params(learn.opt)] if learn.opt else []
     return {**tree, 'grads': None if all(grad is None for grad in grads) else grads}

@@ -51,12 +51,12 @@ class EveryNthLoader(EveryNth):
     "A loader that reads all batches and gives those of one process"
     def __init__(self, loader, share):
         super().__init__(loader, share)
-        self.loader = self.undivided = loader
+        self.loader = self.full_loader = loader
 
 def every_nth_fetched(dl, share): # loader
     "A `DataLoader` that fetches the batches of one process alone"
     twin, sampler = copy.copy(dl), EveryNthSampler(dl.batch_sampler, share)
-    vars(twin).update(batch_sampler=sampler, batch_weights=sampler.batch_weights, undivided=dl,
+    vars(twin).update(batch_sampler=sampler, batch_weights=sampler.batch_weights, full_loader=dl,
                       _iterator=None)  # setattr is refused
     return twin
 
@@ -68,7 +68,7 @@ def has_distributed_sampler(dl) -> bool:
 class DistributedSamplerLoader:
     "A loader whose sampler shares the samples; short ones go on until all have ended"
     def __init__(self, loader, share, ranks):
-        self.loader = self.undivided = loader
+        self.loader = self.full_loader = loader
         self.share, self.ranks, self.lengths, self.has_batch = share, ranks, None, None
 
     def __len__(self):
@@ -110,7 +110,7 @@ def no_batch_text(dl) -> str:
 class SameBatches:
     "A loader that gives the same batches to all processes"
     def __init__(self, loader, share):
-        self.loader = self.undivided = loader
+        self.loader = self.full_loader = loader
         self.share = share
 
     def __len__(self): return len(self.loader)

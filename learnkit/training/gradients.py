@@ -19,7 +19,7 @@ from ..components.callback import Callback, CancelStep
 from ..components.optim import opt_params
 from ..loop.progress import show_message
 from ..loop.learner import Learner
-from .precision import check_alone, check_optimizer, has_gradients
+from .precision import check_only_one, check_optimizer, has_gradients
 
 # %% ../../nbs/training/04_gradients.ipynb #070e428c
 def check_whole(name:str, # what the number is, for the error
@@ -74,7 +74,7 @@ class GradientAccumulation(Callback):
         if getattr(learn.loss_func, 'reduction', None) == 'sum':
             raise ValueError("GradientAccumulation: the loss has reduction='sum', and sums cannot be "
                              "weighted by samples; use reduction='mean'")
-        check_alone(learn, GradientAccumulation, 'change n of the one')
+        check_only_one(learn, GradientAccumulation, 'change n of the one')
         check_optimizer(learn, self)
         learn.batches_per_update = self.n
         self._forget()
@@ -166,7 +166,7 @@ class GradientClip(Callback):
         self.max_norm, self.max_value, self.norm = max_norm, max_value, None
 
     def before_fit(self, learn):
-        check_alone(learn, GradientClip, 'keep one, with both bounds if need be')
+        check_only_one(learn, GradientClip, 'keep one, with both bounds if need be')
         check_optimizer(learn, self)
 
     before_lr_find = before_fit
@@ -251,7 +251,7 @@ class Average(Callback):
     def drop_weights(self): self.average, self.count = None, 0
 
     def before_fit(self, learn):
-        check_alone(learn, Average, 'evaluations can see only one average')
+        check_only_one(learn, Average, 'evaluations can see only one average')
         self._slots, self._copied = slots(learn.model), None
         if self.average is not None and self._differs():
             show_message(learn, f'{self}: the model has changed, so the average starts anew')
@@ -259,7 +259,7 @@ class Average(Callback):
         if self.average is not None: self._find(learn)
 
     def before_validate(self, learn):
-        check_alone(learn, Average, 'evaluations can see only one average')
+        check_only_one(learn, Average, 'evaluations can see only one average')
         if self.average is None or self._raw is not None: return
         reshard(learn.model)
         self._find(learn)

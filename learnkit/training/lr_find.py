@@ -13,7 +13,7 @@ import numpy as np
 from fastcore.basics import noop, patch
 from ..base.methods import pure, result
 from ..data.loaders import set_epoch
-from ..data.resumable import untouched
+from ..data.resumable import reading_without_trace
 from ..components.callback import Callback
 from ..components.optim import set_hyper
 from ..loop.recorder import RunningMean, detached, plot_axes
@@ -153,8 +153,7 @@ class Cycled:
             for self.number, batch in enumerate(self.dl): yield batch
             if self.number is None: return
 
-    def batch_weights(self, number): # see `EpochLoader.batch_weights`
-        return self.dl.batch_weights(self.number)
+    def batch_weights(self, number): return self.dl.batch_weights(self.number)  # see `EpochLoader.batch_weights`
 
 # %% ../../nbs/training/01_lr_find.ipynb #6ba09d9b
 @patch
@@ -170,7 +169,7 @@ def lr_find(self:Learner,
     check_sweep(self, start_lr, end_lr, num_it, suggest)
     rates = start_lr * (end_lr / start_lr) ** (np.arange(num_it) / (num_it - 1))
     sweep = RateSweep(rates, stop_div)
-    with interruptible(self), untouched(self.dls.train) as dl, self.no_trace():
+    with interruptible(self), reading_without_trace(self.dls.train) as dl, self.no_trace():
         self.add_cb(sweep)
         with self._pass('lr_find', Cycled(dl, num_it, self.epochs_done)):
             self._level('lr_find', self._all_batches)

@@ -39,7 +39,7 @@ def full(x): # the same nesting
     return map_tensors(lambda tensor: tensor.float() if tensor.dtype in halves else tensor, x)
 
 # %% ../../nbs/training/03_precision.ipynb #98c9981a
-def check_alone(learn:Learner,
+def check_only_one(learn:Learner,
                 cls, # class of callbacks of which a learner can have one
                 advice:str, # what to do about a second
                ):
@@ -101,7 +101,7 @@ class MixedPrecision(Callback):
     def before_validate(self, learn): self._check(learn)
 
     def _check(self, learn):
-        check_alone(learn, MixedPrecision, 'keep one; learn.to_fp32() removes all, learn.to_bf16() '
+        check_only_one(learn, MixedPrecision, 'keep one; learn.to_fp32() removes all, learn.to_bf16() '
                     'and learn.to_fp16() put one in their place')
 
 # %% ../../nbs/training/03_precision.ipynb #42d5e06b

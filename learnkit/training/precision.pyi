@@ -31,7 +31,7 @@ def full(x: Any) -> Any:
         the same nesting
     """
 
-def check_alone(learn: Learner, cls: Any, advice: str) -> None:
+def check_only_one(learn: Learner, cls: Any, advice: str) -> None:
     """Raise ValueError when the learner has several callbacks of a class
 
     Args:

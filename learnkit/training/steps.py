@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from ..base.batches import batch_size, map_tensors, only_tensors
 from ..base.methods import pure, result, structural
 from ..data.loaders import DataLoaders, length, set_epoch
-from ..data.resumable import untouched
+from ..data.resumable import reading_without_trace
 from ..components.callback import Callback, Interrupted
 from ..components.metrics import named_metrics
 from ..components.optim import set_lr
@@ -233,8 +233,8 @@ def dry_run(self:Learner,
     "Try a short epoch with everything that belongs to a fit, and leave no trace"
     check_trial(self, 'dry_run')
     check_count('dry_run', 'steps', steps)
-    with (interruptible(self), untouched(self.dls.train) as train,
-          untouched(self.dls.valid) as valid,
+    with (interruptible(self), reading_without_trace(self.dls.train) as train,
+          reading_without_trace(self.dls.valid) as valid,
           self.added_cbs(cbs), self.no_trace(), kept_attributes(self.cbs)):
         self.recorder, self.on_interrupt = Recorder(), 'raise'
         inner = [cb for cb in inner_cbs(self.cbs) if not isinstance(cb, Recorder)]
@@ -422,7 +422,7 @@ def overfit(self:Learner,
     for name, n in (('batches', batches), ('n_steps', n_steps)): check_count('overfit', name, n)
     if not has_updates(self): raise ValueError('overfit: no parameter is trainable')
     losses = StepLosses()
-    with interruptible(self), untouched(self.dls.train) as dl, self.no_trace():
+    with interruptible(self), reading_without_trace(self.dls.train) as dl, self.no_trace():
         set_epoch(dl, self.epochs_done)
         few = Repeated(itertools.islice(dl, batches), n_steps)
         self.cbs[:] = [*(cb for cb in inner_cbs(self.cbs) if not isinstance(cb, Mix)), losses]
