@@ -20,7 +20,7 @@ from ..base.randomness import set_rng_state
 from ..base.batches import map_tensors
 from ..base.dtensors import unsharded_class, full_tensor
 from ..base.methods import (
-    full_name, method_kind, make_result, result_class, result_fields, unrecorded)
+    declared_kind, full_name, make_result, result_class, result_fields, unrecorded)
 from ..base.text import caller_stacklevel, duration_text
 from ..files.errors import DamagedError, UnstorableError
 from ..files.durable import remove_path
@@ -52,7 +52,7 @@ def method_kind(host, name:str): # 'changes', 'structural', 'pure'; None for wha
     method = inspect.getattr_static(type(host), name, None)
     if not inspect.isfunction(method): return None
     if inspect.isgeneratorfunction(inspect.unwrap(method)): return None  # as context managers are
-    said = (method_kind(vars(cls)[name]) for cls in type(host).__mro__ if name in vars(cls))
+    said = (declared_kind(vars(cls)[name]) for cls in type(host).__mro__ if name in vars(cls))
     kind = next((kind for kind in said if kind), 'changes')
     return None if kind == 'unrecorded' else kind
 
