@@ -60,12 +60,14 @@ from .components.metrics import (
 from .components.optim import (
     no_decay, param_groups, spread_lr,
 )
-from .fingerprint import code as _code
 from .fingerprint.values import (
     Fingerprint, fingerprint, UnfingerprintableError,
 )
+from .fingerprint import inspection as _inspection
+from .fingerprint import code as _code
 from .fingerprint import tensors as _tensors
 from .fingerprint import functions as _functions
+from .fingerprint import objects as _objects
 from .fingerprint import modules as _modules
 from .fingerprint import loaders as _loaders
 from .fingerprint import words as _words
@@ -109,16 +111,19 @@ from .training.gradients import (
 from .training.steps import (
     ChannelsLast, CutMix, MixUp, OverfitResult, ShortEpoch, StageFuncs, ValidateEvery,
 )
+from .processes.launch import (
+    launch,
+)
 from .processes.group import (
     Ranks,
 )
+from .processes import failure as _failure
+from .processes import agreement as _agreement
 from .processes import shares as _shares
-from .processes.distributed import (
-    Distributed,
-)
+from .processes import ddp as _ddp
 from .processes import fsdp as _fsdp
-from .processes.launch import (
-    launch,
+from .processes.distributed import (
+    check_strategy, Distributed,
 )
 from .checkpoints.checkpointed import (
     Checkpointed, CheckpointedLearner, StaleCheckpoint,
@@ -149,6 +154,6 @@ __all__ = [
     'LRFinderResult', 'AskToContinue', 'EarlyStopping', 'ReduceLROnPlateau', 'SaveBest',
     'StopOnNaN', 'MixedPrecision', 'EMA', 'GradientAccumulation', 'GradientClip', 'SWA',
     'ChannelsLast', 'CutMix', 'MixUp', 'OverfitResult', 'ShortEpoch', 'StageFuncs', 'ValidateEvery',
-    'Ranks', 'Distributed', 'launch', 'Checkpointed', 'CheckpointedLearner', 'StaleCheckpoint',
-    'checkpoints_table', 'tree_text', 'plot_tree', 'explain_text',
+    'launch', 'Ranks', 'check_strategy', 'Distributed', 'Checkpointed', 'CheckpointedLearner',
+    'StaleCheckpoint', 'checkpoints_table', 'tree_text', 'plot_tree', 'explain_text',
 ]

@@ -91,9 +91,10 @@ from .training.steps import OverfitResult as OverfitResult
 from .training.steps import ShortEpoch as ShortEpoch
 from .training.steps import StageFuncs as StageFuncs
 from .training.steps import ValidateEvery as ValidateEvery
-from .processes.group import Ranks as Ranks
-from .processes.distributed import Distributed as Distributed
 from .processes.launch import launch as launch
+from .processes.group import Ranks as Ranks
+from .processes.distributed import check_strategy as check_strategy
+from .processes.distributed import Distributed as Distributed
 from .checkpoints.checkpointed import Checkpointed as Checkpointed
 from .checkpoints.checkpointed import CheckpointedLearner as CheckpointedLearner
 from .checkpoints.checkpointed import StaleCheckpoint as StaleCheckpoint
@@ -117,7 +118,7 @@ __all__ = [
     'sched_warmup', 'TorchScheduler', 'LRFinderResult', 'AskToContinue', 'EarlyStopping',
     'ReduceLROnPlateau', 'SaveBest', 'StopOnNaN', 'MixedPrecision', 'EMA',
     'GradientAccumulation', 'GradientClip', 'SWA', 'ChannelsLast', 'CutMix', 'MixUp',
-    'OverfitResult', 'ShortEpoch', 'StageFuncs', 'ValidateEvery', 'Ranks', 'Distributed',
-    'launch', 'Checkpointed', 'CheckpointedLearner', 'StaleCheckpoint', 'checkpoints_table',
-    'tree_text', 'plot_tree', 'explain_text'
+    'OverfitResult', 'ShortEpoch', 'StageFuncs', 'ValidateEvery', 'launch', 'Ranks',
+    'check_strategy', 'Distributed', 'Checkpointed', 'CheckpointedLearner', 'StaleCheckpoint',
+    'checkpoints_table', 'tree_text', 'plot_tree', 'explain_text'
 ]

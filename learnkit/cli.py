@@ -140,21 +140,22 @@ def launch(args):
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
-    from learnkit.processes.launch import local_processes, quiet, told
+    from learnkit.processes.launch import default_n_processes, logging_disabled, failure_text
     if not Path(args.script).is_file(): raise CommandError(f'there is no file {args.script}')
-    n = local_processes() if args.n is None else args.n
+    n = default_n_processes() if args.n is None else args.n
     if n < 1: raise CommandError(f'-n {n}: at least one process is needed')
     if args.restarts < 0: raise CommandError(f'--restarts {args.restarts}: must be 0 or more')
     os.environ.setdefault('OMP_NUM_THREADS', '1')  # else each process would take all cores
     try:
-        with quiet(): torchrun(['--standalone', f'--nproc-per-node={n}', f'--max-restarts={args.restarts}',
-                                args.script, *args.args])
+        with logging_disabled():
+            torchrun(['--standalone', f'--nproc-per-node={n}',
+                      f'--max-restarts={args.restarts}', args.script, *args.args])
     except SignalException as error: sys.exit(128 + error.sigval)  # all have ended and saved
     except ChildFailedError as error:
         number, failure = error.get_first_failure()
         code = failure.exitcode
         if code != 1:  # of an exception the process itself has told
-            print(f'learnkit: process {number} was the first to end: {told(failure)}', file=sys.stderr)
+            print(f'learnkit: process {number} was the first to end: {failure_text(failure)}', file=sys.stderr)
         sys.exit(code if code > 0 else 128 - code)
 
 # %% ../nbs/90_cli.ipynb #690555db

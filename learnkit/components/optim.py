@@ -7,6 +7,7 @@ __all__ = ['no_decay', 'param_groups', 'spread_lr']
 
 # %% ../../nbs/components/02_optim.ipynb #e810e359
 import inspect, math
+from functools import lru_cache
 from numbers import Integral, Real
 import torch
 from torch import nn
@@ -280,7 +281,12 @@ def how_trainable(params): # 'yes', 'no', 'partly', or '' without parameters
 # %% ../../nbs/components/02_optim.ipynb #050f7eb4
 def needs_closure(opt:torch.optim.Optimizer): # bool
     "Whether `opt.step` must be given a function that computes the loss anew"
-    closure = inspect.signature(type(opt).step).parameters.get('closure')
+    return requires_closure(type(opt))
+
+@lru_cache(maxsize=256)
+def requires_closure(cls): # bool
+    "Whether the step of a class of optimizers has an argument `closure` without a default"
+    closure = inspect.signature(cls.step).parameters.get('closure')
     return closure is not None and closure.default is inspect.Parameter.empty
 
 # %% ../../nbs/components/02_optim.ipynb #843fbd25

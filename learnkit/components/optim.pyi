@@ -2,6 +2,7 @@
 # pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 # pyright: reportPrivateImportUsage=false
 """Pure functions on parameters and optimizers"""
+from functools import lru_cache
 from torch import nn
 import torch
 from typing import Any
@@ -222,6 +223,14 @@ def how_trainable(params: Any) -> Any:
 
 def needs_closure(opt: torch.optim.Optimizer) -> bool:
     """Whether `opt.step` must be given a function that computes the loss anew
+
+    Returns:
+        bool
+    """
+
+@lru_cache(maxsize=256)
+def requires_closure(cls: Any) -> bool:
+    """Whether the step of a class of optimizers has an argument `closure` without a default
 
     Returns:
         bool

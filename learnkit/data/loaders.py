@@ -45,7 +45,7 @@ class EpochLoader:
         twin.share, twin.undivided = share, self
         return twin
 
-    def counts(self, number:int): # (int, int)
+    def batch_weights(self, number:int): # (int, int)
         "How many samples of batch `number` count here, and on all processes"
         n = min(self.bs, self.n_samples - number * self.bs)
         return (n if self.share is None else len(range(n)[self.share.part(n)])), n

@@ -36,7 +36,7 @@ class EpochLoader:
         Returns:
             loader
         """
-    def counts(self, number: int) -> Any:
+    def batch_weights(self, number: int) -> Any:
         """How many samples of batch `number` count here, and on all processes
 
         Returns:

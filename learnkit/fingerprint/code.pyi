@@ -2,41 +2,49 @@
 # pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 # pyright: reportPrivateImportUsage=false
 """What a function or a class does, as a digest"""
-from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 __all__ = []
 
-def text_of(node: Any) -> Any: ...
+def syntax_as_json(node: Any) -> Any:
+    """A syntax tree, or a list of them, without docstrings and positions
 
-def is_own(module: str) -> bool:
-    """Whether the code of a module is the user's: not python's, not of a package, not learnkit's
+    Returns:
+        JSON value
+    """
+
+def is_docstring(node: Any) -> bool:
+    """Whether a statement is nothing but a string
 
     Returns:
         bool
     """
 
-def is_package(top: Any) -> bool:
-    """Returns:
-        bool
-    """
+@lru_cache(maxsize=4096)
+def instructions_digest(code: Any) -> Any: ...
 
-@lru_cache(maxsize=None)
-def is_installed(file: str) -> bool:
-    """Whether a file is python's or a package's
+def instructions_as_json(code: Any) -> Any:
+    """The instructions of a code object, with constants and names in place of their numbers
 
     Returns:
-        bool
+        JSON value
+    """
+
+def constant_as_json(x: Any) -> Any:
+    """A constant in a code object; the order of a set does not count
+
+    Returns:
+        JSON value
     """
 
 @lru_cache(maxsize=128)
-def parsed(text: str) -> Any:
+def parse_source(text: str) -> Any:
     """The functions and classes in a file's text; none when it cannot be compiled
 
     Returns:
-        (functions: qualified name -> list of (code, node), classes: name -> node)
+        (qualified name -> list of (code, node); class name -> node)
     """
-FUNCTIONS: tuple[Any, ...]
+FUNCTION_NODES: tuple[Any, ...]
 
 def first_line(node: Any) -> int:
     """Where a definition begins, with its decorators
@@ -45,28 +53,21 @@ def first_line(node: Any) -> int:
         int
     """
 
-def codes_in(code: Any) -> Iterator[Any]:
-    """A code object and all inside it
-
-    Returns:
-        iterator
-    """
-
-def innermost(nodes: Any, code: Any) -> Any:
+def lambdas_of(code: Any, nodes: Any) -> Any:
     """Of several lambdas in a line, the one whose body the instructions come from
 
     Returns:
-        list of at most one
+        list of at most one node
     """
 
-def classes_in(tree: Any, before: Any = '') -> Any:
-    """All classes, those in functions too
+def class_nodes(tree: Any, prefix: Any = '') -> Any:
+    """The classes in a syntax tree, those in functions too
 
     Returns:
         dict: qualified name -> node
     """
 
-def source_of(file: str) -> str:
+def source_text(file: str) -> str:
     """The text of a file, or of a notebook's cell
 
     Returns:
@@ -74,10 +75,10 @@ def source_of(file: str) -> str:
     """
 
 def function_node(code: Any) -> Any:
-    """The source of a function, as it is in its file now
+    """The source of a function, as it stands in its file now
 
     Returns:
-        ast node; None where there is no source that gives this code
+        syntax tree; None where there is no source that gives this code
     """
 
 def code_digest(code: Any) -> Any:
@@ -87,79 +88,11 @@ def code_digest(code: Any) -> Any:
         64 hex digits
     """
 
-def plain_node(node: Any) -> Any:
-    """A syntax tree without docstrings and positions
+def lambda_source(func: Any) -> Any:
+    """A lambda as it is written
 
     Returns:
-        JSON value
-    """
-
-def is_remark(node: Any) -> bool:
-    """Whether a statement is nothing but a string
-
-    Returns:
-        bool
-    """
-
-@lru_cache(maxsize=4096)
-def compiled_digest(code: Any) -> Any: ...
-
-def compiled(code: Any) -> Any:
-    """The instructions of a code object, with constants and names in place of their numbers
-
-    Returns:
-        JSON value
-    """
-
-def constant(x: Any) -> Any:
-    """A constant in a code object; the order of a set does not count
-
-    Returns:
-        JSON value
-    """
-
-@lru_cache(maxsize=4096)
-def names_read(code: Any) -> Any:
-    """The names that a function looks up, functions inside it included
-
-    Returns:
-        (global names, dotted where attributes follow; outer variables it writes)
-    """
-
-def globals_read(func: Any) -> Any:
-    """The globals that a function reads, as far as they exist
-
-    Returns:
-        list of (name, value)
-    """
-MISSING: Any
-
-def looked_up(names: Any, first: Any, *rest: Any) -> Any:
-    """What a dotted name stands for; it is followed into modules and classes of the user's own alone
-
-    Returns:
-        value, or MISSING
-    """
-
-def variables_read(func: Any) -> Any:
-    """The variables of outer functions that a function reads
-
-    Returns:
-        dict: name -> value
-    """
-
-def is_empty(cell: Any) -> bool:
-    """Whether a variable has no value yet
-
-    Returns:
-        bool
-    """
-
-def methods(cls: Any) -> Any:
-    """The functions in the body of a class; those that a dataclass generates are left out
-
-    Returns:
-        dict: name -> function
+        str, or a digest where it is long or there is no source
     """
 
 def class_digest(cls: Any) -> Any:
@@ -176,28 +109,17 @@ def class_body(cls: Any) -> Any:
         JSON value
     """
 
-def function_name(func: Any) -> str: ...
+def record_code(value: Any, walk: Any) -> None:
+    """Record what a value runs, if it is a function or a class"""
 
-def defaults_of(func: Any) -> Any:
-    """The defaults of a function's parameters
+def record_function(func: Any, walk: Any) -> None:
+    """Record a function of the user's own, with what it wraps and mentions"""
 
-    Returns:
-        dict: name -> value
-    """
+def record_class(cls: Any, walk: Any) -> None:
+    """Record a class of the user's own, with its bases and what its methods mention"""
 
-def flags_of(func: Any) -> Any:
-    """What is said about a function on itself, as that higher is better; numbers may be counters
-
-    Returns:
-        dict: name -> value
-    """
-
-def lambda_text(func: Any) -> Any:
-    """The code of a lambda
-
-    Returns:
-        str, or a digest where it is long or there is no source
-    """
+def record_mentioned(func: Any, walk: Any) -> None:
+    """Record the functions and classes among the globals and outer variables of a function"""
 
 def versions() -> Any:
     """What else results depend on: python, torch, numpy, learnkit, the accelerator if there is any

@@ -14,105 +14,106 @@ def differences(before: Any, now: Any) -> Any:
 
 def plain_dicts(*trees: Any) -> Any: ...
 
-def compared_maps(name: Any, before: Any, now: Any) -> Any:
-    """Entry by entry
-
-    Returns:
-        list of str
-    """
-
-def compared(name: Any, before: Any, now: Any) -> Any:
+def compare(name: Any, before: Any, now: Any) -> Any:
     """How two descriptions of one thing differ
 
     Returns:
         list of str
     """
 
-def title(tree: Any) -> Any:
-    """Kind and name
+def compare_dicts(name: Any, before: Any, now: Any) -> Any:
+    """Returns:
+        list of str
+    """
+
+def identity(tree: Any) -> Any:
+    """Kind and name, by which two descriptions are of one thing
 
     Returns:
-        what two descriptions share if they are compared by parts; None: they are not
+        tuple; None for what is always compared as it is
+    """
+
+def replacement_text(name: Any, before: Any, now: Any) -> str:
+    """How two things differ that are not compared field by field
+
+    Returns:
+        str
+    """
+
+def from_difference(a: Any, b: Any) -> str:
+    """Two long texts from where they begin to differ
+
+    Returns:
+        str
     """
 SECTIONS: tuple[str, ...]
 SINGLE: tuple[str, ...]
 
-def parts_of(tree: Any) -> Any:
-    """What a description is made of
+def fields(tree: Any) -> Any:
+    """What a description consists of
 
     Returns:
         dict: (section, key) -> description
     """
 
-def compared_parts(name: Any, before: Any, now: Any) -> Any:
-    """Part by part
+def compare_fields(name: Any, before: Any, now: Any) -> Any:
+    """Returns:
+        list of str
+    """
+
+def compare_field(name: Any, kind: Any, field: Any, a: Any, b: Any) -> Any:
+    """How one field differs, after the name of what it belongs to
 
     Returns:
         list of str
     """
 
-def compared_part(name: Any, kind: Any, part: Any, a: Any, b: Any) -> Any:
-    """How one part differs, after the name of the whole
-
-    Returns:
-        list of str
-    """
-
-def wrapper(by: Any) -> str:
+def wrapper_name(by: Any) -> str:
     """What wraps a function
 
     Returns:
         str
     """
 
-def child_label(name: Any, key: Any, a: Any, b: Any) -> str:
+def child_name(name: Any, key: Any, a: Any, b: Any) -> str:
     """The path of a module and its class: `model encoder.3 (Dropout)`
 
     Returns:
         str
     """
 
-def compared_lists(name: Any, before: Any, now: Any) -> Any:
-    """Item by item, those that are the same in both left out
+def compare_lists(name: Any, before: Any, now: Any) -> Any:
+    """Item by item, without those that are the same in both
 
     Returns:
-        list of str
+        list of str; empty: they are better shown as `old -> new`
     """
 
-def is_reordered(before: Any, now: Any) -> bool:
-    """Whether things of the same names stand in another order
+def is_plain_list(before: Any, now: Any) -> bool:
+    """Whether two lists hold no things with names, and are simple or of different lengths
 
     Returns:
         bool
     """
 
-def is_simple(node: Any) -> bool: ...
-
 def all_tensors(nodes: Any) -> Any: ...
 
-def paired(before: Any, now: Any, gone: list, new: list) -> Any:
-    """Which items have become which: those of the same kind, else those in the same place
+def is_reordered(before: Any, now: Any) -> bool:
+    """Whether things of the same identities stand in another order
+
+    Returns:
+        bool
+    """
+
+def paired_items(before: Any, now: Any, gone: list, come: list) -> Any:
+    """Which items have become which: those of the same identity, else those at the same index
 
     Returns:
         list of (index, index)
     """
 
-def item_label(name: Any, i: Any, items: Any) -> str:
+def item_name(name: Any, i: Any, items: Any) -> str:
     """The name of an item: its class where that tells which it is
-
-    Returns:
-        str
-    """
-
-def as_a_whole(name: Any, before: Any, now: Any) -> str:
-    """How two things differ that are not compared part by part
-
-    Returns:
-        str
-    """
-
-def where_differ(a: Any, b: Any) -> str:
-    """Two long texts from where they begin to differ
 
     Returns:
         str

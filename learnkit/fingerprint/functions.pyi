@@ -5,8 +5,6 @@
 from typing import Any
 __all__ = []
 
-def describe_function(func: Any, walk: Any) -> Any: ...
-
 def is_setting(x: Any, depth: Any = 0) -> bool:
     """Whether a global counts: plain values, containers of them, tensors, functions, classes
 
@@ -14,6 +12,18 @@ def is_setting(x: Any, depth: Any = 0) -> bool:
         bool
     """
 SETTINGS: tuple[Any, ...]
+
+def describe_globals(func: Any, walk: Any) -> None:
+    """Add the settings that a function reads to those of the outermost function around it"""
+
+def describe_function(func: Any, walk: Any) -> Any: ...
+
+def function_contents(func: Any, walk: Any) -> Any:
+    """What a function is besides its name
+
+    Returns:
+        dict: name -> JSON value
+    """
 
 def describe_method(x: Any, walk: Any) -> Any:
     """A bound method: function and owner"""
@@ -24,17 +34,17 @@ def describe_builtin(x: Any, walk: Any) -> Any:
 def describe_partial(x: Any, walk: Any) -> Any:
     """A function with some of its arguments"""
 
-def describe_wrapped(x: Any, walk: Any) -> Any: ...
+def describe_unbound(x: Any, walk: Any) -> Any:
+    """A function in a class that takes no object"""
 
 def describe_property(x: Any, walk: Any) -> Any: ...
 
-def describe_class(x: Any, walk: Any) -> Any:
-    """A class: its name"""
+def describe_class(x: Any, walk: Any) -> Any: ...
 
-def describe_type(x: Any, walk: Any) -> Any: ...
+def describe_alias(x: Any, walk: Any) -> Any: ...
 
 def call_arguments(func: Any, args: Any, kwargs: Any) -> Any:
-    """The arguments of a call by name; `*args` is one tuple, what `**kwargs` takes is spread
+    """The arguments of a call by name; `*args` is one tuple, each of `**kwargs` has its own name
 
     Args:
         func: a bound method, or a function; a first parameter `self` is not counted
@@ -43,7 +53,7 @@ def call_arguments(func: Any, args: Any, kwargs: Any) -> Any:
         dict: name -> value, in the order of the signature
     """
 
-def without_self(func: Any) -> Any:
+def signature_without_self(func: Any) -> Any:
     """The parameters that a caller gives
 
     Returns:

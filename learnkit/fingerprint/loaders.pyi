@@ -5,26 +5,17 @@
 from typing import Any
 __all__ = []
 
-def describe_dls(x: Any, walk: Any) -> Any: ...
+def describe_dataset(ds: Any, walk: Any) -> Any: ...
 
-def describe_epoch_loader(dl: Any, walk: Any) -> Any:
-    """A loader of learnkit's"""
-
-def describe_loader(dl: Any, walk: Any) -> Any:
-    """A loader of torch's"""
-FETCHING: frozenset[Any]
-
-def loader_node(dl: Any, data: Any, parts: dict, walk: Any) -> Any:
-    """Class, settings and dataset
+def describe_data(key: Any, ds: Any, walk: Any) -> Any:
+    """Anything that samples are taken from
 
     Returns:
         JSON value
     """
 
-def describe_dataset(ds: Any, walk: Any) -> Any: ...
-
-def describe_samples(ds: Any, walk: Any) -> Any:
-    """Class, length, attributes and a few samples
+def describe_by_samples(ds: Any, walk: Any) -> Any:
+    """A dataset by class, length, attributes and a few samples
 
     Returns:
         JSON value
@@ -34,4 +25,69 @@ def length(ds: Any) -> Any:
     """Returns:
         int; None for a dataset that does not know
     """
-SAMPLES: int
+
+def describe_dataset_attributes(ds: Any, walk: Any) -> Any:
+    """What a dataset holds; what cannot be described is known by its class
+
+    Returns:
+        dict: name -> JSON value
+    """
+N_SAMPLES: int
+
+def cached_samples_digest(ds: Any, described: Any, walk: Any) -> Any:
+    """The digest of some samples, read once while the rest of the description stays
+
+    Returns:
+        digest; None where samples say nothing
+    """
+
+def samples_digest(ds: Any, n: int, walk: Any) -> Any:
+    """The digest of some samples from all over a dataset of length `n`
+
+    Returns:
+        digest; None for samples that cannot be described
+    """
+
+def read_samples(ds: Any, picks: Any, walk: Any) -> list:
+    """Samples by index; random generators and the dataset are left as they were
+
+    Returns:
+        list
+    """
+
+def describe_epoch_loader(dl: Any, walk: Any) -> Any:
+    """A loader of learnkit's"""
+
+def describe_loader(dl: Any, walk: Any) -> Any:
+    """A loader of torch's"""
+FETCHING: frozenset[Any]
+
+def changed_functions(collate: Any, worker_init: Any) -> Any:
+    """The functions of a loader that are not torch's own
+
+    Returns:
+        dict: name -> function
+    """
+
+def loader_as_json(dl: Any, data: Any, settings: dict, walk: Any) -> Any:
+    """Class, settings and dataset
+
+    Returns:
+        JSON value
+    """
+
+def describe_sampler(key: Any, sampler: Any, dataset: Any, walk: Any) -> Any:
+    """What makes the order: class and attributes; of generators the seed, no position in an order
+
+    Returns:
+        JSON value
+    """
+
+def describe_loaders(x: Any, walk: Any) -> Any: ...
+
+def describe_batches(key: Any, dl: Any, walk: Any) -> Any:
+    """Anything that gives batches
+
+    Returns:
+        JSON value
+    """

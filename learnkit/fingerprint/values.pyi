@@ -2,16 +2,14 @@
 # pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 # pyright: reportPrivateImportUsage=false
 """Any value as plain JSON that is equal wherever the values are"""
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import lru_cache, singledispatch
+from functools import singledispatch
 import types
 from typing import Any
 __all__ = [
-    'UnfingerprintableError', 'Fingerprint', 'fingerprint'
+    'Fingerprint', 'UnfingerprintableError', 'fingerprint'
 ]
-
-class UnfingerprintableError(TypeError):
-    """A value that cannot be described; the text begins with its place and ends with what to do"""
 
 @dataclass
 class Fingerprint:
@@ -21,14 +19,17 @@ class Fingerprint:
     code: dict = ...
     """'module.name' of a user's function or class -> digest"""
     sampled: list = ...
-    """places of which only a part was read"""
+    """key paths of data of which only samples were read"""
     @property
-    def digest(self) -> Any:
+    def digest(self) -> str:
         """sha256 of the description
 
         Returns:
             64 hex digits
         """
+
+class UnfingerprintableError(TypeError):
+    """A value that cannot be described; the text begins with its key path, ends with what to do"""
 
 def fingerprint(
         x: Any,
@@ -45,370 +46,163 @@ def fingerprint(
         ignore: names of arguments to leave out
         memo: kept by the caller: large tensors in it are not read again
         weights: False: of models their layout, not the values of their weights
-
-    Returns:
-        Fingerprint
     """
 
-def joined(digests: Any) -> Any:
-    """One digest of one or several
+def combined_digest(digests: Any) -> Any:
+    """The digest of one item itself, or of several digests together
 
     Returns:
         64 hex digits
     """
-MAX_DEPTH: int
 
 class Walk:
-    """One walk through a value: where it is, and what it has found on the way"""
+    """One walk through a value: where it stands, and what it has met on the way"""
     where: Any
     ignore: frozenset[Any]
-    memo: Any
     named: Any
+    memo: Any
     weights: Any
-    values: bool
     path: list[Any]
-    open: dict[Any, Any]
+    enclosing: dict[Any, Any]
+    around: dict[Any, Any]
     code: dict[Any, Any]
+    recorded: dict[Any, Any]
     sampled: list[Any]
-    seen: Any
-    in_data: bool
-    reads: Any
-    tied: Any
-    root: Any
-    mode: Any
     def __init__(self, where: Any, ignore: Any, memo: Any, weights: Any, named: Any) -> None: ...
-    def here(self) -> str:
-        """The place: `fit: cbs[0].func`
+    def describe(self, x: Any) -> Any:
+        """The description of a value
+
+        Returns:
+            JSON value
+        """
+    def describe_at(self, key: Any, x: Any) -> Any:
+        """The description of what a value holds under a key
+
+        Returns:
+            JSON value
+        """
+    def at(self, key: Any) -> AbstractContextManager[None]:
+        """Stand one key deeper inside the block"""
+    def describe_items(self, items: Any) -> Any:
+        """Returns:
+            list of JSON values
+        """
+    def describe_named(self, values: dict) -> Any:
+        """The descriptions of values by name, without those that are ignored
+
+        Returns:
+            dict: name -> JSON value
+        """
+    def is_ignored(self, name: Any) -> bool:
+        """Whether a name stands at the top, and the caller leaves it out
+
+        Returns:
+            bool
+        """
+    def path_text(self) -> str:
+        """Where the walk stands: `fit: cbs[0].func`
 
         Returns:
             str
         """
     def refuse(self, x: Any, why: Any = None, cause: Any = None) -> None:
         """Raise the error for a value that cannot be described"""
-    def note_code(self, func: Any) -> None:
-        """Put a function of the user's own into the code record, with those it calls"""
-    def note_value(self, value: Any) -> None:
-        """Put the code behind a value into the record, if it is a function or a class"""
-    def note_called(self, func: Any) -> None:
-        """Put the functions and classes that a function mentions into the record"""
-    def note_class(self, cls: Any) -> None:
-        """Put a class of the user's own into the code record, with its bases and what its methods call"""
-    def read_globals(self, func: Any) -> None:
-        """Describe the plain globals that a function reads, and those that functions it calls read"""
-    def loader(self, name: Any, dl: Any) -> Any:
-        """Anything that gives batches
+    def try_describe_at(self, key: Any, x: Any) -> Any:
+        """The description of what may be left out when it cannot be described
 
         Returns:
-            JSON value
+            (whether it worked, JSON value)
         """
-    def sampler(self, name: Any, sampler: Any, dataset: Any) -> Any:
-        """What makes the order: class and attributes; of generators the seed, and no place in an order
-
-        Returns:
-            JSON value
-        """
-    def dataset(self, name: Any, ds: Any) -> Any:
-        """Anything that samples are taken from
-
-        Returns:
-            JSON value
-        """
-    def remembered_samples(self, ds: Any, described: Any) -> Any:
-        """The digest of some samples, read once while the rest of the description stays
-
-        Returns:
-            digest; None where samples say nothing
-        """
-    def samples(self, ds: Any, n: int) -> Any:
-        """Some samples, spread over a dataset
-
-        Returns:
-            digest; None for samples that cannot be described
-        """
-    def module_settings(self, x: Any) -> Any:
-        """The attributes of a module that say how it works
-
-        Returns:
-            dict: name -> JSON value
-        """
-    def same_as(self, name: Any, x: Any) -> Any:
-        """The place in the model where a module or tensor was met before
-
-        Returns:
-            JSON value; None for what is met for the first time
-        """
-    def module_state(self, tensors: dict) -> Any:
-        """Parameters and buffers
-
-        Returns:
-            dict: name -> JSON value
-        """
-    def child(self, name: Any, module: Any) -> Any:
-        """A module in a module
-
-        Returns:
-            JSON value
-        """
-    def hook(self, key: Any, hook: Any) -> Any:
-        """A hook; a method by its name, as it may well be one of the module itself
-
-        Returns:
-            JSON value
-        """
-    def remembered(self, t: Any, plain: Any) -> Any:
-        """The digest of the values of a tensor, computed once for a large one
-
-        Returns:
-            64 hex digits
-        """
-    def node(self, x: Any) -> Any:
-        """Describe a value
-
-        Returns:
-            JSON value
-        """
-    def inside(self, key: Any, x: Any) -> Any:
-        """Describe a part of a value
-
-        Returns:
-            JSON value
-        """
-    def again(self, x: Any) -> Any:
+    def describe_cycle(self, x: Any) -> Any:
         """A value inside itself: functions may call themselves, anything else is an error
 
         Returns:
             JSON value
         """
-    def named_parts(self, values: dict) -> Any:
-        """Describe parts by name, without those that are ignored
+    def within(self, **around: Any) -> AbstractContextManager[None]:
+        """Have `walk.around` hold these values inside the block"""
+MAX_DEPTH: int
 
-        Returns:
-            dict: name -> JSON value
-        """
-    def attempt(self, key: Any, x: Any) -> Any:
-        """Describe a part that may be left out when it cannot be described
-
-        Returns:
-            (whether it worked, JSON value)
-        """
-    def own_words(self, x: Any) -> Any:
-        """What `__fingerprint__` of an object returns, with its class
-
-        Returns:
-            JSON value
-        """
-    def is_default(self, param: Any, node: Any) -> bool:
-        """Whether a described argument is the default of its parameter
-
-        Returns:
-            bool
-        """
+class SelfDescribing:
+    """Stands for all classes with a method `__fingerprint__`, where kinds of values are registered"""
 
 @singledispatch
 def describe(x: Any, walk: Any) -> Any:
-    """The description of an object of any other type: its class and its attributes
+    """How one kind of values is described; kinds are added with `describe.register`
 
     Returns:
         JSON value
     """
 
-def scalar_int(x: Any) -> Any: ...
+def describer(kind: Any) -> Any:
+    """What describes the objects of a class
 
-def scalar_float(x: Any) -> Any: ...
+    Returns:
+        function of (value, walk)
+    """
 
-def scalar_complex(x: Any) -> Any: ...
+def int_as_json(x: Any) -> Any: ...
 
-def scalar_str(x: Any) -> Any:
+def float_as_json(x: Any) -> Any: ...
+
+def complex_as_json(x: Any) -> Any: ...
+
+def str_as_json(x: Any) -> Any:
     """A string; of a very long one its beginning
 
     Returns:
         JSON value
     """
 
-def scalar_bytes(x: Any) -> Any:
+def bytes_as_json(x: Any) -> Any:
     """Bytes, in hexadecimal digits while they are few
 
     Returns:
         JSON value
     """
 SCALARS: types.MappingProxyType
-LONG: int
-WIDE: int
 
-def sequence(tag: Any, nodes: Any) -> Any:
-    """The items of a list, tuple or set
+def json_text(node: Any) -> Any: ...
+
+def sequence_as_json(tag: Any, nodes: Any) -> Any:
+    """Described items under the name of their container
 
     Returns:
         JSON value
     """
+MAX_ITEMS: int
 
-def items_of(x: Any, walk: Any) -> Any: ...
+def list_as_json(x: Any, walk: Any) -> Any: ...
 
-def describe_list(x: Any, walk: Any) -> Any: ...
+def tuple_as_json(x: Any, walk: Any) -> Any: ...
 
-def describe_tuple(x: Any, walk: Any) -> Any: ...
+def set_as_json(x: Any, walk: Any) -> Any: ...
 
-def describe_set(x: Any, walk: Any) -> Any: ...
+def mapping_as_json(base: Any) -> Any:
+    """How the dicts of a builtin class are described
 
-def is_mute(x: Any) -> bool:
+    Returns:
+        function of (value, walk)
+    """
+MAX_KEYS: int
+
+def is_plain_key(key: Any) -> Any: ...
+
+def defaultdict_as_json(x: Any, walk: Any) -> Any: ...
+CONTAINERS: types.MappingProxyType
+
+def makes_no_difference(x: Any) -> bool:
     """Whether it is a callback that does not matter for what is computed
 
     Returns:
         bool
     """
 
-def describe_dict(x: Any, walk: Any) -> Any: ...
-
-def describe_proxy(x: Any, walk: Any) -> Any: ...
-
-def mapping_node(x: Any, base: Any, walk: Any) -> Any:
-    """A dict that is plain to JSON, or its pairs
+def callback_list(x: Any) -> Any:
+    """One callback, several or none, given as objects or classes, as a list
 
     Returns:
-        JSON value
-    """
-
-def as_kind(x: Any, base: Any, found: Any, walk: Any) -> Any:
-    """The description of an object of a class that is derived from a builtin one
-
-    Returns:
-        JSON value
-    """
-
-def describe_scalar(x: Any, walk: Any) -> Any:
-    """A number or text of a derived class"""
-
-def describe_enum(x: Any, walk: Any) -> Any:
-    """A member of an enumeration, by its name and value"""
-
-def describe_slice(x: Any, walk: Any) -> Any: ...
-
-def describe_range(x: Any, walk: Any) -> Any: ...
-
-def describe_path(x: Any, walk: Any) -> Any: ...
-
-def describe_size(x: Any, walk: Any) -> Any: ...
-
-def describe_by_text(x: Any, walk: Any) -> Any:
-    """What its text says completely"""
-
-def describe_pattern(x: Any, walk: Any) -> Any: ...
-
-def describe_torch(x: Any, walk: Any) -> Any: ...
-
-def array_digest(x: Any, walk: Any) -> Any:
-    """sha256 of type, shape and values
-
-    Returns:
-        64 hex digits
-    """
-
-def describe_number(x: Any, walk: Any) -> Any:
-    """A number of numpy's, under the name of its type"""
-
-def describe_pandas(x: Any, walk: Any) -> Any:
-    """A table, a column or an index, by names, types and values
-
-    Returns:
-        JSON value; None for anything else
-    """
-DATES: tuple[Any, ...]
-
-def column(values: Any, walk: Any) -> Any:
-    """The values of a column or an index, with their type
-
-    Returns:
-        JSON value
-    """
-
-def labels(index: Any, walk: Any) -> Any:
-    """The labels of rows or columns, and what they are called
-
-    Returns:
-        JSON value
-    """
-
-def describe_image(x: Any, walk: Any) -> Any:
-    """An image by its pixels
-
-    Returns:
-        JSON value; None for anything else
-    """
-
-def describe_torch_function(x: Any, walk: Any) -> Any:
-    """An operator of torch, or a scripted function
-
-    Returns:
-        JSON value; None for anything else
-    """
-
-def describe_annotation(x: Any, walk: Any) -> Any:
-    """Returns:
-        JSON value; None for anything else
-    """
-FAMILIES: types.MappingProxyType
-
-def made_in_python(cls: Any) -> bool:
-    """Whether all that an object holds is in its attributes: the test that copyreg makes
-
-    Returns:
-        bool
-    """
-
-def attributes(x: Any) -> Any:
-    """What an object holds, without what it has computed from that or only wraps
-
-    Returns:
-        dict: name -> value
-    """
-ABOUT: frozenset[Any]
-
-@lru_cache(maxsize=1024)
-def members(cls: Any) -> Any:
-    """What a class holds for its objects
-
-    Returns:
-        (slots, cached properties), tuples of names
-    """
-
-def is_own_method(x: Any, name: Any, value: Any) -> bool:
-    """Whether an attribute is one of the object's methods with something around it
-
-    Returns:
-        bool
-    """
-
-def describe_object(x: Any, walk: Any) -> Any:
-    """Class and attributes, or what a pickle would hold
-
-    Returns:
-        JSON value
-    """
-
-def object_node(x: Any, walk: Any, values: dict) -> Any:
-    """An object of a class written in Python
-
-    Returns:
-        JSON value
-    """
-
-def given_names(x: Any, parts: Any, walk: Any) -> Any:
-    """The parts that say something: arguments of the constructor that are not at their defaults
-
-    Returns:
-        list of names
-    """
-
-@lru_cache(maxsize=1024)
-def parameters(cls: Any) -> Any: ...
-
-def as_callback(x: Any) -> Any: ...
-
-def describe_callbacks(x: Any, walk: Any) -> Any:
-    """What is given as `cbs`: one, several, classes or none
-
-    Returns:
-        list of JSON values, or what anything else is
+        list of callbacks, or `x` if there is anything else in it
     """
 
 def flatten(x: Any) -> list:
@@ -422,3 +216,21 @@ def is_callback(x: Any) -> bool:
     """Returns:
         bool
     """
+
+def describe_slice(x: Any, walk: Any) -> Any: ...
+
+def describe_range(x: Any, walk: Any) -> Any: ...
+
+def describe_proxy(x: Any, walk: Any) -> Any: ...
+
+def describe_path(x: Any, walk: Any) -> Any: ...
+
+def describe_size(x: Any, walk: Any) -> Any: ...
+
+def describe_pattern(x: Any, walk: Any) -> Any: ...
+DATES: tuple[Any, ...]
+
+def describe_by_text(x: Any, walk: Any) -> Any:
+    """The description of a value whose repr says all of it"""
+
+def describe_torch_type(x: Any, walk: Any) -> Any: ...

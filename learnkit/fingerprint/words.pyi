@@ -24,27 +24,34 @@ def node_kind(tree: Any) -> Any:
         str; None for what JSON has
     """
 
-def cut(text: Any, width: Any) -> str:
+def shorten(text: Any, width: Any) -> str:
     """Returns:
         str
     """
 
-def enclosed(begin: Any, parts: Any, end: Any, width: Any) -> str:
-    """Parts between brackets, as many as there is room for
+def join_within(begin: Any, texts: Any, end: Any, width: Any) -> str:
+    """Texts between brackets, as many as there is room for
 
     Returns:
         str
     """
 
-def inner(node: Any, begin: Any, width: Any) -> str:
-    """A part, in the room that is left for it
+def list_text(begin: Any, nodes: Any, end: Any, width: Any) -> str:
+    """Returns:
+        str
+    """
+
+def inner_text(node: Any, begin: Any, width: Any) -> str:
+    """What stands inside another text, in the room that is left for it
 
     Returns:
         str
     """
 
-def in_brackets(begin: Any, nodes: Any, end: Any, width: Any) -> str:
-    """Returns:
+def argument_text(name: Any, node: Any, begin: Any, width: Any) -> str:
+    """An argument with its name, if it has one
+
+    Returns:
         str
     """
 
@@ -55,8 +62,8 @@ def short_name(name: Any) -> str:
         str
     """
 
-def text_of_value(tree: Any, kind: Any, width: Any) -> str:
-    """A value with nothing in it that has a form of its own
+def text_of_content(tree: Any, kind: Any, width: Any) -> str:
+    """A value without a form of its own: its content, or a call of its kind
 
     Returns:
         str
@@ -77,7 +84,7 @@ def text_of_pairs(tree: Any, kind: Any, width: Any) -> str:
     """
 
 def text_of_range(tree: Any, kind: Any, width: Any) -> str:
-    """A slice or range without the parts that need not be said
+    """A slice or range with as few arguments as can be
 
     Returns:
         str
@@ -111,25 +118,6 @@ def text_of_function(tree: Any, kind: Any, width: Any) -> str:
         str
     """
 
-def text_of_class(tree: Any, kind: Any, width: Any) -> Any: ...
-
-def text_of_enum(tree: Any, kind: Any, width: Any) -> Any: ...
-
-def text_of_torch(tree: Any, kind: Any, width: Any) -> str: ...
-
-def text_of_path(tree: Any, kind: Any, width: Any) -> str: ...
-
-def text_of_call(tree: Any, kind: Any, width: Any) -> str: ...
-
-def text_of_text(tree: Any, kind: Any, width: Any) -> Any: ...
-
-def short_value(tree: Any) -> str:
-    """A date, fraction, pattern ... as its repr
-
-    Returns:
-        str
-    """
-
 def text_of_method(tree: Any, kind: Any, width: Any) -> str:
     """Returns:
         str
@@ -147,15 +135,29 @@ def text_of_metric(tree: Any, kind: Any, width: Any) -> str:
         str
     """
 
-def text_of_object(tree: Any, kind: Any, width: Any) -> str:
-    """A class with what is given to it
+def text_of_value(tree: Any, kind: Any, width: Any) -> str:
+    """A date, fraction, pattern ... as its repr
 
     Returns:
         str
     """
 
-def labelled(name: Any, node: Any, begin: Any, width: Any) -> str:
-    """An argument with its name
+def text_of_class(tree: Any, kind: Any, width: Any) -> Any: ...
+
+def text_of_enum(tree: Any, kind: Any, width: Any) -> Any: ...
+
+def text_of_torch(tree: Any, kind: Any, width: Any) -> str: ...
+
+def text_of_path(tree: Any, kind: Any, width: Any) -> str: ...
+
+def text_of_call(tree: Any, kind: Any, width: Any) -> str: ...
+
+def text_of_code(tree: Any, kind: Any, width: Any) -> Any: ...
+
+def text_of_same(tree: Any, kind: Any, width: Any) -> str: ...
+
+def text_of_object(tree: Any, kind: Any, width: Any) -> str:
+    """A class with what is given to it
 
     Returns:
         str
@@ -169,13 +171,9 @@ def text_of_loader(tree: Any, kind: Any, width: Any) -> str:
     """
 
 def text_of_dataset(tree: Any, kind: Any, width: Any) -> str:
-    """A dataset with its parts or its length
+    """A dataset with the datasets or tensors in it, or with its length
 
     Returns:
         str
     """
-
-def text_of_code(tree: Any, kind: Any, width: Any) -> Any: ...
-
-def text_of_same(tree: Any, kind: Any, width: Any) -> str: ...
 TEXTS: types.MappingProxyType

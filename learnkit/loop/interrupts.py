@@ -9,7 +9,7 @@ __all__ = []
 import math, signal, sys, time
 from contextlib import contextmanager
 from ..base.signals import DeferredSignals
-from ..components.callback import PHASES, Callback, Interrupted
+from ..components.callback import Callback, Interrupted
 
 # %% ../../nbs/loop/06_interrupts.ipynb #f98ab890
 class Interrupts(Callback):
@@ -33,19 +33,19 @@ class Interrupts(Callback):
         self.began, self.max_time, self.signum = began, max_time, None
 
     def at_rest(self, learn):
-        signum = self.caught  # one that comes while callbacks save waits for the next rest
-        if learn._fit.complete:
+        fit, signum = learn._fit, self.caught  # one that comes while others save waits
+        if fit.complete:
             if not learn.ranks: self.signum = signum
             return
         seconds = time.monotonic() - self.began
         if learn.ranks: signum, seconds = learn.cbs.distributed.agree(learn, signum, seconds)
-        self.signum, learn._fit.seconds = signum, seconds
-        if self.max_time is not None: learn._fit.time_is_up = seconds >= self.max_time
+        self.signum, fit.seconds = signum, seconds
+        if self.max_time is not None: fit.time_is_up = seconds >= self.max_time
 
 # %% ../../nbs/loop/06_interrupts.ipynb #54c56924
 class EndOnSignal(Callback):
     "Raises `Interrupted` when a signal has come and all others have heard of it"
-    order, phases = math.inf, (*PHASES, 'lr_find')
+    order, phases = math.inf, ('valid', 'test', 'predict', 'lr_find')  # `at_rest` has no phase
 
     def __init__(self, interrupts): self.interrupts = interrupts
     def settings(self): return None
@@ -55,7 +55,7 @@ class EndOnSignal(Callback):
             raise Interrupted(self.interrupts.signum)
 
     def after_batch(self, learn):
-        if learn.phase == 'train' or learn.ranks: return  # these act at rest, together
+        if learn.ranks: return  # these act at rest, together
         signum = self.interrupts.caught
         if signum and not self.interrupts.held_back: raise Interrupted(signum)
 

@@ -205,7 +205,7 @@ def ranks(self:Learner): # Ranks, or None
 def n_items_all(self:Learner) -> int:
     "The weight of this batch on all processes together"
     distributed = self._cbs.distributed
-    n = None if distributed is None else distributed.n_items_all
+    n = distributed.n_items_all if distributed is not None and self.training else None
     return self.n_items if n is None else n
 
 # %% ../../nbs/loop/09_learner.ipynb #66f37d59

@@ -348,7 +348,7 @@ class Learner(Loop):
         """In the `with` block all processes that a launcher has started train together
 
         Args:
-            sync_bn: batch norm over the samples of all processes; accelerators only
+            sync_bn: batch norm over the samples of all; accelerators only
             find_unused: look for parameters that a batch does not use; costs time
             strategy: 'fsdp': each process keeps a part of each parameter
             options: of `Distributed`
@@ -356,7 +356,7 @@ class Learner(Loop):
         Returns:
             the learner
         """
-    def gather(self, t: torch.Tensor, pad: Any = None) -> Any:
+    def gather(self, t: torch.Tensor, pad: Any = None) -> torch.Tensor:
         """The rows of all processes, in their order; on a single process the tensor on the host
 
         Args:
@@ -364,24 +364,16 @@ class Learner(Loop):
             pad: fills up further dimensions where they differ; None: they may not
 
         Returns:
-            tensor on the host, (sum of n, ...)
+            on the host, (sum of n, ...)
         """
     def print(self, *values: Any, **kwargs: Any) -> None:
         """Print, on process 0 alone"""
     @property
     def rank(self) -> int:
-        """The number of this process
-
-        Returns:
-            int
-        """
+        """The number of this process"""
     @property
     def world_size(self) -> int:
-        """How many processes train together
-
-        Returns:
-            int
-        """
+        """How many processes train together"""
     @property
     def ema_model(self) -> Any:
         """A copy of the model, in evaluation mode, with the average of `EMA` or `SWA` in it

@@ -199,7 +199,7 @@ def take_over(learn, saved:Saved):
 
 def accept_other_processes(learn, n_saved, n):
     "Go on with another number of processes than before, and say what that means"
-    if learn.ranks: learn.cbs.distributed.own_randomness()
+    if learn.ranks: learn.cbs.distributed.seed_each_rank()
     show_message(learn, f'saved by {n_saved} processes, goes on with {n}: what is drawn at random '
                  'differs, and the figures of the running epoch lack what other processes had seen')
 

@@ -2,16 +2,12 @@
 # pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 # pyright: reportPrivateImportUsage=false
 """The same script on one process or on many, with the same numbers"""
-import threading
-from torch import nn
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 from typing import Any
 from ..components.callback import Callback
 from ..loop.learner import Learner
 from ..processes.group import Ranks
 __all__ = [
-    'Distributed'
+    'Distributed', 'check_strategy'
 ]
 
 class Distributed(Callback):
@@ -21,10 +17,8 @@ class Distributed(Callback):
     blocks: Any
     gather_up_to: int
     options: Any
-    n_items_all: Any
     ranks: Ranks | None
-    ddp: DistributedDataParallel | None
-    watch: Watch | None
+    n_items_all: Any
     def __init__(
             self,
             sync_bn: bool = False,
@@ -37,15 +31,14 @@ class Distributed(Callback):
         """Trains on all processes that a launcher has started; on a single one it does nothing
 
         Args:
-            sync_bn: batch norm over the samples of all processes; accelerators only
-            find_unused: 'ddp': look for parameters a batch does not use; costs time
-            strategy: 'fsdp': each process keeps a part of each parameter, see below
+            sync_bn: batch norm over the samples of all; accelerators only
+            find_unused: 'ddp': look for parameters that a batch leaves out; slow
+            strategy: 'fsdp': each process keeps a part of each parameter
             blocks: 'fsdp': model -> modules that are put together one at a time
             gather_up_to: 'fsdp': bytes of a state that is saved in one piece
             options: 'fsdp': of `fully_shard`: mp_policy, offload_policy, mesh, ...
         """
     def settings(self) -> Any: ...
-    def after_create(self, learn: Learner) -> None: ...
     def join(self) -> Any:
         """Join the other processes; the group of processes stays when this callback goes
 
@@ -53,108 +46,41 @@ class Distributed(Callback):
             Ranks; None for a single process
         """
     def leave(self) -> None:
-        """Be a single process again; the next `join` begins anew"""
-    def begin_pass(self, learn: Learner, pad: bool) -> None:
-        """Let the pass that begins read this process's part of its loader"""
-    def share(self, learn: Learner, dl: Any, pad: bool) -> Any:
-        """This process's part of a loader, always the same object for the same loader
-
-        Returns:
-            loader
-        """
-    def same_order(self, dl: Any) -> None:
-        """All processes draw the order of a foreign loader from the random numbers of process 0"""
+        """Be a single process again, until the next `join`"""
+    def handle_failure(self) -> None:
+        """Tell other processes of the exception that ends what runs here"""
+    def shard(self, learn: Learner) -> Any:
+        """Leave each process a part of each parameter, and of what the optimizer keeps of it"""
+    def unshard(self, learn: Learner) -> Any:
+        """Give the model its own parameters back; one that is too large stays as it is"""
+    def after_create(self, learn: Learner) -> None: ...
+    def before_fit(self, learn: Learner) -> None: ...
     def before_train(self, learn: Learner) -> None: ...
     def before_validate(self, learn: Learner) -> None: ...
     def before_lr_find(self, learn: Learner) -> None: ...
-    def before_batch(self, learn: Learner) -> None: ...
-    def before_backward(self, learn: Learner) -> None: ...
-    def wrap(self, learn: Learner) -> None:
-        """Let the gradients of the model be exchanged, until `unwrap`"""
-    def unwrap(self) -> None: ...
-    def before_step(self, learn: Learner) -> None: ...
-    def same_buffers(self, learn: Learner) -> None:
-        """Statistics of norms are those of process 0, as they are in training"""
-    def before_fit(self, learn: Learner) -> None: ...
-    def own_randomness(self) -> None:
-        """Processes that were seeded alike draw differently from here on: dropout is not the same on all"""
+    def after_validate(self, learn: Learner) -> None: ...
     def after_fit(self, learn: Learner) -> None: ...
     def cleanup_fit(self, learn: Learner) -> None: ...
     def cleanup_validate(self, learn: Learner) -> None: ...
     def cleanup_lr_find(self, learn: Learner) -> None: ...
+    def before_batch(self, learn: Learner) -> None: ...
+    def before_backward(self, learn: Learner) -> None: ...
+    def before_step(self, learn: Learner) -> None: ...
+    def seed_each_rank(self) -> None:
+        """Let processes that were seeded alike draw different random numbers"""
+    def broadcast_buffers(self, learn: Learner) -> None:
+        """Let the statistics of norms be those of process 0"""
     def agree(self, learn: Learner, signum: Any, seconds: Any) -> Any:
         """The signal that has come to any process, and the clock of process 0, as of the last exchange
 
         Returns:
             (signal or None, seconds)
         """
-    def failed(self) -> Any:
-        """Tell the others of the exception that ends what runs here; leave silently if another was first"""
-    def uncaught(self, kind: Any, error: Any, trace: Any) -> Any:
-        """What python calls at the end, for an exception between two fits"""
-    def after_validate(self, learn: Learner) -> None: ...
-    def put_together(self, collect: Any, dl: Any) -> None:
-        """The predictions of all processes, in order"""
-    def shard(self, learn: Learner) -> Any:
-        """Leave each process a part of each parameter, and of what the optimizer knows of it"""
-    def same_value(self, t: Any) -> None:
-        """Let a parameter or buffer be what it is in process 0"""
-    def unshard(self, learn: Learner) -> Any:
-        """Give the model its own parameters back, whole; one that is too large stays as it is"""
 
-class Inner(nn.Module):
-    """A model whose call is its bare forward function"""
-    model: Any
-    bare: Any
-    def __init__(self, model: Any, forward: Any) -> None: ...
-    def forward(self, *args: Any, **kwargs: Any) -> Any: ...
+def check_strategy(strategy: Any, blocks: Any, find_unused: Any, options: Any) -> None:
+    """Raise for a strategy that is none, and for arguments that it does not take"""
 
-class Spread:
-    """A forward function whose gradients are exchanged in training"""
-    learn: Any
-    ddp: Any
-    alone: Any
-    model: Any
-    def __init__(self, learn: Learner, ddp: Any, alone: Any, model: Any) -> None: ...
-    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
-    def __deepcopy__(self, memo: Any) -> Any: ...
-
-def synced_norms(model: Any, device: Any) -> Any:
-    """Let the batch norms of a model use the samples of all processes
-
-    Returns:
-        function that undoes it
-    """
-
-def rest_of(learn: Learner) -> Any:
-    """The parameters that are not the model's, as those of a loss
-
-    Returns:
-        list of parameters
-    """
-BETWEEN: float
-GRACE: int
-
-class Watch:
-    """Ends this process some seconds after another one has failed"""
-    rank: Any
-    over: threading.Event
-    store: dist.PrefixStore
-    thread: threading.Thread
-    def __init__(self, ranks: Any) -> None: ...
-    def end(self) -> None: ...
-    def look(self) -> None: ...
-    def fail(self, error: Any) -> Any:
-        """Whether this process is the first one that fails, and whether it fails as that one does
-
-        Returns:
-            (bool, bool)
-        """
-
-def shown_elsewhere(error: Any) -> None:
-    """Should nobody catch this exception, end without a word: another process has shown it"""
-
-class Batches(list):
+class BatchList(list):
     """What a pass gives, batch by batch, on the host"""
     def add(self, batch: Any) -> None: ...
 

@@ -4,36 +4,79 @@
 """Each process keeps a part of each parameter"""
 from collections.abc import Iterator
 from typing import Any
-from ..loop.learner import Learner
 __all__ = []
 
-def on_device(learn: Learner) -> None:
-    """Bring a model to the device, and make what is not there yet"""
+def params_by_name(model: Any) -> dict:
+    """All parameters; one with several names is there several times"""
 
-def params_of(model: Any) -> Any:
-    """Returns:
-        dict: name -> parameter; one with several names is there several times
-    """
-
-def blocks_of(model: Any) -> Any:
-    """The items of the outermost containers, without those that share parameters with others
-
-    Returns:
-        list of modules
-    """
-
-def items(module: Any) -> Iterator[Any]:
+def container_items(module: Any) -> Iterator[Any]:
     """What the outermost containers in a module hold
 
     Returns:
         iterator of modules
     """
 
-def fill(model: Any, device: Any) -> None:
-    """Make the weights of modules on the meta device, as on a single process: one module at a time"""
+def outermost_blocks(model: Any) -> list:
+    """The items of the outermost containers, without those that share parameters with others
+
+    Returns:
+        modules
+    """
+
+def init_meta_params(model: Any, device: Any) -> None:
+    """Make the weights of modules on the meta device"""
+
+def init_module(module: Any, slots: Any, device: Any) -> None:
+    """Make the weights of one module; `slots` are (dict, key) of its tensors on the meta device"""
 
 def swap_params(opt: Any, before: dict, after: dict, convert: Any) -> None:
-    """Let an optimizer go on with other parameters; `convert(tensor, parameter)` for what it keeps of them"""
+    """Let an optimizer go on with other parameters
 
-def make_plain(module: Any) -> None:
+    Args:
+        opt, before, after: name -> parameter
+        convert: function of (tensor, parameter), for what the optimizer keeps of it
+    """
+
+def move_to_device(model: Any, device: Any, opt: Any = None) -> None:
+    """Bring a model to the device of a single process, and make what is not there yet"""
+
+class ShardedModel:
+    """A model that `fully_shard` has cut, and what makes it the model that it was"""
+    model: Any
+    undo_sync_bn: Any
+    params: dict
+    strides: dict[Any, Any]
+    def __init__(self, model: Any, undo_sync_bn: Any = None) -> None: ...
+    def shard(
+            self,
+            ranks: Any,
+            device: Any,
+            opt: Any = None,
+            blocks: Any = None,
+            **options: Any,
+    ) -> None:
+        """Leave each process a part of each parameter, and of what the optimizer keeps of it
+
+        Args:
+            blocks: model -> modules that are put together one at a time
+            options: of `fully_shard`
+        """
+    def unshard(self, opt: Any = None) -> None:
+        """Give the model its own parameters back, with the values that they have now"""
+
+def with_strides(t: Any, strides: Any) -> Any:
+    """A copy of a tensor in another memory layout
+
+    Returns:
+        tensor
+    """
+
+def full_like(t: Any, param: Any) -> Any:
+    """What an optimizer keeps of a parameter, put together, in the memory layout of the parameter
+
+    Returns:
+        tensor
+    """
+
+def forget_fsdp(module: Any) -> None:
     """Take away what `fully_shard` has added to a module; torch itself has no way back"""

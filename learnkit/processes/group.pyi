@@ -2,41 +2,46 @@
 # pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 # pyright: reportPrivateImportUsage=false
 """Values from all processes, to all processes"""
+import torch
 from typing import Any
 __all__ = [
     'Ranks'
 ]
 
+def first_host(nodes: str) -> str:
+    """The first of SLURM's list of machines, as 'node[03-05,09],other'"""
+
+def slurm_address(environ: Any) -> dict:
+    """MASTER_ADDR and MASTER_PORT where SLURM alone has started the processes"""
+
+def join_group() -> None:
+    """Join the processes that a launcher has started"""
+
+def leave_group() -> None:
+    """End the process group, if there is one"""
+
 class Ranks:
-    """The processes that train together, and what they tell each other; each call is made by all of them"""
+    """The processes that train together, and the values that they exchange; all call each method"""
     group: Any
     rank: Any
     size: Any
     def __init__(self, group: Any) -> None: ...
     def __repr__(self) -> str: ...
-    def all(self, t: Any) -> Any:
+    def all(self, t: Any) -> list:
         """A tensor on the host, of one shape on all processes
 
         Returns:
-            list of tensors, one of each process
+            tensors, one of each process
         """
-    def sum(self, t: Any) -> Any:
-        """The sum over the processes: always in the same order, so that it is the same on each
-
-        Returns:
-            tensor
-        """
+    def sum(self, t: Any) -> torch.Tensor:
+        """The sum over the processes: always in the same order, so that it is the same on each"""
     def mean(self, value: float, weight: float) -> float:
-        """The weighted mean over the processes
-
-        Returns:
-            float
-        """
-    def gather(self, tree: Any) -> Any:
+        """The weighted mean over the processes; nan where no weight is above 0"""
+    def gather(self, tree: Any) -> list:
         """Plain values, tensors and arrays of all processes
 
         Returns:
-            list of trees, one of each process
+            trees, one of each process
         """
     def broadcast(self, tree: Any = None) -> Any:
         """What process 0 has given
@@ -45,14 +50,5 @@ class Ranks:
             tree
         """
 
-def begin_group() -> None:
-    """Join the processes that a launcher has started"""
-
-def end_group() -> None: ...
-
-def first_host(nodes: str) -> str:
-    """The first of SLURM's list of machines, as 'node[03-05,09],other'
-
-    Returns:
-        str
-    """
+def broadcast_tensor(t: Any, ranks: Any) -> None:
+    """Let a parameter or buffer be what it is in process 0; one that FSDP2 has cut stays"""

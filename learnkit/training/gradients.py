@@ -266,7 +266,7 @@ class Average(Callback):
         live = held(self._slots)
         self._raw, self._depth = {name: t.clone() for name, t in live.items()}, len(learn.levels)
         put(self.average, live)
-        if learn.ranks: learn.cbs.distributed.same_buffers(learn)  # each process has averaged its own
+        if learn.ranks: learn.cbs.distributed.broadcast_buffers(learn)  # each process has averaged its own
 
     def cleanup_validate(self, learn):
         if self._raw is None or len(learn.levels) != self._depth: return

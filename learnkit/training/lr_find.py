@@ -153,7 +153,8 @@ class Cycled:
             for self.number, batch in enumerate(self.dl): yield batch
             if self.number is None: return
 
-    def counts(self, number): return self.dl.counts(self.number)  # see `EpochLoader.counts`
+    def batch_weights(self, number): # see `EpochLoader.batch_weights`
+        return self.dl.batch_weights(self.number)
 
 # %% ../../nbs/training/01_lr_find.ipynb #6ba09d9b
 @patch
