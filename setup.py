@@ -8,7 +8,8 @@ config.read(here / 'settings.ini', encoding='utf-8')
 cfg = config['DEFAULT']
 words = lambda key: cfg.get(key, '').split()
 lines = lambda key: [line for line in cfg.get(key, '').splitlines() if line]
-dev, docs = words('dev_requirements'), words('docs_requirements')
+extras = {key.removesuffix('_requirements'): words(key)
+          for key in cfg if key.endswith('_requirements')}
 
 setup(
     name=cfg['lib_name'],
@@ -22,9 +23,9 @@ setup(
     classifiers=lines('classifiers'),
     python_requires='>=' + cfg['min_python'],
     packages=find_packages(include=[cfg['lib_path'], cfg['lib_path'] + '.*']),
-    package_data={cfg['lib_path']: ['py.typed']},
+    package_data={'': ['py.typed', '*.pyi']},
     install_requires=words('requirements'),
-    extras_require={'dev': dev, 'docs': docs},
+    extras_require=extras,
     entry_points={
         'console_scripts': lines('console_scripts'),
         'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],

@@ -22,6 +22,7 @@ from .base.methods import (
 )
 from .base import text as _text
 from .base import signals as _signals
+from .base import guard as _guard
 from .files.errors import (
     DamagedError, LockedError, StoreError, UnstorableError,
 )
@@ -39,6 +40,7 @@ from .files import records as _records
 from .files.store import (
     Store,
 )
+from .files import states as _states
 from .files.garbage import (
     Garbage,
 )
@@ -58,12 +60,14 @@ from .components.metrics import (
 from .components.optim import (
     no_decay, param_groups, spread_lr,
 )
-from .fingerprint import code as _code
 from .fingerprint.values import (
     Fingerprint, fingerprint, UnfingerprintableError,
 )
+from .fingerprint import inspection as _inspection
+from .fingerprint import code as _code
 from .fingerprint import tensors as _tensors
 from .fingerprint import functions as _functions
+from .fingerprint import objects as _objects
 from .fingerprint import modules as _modules
 from .fingerprint import loaders as _loaders
 from .fingerprint import words as _words
@@ -74,12 +78,20 @@ from .loop.recorder import (
 from .loop.progress import (
     Progress,
 )
-from .loop.learner import (
-    Learner,
-)
+from .loop import position as _position
+from .loop import loop as _loop
+from .loop import state as _state
+from .loop import saving as _saving
+from .loop import interrupts as _interrupts
 from .loop.resume import (
     SaveState,
 )
+from .loop import predict as _predict
+from .loop.learner import (
+    Learner,
+)
+from .loop import fit as _fit
+from .loop import methods as _methods
 from .training.schedule import (
     combine_scheds, ParamScheduler, sched_const, sched_cos, sched_exp, sched_lin, sched_poly,
     sched_warmup, TorchScheduler,
@@ -137,7 +149,7 @@ __all__ = [
     'CancelTrain', 'CancelValidate', 'accuracy', 'binary_accuracy', 'error_rate', 'mae', 'Metric',
     'metric', 'mse', 'perplexity', 'rmse', 'sklearn_metric', 'top_k_accuracy', 'no_decay',
     'param_groups', 'spread_lr', 'Fingerprint', 'fingerprint', 'UnfingerprintableError', 'Recorder',
-    'Progress', 'Learner', 'SaveState', 'combine_scheds', 'ParamScheduler', 'sched_const',
+    'Progress', 'SaveState', 'Learner', 'combine_scheds', 'ParamScheduler', 'sched_const',
     'sched_cos', 'sched_exp', 'sched_lin', 'sched_poly', 'sched_warmup', 'TorchScheduler',
     'LRFinderResult', 'AskToContinue', 'EarlyStopping', 'ReduceLROnPlateau', 'SaveBest',
     'StopOnNaN', 'MixedPrecision', 'EMA', 'GradientAccumulation', 'GradientClip', 'SWA',

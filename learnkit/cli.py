@@ -10,8 +10,8 @@ import argparse, os, sys, time
 from pathlib import Path
 from .base.text import age_text, size_text
 from .files.errors import StoreError
-from .files.durable import size_of
-from .files.ids import RESERVED, check_name, id_text, parse_id
+from .files.durable import bytes_on_disk
+from .files.ids import RESERVED, check_run_name, id_text, parse_id
 from .files.store import Store
 from .checkpoints.lineage import HasChildren, Lineage, NoCheckpoint, delete_checkpoint
 from .checkpoints.tree import one_line, print_text, terminal_width, tree_text
@@ -32,7 +32,7 @@ def run_names(root): # sorted list
 
 def is_run_name(name): # bool
     "Whether a run can be called so"
-    try: return bool(check_name(name))
+    try: return bool(check_run_name(name))
     except ValueError: return False
 
 # %% ../nbs/90_cli.ipynb #3b2fa5bc
@@ -73,7 +73,7 @@ def run_row(root, name): # (name, checkpoints, bytes, last change), as text
 def disk_size(store): # bytes
     "What packs and saves take"
     folders = [store.folder/name for name in ('packs', 'work')]
-    return sum(size_of(folder) for folder in folders if folder.exists())
+    return sum(bytes_on_disk(folder) for folder in folders if folder.exists())
 
 # %% ../nbs/90_cli.ipynb #4bc7be9a
 def tree(args):
@@ -178,7 +178,7 @@ def make_parser(): # ArgumentParser
     parser = argparse.ArgumentParser(
         'learnkit', description='Look at runs and their checkpoints, and delete them')
     commands = parser.add_subparsers(title='commands', metavar='COMMAND', required=True)
-    a_name = {'type': argument(lambda word: check_name(word.rstrip('/')))}
+    a_name = {'type': argument(lambda word: check_run_name(word.rstrip('/')))}
     an_id = dict(type=argument(parse_id), help='of a checkpoint: 1, 1.5, abc')
     name = 'name', dict(a_name, help='of the run')
     yes = '--yes', dict(action='store_true', help='do not ask')

@@ -1,10 +1,28 @@
 "Set before torch is imported: one thread, no bars, no windows"
 import os, signal, threading
+from contextlib import ExitStack
 
 os.environ.update(OMP_NUM_THREADS='1', TQDM_DISABLE='1', MPLBACKEND='Agg')
 os.environ.pop('IN_TEST', None) # with it set, nbdev exports nothing
 
 import pytest
+from preloaded import serving
+
+
+def pytest_configure(config):
+    "One server for all processes in which tests run; it costs nothing until it is asked"
+    if hasattr(config, 'workerinput'): return
+    stack = ExitStack()
+    stack.enter_context(serving())
+    config.add_cleanup(stack.close)
+
+
+LONGEST = 'test_distributed', 'test_notebooks', 'test_testing', 'test_crash'
+
+
+def pytest_collection_modifyitems(items):
+    "The longest first, so that all workers end together"
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 @pytest.fixture(autouse=True)

@@ -41,10 +41,13 @@ def seen(learn):
             'steps': learn.recorder.steps.loss.tolist()}
 
 
-def sizes(strategy='ddp'):
-    "Every number of samples and size of batch: what a fit, a validation and predictions give"
+SAMPLES = tuple(range(1, 18))
+
+
+def sizes(strategy='ddp', samples=SAMPLES):
+    "Numbers of samples and sizes of batches: what a fit, a validation and predictions give"
     found = {}
-    for n in range(1, 18):
+    for n in samples:
         for bs in range(1, 5):
             learn = learner(DataLoaders.from_tensors(tensors(n), tensors(n, 1), bs=bs,
                                                      device='cpu'))

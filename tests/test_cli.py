@@ -1,6 +1,7 @@
 "The command line: every command, its errors and exit codes, pipes and terminals"
 import io, os, re, signal, subprocess, sys
 from pathlib import Path
+import preloaded
 import pytest
 import torch
 from house import SETTINGS
@@ -10,7 +11,7 @@ from learnkit.checkpoints.tree import columns_of
 from learnkit.files.store import Store
 from test_lineage import call, node, saved, two
 
-PYTHON = [sys.executable, '-m', 'learnkit.cli']
+MODULE = ['-m', 'learnkit.cli']
 
 
 @pytest.fixture
@@ -178,14 +179,14 @@ def test_rm_of_what_is_not_there(root, command):
 
 
 def test_rm_while_another_process_writes(root, command, monkeypatch):
-    code = ('import time; from learnkit.files.store import Store\n'
-            'with Store("ckpts/digits").writing(): print("held", flush=True); time.sleep(60)')
-    other = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True)
+    code = ('import os, time; from learnkit.files.store import Store\n'
+            'with Store("ckpts/digits").writing(): print(os.getpid(), flush=True); time.sleep(60)')
+    other = subprocess.Popen([preloaded.python(), '-c', code], stdout=subprocess.PIPE, text=True)
     try:
-        assert other.stdout.readline() == 'held\n'
+        pid = other.stdout.readline().strip()
         acquire = Store.acquire
         monkeypatch.setattr(Store, 'acquire', lambda self, lock, wait: acquire(self, lock, 0.1))
-        assert str(other.pid) in command('rm digits 3 --yes', 1)
+        assert pid in command('rm digits 3 --yes', 1)
         assert ids() == [1, 2, 3, 'abc'] and command('tree digits')
     finally:
         other.kill()
@@ -253,16 +254,16 @@ def test_many_runs_are_not_all_listed(tmp_path, monkeypatch, command):
 
 # As a process
 
-def run(text, cwd, **env):
-    return subprocess.run([*PYTHON, *text.split()], cwd=cwd, env={**os.environ, **env},
-                          capture_output=True,
+def run(text, cwd, **env): # in a fresh process, as the encoding is that of its start
+    return subprocess.run([sys.executable, *MODULE, *text.split()], cwd=cwd,
+                          env={**os.environ, **env}, capture_output=True,
                           stdin=subprocess.DEVNULL, timeout=60)
 
 
 def start(text, cwd, **kwargs):
     pipes = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE,
              **kwargs}
-    return subprocess.Popen([*PYTHON, *text.split()], cwd=cwd, **pipes)
+    return subprocess.Popen([preloaded.python(), *MODULE, *text.split()], cwd=cwd, **pipes)
 
 
 def test_the_module_runs(root):

@@ -490,9 +490,10 @@ def trace(learn): # digest of all one can see
     plain = next(cb for cb in learn.cbs if isinstance(cb, Plain))
     names = ('phase', 'epoch', 'iter', 'n_iter', 'limit', 'updates', 'epochs_done', 'steps_done',
              'steps_skipped', 'batches_per_epoch',
-             'batches_per_update', 'sync_grads', 'levels', 'n_epoch', 'on_interrupt', '_call',
+             'batches_per_update', 'sync_grads', 'levels', 'n_epoch', 'on_interrupt',
              'time_is_up')
     seen = [learn.state_dict(), {name: getattr(learn, name) for name in names}, learn._initial,
+            learn._fit.outcome(),
             [m.training for m in learn.model.modules()],
             [p.requires_grad for p in learn.model.parameters()],
             [p.grad for p in learn.model.parameters()],

@@ -1,14 +1,15 @@
 "The fixture for tests of users"
 import os, time
 import pytest
-import ranks
+import preloaded, ranks
 from learnkit.files.durable import is_alive
 from learnkit.testing import two_processes
 
 
 def test_results_of_both(two_processes):
     one = ranks.worst()
-    assert two_processes(ranks.worst, 0) == [pytest.approx(one)] * 2
+    with preloaded.spawning(preloaded.python()):
+        assert two_processes(ranks.worst, 0) == [pytest.approx(one)] * 2
 
 
 def test_what_does_not_end_is_ended(two_processes, tmp_path):

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from learnkit import *
 from learnkit.training import track
-from learnkit.loop.learner import Saved
+from learnkit.loop.resume import Saved
 from learnkit.files.tree import tree_digest
 from learnkit.training.track import (
     SaveBest, EarlyStopping, ReduceLROnPlateau, StopOnNaN, AskToContinue)
@@ -806,7 +806,7 @@ def test_interrupted_in_a_validation_it_goes_on_with_the_same_bits():
     learn, _ = fit()
     assert learn.epochs_done == 5
     broken, states = fit(interrupt=True)
-    assert broken.epochs_done == 1 and states[-1].place == 'validate'
+    assert broken.epochs_done == 1 and states[-1].stage == 'validate'
     assert states[-1].state['callbacks']['EarlyStopping']['cut']
     again, _ = fit(states[-1])
     assert whole(again) == whole(learn)

@@ -167,7 +167,11 @@ def as_callbacks(cbs, # None, a Callback, a Callback class, or any nesting of it
 # %% ../../nbs/components/00_callback.ipynb #28e1bbf5
 class Callbacks(MutableSequence):
     "An editable list of callbacks that knows which methods answer an event, in order"
-    def __init__(self, cbs=None): # one, several or none; see `as_callbacks`
+    def __init__(self,
+                 cbs=None, # one, several or none; see `as_callbacks`
+                 inner=(), # callbacks of the learner's own, which are always there and not listed
+                ):
+        self.inner = {type(cb): cb for cb in inner}
         self._replace(as_callbacks(cbs))
 
     def __len__(self): return len(self.items)
@@ -196,8 +200,12 @@ class Callbacks(MutableSequence):
         if len(set(map(id, items))) < len(items):
             twice = next(cb for i, cb in enumerate(items) if any(cb is c for c in items[:i]))
             raise ValueError(f'{twice!r} is in the list already: it would hear each event twice')
-        self.items, self.bound = items, Bound(items)
+        self.items, self.bound = items, Bound([*items, *self.inner.values()])
         self.distributed = next((cb for cb in items if cb.distributes), None)
+
+    def is_inner(self, cb): # bool
+        "Whether it is one of the learner's own callbacks, which are not listed"
+        return self.inner.get(type(cb)) is cb
 
 # %% ../../nbs/components/00_callback.ipynb #cd2efd2d
 def one_callback(cb): # a Callback or a class that needs no arguments

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from fastcore.basics import patch
 from torch import nn
-from ..base.ranks import in_group, is_main, launched, rank
+from ..base.ranks import in_group, is_main, ranks_from_env, rank
 from ..base.randomness import rng_state, set_seed
 from ..base.batches import map_tensors, to_host
 from ..base.dtensors import any_dtensor, full_tensor, is_sharded, reshard
@@ -23,7 +23,9 @@ from ..data.loaders import EpochLoader, length
 from ..components.callback import Callback, PHASES
 from ..components.optim import opt_params
 from ..loop.progress import show_message
-from ..loop.learner import Collect, Learner, n_bytes
+from ..loop.learner import Learner
+from ..loop.predict import Collect
+from ..loop.state import live_state, n_bytes
 from ..training.lr_find import Cycled
 from ..training.steps import Repeated
 from .group import Ranks, broadcast_tensor, join_group
@@ -59,6 +61,7 @@ class Distributed(Callback):
         self._sharded = None  # a `ShardedModel`
         self._block_cbs = None  # of all fits in a `with` block: they may keep parts of a model
         self._undo, self._shares, self._loss_factor = [], {}, 1.
+        self.n_items_all = None  # samples of the training batch, on all processes
         self._loader_rng = LoaderRng()
 
     def settings(self): return None  # the numbers are the same on any number of processes
@@ -78,7 +81,7 @@ def join(self:Distributed): # Ranks; None for a single process
     "Join the other processes; the group of processes stays when this callback goes"
     if self._has_joined: return self.ranks
     self._has_joined = True
-    if not in_group() and launched()['size'] > 1: join_group()
+    if not in_group() and ranks_from_env()['size'] > 1: join_group()
     if in_group() and dist.get_world_size() > 1:
         self.ranks = Ranks(dist.new_group(backend='gloo'))
         self._watch = FailureWatch(self.ranks)
@@ -113,7 +116,7 @@ def shard(self:Distributed, learn):
 def unshard(self:Distributed, learn):
     "Give the model its own parameters back; one that is too large stays as it is"
     if self._sharded is None: return
-    if (size := n_bytes(learn._state())) > self.gather_up_to:
+    if (size := n_bytes(live_state(learn))) > self.gather_up_to:
         return show_message(learn, f'the model stays in parts: its state has {size / 2**30:.1f} '
                                    'GiB, more than gather_up_to')
     reshard(learn.model)
@@ -191,7 +194,7 @@ def before_batch(self:Distributed, learn):
     if not learn.training: return
     here, all_together = learn.dl.batch_weights(learn.iter)
     if not here: learn.n_items = 0
-    learn.n_items_all = all_together
+    self.n_items_all = all_together
     self._loss_factor = self.ranks.size * here / all_together
 
 @patch

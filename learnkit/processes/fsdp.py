@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed import _composable_state
 from ..base.batches import map_tensors
 from ..base.dtensors import (
-    FSDP_MARKS, distribute_like, full_tensor, is_dtensor, is_from_fsdp, plain_class, reshard)
+    FSDP_ATTRIBUTES, distribute_like, full_tensor, is_dtensor, is_fsdp_hook, unsharded_class, reshard)
 from .group import broadcast_tensor
 
 # %% ../../nbs/processes/06_fsdp.ipynb #0d515250
@@ -45,7 +45,7 @@ def init_meta_params(model, device):
         if not slots: continue
         if not hasattr(module, 'reset_parameters'):
             raise ValueError(f'{name or "the model"} is on the meta device, and '
-                             f'{plain_class(module).__name__} has no method reset_parameters that '
+                             f'{unsharded_class(module).__name__} has no method reset_parameters that '
                              'would make its weights')
         init_module(module, slots, device)
 
@@ -137,12 +137,12 @@ def full_like(t, param): # tensor
 
 def forget_fsdp(module):
     "Take away what `fully_shard` has added to a module; torch itself has no way back"
-    module.__class__ = plain_class(module)
+    module.__class__ = unsharded_class(module)
     _composable_state._module_state_mapping.pop(module, None)
     for name, held in list(vars(module).items()):
-        if name in FSDP_MARKS: delattr(module, name)
+        if name in FSDP_ATTRIBUTES: delattr(module, name)
         elif isinstance(held, dict) and 'hooks' in name:
-            for key in [key for key, hook in held.items() if is_from_fsdp(hook)]: del held[key]
+            for key in [key for key, hook in held.items() if is_fsdp_hook(hook)]: del held[key]
         elif name.startswith('__composable_api'):
             for key in list(held):
                 if getattr(key, '__name__', key) == 'fully_shard': del held[key]

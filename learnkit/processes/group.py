@@ -10,7 +10,7 @@ import atexit, math, os, re
 import torch
 import torch.distributed as dist
 from torch import nn
-from ..base.ranks import in_group, launched
+from ..base.ranks import in_group, ranks_from_env
 from ..base.devices import default_device
 from ..base.dtensors import is_dtensor
 from ..files.tree import from_bytes, to_bytes
@@ -31,7 +31,7 @@ def slurm_address(environ) -> dict:
 # %% ../../nbs/processes/01_group.ipynb #c34fa6ae
 def join_group():
     "Join the processes that a launcher has started"
-    info = launched()
+    info = ranks_from_env()
     os.environ.update(slurm_address(os.environ))
     has_accelerator = torch.accelerator.is_available()
     if has_accelerator: torch.accelerator.set_device_index(default_device().index)

@@ -10,7 +10,7 @@ import atexit, logging, multiprocessing, signal, sys, threading
 from contextlib import contextmanager
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
-from ..base.ranks import in_group, launched
+from ..base.ranks import in_group, ranks_from_env
 
 # %% ../../nbs/processes/00_launch.ipynb #cfece69d
 def is_importable(fn) -> bool:
@@ -129,7 +129,7 @@ def launch(fn, # called in each process
     n = default_n_processes() if n is None else n
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise ValueError(f'launch(n={n!r}): must be a whole number, at least 1')
-    if launched()['size'] > 1:
+    if ranks_from_env()['size'] > 1:
         raise RuntimeError('launch called in a process that was launched itself')
     if n == 1: return [fn(*args)]
     from torch.distributed.elastic.multiprocessing.api import SignalException

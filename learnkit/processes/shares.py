@@ -9,7 +9,7 @@ __all__ = []
 import copy, itertools
 import torch
 from torch.utils.data import DataLoader, IterableDataset
-from ..base.batches import Gather, batch_size, to_device
+from ..base.batches import BatchBuffer, batch_size, to_device
 from ..base.randomness import (
     generator_state, rng_state, set_generator_state, set_rng_state)
 from ..data.order import Share
@@ -157,7 +157,7 @@ class LockstepLoader:
             if self.share_loader.batch_weights(number)[0]: yield batch
             else:
                 learn.batch = to_device(batch, learn.device)
-                learn._step('get_pred')
+                learn._run_step('get_pred')
 
 # %% ../../nbs/processes/04_shares.ipynb #03d7a79e
 def batch_numbers(dl, n:int) -> list:
@@ -166,12 +166,12 @@ def batch_numbers(dl, n:int) -> list:
     if not isinstance(dl, EpochLoader): return list(range(n))
     return [i for i in range(len(dl)) if dl.batch_weights(i)[0]][:n]
 
-def gather_batches(ranks, numbers:list, batches:dict) -> dict: # kind -> `Gather`
+def gather_batches(ranks, numbers:list, batches:dict) -> dict: # kind -> `BatchBuffer`
     "Lists of batches of all processes, of several kinds, put together in the order of the numbers"
     found = ranks.gather({'numbers': numbers, 'batches': batches})
     order = sorted((number, rank, i) for rank, here in enumerate(found)
                    for i, number in enumerate(here['numbers']))
-    gathered = {kind: Gather() for kind in batches}
+    gathered = {kind: BatchBuffer() for kind in batches}
     for kind, together in gathered.items():
         for _, rank, i in order:
             if found[rank]['batches'][kind]: together.add(found[rank]['batches'][kind][i])

@@ -101,7 +101,7 @@ def after_backward(self:GradientAccumulation, learn):
 def before_step(self:GradientAccumulation, learn):
     if not self.completes: raise CancelStep
     if self.total == 0:  # there was no sample
-        learn._step('zero_grad')
+        learn._run_step('zero_grad')
         raise CancelStep
     if self.total != self.first:
         for grads, in split_by_dtensor(gradients(learn.opt)): torch._foreach_mul_(grads, self.first / self.total)
@@ -125,12 +125,12 @@ def after_train(self:GradientAccumulation, learn):
 
 @patch
 def cleanup_train(self:GradientAccumulation, learn):
-    if self.count: learn._step('zero_grad')
+    if self.count: learn._run_step('zero_grad')
     self._forget()
 
 @patch
 def cleanup_fit(self:GradientAccumulation, learn):
-    learn._step('zero_grad')
+    learn._run_step('zero_grad')
     self._forget()
     learn.sync_grads = True
     sync_model(learn.model, True)
@@ -266,7 +266,7 @@ class Average(Callback):
         live = held(self._slots)
         self._raw, self._depth = {name: t.clone() for name, t in live.items()}, len(learn.levels)
         put(self.average, live)
-        if learn.ranks: learn._cbs.distributed.broadcast_buffers(learn)  # each process has averaged its own
+        if learn.ranks: learn.cbs.distributed.broadcast_buffers(learn)  # each process has averaged its own
 
     def cleanup_validate(self, learn):
         if self._raw is None or len(learn.levels) != self._depth: return

@@ -18,6 +18,8 @@ from ..components.callback import Callback
 from ..components.optim import set_hyper
 from ..loop.recorder import RunningMean, detached, plot_axes
 from ..loop.learner import Learner
+from ..loop.interrupts import interruptible
+from ..loop.loop import has_updates
 
 # %% ../../nbs/training/01_lr_find.ipynb #7a1171c1
 def steep(lrs, losses): # float
@@ -168,8 +170,7 @@ def lr_find(self:Learner,
     check_sweep(self, start_lr, end_lr, num_it, suggest)
     rates = start_lr * (end_lr / start_lr) ** (np.arange(num_it) / (num_it - 1))
     sweep = RateSweep(rates, stop_div)
-    with self._interruptible(), untouched(self.dls.train) as dl, self.no_trace():
-        self._stop_at = self._max_time = None
+    with interruptible(self), untouched(self.dls.train) as dl, self.no_trace():
         self.add_cb(sweep)
         with self._pass('lr_find', Cycled(dl, num_it, self.epochs_done)):
             self._level('lr_find', self._all_batches)
@@ -182,7 +183,7 @@ def check_sweep(learn, start_lr, end_lr, num_it, suggest):
     if learn.dls.train is None: raise ValueError('there is no training data: dls.train is None')
     if learn.opt is None:
         raise ValueError('lr_find needs an optimizer; this model has no parameters')
-    if not learn._updates_something(): raise ValueError('lr_find: no parameter is trainable')
+    if not has_updates(learn): raise ValueError('lr_find: no parameter is trainable')
     if not 0 < start_lr < end_lr < math.inf:
         raise ValueError(f'lr_find(start_lr={start_lr}, end_lr={end_lr}): '
                          'needs 0 < start_lr < end_lr, finite')

@@ -12,7 +12,7 @@ from fastcore.basics import patch
 from ..base.batches import map_tensors
 from ..base.dtensors import split_by_dtensor
 from ..components.callback import Callback, CancelStep, PHASES
-from ..components.optim import opt_params
+from ..components.optim import needs_closure, opt_params
 from ..loop.learner import Learner
 
 # %% ../../nbs/training/03_precision.ipynb #a24eb2c3
@@ -54,7 +54,7 @@ def check_optimizer(learn:Learner,
                    ):
     "Raise ValueError unless the optimizer steps on the gradients it finds"
     if learn.opt is None and needed: raise ValueError(f'{cb}: this learner has no optimizer')
-    if learn._closure:
+    if learn.opt and needs_closure(learn.opt):
         raise ValueError(f'{cb} does not work with {type(learn.opt).__name__}, which computes the '
                          'loss and its gradients anew in each step: use another optimizer')
 
@@ -157,7 +157,7 @@ def before_step(self:MixedPrecision, learn):
     if self._unscaled: return
     if after < SMALLEST_SCALE: self._reach_bottom(learn)
     learn.steps_skipped += 1
-    learn._step('zero_grad')
+    learn._run_step('zero_grad')
     raise CancelStep
 
 @patch

@@ -19,6 +19,7 @@ from ..base.methods import structural
 from ..components.callback import Callback, as_callbacks, plain_setting
 from ..components.optim import get_hyper, n_layers, set_hyper, set_lr, spread_lr
 from ..loop.learner import Learner
+from ..loop.resume import read_saved
 
 # %% ../../nbs/training/00_schedule.ipynb #fa15fe98
 def sched_const(value): # function of position
@@ -274,12 +275,12 @@ def fine_tune(self:Learner,
     if not isinstance(base_lr, Real) or 'lr' in kwargs or 'lr_max' in kwargs:
         raise TypeError('fine_tune takes base_lr, the rate of the head, as one number, and makes '
                         'the others')
-    learns, still = [(p, p.requires_grad) for p in self.model.parameters()], self._still
+    learns, still = [(p, p.requires_grad) for p in self.model.parameters()], self.frozen_stats
     self.freeze(train_bn)
     try: ended, resume = self._tune_head(freeze_epochs, base_lr, cbs, resume, kwargs)
     except BaseException:  # a body that stays frozen unnoticed would spoil what follows
         for param, was in learns: param.requires_grad_(was)
-        self._still = still
+        self.frozen_stats = still
         raise
     if not ended:
         return warnings.warn('fine_tune ended before its second fit, and the body is still frozen: '
@@ -304,7 +305,7 @@ def has_gone_on(learn:Learner, cbs,
                ): # bool
     "Whether what was saved is of the second of two fits; the first then counts as done"
     if resume is None: return False
-    with learn.added_cbs(cbs): saved = learn._read_saved(resume)
+    with learn.added_cbs(cbs): saved = read_saved(learn, resume)
     first = learn.recorder.run + 1
     if saved is None or saved.fit is None or saved.fit['call']['run'] != first + 1: return False
     learn.recorder.run, learn.steps_done = first, saved.fit['call']['begun']  # as after the first

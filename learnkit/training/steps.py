@@ -23,6 +23,9 @@ from ..components.optim import set_lr
 from ..loop.recorder import Recorder, detached, plot_axes
 from ..loop.progress import Progress
 from ..loop.learner import Learner
+from ..loop.interrupts import interruptible
+from ..loop.loop import has_updates
+from ..loop.predict import measure
 
 # %% ../../nbs/training/05_steps.ipynb #c6fc6751
 class StageFuncs(Callback):
@@ -153,10 +156,8 @@ class ValidateEvery(Callback):
 
     def evaluate(self, learn):
         "Validate now, and tell the others"
-        learn._abandonable = True  # it can be made up for later
-        try:
-            with learn.no_logging(): found = learn.validate()
-        finally: learn._abandonable = False
+        with learn.no_logging():  # it can be made up for later
+            found = measure(learn, 'valid', learn.dls.valid, interruptible_in_fit=True)
         measured = {name: value for name, value in found.items() if name in learn.recorder.results}
         tracked = {f'valid_{name}': value for name, value in found.items() if name not in measured}
         learn.recorder.evals.append({
@@ -168,7 +169,7 @@ class ValidateEvery(Callback):
 # %% ../../nbs/training/05_steps.ipynb #816ec086
 def ends_pass(learn): # bool
     "Whether this batch is the last of its pass, as far as is known"
-    return learn.iter + 1 in (learn.n_iter, learn.limit) or learn._enough()
+    return learn.iter + 1 in (learn.n_iter, learn.limit) or learn._fit.is_over
 
 # %% ../../nbs/training/05_steps.ipynb #67226ba6
 def check_count(who:str, # to be named in the error
@@ -232,7 +233,7 @@ def dry_run(self:Learner,
     "Try a short epoch with everything that belongs to a fit, and leave no trace"
     check_trial(self, 'dry_run')
     check_count('dry_run', 'steps', steps)
-    with (self._interruptible(), untouched(self.dls.train) as train,
+    with (interruptible(self), untouched(self.dls.train) as train,
           untouched(self.dls.valid) as valid,
           self.added_cbs(cbs), self.no_trace(), kept_attributes(self.cbs)):
         self.recorder, self.on_interrupt = Recorder(), 'raise'
@@ -419,12 +420,11 @@ def overfit(self:Learner,
     "Train on the same few batches, to see whether the model can learn, and leave no trace"
     check_trial(self, 'overfit')
     for name, n in (('batches', batches), ('n_steps', n_steps)): check_count('overfit', name, n)
-    if not self._updates_something(): raise ValueError('overfit: no parameter is trainable')
+    if not has_updates(self): raise ValueError('overfit: no parameter is trainable')
     losses = StepLosses()
-    with self._interruptible(), untouched(self.dls.train) as dl, self.no_trace():
+    with interruptible(self), untouched(self.dls.train) as dl, self.no_trace():
         set_epoch(dl, self.epochs_done)
         few = Repeated(itertools.islice(dl, batches), n_steps)
-        self._stop_at = self._max_time = None
         self.cbs[:] = [*(cb for cb in inner_cbs(self.cbs) if not isinstance(cb, Mix)), losses]
         if lr is None and not any(cb.owns_lr for cb in self.cbs): lr = self.lr
         if self.opt and lr is not None: set_lr(self.opt, lr)

@@ -23,9 +23,10 @@ from ..components.optim import (
     check_opt_state, get_hyper, load_opt_state, opt_state, set_hyper)
 from ..loop.recorder import detached
 from ..loop.progress import show_message
-from ..loop.learner import (
-    check_loss_state, check_model_state, load_model_state, loss_state, model_state)
+from ..loop.state import check_loss_state, check_model_state, load_model_state, loss_state, model_state
 from .schedule import ParamScheduler, torch_schedulers
+from ..loop.saving import save_path
+from ..loop.resume import is_saved
 
 # %% ../../nbs/training/02_track.ipynb #591febb4
 def known_monitors(learn): # dict: column of the history -> True (higher is better), False, or None
@@ -287,10 +288,10 @@ class SaveBest(Tracker):
 def check_place(saver, learn):
     "Raise ValueError when two callbacks write to one file"
     if saver.path is None: return
-    file = learn._file(saver.path)
+    file = save_path(learn, saver.path)
     others = [cb for cb in learn.cbs if isinstance(cb, SaveBest) and cb is not saver]
     for cb in others:
-        if cb.path is not None and learn._file(cb.path) == file:
+        if cb.path is not None and save_path(learn, cb.path) == file:
             raise ValueError(f'{saver.short} and {cb.short} would both write to {file}: '
                              'give each a path of its own')
 
@@ -299,7 +300,7 @@ def check_place(saver, learn):
 def take(self:SaveBest, learn, row):
     "Look at a row that holds the monitor"
     # What winds up a fit whose time is up is not in its saves, and its file must agree with them
-    if self.path is not None and learn.time_is_up and learn._is_saved(): return
+    if self.path is not None and learn.time_is_up and is_saved(learn): return
     Tracker.take(self, learn, row)
 
 # %% ../../nbs/training/02_track.ipynb #21563ec0
@@ -312,7 +313,7 @@ def look(self:SaveBest, learn, row, better):
     if self.path is None: tree = map_tensors(lambda t: t.detach().to('cpu', copy=True), tree)
     else:
         place, tree = str(self.path), map_tensors(full_tensor, tree)
-        if is_main(): write_best(learn._file(place), mark, tree)
+        if is_main(): write_best(save_path(learn, place), mark, tree)
         tree = None
     vars(self).update(mark, place=place, snapshot=tree)
 
@@ -353,7 +354,7 @@ def load_best(self:SaveBest,
               learn, # the learner
              ):
     "Bring the best model back: weights, buffers, optimizer state of each parameter, averages"
-    file = None if self.path is None else learn._file(self.path)
+    file = None if self.path is None else save_path(learn, self.path)
     if self.best is None and (file is None or not file.exists()):
         raise ValueError(f'{self.short}: there is no best model yet')
     tree = self.snapshot
@@ -361,7 +362,7 @@ def load_best(self:SaveBest,
     elif tree is None:
         names = ('monitor', 'best', 'best_run', 'best_epoch', 'best_step')
         mark = {name: getattr(self, name) for name in names}
-        with rank0_first(): tree = read_best(learn._file(self.place), mark)  # rank 0 has written it
+        with rank0_first(): tree = read_best(save_path(learn, self.place), mark)  # rank 0 has written it
     put_snapshot(learn, tree)
 
 # %% ../../nbs/training/02_track.ipynb #e5ada2ec
@@ -541,4 +542,4 @@ def agreed(ask, prompt:str): # bool
 
 def is_last_epoch(learn): # bool
     "Whether the fit ends after this epoch anyway"
-    return learn._enough() or learn.n_epoch is not None and learn.epoch + 1 >= learn.n_epoch
+    return learn._fit.is_over or learn.n_epoch is not None and learn.epoch + 1 >= learn.n_epoch

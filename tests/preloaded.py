@@ -1,0 +1,219 @@
+"""A python in which torch and learnkit are already imported, for tests that start processes
+
+A fresh process computes three seconds for its imports. `python()` names a command that takes the
+arguments of python and needs some milliseconds: one process has imported everything, and what is
+started is a copy of it. A copy has its own session, directory, environment, open files, arguments
+and main module, ends as python does, and so do its own processes, which are copies as well.
+
+Two things differ from a fresh process: what python and torch read when they start (PYTHONHASHSEED,
+OMP_NUM_THREADS, options of python) is that of the tests, and with it the hashes of strings, which
+are alike in all copies. What depends on these is to be tested with `sys.executable`."""
+import atexit, gc, importlib, json, multiprocessing.spawn, os, selectors, shlex, signal, socket
+import subprocess, sys, tempfile, threading, time, types
+from contextlib import contextmanager, suppress
+from functools import partial
+from multiprocessing import resource_tracker
+from pathlib import Path
+
+VARIABLE = 'LEARNKIT_TESTS_PYTHON'
+MODULES = ('ranks', 'learnkit.cli', 'learnkit.testing', 'nbdev.test', 'sklearn.datasets',
+           'sklearn.metrics', 'torchmetrics', 'mlxtend.data', 'matplotlib.pyplot',
+           'matplotlib_inline.backend_inline', 'torch._dynamo', 'torch.distributed.checkpoint',
+           'torch.distributed.fsdp', 'torch.distributed.launcher.api')
+LARGEST = 2**18  # bytes of a request
+SECONDS = 600  # no copy may run for longer
+
+
+def python(): return os.environ.get(VARIABLE, sys.executable) # a command
+
+
+@contextmanager
+def serving():
+    "Let `python()` start copies, here and in all processes that are started from here"
+    if sys.platform != 'linux': yield  # it starts fresh processes
+    else:
+        with tempfile.TemporaryDirectory() as folder, listening(folder) as listener:
+            server = subprocess.Popen([sys.executable, __file__, str(listener.fileno()), folder],
+                                      stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                                      pass_fds=[listener.fileno()])
+            os.environ[VARIABLE] = write_command(folder)
+            try: yield
+            finally:
+                del os.environ[VARIABLE]
+                server.communicate()  # without its standard input it ends, and with it all copies
+
+
+def listening(folder): # socket
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(f'{folder}/socket')
+    listener.listen(64)
+    return listener
+
+
+def write_command(folder): # str
+    path = Path(folder, 'python')
+    client = Path(__file__).with_name('preloaded_python.py')
+    command = shlex.join([sys.executable, '-ISB', str(client), folder])
+    path.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+@contextmanager
+def spawning(command):
+    "Have multiprocessing's method 'spawn' start processes by a command other than this python"
+    resource_tracker.ensure_running()  # a fresh process, as it outlives all others
+    before = os.fsdecode(multiprocessing.spawn.get_executable())
+    multiprocessing.set_executable(command)
+    try: yield
+    finally: multiprocessing.set_executable(before)
+
+
+class Server:
+    "Copies this process for whoever asks, until the process that has started this one is gone"
+    def __init__(self, listener, starter):
+        self.selector, self.copies = selectors.DefaultSelector(), {}  # pid: when it began
+        self.watch(listener, self.begin)
+        self.watch(starter, self.end)
+
+    def watch(self, file, reaction): self.selector.register(file, selectors.EVENT_READ, reaction)
+
+    def serve(self): # (request, files), in a copy
+        while True:
+            for key, _ in self.selector.select(timeout=10):
+                if key.fileobj not in self.selector.get_map(): continue  # its copy has just ended
+                request = key.data(key.fileobj)
+                if request: return request
+            for pid, begun in self.copies.items():
+                if time.monotonic() - begun > SECONDS: kill(pid)
+
+    def begin(self, listener):
+        asker, _ = listener.accept()
+        request, files, _, _ = socket.recv_fds(asker, LARGEST, 250)
+        if not request: return asker.close()  # gone before it could say what
+        pid = os.fork()
+        if pid == 0: return json.loads(request), files
+        for file in files: os.close(file)
+        self.copies[pid] = time.monotonic()
+        self.watch(asker, partial(self.signal, pid))
+        self.watch(os.pidfd_open(pid), partial(self.ended, pid, asker))
+
+    def signal(self, pid, asker):
+        "Pass on a signal; SIGKILL cannot be told, but then the one who asks is gone"
+        try: message = asker.recv(8)
+        except ConnectionError: message = b''
+        if message: os.kill(pid, int(message))
+        else:
+            kill(pid)
+            self.selector.unregister(asker)
+
+    def ended(self, pid, asker, file):
+        kill(pid)  # what it has started and left
+        _, status = os.waitpid(pid, 0)
+        del self.copies[pid]
+        self.selector.unregister(file)
+        os.close(file)
+        with suppress(KeyError): self.selector.unregister(asker)
+        with suppress(ConnectionError): asker.send(str(os.waitstatus_to_exitcode(status)).encode())
+        asker.close()
+
+    def end(self, _):
+        for pid in self.copies: kill(pid)
+        os._exit(0)
+
+
+def is_asked(listener, starter): # bool, as soon as somebody asks, or has gone without asking
+    with selectors.DefaultSelector() as selector:
+        for file in (listener, starter): selector.register(file, selectors.EVENT_READ)
+        return listener in [key.fileobj for key, _ in selector.select()]
+
+
+def kill(pid):
+    "End a copy and all of its session"
+    for end in (os.killpg, os.kill):  # at its very beginning it has no session yet
+        with suppress(ProcessLookupError): end(pid, signal.SIGKILL)
+
+
+def import_all():
+    for name in MODULES: importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # a collection in a copy would write to all pages, and so copy them
+    threads = len(os.listdir('/proc/self/task'))
+    assert threads == 1, f'{threads} threads run here; a copy has one of them'
+
+
+# In a copy
+
+def become(request, files): # list of arguments
+    "Be as a fresh process"
+    import numpy, torch
+    os.setsid()
+    place_files(files, request['numbers'])
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.clear()
+    os.environ.update(request['env'])
+    os.chdir(request['cwd'])
+    numpy.random.seed()  # anew, as `random` does by itself
+    torch.default_generator.seed()
+    return request['args']
+
+
+def place_files(files, numbers):
+    "Have these open files, and no others, at these numbers"
+    free = max(*files, *numbers) + 1
+    for i, file in enumerate(files): os.dup2(file, free + i)
+    for i, number in enumerate(numbers): os.dup2(free + i, number)
+    keep = sorted(numbers)
+    for low, high in zip(keep, [*keep[1:], os.sysconf('SC_OPEN_MAX')]): os.closerange(low + 1, high)
+
+
+def run_as_main(args):
+    "What python does with its arguments"
+    while args[0][0] == '-' and args[0] not in ('-c', '-m'):  # options of python
+        args = args[2 if args[0] == '-X' else 1:]
+    sys.modules['__main__'] = main = types.ModuleType('__main__')
+    if args[0] == '-m': run_module(args[1:])
+    elif args[0] == '-c': run_code(main, args[1], '<string>', [args[0], *args[2:]], '')
+    else:
+        main.__file__ = args[0]
+        run_code(main, Path(args[0]).read_text(), args[0], args, str(Path(args[0]).parent))
+
+
+def run_module(args):
+    import runpy
+    sys.argv, sys.path[0] = args, os.getcwd()
+    if not hasattr(sys.modules.get(args[0]), '__path__'): sys.modules.pop(args[0], None)  # run anew
+    runpy.run_module(args[0], run_name='__main__', alter_sys=True)
+
+
+def run_code(main, code, name, argv, folder):
+    sys.argv, sys.path[0] = argv, folder
+    exec(compile(code, name, 'exec'), vars(main))
+
+
+def end_quickly():
+    "All that python does at the end, but for taking objects apart, which takes a third of a second"
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for file in (sys.stdout, sys.stderr): file.flush()
+    os._exit(0)
+
+
+def main(listener, folder):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    listener = socket.socket(fileno=int(listener))
+    if not is_asked(listener, sys.stdin): return
+    import_all()
+    sys.executable = f'{folder}/python'
+    multiprocessing.set_executable(sys.executable)
+    request, files = Server(listener, sys.stdin).serve()
+    listener.close()
+    gc.collect()  # closes the server's files as long as their numbers mean no others
+    args = become(request, files)
+    try: run_as_main(args)
+    except SystemExit as end:
+        if end.code: raise
+    end_quickly()
+
+
+if __name__ == '__main__': main(*sys.argv[1:])
