@@ -104,21 +104,22 @@ def shard(self:ShardedModel, ranks, device, opt=None,
     options = {'mesh': init_device_mesh(device.type, (ranks.size,)), **options}
     for module in (*(blocks or outermost_blocks)(model), model): fully_shard(module, **options)
     init_meta_params(model, device)
-    parts = params_by_name(model)
-    if opt: swap_params(opt, self.params, parts, lambda t, p: distribute_like(t.contiguous(), p))
+    sharded = params_by_name(model)
+    if opt:
+        swap_params(opt, self.params, sharded, lambda t, p: distribute_like(t.contiguous(), p))
     for name, param in self.params.items():
-        if param is not parts[name]: param.data = param.data.new_empty(0)  # frees its memory
+        if param is not sharded[name]: param.data = param.data.new_empty(0)  # frees its memory
 
 @patch
 def unshard(self:ShardedModel, opt=None):
     "Give the model its own parameters back, with the values that they have now"
-    model, parts = self.model, params_by_name(self.model)
+    model, sharded = self.model, params_by_name(self.model)
     reshard(model)
     for name, param in self.params.items():
-        param.data = with_strides(full_tensor(parts[name]), self.strides[name])
+        param.data = with_strides(full_tensor(sharded[name]), self.strides[name])
         param.grad = None
-        param.requires_grad_(parts[name].requires_grad)
-    if opt: swap_params(opt, parts, self.params, full_like)
+        param.requires_grad_(sharded[name].requires_grad)
+    if opt: swap_params(opt, sharded, self.params, full_like)
     for name, param in self.params.items():
         path, _, key = name.rpartition('.')
         model.get_submodule(path)._parameters[key] = param
