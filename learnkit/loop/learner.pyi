@@ -229,7 +229,7 @@ class Learner(Loop):
             with_input: also the inputs
 
         Returns:
-            (preds, targs[, losses][, inputs]), tensors on the host, (samples, ...) each
+            preds, targs[, losses][, inputs] on the host, (samples, ...) each
         """
     @pure
     def predict(self, x: Any) -> Any:

@@ -387,7 +387,8 @@ def autosaving(learn,
             raise ValueError(f'fit(resume={resume!r}): inside of saving_to each fit goes on by '
                              'itself; leave resume out')
         folder = path/str(next(numbers))
-        return [*as_callbacks(cbs), SaveState(folder, every)], folder if list_saves(folder) else None
+        cbs = [*as_callbacks(cbs), SaveState(folder, every)]
+        return cbs, folder if list_saves(folder) else None
     before = point.autosave, learn.on_interrupt
     point.autosave, learn.on_interrupt = autosave, 'raise'
     try: yield learn
