@@ -34,14 +34,16 @@ from learnkit.fingerprint.differences import differences
 from learnkit.fingerprint.functions import call_arguments, given_arguments
 from learnkit.fingerprint.values import Fingerprint, UnfingerprintableError, fingerprint
 from learnkit.fingerprint.words import as_text
-from learnkit.training.gradients import EMA, GradientAccumulation, GradientClip
+from learnkit.training.averaging import EMA
+from learnkit.training.gradients import GradientAccumulation, GradientClip
 from learnkit.components.metrics import (
     accuracy, error_rate, metric, rmse, sklearn_metric, top_k_accuracy)
 from learnkit.training.precision import MixedPrecision
 from learnkit.loop.progress import Progress
-from learnkit.training.schedule import TorchScheduler
+from learnkit.training.torch_schedulers import TorchScheduler
 from learnkit.files.tree import tree_digest
-from learnkit.training.track import EarlyStopping, SaveBest
+from learnkit.training.save_best import SaveBest
+from learnkit.training.stopping import EarlyStopping
 
 module = sys.modules['learnkit.fingerprint.tensors']
 

@@ -39,8 +39,8 @@ from ..loop.learner import Learner
 from ..loop.saving import localized, save_path
 from ..loop.state import check_loss_state, check_model_state, load_model_state
 from ..loop.resume import as_period
-from ..training.schedule import torch_schedulers
-from ..training.track import SaveBest
+from ..training.torch_schedulers import torch_schedulers
+from ..training.save_best import SaveBest
 from ..loop.position import FitState
 
 # %% ../../nbs/checkpoints/00_checkpointed.ipynb #766a5848

@@ -28,8 +28,8 @@ from ..components.optim import needs_closure, opt_params
 from ..loop.progress import show_message
 from ..loop.learner import Learner
 from ..loop.predict import Collect
-from ..training.lr_find import Cycled
-from ..training.steps import Repeated
+from ..training.lr_find import CycledBatches
+from ..training.trials import RepeatedBatches
 from .group import Ranks, begin_group
 from .shares import JointLoader, OwnLoader, is_spread, numbers, shared_loader
 
@@ -95,12 +95,12 @@ class Distributed(Callback):
 @patch
 def begin_pass(self:Distributed, learn, pad:bool):
     "Let the pass that begins read this process's part of its loader"
-    dl = learn.dl.dl if isinstance(learn.dl, Cycled) else learn.dl
+    dl = learn.dl.dl if isinstance(learn.dl, CycledBatches) else learn.dl
     part = self.share(learn, dl, pad)
     if isinstance(dl, EpochLoader): part.set_epoch(dl.epoch)
     if isinstance(part, OwnLoader): part.begin()
     drawn = not isinstance(dl, (EpochLoader, list, tuple))
-    if isinstance(learn.dl, Cycled):
+    if isinstance(learn.dl, CycledBatches):
         learn.dl.dl = part
         if drawn: learn.dl.begin = lambda: self.same_order(dl)
         return
@@ -114,7 +114,7 @@ def share(self:Distributed, learn, dl, pad:bool): # loader
     if known is not None: return known[1]
     share = Share(self.ranks.rank, self.ranks.size, pad)
     part = OwnLoader(dl, share, self.ranks) if is_spread(dl) else shared_loader(dl, share)
-    if learn.training and not isinstance(dl, (EpochLoader, Repeated)) and not self._told:
+    if learn.training and not isinstance(dl, (EpochLoader, RepeatedBatches)) and not self._told:
         self._told = True
         show_message(learn, f'{type(dl).__name__}: each of {self.ranks.size} processes reads batches of its own, so '
                    f'an update sees {self.ranks.size} of them')

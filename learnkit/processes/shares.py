@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from ..base.batches import batch_size, to_device
 from ..data.order import Share
 from ..data.loaders import EpochLoader, length, loader_parts
-from ..training.steps import Repeated
+from ..training.trials import RepeatedBatches
 
 # %% ../../nbs/processes/01_shares.ipynb #b8dd499d
 class EveryNth:
@@ -93,7 +93,7 @@ def is_spread(dl): # bool
 def shared_loader(dl, share:Share): # loader
     "The part of a loader that one process takes"
     if isinstance(dl, EpochLoader): return dl.shared(share)
-    if isinstance(dl, Repeated): return Alike(dl, share)
+    if isinstance(dl, RepeatedBatches): return Alike(dl, share)
     by_index = isinstance(dl, DataLoader) and not isinstance(dl.dataset, IterableDataset)
     if not by_index or dl.batch_sampler is None: return SharedLoader(dl, share)
     twin, batches = copy.copy(dl), SharedBatches(dl.batch_sampler, share)
