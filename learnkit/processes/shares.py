@@ -14,7 +14,7 @@ from ..base.randomness import (
     generator_state, rng_state, set_generator_state, set_rng_state)
 from ..data.order import Share
 from ..data.loaders import EpochLoader, generators, length, loader_parts
-from ..training.steps import Repeated
+from ..training.trials import RepeatedBatches
 
 # %% ../../nbs/processes/04_shares.ipynb #b8dd499d
 class EveryNth:
@@ -121,7 +121,7 @@ def shared_loader(dl, share:Share, ranks=None): # loader
     "The share of a loader that one process reads"
     if has_distributed_sampler(dl): return DistributedSamplerLoader(dl, share, ranks)
     if isinstance(dl, EpochLoader): return dl.shared(share)
-    if isinstance(dl, Repeated): return SameBatches(dl, share)
+    if isinstance(dl, RepeatedBatches): return SameBatches(dl, share)
     by_index = isinstance(dl, DataLoader) and not isinstance(dl.dataset, IterableDataset)
     if by_index and dl.batch_sampler is not None: return every_nth_fetched(dl, share)
     return EveryNthLoader(dl, share)
