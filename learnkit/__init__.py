@@ -149,7 +149,7 @@ from .processes import shares as _shares
 from .processes import ddp as _ddp
 from .processes import fsdp as _fsdp
 from .processes.distributed import (
-    check_strategy, Distributed,
+    Distributed,
 )
 from .checkpoints import results as _results
 from .checkpoints.record import (
@@ -195,6 +195,6 @@ __all__ = [
     'SaveBest', 'AskToContinue', 'EarlyStopping', 'StopOnNaN', 'ReduceLROnPlateau',
     'MixedPrecision', 'GradientAccumulation', 'GradientClip', 'EMA', 'SWA', 'ShortEpoch',
     'StageFuncs', 'ValidateEvery', 'CutMix', 'MixUp', 'OverfitResult', 'ChannelsLast', 'launch',
-    'Ranks', 'check_strategy', 'Distributed', 'StaleCheckpoint', 'Checkpointed',
-    'CheckpointedLearner', 'checkpoints_table', 'tree_text', 'plot_tree', 'explain_text',
+    'Ranks', 'Distributed', 'StaleCheckpoint', 'Checkpointed', 'CheckpointedLearner',
+    'checkpoints_table', 'tree_text', 'plot_tree', 'explain_text',
 ]
