@@ -347,8 +347,8 @@ def load_state(self:Block, tree, saved):
     ledger, host = self.ledger, self.ledger.host
     ledger.known_digests = KnownDigests()  # lets go of what was there before
     with host.unguarded(): host.restore(joined(tree['state']), tree['beside'])
-    parts = by_part(host.state()).items()
-    fixed = {part: value for part, value in parts if part not in host.may_drift}
+    live = by_part(host.state())
+    fixed = {part: value for part, value in live.items() if part not in host.may_drift}
     ledger.known_digests = KnownDigests(fixed, saved.state)
 
 # %% ../../nbs/checkpoints/08_block.ipynb #b1d751b1
