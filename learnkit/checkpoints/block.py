@@ -116,7 +116,7 @@ def record_start(self:Block, digests):
     "Record where the checkpoint begins; its state is stored unless it is its parent's end"
     ledger, node, parent = self.ledger, self.node, self.node.parent_position
     is_new = parent is None or parent.call == 'best' or self.has_left(
-        state_at(ledger.read, parent), digests)
+        state_at(ledger.node, parent), digests)
     start = self.stored_state(digests) if is_new else SavedState(digests, None, None)
     node.add_descriptions(self.structure)
     node.set_start(start, digests_of(self.structure))

@@ -84,7 +84,7 @@ def with_states(folder, *nodes):
         for made in Nodes(*nodes).nodes.values():
             for record in made['calls']:
                 record['state'], _ = store.put(
-                    {'model': {'w': torch.full((3,), float(len(store.where)))}})
+                    {'model': {'w': torch.full((3,), float(len(store.pack_of)))}})
                 record['beside'] = {'lr': 0.1}
             store.write(made)
     return store
