@@ -155,7 +155,8 @@ def launch(args):
         number, failure = error.get_first_failure()
         code = failure.exitcode
         if code != 1:  # of an exception the process itself has told
-            print(f'learnkit: process {number} was the first to end: {failure_text(failure)}', file=sys.stderr)
+            print(f'learnkit: process {number} was the first to end: {failure_text(failure)}',
+                  file=sys.stderr)
         sys.exit(code if code > 0 else 128 - code)
 
 # %% ../nbs/90_cli.ipynb #690555db

@@ -4,7 +4,7 @@
 """A pytest fixture that runs your code in two processes"""
 from typing import Any
 __all__ = []
-HIDDEN: tuple[str, ...]
+VISIBLE_DEVICES: tuple[str, ...]
 
 def two_processes(monkeypatch: Any) -> Any:
     """Runs a function in two processes of the CPU that train together

@@ -12,8 +12,9 @@ from fastcore.basics import patch
 from torch import nn
 from torch.distributed import _composable_state
 from ..base.batches import map_tensors
-from ..base.dtensors import (
-    FSDP_ATTRIBUTES, distribute_like, full_tensor, is_dtensor, is_fsdp_hook, unsharded_class, reshard)
+from learnkit.base.dtensors import (
+    FSDP_ATTRIBUTES, distribute_like, full_tensor, is_dtensor, is_fsdp_hook, reshard,
+    unsharded_class)
 from .group import broadcast_tensor
 
 # %% ../../nbs/processes/06_fsdp.ipynb #0d515250
@@ -45,8 +46,8 @@ def init_meta_params(model, device):
         if not slots: continue
         if not hasattr(module, 'reset_parameters'):
             raise ValueError(f'{name or "the model"} is on the meta device, and '
-                             f'{unsharded_class(module).__name__} has no method reset_parameters that '
-                             'would make its weights')
+                             f'{unsharded_class(module).__name__} has no method reset_parameters '
+                             'that would make its weights')
         init_module(module, slots, device)
 
 def init_module(module, slots, device):

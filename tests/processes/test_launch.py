@@ -125,3 +125,11 @@ def test_copies_compute_though_their_original_has_computed_with_threads(tmp_path
     (tmp_path / 'script.py').write_text(SCRIPT)  # without `if __name__ == '__main__'`
     subprocess.run([sys.executable, tmp_path / 'script.py'], check=True, timeout=120,
                    env={**os.environ, 'OMP_NUM_THREADS': '2'})
+
+
+def test_a_process_that_was_killed_is_named_though_others_fail_too():
+    def end():
+        if rank(): os.kill(os.getpid(), signal.SIGKILL)
+        raise ConnectionError('lost')
+    with pytest.raises(RuntimeError, match='end failed in process 1 of 2: ended by SIGKILL'):
+        launch(end, n=2)
