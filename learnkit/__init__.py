@@ -92,24 +92,50 @@ from .loop.learner import (
 )
 from .loop import fit as _fit
 from .loop import methods as _methods
+from .training import arguments as _arguments
 from .training.schedule import (
-    combine_scheds, ParamScheduler, sched_const, sched_cos, sched_exp, sched_lin, sched_poly,
-    sched_warmup, TorchScheduler,
+    combine_scheds, sched_const, sched_cos, sched_exp, sched_lin, sched_poly, sched_warmup,
+)
+from .training.scheduled_fits import (
+    ParamScheduler,
+)
+from .training import fine_tune as _fine_tune
+from .training.torch_schedulers import (
+    TorchScheduler,
 )
 from .training.lr_find import (
     LRFinderResult,
 )
-from .training.track import (
-    AskToContinue, EarlyStopping, ReduceLROnPlateau, SaveBest, StopOnNaN,
+from .training import tracker as _tracker
+from .training.save_best import (
+    SaveBest,
+)
+from .training.stopping import (
+    AskToContinue, EarlyStopping, StopOnNaN,
+)
+from .training.plateau import (
+    ReduceLROnPlateau,
 )
 from .training.precision import (
     MixedPrecision,
 )
 from .training.gradients import (
-    EMA, GradientAccumulation, GradientClip, SWA,
+    GradientAccumulation, GradientClip,
+)
+from .training.averaging import (
+    EMA, SWA,
 )
 from .training.steps import (
-    ChannelsLast, CutMix, MixUp, OverfitResult, ShortEpoch, StageFuncs, ValidateEvery,
+    ShortEpoch, StageFuncs, ValidateEvery,
+)
+from .training.mix import (
+    CutMix, MixUp,
+)
+from .training.trials import (
+    OverfitResult,
+)
+from .training.compiling import (
+    ChannelsLast,
 )
 from .processes.launch import (
     launch,
@@ -149,11 +175,11 @@ __all__ = [
     'CancelTrain', 'CancelValidate', 'accuracy', 'binary_accuracy', 'error_rate', 'mae', 'Metric',
     'metric', 'mse', 'perplexity', 'rmse', 'sklearn_metric', 'top_k_accuracy', 'no_decay',
     'param_groups', 'spread_lr', 'Fingerprint', 'fingerprint', 'UnfingerprintableError', 'Recorder',
-    'Progress', 'SaveState', 'Learner', 'combine_scheds', 'ParamScheduler', 'sched_const',
-    'sched_cos', 'sched_exp', 'sched_lin', 'sched_poly', 'sched_warmup', 'TorchScheduler',
-    'LRFinderResult', 'AskToContinue', 'EarlyStopping', 'ReduceLROnPlateau', 'SaveBest',
-    'StopOnNaN', 'MixedPrecision', 'EMA', 'GradientAccumulation', 'GradientClip', 'SWA',
-    'ChannelsLast', 'CutMix', 'MixUp', 'OverfitResult', 'ShortEpoch', 'StageFuncs', 'ValidateEvery',
-    'launch', 'Ranks', 'check_strategy', 'Distributed', 'Checkpointed', 'CheckpointedLearner',
+    'Progress', 'SaveState', 'Learner', 'combine_scheds', 'sched_const', 'sched_cos', 'sched_exp',
+    'sched_lin', 'sched_poly', 'sched_warmup', 'ParamScheduler', 'TorchScheduler', 'LRFinderResult',
+    'SaveBest', 'AskToContinue', 'EarlyStopping', 'StopOnNaN', 'ReduceLROnPlateau',
+    'MixedPrecision', 'GradientAccumulation', 'GradientClip', 'EMA', 'SWA', 'ShortEpoch',
+    'StageFuncs', 'ValidateEvery', 'CutMix', 'MixUp', 'OverfitResult', 'ChannelsLast', 'launch',
+    'Ranks', 'check_strategy', 'Distributed', 'Checkpointed', 'CheckpointedLearner',
     'StaleCheckpoint', 'checkpoints_table', 'tree_text', 'plot_tree', 'explain_text',
 ]

@@ -65,32 +65,32 @@ from .loop.progress import Progress as Progress
 from .loop.resume import SaveState as SaveState
 from .loop.learner import Learner as Learner
 from .training.schedule import combine_scheds as combine_scheds
-from .training.schedule import ParamScheduler as ParamScheduler
 from .training.schedule import sched_const as sched_const
 from .training.schedule import sched_cos as sched_cos
 from .training.schedule import sched_exp as sched_exp
 from .training.schedule import sched_lin as sched_lin
 from .training.schedule import sched_poly as sched_poly
 from .training.schedule import sched_warmup as sched_warmup
-from .training.schedule import TorchScheduler as TorchScheduler
+from .training.scheduled_fits import ParamScheduler as ParamScheduler
+from .training.torch_schedulers import TorchScheduler as TorchScheduler
 from .training.lr_find import LRFinderResult as LRFinderResult
-from .training.track import AskToContinue as AskToContinue
-from .training.track import EarlyStopping as EarlyStopping
-from .training.track import ReduceLROnPlateau as ReduceLROnPlateau
-from .training.track import SaveBest as SaveBest
-from .training.track import StopOnNaN as StopOnNaN
+from .training.save_best import SaveBest as SaveBest
+from .training.stopping import AskToContinue as AskToContinue
+from .training.stopping import EarlyStopping as EarlyStopping
+from .training.stopping import StopOnNaN as StopOnNaN
+from .training.plateau import ReduceLROnPlateau as ReduceLROnPlateau
 from .training.precision import MixedPrecision as MixedPrecision
-from .training.gradients import EMA as EMA
 from .training.gradients import GradientAccumulation as GradientAccumulation
 from .training.gradients import GradientClip as GradientClip
-from .training.gradients import SWA as SWA
-from .training.steps import ChannelsLast as ChannelsLast
-from .training.steps import CutMix as CutMix
-from .training.steps import MixUp as MixUp
-from .training.steps import OverfitResult as OverfitResult
+from .training.averaging import EMA as EMA
+from .training.averaging import SWA as SWA
 from .training.steps import ShortEpoch as ShortEpoch
 from .training.steps import StageFuncs as StageFuncs
 from .training.steps import ValidateEvery as ValidateEvery
+from .training.mix import CutMix as CutMix
+from .training.mix import MixUp as MixUp
+from .training.trials import OverfitResult as OverfitResult
+from .training.compiling import ChannelsLast as ChannelsLast
 from .processes.launch import launch as launch
 from .processes.group import Ranks as Ranks
 from .processes.distributed import check_strategy as check_strategy
@@ -114,11 +114,11 @@ __all__ = [
     'error_rate', 'mae', 'Metric', 'metric', 'mse', 'perplexity', 'rmse', 'sklearn_metric',
     'top_k_accuracy', 'no_decay', 'param_groups', 'spread_lr', 'Fingerprint', 'fingerprint',
     'UnfingerprintableError', 'Recorder', 'Progress', 'SaveState', 'Learner', 'combine_scheds',
-    'ParamScheduler', 'sched_const', 'sched_cos', 'sched_exp', 'sched_lin', 'sched_poly',
-    'sched_warmup', 'TorchScheduler', 'LRFinderResult', 'AskToContinue', 'EarlyStopping',
-    'ReduceLROnPlateau', 'SaveBest', 'StopOnNaN', 'MixedPrecision', 'EMA',
-    'GradientAccumulation', 'GradientClip', 'SWA', 'ChannelsLast', 'CutMix', 'MixUp',
-    'OverfitResult', 'ShortEpoch', 'StageFuncs', 'ValidateEvery', 'launch', 'Ranks',
-    'check_strategy', 'Distributed', 'Checkpointed', 'CheckpointedLearner', 'StaleCheckpoint',
+    'sched_const', 'sched_cos', 'sched_exp', 'sched_lin', 'sched_poly', 'sched_warmup',
+    'ParamScheduler', 'TorchScheduler', 'LRFinderResult', 'SaveBest', 'AskToContinue',
+    'EarlyStopping', 'StopOnNaN', 'ReduceLROnPlateau', 'MixedPrecision', 'GradientAccumulation',
+    'GradientClip', 'EMA', 'SWA', 'ShortEpoch', 'StageFuncs', 'ValidateEvery', 'CutMix',
+    'MixUp', 'OverfitResult', 'ChannelsLast', 'launch', 'Ranks', 'check_strategy',
+    'Distributed', 'Checkpointed', 'CheckpointedLearner', 'StaleCheckpoint',
     'checkpoints_table', 'tree_text', 'plot_tree', 'explain_text'
 ]

@@ -57,7 +57,7 @@ def ls(args):
     if not names: raise CommandError(f'there is no run {inside[:-1]} in {args.root}')
     rows = [('run', 'checkpoints', 'bytes', 'changed')]
     rows += [run_row(args.root, name) for name in names]
-    widths = [max(map(len, column)) for column in zip(*rows)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for name, n, size, changed in rows:
         print_text(f'{name:{widths[0]}}  {n:>{widths[1]}}  {size:>{widths[2]}}  {changed}')
 
@@ -155,8 +155,8 @@ def launch(args):
         number, failure = error.get_first_failure()
         code = failure.exitcode
         if code != 1:  # of an exception the process itself has told
-            print(f'learnkit: process {number} was the first to end: {failure_text(failure)}',
-                  file=sys.stderr)
+            print(f'learnkit: process {number} was the first to end: '
+                  f'{failure_text(failure)}', file=sys.stderr)
         sys.exit(code if code > 0 else 128 - code)
 
 # %% ../nbs/90_cli.ipynb #690555db

@@ -29,10 +29,12 @@ from learnkit.fingerprint.differences import differences
 from learnkit.fingerprint.values import UnfingerprintableError, fingerprint
 from learnkit.fingerprint.words import as_text
 from learnkit.loop.progress import Progress
-from learnkit.training.gradients import EMA, GradientAccumulation, GradientClip
+from learnkit.training.averaging import EMA
+from learnkit.training.gradients import GradientAccumulation, GradientClip
 from learnkit.training.precision import MixedPrecision
-from learnkit.training.schedule import TorchScheduler
-from learnkit.training.track import EarlyStopping, SaveBest
+from learnkit.training.torch_schedulers import TorchScheduler
+from learnkit.training.stopping import EarlyStopping
+from learnkit.training.save_best import SaveBest
 
 
 HELPERS = __name__ # the module of all that is defined here

@@ -54,7 +54,8 @@ def tree(path): return ast.parse(path.read_text(encoding='utf-8'))
 def run(*command, cwd=ROOT, timeout=None, **kwargs): # the finished process
     "Run to the end; a failure, and a command that does not end, show what was printed"
     command = [str(part) for part in command]
-    try: done = subprocess.run(command, cwd=cwd, text=True, stdin=subprocess.DEVNULL, timeout=timeout,
+    try: done = subprocess.run(command, cwd=cwd, text=True, stdin=subprocess.DEVNULL,
+                               timeout=timeout,
                                capture_output=True, **kwargs)
     except subprocess.TimeoutExpired as late:
         printed = '\n'.join((text or b'').decode() for text in (late.stdout, late.stderr))

@@ -164,7 +164,8 @@ def place_files(files, numbers):
     for i, file in enumerate(files): os.dup2(file, free + i)
     for i, number in enumerate(numbers): os.dup2(free + i, number)
     keep = sorted(numbers)
-    for low, high in zip(keep, [*keep[1:], os.sysconf('SC_OPEN_MAX')]): os.closerange(low + 1, high)
+    ends = [*keep[1:], os.sysconf('SC_OPEN_MAX')]
+    for low, high in zip(keep, ends, strict=True): os.closerange(low + 1, high)
 
 
 def run_as_main(args):

@@ -12,7 +12,7 @@ from torch.utils.data import (BatchSampler, DataLoader, Dataset, IterableDataset
                               SubsetRandomSampler, WeightedRandomSampler, get_worker_info)
 from learnkit.data.loaders import DataLoaders, DatasetLoader, TensorLoader
 from learnkit.data.order import epoch_order, epoch_seed, split_samples
-from learnkit.data.resumable import untouched
+from learnkit.data.resumable import reading_without_trace
 
 sizes = st.integers(1, 40)
 seeds = st.integers(0, 2**64)
@@ -271,7 +271,7 @@ def test_untouched(kind):
     expected = [read(dls[0]) for _ in range(3)]
     assert equal(read(dls[1]), expected[0])
     before = dict(vars(dls[1])) if hasattr(dls[1], '__dict__') else None
-    with untouched(dls[1]) as same:
+    with reading_without_trace(dls[1]) as same:
         assert equal(read(same), expected[1])
         next(iter(same))
     if before: assert all(vars(dls[1])[key] is value for key, value in before.items())
@@ -281,14 +281,14 @@ def test_untouched_while_another_iteration_runs():
     dl = foreign['dataset_workers']()
     running = iter(dl)
     first = next(running)
-    with untouched(dl) as same: inside = list(same)
+    with reading_without_trace(dl) as same: inside = list(same)
     assert equal([first, *running], list(dl.batches(0))) and equal(inside, list(dl.batches(1)))
 
 def test_untouched_after_an_error():
     dl = foreign['generator']()
-    with untouched(dl) as same: expected = list(same)
+    with reading_without_trace(dl) as same: expected = list(same)
     with pytest.raises(KeyError):
-        with untouched(dl) as same:
+        with reading_without_trace(dl) as same:
             list(same)
             raise KeyError
     assert equal(list(dl), expected)
@@ -297,7 +297,7 @@ def test_untouched_after_an_error():
                                   lambda: iter(TensorLoader(torch.arange(3)))])
 def test_untouched_refuses_iterators(make):
     with pytest.raises(ValueError, match='reading it uses it up'):
-        with untouched(make()): pass
+        with reading_without_trace(make()): pass
 
 def test_a_pickled_loader_is_the_same():
     dl = pickle.loads(pickle.dumps(TensorLoader(torch.arange(8), 2, True, seed=4)))

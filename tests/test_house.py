@@ -78,6 +78,62 @@ def test_style(name):
     run(tool('ruff'), 'check', '--no-cache', '--quiet', '--output-format', 'concise', name)
 
 
+# What a reader can take in at once
+
+MOST_CELL, MOST_STRETCH, MOST_MODULE = 40, 120, 500 # lines
+
+
+def code_lines(source): # list of str
+    "The lines of a cell without nbdev's directives"
+    return [line for line in source.splitlines() if not line.startswith('#|')]
+
+
+def is_exported(source): return re.search(r'^#\|\s*exporti?\s*$', source, flags=re.M) is not None
+
+
+def has_statements(source): # bool
+    "Whether a cell does more than import"
+    code = '\n'.join(line for line in source.splitlines() if not line.startswith(('#', '%', '!')))
+    return any(not isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.parse(code).body)
+
+
+def exported_cells(notebook): # list of (cell id, number of lines, whether an example follows)
+    "The definitions of a page, and after which of them a visible example runs"
+    found = []
+    for cell in cells(notebook):
+        source = ''.join(cell['source'])
+        if cell['cell_type'] != 'code' or not has_statements(source): continue
+        if is_exported(source): found.append((cell['id'], len(code_lines(source)), False))
+        elif found and not re.search(r'^#\|\s*hide', source, flags=re.M):
+            found[-1] = (*found[-1][:2], True)
+    return found
+
+
+@pytest.mark.parametrize('notebook', NUMBERED, ids=short)
+def test_cells_are_short(notebook):
+    "A definition fits on a screen; further methods are `@patch` cells of their own"
+    assert [cell for cell in exported_cells(notebook) if cell[1] > MOST_CELL] == []
+
+
+@pytest.mark.parametrize('notebook', NUMBERED, ids=short)
+def test_examples_come_often(notebook):
+    "After so much code at most there is an example that runs"
+    stretch, longest = 0, 0
+    for _, n, has_example in exported_cells(notebook):
+        stretch += n
+        longest = max(longest, stretch)
+        if has_example: stretch = 0
+    assert longest <= MOST_STRETCH
+
+
+@pytest.mark.parametrize('path', MODULES, ids=short)
+def test_modules_are_short(path):
+    "Blank lines and nbdev's comments are not counted"
+    lines = path.read_text(encoding='utf-8').splitlines()
+    n = sum(bool(line.strip()) and not line.startswith('# %%') for line in lines)
+    assert n <= MOST_MODULE
+
+
 FOLDERS = [LIB.name, 'docs', 'tools', 'examples', 'benchmarks', 'tests']
 TEXTS = [path for path in [*ROOT.glob('*'), *sum((found(name, '*') for name in FOLDERS), [])]
          if path.suffix in ('.py', '.md', '.yml', '.css', '.toml', '.ini', '.txt', '.in')

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 from learnkit import *
-from learnkit.training.gradients import EMA, GradientAccumulation, GradientClip
+from learnkit.training.averaging import EMA
+from learnkit.training.gradients import GradientAccumulation, GradientClip
 from learnkit.training.precision import MixedPrecision
 from learnkit.files.tree import tree_digest
 
@@ -126,7 +127,7 @@ def test_autocast_never_stays_on(event, phase, error):
         try: calls[phase]()
         except (OSError, KeyboardInterrupt) as raised: assert type(raised) is error
         except RuntimeError as raised: assert 'never end' in str(raised)
-    assert not autocast_on() and not learn.cbs[-1]._open and not learn.cbs[-1]._unscaled
+    assert not autocast_on() and not learn.cbs[-1]._regions and not learn.cbs[-1]._grads_unscaled
     learn.fit(1)
     assert learn.steps_done >= 6
 

@@ -9,11 +9,13 @@ from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader, TensorDataset
 from learnkit import *
 from learnkit.components.callback import Interrupted
-from learnkit.training.gradients import EMA, GradientAccumulation, GradientClip
+from learnkit.training.averaging import EMA
+from learnkit.training.gradients import GradientAccumulation, GradientClip
 from learnkit.training.precision import MixedPrecision
-from learnkit.training.steps import (
-    ChannelsLast, CutMix, MixUp, OverfitResult, ShortEpoch, StageFuncs, ValidateEvery,
-    random_span)
+from learnkit.training.compiling import ChannelsLast
+from learnkit.training.mix import CutMix, MixUp, random_span
+from learnkit.training.steps import ShortEpoch, StageFuncs, ValidateEvery
+from learnkit.training.trials import OverfitResult
 
 
 def samples(n=40, seed=0):

@@ -5,11 +5,12 @@ import pytest
 import torch
 from torch import nn
 from learnkit import *
-from learnkit.training import track
+from learnkit.training import save_best, stopping
 from learnkit.loop.resume import Saved
 from learnkit.files.tree import tree_digest
-from learnkit.training.track import (
-    SaveBest, EarlyStopping, ReduceLROnPlateau, StopOnNaN, AskToContinue)
+from learnkit.training.plateau import ReduceLROnPlateau
+from learnkit.training.save_best import SaveBest
+from learnkit.training.stopping import AskToContinue, EarlyStopping, StopOnNaN
 
 nan, inf = math.nan, math.inf
 SGD = partial(torch.optim.SGD, momentum=0.9)
@@ -215,12 +216,12 @@ def test_epochs_without_the_number_are_no_look():
                  At('before_validate', raiser(CancelValidate()), 2, order=5),
                  At('before_batch', raiser(CancelEpoch()), epoch=3), stop)
     learn.fit(5)
-    assert learn.epochs_done == 5 and stop.looks == 2
+    assert learn.epochs_done == 5 and stop.n_values == 2
 
 def test_a_cancelled_training_is_still_a_look():
     stop = EarlyStopping('valid_loss', patience=9)
     make(At('before_batch', raiser(CancelTrain()), epoch=0), stop).fit(3)
-    assert stop.looks == 3
+    assert stop.n_values == 3
 
 def test_a_number_that_never_comes_is_an_error_in_the_first_complete_epoch():
     learn = make(Script(None, None), EarlyStopping('valid_x', mode='min'),
@@ -238,7 +239,7 @@ def test_each_fit_looks_anew_for_a_missing_number():
 
 def test_later_it_may_be_missing():
     stop = EarlyStopping('valid_x', mode='min', patience=2)
-    assert scripted([2., None, 2., None, 2., 2.], stop).epochs_done == 5 and stop.looks == 3
+    assert scripted([2., None, 2., None, 2., 2.], stop).epochs_done == 5 and stop.n_values == 3
 
 class Evaluate(Callback):
     "What an evaluation inside an epoch does"
@@ -259,7 +260,7 @@ def test_it_also_looks_at_evaluations_inside_an_epoch():
     learn = make(Evaluate(-1.), look, best, by_mae, bn=False)
     learn.fit(3)
     assert (best.best, best.best_epoch, best.best_step) == (-1, 1, 6) and seen == [6]
-    assert by_mae.looks == 3 and best.looks == 4
+    assert by_mae.n_values == 3 and best.n_values == 4
     stop = EarlyStopping(patience=1)
     learn = make(Evaluate(inf), stop)
     learn.fit(5)
@@ -480,11 +481,11 @@ def test_the_state_holds_the_place_and_a_fresh_learner_finds_it(tmp_path):
 
 def test_a_write_that_fails_leaves_the_best_before(tmp_path, monkeypatch):
     best = SaveBest('valid_x', mode='min', path='best')
-    learn, save = make(Script(2., 1.), best, path=tmp_path), track.save_tree
+    learn, save = make(Script(2., 1.), best, path=tmp_path), save_best.save_tree
     def fails(tree, file):
         if tree['best']['best'] == 1: raise OSError('disk full')
         return save(tree, file)
-    monkeypatch.setattr(track, 'save_tree', fails)
+    monkeypatch.setattr(save_best, 'save_tree', fails)
     with pytest.raises(OSError, match='disk full'): learn.fit(2)
     assert best.best == 2
     best.load_best(learn)
@@ -600,7 +601,7 @@ def test_a_bad_loss_ends_the_fit_before_its_update(value):
     assert 'epoch 1, batch 1, lr 0.05' in said[0]
 
 def test_where_looking_waits_for_the_device_it_looks_seldom_and_at_the_end(monkeypatch):
-    monkeypatch.setattr(track, 'is_at_hand', lambda loss: False)
+    monkeypatch.setattr(stopping, 'is_free_to_read', lambda loss: False)
     def batches(every):
         learn = make(Poison(0), StopOnNaN(every))
         assert len(caught(learn.fit, 3)) == 1

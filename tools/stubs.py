@@ -207,7 +207,8 @@ def own_methods(package, module, node): # dict: name -> list of Methods
         same = found.get(name, []) if method.kind == 'setter' else []
         found[name] = [*same, method]
     for item in node.body:
-        if isinstance(item, ast.FunctionDef): add(item.name, Method(item, module, method_kind(item)))
+        if isinstance(item, ast.FunctionDef):
+            add(item.name, Method(item, module, method_kind(item)))
     for method in package.patches[module.name, node.name]: add(method.node.name, method)
     for item in node.body: # `before_lr_find = before_fit`
         for name, value in assigned(item) if isinstance(item, ast.Assign) else ():

@@ -6,17 +6,20 @@
 __all__ = ['pure', 'structural', 'result']
 
 # %% ../../nbs/base/05_methods.ipynb #03e233ff
-from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from functools import singledispatch
+from typing import TypeVar
 
 # %% ../../nbs/base/05_methods.ipynb #000a9bbc
-def pure(method:Callable)->Callable:
+T = TypeVar('T')  # what is decorated keeps its type
+
+# %% ../../nbs/base/05_methods.ipynb #8ffee681
+def pure(method:T)->T:
     "Decorator: the method computes a result and changes nothing, no random generator either"
     method.kind = 'pure'
     return method
 
-def structural(method:Callable)->Callable:
+def structural(method:T)->T:
     "Decorator: the method quickly changes how things are put together; every run calls it"
     method.kind = 'structural'
     return method
@@ -28,7 +31,7 @@ def unrecorded(method): # the method
     return method
 
 def declared_kind(method): # 'pure', 'structural', 'unrecorded'; None without a decorator
-    "Which decorator a method has"
+    "Which kind a decorator has declared a method to be"
     return getattr(method, 'kind', None)
 
 # %% ../../nbs/base/05_methods.ipynb #8b4d6b65
@@ -38,7 +41,7 @@ def result_fields(x): # dict: name -> value; None for anything that is no regist
     return None
 
 # %% ../../nbs/base/05_methods.ipynb #efe1a2c8
-def result(cls:type)->type:
+def result(cls:T)->T:
     "Decorator: objects of this dataclass can be kept as results of a method"
     if not (isinstance(cls, type) and is_dataclass(cls)):
         raise TypeError(f'@result: {cls!r} is no dataclass; put @dataclass below @result')

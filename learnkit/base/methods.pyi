@@ -2,17 +2,17 @@
 # pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 # pyright: reportPrivateImportUsage=false
 """What a method does to its object, and what it returns"""
-from collections.abc import Callable
 from functools import singledispatch
-from typing import Any
+from typing import Any, TypeVar
 __all__ = [
     'pure', 'structural', 'result'
 ]
+T = TypeVar('T')
 
-def pure(method: Callable) -> Callable:
+def pure(method: T) -> T:
     """Decorator: the method computes a result and changes nothing, no random generator either"""
 
-def structural(method: Callable) -> Callable:
+def structural(method: T) -> T:
     """Decorator: the method quickly changes how things are put together; every run calls it"""
 
 def unrecorded(method: Any) -> Any:
@@ -23,7 +23,7 @@ def unrecorded(method: Any) -> Any:
     """
 
 def declared_kind(method: Any) -> Any:
-    """Which decorator a method has
+    """Which kind a decorator has declared a method to be
 
     Returns:
         'pure', 'structural', 'unrecorded'; None without a decorator
@@ -37,7 +37,7 @@ def result_fields(x: Any) -> Any:
         dict: name -> value; None for anything that is no registered result
     """
 
-def result(cls: type) -> type:
+def result(cls: T) -> T:
     """Decorator: objects of this dataclass can be kept as results of a method"""
 
 def full_name(cls: Any) -> str:

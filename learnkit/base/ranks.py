@@ -7,9 +7,10 @@ __all__ = ['rank', 'world_size', 'is_main', 'rank0_only', 'rank0_first', 'sum_ov
 
 # %% ../../nbs/base/00_ranks.ipynb #fd920c15
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import wraps
+from typing import TypeVar
 import torch
 import torch.distributed as dist
 
@@ -46,7 +47,10 @@ def is_main()->bool:
     return rank() == 0
 
 # %% ../../nbs/base/00_ranks.ipynb #b717f00f
-def rank0_only(f:Callable)->Callable: # function that returns None on the other ranks
+T = TypeVar('T')  # a function keeps its type
+
+# %% ../../nbs/base/00_ranks.ipynb #1daca521
+def rank0_only(f:T)->T: # function that returns None on the other ranks
     "Decorator: the function is called on rank 0 only"
     @wraps(f)
     def only(*args, **kwargs): return f(*args, **kwargs) if is_main() else None

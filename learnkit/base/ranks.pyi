@@ -2,10 +2,9 @@
 # pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 # pyright: reportPrivateImportUsage=false
 """Which process this is, and how many there are"""
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 import torch
-from typing import Any
+from typing import Any, TypeVar
 __all__ = [
     'rank', 'world_size', 'is_main', 'rank0_only', 'rank0_first', 'sum_over_ranks'
 ]
@@ -41,8 +40,9 @@ def world_size() -> int:
 
 def is_main() -> bool:
     """Whether this is rank 0, the process that prints and writes"""
+T = TypeVar('T')
 
-def rank0_only(f: Callable) -> Callable:
+def rank0_only(f: T) -> T:
     """Decorator: the function is called on rank 0 only
 
     Returns:

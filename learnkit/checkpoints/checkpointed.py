@@ -29,7 +29,8 @@ from ..files.ids import check_id, check_run_name, id_text
 from ..files.store import Store
 from ..components.callback import Callback
 from ..components.optim import opt_params
-from ..fingerprint.code import globals_read, versions
+from ..fingerprint.inspection import globals_read
+from ..fingerprint.code import versions
 from ..fingerprint.values import Fingerprint, UnfingerprintableError, fingerprint
 from ..fingerprint.functions import call_arguments
 from ..fingerprint.words import as_text
@@ -39,8 +40,8 @@ from ..loop.learner import Learner
 from ..loop.saving import localized, save_path
 from ..loop.state import check_loss_state, check_model_state, load_model_state
 from ..loop.resume import as_period
-from ..training.schedule import torch_schedulers
-from ..training.track import SaveBest
+from ..training.torch_schedulers import torch_schedulers
+from ..training.save_best import SaveBest
 from ..loop.position import FitState
 
 # %% ../../nbs/checkpoints/00_checkpointed.ipynb #766a5848

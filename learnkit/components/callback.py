@@ -67,16 +67,31 @@ class Interrupted(KeyboardInterrupt):
         self.signum = signum
 
 # %% ../../nbs/components/00_callback.ipynb #0b6d8122
+def check_events(names, # method or keyword names
+                 declared, # names that are allowed besides the loop's events
+                 where:str, # what has these methods, for the error
+                 strict=False, # also refuse names that do not look like events
+                ):
+    "Raise TypeError for a name that looks like an event and is none"
+    for name in names:
+        is_meant = strict or name.startswith(('before_', 'after_', 'cleanup_'))
+        if not is_meant or name in EVENTS or name in declared: continue
+        near = difflib.get_close_matches(name, (*EVENTS, *declared), n=1)
+        hint = f' Did you mean {near[0]!r}?' if near else ''
+        raise TypeError(f'{where}: {name!r} is no event.{hint} '
+                        f"An event of your own is declared with `events = ({name!r},)`.")
+
+# %% ../../nbs/components/00_callback.ipynb #41359f7b
 class Callback:
     "Methods named after events, called with the learner; or functions given by event name"
     order = 0        # sorts callbacks; the default ones are -10 (Recorder) and 90 (Progress)
     phases = PHASES  # phases whose batch events and steps this callback takes part in
     events = ()      # names of events of its own that start with before_, after_ or cleanup_
-    tracks = ()      # columns it adds to the history; None: it cannot say before they come
+    tracks = ()      # columns it adds to the history; None: unknown before they come
     owns_lr = False  # whether it keeps the learning rate from fit to fit, so that no fit sets it
     external = False # whether it writes outside the learner; such are left out of dry runs
     saves_to = None  # folder in which it keeps saves that a fit can go on from
-    distributes = False  # whether it spreads passes over the processes of its attribute `ranks`
+    distributes = False  # whether it divides passes among the processes of its attribute `ranks`
     places_model = False # whether it brings the model to the device itself, in `after_create`
 
     def __new__(cls, *args, **kwargs):
@@ -103,30 +118,6 @@ class Callback:
         if defines_step and 'phases' not in vars(cls) and 'lr_find' not in cls.phases:
             cls.phases = (*cls.phases, 'lr_find')
 
-    def __repr__(self):
-        args, kwargs = self.init_args
-        given = [*map(repr, args), *(f'{name}={value!r}' for name, value in kwargs.items())]
-        return f'{type(self).__name__}({", ".join(given)})'
-
-    def state_dict(self):
-        "What must survive save and load: a plain tree; override together with `load_state_dict`"
-        return {}
-
-    def load_state_dict(self, state):
-        "Take over what `state_dict` returned"
-
-    def settings(self): # plain tree
-        "Class and constructor's arguments; an exact resume compares them"
-        args, kwargs = self.init_args
-        return {'class': type(self).__name__,
-                'args': plain_setting(args), 'kwargs': plain_setting(kwargs)}
-
-    def weights(self): # dict: name -> live tensor; None
-        "Weights besides the model's own that belong to it, as an average of them does"
-
-    def drop_weights(self):
-        "The model went back to a time when `weights` were not there yet: forget them"
-
 # %% ../../nbs/components/00_callback.ipynb #437a8ef1
 def plain_setting(x): # plain values as they are, anything else as the name of its type
     "An argument in a form that can be stored and compared"
@@ -138,19 +129,18 @@ def plain_setting(x): # plain values as they are, anything else as the name of i
     return getattr(x, '__qualname__', type(x).__qualname__)
 
 # %% ../../nbs/components/00_callback.ipynb #9a89f9e5
-def check_events(names, # method or keyword names
-                 own, # names that are allowed besides the loop's events
-                 where:str, # what to call the place in the error
-                 strict=False, # also refuse names that do not look like events
-                ):
-    "Raise TypeError for a name that looks like an event and is none"
-    for name in names:
-        looks = strict or name.startswith(('before_', 'after_', 'cleanup_'))
-        if not looks or name in EVENTS or name in own: continue
-        near = difflib.get_close_matches(name, (*EVENTS, *own), n=1)
-        hint = f' Did you mean {near[0]!r}?' if near else ''
-        raise TypeError(f'{where}: {name!r} is no event.{hint} '
-                        f"An event of your own is declared with `events = ({name!r},)`.")
+@patch
+def __repr__(self:Callback) -> str:
+    args, kwargs = self.init_args
+    given = [*map(repr, args), *(f'{name}={value!r}' for name, value in kwargs.items())]
+    return f'{type(self).__name__}({", ".join(given)})'
+
+@patch
+def settings(self:Callback): # plain tree
+    "Class and constructor's arguments; an exact resume compares them"
+    args, kwargs = self.init_args
+    return {'class': type(self).__name__,
+            'args': plain_setting(args), 'kwargs': plain_setting(kwargs)}
 
 # %% ../../nbs/components/00_callback.ipynb #fefdb495
 def as_callbacks(cbs, # None, a Callback, a Callback class, or any nesting of iterables of them
@@ -164,12 +154,25 @@ def as_callbacks(cbs, # None, a Callback, a Callback class, or any nesting of it
     hint = f' For a function use Callback(after_batch={cbs!r}).' if callable(cbs) else ''
     raise TypeError(f'{cbs!r} is no Callback, but a {type(cbs).__name__}.{hint}')
 
+# %% ../../nbs/components/00_callback.ipynb #306f89da
+class Bound(dict):
+    "(event or step, phase) -> tuple of methods, each entry made when first asked for"
+    def __init__(self, cbs): self.cbs = sorted(cbs, key=lambda cb: cb.order)
+
+    def __missing__(self, key):
+        name, phase = key
+        by_phase = name in BATCH_EVENTS or name in STEPS
+        heard = [cb for cb in self.cbs if not by_phase or phase in cb.phases]
+        methods = (getattr(cb, name, None) for cb in heard)
+        self[key] = tuple(method for method in methods if method is not None)
+        return self[key]
+
 # %% ../../nbs/components/00_callback.ipynb #28e1bbf5
 class Callbacks(MutableSequence):
     "An editable list of callbacks that knows which methods answer an event, in order"
     def __init__(self,
                  cbs=None, # one, several or none; see `as_callbacks`
-                 inner=(), # callbacks of the learner's own, which are always there and not listed
+                 inner=(), # callbacks that every learner has and that are not listed
                 ):
         self.inner = {type(cb): cb for cb in inner}
         self._replace(as_callbacks(cbs))
@@ -189,23 +192,26 @@ class Callbacks(MutableSequence):
         self._replace(items)
 
     def insert(self, i, cb):
-        "Put one callback before position `i`"
+        "Insert one callback before position `i`"
         self._replace([*self.items[:i], one_callback(cb), *self.items[i:]])
-
-    def reverse(self):
-        "Turn the order around"
-        self._replace(self.items[::-1])
 
     def _replace(self, items):
         if len(set(map(id, items))) < len(items):
-            twice = next(cb for i, cb in enumerate(items) if any(cb is c for c in items[:i]))
-            raise ValueError(f'{twice!r} is in the list already: it would hear each event twice')
+            again = next(cb for i, cb in enumerate(items) if any(cb is c for c in items[:i]))
+            raise ValueError(f'{again!r} is in the list already: it would hear each event twice')
         self.items, self.bound = items, Bound([*items, *self.inner.values()])
         self.distributed = next((cb for cb in items if cb.distributes), None)
 
-    def is_inner(self, cb): # bool
-        "Whether it is one of the learner's own callbacks, which are not listed"
-        return self.inner.get(type(cb)) is cb
+# %% ../../nbs/components/00_callback.ipynb #dac83dcb
+@patch
+def reverse(self:Callbacks) -> None:
+    "Reverse the order in the list, in one step"
+    self._replace(self.items[::-1])
+
+@patch
+def is_inner(self:Callbacks, cb) -> bool:
+    "Whether it is one of the callbacks that every learner has and that are not listed"
+    return self.inner.get(type(cb)) is cb
 
 # %% ../../nbs/components/00_callback.ipynb #cd2efd2d
 def one_callback(cb): # a Callback or a class that needs no arguments
@@ -214,18 +220,23 @@ def one_callback(cb): # a Callback or a class that needs no arguments
     if len(cbs) != 1: raise ValueError(f'one callback is needed here, got {len(cbs)}: {cbs}')
     return cbs[0]
 
-# %% ../../nbs/components/00_callback.ipynb #306f89da
-class Bound(dict):
-    "(event or step, phase) -> tuple of methods, each entry made when first asked for"
-    def __init__(self, cbs): self.cbs = sorted(cbs, key=lambda cb: cb.order)
+# %% ../../nbs/components/00_callback.ipynb #f53c3353
+@patch
+def state_dict(self:Callback) -> dict:
+    "What must survive save and load: a plain tree; override together with `load_state_dict`"
+    return {}
 
-    def __missing__(self, key):
-        name, phase = key
-        by_phase = name in BATCH_EVENTS or name in STEPS
-        heard = [cb for cb in self.cbs if not by_phase or phase in cb.phases]
-        methods = (getattr(cb, name, None) for cb in heard)
-        self[key] = tuple(method for method in methods if method is not None)
-        return self[key]
+@patch
+def load_state_dict(self:Callback, state) -> None:
+    "Take over what `state_dict` returned"
+
+@patch
+def weights(self:Callback): # dict: name -> live tensor; None
+    "Weights besides the model's own that belong to it, as an average of them does"
+
+@patch
+def drop_weights(self:Callback) -> None:
+    "The model went back to a time when `weights` were not there yet: forget them"
 
 # %% ../../nbs/components/00_callback.ipynb #73039033
 @patch

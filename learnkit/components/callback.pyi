@@ -45,6 +45,16 @@ class Interrupted(KeyboardInterrupt):
     signum: int
     def __init__(self, signum: int) -> None: ...
 
+def check_events(names: Any, declared: Any, where: str, strict: Any = False) -> None:
+    """Raise TypeError for a name that looks like an event and is none
+
+    Args:
+        names: method or keyword names
+        declared: names that are allowed besides the loop's events
+        where: what has these methods, for the error
+        strict: also refuse names that do not look like events
+    """
+
 class Callback:
     """Methods named after events, called with the learner; or functions given by event name"""
     order: int | float
@@ -54,7 +64,7 @@ class Callback:
     events: tuple[str, ...]
     """names of events of its own that start with before_, after_ or cleanup_"""
     tracks: tuple[str, ...] | None
-    """columns it adds to the history; None: it cannot say before they come"""
+    """columns it adds to the history; None: unknown before they come"""
     owns_lr: bool
     """whether it keeps the learning rate from fit to fit, so that no fit sets it"""
     external: bool
@@ -62,7 +72,7 @@ class Callback:
     saves_to: Any
     """folder in which it keeps saves that a fit can go on from"""
     distributes: bool
-    """whether it spreads passes over the processes of its attribute `ranks`"""
+    """whether it divides passes among the processes of its attribute `ranks`"""
     places_model: bool
     """whether it brings the model to the device itself, in `after_create`"""
     def __init__(self, order: Any = None, phases: Any = None, **funcs: Any) -> None:
@@ -74,16 +84,16 @@ class Callback:
             funcs: event or step name -> function of the learner
         """
     def __repr__(self) -> str: ...
-    def state_dict(self) -> Any:
-        """What must survive save and load: a plain tree; override together with `load_state_dict`"""
-    def load_state_dict(self, state: Any) -> None:
-        """Take over what `state_dict` returned"""
     def settings(self) -> Any:
         """Class and constructor's arguments; an exact resume compares them
 
         Returns:
             plain tree
         """
+    def state_dict(self) -> dict:
+        """What must survive save and load: a plain tree; override together with `load_state_dict`"""
+    def load_state_dict(self, state: Any) -> None:
+        """Take over what `state_dict` returned"""
     def weights(self) -> Any:
         """Weights besides the model's own that belong to it, as an average of them does
 
@@ -139,16 +149,6 @@ def plain_setting(x: Any) -> Any:
         plain values as they are, anything else as the name of its type
     """
 
-def check_events(names: Any, own: Any, where: str, strict: Any = False) -> None:
-    """Raise TypeError for a name that looks like an event and is none
-
-    Args:
-        names: method or keyword names
-        own: names that are allowed besides the loop's events
-        where: what to call the place in the error
-        strict: also refuse names that do not look like events
-    """
-
 def as_callbacks(cbs: Any) -> Any:
     """The callbacks in `cbs`, as a flat list
 
@@ -158,6 +158,12 @@ def as_callbacks(cbs: Any) -> Any:
     Returns:
         list of callbacks
     """
+
+class Bound(dict):
+    """(event or step, phase) -> tuple of methods, each entry made when first asked for"""
+    cbs: Any
+    def __init__(self, cbs: Any) -> None: ...
+    def __missing__(self, key: Any) -> Any: ...
 
 class Callbacks(MutableSequence):
     """An editable list of callbacks that knows which methods answer an event, in order"""
@@ -170,7 +176,7 @@ class Callbacks(MutableSequence):
 
         Args:
             cbs: one, several or none; see `as_callbacks`
-            inner: callbacks of the learner's own, which are always there and not listed
+            inner: callbacks that every learner has and that are not listed
         """
     def __len__(self) -> int: ...
     def __getitem__(self, i: Any) -> Any: ...
@@ -178,15 +184,11 @@ class Callbacks(MutableSequence):
     def __delitem__(self, i: Any) -> None: ...
     def __setitem__(self, i: Any, cb: Any) -> None: ...
     def insert(self, i: Any, cb: Any) -> None:
-        """Put one callback before position `i`"""
+        """Insert one callback before position `i`"""
     def reverse(self) -> None:
-        """Turn the order around"""
+        """Reverse the order in the list, in one step"""
     def is_inner(self, cb: Any) -> bool:
-        """Whether it is one of the learner's own callbacks, which are not listed
-
-        Returns:
-            bool
-        """
+        """Whether it is one of the callbacks that every learner has and that are not listed"""
     def stateful(self) -> Any:
         """The callbacks that have state, by class name and occurrence
 
@@ -218,9 +220,3 @@ def one_callback(cb: Any) -> Any:
     Returns:
         a Callback or a class that needs no arguments
     """
-
-class Bound(dict):
-    """(event or step, phase) -> tuple of methods, each entry made when first asked for"""
-    cbs: Any
-    def __init__(self, cbs: Any) -> None: ...
-    def __missing__(self, key: Any) -> Any: ...

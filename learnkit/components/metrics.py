@@ -52,13 +52,13 @@ class Mean:
 def on_host(values, # list of numbers and tensors of one element
            ): # float64 tensor, (len(values),)
     "The values, in one transfer"
-    where = [i for i, value in enumerate(values) if isinstance(value, torch.Tensor)]
-    if wrong := [tuple(values[i].shape) for i in where if values[i].numel() != 1]:
+    tensors = [i for i, value in enumerate(values) if isinstance(value, torch.Tensor)]
+    if wrong := [tuple(values[i].shape) for i in tensors if values[i].numel() != 1]:
         raise ValueError(f'a mean is made of single numbers, but got a tensor of shape {wrong[0]}')
     found = torch.tensor([0. if isinstance(value, torch.Tensor) else value for value in values],
                          dtype=torch.float64)
-    if where:  # float64 on the host, as mps has none
-        found[where] = torch.cat([values[i].reshape(1) for i in where]).cpu().double()
+    if tensors:  # float64 on the host, as mps has none
+        found[tensors] = torch.cat([values[i].reshape(1) for i in tensors]).cpu().double()
     return found
 
 # %% ../../nbs/components/01_metrics.ipynb #5a7907f1
@@ -92,7 +92,7 @@ def metric(higher_is_better:bool=None, # None: unknown
     return partial(Metric, higher_is_better=higher_is_better, name=name, finish=finish)
 
 # %% ../../nbs/components/01_metrics.ipynb #4da38b0c
-def same_shape(pred, targ, # tensors
+def check_same_shape(pred, targ, # tensors
                what:str, # what is compared, for the error
               ):
     "Raise ValueError unless the shapes are equal: broadcasting gives wrong numbers in silence"
@@ -100,7 +100,7 @@ def same_shape(pred, targ, # tensors
         raise ValueError(f'{what}: predictions of shape {tuple(pred.shape)} do not match '
                          f'targets of shape {tuple(targ.shape)}')
 
-def fraction(hits): # bool tensor -> 0-d tensor
+def fraction_true(hits): # bool tensor -> 0-d tensor
     "The part that is true, in float64 where the device has it"
     return hits.mean(dtype=torch.float32 if hits.device.type == 'mps' else torch.float64)
 
@@ -112,8 +112,8 @@ def accuracy(pred, # scores, (batch, ..., classes)
             ): # 0-d tensor
     "Part of the targets that have the highest score"
     best = pred.argmax(axis)
-    same_shape(best, targ, f'accuracy, after argmax over axis {axis}')
-    return fraction(best == targ)
+    check_same_shape(best, targ, f'accuracy, after argmax over axis {axis}')
+    return fraction_true(best == targ)
 
 @metric(higher_is_better=False)
 def error_rate(pred, targ, axis:int=-1): # as `accuracy`
@@ -130,8 +130,8 @@ def top_k_accuracy(pred, # scores, (batch, ..., classes)
     if not 0 < k <= pred.shape[-1]:
         raise ValueError(f'top_k_accuracy: k={k}, but there are {pred.shape[-1]} classes')
     best = pred.topk(k, dim=-1).indices
-    same_shape(best[..., 0], targ, 'top_k_accuracy, without the axis of classes')
-    return fraction((best == targ[..., None]).any(-1))
+    check_same_shape(best[..., 0], targ, 'top_k_accuracy, without the axis of classes')
+    return fraction_true((best == targ[..., None]).any(-1))
 
 # %% ../../nbs/components/01_metrics.ipynb #74c50231
 @metric(higher_is_better=True)
@@ -141,33 +141,33 @@ def binary_accuracy(pred, # logits, any shape; probabilities with from_logits=Fa
                     from_logits:bool=True, # whether a sigmoid is to be applied
                    ): # 0-d tensor
     "Part of the entries on the right side of the threshold"
-    same_shape(pred, targ, 'binary_accuracy')
+    check_same_shape(pred, targ, 'binary_accuracy')
     prob = pred.sigmoid() if from_logits else pred
-    return fraction((prob > thresh) == (targ > 0.5))
+    return fraction_true((prob > thresh) == (targ > 0.5))
 
 # %% ../../nbs/components/01_metrics.ipynb #6d13fa8e
-def difference(pred, targ, # tensors of one shape
+def float_difference(pred, targ, # tensors of one shape
                name:str, # of the metric, for the error
               ): # tensor
     "pred - targ, at least in float32: squares overflow in float16"
-    same_shape(pred, targ, name)
+    check_same_shape(pred, targ, name)
     return pred.to(torch.promote_types(pred.dtype, torch.float32)) - targ
 
 # %% ../../nbs/components/01_metrics.ipynb #da8b6cef
 @metric(higher_is_better=False)
 def mse(pred, targ): # tensors of one shape -> 0-d tensor
     "Mean squared error"
-    return difference(pred, targ, 'mse').square().mean()
+    return float_difference(pred, targ, 'mse').square().mean()
 
 @metric(higher_is_better=False)
 def mae(pred, targ): # tensors of one shape -> 0-d tensor
     "Mean absolute error"
-    return difference(pred, targ, 'mae').abs().mean()
+    return float_difference(pred, targ, 'mae').abs().mean()
 
 @metric(higher_is_better=False, finish=torch.sqrt)
 def rmse(pred, targ): # tensors of one shape -> 0-d tensor
     "Root of the mean squared error over all samples"
-    return difference(pred, targ, 'rmse').square().mean()
+    return float_difference(pred, targ, 'rmse').square().mean()
 
 # %% ../../nbs/components/01_metrics.ipynb #cd2073a0
 @metric(higher_is_better=False, finish=torch.exp)
@@ -175,7 +175,7 @@ def perplexity(pred, # logits, (batch, ..., classes)
                targ, # classes, (batch, ...); -100: left out
               ): # 0-d tensor
     "exp of the mean cross entropy (natural logarithm) over all samples"
-    same_shape(pred[..., 0], targ, 'perplexity, without the axis of classes')
+    check_same_shape(pred[..., 0], targ, 'perplexity, without the axis of classes')
     logits = pred.to(torch.promote_types(pred.dtype, torch.float32))
     return F.cross_entropy(logits.flatten(0, -2), targ.flatten())
 
@@ -187,8 +187,8 @@ def base_metric(m): # metric
 def metric_name(m): # str
     "What the value of a metric is called"
     m = base_metric(m)
-    own = getattr(m, 'name', None) or getattr(m, '__name__', None)
-    return own if isinstance(own, str) else camel2snake(type(m).__name__)
+    name = getattr(m, 'name', None) or getattr(m, '__name__', None)
+    return name if isinstance(name, str) else camel2snake(type(m).__name__)
 
 def higher_is_better(m): # bool, or None if the metric does not say
     "Whether a higher value of a metric is a better one"
@@ -197,8 +197,8 @@ def higher_is_better(m): # bool, or None if the metric does not say
 # %% ../../nbs/components/01_metrics.ipynb #75b6e451
 @runtime_checkable
 class Accumulates(Protocol):
-    "A metric that keeps its own state"
-    def reset(self): "Forget everything"
+    "A metric with a state, as those of torchmetrics"
+    def reset(self): "Start over"
     def update(self, pred, targ): "Take in a batch"
     def compute(self): "The value: one number, or a dict of them"
 
@@ -217,8 +217,8 @@ class SklearnMetric:
     def reset(self): self.preds, self.targs = [], []
 
     def update(self, pred, targ):
-        pred, targ = sklearn_pred(pred.detach(), self.pred), column(targ.detach())
-        if self.pred == 'argmax': same_shape(pred, targ, f'{self.name}, after argmax')
+        pred, targ = sklearn_pred(pred.detach(), self.pred), as_vector(targ.detach())
+        if self.pred == 'argmax': check_same_shape(pred, targ, f'{self.name}, after argmax')
         self.preds.append(pred.cpu())
         self.targs.append(targ.cpu())
 
@@ -243,7 +243,7 @@ def sklearn_metric(func, # (y_true, y_pred, **kwargs) -> float
     return SklearnMetric(func, higher_is_better, pred, name, kwargs)
 
 # %% ../../nbs/components/01_metrics.ipynb #f457777d
-def column(t): # tensor, (batch,) if it was (batch, 1)
+def as_vector(t): # tensor, (batch,) if it was (batch, 1)
     "A single column as the vector that scikit-learn expects"
     return t[:, 0] if t.ndim == 2 and t.shape[1] == 1 else t
 
@@ -252,59 +252,12 @@ def sklearn_pred(pred, # output of a model, (batch, classes), (batch, 1) or (bat
                 ): # tensor
     "The class, the output itself, the probability, or whether a single logit means yes"
     if kind == 'argmax': return pred.argmax(-1)
-    pred = column(pred.float())
+    pred = as_vector(pred.float())
     if kind == 'raw': return pred
     if kind == 'binary': return (pred > 0).long()  # probability above 0.5
     if pred.ndim == 1: return pred.sigmoid()
     prob = pred.softmax(-1)
     return prob[:, 1] if prob.shape[1] == 2 else prob  # of two classes, the second one's
-
-# %% ../../nbs/components/01_metrics.ipynb #298b3be4
-class Averaged:
-    "One pass of a metric that is a mean over the batch"
-    def __init__(self, m): self.func, self.finish, self.mean = *mean_and_finish(m), Mean()
-    def add(self, pred, yb, n): self.mean.add(self.func(pred, *yb), n)
-
-    def compute(self, ranks=None): # number
-        mean = self.mean.compute(ranks)
-        return self.finish(torch.tensor(mean, dtype=torch.float64)) if self.finish else mean
-
-class Driven:
-    "One pass of a metric that keeps its own state"
-    def __init__(self, m):
-        self.m, self.seen = m, False
-        m.reset()
-
-    def add(self, pred, yb, n):
-        self.m.update(pred, *yb)
-        self.seen = True
-
-    def compute(self, ranks=None):
-        if ranks is not None: self.seen = any(ranks.gather(self.seen))
-        if ranks is not None and hasattr(self.m, 'sync_over'): self.m.sync_over(ranks)
-        return self.m.compute() if self.seen else float('nan')
-
-class Replayed(Driven):
-    "One pass, spread over processes, of a metric that knows nothing of them: it sees all batches at the end"
-    def __init__(self, m):
-        super().__init__(m)
-        self.batches = []
-
-    def add(self, pred, yb, n):
-        self.batches.append(to_host([detach(pred), *yb]))
-        self.seen = True
-
-    def compute(self, ranks):
-        by_rank = ranks.gather(self.batches)
-        for i in range(max(map(len, by_rank))):
-            for batches in by_rank:
-                if i < len(batches): self.m.update(*batches[i])
-        return super().compute(ranks)
-
-def driven(m, ranks): # Driven
-    "A pass of a metric; torchmetrics' exchange their states themselves when asked for the value"
-    own = ranks is None or hasattr(m, 'sync_over') or isinstance(m, nn.Module)
-    return (Driven if own else Replayed)(m)
 
 # %% ../../nbs/components/01_metrics.ipynb #aa840fd4
 def mean_and_finish(m): # (function, function or None)
@@ -313,6 +266,57 @@ def mean_and_finish(m): # (function, function or None)
     if not isinstance(m, partial): return m, None
     func, finish = mean_and_finish(m.func)
     return partial(func, *m.args, **m.keywords), finish
+
+# %% ../../nbs/components/01_metrics.ipynb #c39c3cd0
+class MeanPass:
+    "One pass of a metric that is a mean over the batch"
+    def __init__(self, m): self.func, self.finish, self.mean = *mean_and_finish(m), Mean()
+    def add(self, pred, yb, n): self.mean.add(self.func(pred, *yb), n)
+
+    def compute(self, ranks=None): # number
+        mean = self.mean.compute(ranks)
+        return self.finish(torch.tensor(mean, dtype=torch.float64)) if self.finish else mean
+
+# %% ../../nbs/components/01_metrics.ipynb #459b941a
+class StatefulPass:
+    "One pass of a metric with a state"
+    def __init__(self, m):
+        self.m, self.has_batches = m, False
+        m.reset()
+
+    def add(self, pred, yb, n):
+        self.m.update(pred, *yb)
+        self.has_batches = True
+
+    def compute(self, ranks=None):
+        if ranks is not None: self.has_batches = any(ranks.gather(self.has_batches))
+        if ranks is not None and hasattr(self.m, 'sync_over'): self.m.sync_over(ranks)
+        return self.m.compute() if self.has_batches else float('nan')
+
+# %% ../../nbs/components/01_metrics.ipynb #14ddeba8
+class GatheredPass(StatefulPass):
+    "One pass over several processes of a metric that sees the batches of all of them at the end"
+    def __init__(self, m):
+        super().__init__(m)
+        self.batches = []
+
+    def add(self, pred, yb, n):
+        self.batches.append(to_host([detach(pred), *yb]))
+        self.has_batches = True
+
+    def compute(self, ranks):
+        by_rank = ranks.gather(self.batches)
+        for i in range(max(map(len, by_rank))):
+            for batches in by_rank:
+                if i < len(batches): self.m.update(*batches[i])
+        return super().compute(ranks)
+
+# %% ../../nbs/components/01_metrics.ipynb #9e03a611
+def new_pass(m, ranks): # MeanPass or StatefulPass
+    "A pass of a metric, over the data of all `ranks` if there are any"
+    if not isinstance(m, Accumulates): return MeanPass(m)
+    knows_ranks = hasattr(m, 'sync_over') or isinstance(m, nn.Module)
+    return StatefulPass(m) if ranks is None or knows_ranks else GatheredPass(m)
 
 # %% ../../nbs/components/01_metrics.ipynb #48143017
 def named_metrics(metrics, # None, a metric, a list or tuple of them, or a dict by name
@@ -335,7 +339,7 @@ def check_names(names):
         raise ValueError(f'two values are called {twice[0]!r}: give metrics as a dict of other '
                          "names, such as {'top_3': partial(top_k_accuracy, k=3)}")
 
-# %% ../../nbs/components/01_metrics.ipynb #e77bf0b6
+# %% ../../nbs/components/01_metrics.ipynb #ffd68868
 class Tally:
     "Loss and metrics of one pass over data"
     def __init__(self,
@@ -345,19 +349,18 @@ class Tally:
         self.reset()
 
     def reset(self, device=None, ranks=None): # None: metrics that are modules stay where they are
-        "Start over; `ranks`: the processes that the data are spread over"
+        "Start over; `ranks`: the processes that share the data"
         for m in self.metrics.values():
             if device is not None and isinstance(m, nn.Module): m.to(device)
         self.loss = Mean()
         self.ranks = ranks
-        self.passes = {name: driven(m, ranks) if isinstance(m, Accumulates) else Averaged(m)
-                       for name, m in self.metrics.items()}
+        self.passes = {name: new_pass(m, ranks) for name, m in self.metrics.items()}
 
-    def joined(self, name, key): # str
+    def value_name(self, name, key): # str
         "What one value of a dict is called: its key, after the metric's name if one was given"
         return f'{name}_{key}' if self.prefixed else key
 
-# %% ../../nbs/components/01_metrics.ipynb #ffd68868
+# %% ../../nbs/components/01_metrics.ipynb #5d17cc27
 @patch
 def add(self:Tally,
         pred, # what the model gave
@@ -370,23 +373,23 @@ def add(self:Tally,
     if not self.passes: return
     try:
         with torch.no_grad():
-            for name, one in self.passes.items(): one.add(pred, yb, n)
+            for name in self.passes: self.passes[name].add(pred, yb, n)
     except Exception as error:
         error.add_note(f'(in metric {name!r})')
         raise
 
-# %% ../../nbs/components/01_metrics.ipynb #5d17cc27
+# %% ../../nbs/components/01_metrics.ipynb #939bf1e4
 @patch
 def compute(self:Tally): # dict of floats, 'loss' first; nan for what never came
     "The values over all batches, of all processes, read from the device now"
     values = [('loss', self.loss.compute(self.ranks))]
-    for name, one in self.passes.items():
-        try: value = one.compute(self.ranks)
+    for name, metric_pass in self.passes.items():
+        try: value = metric_pass.compute(self.ranks)
         except Exception as error:
             error.add_note(f'(in metric {name!r})')
             raise
         if not isinstance(value, dict): values.append((name, value))
-        else: values += [(self.joined(name, key), part) for key, part in value.items()]
+        else: values += [(self.value_name(name, key), item) for key, item in value.items()]
     check_names([name for name, _ in values])
     return {name: as_number(name, value) for name, value in values}
 
@@ -407,7 +410,7 @@ def directions(self:Tally): # dict by name: True, False, or None if unknown
     found = {'loss': False}
     for name, m in self.metrics.items():
         if isinstance(m, nn.ModuleDict):  # a MetricCollection of torchmetrics
-            found |= {self.joined(name, key): higher_is_better(one) for key, one in m.items()}
+            found |= {self.value_name(name, key): higher_is_better(item) for key, item in m.items()}
         else: found[name] = higher_is_better(m)
     return found
 

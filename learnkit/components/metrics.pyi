@@ -94,7 +94,7 @@ def metric(
         decorator, function -> `Metric`
     """
 
-def same_shape(pred: Any, targ: Any, what: str) -> None:
+def check_same_shape(pred: Any, targ: Any, what: str) -> None:
     """Raise ValueError unless the shapes are equal: broadcasting gives wrong numbers in silence
 
     Args:
@@ -102,7 +102,7 @@ def same_shape(pred: Any, targ: Any, what: str) -> None:
         what: what is compared, for the error
     """
 
-def fraction(hits: Any) -> Any:
+def fraction_true(hits: Any) -> Any:
     """The part that is true, in float64 where the device has it
 
     Returns:
@@ -156,7 +156,7 @@ def binary_accuracy(pred: Any, targ: Any, thresh: float = 0.5, from_logits: bool
         0-d tensor
     """
 
-def difference(pred: Any, targ: Any, name: str) -> Any:
+def float_difference(pred: Any, targ: Any, name: str) -> Any:
     """pred - targ, at least in float32: squares overflow in float16
 
     Args:
@@ -226,9 +226,9 @@ def higher_is_better(m: Any) -> Any:
 
 @runtime_checkable
 class Accumulates(Protocol):
-    """A metric that keeps its own state"""
+    """A metric with a state, as those of torchmetrics"""
     def reset(self) -> None:
-        """Forget everything"""
+        """Start over"""
     def update(self, pred: Any, targ: Any) -> None:
         """Take in a batch"""
     def compute(self) -> None:
@@ -281,7 +281,7 @@ def sklearn_metric(
         object with reset, update, compute
     """
 
-def column(t: Any) -> Any:
+def as_vector(t: Any) -> Any:
     """A single column as the vector that scikit-learn expects
 
     Returns:
@@ -299,7 +299,14 @@ def sklearn_pred(pred: Any, kind: str) -> Any:
         tensor
     """
 
-class Averaged:
+def mean_and_finish(m: Any) -> Any:
+    """What gives the mean over a batch, and what makes the value of the mean over all samples
+
+    Returns:
+        (function, function or None)
+    """
+
+class MeanPass:
     """One pass of a metric that is a mean over the batch"""
     func: Any
     finish: Any
@@ -311,33 +318,26 @@ class Averaged:
             number
         """
 
-class Driven:
-    """One pass of a metric that keeps its own state"""
+class StatefulPass:
+    """One pass of a metric with a state"""
     m: Any
-    seen: bool
+    has_batches: bool
     def __init__(self, m: Any) -> None: ...
     def add(self, pred: Any, yb: Any, n: Any) -> None: ...
     def compute(self, ranks: Any = None) -> Any: ...
 
-class Replayed(Driven):
-    """One pass, spread over processes, of a metric that knows nothing of them: it sees all batches at the end"""
+class GatheredPass(StatefulPass):
+    """One pass over several processes of a metric that sees the batches of all of them at the end"""
     batches: list[Any]
     def __init__(self, m: Any) -> None: ...
     def add(self, pred: Any, yb: Any, n: Any) -> None: ...
     def compute(self, ranks: Any) -> Any: ...
 
-def driven(m: Any, ranks: Any) -> Driven:
-    """A pass of a metric; torchmetrics' exchange their states themselves when asked for the value
+def new_pass(m: Any, ranks: Any) -> Any:
+    """A pass of a metric, over the data of all `ranks` if there are any
 
     Returns:
-        Driven
-    """
-
-def mean_and_finish(m: Any) -> Any:
-    """What gives the mean over a batch, and what makes the value of the mean over all samples
-
-    Returns:
-        (function, function or None)
+        MeanPass or StatefulPass
     """
 
 def named_metrics(metrics: Any) -> Any:
@@ -367,12 +367,12 @@ class Tally:
             metrics: a metric, a list or tuple of them, or a dict by name
         """
     def reset(self, device: Any = None, ranks: Any = None) -> Any:
-        """Start over; `ranks`: the processes that the data are spread over
+        """Start over; `ranks`: the processes that share the data
 
         Returns:
             None: metrics that are modules stay where they are
         """
-    def joined(self, name: Any, key: Any) -> str:
+    def value_name(self, name: Any, key: Any) -> str:
         """What one value of a dict is called: its key, after the metric's name if one was given
 
         Returns:

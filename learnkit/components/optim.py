@@ -34,9 +34,9 @@ def param_groups(model:nn.Module,
     if splitter is not None: check_split(model, split)
     if wd is None: groups = [(i, ps, {}) for i, ps in enumerate(split)]
     else:
-        bare = no_decay(model)
-        groups = [(i, [p for p in ps if (id(p) in bare) == out], {'weight_decay': decay})
-                  for i, ps in enumerate(split) for out, decay in ((False, wd), (True, 0.))]
+        exempt = no_decay(model)
+        groups = [(i, [p for p in ps if (id(p) in exempt) == is_exempt], {'weight_decay': decay})
+                  for i, ps in enumerate(split) for is_exempt, decay in ((False, wd), (True, 0.))]
     return [{'params': ps, 'layer': i, **hypers} for i, ps, hypers in groups if ps]
 
 # %% ../../nbs/components/02_optim.ipynb #f5fdac70
@@ -159,9 +159,9 @@ def freeze_layers(model:nn.Module,
                   opt:torch.optim.Optimizer,
                   n:int, # first group of layers that is trained; negative: from the end; 0: all are
                   train_bn:bool=True, # False: norm layers of the frozen groups are frozen as well
-                 ): # list of modules whose running statistics should stand still
+                 ): # list of modules whose running statistics should not change
     "Train the groups of layers from `n` on, and only those; gradients of the frozen are dropped"
-    first = first_trained(opt, n)
+    first = first_trainable(opt, n)
     layers = param_layers(opt)
     free = {i for i, layer in layers.items() if layer >= first}
     if train_bn:
@@ -174,7 +174,7 @@ def freeze_layers(model:nn.Module,
     return [] if train_bn else frozen_stats(model, layers, first)
 
 # %% ../../nbs/components/02_optim.ipynb #1d61bd5f
-def first_trained(opt:torch.optim.Optimizer, n:int): # int, 0 or more
+def first_trainable(opt:torch.optim.Optimizer, n:int): # int, 0 or more
     "`n` counted from the start; ValueError when there is no such group of layers"
     total = n_layers(opt)
     if total == 1 and n != 0:
@@ -203,12 +203,12 @@ def frozen_stats(model:nn.Module,
     "The modules with running statistics that lie wholly below group `first`"
     found, before = [], set()  # before: the layers of the module with parameters that came last
     for name, module in model.named_modules():
-        own = layers_of(module.parameters(recurse=False), layers)
-        before = own or before
+        direct = layers_of(module.parameters(recurse=False), layers)
+        before = direct or before
         is_norm = isinstance(module, nn.modules.batchnorm._NormBase)
         if not is_norm or module.running_mean is None: continue
-        around = own or layers_around(model, name, layers)
-        if len({layer < first for layer in around}) != 1 and not own: around = before
+        around = direct or layers_around(model, name, layers)
+        if len({layer < first for layer in around}) != 1 and not direct: around = before
         if around and max(around) < first: found.append(module)
     return found
 
@@ -235,25 +235,28 @@ def layer_table(model:nn.Module,
                 opt=None, # optimizer; None: without groups and rates
                ): # dicts: name, kind, shape, params, buffers, layer, lr, wd if any set, trainable
     "One row for each module that directly holds parameters or buffers"
-    seen, rows, groups = set(), [], {}
-    for i, group in enumerate(opt.param_groups if opt else ()):
-        hypers = {'layer': group.get('layer', i), 'lr': float(group['lr']),
-                  'wd': get_hyper(group, 'wd')}
-        groups.update((id(p), hypers) for p in group['params'])
-    decays = any(hypers['wd'] for hypers in groups.values())
+    seen, rows, by_param = set(), [], param_hypers(opt)
+    has_decay = any(hypers['wd'] for hypers in by_param.values())
     for name, module in model.named_modules():
         params = list(module.parameters(recurse=False))
         buffers = list(module.buffers(recurse=False))
         if not params and not buffers: continue
-        held = [groups[id(p)] for p in params if id(p) in groups]
-        hypers = {key: one_or_text([h[key] for h in held]) for key in ('layer', 'lr')}
-        if decays: hypers['wd'] = held[0]['wd'] if held else None  # the weight's, not the bias's
-        parts = [part for part in name.split('.') if part != '_orig_mod']  # of torch.compile
-        plain = '.'.join(parts)
-        rows.append({'name': plain, 'kind': unsharded_class(module).__name__, 'shape': shape_text(params),
-                     'params': count_new(params, seen), 'buffers': count_new(buffers, seen),
-                     **hypers, 'trainable': how_trainable(params)})
+        found = [by_param[id(p)] for p in params if id(p) in by_param]
+        hypers = {key: one_or_text([h[key] for h in found]) for key in ('layer', 'lr')}
+        if has_decay: hypers['wd'] = found[0]['wd'] if found else None  # the weight's
+        name = '.'.join(part for part in name.split('.') if part != '_orig_mod')  # torch.compile's
+        rows.append({'name': name, 'kind': unsharded_class(module).__name__,
+                     'shape': shape_text(params), 'params': count_new(params, seen),
+                     'buffers': count_new(buffers, seen), **hypers,
+                     'trainable': how_trainable(params)})
     return rows
+
+def param_hypers(opt): # dict: id of a parameter -> dict of layer, lr, wd
+    "What the optimizer's groups set for each parameter"
+    groups = enumerate(opt.param_groups if opt else ())
+    return {id(param): {'layer': group.get('layer', i), 'lr': float(group['lr']),
+                        'wd': get_hyper(group, 'wd')}
+            for i, group in groups for param in group['params']}
 
 # %% ../../nbs/components/02_optim.ipynb #d7d776e7
 def one_or_text(values): # None for none, the value where all are equal, else text
@@ -289,6 +292,11 @@ def requires_closure(cls): # bool
     closure = inspect.signature(cls.step).parameters.get('closure')
     return closure is not None and closure.default is inspect.Parameter.empty
 
+# %% ../../nbs/components/02_optim.ipynb #3a8fef0b
+def opt_params(opt:torch.optim.Optimizer): # iterator of parameters
+    "All parameters of an optimizer"
+    return (param for group in opt.param_groups for param in group['params'])
+
 # %% ../../nbs/components/02_optim.ipynb #843fbd25
 def opt_state(opt:torch.optim.Optimizer): # dict: kind, state, param_groups
     "The optimizer's state, with the name of its class"
@@ -309,22 +317,23 @@ def check_opt_state(opt:torch.optim.Optimizer,
                          f'groups of {have}: the splitter or wd differs')
 
 # %% ../../nbs/components/02_optim.ipynb #5b43c077
-def copied_like(param, # parameter; None: of no parameter
-                values, # what an optimizer keeps of it, or its gradient
-                now={}, # what is kept of it now: tensors that fit are written to, which spares memory
-               ): # the same nesting
+def copy_like(param, # parameter; None: of no parameter
+              values, # what an optimizer keeps of it, or its gradient
+              reusable=None, # what is kept now: tensors that fit are written to, not made anew
+             ): # the same nesting
     "Copies of tensors, those in the shape of the parameter in its memory layout and on its device"
     def copied(value, old=None):
         if param is None or value.shape != param.shape: return value.clone()
         new = torch.empty_like(param, dtype=value.dtype, device='meta')
-        if not (isinstance(old, torch.Tensor) and old.device == param.device and alike(old, new)):
-            old = torch.empty_like(param, dtype=value.dtype)
+        fits = isinstance(old, torch.Tensor) and old.device == param.device
+        if not (fits and same_layout(old, new)): old = torch.empty_like(param, dtype=value.dtype)
         return old.copy_(distribute_like(value, param))
     if not isinstance(values, dict): return map_tensors(copied, values)
-    return {key: copied(value, now.get(key)) if isinstance(value, torch.Tensor)
+    reusable = reusable or {}
+    return {key: copied(value, reusable.get(key)) if isinstance(value, torch.Tensor)
             else map_tensors(copied, value) for key, value in values.items()}
 
-def alike(a, b): return (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+def same_layout(a, b): return (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
 
 # %% ../../nbs/components/02_optim.ipynb #fc4b9880
 def load_opt_state(opt:torch.optim.Optimizer,
@@ -332,16 +341,11 @@ def load_opt_state(opt:torch.optim.Optimizer,
                   ):
     "Load `state` into `opt`, its tensors in the memory layout of their parameters"
     check_opt_state(opt, state)
-    params = (param for group in opt.param_groups for param in group['params'])
     keys = (key for group in state['param_groups'] for key in group['params'])
-    held = dict(zip(keys, params))
+    params = dict(zip(keys, opt_params(opt), strict=True))
     # The optimizer takes tensors over as they are, so they must be copies
     with torch.no_grad():
-        kept = {key: copied_like(held.get(key), values, opt.state.get(held.get(key), {}))
-                for key, values in state['state'].items()}
-    opt.load_state_dict({'param_groups': map_tensors(torch.clone, state['param_groups']), 'state': kept})
-
-# %% ../../nbs/components/02_optim.ipynb #3a8fef0b
-def opt_params(opt:torch.optim.Optimizer): # iterator of parameters
-    "All parameters of an optimizer"
-    return (param for group in opt.param_groups for param in group['params'])
+        values = {key: copy_like(params.get(key), kept, opt.state.get(params.get(key)))
+                  for key, kept in state['state'].items()}
+    groups = map_tensors(torch.clone, state['param_groups'])
+    opt.load_state_dict({'param_groups': groups, 'state': values})

@@ -133,10 +133,10 @@ def freeze_layers(
         train_bn: False: norm layers of the frozen groups are frozen as well
 
     Returns:
-        list of modules whose running statistics should stand still
+        list of modules whose running statistics should not change
     """
 
-def first_trained(opt: torch.optim.Optimizer, n: int) -> Any:
+def first_trainable(opt: torch.optim.Optimizer, n: int) -> Any:
     """`n` counted from the start; ValueError when there is no such group of layers
 
     Returns:
@@ -193,6 +193,13 @@ def layer_table(model: nn.Module, opt: Any = None) -> Any:
         dicts: name, kind, shape, params, buffers, layer, lr, wd if any set, trainable
     """
 
+def param_hypers(opt: Any) -> Any:
+    """What the optimizer's groups set for each parameter
+
+    Returns:
+        dict: id of a parameter -> dict of layer, lr, wd
+    """
+
 def one_or_text(values: Any) -> Any:
     """The value they share, or all of them as text
 
@@ -236,6 +243,13 @@ def requires_closure(cls: Any) -> bool:
         bool
     """
 
+def opt_params(opt: torch.optim.Optimizer) -> Any:
+    """All parameters of an optimizer
+
+    Returns:
+        iterator of parameters
+    """
+
 def opt_state(opt: torch.optim.Optimizer) -> Any:
     """The optimizer's state, with the name of its class
 
@@ -250,30 +264,23 @@ def check_opt_state(opt: torch.optim.Optimizer, state: dict) -> None:
         state: what `opt_state` returned
     """
 
-def copied_like(param: Any, values: Any, now: Any = {}) -> Any:
+def copy_like(param: Any, values: Any, reusable: Any = None) -> Any:
     """Copies of tensors, those in the shape of the parameter in its memory layout and on its device
 
     Args:
         param: parameter; None: of no parameter
         values: what an optimizer keeps of it, or its gradient
-        now: what is kept of it now: tensors that fit are written to, which spares memory
+        reusable: what is kept now: tensors that fit are written to, not made anew
 
     Returns:
         the same nesting
     """
 
-def alike(a: Any, b: Any) -> Any: ...
+def same_layout(a: Any, b: Any) -> Any: ...
 
 def load_opt_state(opt: torch.optim.Optimizer, state: dict) -> None:
     """Load `state` into `opt`, its tensors in the memory layout of their parameters
 
     Args:
         state: what `opt_state` returned
-    """
-
-def opt_params(opt: torch.optim.Optimizer) -> Any:
-    """All parameters of an optimizer
-
-    Returns:
-        iterator of parameters
     """

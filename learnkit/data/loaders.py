@@ -18,12 +18,12 @@ from torch.utils.data import (
     DataLoader, Dataset, IterableDataset, default_collate, get_worker_info)
 from ..base.devices import default_device
 from ..base.randomness import generator_state, seed_generator
-from .order import epoch_order, epoch_seed, split_samples
+from .order import Share, epoch_order, epoch_seed, split_samples
 
 # %% ../../nbs/data/01_loaders.ipynb #5c7af18e
 class EpochLoader:
     "Base of learnkit's loaders: a batch is a function of (seed, epoch, number of the batch)"
-    n_samples = 0 # that one epoch gives
+    n_samples = 0  # that one epoch gives
 
     def __init__(self,
                  bs:int, # samples a batch
@@ -36,29 +36,31 @@ class EpochLoader:
 
     def set_epoch(self, epoch:int): self.epoch = epoch
     def __len__(self): return -(-self.n_samples // self.bs)
+    def __iter__(self): return self.iter_from(0)
 
-    def __iter__(self): return self.go_on(0)
-
-    def shared(self, share): # loader
-        "A loader of the same batches that gives the part of each that one of several processes takes"
-        twin = copy.copy(self)
-        twin.share, twin.undivided = share, self
-        return twin
-
-    def batch_weights(self, number:int): # (int, int)
-        "How many samples of batch `number` count here, and on all processes"
-        n = min(self.bs, self.n_samples - number * self.bs)
-        return (n if self.share is None else len(range(n)[self.share.part(n)])), n
-
-    def go_on(self, start:int): # iterator of batches
+    def iter_from(self, start:int): # iterator of batches
         "The batches of this epoch from number `start` on; the next epoch is the next to be read"
         epoch, self.epoch = self.epoch, self.epoch + 1
-        if self.share is not None: self.undivided.epoch = self.epoch  # as if that had been read
+        if self.share is not None: self.full_loader.epoch = self.epoch  # as if that had been read
         return self.batches(epoch, start)
 
     def __repr__(self):
         return (f'{type(self).__name__}(samples={self.n_samples}, batches={len(self)}, '
                 f'bs={self.bs}, shuffle={self.shuffle})')
+
+# %% ../../nbs/data/01_loaders.ipynb #bedb2bc7
+@patch
+def shared(self:EpochLoader, share:Share): # loader
+    "A loader of the same batches that gives the part of each that one of several processes takes"
+    twin = copy.copy(self)
+    twin.share, twin.full_loader = share, self
+    return twin
+
+@patch
+def batch_weights(self:EpochLoader, number:int): # (int, int)
+    "How many samples of batch `number` count here, and on all processes"
+    n = min(self.bs, self.n_samples - number * self.bs)
+    return (n if self.share is None else len(range(n)[self.share.slice_of(n)])), n
 
 # %% ../../nbs/data/01_loaders.ipynb #47a9f000
 def as_tensors(tensors, # tensor or numpy array, or a tuple or list of them
@@ -105,11 +107,12 @@ def batches(self:TensorLoader,
     if self.shuffle:
         order = epoch_order(self.n_samples, self.seed, epoch).to(self.tensors[0].device)
         for idx in order[first:].split(self.bs):
-            if self.share and not len(idx := self.share.of(idx)): continue
+            if self.share and not len(idx := self.share.samples_of(idx)): continue
             yield tuple([t.index_select(0, idx) for t in self.tensors])
     else:
-        for rows in zip(*[t[first:].split(self.bs) for t in self.tensors]):
-            if self.share and not len((rows := tuple(map(self.share.of, rows)))[0]): continue
+        for rows in zip(*[t[first:].split(self.bs) for t in self.tensors], strict=True):
+            if self.share: rows = tuple(map(self.share.samples_of, rows))
+            if not len(rows[0]): continue
             yield tuple([t.clone() for t in rows])  # changing a batch must not change the data
 
 # %% ../../nbs/data/01_loaders.ipynb #99816e80
@@ -126,12 +129,12 @@ def loader_parts(dl, *more): # list of objects
 def generators(dl): # list of random generators
     "The generators that a loader, its samplers and its dataset hold, always in the same order"
     parts = loader_parts(dl, 'dataset', 'transform', 'target_transform', 'transforms')
-    held = [value for part in parts for value in vars(part).values()]
-    return [value for value in held if generator_state(value) is not None]
+    values = [value for part in parts for value in vars(part).values()]
+    return [value for value in values if generator_state(value) is not None]
 
 # %% ../../nbs/data/01_loaders.ipynb #e4b6d137
 @contextmanager
-def fetch_rng(seed:int):
+def seeded_rng(seed:int):
     "The host's generators start from `seed`: python, numpy, torch; outside a worker they come back"
     before = [] if get_worker_info() else [(random.setstate, random.getstate()),
                                            (np.random.set_state, np.random.get_state()),
@@ -152,17 +155,17 @@ class SeededBatches(Dataset):
                  collate_fn, # list of samples -> batch
                 ):
         self.dataset, self.seed, self.collate_fn = dataset, seed, collate_fn
-        self.own = generators(dataset)  # which would go their own ways in each worker
+        self.generators = generators(dataset)  # in each worker they would go another way
         self.fetch = getattr(dataset, '__getitems__', None) or self.one_by_one
 
     def one_by_one(self, samples): return [self.dataset[i] for i in samples]
 
-    def __getitem__(self, key): # (place, samples); place: epoch, number of the batch, process if not 0
-        (epoch, number, *_), samples = place, samples = key
-        seed = epoch_seed(self.seed, *place)
+    def __getitem__(self, key): # (batch id, samples); the id: epoch, number, process if not 0
+        (epoch, number, *_), samples = batch_id, samples = key
+        seed = epoch_seed(self.seed, *batch_id)
         try:
-            for rng in self.own: seed_generator(rng, seed)
-            with fetch_rng(seed): return self.collate_fn(self.fetch(samples))
+            for rng in self.generators: seed_generator(rng, seed)
+            with seeded_rng(seed): return self.collate_fn(self.fetch(samples))
         except StopIteration as error:  # would end the epoch without a word
             raise RuntimeError(f'the dataset raised StopIteration in batch {number}') from error
         except Exception as error:
@@ -170,11 +173,11 @@ class SeededBatches(Dataset):
             raise
 
 # %% ../../nbs/data/01_loaders.ipynb #e95555e3
-class Keys:
-    "A sampler that yields what it was last given"
-    now = ()
-    def __len__(self): return len(self.now)
-    def __iter__(self): return iter(self.now)
+class AssignedSampler:
+    "A sampler that yields the items it was last assigned"
+    items = ()
+    def __len__(self): return len(self.items)
+    def __iter__(self): return iter(self.items)
 
 # %% ../../nbs/data/01_loaders.ipynb #bd95689d
 class DatasetLoader(EpochLoader):
@@ -191,12 +194,13 @@ class DatasetLoader(EpochLoader):
                  **kwargs, # of `DataLoader`: persistent_workers, worker_init_fn ...
                 ):
         super().__init__(bs, shuffle, seed)
-        self.dataset, self.drop_last, self.keys = check_dataset(ds, kwargs), drop_last, Keys()
+        self.dataset, self.drop_last = check_dataset(ds, kwargs), drop_last
+        self.sampler = AssignedSampler()
         batches = SeededBatches(ds, self.seed, collate_fn or default_collate)
         # without a generator each iterator would draw a seed from torch's global one
-        self.loader = DataLoader(batches, batch_size=None, sampler=self.keys, collate_fn=noop,
+        self.loader = DataLoader(batches, batch_size=None, sampler=self.sampler, collate_fn=noop,
                                  num_workers=num_workers, generator=torch.Generator(),
-                                 pin_memory=pinned(pin_memory), **kwargs)
+                                 pin_memory=should_pin(pin_memory), **kwargs)
 
     @property
     def n_samples(self):
@@ -212,16 +216,16 @@ def batches(self:DatasetLoader,
     "The batches of an epoch from `start` on; those before it are not fetched"
     n = len(self.dataset)
     order = (epoch_order(n, self.seed, epoch) if self.shuffle else torch.arange(n)).tolist()
-    who = (self.share.rank,) if self.share and self.share.rank else ()  # each draws other numbers
-    keys = [((epoch, number, *who), order[number * self.bs:(number + 1) * self.bs])
+    rank = (self.share.rank,) if self.share and self.share.rank else ()  # each draws other numbers
+    keys = [((epoch, number, *rank), order[number * self.bs:(number + 1) * self.bs])
             for number in range(len(self))[start:]]
-    if self.share: keys = [(place, part) for place, samples in keys if (part := self.share.of(samples))]
-    self.keys.now = keys
+    if self.share: keys = [(id, part) for id, all in keys if (part := self.share.samples_of(all))]
+    self.sampler.items = keys
     self.loader.generator.manual_seed(epoch_seed(self.seed, epoch))
     return iter(self.loader)
 
 # %% ../../nbs/data/01_loaders.ipynb #2e1dddbb
-def pinned(pin_memory:bool=None): # bool
+def should_pin(pin_memory:bool=None): # bool
     "`pin_memory`; if None, whether that speeds up copies to the default device"
     return default_device().type not in ('cpu', 'mps') if pin_memory is None else pin_memory
 
@@ -234,8 +238,8 @@ def check_dataset(ds,
     if isinstance(ds, IterableDataset) or not map_style:
         raise TypeError(f'{type(ds).__name__} is no map-style dataset, with len(ds) and ds[i]: '
                         'make a torch DataLoader of it, and give that to DataLoaders')
-    if own := sorted(kwargs.keys() & {'batch_size', 'sampler', 'batch_sampler', 'generator'}):
-        raise TypeError(f'{", ".join(own)}: bs, shuffle and seed make the order here; '
+    if ordering := sorted(kwargs.keys() & {'batch_size', 'sampler', 'batch_sampler', 'generator'}):
+        raise TypeError(f'{", ".join(ordering)}: bs, shuffle and seed make the order here; '
                         'for another one make a torch DataLoader, and give that to DataLoaders')
     return ds
 
@@ -265,7 +269,7 @@ def check_loader(dl): # the loader, or None
 
 def describe(dl): # str
     "What a loader holds, as far as it says; of a part of one, all of it"
-    dl = getattr(dl, 'undivided', dl)
+    dl = getattr(dl, 'full_loader', dl)
     if isinstance(dl, EpochLoader): return repr(dl)
     try: known = [f'batches={len(dl)}']
     except TypeError: known = []
@@ -276,7 +280,7 @@ def describe(dl): # str
 # %% ../../nbs/data/01_loaders.ipynb #522ec348
 def check_alike(train, valid): # tuples of tensors
     "Raise ValueError when samples to validate on are of another kind than those to train on"
-    for a, b in zip(train, valid):
+    for a, b in zip(train, valid, strict=True):
         if a.shape[1:] != b.shape[1:] or a.is_floating_point() != b.is_floating_point():
             raise ValueError(f'samples to validate on are {b.dtype} of shape {tuple(b.shape[1:])}, '
                              f'those to train on {a.dtype} of shape {tuple(a.shape[1:])}; '
@@ -339,7 +343,7 @@ def dataset_loader(ds, # map-style or `IterableDataset`, or None
                   ): # `DatasetLoader`; torch's `DataLoader` for an `IterableDataset`; None
     "The loader that fits a dataset"
     if ds is None: return None
-    kwargs['pin_memory'] = pinned(pin_memory)
+    kwargs['pin_memory'] = should_pin(pin_memory)
     if not isinstance(ds, IterableDataset): return DatasetLoader(ds, bs, shuffle, seed, **kwargs)
     generator = torch.Generator().manual_seed(epoch_seed(seed or 0))
     return DataLoader(ds, bs, generator=generator, **kwargs)
@@ -352,12 +356,12 @@ def length(dl): # int or None
 
 # %% ../../nbs/data/01_loaders.ipynb #718e62e3
 def set_epoch(dl, epoch:int):
-    "Tell a loader, or its sampler, which epoch's order is wanted, if it can be told"
+    "Call `set_epoch` of a loader and of its samplers, where there is one"
     for part in (dl, getattr(dl, 'sampler', None), getattr(dl, 'batch_sampler', None)):
         if callable(getattr(part, 'set_epoch', None)): part.set_epoch(epoch)
 
 # %% ../../nbs/data/01_loaders.ipynb #8de3b615
 def n_samples(dl): # int or None
     "How many samples a loader will give, as far as it tells"
-    own = getattr(dl, 'n_samples', None)
-    return own if own is not None or not isinstance(dl, DataLoader) else length(dl.dataset)
+    n = getattr(dl, 'n_samples', None)
+    return n if n is not None or not isinstance(dl, DataLoader) else length(dl.dataset)

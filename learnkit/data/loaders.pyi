@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from torch.utils.data import DataLoader, Dataset
 from typing import Any
+from ..data.order import Share
 __all__ = [
     'TensorLoader', 'DatasetLoader', 'DataLoaders'
 ]
@@ -30,7 +31,14 @@ class EpochLoader:
     def set_epoch(self, epoch: int) -> None: ...
     def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[Any]: ...
-    def shared(self, share: Any) -> Any:
+    def iter_from(self, start: int) -> Any:
+        """The batches of this epoch from number `start` on; the next epoch is the next to be read
+
+        Returns:
+            iterator of batches
+        """
+    def __repr__(self) -> str: ...
+    def shared(self, share: Share) -> Any:
         """A loader of the same batches that gives the part of each that one of several processes takes
 
         Returns:
@@ -42,13 +50,6 @@ class EpochLoader:
         Returns:
             (int, int)
         """
-    def go_on(self, start: int) -> Any:
-        """The batches of this epoch from number `start` on; the next epoch is the next to be read
-
-        Returns:
-            iterator of batches
-        """
-    def __repr__(self) -> str: ...
 
 def as_tensors(tensors: Any, device: Any = None) -> Any:
     """Tensors whose rows are samples; arrays are shared where possible, not copied
@@ -108,7 +109,7 @@ def generators(dl: Any) -> Any:
         list of random generators
     """
 
-def fetch_rng(seed: int) -> AbstractContextManager[None]:
+def seeded_rng(seed: int) -> AbstractContextManager[None]:
     """The host's generators start from `seed`: python, numpy, torch; outside a worker they come back"""
 
 class SeededBatches(Dataset):
@@ -116,7 +117,7 @@ class SeededBatches(Dataset):
     dataset: Any
     seed: int
     collate_fn: Any
-    own: Any
+    generators: Any
     fetch: Any
     def __init__(self, dataset: Any, seed: int, collate_fn: Any) -> None:
         """A dataset whose items are whole batches, each made under its own seed
@@ -128,12 +129,12 @@ class SeededBatches(Dataset):
     def one_by_one(self, samples: Any) -> Any: ...
     def __getitem__(self, key: Any) -> Any:
         """Returns:
-            (place, samples); place: epoch, number of the batch, process if not 0
+            (batch id, samples); the id: epoch, number, process if not 0
         """
 
-class Keys:
-    """A sampler that yields what it was last given"""
-    now: tuple[Any, ...]
+class AssignedSampler:
+    """A sampler that yields the items it was last assigned"""
+    items: tuple[Any, ...]
     def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[Any]: ...
 
@@ -141,7 +142,7 @@ class DatasetLoader(EpochLoader):
     """Batches of a map-style dataset, the same ones with any number of workers"""
     dataset: Any
     drop_last: bool
-    keys: Keys
+    sampler: AssignedSampler
     loader: DataLoader
     def __init__(
             self,
@@ -181,7 +182,7 @@ class DatasetLoader(EpochLoader):
             iterator of batches
         """
 
-def pinned(pin_memory: bool | None = None) -> bool:
+def should_pin(pin_memory: bool | None = None) -> bool:
     """`pin_memory`; if None, whether that speeds up copies to the default device
 
     Returns:
@@ -321,7 +322,7 @@ def length(dl: Any) -> int | None:
     """
 
 def set_epoch(dl: Any, epoch: int) -> None:
-    """Tell a loader, or its sampler, which epoch's order is wanted, if it can be told"""
+    """Call `set_epoch` of a loader and of its samplers, where there is one"""
 
 def n_samples(dl: Any) -> int | None:
     """How many samples a loader will give, as far as it tells

@@ -27,23 +27,6 @@ def epoch_order(n:int, # samples
     "The numbers below `n`, shuffled by a generator of their own"
     return torch.randperm(n, generator=torch.Generator().manual_seed(epoch_seed(seed, *epoch)))
 
-# %% ../../nbs/data/00_order.ipynb #f41c941d
-@dataclass(frozen=True)
-class Share:
-    "The part of each batch that one of several processes takes"
-    rank: int # number of the process
-    size: int # how many there are
-    pad: bool # whether a process that would get nothing gets a sample that counts for nothing
-
-    def part(self, n:int): # slice
-        "Which of the `n` samples of a batch are this process's; parts differ by one sample at most"
-        return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
-
-    def of(self, samples): # the same kind of sequence, maybe empty
-        "This process's samples of a batch"
-        part = samples[self.part(len(samples))]
-        return samples[:1] if self.pad and not len(part) else part
-
 # %% ../../nbs/data/00_order.ipynb #8dde4327
 def split_samples(n:int, # samples
                   valid_pct:float, # part to validate on, 0 to 1
@@ -58,3 +41,20 @@ def split_samples(n:int, # samples
                          f'{"train" if n_valid else "validate"} on')
     order = epoch_order(n, seed or 0)
     return order[n_valid:].sort().values, order[:n_valid].sort().values
+
+# %% ../../nbs/data/00_order.ipynb #d61b1c3a
+@dataclass(frozen=True)
+class Share:
+    "The part of each batch that one of several processes takes"
+    rank: int # number of the process
+    size: int # how many there are
+    pad: bool # whether a process that would get nothing gets a sample that counts for nothing
+
+    def slice_of(self, n:int): # slice
+        "Which of the `n` samples of a batch are this process's; sizes differ by one at most"
+        return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
+
+    def samples_of(self, batch): # the same kind of sequence, maybe empty
+        "This process's samples of a batch"
+        samples = batch[self.slice_of(len(batch))]
+        return batch[:1] if self.pad and not len(samples) else samples

@@ -27,28 +27,6 @@ def epoch_order(n: int, seed: int, *epoch: int) -> Any:
         int64 tensor, (n,)
     """
 
-@dataclass(frozen=True)
-class Share:
-    """The part of each batch that one of several processes takes"""
-    rank: int
-    """number of the process"""
-    size: int
-    """how many there are"""
-    pad: bool
-    """whether a process that would get nothing gets a sample that counts for nothing"""
-    def part(self, n: int) -> slice:
-        """Which of the `n` samples of a batch are this process's; parts differ by one sample at most
-
-        Returns:
-            slice
-        """
-    def of(self, samples: Any) -> Any:
-        """This process's samples of a batch
-
-        Returns:
-            the same kind of sequence, maybe empty
-        """
-
 def split_samples(n: int, valid_pct: float, seed: int | None = None) -> Any:
     """Samples to train and to validate on: disjoint, complete, a function of the seed
 
@@ -60,3 +38,25 @@ def split_samples(n: int, valid_pct: float, seed: int | None = None) -> Any:
     Returns:
         (train, valid), ascending int64 tensors
     """
+
+@dataclass(frozen=True)
+class Share:
+    """The part of each batch that one of several processes takes"""
+    rank: int
+    """number of the process"""
+    size: int
+    """how many there are"""
+    pad: bool
+    """whether a process that would get nothing gets a sample that counts for nothing"""
+    def slice_of(self, n: int) -> slice:
+        """Which of the `n` samples of a batch are this process's; sizes differ by one at most
+
+        Returns:
+            slice
+        """
+    def samples_of(self, batch: Any) -> Any:
+        """This process's samples of a batch
+
+        Returns:
+            the same kind of sequence, maybe empty
+        """

@@ -18,34 +18,34 @@ from .loaders import DatasetLoader, EpochLoader, describe, generators, loader_pa
 
 # %% ../../nbs/data/02_resumable.ipynb #ea784c03
 @contextmanager
-def untouched(dl, # any loader, or a list of batches
+def reading_without_trace(dl, # any loader, or a list of batches
              ): # loader that gives the batches `dl` would give next
     "Read from a loader and leave it, its samplers, generators and workers as they were"
     if isinstance(dl, Iterator):
         raise ValueError(f'{type(dl).__name__} is an iterator: reading it uses it up, and that '
                          'cannot be undone; give a loader or a list of batches')
     before = [(part, dict(vars(part))) for part in loader_parts(dl)]
-    held = generators(dl)
-    states = [generator_state(rng) for rng in held]
-    try: yield own_workers(dl)
+    rngs = generators(dl)
+    states = [generator_state(rng) for rng in rngs]
+    try: yield with_new_workers(dl)
     finally:
         for part, attributes in before:
             vars(part).clear()
             vars(part).update(attributes)
-        for rng, state in zip(held, states): set_generator_state(rng, state)
+        for rng, state in zip(rngs, states, strict=True): set_generator_state(rng, state)
 
 # %% ../../nbs/data/02_resumable.ipynb #19b9cc92
-def own_workers(dl): # loader
-    "A loader like `dl` with persistent workers of its own, if it has any"
+def with_new_workers(dl): # loader
+    "A loader like `dl`; if its workers are persistent, it starts others"
     if not isinstance(dl, (DataLoader, DatasetLoader)): return dl
     twin = copy.copy(dl)
-    if isinstance(dl, DatasetLoader): twin.loader = own_workers(dl.loader)
+    if isinstance(dl, DatasetLoader): twin.loader = with_new_workers(dl.loader)
     elif dl._iterator is not None:  # new workers take a seed, which running ones would not
         twin._iterator, twin.generator = None, torch.Generator()
     return twin
 
 # %% ../../nbs/data/02_resumable.ipynb #da461df2
-def keeps_state(dl): # bool
+def is_stateful(dl): # bool
     "Whether a loader can say where it is and go back there, as torchdata's `StatefulDataLoader`"
     return all(callable(getattr(dl, name, None)) for name in ('state_dict', 'load_state_dict'))
 
@@ -53,12 +53,13 @@ def order_state(dl): # plain tree
     "What the order of an epoch follows from; to be asked right before `iter(dl)`"
     known = isinstance(dl, (EpochLoader, Sequence))
     order = {'loader': describe(dl), 'seed': dl.seed if isinstance(dl, EpochLoader) else None}
-    if known or keeps_state(dl): return order
+    if known or is_stateful(dl): return order
     return {**order, 'rng': rng_state(), 'generators': list(map(generator_state, generators(dl)))}
 
+# %% ../../nbs/data/02_resumable.ipynb #d10fbc82
 def check_resumable(dl):
     "Raise ValueError for a loader whose batches cannot be come back to"
-    if isinstance(dl, Iterator) and not keeps_state(dl):
+    if isinstance(dl, Iterator) and not is_stateful(dl):
         raise ValueError(f'{type(dl).__name__} is an iterator: what it has given is gone, so a fit '
                          'over it cannot be continued; give a loader, a list of batches, or an '
                          'iterable with state_dict and load_state_dict')
@@ -73,9 +74,9 @@ def check_same_loader(dl, order):
                              f'{order[what]}; this one reads from {here["loader"]}, {what} '
                              f'{here[what]}: give it the same data')
 
-# %% ../../nbs/data/02_resumable.ipynb #336d598f
+# %% ../../nbs/data/02_resumable.ipynb #27b4aef2
 def resume_batches(dl, # the loader whose epoch was interrupted
-                   order, # its `order_state` at the start of that epoch; with 'own': its own state
+                   order, # its `order_state` at the start of that epoch; 'own': its state_dict
                    start:int, # number of the batch to go on with
                    exact:bool=True, # False: what workers drew at random need not be the same
                   ): # iterator of batches
@@ -85,51 +86,28 @@ def resume_batches(dl, # the loader whose epoch was interrupted
     if 'own' in order:
         dl.load_state_dict(order['own'])
         return iter(dl)
-    if isinstance(dl, EpochLoader): return dl.go_on(start)
+    if isinstance(dl, EpochLoader): return dl.iter_from(start)
     if isinstance(dl, Sequence): return itertools.islice(dl, start, None)
-    begin_epoch(dl, order)
+    restore_epoch_start(dl, order)
     by_index = isinstance(dl, DataLoader) and not isinstance(dl.dataset, IterableDataset)
-    if by_index and dl.num_workers and not exact: return iter(without_first(dl, start))
-    if by_index and not dl.num_workers and (rest := skipped(dl, start)): return rest
-    begin_epoch(dl, order)
-    return replayed(dl, start)
+    if by_index and dl.num_workers and not exact: return iter(loader_from(dl, start))
+    if by_index and not dl.num_workers and (batches := skip_batches(dl, start)): return batches
+    restore_epoch_start(dl, order)
+    return replay_batches(dl, start)
 
-def begin_epoch(dl, order):
+def restore_epoch_start(dl, order):
     "Bring all generators to where they were when the epoch began"
-    fresh_workers(dl)
+    restart_workers(dl)
     set_rng_state(order['rng'])
-    for rng, state in zip(generators(dl), order['generators']): set_generator_state(rng, state)
+    for rng, state in zip(generators(dl), order['generators'], strict=True):
+        set_generator_state(rng, state)
 
-class LeaveSignals:
-    "Start of a worker that leaves signals to the process it works for"
-    def __init__(self, then): self.then = then # the loader's own `worker_init_fn`, or None
-
-    def __call__(self, worker_id):
-        for name in ('SIGINT', 'SIGUSR1'):
-            if hasattr(signal, name): signal.signal(getattr(signal, name), signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, die_next_time)
-        if self.then is not None: self.then(worker_id)
-
-def die_next_time(number, frame): signal.signal(number, signal.SIG_DFL)
-
-@contextmanager
-def shielded(dl):
-    "Workers started inside live through a signal that is sent to all processes of a group"
-    loader = dl.loader if isinstance(dl, DatasetLoader) else dl
-    if not isinstance(loader, DataLoader) or not loader.num_workers:
-        yield
-        return
-    before = loader.worker_init_fn
-    loader.worker_init_fn = LeaveSignals(before)
-    try: yield
-    finally: loader.worker_init_fn = before
-
-def fresh_workers(dl):
+def restart_workers(dl):
     "Let a `DataLoader` start new workers: persistent ones hold random states that cannot be saved"
     if isinstance(dl, DataLoader) and dl.persistent_workers: dl._iterator = None
 
-# %% ../../nbs/data/02_resumable.ipynb #d10fbc82
-def skipped(dl, start:int): # iterator; None when skipping would not give the same order
+# %% ../../nbs/data/02_resumable.ipynb #ed99e99b
+def skip_batches(dl, start:int): # iterator; None when skipping would not give the same order
     "The batches of a `DataLoader` without workers from `start` on; those before are not loaded"
     batches = iter(dl)
     if not start: return batches
@@ -138,7 +116,7 @@ def skipped(dl, start:int): # iterator; None when skipping would not give the sa
     for _ in range(start - 1): batches._next_index()
     return batches if tree_digest(rng_state()) == before else None
 
-def replayed(dl, start:int): # iterator
+def replay_batches(dl, start:int): # iterator
     "The batches from `start` on; those before are read and dropped"
     batches = iter(dl)
     for number in range(start):
@@ -147,25 +125,53 @@ def replayed(dl, start:int): # iterator
                              'before the interruption, so the data is not the same')
     return batches
 
-class LateSampler:
+class SamplerFrom:
     "A sampler without its first items"
     def __init__(self, sampler, start:int): self.sampler, self.start = sampler, start
     def __iter__(self):
         yield from itertools.islice(self.sampler, self.start, None)  # lazily, as the sampler itself
 
-def without_first(dl, start:int): # DataLoader
+def loader_from(dl, start:int): # DataLoader
     "A loader like `dl` whose workers begin with batch `start`"
     twin, name = copy.copy(dl), 'sampler' if dl.batch_sampler is None else 'batch_sampler'
-    vars(twin)[name] = LateSampler(getattr(dl, name), start)  # setattr is refused
+    vars(twin)[name] = SamplerFrom(getattr(dl, name), start)  # setattr is refused
     return twin
 
-# %% ../../nbs/data/02_resumable.ipynb #ed99e99b
-def generator_states(dl): # list of (kind, state)
+# %% ../../nbs/data/02_resumable.ipynb #b154b1ad
+class IgnoreSignals:
+    "A `worker_init_fn` that leaves signals to the process the worker is for"
+    def __init__(self, worker_init_fn):
+        self.worker_init_fn = worker_init_fn # the loader's, or None
+
+    def __call__(self, worker_id):
+        for name in ('SIGINT', 'SIGUSR1'):
+            if hasattr(signal, name): signal.signal(getattr(signal, name), signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, ignore_first)
+        if self.worker_init_fn is not None: self.worker_init_fn(worker_id)
+
+def ignore_first(number, frame):
+    "A signal handler for which a second signal acts as usual"
+    signal.signal(number, signal.SIG_DFL)
+
+@contextmanager
+def workers_outlive_signals(dl):
+    "Workers started inside live through a signal that is sent to all processes of a group"
+    loader = dl.loader if isinstance(dl, DatasetLoader) else dl
+    if not isinstance(loader, DataLoader) or not loader.num_workers:
+        yield
+        return
+    before = loader.worker_init_fn
+    loader.worker_init_fn = IgnoreSignals(before)
+    try: yield
+    finally: loader.worker_init_fn = before
+
+# %% ../../nbs/data/02_resumable.ipynb #575d0a46
+def generator_states(dl): # list of [class name, state]
     "The states of the random generators that a loader holds"
     return [[type(rng).__name__, generator_state(rng)] for rng in generators(dl)]
 
 def set_generator_states(dl, states):
     "Bring a loader's generators to `states`, unless it is another loader"
-    held = generators(dl)
-    if [type(rng).__name__ for rng in held] != [kind for kind, _ in states]: return
-    for rng, (_, state) in zip(held, states): set_generator_state(rng, state)
+    rngs = generators(dl)
+    if [type(rng).__name__ for rng in rngs] != [name for name, _ in states]: return
+    for rng, (_, state) in zip(rngs, states, strict=True): set_generator_state(rng, state)

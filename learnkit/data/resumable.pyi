@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from typing import Any
 __all__ = []
 
-def untouched(dl: Any) -> AbstractContextManager[Any]:
+def reading_without_trace(dl: Any) -> AbstractContextManager[Any]:
     """Read from a loader and leave it, its samplers, generators and workers as they were
 
     Args:
@@ -18,14 +18,14 @@ def untouched(dl: Any) -> AbstractContextManager[Any]:
         loader that gives the batches `dl` would give next
     """
 
-def own_workers(dl: Any) -> Any:
-    """A loader like `dl` with persistent workers of its own, if it has any
+def with_new_workers(dl: Any) -> Any:
+    """A loader like `dl`; if its workers are persistent, it starts others
 
     Returns:
         loader
     """
 
-def keeps_state(dl: Any) -> bool:
+def is_stateful(dl: Any) -> bool:
     """Whether a loader can say where it is and go back there, as torchdata's `StatefulDataLoader`
 
     Returns:
@@ -50,7 +50,7 @@ def resume_batches(dl: Any, order: Any, start: int, exact: bool = True) -> Any:
 
     Args:
         dl: the loader whose epoch was interrupted
-        order: its `order_state` at the start of that epoch; with 'own': its own state
+        order: its `order_state` at the start of that epoch; 'own': its state_dict
         start: number of the batch to go on with
         exact: False: what workers drew at random need not be the same
 
@@ -58,56 +58,57 @@ def resume_batches(dl: Any, order: Any, start: int, exact: bool = True) -> Any:
         iterator of batches
     """
 
-def begin_epoch(dl: Any, order: Any) -> None:
+def restore_epoch_start(dl: Any, order: Any) -> None:
     """Bring all generators to where they were when the epoch began"""
 
-class LeaveSignals:
-    """Start of a worker that leaves signals to the process it works for"""
-    then: Any
-    def __init__(self, then: Any) -> None: ...
-    def __call__(self, worker_id: Any) -> None: ...
-
-def die_next_time(number: Any, frame: Any) -> None: ...
-
-def shielded(dl: Any) -> AbstractContextManager[None]:
-    """Workers started inside live through a signal that is sent to all processes of a group"""
-
-def fresh_workers(dl: Any) -> None:
+def restart_workers(dl: Any) -> None:
     """Let a `DataLoader` start new workers: persistent ones hold random states that cannot be saved"""
 
-def skipped(dl: Any, start: int) -> Any:
+def skip_batches(dl: Any, start: int) -> Any:
     """The batches of a `DataLoader` without workers from `start` on; those before are not loaded
 
     Returns:
         iterator; None when skipping would not give the same order
     """
 
-def replayed(dl: Any, start: int) -> Any:
+def replay_batches(dl: Any, start: int) -> Any:
     """The batches from `start` on; those before are read and dropped
 
     Returns:
         iterator
     """
 
-class LateSampler:
+class SamplerFrom:
     """A sampler without its first items"""
     sampler: Any
     start: int
     def __init__(self, sampler: Any, start: int) -> None: ...
     def __iter__(self) -> Iterator[Any]: ...
 
-def without_first(dl: Any, start: int) -> DataLoader:
+def loader_from(dl: Any, start: int) -> DataLoader:
     """A loader like `dl` whose workers begin with batch `start`
 
     Returns:
         DataLoader
     """
 
+class IgnoreSignals:
+    """A `worker_init_fn` that leaves signals to the process the worker is for"""
+    worker_init_fn: Any
+    def __init__(self, worker_init_fn: Any) -> None: ...
+    def __call__(self, worker_id: Any) -> None: ...
+
+def ignore_first(number: Any, frame: Any) -> None:
+    """A signal handler for which a second signal acts as usual"""
+
+def workers_outlive_signals(dl: Any) -> AbstractContextManager[None]:
+    """Workers started inside live through a signal that is sent to all processes of a group"""
+
 def generator_states(dl: Any) -> Any:
     """The states of the random generators that a loader holds
 
     Returns:
-        list of (kind, state)
+        list of [class name, state]
     """
 
 def set_generator_states(dl: Any, states: Any) -> None:

@@ -16,7 +16,7 @@ from ..base.methods import full_name
 from ..files.tree import json_digest
 from ..data.loaders import (
     DataLoaders, DatasetLoader, EpochLoader, TensorLoader, generators)
-from ..data.resumable import untouched
+from ..data.resumable import reading_without_trace
 from .values import describe, json_text
 from .inspection import attributes
 from .code import record_class
@@ -94,7 +94,7 @@ def samples_digest(ds, n:int, walk): # digest; None for samples that cannot be d
 
 def read_samples(ds, picks, walk): # list
     "Samples by index; random generators and the dataset are left as they were"
-    with isolated_rng(0), untouched(ds):
+    with isolated_rng(0), reading_without_trace(ds):
         for rng in generators(ds): seed_generator(rng, 0)
         try: return [ds[i] for i in picks]
         except Exception as error:

@@ -67,7 +67,7 @@ def interruptible(learn):
     if interrupts.signals is not None:  # the outer call acts on it
         yield
         return
-    learn.ranks  # who is to be waited for comes now: a signal still ends this process
+    _ = learn.ranks  # others are waited for now, while a signal still ends this process
     try:
         with DeferredSignals() as interrupts.signals:
             yield

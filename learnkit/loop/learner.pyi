@@ -14,7 +14,7 @@ from ..loop.loop import Loop
 from ..loop.recorder import Recorder
 from ..processes.group import Ranks
 from ..training.lr_find import LRFinderResult
-from ..training.steps import OverfitResult
+from ..training.trials import OverfitResult
 _Self = TypeVar('_Self')
 __all__ = [
     'Learner'
@@ -229,7 +229,7 @@ class Learner(Loop):
             with_input: also the inputs
 
         Returns:
-            (preds, targs[, losses][, inputs]), tensors on the host, (samples, ...) each
+            preds, targs[, losses][, inputs] on the host, (samples, ...) each
         """
     @pure
     def predict(self, x: Any) -> Any:
@@ -375,11 +375,44 @@ class Learner(Loop):
     def world_size(self) -> int:
         """How many processes train together"""
     @property
-    def ema_model(self) -> Any:
-        """A copy of the model, in evaluation mode, with the average of `EMA` or `SWA` in it
+    def ema_model(self) -> nn.Module:
+        """A copy of the model, in evaluation mode, with the average of `EMA` or `SWA` in it"""
+    @structural
+    def to_channels_last(self) -> Learner:
+        """Lay out weights, the optimizer's state and all image batches with channels side by side"""
+    @structural
+    def compile(self, on: bool = True, **kwargs: Any) -> Learner:
+        """Have the model's computation compiled by `torch.compile`
 
-        Returns:
-            nn.Module
+        Args:
+            on: False: back to the model as it is
+            kwargs: of `torch.compile`: mode, backend, dynamic, fullgraph ...
+        """
+    def fine_tune(
+            self,
+            n_epoch: int,
+            base_lr: float = 2e-3,
+            freeze_epochs: int = 1,
+            lr_mult: float = 100,
+            pct_start: float = 0.3,
+            div: float = 5.,
+            train_bn: bool = True,
+            cbs: Any = None,
+            resume: Any = None,
+            **kwargs: Any,
+    ) -> None:
+        """Train the head alone, then everything with smaller rates for the first layers
+
+        Args:
+            n_epoch: epochs in which all layers learn
+            base_lr: rate of the head, halved for all layers
+            freeze_epochs: epochs before, in which only the last group of layers learns
+            lr_mult: the first group learns at base_lr / 2 / lr_mult
+            pct_start, div: as in `fit_one_cycle`
+            train_bn: whether norm layers learn along with the head
+            cbs: callbacks for these fits only
+            resume: as in `fit`; both fits save to the same folder
+            kwargs: max_time, dls, reset_opt, and what `fit_one_cycle` takes, for both fits
         """
     @pure
     def lr_find(
@@ -398,28 +431,13 @@ class Learner(Loop):
             num_it: batches, over as many epochs as they take
             stop_div: stop when the loss diverges
             suggest: which suggestions to make
-
-        Returns:
-            LRFinderResult
         """
-    def to_bf16(self) -> Any:
-        """Compute in bfloat16 where that is safe
-
-        Returns:
-            the learner
-        """
-    def to_fp16(self) -> Any:
-        """Compute in float16 where that is safe, with scaled losses
-
-        Returns:
-            the learner
-        """
-    def to_fp32(self) -> Any:
-        """Compute in full precision
-
-        Returns:
-            the learner
-        """
+    def to_bf16(self) -> Learner:
+        """Compute in bfloat16 where that is safe"""
+    def to_fp16(self) -> Learner:
+        """Compute in float16 where that is safe, with scaled losses"""
+    def to_fp32(self) -> Learner:
+        """Compute in full precision"""
     def fit_one_cycle(
             self,
             n_epoch: Any = None,
@@ -510,32 +528,6 @@ class Learner(Loop):
             cbs: callbacks for this fit only
             kwargs: max_time, dls, reset_opt, resume, resume_data: as in `fit`
         """
-    def fine_tune(
-            self,
-            n_epoch: int,
-            base_lr: float = 2e-3,
-            freeze_epochs: int = 1,
-            lr_mult: float = 100,
-            pct_start: float = 0.3,
-            div: float = 5.,
-            train_bn: bool = True,
-            cbs: Any = None,
-            resume: Any = None,
-            **kwargs: Any,
-    ) -> Any:
-        """Train the head alone, then everything with smaller rates for the first layers
-
-        Args:
-            n_epoch: epochs in which all layers learn
-            base_lr: rate of the head, halved for all layers
-            freeze_epochs: epochs before, in which only the last group of layers learns
-            lr_mult: the first group learns at base_lr / 2 / lr_mult
-            pct_start, div: as in `fit_one_cycle`
-            train_bn: whether norm layers learn along with the head
-            cbs: callbacks for these fits only
-            resume: as in `fit`; both fits save to the same folder
-            kwargs: max_time, dls, reset_opt, and what `fit_one_cycle` takes, for both fits
-        """
     @structural
     def setup(
             self: _Self,
@@ -558,7 +550,7 @@ class Learner(Loop):
             the learner
         """
     @pure
-    def dry_run(self, steps: int = 2, cbs: Any = None) -> Any:
+    def dry_run(self, steps: int = 2, cbs: Any = None) -> dict:
         """Try a short epoch with everything that belongs to a fit, and leave no trace
 
         Args:
@@ -566,7 +558,7 @@ class Learner(Loop):
             cbs: further callbacks, as the fit to come will get
 
         Returns:
-            dict: train_loss, valid_loss, metrics, tracked values
+            train_loss, valid_loss, metrics, tracked values
         """
     @pure
     def overfit(self, batches: int = 1, n_steps: int = 100, lr: Any = None) -> OverfitResult:
@@ -576,27 +568,6 @@ class Learner(Loop):
             batches: the first ones of the next epoch
             n_steps: updates, one a batch
             lr: as in `fit`
-
-        Returns:
-            OverfitResult
-        """
-    @structural
-    def to_channels_last(self: _Self) -> _Self:
-        """Lay out weights, the optimizer's state and all image batches with channels side by side
-
-        Returns:
-            the learner
-        """
-    @structural
-    def compile(self: _Self, on: bool = True, **kwargs: Any) -> _Self:
-        """Have the model's computation compiled by `torch.compile`
-
-        Args:
-            on: False: back to the model as it is
-            kwargs: of `torch.compile`: mode, backend, dynamic, fullgraph ...
-
-        Returns:
-            the learner
         """
 
 def check_arguments(model: Any, on_interrupt: Any) -> None:

@@ -17,7 +17,7 @@ from ..components.callback import (
     Callbacks, Cancel, CancelBackward, CancelFit, CancelStep, Interrupted)
 from ..components.optim import needs_closure, opt_params
 from ..data.loaders import length, set_epoch
-from ..data.resumable import shielded
+from ..data.resumable import workers_outlive_signals
 from .position import FitState, PassState
 
 # %% ../../nbs/loop/03_loop.ipynb #69db0ebe
@@ -32,7 +32,8 @@ class Loop(Guarded):
     def _level(self, name, body, then=None):
         self.levels.append(name)
         try:
-            if self._is_cancelled(f'before_{name}', body): self._is_cancelled(f'after_cancel_{name}')
+            if self._is_cancelled(f'before_{name}', body):
+                self._is_cancelled(f'after_cancel_{name}')
             if then: then()
             self._is_cancelled(f'after_{name}')  # it ends anyway
         except BaseException as error:
@@ -217,7 +218,7 @@ def _pass(self:Loop, phase, dl):
         self.can_update = self.training and has_updates(self)
         self.model.train(self.training)
         for module in self.frozen_stats: module.training = False
-        with torch.set_grad_enabled(self.training), shielded(dl): yield
+        with torch.set_grad_enabled(self.training), workers_outlive_signals(dl): yield
     finally:
         for module, mode in modes: module.training = mode
         vars(self).update(before)

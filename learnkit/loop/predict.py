@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from ..base.batches import BatchBuffer, batch_size, map_tensors
 from ..data.loaders import check_loader, length
-from ..data.resumable import untouched
+from ..data.resumable import reading_without_trace
 from ..components.callback import Callback
 from .interrupts import interruptible, signals_held_back
 from .loop import overrides
@@ -33,7 +33,7 @@ def measure(learn, phase, dl, interruptible_in_fit=False): # dict by name: float
     learn.recorder.results = {'loss': math.nan}
     check_loader(dl)
     with (interruptible(learn), side_pass(learn, interruptible_in_fit), learn.added_cbs(recorder),
-          untouched(dl) as dl):
+          reading_without_trace(dl) as dl):
         learn._evaluate(phase, dl)
         tracked = means(learn.recorder.tracked)
     return {**learn.recorder.results,
@@ -107,7 +107,7 @@ def predictions(learn, dl, with_loss, with_input): # tuple of tensors
     collect = Collect(with_loss, with_input, n_samples(dl))
     skip_loss = Callback(before_validate=lambda learn: setattr(learn, 'has_loss', with_loss))
     with (interruptible(learn), side_pass(learn), learn.added_cbs([skip_loss, collect]),
-          untouched(dl) as dl):
+          reading_without_trace(dl) as dl):
         learn._evaluate('predict', dl)
     return tuple(part.read() for part in collect.parts.values())
 

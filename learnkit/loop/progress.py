@@ -44,7 +44,7 @@ class Table:
 
     def line(self, cells): # one row as text
         "`cells` aligned to the columns"
-        return '  '.join(cell.rjust(width) for cell, width in zip(cells, self.widths))
+        return '  '.join(cell.rjust(width) for cell, width in zip(cells, self.widths, strict=True))
 
     def __str__(self): return '\n'.join(map(self.line, (self.columns, *self.rows)))
     __repr__ = __str__
@@ -83,82 +83,26 @@ class Progress(Callback):
         self.bar, self.table, self.plot = bar, table, plot
         self.print_every, self.columns = print_every, columns
         self._tqdm = None
-        self._forget(None)
+        self._start_table(None)
 
-    def _forget(self, n_rows):
-        self._table = self._shown = self._plot_shown = self._unshown = None
-        self._seen, self._drawn = n_rows, -np.inf
+    def _start_table(self, n_rows): # n_rows: of the history, that have been seen; None: no fit runs
+        self._table = self._table_display = self._plot_display = self._hidden_row = None
+        self._n_seen, self._drawn_at = n_rows, -np.inf
 
     def settings(self): return None  # how it looks does not matter for what is computed
 
-    def before_fit(self, learn): self._forget(len(learn.recorder.rows))
+    def before_fit(self, learn): self._start_table(len(learn.recorder.rows))
 
     def after_batch(self, learn):
         if not self.bar: return
         if self._tqdm is None: self._tqdm = make_bar(learn)
         self._tqdm.update()
 
-    def _close(self, learn):
+    def _close_bar(self, learn):
         if self._tqdm is not None: self._tqdm.close()
         self._tqdm = None
 
-    cleanup_train = cleanup_validate = cleanup_lr_find = _close
-
-    def after_epoch(self, learn):
-        recorder = learn.recorder
-        if not is_main() or self._seen is None: return
-        for i in range(self._seen, len(recorder.rows)):  # several where a saved fit goes on
-            if recorder.rows[i]['run'] != recorder.rows[-1]['run']: continue
-            row = {**recorder.rows[i], 'time': recorder.times[i]}
-            last = learn.n_epoch is not None and row['epoch'] + 1 == learn.n_epoch
-            due = (row['epoch'] + 1) % self.print_every == 0 or last
-            self._unshown = None if due else row
-            if self.table and due: self._show(row)
-        if self.plot and in_notebook() and len(recorder.rows) > self._seen: self._draw(learn)
-        self._seen = max(self._seen, len(recorder.rows))
-
-    def cleanup_fit(self, learn):
-        self._close(learn)
-        self.after_epoch(learn)  # a callback may have ended the fit before this one heard of it
-        if self.table and self._unshown: self._show(self._unshown)
-        if self._table and in_notebook() and 'IN_TEST' in os.environ: display_table(self._table)
-        if self.plot and in_notebook() and is_main(): self._draw(learn, last=True)
-        self._seen = None
-
-# %% ../../nbs/loop/01_progress.ipynb #027849a5
-@patch
-def _show(self:Progress, row):
-    self._unshown = None
-    columns = list(self.columns or [name for name in row if name != 'run'])
-    if self._table is None or columns != self._table.columns:
-        self._table, self._shown = Table(columns), None
-        if not in_notebook(): print(self._table.line(columns), flush=True)
-    self._table.add(row)
-    if not in_notebook(): print(self._table.line(self._table.rows[-1]), flush=True)
-    elif 'IN_TEST' not in os.environ: self._shown = display_table(self._table, self._shown)
-
-# %% ../../nbs/loop/01_progress.ipynb #39fbf144
-@patch
-def show_again(self:Progress,
-               rows:list, # of a recorder
-               times:list, # seconds of each row
-              ):
-    "Print rows of the history as they were shown when they were made, a table for each fit"
-    if not self.table or not is_main(): return
-    lasts = {row['run']: i for i, row in enumerate(rows)}
-    for i, row in enumerate(rows):
-        if not i or row['run'] != rows[i - 1]['run']: self._forget(None)
-        if (row['epoch'] + 1) % self.print_every and i not in lasts.values(): continue
-        self._show({**row, 'time': times[i]})
-        if i in lasts.values() and in_notebook() and 'IN_TEST' in os.environ: display_table(self._table)
-
-# %% ../../nbs/loop/01_progress.ipynb #c0eeb399
-def show_message(learn, # whose callbacks tell whether anything is to be shown
-        text:str,
-       ):
-    "Print a line where the table is shown too"
-    shows = any(isinstance(cb, Progress) and cb.table for cb in learn.cbs)
-    if shows and is_main(): print(text, flush=True)
+    cleanup_train = cleanup_validate = cleanup_lr_find = _close_bar
 
 # %% ../../nbs/loop/01_progress.ipynb #96844096
 def display_table(table, # anything IPython can display
@@ -170,14 +114,74 @@ def display_table(table, # anything IPython can display
     shown.update(table)
     return shown
 
+# %% ../../nbs/loop/01_progress.ipynb #017c0d65
+@patch
+def _show_row(self:Progress, row):
+    self._hidden_row = None
+    columns = list(self.columns or [name for name in row if name != 'run'])
+    if self._table is None or columns != self._table.columns:
+        self._table, self._table_display = Table(columns), None
+        if not in_notebook(): print(self._table.line(columns), flush=True)
+    self._table.add(row)
+    if not in_notebook(): print(self._table.line(self._table.rows[-1]), flush=True)
+    elif 'IN_TEST' not in os.environ:
+        self._table_display = display_table(self._table, self._table_display)
+
+@patch
+def after_epoch(self:Progress, learn):
+    recorder = learn.recorder
+    if not is_main() or self._n_seen is None: return
+    for i in range(self._n_seen, len(recorder.rows)):  # several where a saved fit goes on
+        if recorder.rows[i]['run'] != recorder.rows[-1]['run']: continue
+        row = {**recorder.rows[i], 'time': recorder.times[i]}
+        is_last = learn.n_epoch is not None and row['epoch'] + 1 == learn.n_epoch
+        is_shown = (row['epoch'] + 1) % self.print_every == 0 or is_last
+        self._hidden_row = None if is_shown else row
+        if self.table and is_shown: self._show_row(row)
+    if self.plot and in_notebook() and len(recorder.rows) > self._n_seen: self._draw(learn)
+    self._n_seen = max(self._n_seen, len(recorder.rows))
+
+@patch
+def cleanup_fit(self:Progress, learn):
+    self._close_bar(learn)
+    self.after_epoch(learn)  # a callback may have ended the fit before this one heard of it
+    if self.table and self._hidden_row: self._show_row(self._hidden_row)
+    if self._table and in_notebook() and 'IN_TEST' in os.environ: display_table(self._table)
+    if self.plot and in_notebook() and is_main(): self._draw(learn, last=True)
+    self._n_seen = None
+
 # %% ../../nbs/loop/01_progress.ipynb #b8c3fcc7
 @patch
 def _draw(self:Progress, learn, last=False):
     now, recorder = time.monotonic(), learn.recorder
-    if (now - self._drawn < 1 and not last) or not recorder.rows: return
+    if (now - self._drawn_at < 1 and not last) or not recorder.rows: return
     if not last and 'IN_TEST' in os.environ: return
     import matplotlib.pyplot as plt
-    self._drawn = now
+    self._drawn_at = now
     ax = recorder.plot_loss(run=recorder.rows[-1]['run'])
-    self._plot_shown = display_table(ax.figure, self._plot_shown)
+    self._plot_display = display_table(ax.figure, self._plot_display)
     plt.close(ax.figure)
+
+# %% ../../nbs/loop/01_progress.ipynb #d0469811
+@patch
+def show_again(self:Progress,
+               rows:list, # of a recorder
+               times:list, # seconds of each row
+              ):
+    "Print rows of the history as they were shown when they were made, a table for each fit"
+    if not self.table or not is_main(): return
+    lasts = {row['run']: i for i, row in enumerate(rows)}
+    for i, row in enumerate(rows):
+        if not i or row['run'] != rows[i - 1]['run']: self._start_table(None)
+        if (row['epoch'] + 1) % self.print_every and i not in lasts.values(): continue
+        self._show_row({**row, 'time': times[i]})
+        if i not in lasts.values() or not in_notebook() or 'IN_TEST' not in os.environ: continue
+        display_table(self._table)
+
+# %% ../../nbs/loop/01_progress.ipynb #2475bc7c
+def show_message(learn, # with a `Progress` whose table is shown, or without
+                 text:str,
+                ):
+    "Print a line where the table is shown too"
+    shows = any(isinstance(cb, Progress) and cb.table for cb in learn.cbs)
+    if shows and is_main(): print(text, flush=True)

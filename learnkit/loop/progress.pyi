@@ -91,13 +91,6 @@ class Progress(Callback):
     def cleanup_validate(self, learn: Learner) -> None: ...
     def cleanup_lr_find(self, learn: Learner) -> None: ...
 
-def show_message(learn: Learner, text: str) -> None:
-    """Print a line where the table is shown too
-
-    Args:
-        learn: whose callbacks tell whether anything is to be shown
-    """
-
 def display_table(table: Any, shown: Any = None) -> Any:
     """Show `table` in the notebook, in place of what was shown before
 
@@ -107,4 +100,11 @@ def display_table(table: Any, shown: Any = None) -> Any:
 
     Returns:
         display handle
+    """
+
+def show_message(learn: Learner, text: str) -> None:
+    """Print a line where the table is shown too
+
+    Args:
+        learn: with a `Progress` whose table is shown, or without
     """

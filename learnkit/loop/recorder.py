@@ -18,24 +18,39 @@ from ..components.optim import get_hyper, hyper_key
 # %% ../../nbs/loop/00_recorder.ipynb #c721bcd5
 class Series:
     "Scalars, one a step, kept on their device until they are read"
-    def __init__(self): self.packed, self.loose = [], []
+    def __init__(self): self.packed, self.unpacked = [], []
 
     def append(self, value): # a number or a detached tensor of one element
         "Add the next value, without reading it"
         value = torch.as_tensor(value)
-        self.loose.append(value.reshape(()) if value.ndim else value)
-        if len(self.loose) == 1024: self._pack()
+        self.unpacked.append(value.reshape(()) if value.ndim else value)
+        if len(self.unpacked) == 1024: self._pack()
 
     def _pack(self):
-        self.packed.append(torch.stack(self.loose))
-        self.loose = []
+        self.packed.append(torch.stack(self.unpacked))
+        self.unpacked = []
 
     def read(self): # float64 array, (steps,)
         "All values, in one transfer"
-        if self.loose: self._pack()
+        if self.unpacked: self._pack()
         if not self.packed: return np.empty(0)
-        self.packed = [torch.cat([part.to('cpu', torch.float64) for part in self.packed])]
+        self.packed = [torch.cat([values.to('cpu', torch.float64) for values in self.packed])]
         return self.packed[0].numpy()
+
+# %% ../../nbs/loop/00_recorder.ipynb #8463521b
+def as_floats(values, # list of n numbers or tensors of one element, or an empty one
+              n:int,
+             ): # float64 array, (n,)
+    "`values` as an array; nan where there are none"
+    return np.fromiter(map(float, values), np.float64, n) if values else np.full(n, np.nan)
+
+def detached(value): # a tensor or a number
+    "`value` without its graph"
+    return value.detach() if isinstance(value, torch.Tensor) else value
+
+def current_lr(opt): # float; nan without an optimizer
+    "The learning rate of the last group, the head"
+    return float(get_hyper(opt.param_groups[-1], 'lr')) if opt else math.nan
 
 # %% ../../nbs/loop/00_recorder.ipynb #89f4cd4d
 class Recorder(Callback):
@@ -47,9 +62,9 @@ class Recorder(Callback):
         self.results, self.tracked, self.tally, self._cancelled = {}, {}, None, False
         self._start, self._epoch_results, self._updates, self._mom_key = None, {}, 0, None
         self._last_lr = None
-        self._forget_steps()
+        self._clear_steps()
 
-    def _forget_steps(self):
+    def _clear_steps(self):
         self._loss, self._sizes, self._steps, self._lrs, self._moms = Series(), [], [], [], []
 
     def before_fit(self, learn):
@@ -60,67 +75,6 @@ class Recorder(Callback):
         self.epoch, self._start = learn.epoch, time.perf_counter()
         self._epoch_results, self.tracked, self._last_lr = {}, {}, None
 
-    def before_train(self, learn):
-        group = learn.opt.param_groups[-1] if learn.opt else {}
-        self._mom_key, self._updates = hyper_key(group, 'mom'), learn.steps_done
-
-    def before_validate(self, learn):
-        if learn.phase == 'predict': return
-        self.tally = Tally(learn.metrics)
-        self.tally.reset(learn.device, learn.ranks)
-
-    def after_cancel_batch(self, learn): self._cancelled = True  # it counts in no mean
-    def cleanup_batch(self, learn): self._cancelled = False
-
-    def after_batch(self, learn):
-        step, self._updates = self._updates, learn.steps_done
-        if self._cancelled or learn.loss is None: return
-        loss, size = detached(learn.loss), learn.n_items
-        if learn.phase == 'train': self._add_step(learn, step, loss, size)
-        elif self.tally: self.tally.add(learn.pred, learn.yb, loss, size)
-
-    def _add_step(self, learn, step, loss, size):
-        self._loss.append(loss)
-        self._sizes.append(size)
-        self._steps.append(step)
-        if learn.opt is None: return
-        group = learn.opt.param_groups[-1]  # the head's
-        lr = group['lr']
-        self._lrs.append(lr.clone() if isinstance(lr, torch.Tensor) else lr)
-        if not self._mom_key: return
-        mom = group[self._mom_key]
-        self._moms.append(mom[0] if type(mom) is tuple else mom)
-
-    def after_train(self, learn):
-        self._epoch_results = {'train_loss': self.flush(learn.ranks)}
-
-    def cleanup_train(self, learn): # what an epoch that broke off has done
-        together = isinstance(sys.exception(), (Cancel, Interrupted))  # on all processes
-        self.flush(learn.ranks if together else None)
-
-    def flush(self, ranks=None): # float: the mean loss of the steps
-        "Add the steps of the running epoch to the history; `ranks`: with the losses of all processes"
-        n, loss, sizes = len(self._sizes), self._loss.read(), floats(self._sizes, len(self._sizes))
-        if ranks is not None: loss, sizes = joined(ranks.gather([loss, sizes]), ranks.rank)
-        if not n: return math.nan
-        self.chunks.append({
-            'run': np.full(n, self.run), 'epoch': np.full(n, self.epoch),
-            'step': np.array(self._steps, dtype=np.int64), 'lr': floats(self._lrs, n),
-            'mom': floats(self._moms, n), 'loss': loss})
-        self._last_lr = float(self.chunks[-1]['lr'][-1])  # schedules may have moved on since
-        self._forget_steps()
-        counted = sizes > 0  # a batch without samples may well be nan
-        return float(loss[counted] @ sizes[counted] / sizes.sum()) if counted.any() else math.nan
-
-    def after_validate(self, learn):
-        if self.tally is None: return  # predictions, or cancelled before it began
-        self.results = self.tally.compute()
-        if learn.levels == ['fit', 'epoch', 'validate']:  # the epoch's own, not one inside it
-            self._epoch_results['valid_loss'] = self.results['loss']
-            self._epoch_results.update({k: v for k, v in self.results.items() if k != 'loss'})
-
-    def cleanup_validate(self, learn): self.tally = None
-
     def after_epoch(self, learn):
         tracked = means(self.tracked, learn.ranks)
         lr = self._last_lr if self._last_lr is not None else current_lr(learn.opt)
@@ -130,81 +84,105 @@ class Recorder(Callback):
         self.tracked, self._epoch_results, self._start = {}, {}, None
 
 # %% ../../nbs/loop/00_recorder.ipynb #623bfe69
-def joined(found, # (losses, sizes) of each process, arrays (steps,)
-           own:int, # which of them is this one's
-          ): # (losses, sizes) over all, arrays (steps,)
-    "The mean loss of each step; where processes have made other steps each keeps to its own"
-    if len({len(loss) for loss, _ in found}) > 1: return found[own]
-    sizes = np.stack([sizes for _, sizes in found])
-    losses = np.stack([np.where(size > 0, loss * size, 0) for loss, size in found])
-    with np.errstate(invalid='ignore'): return losses.sum(0) / sizes.sum(0), sizes.sum(0)
-
 def means(tracked:dict, ranks=None): # dict by name
     "The means of what was tracked, over all processes"
     if ranks is None: return {name: mean.compute() for name, mean in tracked.items()}
     found = ranks.gather({name: mean.state_dict() for name, mean in tracked.items()})
-    together = {}
-    for name in dict.fromkeys(name for part in found for name in part):
-        mean = together[name] = Mean()
-        for part in found:
-            if name not in part: continue
-            mean.values += part[name]['values'].tolist()
-            mean.weights += part[name]['weights'].tolist()
-    return means(together)
+    over_all = {}
+    for name in dict.fromkeys(name for state in found for name in state):
+        mean = over_all[name] = Mean()
+        for state in found:
+            if name not in state: continue
+            mean.values += state[name]['values'].tolist()
+            mean.weights += state[name]['weights'].tolist()
+    return means(over_all)
 
 # %% ../../nbs/loop/00_recorder.ipynb #f6a277a3
-def current_lr(opt): # float; nan without an optimizer
-    "The learning rate of the last group, the head"
-    return float(get_hyper(opt.param_groups[-1], 'lr')) if opt else math.nan
+@patch
+def before_train(self:Recorder, learn):
+    group = learn.opt.param_groups[-1] if learn.opt else {}
+    self._mom_key, self._updates = hyper_key(group, 'mom'), learn.steps_done
+
+@patch
+def before_validate(self:Recorder, learn):
+    if learn.phase == 'predict': return
+    self.tally = Tally(learn.metrics)
+    self.tally.reset(learn.device, learn.ranks)
+
+@patch
+def after_cancel_batch(self:Recorder, learn): self._cancelled = True
+
+@patch
+def cleanup_batch(self:Recorder, learn): self._cancelled = False
+
+@patch
+def after_batch(self:Recorder, learn):
+    step, self._updates = self._updates, learn.steps_done
+    if self._cancelled or learn.loss is None: return
+    loss, size = detached(learn.loss), learn.n_items
+    if learn.phase == 'train': self._add_step(learn, step, loss, size)
+    elif self.tally: self.tally.add(learn.pred, learn.yb, loss, size)
+
+@patch
+def _add_step(self:Recorder, learn, step, loss, size):
+    self._loss.append(loss)
+    self._sizes.append(size)
+    self._steps.append(step)
+    if learn.opt is None: return
+    group = learn.opt.param_groups[-1]  # the head's
+    lr = group['lr']
+    self._lrs.append(lr.clone() if isinstance(lr, torch.Tensor) else lr)
+    if not self._mom_key: return
+    mom = group[self._mom_key]
+    self._moms.append(mom[0] if type(mom) is tuple else mom)
 
 # %% ../../nbs/loop/00_recorder.ipynb #5086cd36
-def detached(value): # a tensor or a number
-    "`value` without its graph"
-    return value.detach() if isinstance(value, torch.Tensor) else value
+def mean_over_ranks(found, # (losses, sizes) of each process, arrays (steps,)
+                    rank:int, # of this process
+                   ): # (losses, sizes) over all, arrays (steps,)
+    "The mean loss of each step; this process's alone where the others have made other steps"
+    if len({len(loss) for loss, _ in found}) > 1: return found[rank]
+    sizes = np.stack([sizes for _, sizes in found])
+    losses = np.stack([np.where(size > 0, loss * size, 0) for loss, size in found])
+    with np.errstate(invalid='ignore'): return losses.sum(0) / sizes.sum(0), sizes.sum(0)
+
+# %% ../../nbs/loop/00_recorder.ipynb #d90052a4
+@patch
+def flush(self:Recorder, ranks=None): # float: the mean loss of the steps
+    "Add the steps of the running epoch to the history; `ranks`: with the losses of all processes"
+    n, loss = len(self._sizes), self._loss.read()
+    sizes = as_floats(self._sizes, n)
+    if ranks is not None: loss, sizes = mean_over_ranks(ranks.gather([loss, sizes]), ranks.rank)
+    if not n: return math.nan
+    self.chunks.append({
+        'run': np.full(n, self.run), 'epoch': np.full(n, self.epoch),
+        'step': np.array(self._steps, dtype=np.int64), 'lr': as_floats(self._lrs, n),
+        'mom': as_floats(self._moms, n), 'loss': loss})
+    self._last_lr = float(self.chunks[-1]['lr'][-1])  # schedules may have moved on since
+    self._clear_steps()
+    counted = sizes > 0  # a batch without samples may well be nan
+    return float(loss[counted] @ sizes[counted] / sizes.sum()) if counted.any() else math.nan
 
 # %% ../../nbs/loop/00_recorder.ipynb #cc7fdddf
-def floats(values, # list of n numbers or tensors of one element, or an empty one
-           n:int,
-          ): # float64 array, (n,)
-    "`values` as an array; nan where there are none"
-    return np.fromiter(map(float, values), np.float64, n) if values else np.full(n, np.nan)
-
-# %% ../../nbs/loop/00_recorder.ipynb #92804fd3
 @patch
-def track(self:Recorder,
-          name:str, # becomes the column `<phase>_<name>`
-          value, # number or tensor of one element
-          phase:str, # phase the value belongs to
-          n=1, # weight of the value in the epoch's mean
-         ):
-    "Add a value to the row of this epoch; several in one epoch are averaged, weighted by `n`"
-    column = f'{phase}_{name}'
-    if column in RESERVED: raise ValueError(f'track({name!r}): {column} is recorded already')
-    self.tracked.setdefault(column, Mean()).add(value, n)
+def after_train(self:Recorder, learn):
+    self._epoch_results = {'train_loss': self.flush(learn.ranks)}
 
-# %% ../../nbs/loop/00_recorder.ipynb #279a14d0
-RESERVED = ('run', 'epoch', 'train_loss', 'valid_loss', 'lr', 'time')  # columns of every history
-
-# %% ../../nbs/loop/00_recorder.ipynb #bca0e2dd
 @patch
-def check_names(self:Recorder,
-                names, # of metrics
-               ):
-    "Raise ValueError for a metric that is called like a column of every history"
-    taken = [name for name in names if name in RESERVED]
-    if taken:
-        raise ValueError(f'a metric cannot be called {taken[0]!r}, as a column of the history is; '
-                         "give metrics as a dict: {'my_name': metric}")
+def cleanup_train(self:Recorder, learn): # what an epoch that broke off has done
+    on_all_ranks = isinstance(sys.exception(), (Cancel, Interrupted))
+    self.flush(learn.ranks if on_all_ranks else None)
 
-# %% ../../nbs/loop/00_recorder.ipynb #e6d97f18
 @patch
-@contextmanager
-def paused(self:Recorder):
-    "Whatever is recorded inside does not count for the epoch that is going on"
-    before = self.tally, self.tracked, self._cancelled, self._updates
-    self.tally, self.tracked, self._cancelled = None, {}, False
-    try: yield
-    finally: self.tally, self.tracked, self._cancelled, self._updates = before
+def after_validate(self:Recorder, learn):
+    if self.tally is None: return  # predictions, or cancelled before it began
+    self.results = self.tally.compute()
+    if learn.levels == ['fit', 'epoch', 'validate']:  # the epoch's own, not one inside it
+        self._epoch_results['valid_loss'] = self.results['loss']
+        self._epoch_results.update({k: v for k, v in self.results.items() if k != 'loss'})
+
+@patch
+def cleanup_validate(self:Recorder, learn): self.tally = None
 
 # %% ../../nbs/loop/00_recorder.ipynb #ec7d9c9e
 @patch(as_prop=True)
@@ -219,19 +197,55 @@ def df(self:Recorder): # DataFrame
     return pd.DataFrame(self.rows, columns=columns).assign(time=times)
 
 # %% ../../nbs/loop/00_recorder.ipynb #8dcb55f9
-@patch(as_prop=True)
-def steps(self:Recorder): # DataFrame
-    "One line for each training batch: run, epoch, step (updates done before it), lr, mom, loss"
-    import pandas as pd
-    return pd.DataFrame(self.step_arrays())
-
-# %% ../../nbs/loop/00_recorder.ipynb #6029b0f7
 @patch
 def step_arrays(self:Recorder): # dict of arrays, (batches,) each
     "The columns of `steps`; batches of an epoch that is still running are not among them"
     names = ('run', 'epoch', 'step', 'lr', 'mom', 'loss')
     return {name: np.concatenate([np.empty(0, np.int64 if name in names[:3] else np.float64),
                                   *(chunk[name] for chunk in self.chunks)]) for name in names}
+
+@patch(as_prop=True)
+def steps(self:Recorder): # DataFrame
+    "One line for each training batch: run, epoch, step (updates done before it), lr, mom, loss"
+    import pandas as pd
+    return pd.DataFrame(self.step_arrays())
+
+# %% ../../nbs/loop/00_recorder.ipynb #279a14d0
+RESERVED = ('run', 'epoch', 'train_loss', 'valid_loss', 'lr', 'time')  # columns of every history
+
+# %% ../../nbs/loop/00_recorder.ipynb #92804fd3
+@patch
+def track(self:Recorder,
+          name:str, # becomes the column `<phase>_<name>`
+          value, # number or tensor of one element
+          phase:str, # phase the value belongs to
+          n=1, # weight of the value in the epoch's mean
+         ):
+    "Add a value to the row of this epoch; several in one epoch are averaged, weighted by `n`"
+    column = f'{phase}_{name}'
+    if column in RESERVED: raise ValueError(f'track({name!r}): {column} is recorded already')
+    self.tracked.setdefault(column, Mean()).add(value, n)
+
+# %% ../../nbs/loop/00_recorder.ipynb #b8879190
+@patch
+def check_names(self:Recorder,
+                names, # of metrics
+               ):
+    "Raise ValueError for a metric that is called like a column of every history"
+    clashes = [name for name in names if name in RESERVED]
+    if clashes:
+        raise ValueError(f'a metric cannot be called {clashes[0]!r}, as a column of the history '
+                         "is; give metrics as a dict: {'my_name': metric}")
+
+# %% ../../nbs/loop/00_recorder.ipynb #e6d97f18
+@patch
+@contextmanager
+def paused(self:Recorder):
+    "Whatever is recorded inside does not count for the epoch that is going on"
+    before = self.tally, self.tracked, self._cancelled, self._updates
+    self.tally, self.tracked, self._cancelled = None, {}, False
+    try: yield
+    finally: self.tally, self.tracked, self._cancelled, self._updates = before
 
 # %% ../../nbs/loop/00_recorder.ipynb #9e3938cf
 class RunningMean:
@@ -285,13 +299,14 @@ def select(self:Recorder,
     return rows, {name: values[steps['run'] == chosen] for name, values in steps.items()}
 
 # %% ../../nbs/loop/00_recorder.ipynb #67086d88
-def between(steps:dict, # as from `Recorder.step_arrays`
-            evals, # evaluations inside epochs
-           ): # list of (position among `steps`, validation loss)
+def evaluation_points(steps:dict, # as from `Recorder.step_arrays`
+                      evals, # evaluations inside epochs
+                     ): # list of (position among `steps`, validation loss)
     "Where the evaluations inside epochs belong on the axis of `plot_loss`"
-    places = {(run, step): i for i, (run, step) in enumerate(zip(steps['run'], steps['step']))}
-    found = [(places.get((row['run'], row['step'] - 1)), row['valid_loss']) for row in evals]
-    return [(place, loss) for place, loss in found if place is not None]
+    pairs = zip(steps['run'], steps['step'], strict=True)
+    positions = {(run, step): i for i, (run, step) in enumerate(pairs)}
+    found = [(positions.get((row['run'], row['step'] - 1)), row['valid_loss']) for row in evals]
+    return [(i, loss) for i, loss in found if i is not None]
 
 # %% ../../nbs/loop/00_recorder.ipynb #3123a7ff
 @patch
@@ -308,9 +323,9 @@ def plot_loss(self:Recorder,
         ax.plot(smooth(steps['loss'], beta), color=raw.get_color(), label='train')
     ends = [epoch_end(steps, row) for row in rows]
     valid = [row.get('valid_loss', np.nan) for row in rows]
-    points = sorted([*zip(ends, valid), *between(steps, self.evals)])
+    points = [*zip(ends, valid, strict=True), *evaluation_points(steps, self.evals)]
     if not np.isnan([value for _, value in points]).all():
-        ax.plot(*zip(*points), 'o-', ms=3.5, color='C1', label='valid')
+        ax.plot(*zip(*sorted(points), strict=True), 'o-', ms=3.5, color='C1', label='valid')
     ax.set(xlabel='step', ylabel='loss')
     ax.legend(frameon=False)
     return ax
@@ -333,14 +348,14 @@ def plot_metrics(self:Recorder,
     "A panel for the losses and one for each metric, by epoch"
     rows, _ = self.select(run)
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    lost = [name for name in names if name not in columns]
-    if lost: raise ValueError(f'{lost[0]!r} was not recorded; have: {", ".join(columns)}')
+    unknown = [name for name in names if name not in columns]
+    if unknown: raise ValueError(f'{unknown[0]!r} was not recorded; have: {", ".join(columns)}')
     losses = [name for name in ('train_loss', 'valid_loss') if name in columns]
     others = [name for name in columns if name not in ('run', 'epoch', 'lr', *losses)]
     panels = [[name] for name in names] or [losses, *([name] for name in others)]
     axes = plot_axes(len(panels))
     starts = [i for i, row in enumerate(rows) if i and row['run'] != rows[i - 1]['run']]
-    for ax, panel in zip(axes, panels):
+    for ax, panel in zip(axes, panels, strict=True):
         for name in panel:
             color = {'train_loss': 'C0', 'valid_loss': 'C1'}.get(name, 'C2')
             ax.plot([row.get(name, np.nan) for row in rows], 'o-', ms=3, color=color, label=name)
@@ -359,7 +374,8 @@ def plot_lr(self:Recorder,
     _, steps = self.select(run)
     has_mom = not np.isnan(steps['mom']).all()
     axes = plot_axes(2 if has_mom else 1, height=2.6)
-    for ax, name, label in zip(axes, ('lr', 'mom'), ('learning rate', 'momentum')):
+    labels = {'lr': 'learning rate', 'mom': 'momentum'}
+    for ax, (name, label) in zip(axes, labels.items(), strict=False):
         ax.plot(steps[name], color='C0' if name == 'lr' else 'C3')
         ax.set(xlabel='step', ylabel=label)
     return axes
@@ -378,17 +394,18 @@ def open_state(self:Recorder): # plain tree; None between epochs
     "What the row of the running epoch will be made of"
     n = len(self._sizes)
     if not (n or self.tracked or self._epoch_results): return None
-    columns = {'size': floats(self._sizes, n), 'step': np.array(self._steps, np.int64),
-               'lr': floats(self._lrs, n), 'mom': floats(self._moms, n), 'loss': self._loss.read()}
+    columns = {'size': as_floats(self._sizes, n), 'step': np.array(self._steps, np.int64),
+               'lr': as_floats(self._lrs, n), 'mom': as_floats(self._moms, n),
+               'loss': self._loss.read()}
     return {'epoch': self.epoch, 'updates': self._updates, 'results': dict(self._epoch_results),
             'lr': self._last_lr,
             'tracked': {name: mean.state_dict() for name, mean in self.tracked.items()},
             'steps': {name: torch.from_numpy(values.copy()) for name, values in columns.items()}}
 
 @patch
-def reopen(self:Recorder, state):
+def load_open_state(self:Recorder, state):
     "Take over what `open_state` returned"
-    self._forget_steps()
+    self._clear_steps()
     self.tracked, self._epoch_results = {}, {}
     if state is None: return
     self.epoch, self._updates, self._last_lr = state['epoch'], state['updates'], state['lr']
@@ -397,9 +414,10 @@ def reopen(self:Recorder, state):
         self.tracked[name] = Mean()
         self.tracked[name].load_state_dict(mean)
     steps = state['steps']
-    known = lambda values: [] if values.isnan().all() else values.tolist()  # no lr without optimizer
     self._sizes, self._steps = steps['size'].tolist(), steps['step'].tolist()
-    self._lrs, self._moms = known(steps['lr']), known(steps['mom'])
+    self._lrs, self._moms = [], []
+    for values, name in ((self._lrs, 'lr'), (self._moms, 'mom')):
+        if not steps[name].isnan().all(): values += steps[name].tolist()  # no lr without optimizer
     if len(self._sizes): self._loss.packed = [steps['loss'].clone()]
 
 # %% ../../nbs/loop/00_recorder.ipynb #f8bf0c82
@@ -409,7 +427,7 @@ def load_state_dict(self:Recorder,
                     times=None, # seconds of each row; None: those this recorder knows
                    ):
     "Take over a history"
-    known = list(zip(self.rows, self.times))
+    known = list(zip(self.rows, self.times, strict=False))
     rows = [dict(row) for row in state['rows']]
     if times is None:
         times = [known[i][1] if i < len(known) and known[i][0] == row else float('nan')
@@ -418,4 +436,4 @@ def load_state_dict(self:Recorder,
     self.evals = [dict(row) for row in state['evals']]
     self.chunks = [{name: values.numpy().copy() for name, values in state['steps'].items()}]
     self.results = {}
-    self.reopen(state['open'])
+    self.load_open_state(state['open'])

@@ -13,7 +13,7 @@ __all__ = [
 class Series:
     """Scalars, one a step, kept on their device until they are read"""
     packed: list[Any]
-    loose: list[Any]
+    unpacked: list[Any]
     def __init__(self) -> None: ...
     def append(self, value: Any) -> Any:
         """Add the next value, without reading it
@@ -27,6 +27,30 @@ class Series:
         Returns:
             float64 array, (steps,)
         """
+
+def as_floats(values: Any, n: int) -> Any:
+    """`values` as an array; nan where there are none
+
+    Args:
+        values: list of n numbers or tensors of one element, or an empty one
+
+    Returns:
+        float64 array, (n,)
+    """
+
+def detached(value: Any) -> Any:
+    """`value` without its graph
+
+    Returns:
+        a tensor or a number
+    """
+
+def current_lr(opt: Any) -> Any:
+    """The learning rate of the last group, the head
+
+    Returns:
+        float; nan without an optimizer
+    """
 
 class Recorder(Callback):
     """Keeps a row for each epoch and a line for each step, over all fits of a learner"""
@@ -42,25 +66,45 @@ class Recorder(Callback):
     def __init__(self) -> None: ...
     def before_fit(self, learn: Learner) -> None: ...
     def before_epoch(self, learn: Learner) -> None: ...
+    def after_epoch(self, learn: Learner) -> None: ...
     def before_train(self, learn: Learner) -> None: ...
     def before_validate(self, learn: Learner) -> None: ...
     def after_cancel_batch(self, learn: Learner) -> None: ...
     def cleanup_batch(self, learn: Learner) -> None: ...
     def after_batch(self, learn: Learner) -> None: ...
-    def after_train(self, learn: Learner) -> None: ...
-    def cleanup_train(self, learn: Learner) -> Any:
-        """Returns:
-            what an epoch that broke off has done
-        """
     def flush(self, ranks: Any = None) -> Any:
         """Add the steps of the running epoch to the history; `ranks`: with the losses of all processes
 
         Returns:
             float: the mean loss of the steps
         """
+    def after_train(self, learn: Learner) -> None: ...
+    def cleanup_train(self, learn: Learner) -> Any:
+        """Returns:
+            what an epoch that broke off has done
+        """
     def after_validate(self, learn: Learner) -> None: ...
     def cleanup_validate(self, learn: Learner) -> None: ...
-    def after_epoch(self, learn: Learner) -> None: ...
+    @property
+    def df(self) -> Any:
+        """One row for each epoch: run, epoch, losses, metrics, tracked values, lr, time in seconds
+
+        Returns:
+            DataFrame
+        """
+    def step_arrays(self) -> Any:
+        """The columns of `steps`; batches of an epoch that is still running are not among them
+
+        Returns:
+            dict of arrays, (batches,) each
+        """
+    @property
+    def steps(self) -> Any:
+        """One line for each training batch: run, epoch, step (updates done before it), lr, mom, loss
+
+        Returns:
+            DataFrame
+        """
     def track(self, name: str, value: Any, phase: str, n: Any = 1) -> None:
         """Add a value to the row of this epoch; several in one epoch are averaged, weighted by `n`
 
@@ -78,26 +122,6 @@ class Recorder(Callback):
         """
     def paused(self) -> AbstractContextManager[None]:
         """Whatever is recorded inside does not count for the epoch that is going on"""
-    @property
-    def df(self) -> Any:
-        """One row for each epoch: run, epoch, losses, metrics, tracked values, lr, time in seconds
-
-        Returns:
-            DataFrame
-        """
-    @property
-    def steps(self) -> Any:
-        """One line for each training batch: run, epoch, step (updates done before it), lr, mom, loss
-
-        Returns:
-            DataFrame
-        """
-    def step_arrays(self) -> Any:
-        """The columns of `steps`; batches of an epoch that is still running are not among them
-
-        Returns:
-            dict of arrays, (batches,) each
-        """
     def select(self, run: Any = None) -> Any:
         """The rows and steps of one run, or of all
 
@@ -149,7 +173,7 @@ class Recorder(Callback):
         Returns:
             plain tree; None between epochs
         """
-    def reopen(self, state: Any) -> None:
+    def load_open_state(self, state: Any) -> None:
         """Take over what `open_state` returned"""
     def load_state_dict(self, state: dict, times: Any = None) -> None:
         """Take over a history
@@ -159,17 +183,6 @@ class Recorder(Callback):
             times: seconds of each row; None: those this recorder knows
         """
 
-def joined(found: Any, own: int) -> Any:
-    """The mean loss of each step; where processes have made other steps each keeps to its own
-
-    Args:
-        found: (losses, sizes) of each process, arrays (steps,)
-        own: which of them is this one's
-
-    Returns:
-        (losses, sizes) over all, arrays (steps,)
-    """
-
 def means(tracked: dict, ranks: Any = None) -> Any:
     """The means of what was tracked, over all processes
 
@@ -177,28 +190,15 @@ def means(tracked: dict, ranks: Any = None) -> Any:
         dict by name
     """
 
-def current_lr(opt: Any) -> Any:
-    """The learning rate of the last group, the head
-
-    Returns:
-        float; nan without an optimizer
-    """
-
-def detached(value: Any) -> Any:
-    """`value` without its graph
-
-    Returns:
-        a tensor or a number
-    """
-
-def floats(values: Any, n: int) -> Any:
-    """`values` as an array; nan where there are none
+def mean_over_ranks(found: Any, rank: int) -> Any:
+    """The mean loss of each step; this process's alone where the others have made other steps
 
     Args:
-        values: list of n numbers or tensors of one element, or an empty one
+        found: (losses, sizes) of each process, arrays (steps,)
+        rank: of this process
 
     Returns:
-        float64 array, (n,)
+        (losses, sizes) over all, arrays (steps,)
     """
 RESERVED: tuple[str, ...]
 
@@ -237,7 +237,7 @@ def plot_axes(n: int = 1, height: float = 3.) -> Any:
         list of n Axes
     """
 
-def between(steps: dict, evals: Any) -> Any:
+def evaluation_points(steps: dict, evals: Any) -> Any:
     """Where the evaluations inside epochs belong on the axis of `plot_loss`
 
     Args:

@@ -17,15 +17,14 @@ from ..base.dtensors import local_part
 from ..base.ranks import is_main
 from ..base.text import as_seconds, caller_stacklevel, short_path
 from ..files.errors import DamagedError
-from ..files.saves import (
-    list_saves, load_newest, next_save_path, quarantine_save, save_next)
+from ..files.saves import load_newest, next_save_path, quarantine_save, save_next, list_saves
 from ..files.tree import check_storable, load_tree
 from ..data.loaders import describe
 from ..data.resumable import (
-    check_resumable, check_same_loader, fresh_workers, generator_states, keeps_state, order_state,
+    check_resumable, check_same_loader, restart_workers, generator_states, is_stateful, order_state,
     resume_batches, set_generator_states)
 from ..components.callback import Callback, Interrupted, as_callbacks, plain_setting
-from ..components.optim import copied_like, opt_params
+from ..components.optim import copy_like, opt_params
 from .progress import show_message
 from .saving import localized, main_first, save_path, tree_for_file, with_shards
 from .state import check_learner_state, live_state, load_state
@@ -36,7 +35,7 @@ class Saved:
     "A learner's state that was saved during a fit"
     state: dict
     times: list # seconds of the rows of its history
-    where: str
+    source: str # what it was read from, for messages
 
     @property
     def fit(self): return self.state['fit']
@@ -57,8 +56,8 @@ def read_saved(learn,
               ): # Saved; None when there is none
     "What was saved last"
     if isinstance(resume, Saved): return resume
-    source = saves_of(learn, resume)
-    with main_first(learn):  # who reads may put a damaged file aside
+    source = resume_source(learn, resume)
+    with main_first(learn):  # who reads may quarantine a damaged file
         found = (load_tree(source), source) if source.is_file() else load_newest(source)
     if found is None: return None
     tree, path = found
@@ -72,8 +71,8 @@ def read_saved(learn,
         return read_saved(learn, resume)
     return Saved(tree['learner'], tree['times'], short_path(path))
 
-def saves_of(learn, resume): # Path of a folder or file
-    "Where to look for saves"
+def resume_source(learn, resume): # Path of a folder or file
+    "Where a fit's saves are: a file, or the folder of a `SaveState`"
     if not isinstance(resume, (str, Path)) or not str(resume):
         raise TypeError(f'fit(resume={resume!r}): give the folder of a SaveState, a file, or '
                         "'latest'")
@@ -90,10 +89,10 @@ def saves_of(learn, resume): # Path of a folder or file
 def check_is_of_fit(saved:Saved):
     "Raise ValueError for a save that no fit can go on from"
     if saved.fit is None:
-        raise ValueError(f'{saved.where} was not saved during a fit, so there is none to go on '
+        raise ValueError(f'{saved.source} was not saved during a fit, so there is none to go on '
                          'with: use load')
     if not saved.complete and not saved.fit['at_rest']:
-        raise ValueError(f'{saved.where} was saved while a batch or an epoch was not over, so the '
+        raise ValueError(f'{saved.source} was saved while a batch or an epoch was not over, so the '
                          'fit cannot go on exactly from there: save in the event at_rest, or with '
                          'SaveState')
 
@@ -102,13 +101,13 @@ def check_same_run(saved:Saved, call:dict):
     before, now = saved.fit['call']['run'], call['run']
     if before in (now, now - (not saved.complete)): return
     if before < now:
-        raise ValueError(f'{saved.where} is of a fit that this learner has made already: make '
+        raise ValueError(f'{saved.source} is of a fit that this learner has made already: make '
                          'the learner anew to run all again, leave resume out to train on, or, '
                          'if it is a second fit, give it a SaveState with a folder of its own')
-    raise ValueError(f'{saved.where} is of fit number {before} of its learner, this one is number '
+    raise ValueError(f'{saved.source} is of fit number {before} of its learner, this one is number '
                      f'{now}: give each fit a folder of its own')
 
-# %% ../../nbs/loop/07_resume.ipynb #f4d71b28
+# %% ../../nbs/loop/07_resume.ipynb #c27de75c
 def describe_call(learn, n_epoch, n_steps, lr, reset_opt): # plain tree
     "The call of fit, for comparison with the one that is to be continued"
     settings = [cb.settings() for cb in learn.cbs]
@@ -127,12 +126,13 @@ def check_call(saved:Saved, call:dict):
     check_same_run(saved, call)
     before = saved.fit['call']
     names = [name for name in call if not is_same(before[name], call[name])]
-    differ = [callbacks_differ(before[name], call[name]) if name == 'callbacks' else
-              f'{name} {before[name]} -> {call[name]}'
-              for name in names if name not in ('run', 'begun')]
-    if differ:
-        raise ValueError(f'{saved.where} is of a fit with other arguments: {"; ".join(differ)}. Call '
-                         'fit as before (n_epoch and n_steps are the total), or without resume')
+    changes = [callbacks_differ(before[name], call[name]) if name == 'callbacks' else
+               f'{name} {before[name]} -> {call[name]}'
+               for name in names if name not in ('run', 'begun')]
+    if changes:
+        raise ValueError(f'{saved.source} is of a fit with other arguments: {"; ".join(changes)}. '
+                         'Call fit as before (n_epoch and n_steps are the total), or without '
+                         'resume')
 
 def is_same(a, b): # bool
     "Whether two plain settings are equal; nan is equal to itself"
@@ -142,16 +142,17 @@ def is_same(a, b): # bool
 def callbacks_differ(before, now): # lists of what `Callback.settings` returned -> str
     "In which callbacks two calls differ"
     def lacks(cbs, cb): return not any(is_same(cb, other) for other in cbs)
-    gone, new = [cb for cb in before if lacks(now, cb)], [cb for cb in now if lacks(before, cb)]
-    parts = [f'then {settings_text(cb)}' for cb in gone]
-    parts += [f'now {settings_text(cb)}' for cb in new]
-    return f'callbacks {", ".join(parts)}' if parts else 'callbacks in another order'
+    removed, added = [[cb for cb in have if lacks(other, cb)]
+                      for have, other in ((before, now), (now, before))]
+    changes = [f'then {settings_text(cb)}' for cb in removed]
+    changes += [f'now {settings_text(cb)}' for cb in added]
+    return f'callbacks {", ".join(changes)}' if changes else 'callbacks in another order'
 
 def settings_text(settings): # str
-    "A callback as it was made, cut where it gets long"
-    args, rest = settings.get('args', []), settings.get('kwargs') or {
+    "A callback as it was made, shortened where it gets long"
+    args, others = settings.get('args', []), settings.get('kwargs') or {
         name: value for name, value in settings.items() if name not in ('class', 'args', 'kwargs')}
-    given = [*map(repr, args), *(f'{name}={value!r}' for name, value in rest.items())]
+    given = [*map(repr, args), *(f'{name}={value!r}' for name, value in others.items())]
     return f'{settings["class"]}({shorten(", ".join(given), 60, placeholder=" ...")})'
 
 # %% ../../nbs/loop/07_resume.ipynb #68dc0dc8
@@ -160,7 +161,7 @@ def find_saved(learn, resume, call): # Saved; None when there is nothing to go o
     if resume is None: return None
     found = read_saved(learn, resume)
     if found is None:
-        source = saves_of(learn, resume)
+        source = resume_source(learn, resume)
         check_no_other_saves(learn, source)
         return show_message(learn, f'nothing is saved in {source} yet: starting from the beginning')
     check_learner_state(learn, found.state)
@@ -169,13 +170,13 @@ def find_saved(learn, resume, call): # Saved; None when there is nothing to go o
     in_this_learner = not found.complete and call['run'] != found.fit['call']['run']
     if in_this_learner: begins = begun
     if begun != begins:
-        return show_message(learn, f'what is saved in {found.where} began after {begun} updates, '
+        return show_message(learn, f'what is saved in {found.source} began after {begun} updates, '
                             f'this fit begins after {begins}: starting from the beginning')
     if order := found.fit.get('order'): check_same_loader(learn.dls.train, order)
     return found
 
 def check_no_other_saves(learn, source):
-    "Raise ValueError when there is nothing to go on from, but in the folder of a SaveState there is"
+    "Raise ValueError when the folder to go on from is empty, but that of a SaveState is not"
     for cb in learn.cbs:
         if cb.saves_to is None or learn.path / cb.saves_to == source: continue
         if list_saves(learn.path / cb.saves_to):
@@ -194,11 +195,11 @@ def take_over(learn, saved:Saved):
     fit.updates = saved.fit['updates']
     if saved.complete:
         fit.epoch, fit.fit_ended = saved.fit['epoch'], True
-        show_message(learn, f'this fit is complete, as saved in {saved.where}')
+        show_message(learn, f'this fit is complete, as saved in {saved.source}')
     else: load_grads(learn, saved.fit['grads'])
 
 def accept_other_processes(learn, n_saved, n):
-    "Go on with another number of processes than before, and say what that means"
+    "Go on with another number of processes than before, with a message on what that means"
     if learn.ranks: learn.cbs.distributed.seed_each_rank()
     show_message(learn, f'saved by {n_saved} processes, goes on with {n}: what is drawn at random '
                  'differs, and the figures of the running epoch lack what other processes had seen')
@@ -207,7 +208,7 @@ def load_grads(learn, grads):
     "Give the parameters the gradients they had"
     params = opt_params(learn.opt) if learn.opt else ()
     for param, grad in zip(params, grads or itertools.repeat(None), strict=False):
-        param.grad = None if grad is None else copied_like(param, grad)
+        param.grad = None if grad is None else copy_like(param, grad)
 
 # %% ../../nbs/loop/07_resume.ipynb #d2f83cc9
 class ResumePoint(Callback):
@@ -216,16 +217,16 @@ class ResumePoint(Callback):
 
     def __init__(self):
         self.saved = None  # `Saved` that is yet to be taken over
-        self.is_asked = False  # whether the fit was asked to go on from a save
+        self.was_requested = False  # whether the fit was called with resume=
         self.exact = True  # whether batches are replayed whose workers drew random numbers
         self.autosave = None  # see `autosaving`
         self.valid_rng = []  # of the generators of the validation data
 
     def settings(self): return None
 
-    def begin(self, learn, saved, is_asked, exact):
+    def begin(self, learn, saved, was_requested, exact):
         "A fit begins, with a save to go on from or None"
-        self.saved, self.is_asked, self.exact = saved, is_asked, exact
+        self.saved, self.was_requested, self.exact = saved, was_requested, exact
         if saved is None: return
         fit = learn._fit
         fit.epoch, fit.updates = saved.fit['epoch'], saved.fit['updates']
@@ -236,16 +237,16 @@ class ResumePoint(Callback):
         if self.saved is None: return
         fit, saved = learn._fit, self.saved.fit
         fit.stage, fit.batch = saved['stage'], saved['batch']
-        self.arrive(learn, 'epoch')
+        self.take_over_at(learn, 'epoch')
 
-    def before_epoch(self, learn): self.arrive(learn, 'validate')
+    def before_epoch(self, learn): self.take_over_at(learn, 'validate')
 
     def before_train(self, learn): learn.batches, learn.first_batch = self.batches(learn)
 
 # %% ../../nbs/loop/07_resume.ipynb #8d42ff26
 @patch
-def arrive(self:ResumePoint, learn, stage):
-    "Take the save over if it is from here"
+def take_over_at(self:ResumePoint, learn, stage):
+    "Take the save over if it was made at this stage of the epoch"
     saved = self.saved
     if saved is None or saved.stage != stage: return
     self.saved, order = None, saved.fit['order']
@@ -260,24 +261,25 @@ def batches(self:ResumePoint, learn): # (iterable, int)
     "The batches of this epoch that are still to come, and the number of the first"
     fit = learn._fit
     if self.saved is None:
-        if is_saved(learn): fresh_workers(learn.dl)
+        if is_saved(learn): restart_workers(learn.dl)
         fit.order = order_state(learn.dl)
-        return noting_the_end(learn, learn.dl), 0
+        return watch_reading(learn, learn.dl), 0
     fit.order, first = self.saved.fit['order'], self.saved.fit['batch']
     batches = resume_batches(learn.dl, fit.order, first, self.exact)
     done = fit.is_over or first == learn.limit
-    if done and 'own' in fit.order: next(batches, None)  # some go to their place when read
-    self.arrive(learn, 'train')
-    return (() if done else noting_the_end(learn, batches)), first
+    if done and 'own' in fit.order: next(batches, None)  # some move on only when read
+    self.take_over_at(learn, 'train')
+    return (() if done else watch_reading(learn, batches)), first
 
-def noting_the_end(learn, batches): # iterable
-    "A loader that keeps its own state does not say whether an epoch of it was left early"
-    if not keeps_state(learn.dl): return batches
-    def noted():
+# %% ../../nbs/loop/07_resume.ipynb #acc7630e
+def watch_reading(learn, batches): # iterable
+    "`batches`; of a stateful loader it is recorded whether they are read to the end"
+    if not is_stateful(learn.dl): return batches
+    def watched():
         learn._fit.read_all = False
         yield from batches
         learn._fit.read_all = True
-    return noted()
+    return watched()
 
 def is_saved(learn): # bool
     "Whether a callback saves the fit"
@@ -288,7 +290,7 @@ def describe_start(learn, saved, exact):
     epoch = f'epoch {saved.fit["epoch"]}'
     start = {'epoch': epoch, 'train': f'{epoch}, batch {saved.fit["batch"]}',
              'validate': f'the validation of {epoch}'}
-    show_message(learn, f'going on from {start[saved.stage]}, as saved in {saved.where}')
+    show_message(learn, f'going on from {start[saved.stage]}, as saved in {saved.source}')
     if not exact and saved.stage == 'train' and getattr(learn.dls.train, 'num_workers', 0):
         show_message(learn, 'what workers draw at random from here on is not what they would have '
                      'drawn')
@@ -297,7 +299,7 @@ def describe_start(learn, saved, exact):
 @patch
 def before_validate(self:ResumePoint, learn):
     if learn.levels != ['fit', 'epoch', 'validate']: return
-    if is_saved(learn): fresh_workers(learn.dls.valid)
+    if is_saved(learn): restart_workers(learn.dls.valid)
     self.valid_rng = generator_states(learn.dls.valid)
 
 @patch
@@ -307,6 +309,18 @@ def cleanup_epoch(self:ResumePoint, learn):
     learn._rest()
 
 # %% ../../nbs/loop/07_resume.ipynb #2550ed00
+def as_period(every): # (number, 'epoch', 'step' or 'second')
+    "How often, from text such as '1 epoch', '500 steps', '10 min'"
+    found = re.fullmatch(r'\s*(\d+)\s*(epoch|step)s?\s*', every) if isinstance(every, str) else None
+    if found and int(found[1]): return int(found[1]), found[2]
+    if isinstance(every, str) and not found:
+        try: seconds = as_seconds(every)
+        except ValueError: seconds = 0
+        if seconds: return seconds, 'second'
+    raise ValueError(f"every={every!r}: say how often with a unit, as '1 epoch', '500 steps' or "
+                     "'10 min'")
+
+# %% ../../nbs/loop/07_resume.ipynb #ba00a28a
 class SaveState(Callback):
     "Saves the learner while it is fitted, so that `fit(resume=...)` can go on"
     order, external = 100, True
@@ -328,47 +342,36 @@ class SaveState(Callback):
         if is_main(): folder.mkdir(parents=True, exist_ok=True)  # an error now, not after an epoch
         check_storable({'learner': map_tensors(local_part, live_state(learn))})
         self._is_first, self._time_was_up = point.saved is None, False
-        if self._is_first and is_main() and list_saves(folder) and not point.is_asked:
+        if self._is_first and is_main() and list_saves(folder) and not point.was_requested:
             warnings.warn(f'{folder} holds saves of an earlier fit, which go when this one saves; '
                           "fit(..., resume='latest') would have gone on with it",
                           stacklevel=caller_stacklevel())
-        self._note_time(learn)
+        self._record_time(learn)
 
     def at_rest(self, learn):
-        if not self.is_due(learn): return
+        if not self.is_time_to_save(learn): return
         # Saves of an earlier fit go as soon as this one has its first
         keep, folder = 1 if self._is_first else self.keep, learn.path/self.saves_to
         tree = tree_for_file(learn, per_process=True, path=lambda: next_save_path(folder))
         if is_main(): save_next(tree, folder, keep=keep)
         self._is_first, self._time_was_up = False, learn.time_is_up
-        self._note_time(learn)
+        self._record_time(learn)
 
-# %% ../../nbs/loop/07_resume.ipynb #427e2b7a
+# %% ../../nbs/loop/07_resume.ipynb #54784e70
 @patch
-def is_due(self:SaveState, learn): # bool
+def is_time_to_save(self:SaveState, learn): # bool
     "Whether it is time for a save"
-    if self._time_was_up: return False  # what follows winds up; the fit goes on from before
+    if self._time_was_up: return False  # from the save that was made then the fit goes on
     if learn.time_is_up or learn.interrupted or not learn.levels: return True
     count, unit = self.every
-    return time_in(learn)[unit] - self._last[unit] >= count
+    return progress_by_unit(learn)[unit] - self._last_save[unit] >= count
 
 @patch
-def _note_time(self:SaveState, learn): self._last = time_in(learn)
+def _record_time(self:SaveState, learn): self._last_save = progress_by_unit(learn)
 
-def time_in(learn): # dict: unit -> number
+def progress_by_unit(learn): # dict: unit -> number
     "How far a learner is, in each unit"
     return {'epoch': learn.epochs_done, 'step': learn.updates, 'second': learn.seconds}
-
-def as_period(every): # (number, 'epoch', 'step' or 'second')
-    "How often, from text such as '1 epoch', '500 steps', '10 min'"
-    found = re.fullmatch(r'\s*(\d+)\s*(epoch|step)s?\s*', every) if isinstance(every, str) else None
-    if found and int(found[1]): return int(found[1]), found[2]
-    if isinstance(every, str) and not found:
-        try: seconds = as_seconds(every)
-        except ValueError: seconds = 0
-        if seconds: return seconds, 'second'
-    raise ValueError(f"every={every!r}: say how often with a unit, as '1 epoch', '500 steps' or "
-                     "'10 min'")
 
 # %% ../../nbs/loop/07_resume.ipynb #ff32b027
 @contextmanager
@@ -384,7 +387,8 @@ def autosaving(learn,
             raise ValueError(f'fit(resume={resume!r}): inside of saving_to each fit goes on by '
                              'itself; leave resume out')
         folder = path/str(next(numbers))
-        return [*as_callbacks(cbs), SaveState(folder, every)], folder if list_saves(folder) else None
+        cbs = [*as_callbacks(cbs), SaveState(folder, every)]
+        return cbs, folder if list_saves(folder) else None
     before = point.autosave, learn.on_interrupt
     point.autosave, learn.on_interrupt = autosave, 'raise'
     try: yield learn

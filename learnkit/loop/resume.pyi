@@ -17,7 +17,8 @@ class Saved:
     state: dict
     times: list
     """seconds of the rows of its history"""
-    where: str
+    source: str
+    """what it was read from, for messages"""
     @property
     def fit(self) -> Any: ...
     @property
@@ -40,8 +41,8 @@ def read_saved(learn: Learner, resume: Any) -> Any:
         Saved; None when there is none
     """
 
-def saves_of(learn: Learner, resume: Any) -> Any:
-    """Where to look for saves
+def resume_source(learn: Learner, resume: Any) -> Any:
+    """Where a fit's saves are: a file, or the folder of a `SaveState`
 
     Returns:
         Path of a folder or file
@@ -78,7 +79,7 @@ def callbacks_differ(before: Any, now: Any) -> Any:
     """
 
 def settings_text(settings: Any) -> str:
-    """A callback as it was made, cut where it gets long
+    """A callback as it was made, shortened where it gets long
 
     Returns:
         str
@@ -92,13 +93,13 @@ def find_saved(learn: Learner, resume: Any, call: Any) -> Any:
     """
 
 def check_no_other_saves(learn: Learner, source: Any) -> None:
-    """Raise ValueError when there is nothing to go on from, but in the folder of a SaveState there is"""
+    """Raise ValueError when the folder to go on from is empty, but that of a SaveState is not"""
 
 def take_over(learn: Learner, saved: Saved) -> None:
     """Go on from a saved state"""
 
 def accept_other_processes(learn: Learner, n_saved: Any, n: Any) -> None:
-    """Go on with another number of processes than before, and say what that means"""
+    """Go on with another number of processes than before, with a message on what that means"""
 
 def load_grads(learn: Learner, grads: Any) -> None:
     """Give the parameters the gradients they had"""
@@ -106,19 +107,19 @@ def load_grads(learn: Learner, grads: Any) -> None:
 class ResumePoint(Callback):
     """Brings a fit to where it was saved, after the other callbacks have begun"""
     saved: Any
-    is_asked: bool
+    was_requested: bool
     exact: bool
     autosave: Any
     valid_rng: list[Any]
     def __init__(self) -> None: ...
     def settings(self) -> Any: ...
-    def begin(self, learn: Learner, saved: Any, is_asked: Any, exact: Any) -> None:
+    def begin(self, learn: Learner, saved: Any, was_requested: Any, exact: Any) -> None:
         """A fit begins, with a save to go on from or None"""
     def before_fit(self, learn: Learner) -> None: ...
     def before_epoch(self, learn: Learner) -> None: ...
     def before_train(self, learn: Learner) -> None: ...
-    def arrive(self, learn: Learner, stage: Any) -> None:
-        """Take the save over if it is from here"""
+    def take_over_at(self, learn: Learner, stage: Any) -> None:
+        """Take the save over if it was made at this stage of the epoch"""
     def batches(self, learn: Learner) -> Any:
         """The batches of this epoch that are still to come, and the number of the first
 
@@ -128,8 +129,8 @@ class ResumePoint(Callback):
     def before_validate(self, learn: Learner) -> None: ...
     def cleanup_epoch(self, learn: Learner) -> None: ...
 
-def noting_the_end(learn: Learner, batches: Any) -> Any:
-    """A loader that keeps its own state does not say whether an epoch of it was left early
+def watch_reading(learn: Learner, batches: Any) -> Any:
+    """`batches`; of a stateful loader it is recorded whether they are read to the end
 
     Returns:
         iterable
@@ -144,6 +145,13 @@ def is_saved(learn: Learner) -> bool:
 
 def describe_start(learn: Learner, saved: Any, exact: Any) -> None:
     """Show where the fit goes on"""
+
+def as_period(every: Any) -> Any:
+    """How often, from text such as '1 epoch', '500 steps', '10 min'
+
+    Returns:
+        (number, 'epoch', 'step' or 'second')
+    """
 
 class SaveState(Callback):
     """Saves the learner while it is fitted, so that `fit(resume=...)` can go on"""
@@ -160,25 +168,18 @@ class SaveState(Callback):
     def settings(self) -> Any: ...
     def before_fit(self, learn: Learner) -> None: ...
     def at_rest(self, learn: Learner) -> None: ...
-    def is_due(self, learn: Learner) -> bool:
+    def is_time_to_save(self, learn: Learner) -> bool:
         """Whether it is time for a save
 
         Returns:
             bool
         """
 
-def time_in(learn: Learner) -> Any:
+def progress_by_unit(learn: Learner) -> Any:
     """How far a learner is, in each unit
 
     Returns:
         dict: unit -> number
-    """
-
-def as_period(every: Any) -> Any:
-    """How often, from text such as '1 epoch', '500 steps', '10 min'
-
-    Returns:
-        (number, 'epoch', 'step' or 'second')
     """
 
 def autosaving(learn: Learner, path: Any, every: Any) -> AbstractContextManager[Any]:

@@ -28,10 +28,10 @@ def local_values(state: dict, buffers: Any) -> Any:
     """
 
 def local_differences(state: dict, ranks: Any, buffers: Any = ()) -> Any:
-    """What each process has otherwise than process 0
+    """What each process but the first has otherwise than process 0
 
     Returns:
-        list of (paths, values), one a process but the first
+        list of (paths, values)
     """
 
 def localized(state: dict, ranks: Any) -> dict:
@@ -45,8 +45,8 @@ def tree_for_file(learn: Learner, per_process: bool = False, path: Any = None) -
     """What goes into a file: the state, and beside it the times, which are no part of it
 
     Args:
-        per_process: called on all processes: what each has for itself is in it
-        path: gives the file, beside which a state too large to be gathered is written
+        per_process: called on all processes, with what each has alone
+        path: function: the file, beside which shards may be written
 
     Returns:
         plain tree

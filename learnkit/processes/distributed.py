@@ -26,8 +26,8 @@ from ..loop.progress import show_message
 from ..loop.learner import Learner
 from ..loop.predict import Collect
 from ..loop.state import live_state, n_bytes
-from ..training.lr_find import Cycled
-from ..training.steps import Repeated
+from ..training.lr_find import CycledBatches
+from ..training.trials import RepeatedBatches
 from .group import Ranks, broadcast_tensor, join_group
 from .failure import FailureWatch
 from .agreement import Agreement
@@ -244,7 +244,7 @@ def broadcast_buffers(self:Distributed, learn):
 # %% ../../nbs/processes/07_distributed.ipynb #f95ac058
 @patch
 def _begin_pass(self:Distributed, learn, pad:bool):
-    is_cycled = isinstance(learn.dl, Cycled)
+    is_cycled = isinstance(learn.dl, CycledBatches)
     dl = learn.dl.dl if is_cycled else learn.dl
     share = self._share(learn, dl, pad)
     if isinstance(dl, EpochLoader): share.set_epoch(dl.epoch)
@@ -267,7 +267,7 @@ def _share(self:Distributed, learn, dl, pad:bool): # loader, always the same for
 
 @patch
 def _show_batch_message(self:Distributed, learn, dl):
-    shares_batches = isinstance(dl, (EpochLoader, Repeated))
+    shares_batches = isinstance(dl, (EpochLoader, RepeatedBatches))
     if self._message_shown or shares_batches or not learn.training: return
     self._message_shown = True
     n = self.ranks.size

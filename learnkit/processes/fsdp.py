@@ -46,8 +46,8 @@ def init_meta_params(model, device):
         if not slots: continue
         if not hasattr(module, 'reset_parameters'):
             raise ValueError(f'{name or "the model"} is on the meta device, and '
-                             f'{unsharded_class(module).__name__} has no method reset_parameters '
-                             'that would make its weights')
+                             f'{unsharded_class(module).__name__} has no method '
+                             'reset_parameters that would make its weights')
         init_module(module, slots, device)
 
 def init_module(module, slots, device):

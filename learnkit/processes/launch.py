@@ -6,7 +6,7 @@
 __all__ = ['launch']
 
 # %% ../../nbs/processes/00_launch.ipynb #231706a6
-import atexit, logging, multiprocessing, signal, sys, threading, time
+import atexit, logging, multiprocessing, os, signal, sys, threading, time
 from contextlib import contextmanager
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -21,9 +21,13 @@ def is_importable(fn) -> bool:
 
 def can_fork() -> bool:
     "Whether a copy of this process can do what this one can"
-    if sys.platform != 'linux' or in_group() or threading.active_count() > 1: return False
+    if sys.platform != 'linux' or in_group() or n_threads() > 1: return False
     by_choice = multiprocessing.get_start_method(allow_none=True) in (None, 'fork')
     return by_choice and not torch.accelerator.is_available()
+
+def n_threads() -> int:
+    "Threads of this process, those of libraries too: a copy would have one of them"
+    return len(os.listdir('/proc/self/task'))
 
 def start_method(fn) -> str: # 'fork' or 'spawn'
     "How the processes that call a function start"

@@ -14,6 +14,9 @@ def is_importable(fn: Any) -> bool:
 def can_fork() -> bool:
     """Whether a copy of this process can do what this one can"""
 
+def n_threads() -> int:
+    """Threads of this process, those of libraries too: a copy would have one of them"""
+
 def start_method(fn: Any) -> str:
     """How the processes that call a function start
 

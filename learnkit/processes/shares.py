@@ -14,7 +14,7 @@ from ..base.randomness import (
     generator_state, rng_state, set_generator_state, set_rng_state)
 from ..data.order import Share
 from ..data.loaders import EpochLoader, generators, length, loader_parts
-from ..training.steps import Repeated
+from ..training.trials import RepeatedBatches
 
 # %% ../../nbs/processes/04_shares.ipynb #b8dd499d
 class EveryNth:
@@ -51,12 +51,12 @@ class EveryNthLoader(EveryNth):
     "A loader that reads all batches and gives those of one process"
     def __init__(self, loader, share):
         super().__init__(loader, share)
-        self.loader = self.undivided = loader
+        self.loader = self.full_loader = loader
 
 def every_nth_fetched(dl, share): # loader
     "A `DataLoader` that fetches the batches of one process alone"
     twin, sampler = copy.copy(dl), EveryNthSampler(dl.batch_sampler, share)
-    vars(twin).update(batch_sampler=sampler, batch_weights=sampler.batch_weights, undivided=dl,
+    vars(twin).update(batch_sampler=sampler, batch_weights=sampler.batch_weights, full_loader=dl,
                       _iterator=None)  # setattr is refused
     return twin
 
@@ -68,7 +68,7 @@ def has_distributed_sampler(dl) -> bool:
 class DistributedSamplerLoader:
     "A loader whose sampler shares the samples; short ones go on until all have ended"
     def __init__(self, loader, share, ranks):
-        self.loader = self.undivided = loader
+        self.loader = self.full_loader = loader
         self.share, self.ranks, self.lengths, self.has_batch = share, ranks, None, None
 
     def __len__(self):
@@ -110,7 +110,7 @@ def no_batch_text(dl) -> str:
 class SameBatches:
     "A loader that gives the same batches to all processes"
     def __init__(self, loader, share):
-        self.loader = self.undivided = loader
+        self.loader = self.full_loader = loader
         self.share = share
 
     def __len__(self): return len(self.loader)
@@ -121,7 +121,7 @@ def shared_loader(dl, share:Share, ranks=None): # loader
     "The share of a loader that one process reads"
     if has_distributed_sampler(dl): return DistributedSamplerLoader(dl, share, ranks)
     if isinstance(dl, EpochLoader): return dl.shared(share)
-    if isinstance(dl, Repeated): return SameBatches(dl, share)
+    if isinstance(dl, RepeatedBatches): return SameBatches(dl, share)
     by_index = isinstance(dl, DataLoader) and not isinstance(dl.dataset, IterableDataset)
     if by_index and dl.batch_sampler is not None: return every_nth_fetched(dl, share)
     return EveryNthLoader(dl, share)

@@ -29,7 +29,7 @@ class EveryNthSampler(EveryNth):
 class EveryNthLoader(EveryNth):
     """A loader that reads all batches and gives those of one process"""
     loader: Any
-    undivided: Any
+    full_loader: Any
     def __init__(self, loader: Any, share: Any) -> None: ...
 
 def every_nth_fetched(dl: Any, share: Any) -> Any:
@@ -45,7 +45,7 @@ def has_distributed_sampler(dl: Any) -> bool:
 class DistributedSamplerLoader:
     """A loader whose sampler shares the samples; short ones go on until all have ended"""
     loader: Any
-    undivided: Any
+    full_loader: Any
     share: Any
     ranks: Any
     lengths: Any
@@ -72,7 +72,7 @@ def no_batch_text(dl: Any) -> str:
 class SameBatches:
     """A loader that gives the same batches to all processes"""
     loader: Any
-    undivided: Any
+    full_loader: Any
     share: Any
     def __init__(self, loader: Any, share: Any) -> None: ...
     def __len__(self) -> int: ...

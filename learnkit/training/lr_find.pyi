@@ -15,6 +15,13 @@ __all__ = [
     'LRFinderResult'
 ]
 
+def longest_descent(values: Any) -> Any:
+    """The longest strictly falling subsequence (patience sorting, n log n)
+
+    Returns:
+        list of indices
+    """
+
 def steep(lrs: Any, losses: Any) -> float:
     """The rate where the loss falls fastest, per factor of the rate, before its lowest point
 
@@ -34,13 +41,6 @@ def valley(lrs: Any, losses: Any) -> float:
 
     Returns:
         float
-    """
-
-def longest_descent(values: Any) -> Any:
-    """The longest strictly falling subsequence (patience sorting, n log n)
-
-    Returns:
-        list of indices
     """
 
 @result
@@ -75,6 +75,8 @@ class LRFinderResult:
             Axes
         """
 SUGGESTIONS: MappingProxyType
+SMOOTHING: float
+MIN_RATES: int
 
 class RateSweep(Callback):
     """Raises the learning rate batch by batch and keeps the losses"""
@@ -93,10 +95,8 @@ class RateSweep(Callback):
         """
     def before_batch(self, learn: Learner) -> None: ...
     def after_batch(self, learn: Learner) -> None: ...
-SMOOTHING: float
-FEWEST: int
 
-class Cycled:
+class CycledBatches:
     """The first `n` batches of training, over as many epochs as they take"""
     dl: Any
     n: int
@@ -108,13 +108,13 @@ class Cycled:
     def __iter__(self) -> Iterator[Any]: ...
     def batch_weights(self, number: Any) -> Any:
         """Returns:
-            see `EpochLoader.batch_weights`
+            (int, int), see `EpochLoader.batch_weights`
         """
 
 def check_sweep(learn: Learner, start_lr: Any, end_lr: Any, num_it: Any, suggest: Any) -> None:
     """Raise for a sweep that cannot be made"""
 
-def suggestions(lrs: Any, losses: Any, suggest: Any) -> LRFinderResult:
+def make_result(lrs: Any, losses: Any, suggest: Any) -> LRFinderResult:
     """The result of a sweep, with one warning when it is too short to say anything
 
     Args:

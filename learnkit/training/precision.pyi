@@ -10,28 +10,28 @@ __all__ = [
     'MixedPrecision'
 ]
 
-def as_half(dtype: Any) -> Any:
+def half_dtype(dtype: Any) -> Any:
     """A type by its name, or as it is
 
     Returns:
         torch.bfloat16, torch.float16 or None
     """
 
-def best_half(device: torch.device) -> Any:
+def best_half_dtype(device: torch.device) -> Any:
     """bf16 where the device has it, else fp16
 
     Returns:
         torch.bfloat16 or torch.float16
     """
 
-def full(x: Any) -> Any:
+def as_float32(x: Any) -> Any:
     """Every tensor of a half type as float32
 
     Returns:
         the same nesting
     """
 
-def check_alone(learn: Learner, cls: Any, advice: str) -> None:
+def check_only_one(learn: Learner, cls: Any, advice: str) -> None:
     """Raise ValueError when the learner has several callbacks of a class
 
     Args:
@@ -67,8 +67,8 @@ class MixedPrecision(Callback):
             dtype: 'bf16', 'fp16' or the torch type; None: bf16 where the device has it
         """
     def settings(self) -> Any: ...
-    def type_on(self, device: Any) -> Any: ...
-    def scales(self, learn: Learner) -> Any: ...
+    def dtype_on(self, device: Any) -> Any: ...
+    def uses_scaler(self, learn: Learner) -> Any: ...
     def before_fit(self, learn: Learner) -> None: ...
     def before_validate(self, learn: Learner) -> None: ...
     def before_batch(self, learn: Learner) -> None: ...

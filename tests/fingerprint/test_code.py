@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from learnkit.components.metrics import accuracy
 from learnkit.data.loaders import DataLoaders, DatasetLoader
 from learnkit.fingerprint.code import versions
-from learnkit.training.track import SaveBest
+from learnkit.training.save_best import SaveBest
 from fingerprint_helpers import HELPERS, code, Hook, hook_a, hooked, loss, net, Order, Squares
 
 

@@ -13,9 +13,10 @@ from learnkit.components.callback import Callback
 from learnkit.components.metrics import accuracy, error_rate, rmse
 from learnkit.data.loaders import DataLoaders, DatasetLoader, TensorLoader
 from learnkit.fingerprint.differences import differences
-from learnkit.training.gradients import EMA
-from learnkit.training.schedule import TorchScheduler
-from learnkit.training.track import EarlyStopping, SaveBest
+from learnkit.training.averaging import EMA
+from learnkit.training.torch_schedulers import TorchScheduler
+from learnkit.training.stopping import EarlyStopping
+from learnkit.training.save_best import SaveBest
 import fingerprint_helpers
 from fingerprint_helpers import (
     Color, diff, Focal, frame, Hook, hook_a, loaders, logged, loss, make, nest, same, Says,

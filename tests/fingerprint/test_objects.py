@@ -5,7 +5,7 @@ import torch
 import torchmetrics
 from learnkit.components.metrics import accuracy, metric, rmse
 from learnkit.fingerprint.values import fingerprint
-from learnkit.training.track import SaveBest
+from learnkit.training.save_best import SaveBest
 from fingerprint_helpers import (
     digest, error, Focal, Hook, hook_a, hook_b, Named, same, Says, Sides, text, tree)
 

@@ -14,8 +14,8 @@ from learnkit.components.callback import Callback
 from learnkit.files.tree import tree_digest
 from learnkit.fingerprint.values import Fingerprint, fingerprint
 from learnkit.loop.progress import Progress
-from learnkit.training.gradients import EMA
-from learnkit.training.track import SaveBest
+from learnkit.training.averaging import EMA
+from learnkit.training.save_best import SaveBest
 from fingerprint_helpers import (
     Bar, cases, digest, error, Focal, in_another_process, key, known, loss, make, MyDict, nest,
     nested, Plain, Quiet, same, Scale, sparse, tree)

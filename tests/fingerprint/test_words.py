@@ -15,8 +15,9 @@ from learnkit.components.callback import Callback
 from learnkit.components.metrics import accuracy, top_k_accuracy
 from learnkit.data.loaders import DataLoaders, TensorLoader
 from learnkit.fingerprint.words import as_text
-from learnkit.training.gradients import EMA
-from learnkit.training.track import EarlyStopping, SaveBest
+from learnkit.training.averaging import EMA
+from learnkit.training.stopping import EarlyStopping
+from learnkit.training.save_best import SaveBest
 from fingerprint_helpers import (
     Color, Focal, frame, image, loss, nested, Point, Says, Scale, Squares, text)
 
