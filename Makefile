@@ -6,6 +6,8 @@ found = $(shell $(1) -c $(NEW) 2> /dev/null && echo $(1))
 PYTHON ?= $(or $(call found,python3.11),$(call found,python3),$(call found,python3.12))
 NB ?=
 K ?=
+# A plain path, which editors and type checkers follow, in place of an import hook
+EDITABLE := --config-settings editable_mode=compat --editable
 
 # More threads are slower on small models, and the last bits of a result depend on their number
 export OMP_NUM_THREADS := 1
@@ -16,7 +18,7 @@ export OMP_NUM_THREADS := 1
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
-train: $(VENV)/.dev ## train a small CNN on handwritten digits, about ten seconds
+train: $(VENV)/.dev ## train a small CNN on handwritten digits, ten to twenty seconds
 	$(BIN)/python examples/mnist.py
 
 PYTEST = $(BIN)/python -m pytest -n 2 --dist worksteal $(if $(K),-k '$(K)')
@@ -30,7 +32,7 @@ test-slow: $(VENV)/.dev ## run the tests that take minutes; a part of them: make
 export: $(VENV)/.dev ## write learnkit/ from the notebooks
 	$(BIN)/python tools/export.py
 
-outputs: export ## run the notebooks, store their outputs; of one: make outputs NB=nbs/02_data.ipynb
+outputs: export ## run the notebooks, store outputs; of one: make outputs NB=nbs/data/01_loaders.ipynb
 	$(BIN)/python tools/outputs.py $(NB)
 
 readme: $(VENV)/.dev ## write README.md from nbs/index.ipynb
@@ -51,9 +53,9 @@ $(VENV)/.dev: settings.ini constraints.txt setup.py pyproject.toml
 	@$(or $(PYTHON),false) -c $(NEW) || \
 	  { echo 'learnkit needs Python 3.11 or newer: make PYTHON=/path/to/python3.11'; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(EDITABLE) '.[dev]'
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.dev
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(EDITABLE) '.[dev,docs]'
 	touch $@

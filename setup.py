@@ -23,7 +23,7 @@ setup(
     classifiers=lines('classifiers'),
     python_requires='>=' + cfg['min_python'],
     packages=find_packages(include=[cfg['lib_path'], cfg['lib_path'] + '.*']),
-    package_data={cfg['lib_path']: ['py.typed']},
+    package_data={'': ['py.typed', '*.pyi']},
     install_requires=words('requirements'),
     extras_require=extras,
     entry_points={

@@ -40,6 +40,7 @@ from .files import records as _records
 from .files.store import (
     Store,
 )
+from .files import states as _states
 from .files.garbage import (
     Garbage,
 )
@@ -59,12 +60,14 @@ from .components.metrics import (
 from .components.optim import (
     no_decay, param_groups, spread_lr,
 )
-from .fingerprint import code as _code
 from .fingerprint.values import (
     Fingerprint, fingerprint, UnfingerprintableError,
 )
+from .fingerprint import inspection as _inspection
+from .fingerprint import code as _code
 from .fingerprint import tensors as _tensors
 from .fingerprint import functions as _functions
+from .fingerprint import objects as _objects
 from .fingerprint import modules as _modules
 from .fingerprint import loaders as _loaders
 from .fingerprint import words as _words
@@ -134,16 +137,19 @@ from .training.trials import (
 from .training.compiling import (
     ChannelsLast,
 )
+from .processes.launch import (
+    launch,
+)
 from .processes.group import (
     Ranks,
 )
+from .processes import failure as _failure
+from .processes import agreement as _agreement
 from .processes import shares as _shares
-from .processes.distributed import (
-    Distributed,
-)
+from .processes import ddp as _ddp
 from .processes import fsdp as _fsdp
-from .processes.launch import (
-    launch,
+from .processes.distributed import (
+    check_strategy, Distributed,
 )
 from .checkpoints.checkpointed import (
     Checkpointed, CheckpointedLearner, StaleCheckpoint,
@@ -173,7 +179,7 @@ __all__ = [
     'sched_lin', 'sched_poly', 'sched_warmup', 'ParamScheduler', 'TorchScheduler', 'LRFinderResult',
     'SaveBest', 'AskToContinue', 'EarlyStopping', 'StopOnNaN', 'ReduceLROnPlateau',
     'MixedPrecision', 'GradientAccumulation', 'GradientClip', 'EMA', 'SWA', 'ShortEpoch',
-    'StageFuncs', 'ValidateEvery', 'CutMix', 'MixUp', 'OverfitResult', 'ChannelsLast', 'Ranks',
-    'Distributed', 'launch', 'Checkpointed', 'CheckpointedLearner', 'StaleCheckpoint',
-    'checkpoints_table', 'tree_text', 'plot_tree', 'explain_text',
+    'StageFuncs', 'ValidateEvery', 'CutMix', 'MixUp', 'OverfitResult', 'ChannelsLast', 'launch',
+    'Ranks', 'check_strategy', 'Distributed', 'Checkpointed', 'CheckpointedLearner',
+    'StaleCheckpoint', 'checkpoints_table', 'tree_text', 'plot_tree', 'explain_text',
 ]

@@ -10,8 +10,8 @@ import argparse, os, sys, time
 from pathlib import Path
 from .base.text import age_text, size_text
 from .files.errors import StoreError
-from .files.durable import size_of
-from .files.ids import RESERVED, check_name, id_text, parse_id
+from .files.durable import bytes_on_disk
+from .files.ids import RESERVED, check_run_name, id_text, parse_id
 from .files.store import Store
 from .checkpoints.lineage import HasChildren, Lineage, NoCheckpoint, delete_checkpoint
 from .checkpoints.tree import one_line, print_text, terminal_width, tree_text
@@ -32,7 +32,7 @@ def run_names(root): # sorted list
 
 def is_run_name(name): # bool
     "Whether a run can be called so"
-    try: return bool(check_name(name))
+    try: return bool(check_run_name(name))
     except ValueError: return False
 
 # %% ../nbs/90_cli.ipynb #3b2fa5bc
@@ -57,7 +57,7 @@ def ls(args):
     if not names: raise CommandError(f'there is no run {inside[:-1]} in {args.root}')
     rows = [('run', 'checkpoints', 'bytes', 'changed')]
     rows += [run_row(args.root, name) for name in names]
-    widths = [max(map(len, column)) for column in zip(*rows)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for name, n, size, changed in rows:
         print_text(f'{name:{widths[0]}}  {n:>{widths[1]}}  {size:>{widths[2]}}  {changed}')
 
@@ -73,7 +73,7 @@ def run_row(root, name): # (name, checkpoints, bytes, last change), as text
 def disk_size(store): # bytes
     "What packs and saves take"
     folders = [store.folder/name for name in ('packs', 'work')]
-    return sum(size_of(folder) for folder in folders if folder.exists())
+    return sum(bytes_on_disk(folder) for folder in folders if folder.exists())
 
 # %% ../nbs/90_cli.ipynb #4bc7be9a
 def tree(args):
@@ -140,21 +140,23 @@ def launch(args):
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
-    from learnkit.processes.launch import local_processes, quiet, told
+    from learnkit.processes.launch import default_n_processes, logging_disabled, failure_text
     if not Path(args.script).is_file(): raise CommandError(f'there is no file {args.script}')
-    n = local_processes() if args.n is None else args.n
+    n = default_n_processes() if args.n is None else args.n
     if n < 1: raise CommandError(f'-n {n}: at least one process is needed')
     if args.restarts < 0: raise CommandError(f'--restarts {args.restarts}: must be 0 or more')
     os.environ.setdefault('OMP_NUM_THREADS', '1')  # else each process would take all cores
     try:
-        with quiet(): torchrun(['--standalone', f'--nproc-per-node={n}', f'--max-restarts={args.restarts}',
-                                args.script, *args.args])
+        with logging_disabled():
+            torchrun(['--standalone', f'--nproc-per-node={n}',
+                      f'--max-restarts={args.restarts}', args.script, *args.args])
     except SignalException as error: sys.exit(128 + error.sigval)  # all have ended and saved
     except ChildFailedError as error:
         number, failure = error.get_first_failure()
         code = failure.exitcode
         if code != 1:  # of an exception the process itself has told
-            print(f'learnkit: process {number} was the first to end: {told(failure)}', file=sys.stderr)
+            print(f'learnkit: process {number} was the first to end: '
+                  f'{failure_text(failure)}', file=sys.stderr)
         sys.exit(code if code > 0 else 128 - code)
 
 # %% ../nbs/90_cli.ipynb #690555db
@@ -177,7 +179,7 @@ def make_parser(): # ArgumentParser
     parser = argparse.ArgumentParser(
         'learnkit', description='Look at runs and their checkpoints, and delete them')
     commands = parser.add_subparsers(title='commands', metavar='COMMAND', required=True)
-    a_name = {'type': argument(lambda word: check_name(word.rstrip('/')))}
+    a_name = {'type': argument(lambda word: check_run_name(word.rstrip('/')))}
     an_id = dict(type=argument(parse_id), help='of a checkpoint: 1, 1.5, abc')
     name = 'name', dict(a_name, help='of the run')
     yes = '--yes', dict(action='store_true', help='do not ask')

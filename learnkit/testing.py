@@ -10,11 +10,12 @@ import pytest
 from .processes.launch import launch
 
 # %% ../nbs/91_testing.ipynb #4bc71936
-HIDDEN = ('CUDA_VISIBLE_DEVICES', 'HIP_VISIBLE_DEVICES', 'ZE_AFFINITY_MASK')  # of cuda, rocm, xpu
+# Of cuda, rocm and xpu
+VISIBLE_DEVICES = 'CUDA_VISIBLE_DEVICES', 'HIP_VISIBLE_DEVICES', 'ZE_AFFINITY_MASK'
 
 @pytest.fixture
 def two_processes(monkeypatch): # function of (function, *args, timeout=120) -> list of 2 results
     "Runs a function in two processes of the CPU that train together"
-    for name in HIDDEN: monkeypatch.setenv(name, '')  # two processes cannot share one accelerator
+    for name in VISIBLE_DEVICES: monkeypatch.setenv(name, '')  # two cannot share one accelerator
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
     return lambda fn, *args, timeout=120: launch(fn, *args, n=2, timeout=timeout)

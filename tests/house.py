@@ -51,11 +51,15 @@ def output_text(out):
 def tree(path): return ast.parse(path.read_text(encoding='utf-8'))
 
 
-def run(*command, cwd=ROOT, **kwargs): # the finished process
-    "Run to the end; a failure shows what the command printed"
+def run(*command, cwd=ROOT, timeout=None, **kwargs): # the finished process
+    "Run to the end; a failure, and a command that does not end, show what was printed"
     command = [str(part) for part in command]
-    done = subprocess.run(command, cwd=cwd, text=True, stdin=subprocess.DEVNULL,
-                          capture_output=True, **kwargs)
+    try: done = subprocess.run(command, cwd=cwd, text=True, stdin=subprocess.DEVNULL,
+                               timeout=timeout,
+                               capture_output=True, **kwargs)
+    except subprocess.TimeoutExpired as late:
+        printed = '\n'.join((text or b'').decode() for text in (late.stdout, late.stderr))
+        raise AssertionError(f'{command} had not ended after {timeout} s\n{printed}') from None
     assert done.returncode == 0, f'{command} failed\n{done.stdout}\n{done.stderr}'
     return done
 

@@ -61,7 +61,7 @@ def write_command(folder): # str
 
 @contextmanager
 def spawning(command):
-    "Have multiprocessing's 'spawn' start processes by a command in place of `sys.executable`"
+    "Have multiprocessing's method 'spawn' start processes by a command other than this python"
     resource_tracker.ensure_running()  # a fresh process, as it outlives all others
     before = os.fsdecode(multiprocessing.spawn.get_executable())
     multiprocessing.set_executable(command)
@@ -81,6 +81,7 @@ class Server:
     def serve(self): # (request, files), in a copy
         while True:
             for key, _ in self.selector.select(timeout=10):
+                if key.fileobj not in self.selector.get_map(): continue  # its copy has just ended
                 request = key.data(key.fileobj)
                 if request: return request
             for pid, begun in self.copies.items():
@@ -89,6 +90,7 @@ class Server:
     def begin(self, listener):
         asker, _ = listener.accept()
         request, files, _, _ = socket.recv_fds(asker, LARGEST, 250)
+        if not request: return asker.close()  # gone before it could say what
         pid = os.fork()
         if pid == 0: return json.loads(request), files
         for file in files: os.close(file)
@@ -98,7 +100,8 @@ class Server:
 
     def signal(self, pid, asker):
         "Pass on a signal; SIGKILL cannot be told, but then the one who asks is gone"
-        message = asker.recv(8)
+        try: message = asker.recv(8)
+        except ConnectionError: message = b''
         if message: os.kill(pid, int(message))
         else:
             kill(pid)
@@ -143,14 +146,15 @@ def import_all():
 
 def become(request, files): # list of arguments
     "Be as a fresh process"
-    import numpy as np
+    import numpy, torch
     os.setsid()
     place_files(files, request['numbers'])
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(request['env'])
     os.chdir(request['cwd'])
-    np.random.seed()  # `random` does so by itself
+    numpy.random.seed()  # anew, as `random` does by itself
+    torch.default_generator.seed()
     return request['args']
 
 
@@ -166,7 +170,7 @@ def place_files(files, numbers):
 
 def run_as_main(args):
     "What python does with its arguments"
-    while args[0][0] == '-' and args[0] not in ('-c', '-m'):
+    while args[0][0] == '-' and args[0] not in ('-c', '-m'):  # options of python
         args = args[2 if args[0] == '-X' else 1:]
     sys.modules['__main__'] = main = types.ModuleType('__main__')
     if args[0] == '-m': run_module(args[1:])
@@ -179,8 +183,7 @@ def run_as_main(args):
 def run_module(args):
     import runpy
     sys.argv, sys.path[0] = args, os.getcwd()
-    if not hasattr(sys.modules.get(args[0]), '__path__'):
-        sys.modules.pop(args[0], None)  # it is run anew
+    if not hasattr(sys.modules.get(args[0]), '__path__'): sys.modules.pop(args[0], None)  # run anew
     runpy.run_module(args[0], run_name='__main__', alter_sys=True)
 
 

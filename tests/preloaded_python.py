@@ -1,8 +1,8 @@
-"Stands for a copy made by the server of preloaded.py: asks for it, passes signals on, ends with it"
+"Asks the server of preloaded.py for a copy, passes signals on to it, and ends as it ends"
 import json, os, signal, socket, sys
 
-PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1,
-             signal.SIGUSR2)
+PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT,
+             signal.SIGUSR1, signal.SIGUSR2)
 
 
 def open_files(): # list of numbers
@@ -26,19 +26,21 @@ def ask(folder, args): # socket
         if signal.getsignal(signum) != signal.SIG_IGN:
             signal.signal(signum, lambda signum, _: server.send(str(signum).encode()))
     socket.send_fds(server, [json.dumps(request).encode()], files)
-    for number in files: os.close(number)
+    for number in files:
+        if number != 2: os.close(number)
     return server
 
 
 def end(code):
     if code >= 0: os._exit(code)
-    signal.signal(-code, signal.SIG_DFL) if -code != signal.SIGKILL else None
+    if -code != signal.SIGKILL: signal.signal(-code, signal.SIG_DFL)
     os.kill(os.getpid(), -code)
 
 
 def main(folder, *args):
     answer = ask(folder, args).recv(8)
-    end(int(answer) if answer else 1)
+    if not answer: sys.exit('the server of tests/preloaded.py is gone')
+    end(int(answer))
 
 
 main(*sys.argv[1:])

@@ -11,7 +11,7 @@ from learnkit import *
 from learnkit.components.callback import Interrupted
 from learnkit.loop.resume import Saved
 from learnkit.files.errors import DamagedError, UnstorableError
-from learnkit.files.saves import save_next, saves
+from learnkit.files.saves import save_next, list_saves
 from learnkit.files.tree import load_tree, save_tree, tree_digest
 
 N, BS = 22, 4  # six batches an epoch, the last one short
@@ -203,7 +203,12 @@ def resumes_everywhere(tmp_path, *names, every=1):
 
 
 @pytest.mark.parametrize('name', PARTS)
-def test_each_part_resumes_at_every_batch(tmp_path, name): resumes_everywhere(tmp_path, name)
+def test_each_part_resumes_at_every_batch(tmp_path, name):
+    resumes_everywhere(tmp_path, name, every=2 if name.startswith('data') else 1)
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', [name for name in PARTS if name.startswith('data')])
+def test_all_data_resumes_at_every_batch(tmp_path, name): resumes_everywhere(tmp_path, name)
 
 SAMPLE = [('dropout', 'data: torch'), ('norm', 'ema'), ('ema', 'accumulation'),
           ('accumulation', 'clip'), ('one cycle', 'plateau'),
@@ -274,7 +279,7 @@ def cut(tmp_path, *names, steps=8, every='1 epoch', **kwargs):
 def test_a_killed_fit_goes_on_from_its_newest_save(tmp_path, every, steps, epoch, batch):
     whole = outcome(train('dropout', 'one cycle'))
     cut(tmp_path, 'dropout', 'one cycle', steps=steps, every=every)
-    fit = load_tree(saves(tmp_path / 'run')[0])['learner']['fit']
+    fit = load_tree(list_saves(tmp_path / 'run')[0])['learner']['fit']
     assert (fit['epoch'], fit['batch']) == (epoch, batch)
     done = []
     learn = train('dropout', 'one cycle', cbs=[SaveState('run', every), On(after_step=done.append)],
@@ -286,9 +291,9 @@ def test_saves_follow_the_period_and_end_with_the_fit(tmp_path):
         marks = []
         class Spy(SaveState):
             def at_rest(self, learn):
-                before = saves(tmp_path / every) if (tmp_path / every).exists() else []
+                before = list_saves(tmp_path / every) if (tmp_path / every).exists() else []
                 super().at_rest(learn)
-                if saves(tmp_path / every) != before:
+                if list_saves(tmp_path / every) != before:
                     marks.append((learn.levels[-1:], learn.updates))
         train(cbs=[Spy(every, every)], path=tmp_path)
         return marks
@@ -332,7 +337,7 @@ def test_a_complete_fit_returns_at_once(tmp_path, capsys):
 def test_resume_from_a_folder_a_file_and_from_learn_save(tmp_path):
     whole = outcome(train('norm'))
     cut(tmp_path, 'norm', every='5 steps')
-    newest = saves(tmp_path / 'run')[0]
+    newest = list_saves(tmp_path / 'run')[0]
     for place in ('run', tmp_path / 'run', newest, newest.relative_to(tmp_path),
                   str(newest.with_suffix(''))):
         assert outcome(train('norm', path=tmp_path, seed=3, resume=place, cbs=[Quiet()])) == whole
@@ -424,13 +429,13 @@ def damage(path):
 def test_a_damaged_save_falls_back_loudly_to_the_one_before(tmp_path):
     whole = outcome(train('dropout'))
     cut(tmp_path, 'dropout', steps=9, every='2 steps')
-    damage(saves(tmp_path / 'run')[0])
+    damage(list_saves(tmp_path / 'run')[0])
     with pytest.warns(UserWarning,
                       match='save-000004.safetensors is damaged.*set aside as save-000004.damaged'):
         learn = train('dropout', cbs=[SaveState('run')], path=tmp_path, seed=4, resume='latest')
     assert outcome(learn) == whole
     cut(tmp_path, 'dropout', steps=9, every='2 steps')
-    for path in saves(tmp_path / 'run'): damage(path)
+    for path in list_saves(tmp_path / 'run'): damage(path)
     with (pytest.warns(UserWarning, match='is damaged'),
           pytest.raises(DamagedError, match='no save in .* is sound')):
         train('dropout', cbs=[SaveState('run')], path=tmp_path, resume='latest')
@@ -531,7 +536,7 @@ def killed_until_done(tmp_path, names, seed, every='2 steps'):
     slow = On(after_batch=lambda learn: time.sleep(0.004))
     def work():
         # a fit that is begun again begins alike
-        seed = int(time.time()) if saves(tmp_path / 'run') else 0
+        seed = int(time.time()) if list_saves(tmp_path / 'run') else 0
         save_tree(outcome(train(*names, cbs=[SaveState('run', every), slow], path=tmp_path,
                                 seed=seed, resume='latest')), tmp_path / 'done')
     while forked(work,
@@ -584,7 +589,7 @@ def test_a_signal_at_any_event_finishes_saves_and_exits_143(tmp_path, event, sig
         train(*names, cbs=[SaveState('run', '1 h'), Signal(event, signum, 1 if once else 2)],
               path=tmp_path)
     assert os.waitstatus_to_exitcode(forked(work)) == 143
-    assert len(saves(tmp_path / 'run')) >= 1
+    assert len(list_saves(tmp_path / 'run')) >= 1
     assert outcome(train(*names, cbs=[SaveState('run', '1 h')], path=tmp_path, seed=3,
                          resume='latest')) == whole
 
@@ -791,7 +796,7 @@ def test_a_signal_during_a_validation_of_ones_own_waits_for_its_end(tmp_path):
                                                if learn.training and learn.updates == 8 else None),
                    InLook('after_pred', signal.SIGTERM, 1)], path=tmp_path)
     assert os.waitstatus_to_exitcode(forked(work)) == 143
-    assert load_tree(saves(tmp_path / 'run')[0])['learner']['fit']['batch'] == 2
+    assert load_tree(list_saves(tmp_path / 'run')[0])['learner']['fit']['batch'] == 2
     assert outcome(train('dropout', cbs=[SaveState('run')], path=tmp_path, seed=3,
                          resume='latest')) == whole
 

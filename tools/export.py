@@ -81,6 +81,7 @@ def main(root=Path()):
     source = HEAD.format(**config['DEFAULT']) + gathered(names)
     (lib / '__init__.py').write_text(source, encoding='utf-8')
     (lib / '__main__.py').write_text(MAIN, encoding='utf-8')
+    subprocess.run([sys.executable, Path(__file__).with_name('stubs.py'), lib], check=True)
 
 
 if __name__ == '__main__': main()

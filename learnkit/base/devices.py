@@ -7,15 +7,15 @@ __all__ = ['default_device']
 
 # %% ../../nbs/base/01_devices.ipynb #f2cb8ee7
 import torch
-from .ranks import launched
+from .ranks import ranks_from_env
 
 # %% ../../nbs/base/01_devices.ipynb #fb62bdf1
-def default_device(): # torch.device with its index, or cpu
+def default_device()->torch.device: # with its index, or cpu
     "The accelerator that torch would use now (cuda, mps, xpu, ...), else the cpu"
     if not torch.accelerator.is_available(): return torch.device('cpu')
-    kind, place = torch.accelerator.current_accelerator().type, launched()
-    if place['size'] == 1: return torch.device(kind, torch.accelerator.current_device_index())
-    return torch.device(kind, place['local'] % torch.accelerator.device_count())
+    kind, env = torch.accelerator.current_accelerator().type, ranks_from_env()
+    if env['size'] == 1: return torch.device(kind, torch.accelerator.current_device_index())
+    return torch.device(kind, env['local'] % torch.accelerator.device_count())
 
 # %% ../../nbs/base/01_devices.ipynb #dfb5577e
 def accelerator(): # (kind, torch's module for it, whether it is in use); None without one
@@ -23,4 +23,4 @@ def accelerator(): # (kind, torch's module for it, whether it is in use); None w
     if not torch.accelerator.is_available(): return None
     kind = torch.accelerator.current_accelerator().type
     module = torch.get_device_module(kind)
-    return kind, module, kind == 'mps' or module.is_initialized()  # mps cannot be asked
+    return kind, module, kind == 'mps' or module.is_initialized()  # mps has no such function

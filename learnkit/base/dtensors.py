@@ -10,61 +10,64 @@ import sys
 from .batches import map_tensors
 
 # %% ../../nbs/base/04_dtensors.ipynb #5cca5ea0
-def is_a(x, module:str, name:str): # bool; False where the module was never imported: then nothing is
-    "Whether `x` is of a class in a module that costs half a second to import"
+def is_instance(x, module:str, name:str): # bool; False as long as the module is not imported
+    "Whether `x` is of a class in a module that is not imported for this"
     return module in sys.modules and isinstance(x, getattr(sys.modules[module], name))
 
-def is_sharded(model): # bool
-    "Whether a module was given to FSDP2's `fully_shard`"
-    return is_a(model, 'torch.distributed.fsdp', 'FSDPModule')
-
-def plain_class(module): # class
-    "The class of a module, without the one that `fully_shard` puts around it"
-    return type(module).__mro__[2] if is_sharded(module) else type(module)
-
-def is_from_fsdp(hook): # bool
-    "Whether `fully_shard` has given this hook to a module"
-    hook = getattr(hook, 'hook', hook)  # torch wraps those of loading
-    return (getattr(hook, '__module__', None) or '').startswith('torch.distributed.fsdp')
-
-FSDP_MARKS = ('_is_fsdp_managed_module', '_fsdp_use_orig_params')  # attributes of all modules inside
-
-def reshard(model):
-    "Have a model of FSDP2 hold its parts again, not the whole weights that a forward pass leaves"
-    if not is_sharded(model): return
-    for module in model.modules():
-        if is_sharded(module): module.reshard()
-
 def is_dtensor(t): # bool
-    "Whether a tensor is spread over processes"
-    return is_a(t, 'torch.distributed.tensor', 'DTensor')
+    "Whether a tensor is a DTensor"
+    return is_instance(t, 'torch.distributed.tensor', 'DTensor')
 
+def any_dtensor(tree): # bool
+    "Whether there is a DTensor in a nesting"
+    found = []
+    map_tensors(lambda t: found.append(is_dtensor(t)), tree)
+    return any(found)
+
+# %% ../../nbs/base/04_dtensors.ipynb #97832898
+def split_by_dtensor(*lists): # list of tuples of lists
+    "Lists of tensors, split into plain tensors and DTensors; kinds that do not occur are left out"
+    if 'torch.distributed.tensor' not in sys.modules: return [lists]  # there is no DTensor
+    kinds = list(map(is_dtensor, lists[0]))
+    return [tuple([t for t, k in zip(ts, kinds, strict=True) if k == kind] for ts in lists)
+            for kind in sorted(set(kinds))]
+
+# %% ../../nbs/base/04_dtensors.ipynb #d5de7e43
 def full_tensor(t): # plain tensor, on the device
-    "The value of a tensor that may be spread over processes; all of them call this"
+    "The value of a tensor that may be a DTensor; all of its processes call this"
     if not is_dtensor(t): return t
     t = t.detach()
     return t.to(t.device_mesh.device_type).full_tensor()
 
 def local_part(t): # plain tensor
-    "What this process has of a tensor that may be spread over processes"
+    "What this process holds of a tensor that may be a DTensor"
     return t.to_local() if is_dtensor(t) else t
 
 def distribute_like(value, like): # tensor
-    "A value, whole or not, spread over processes as another tensor is"
+    "A value as a DTensor if `like` is one, distributed in the same way; else as a plain tensor"
     if is_dtensor(like) == is_dtensor(value): return value
     if is_dtensor(value): return full_tensor(value)
     from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
-def any_dtensor(tree): # bool
-    "Whether there is a tensor in a nesting that is spread over processes"
-    found = []
-    map_tensors(lambda t: found.append(is_dtensor(t)), tree)
-    return any(found)
+# %% ../../nbs/base/04_dtensors.ipynb #b7223975
+FSDP_ATTRIBUTES = ('_is_fsdp_managed_module', '_fsdp_use_orig_params')  # of all modules inside
 
-def split_by_dtensor(*lists): # list of tuples of lists
-    "Lists of tensors by whether they are spread over processes, as torch computes with no mixture"
-    if 'torch.distributed.tensor' not in sys.modules: return [lists]  # none is
-    kinds = list(map(is_dtensor, lists[0]))
-    return [tuple([t for t, k in zip(ts, kinds) if k == kind] for ts in lists)
-            for kind in sorted(set(kinds))]
+def is_sharded(model): # bool
+    "Whether a module was given to FSDP2's `fully_shard`"
+    return is_instance(model, 'torch.distributed.fsdp', 'FSDPModule')
+
+def unsharded_class(module): # class
+    "The class of a module, without the one that `fully_shard` puts around it"
+    return type(module).__mro__[2] if is_sharded(module) else type(module)
+
+def is_fsdp_hook(hook): # bool
+    "Whether `fully_shard` has given this hook to a module"
+    hook = getattr(hook, 'hook', hook)  # torch wraps those of loading
+    return (getattr(hook, '__module__', None) or '').startswith('torch.distributed.fsdp')
+
+def reshard(model):
+    "Have a model of FSDP2 hold its local parts again, in place of full weights"
+    if not is_sharded(model): return
+    for module in model.modules():
+        if is_sharded(module): module.reshard()

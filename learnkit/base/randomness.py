@@ -7,6 +7,7 @@ __all__ = ['set_seed', 'rng_state', 'set_rng_state', 'isolated_rng']
 
 # %% ../../nbs/base/02_randomness.ipynb #d5235e47
 import operator, os, random
+from collections.abc import Iterator
 from contextlib import contextmanager
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from .devices import accelerator
 # %% ../../nbs/base/02_randomness.ipynb #4831ff01
 def set_seed(s:int, # from 0 to 2**32 - 1, which every generator takes
              deterministic:bool=False, # also have torch use deterministic algorithms only
-            ):
+            )->None:
     "Seed python, numpy and torch with all its accelerators"
     s = operator.index(s)
     if not 0 <= s < 2**32: raise ValueError(f'seed {s}: it must be from 0 to 2**32 - 1')
@@ -35,26 +36,31 @@ def python_rng_state(rng=random): # dict: version, keys, gauss
     return {'version': version, 'keys': keys, 'gauss': gauss}
 
 def set_python_rng_state(state, rng=random):
+    "Put python's `random`, or a `random.Random`, back to a state"
     rng.setstate((state['version'], tuple(state['keys'].tolist()), state['gauss']))
 
-# %% ../../nbs/base/02_randomness.ipynb #57f81583
-def plain_words(state): # dict whose arrays are tensors and whose numbers are python's
-    "A state of one of numpy's bit generators as a plain tree"
-    if isinstance(state, dict): return {key: plain_words(value) for key, value in state.items()}
+# %% ../../nbs/base/02_randomness.ipynb #2b89294c
+def arrays_to_tensors(state): # the same nesting of dicts
+    "A state of numpy with tensors for arrays, and python's integers for numpy's"
+    if isinstance(state, dict): return {key: arrays_to_tensors(x) for key, x in state.items()}
     if isinstance(state, np.ndarray): return torch.from_numpy(state.copy())
     return int(state) if isinstance(state, np.integer) else state
 
-def numpy_words(state): # the inverse of `plain_words`
-    if isinstance(state, dict): return {key: numpy_words(value) for key, value in state.items()}
+def tensors_to_arrays(state): # the same nesting of dicts
+    "The inverse of `arrays_to_tensors`"
+    if isinstance(state, dict): return {key: tensors_to_arrays(x) for key, x in state.items()}
     return state.numpy() if isinstance(state, torch.Tensor) else state
 
+# %% ../../nbs/base/02_randomness.ipynb #40ec9b75
 def numpy_rng_state(rng=np.random): # dict: bit_generator, state, has_gauss, gauss
     "The state of numpy's global generator or of a `RandomState`, whatever bit generator it runs on"
-    return plain_words(rng.get_state(legacy=False))
+    return arrays_to_tensors(rng.get_state(legacy=False))
 
-def set_numpy_rng_state(state, rng=np.random): rng.set_state(numpy_words(state))
+def set_numpy_rng_state(state, rng=np.random):
+    "Put numpy's global generator, or a `RandomState`, back to a state"
+    rng.set_state(tensors_to_arrays(state))
 
-# %% ../../nbs/base/02_randomness.ipynb #2b89294c
+# %% ../../nbs/base/02_randomness.ipynb #20e1f6b3
 def accelerator_rng_state(): # dict: kind, and seed or states (a tensor for each device); None
     "The state of every local accelerator"
     if (found := accelerator()) is None: return None
@@ -63,13 +69,6 @@ def accelerator_rng_state(): # dict: kind, and seed or states (a tensor for each
     if kind == 'mps': return {'kind': kind, 'states': [module.get_rng_state()]}
     return {'kind': kind, 'states': [module.get_rng_state(i) for i in range(module.device_count())]}
 
-# %% ../../nbs/base/02_randomness.ipynb #40ec9b75
-def rng_state(): # plain tree of dicts, numbers, None and tensors
-    "The state of every random generator of this process"
-    return {'python': python_rng_state(), 'numpy': numpy_rng_state(),
-            'torch': torch.get_rng_state(), 'accelerator': accelerator_rng_state()}
-
-# %% ../../nbs/base/02_randomness.ipynb #20e1f6b3
 def set_accelerator_rng_state(state): # from `accelerator_rng_state`
     "Restore the accelerators that are here"
     if state is None or (found := accelerator()) is None or found[0] != state['kind']: return
@@ -84,22 +83,35 @@ def set_accelerator_rng_state(state): # from `accelerator_rng_state`
             module.set_rng_state(state['states'][i], i)
 
 # %% ../../nbs/base/02_randomness.ipynb #ad8e1946
+def rng_state()->dict: # plain tree of dicts, numbers, None and tensors
+    "The state of every random generator of this process"
+    return {'python': python_rng_state(), 'numpy': numpy_rng_state(),
+            'torch': torch.get_rng_state(), 'accelerator': accelerator_rng_state()}
+
+# %% ../../nbs/base/02_randomness.ipynb #61828786
 def set_rng_state(state:dict, # from `rng_state`
-                 ):
+                 )->None:
     "Put every random generator back to `state`"
     set_python_rng_state(state['python'])
     set_numpy_rng_state(state['numpy'])
-    set_accelerator_rng_state(state['accelerator'])  # before torch's: it looks at its seed
+    set_accelerator_rng_state(state['accelerator'])  # before torch's, whose seed it compares
     torch.set_rng_state(state['torch'])
 
-# %% ../../nbs/base/02_randomness.ipynb #5aabfe19
+# %% ../../nbs/base/02_randomness.ipynb #e28558ff
 def generator_state(rng): # plain tree; None for anything that is no generator
     "The state of a generator object"
     if isinstance(rng, torch.Generator): return rng.get_state()
     if isinstance(rng, np.random.RandomState): return numpy_rng_state(rng)
     if isinstance(rng, random.Random): return python_rng_state(rng)
-    if isinstance(rng, np.random.Generator): return plain_words(rng.bit_generator.state)
+    if isinstance(rng, np.random.Generator): return arrays_to_tensors(rng.bit_generator.state)
     return None
+
+def set_generator_state(rng, state): # from `generator_state`
+    "Put a generator object back to `state`"
+    if isinstance(rng, torch.Generator): rng.set_state(state)
+    elif isinstance(rng, np.random.RandomState): set_numpy_rng_state(state, rng)
+    elif isinstance(rng, random.Random): set_python_rng_state(state, rng)
+    else: rng.bit_generator.state = tensors_to_arrays(state)
 
 def seed_generator(rng, seed:int):
     "Have a generator object start from `seed`"
@@ -108,17 +120,10 @@ def seed_generator(rng, seed:int):
         rng.bit_generator.state = type(rng.bit_generator)(seed).state
     else: rng.seed(seed)
 
-def set_generator_state(rng, state): # from `generator_state`
-    "Put a generator object back to `state`"
-    if isinstance(rng, torch.Generator): rng.set_state(state)
-    elif isinstance(rng, np.random.RandomState): set_numpy_rng_state(state, rng)
-    elif isinstance(rng, random.Random): set_python_rng_state(state, rng)
-    else: rng.bit_generator.state = numpy_words(state)
-
 # %% ../../nbs/base/02_randomness.ipynb #1733efa3
 @contextmanager
 def isolated_rng(seed:int=None, # for the generators inside; None: they go on from where they are
-                ):
+                )->Iterator[None]:
     "Restore every random generator when the block ends, by an exception too"
     state = rng_state()
     try:

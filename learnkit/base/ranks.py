@@ -7,8 +7,10 @@ __all__ = ['rank', 'world_size', 'is_main', 'rank0_only', 'rank0_first', 'sum_ov
 
 # %% ../../nbs/base/00_ranks.ipynb #fd920c15
 import os
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import wraps
+from typing import TypeVar
 import torch
 import torch.distributed as dist
 
@@ -21,48 +23,51 @@ def in_group(): # bool
 LAUNCHERS = ({'rank': 'RANK', 'size': 'WORLD_SIZE', 'local': 'LOCAL_RANK'},  # torchrun, accelerate
              {'rank': 'SLURM_PROCID', 'size': 'SLURM_STEP_NUM_TASKS', 'local': 'SLURM_LOCALID'})
 
-def launched(): # dict of ints: rank, size, local (rank on this machine); those of a single process
-    "What a launcher has told this process of its place among others"
+def ranks_from_env(): # dict of ints: rank, size, local (rank on this machine)
+    "What a launcher has set in the environment; without one, rank 0 of 1"
     for names in LAUNCHERS:
-        found = {what: os.environ.get(name) for what, name in names.items()}
+        found = {key: os.environ.get(name) for key, name in names.items()}
         if found['rank'] is None or found['size'] is None: continue
-        return {what: int(value or 0) for what, value in found.items()}
+        return {key: int(value or 0) for key, value in found.items()}
     return {'rank': 0, 'size': 1, 'local': 0}
 
 # %% ../../nbs/base/00_ranks.ipynb #4205f2e3
-def rank(): # int; 0 for a single process
+def rank()->int: # 0 for a single process
     "The number of this process"
-    return dist.get_rank() if in_group() else launched()['rank']
+    return dist.get_rank() if in_group() else ranks_from_env()['rank']
 
 # %% ../../nbs/base/00_ranks.ipynb #ac7ae8d8
-def world_size(): # int; 1 for a single process
+def world_size()->int: # 1 for a single process
     "How many processes run together"
-    return dist.get_world_size() if in_group() else launched()['size']
+    return dist.get_world_size() if in_group() else ranks_from_env()['size']
 
 # %% ../../nbs/base/00_ranks.ipynb #7b300485
-def is_main(): # bool
+def is_main()->bool:
     "Whether this is rank 0, the process that prints and writes"
     return rank() == 0
 
-# %% ../../nbs/base/00_ranks.ipynb #accdfcb1
-def rank0_only(f): # function that returns None on the other ranks
-    "Decorator: done on rank 0 alone"
+# %% ../../nbs/base/00_ranks.ipynb #b717f00f
+T = TypeVar('T')  # a function keeps its type
+
+# %% ../../nbs/base/00_ranks.ipynb #1daca521
+def rank0_only(f:T)->T: # function that returns None on the other ranks
+    "Decorator: the function is called on rank 0 only"
     @wraps(f)
     def only(*args, **kwargs): return f(*args, **kwargs) if is_main() else None
     return only
 
-# %% ../../nbs/base/00_ranks.ipynb #b717f00f
+# %% ../../nbs/base/00_ranks.ipynb #5893d8e3
 @contextmanager
-def rank0_first():
-    "Rank 0 runs the block while the others wait, then they run it: a download happens once"
+def rank0_first()->Iterator[None]:
+    "Run the block on rank 0, then on the others, which wait for it"
     group, main = in_group(), is_main()
     if group and not main: dist.barrier()
     try: yield
     finally:  # the others wait here, also when rank 0 has failed
         if group and main: dist.barrier()
 
-# %% ../../nbs/base/00_ranks.ipynb #83f30cef
-def sum_over_ranks(t:torch.Tensor): # tensor on the same device; `t` itself for a single process
+# %% ../../nbs/base/00_ranks.ipynb #f802d65f
+def sum_over_ranks(t:torch.Tensor)->torch.Tensor: # on the same device; `t` for a single process
     "The sum of `t` over all processes, on each of them; `t` stays as it is"
     if not in_group() or dist.get_world_size() == 1: return t
     nccl = dist.get_backend() == 'nccl'  # which takes no tensors of the cpu

@@ -12,17 +12,9 @@ from types import MappingProxyType
 
 # %% ../../nbs/base/06_text.ipynb #50346d11
 def short_path(path): # str
-    "A path as it is told to people: from the current folder on, if it lies below it"
+    "A path from the current folder on, if it lies below it"
     path, here = Path(path), Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
-
-# %% ../../nbs/base/06_text.ipynb #240bce51
-def callers_level(): # int
-    "The `stacklevel` at which a warning points to the code that has called learnkit"
-    frame, level = sys._getframe(1), 1
-    while frame.f_back and frame.f_globals.get('__name__', '').partition('.')[0] in ('learnkit', 'contextlib'):
-        frame, level = frame.f_back, level + 1
-    return level
 
 # %% ../../nbs/base/06_text.ipynb #23bff9d7
 UNITS = MappingProxyType({'s': 1, 'sec': 1, 'second': 1, 'min': 60, 'minute': 60, 'h': 3600,
@@ -40,26 +32,12 @@ def as_seconds(duration, # number of seconds, or text such as '90 s', '10 min', 
                      "'90 s', '10 min', '2 h'")
 
 # %% ../../nbs/base/06_text.ipynb #83f732b6
-def is_text(s:str): # bool
-    "Whether a string is valid unicode, and not half of a surrogate pair"
-    try: return s.isascii() or s.encode() is not None
-    except UnicodeEncodeError: return False
-
-# %% ../../nbs/base/06_text.ipynb #7587333a
-def duration(seconds:float): # str
-    "As people say it"
+def duration_text(seconds:float): # str
+    "A duration in the units that people use for it"
     if seconds < 0.1: return 'less than 0.1 s'
     if seconds < 60: return f'{seconds:.1f} s'
     minutes, seconds = divmod(round(seconds), 60)
     return f'{minutes} min {seconds} s' if minutes < 60 else f'{minutes // 60} h {minutes % 60} min'
-
-# %% ../../nbs/base/06_text.ipynb #320b1107
-def size_text(n:int): # str
-    "Bytes as people say them"
-    for unit in ('B', 'kB', 'MB', 'GB'):
-        if n < 999.5: return f'{n:.3g} {unit}'
-        n /= 1000
-    return f'{n:.3g} TB'
 
 def age_text(seconds:float): # str
     "How long ago something was"
@@ -67,3 +45,26 @@ def age_text(seconds:float): # str
         if seconds >= 2 * size or unit != 'days' and seconds >= size:
             return f'{int(seconds // size)} {unit} ago'
     return 'just now'
+
+# %% ../../nbs/base/06_text.ipynb #0a232553
+def size_text(n:int): # str
+    "A number of bytes in the unit that people use for it"
+    for unit in ('B', 'kB', 'MB', 'GB'):
+        if n < 999.5: return f'{n:.3g} {unit}'
+        n /= 1000
+    return f'{n:.3g} TB'
+
+# %% ../../nbs/base/06_text.ipynb #8e716fde
+def caller_stacklevel(): # int
+    "The `stacklevel` at which a warning points to the code that has called learnkit"
+    frame, level = sys._getframe(1), 1
+    def inside(frame): return frame.f_globals.get('__name__', '').partition('.')[0]
+    while frame.f_back and inside(frame) in ('learnkit', 'contextlib'):
+        frame, level = frame.f_back, level + 1
+    return level
+
+# %% ../../nbs/base/06_text.ipynb #4d0de712
+def is_valid_unicode(s:str): # bool
+    "Whether a string can be encoded in UTF-8"
+    try: return s.isascii() or s.encode() is not None
+    except UnicodeEncodeError: return False

@@ -18,14 +18,14 @@ from torch import nn
 from ..base.ranks import is_main, world_size
 from ..base.randomness import set_rng_state
 from ..base.batches import map_tensors
-from ..base.dtensors import plain_class, full_tensor
+from ..base.dtensors import unsharded_class, full_tensor
 from ..base.methods import (
-    full_name, kind_of, make_result, result_class, result_fields, unrecorded)
-from ..base.text import callers_level, duration
+    declared_kind, full_name, make_result, result_class, result_fields, unrecorded)
+from ..base.text import caller_stacklevel, duration_text
 from ..files.errors import DamagedError, UnstorableError
-from ..files.durable import clear
+from ..files.durable import remove_path
 from ..files.tree import check_storable, text_digest, tree_digest
-from ..files.ids import check_id, check_name, id_text
+from ..files.ids import check_id, check_run_name, id_text
 from ..files.store import Store
 from ..components.callback import Callback
 from ..components.optim import opt_params
@@ -52,7 +52,7 @@ def method_kind(host, name:str): # 'changes', 'structural', 'pure'; None for wha
     method = inspect.getattr_static(type(host), name, None)
     if not inspect.isfunction(method): return None
     if inspect.isgeneratorfunction(inspect.unwrap(method)): return None  # as context managers are
-    said = (kind_of(vars(cls)[name]) for cls in type(host).__mro__ if name in vars(cls))
+    said = (declared_kind(vars(cls)[name]) for cls in type(host).__mro__ if name in vars(cls))
     kind = next((kind for kind in said if kind), 'changes')
     return None if kind == 'unrecorded' else kind
 
@@ -193,7 +193,7 @@ class Checkpointed:
             if value not in choices: raise ValueError(f'{option}={value!r}: must be one of {choices}')
         as_period(save_every)  # an error now
         if isinstance(ignore, str): raise TypeError(f'ignore={ignore!r}: give a tuple of names')
-        store = Store(Path(root)/check_name(name), name)
+        store = Store(Path(root)/check_run_name(name), name)
         given, own = call_arguments(super().__init__, args, kwargs), set(vars(self)) - {'ledger_given'}
         super().__init__(*args, **kwargs)
         hosts = {*(vars(self).keys() - own), 'ledger', 'ledger_given'}
@@ -814,7 +814,7 @@ def numbered(self:Ledger, block, call):
         try: return self.fetch(block, call, recorded, parts)
         except DamagedError as error:
             warnings.warn(f'{error}. {call.text} of checkpoint {id_text(block._id)} is computed anew',
-                          stacklevel=callers_level())
+                          stacklevel=caller_stacklevel())
             self.why = f'{call.text}: {error}'
     elif recorded: self.why = f'{call.text} was broken off and goes on'
     elif k or not node['calls']: self.why = f'{call.text}: no such call is recorded'
@@ -900,7 +900,7 @@ def check_code(self:Ledger, node, recorded, call):
     if self.code == 'strict': raise StaleCheckpoint(f'{text}.{self.dependents(node, -1)}{self.ways_on(node)}')
     new = [name for name in changed if (name, now[name]) not in self.warned]
     self.warned |= {(name, now[name]) for name in new}
-    if new: warnings.warn(f'{text}; what is recorded is used', stacklevel=callers_level())
+    if new: warnings.warn(f'{text}; what is recorded is used', stacklevel=caller_stacklevel())
 
 @patch
 def code_of(self:Ledger, call): # dict: name -> digest
@@ -959,7 +959,7 @@ def tell(self:Ledger, id, recorded, strays=()):
     words = ', '.join(f'other {STRAYS.get(part, part)}' for part in strays)
     off = f' (it had begun with {words})' if strays else ''
     self.host._say(f'checkpoint {id_text(id)}: {recorded["text"]} fetched from {self.store.folder}, '
-                   f'computed in {duration(recorded["seconds"])} on {when}{off}')
+                   f'computed in {duration_text(recorded["seconds"])} on {when}{off}')
 
 STRAYS = MappingProxyType({'model': 'weights', 'rng': 'random numbers', 'data': 'positions in the data',
                            'ranks': 'processes'})
@@ -1048,8 +1048,8 @@ def digests(structure): return {name: found.digest for name, found in structure.
 def forget_saves(folder):
     "Remove the saves of a call that is complete, or is not to go on"
     if not is_main(): return
-    clear(folder)
-    if folder.parent.exists() and not any(folder.parent.iterdir()): clear(folder.parent)
+    remove_path(folder)
+    if folder.parent.exists() and not any(folder.parent.iterdir()): remove_path(folder.parent)
 
 # %% ../../nbs/checkpoints/00_checkpointed.ipynb #ae7a262e
 @patch
@@ -1112,7 +1112,7 @@ def stand_before(self:Ledger, block, k):
         saved = self.state_before(node, j)
         if saved['state'] is None: continue
         try: self.load(saved, self.captured.get((id, j)))
-        except DamagedError as error: warnings.warn(f'{error}', stacklevel=callers_level())
+        except DamagedError as error: warnings.warn(f'{error}', stacklevel=caller_stacklevel())
         else: break
     else:
         raise StaleCheckpoint(f'no sound state before {block._made[k - 1].text if k else "it"} is left '
@@ -1130,7 +1130,7 @@ def make_again(self:Ledger, block, i):
     with self.unguarded(): getattr(self.host, call.method)(*call.args, **call.kwargs)
     if self.parts() != recorded['after']:
         warnings.warn(f'{call.text} gave another state than the one recorded: it is not deterministic, '
-                      'or code or versions differ', stacklevel=callers_level())
+                      'or code or versions differ', stacklevel=caller_stacklevel())
 
 # %% ../../nbs/checkpoints/00_checkpointed.ipynb #774e25ac
 @patch
@@ -1207,7 +1207,7 @@ def find_answer(self:Ledger, node, key, call): # dict; None
     found = next((answer for answer in node['answers'] if answer['key'] == key), None)
     if found is None or self.store.holds([found['result'], found['callbacks']]): return found
     warnings.warn(f'the answer to {call.text} is lost with a damaged file and is computed anew',
-                  stacklevel=callers_level())
+                  stacklevel=caller_stacklevel())
 
 @patch
 def fetch_answer(self:Ledger, node, call, found):
@@ -1548,10 +1548,10 @@ def outline(model:nn.Module): # dict: path -> [class, shapes, plain attributes o
     "What a model consists of, without its values and without what it may count for itself"
     def of(module):
         shapes = {name: f'{p.dtype}{list(p.shape)}' for name, p in module._parameters.items() if p is not None}
-        own = plain_class(module).__module__.startswith('torch.')
+        own = unsharded_class(module).__module__.startswith('torch.')
         plain = {name: value for name, value in vars(module).items() if own and name[0] != '_'
                  and name != 'training' and isinstance(value, (bool, int, float, str, tuple))}
-        return [full_name(plain_class(module)), shapes, plain]
+        return [full_name(unsharded_class(module)), shapes, plain]
     return {name: of(module) for name, module in model.named_modules()}
 
 # %% ../../nbs/checkpoints/00_checkpointed.ipynb #7f933aa2

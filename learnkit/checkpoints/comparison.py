@@ -10,7 +10,7 @@ import time
 from difflib import SequenceMatcher
 from fastcore.basics import patch
 from ..base.methods import unrecorded
-from ..base.text import duration, size_text
+from ..base.text import duration_text, size_text
 from ..files.tree import Unpacker
 from ..files.ids import id_text
 from ..fingerprint.words import as_text
@@ -201,7 +201,7 @@ def call_lines(title, call): # list of lines
     rows = [f'{name} {number(value)}' for name, value in (report.get('metrics') or {}).items()]
     if best := report.get('best'): rows.append(f'best {best["name"]} {number(best["value"])}')
     told = [f'{report["epochs"]} epochs'] if report.get('epochs') else []
-    if 'ended' in call: told.append(f'{duration(call["seconds"])} on {moment(call["ended"])}')
+    if 'ended' in call: told.append(f'{duration_text(call["seconds"])} on {moment(call["ended"])}')
     else: told.append(f'begun on {moment(call["started"])}')
     if call.get('result') is not None: told.append(f'gave {cut(result_text(call["result"]), 70)}')
     texts = [title + call_text(call), *(f'   {", ".join(part)}' for part in (told, rows) if part)]

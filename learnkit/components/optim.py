@@ -7,11 +7,12 @@ __all__ = ['no_decay', 'param_groups', 'spread_lr']
 
 # %% ../../nbs/components/02_optim.ipynb #e810e359
 import inspect, math
+from functools import lru_cache
 from numbers import Integral, Real
 import torch
 from torch import nn
 from ..base.batches import map_tensors
-from ..base.dtensors import distribute_like, plain_class
+from ..base.dtensors import distribute_like, unsharded_class
 
 # %% ../../nbs/components/02_optim.ipynb #b2c65da7
 NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
@@ -244,7 +245,7 @@ def layer_table(model:nn.Module,
         hypers = {key: one_or_text([h[key] for h in found]) for key in ('layer', 'lr')}
         if has_decay: hypers['wd'] = found[0]['wd'] if found else None  # the weight's
         name = '.'.join(part for part in name.split('.') if part != '_orig_mod')  # torch.compile's
-        rows.append({'name': name, 'kind': plain_class(module).__name__,
+        rows.append({'name': name, 'kind': unsharded_class(module).__name__,
                      'shape': shape_text(params), 'params': count_new(params, seen),
                      'buffers': count_new(buffers, seen), **hypers,
                      'trainable': how_trainable(params)})
@@ -283,7 +284,12 @@ def how_trainable(params): # 'yes', 'no', 'partly', or '' without parameters
 # %% ../../nbs/components/02_optim.ipynb #050f7eb4
 def needs_closure(opt:torch.optim.Optimizer): # bool
     "Whether `opt.step` must be given a function that computes the loss anew"
-    closure = inspect.signature(type(opt).step).parameters.get('closure')
+    return requires_closure(type(opt))
+
+@lru_cache(maxsize=256)
+def requires_closure(cls): # bool
+    "Whether the step of a class of optimizers has an argument `closure` without a default"
+    closure = inspect.signature(cls.step).parameters.get('closure')
     return closure is not None and closure.default is inspect.Parameter.empty
 
 # %% ../../nbs/components/02_optim.ipynb #3a8fef0b

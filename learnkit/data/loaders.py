@@ -57,7 +57,7 @@ def shared(self:EpochLoader, share:Share): # loader
     return twin
 
 @patch
-def sample_counts(self:EpochLoader, number:int): # (int, int)
+def batch_weights(self:EpochLoader, number:int): # (int, int)
     "How many samples of batch `number` count here, and on all processes"
     n = min(self.bs, self.n_samples - number * self.bs)
     return (n if self.share is None else len(range(n)[self.share.slice_of(n)])), n

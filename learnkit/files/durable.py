@@ -10,12 +10,12 @@ import errno, hashlib, os, re, secrets, shutil
 from contextlib import suppress
 from pathlib import Path
 
-# %% ../../nbs/files/01_durable.ipynb #c484b854
+# %% ../../nbs/files/01_durable.ipynb #be8b4243
 def create(path): return open(path, 'xb', buffering=0)
 
 def write(file, data):
     data = memoryview(data)
-    while len(data): data = data[file.write(data):]  # the system may take a part only
+    while len(data): data = data[file.write(data):]  # the system may write less than it is given
 
 def fsync(fd): os.fsync(fd)
 def rename(old, new): os.replace(old, new)
@@ -24,7 +24,7 @@ def unlink(path): os.unlink(path)
 def mkdir(path): os.mkdir(path)
 def rmdir(path): os.rmdir(path)
 
-# %% ../../nbs/files/01_durable.ipynb #400356b0
+# %% ../../nbs/files/01_durable.ipynb #c484b854
 def check_target(path, overwrite:bool):
     "Raise if nothing may be written to `path`"
     if not overwrite and os.path.lexists(path):
@@ -32,8 +32,8 @@ def check_target(path, overwrite:bool):
     if os.path.exists(path) and not os.path.isfile(path):
         raise OSError(errno.EINVAL, 'it exists and is no regular file', str(path))
 
-def give_name(temp, path, overwrite:bool):
-    "Give a whole file its name; without `overwrite`, only if the name is free"
+def rename_temp(temp, path, overwrite:bool):
+    "Rename a temporary file to its final name; without `overwrite`, only if the name is free"
     if overwrite: return rename(temp, path)
     try: link(temp, path)
     except FileExistsError: raise
@@ -41,7 +41,6 @@ def give_name(temp, path, overwrite:bool):
         create(path).close()
         rename(temp, path)
 
-# %% ../../nbs/files/01_durable.ipynb #0a24c7ac
 def sync_folder(path):
     "Make the names in a folder durable"
     if os.name == 'nt': return  # there a folder cannot be opened
@@ -52,15 +51,16 @@ def sync_folder(path):
             raise OSError(error.errno, error.strerror, str(path)) from error
     finally: os.close(fd)
 
-def explained(error:OSError, path): # OSError of the same class
-    "The error, naming the file that was to be written and what is in the way"
+# %% ../../nbs/files/01_durable.ipynb #400356b0
+def write_error(error:OSError, path): # OSError of the same class
+    "An error of the system, naming the file that was to be written and what is in the way"
     text = error.strerror or str(error)
     if error.errno in (errno.ENOSPC, getattr(errno, 'EDQUOT', None)):
         text += f', {shutil.disk_usage(path.parent).free / 2**20:.1f} MiB are free'
     if not path.parent.is_dir(): text = f'there is no folder {path.parent}'
     return OSError(error.errno or errno.EIO, text, str(path))
 
-# %% ../../nbs/files/01_durable.ipynb #5aea752d
+# %% ../../nbs/files/01_durable.ipynb #0a24c7ac
 def atomic_write(path, # file to write
                  fill, # function that gets the open file; may return the path it is to have instead
                  overwrite:bool=True, # False: FileExistsError if there is one
@@ -73,18 +73,18 @@ def atomic_write(path, # file to write
         with create(temp) as file:
             path = fill(file) or path
             fsync(file.fileno())
-        give_name(temp, path, overwrite)
+        rename_temp(temp, path, overwrite)
         sync_folder(path.parent)
-    except OSError as error: raise explained(error, path) from error
+    except OSError as error: raise write_error(error, path) from error
     finally:
         with suppress(OSError): unlink(temp)  # it has its final name if all went well
     return path
 
 def write_bytes(path, data, overwrite:bool=True): # Path
-    "A whole file of these bytes"
+    "Write a file that holds these bytes"
     return atomic_write(path, lambda file: write(file, data), overwrite)
 
-# %% ../../nbs/files/01_durable.ipynb #58e17f1c
+# %% ../../nbs/files/01_durable.ipynb #b697ac03
 def make_folder(path):
     "Make a folder and those above it, durably"
     path = Path(path)
@@ -92,7 +92,7 @@ def make_folder(path):
         try:
             with suppress(FileExistsError): mkdir(new)  # another process was faster
             sync_folder(new.parent)
-        except OSError as error: raise explained(error, new) from error
+        except OSError as error: raise write_error(error, new) from error
     if not path.is_dir(): raise NotADirectoryError(errno.ENOTDIR, 'it is no folder', str(path))
 
 def remove_folder(path):
@@ -102,31 +102,32 @@ def remove_folder(path):
         else: unlink(entry.path)
     rmdir(path)
 
-def clear(path):
+def remove_path(path):
     "Remove a file, or a folder with all that is in it, if it is there"
     if path.is_dir() and not path.is_symlink(): remove_folder(path)
     elif os.path.lexists(path): unlink(path)
 
-# %% ../../nbs/files/01_durable.ipynb #37ac53a5
+# %% ../../nbs/files/01_durable.ipynb #3a0d45e5
 def file_digest(path): # 64 hex digits; None where there is no file
+    "sha256 of a file's content"
     if not path.is_file(): return None
     with open(path, 'rb') as file: return hashlib.file_digest(file, 'sha256').hexdigest()
 
-# %% ../../nbs/files/01_durable.ipynb #3a0d45e5
+def bytes_on_disk(path): # int
+    "The size of a file, or of all files in a folder"
+    if path.is_symlink() or not path.is_dir(): return os.lstat(path).st_size
+    return sum(map(bytes_on_disk, path.iterdir()))
+
+# %% ../../nbs/files/01_durable.ipynb #bc21b0c9
 def is_alive(pid:int): # bool
     "Whether there is a process of this number on this machine"
     if os.name == 'nt' or not 0 < pid < 2**31: return True  # there os.kill would end it
     try: os.kill(pid, 0)
     except ProcessLookupError: return False
-    except PermissionError: return True  # somebody else's
+    except PermissionError: return True  # it belongs to another user
     return True
 
 def is_left_over(temp): # bool
-    "Whether a half-written file was left by a process of this machine that is no more"
+    "Whether a temporary file was left by a process of this machine that is no more"
     found = re.fullmatch(r'\.learnkit-(\d+)-\w+', temp.name)
     return bool(found) and not is_alive(int(found[1]))
-
-# %% ../../nbs/files/01_durable.ipynb #0c3def73
-def size_of(path): # bytes of a file, or of all files in a folder
-    if path.is_symlink() or not path.is_dir(): return os.lstat(path).st_size
-    return sum(map(size_of, path.iterdir()))

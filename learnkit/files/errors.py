@@ -13,11 +13,19 @@ class StoreError(Exception):
     "A tree that cannot be stored, or a file that cannot be read; the text says why"
 
 class UnstorableError(StoreError, TypeError):
-    "A value that no file can hold; the text begins with its place in the tree"
+    "A value that no file can hold; the text begins with its path in the tree"
 
 class DamagedError(StoreError):
     "A file is not as it was written"
 
+# %% ../../nbs/files/00_errors.ipynb #7e8d3950
+def holder_text(holder:dict): # str
+    "Who holds a lock"
+    if holder is None: return 'another process'
+    since = time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(holder['since']))
+    return f'process {holder["pid"]} on {holder["host"]} since {since}'
+
+# %% ../../nbs/files/00_errors.ipynb #bac0ef2d
 class LockedError(StoreError):
     "Another process writes to the store; `path` says which store, `holder` who: host, pid, since"
     def __init__(self, path, holder:dict=None):
@@ -25,12 +33,5 @@ class LockedError(StoreError):
         self.path, self.holder = path, holder
 
     def __str__(self):
-        who = told(self.holder)
-        return f'{self.path} is locked by {who}. Try again when it is done, or stop it'
-
-# %% ../../nbs/files/00_errors.ipynb #7e8d3950
-def told(holder:dict): # str
-    "Who holds a lock"
-    if holder is None: return 'another process'
-    since = time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(holder['since']))
-    return f'process {holder["pid"]} on {holder["host"]} since {since}'
+        return (f'{self.path} is locked by {holder_text(self.holder)}. '
+                'Try again when it is done, or stop it')

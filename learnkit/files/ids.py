@@ -9,16 +9,14 @@ __all__ = []
 import math, re
 from contextlib import suppress
 
-# %% ../../nbs/files/06_ids.ipynb #0616adde
+# %% ../../nbs/files/06_ids.ipynb #17f59f06
 WORD = re.compile(r'[A-Za-z0-9][A-Za-z0-9._-]{0,63}')
 NUMBER = re.compile(r'-?(0|[1-9][0-9]*)(\.[0-9]+)?(e[+-]?[0-9]+)?')
-DEVICES = {'con', 'prn', 'aux', 'nul', *(f'{p}{i}' for p in ('com', 'lpt') for i in range(10))}
-RESERVED = {'nodes', 'packs', 'work', 'lock', 'holder', 'holder.json', 'format.json'}
 WORDS = "at most 64 letters, digits, '.', '_', '-' that begin with a letter or digit"
 ALLOWED = f'a whole number of at most 63 digits, a finite float, or text of {WORDS}'
 
 def check_id(id): # int, float or str
-    "The id as it is kept, 1 for 1.0"
+    "The id as it is kept, 1 for 1.0; TypeError or ValueError for what cannot be one"
     if type(id) not in (int, float, str):
         raise TypeError(f'{type(id).__name__} {id!r:.99} is no id: it must be {ALLOWED}')
     if type(id) is float and id.is_integer(): id = int(id)
@@ -32,19 +30,21 @@ def sort_ids(ids): # list
     "Numbers by value, then text"
     return sorted(ids, key=lambda id: (type(id) is str, id))
 
-# %% ../../nbs/files/06_ids.ipynb #a4574c85
+# %% ../../nbs/files/06_ids.ipynb #0616adde
 def id_text(id): # str
     "An id as it is written in code: `1` is not `'1'`"
     return repr(id)
 
 def parse_id(text:str): # the id
-    "The id that a word of the command line stands for; quotes make text of a number"
+    "The id that a word of the command line stands for"
     if len(text) > 1 and text[0] == text[-1] and text[0] in '\'"': return check_id(text[1:-1])
     if not NUMBER.fullmatch(text): return check_id(text)
-    whole = text.removeprefix('-').isdigit()
-    return check_id(int(text) if whole and len(text) < 99 else float(text))
+    is_integer = text.removeprefix('-').isdigit()
+    return check_id(int(text) if is_integer and len(text) < 99 else float(text))
 
 # %% ../../nbs/files/06_ids.ipynb #6c5da24f
+DEVICES = {'con', 'prn', 'aux', 'nul', *(f'{p}{i}' for p in ('com', 'lpt') for i in range(10))}
+
 def is_device(word): # bool
     "Whether Windows takes a file name for a device"
     return word.split('.')[0].lower() in DEVICES
@@ -55,7 +55,7 @@ def file_name(id): # str
     name = re.sub('[A-Z]', lambda capital: '+' + capital[0].lower(), id)
     return '=' * (name[0].isdigit() or is_device(name)) + name + '=' * name.endswith('.')
 
-def id_of(name): # the id; None where no id has this file name
+def id_from_file_name(name): # the id; None where no id has this file name
     "The inverse of `file_name`"
     word = re.sub(r'\+([a-z])', lambda small: small[1].upper(), name)
     word = word.removeprefix('=').removesuffix('=')
@@ -64,14 +64,16 @@ def id_of(name): # the id; None where no id has this file name
         if file_name(id) == name: return id
 
 # %% ../../nbs/files/06_ids.ipynb #1f6d7129
-def check_name(name:str): # str
-    "The name of a run, one or more words with `/` between them"
+RESERVED = {'nodes', 'packs', 'work', 'lock', 'holder', 'holder.json', 'format.json'}
+
+def check_run_name(name:str): # str
+    "The name of a run, one or more words with `/` between them; ValueError for any other text"
     if type(name) is not str: raise TypeError(f'{name!r:.99} is no name: it must be text')
-    for part in name.split('/'):
-        if not WORD.fullmatch(part): why = f'{part!r} must be {WORDS}'
-        elif part.endswith('.'): why = f'{part!r} ends with a dot'
-        elif part.lower() in RESERVED: why = f'{part!r} is what learnkit calls a part of every run'
-        elif is_device(part): why = f'{part!r} is a device on Windows'
+    for word in name.split('/'):
+        if not WORD.fullmatch(word): why = f'{word!r} must be {WORDS}'
+        elif word.endswith('.'): why = f'{word!r} ends with a dot'
+        elif word.lower() in RESERVED: why = f'{word!r} is what learnkit calls a part of every run'
+        elif is_device(word): why = f'{word!r} is a device on Windows'
         else: continue
         raise ValueError(f'{name!r:.99} is no name for a run: {why}')
     return name

@@ -10,54 +10,56 @@ import hashlib, json, os, re, stat
 from pathlib import Path
 from .errors import DamagedError
 
-# %% ../../nbs/files/07_records.ipynb #613feb92
-MAX_TEXT = 100_000_000  # bytes of a node; more would not be read
+# %% ../../nbs/files/07_records.ipynb #9a08f2a9
+MAX_TEXT = 100_000_000  # bytes of a record; more would not be read
 
-def read_text(path): # bytes
-    "The content of a regular file of reasonable size"
+def read_limited(path): # bytes
+    "The content of a regular file of at most MAX_TEXT bytes"
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode): raise DamagedError(f'{path} is no regular file')
     if status.st_size > MAX_TEXT:
         raise DamagedError(f'{path} is damaged: it has {status.st_size:,} bytes')
     return Path(path).read_bytes()
 
-def once(pairs): # dict
+def reject_duplicate_keys(pairs): # dict
     if len(pairs) == len(found := dict(pairs)): return found
     raise ValueError('a key occurs twice')
 
-def no_number(text): raise ValueError(f'{text} is no number')
+def reject_constant(text): raise ValueError(f'{text} is no number')
 
 def strict_json(data): # JSON value
-    "What bytes of JSON say; ValueError for any that learnkit would not write"
-    try: return json.loads(data.decode(), object_pairs_hook=once, parse_constant=no_number)
+    "The value of JSON in bytes; ValueError for any that learnkit would not write"
+    try:
+        return json.loads(data.decode(), object_pairs_hook=reject_duplicate_keys,
+                          parse_constant=reject_constant)
     except RecursionError: raise ValueError('it is too deep') from None
 
-# %% ../../nbs/files/07_records.ipynb #197903fa
+# %% ../../nbs/files/07_records.ipynb #613feb92
 SEALED = re.compile(rb'\{"sha256": "([0-9a-f]{64})",\n"node": (.*)\}\n', re.DOTALL)
 
-def as_line(value): return json.dumps(value, ensure_ascii=False, allow_nan=False)
+def json_line(value): return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
-def node_text(node:dict): # bytes
-    "A node as it is written"
+def record_text(record:dict): # bytes
+    "A record as it is written"
     lines = []
-    for key, value in node.items():
+    for key, value in record.items():
         many = type(value) is list and value
-        text = '[\n' + ',\n'.join(map(as_line, value)) + ']' if many else as_line(value)
-        lines.append(f'{as_line(key)}: {text}')
+        text = '[\n' + ',\n'.join(map(json_line, value)) + ']' if many else json_line(value)
+        lines.append(f'{json_line(key)}: {text}')
     text = ('{\n' + ',\n'.join(lines) + '\n}').encode()
     return b'{"sha256": "%b",\n"node": %b}\n' % (hashlib.sha256(text).hexdigest().encode(), text)
 
-def node_1(data): # dict
-    "A node from its text, in format 1"
+def parse_record_1(data): # dict
+    "A record from its text, in format 1"
     found = SEALED.fullmatch(data)
     if not found or hashlib.sha256(found[2]).hexdigest() != found[1].decode():
         raise ValueError('it is not as it was written')
     return strict_json(found[2])
 
-READERS = {1: node_1}  # format number -> reader; a new number never replaces an old one
+RECORD_PARSERS = {1: parse_record_1}  # by format; a new one never replaces an old one
 
-# %% ../../nbs/files/07_records.ipynb #51a7953d
-def references(root): # set of digests
+# %% ../../nbs/files/07_records.ipynb #197903fa
+def referenced_digests(root): # set of digests
     "The tensors that JSON values name"
     found, todo = set(), [root]
     while todo:

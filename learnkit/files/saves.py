@@ -9,26 +9,25 @@ __all__ = []
 import re, warnings
 from pathlib import Path
 from .errors import DamagedError
-from .durable import clear, is_left_over, make_folder, rename, unlink
+from .durable import is_left_over, make_folder, remove_path, rename, unlink
 from .tree import load_tree, save_tree
 from .sharded import remove_shards
 
-# %% ../../nbs/files/05_saves.ipynb #94f1b9c6
-def saves(folder): # list of Paths, the newest first
+# %% ../../nbs/files/05_saves.ipynb #fdd723d3
+def list_saves(folder): # list of Paths, the newest first
     "The numbered saves in a folder"
     paths = Path(folder).glob('save-*.safetensors')
     found = {path: re.fullmatch(r'save-(\d+)', path.stem) for path in paths}
     numbered = [path for path, match in found.items() if match]
     return sorted(numbered, key=lambda path: -int(found[path][1]))
 
-# %% ../../nbs/files/05_saves.ipynb #d970b935
-def next_save(folder, older=None): # Path
+def next_save_path(folder, older=None): # Path
     "The file that `save_next` will write; `older`: the saves there are, if they are known"
-    older = saves(folder) if older is None else older
+    older = list_saves(folder) if older is None else older
     number = 1 + (int(older[0].stem.removeprefix('save-')) if older else 0)
     return Path(folder)/f'save-{number:06}.safetensors'
 
-# %% ../../nbs/files/05_saves.ipynb #89bffb83
+# %% ../../nbs/files/05_saves.ipynb #3cc485a8
 def save_next(tree, # as in `save_tree`
               folder, # made if it is not there; one process at a time writes to it
               keep:int=2, # how many saves remain, the new one included
@@ -36,35 +35,34 @@ def save_next(tree, # as in `save_tree`
     "Write the next of the numbered saves, then remove what is too old"
     folder = Path(folder)
     make_folder(folder)
-    for left in folder.glob('.learnkit-*'):
-        if is_left_over(left): unlink(left)
-    older = saves(folder)
-    path = next_save(folder, older)
+    for path in folder.glob('.learnkit-*'):
+        if is_left_over(path): unlink(path)
+    older = list_saves(folder)
+    path = next_save_path(folder, older)
     try: save_tree(tree, path, overwrite=False)
     except FileExistsError as error:
         text = 'another process saves to this folder too; give each run a folder of its own'
         raise FileExistsError(error.errno, text, str(path)) from error
     for old in [path, *older][keep:]: unlink(old)
     remove_shards(path, tree)
-    for left in folder.glob('save-*.parts'):
-        if not left.with_suffix('.safetensors').exists(): clear(left)
+    for shards in folder.glob('save-*.parts'):
+        if not shards.with_suffix('.safetensors').exists(): remove_path(shards)
     return path
 
-# %% ../../nbs/files/05_saves.ipynb #ddfc8b25
+# %% ../../nbs/files/05_saves.ipynb #94f1b9c6
+def quarantine_save(path, error):
+    "Rename a damaged save, and warn"
+    renamed = path.with_suffix('.damaged')
+    rename(path, renamed)
+    warnings.warn(f'{error}. It is set aside as {renamed.name}, and the save before it is used',
+                  stacklevel=4)
+
 def load_newest(folder): # (tree, Path); None when there is no save
-    "The newest sound save in a folder; damaged ones are set aside, with a warning"
-    for path in saves(folder):
+    "The newest sound save in a folder; damaged ones are renamed, with a warning"
+    for path in list_saves(folder):
         try: return load_tree(path), path
-        except DamagedError as error: quarantine(path, error)
+        except DamagedError as error: quarantine_save(path, error)
     if bad := sorted(Path(folder).glob('save-*.damaged')):
         names = ', '.join(path.name for path in bad)
         raise DamagedError(f'no save in {folder} is sound: {names} are damaged. '
                            'Remove them to start afresh')
-
-# %% ../../nbs/files/05_saves.ipynb #46427483
-def quarantine(path, error):
-    "Give another name to a save that is damaged"
-    aside = path.with_suffix('.damaged')
-    rename(path, aside)
-    warnings.warn(f'{error}. It is set aside as {aside.name}, and the save before it is used',
-                  stacklevel=4)

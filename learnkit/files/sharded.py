@@ -12,49 +12,25 @@ from pathlib import Path
 import torch
 from ..base.dtensors import is_dtensor
 from .errors import DamagedError
-from .durable import clear, file_digest, make_folder, sync_folder
-from .tree import free_name, set_at
+from .durable import file_digest, make_folder, remove_path, sync_folder
+from .tree import set_at, unique_name
 
 # %% ../../nbs/files/04_sharded.ipynb #abc9aaea
-def take_out_dtensors(tree): # (the same nesting with None for them, dict: path, a tuple -> tensor)
-    "What is spread over processes, apart from the rest"
+def extract_dtensors(tree): # (the same nesting with None for them, dict: path, a tuple -> DTensor)
+    "A tree without its DTensors, and the DTensors"
     found = {}
-    def rest(x, path):
+    def without(x, path):
         if is_dtensor(x): found[path] = x.detach()
-        elif isinstance(x, dict): return {key: rest(value, (*path, key)) for key, value in x.items()}
-        elif isinstance(x, list): return [rest(value, (*path, i)) for i, value in enumerate(x)]
+        elif isinstance(x, dict):
+            return {key: without(value, (*path, key)) for key, value in x.items()}
+        elif isinstance(x, list): return [without(value, (*path, i)) for i, value in enumerate(x)]
         else: return x
-    return rest(tree, ()), found
+    return without(tree, ()), found
 
-def parts_of(path): return path.with_suffix('.parts')
-
-def save_shards(tree, # dicts and lists; other containers hold nothing that is spread
-               path, # file that the tree will be written to
-               ranks, # `Ranks`: all processes call this
-              ): # (the tree without them, a tree that `load_shards` takes)
-    "Write what is spread over processes to files beside `path`, each process its parts"
-    import torch.distributed.checkpoint as dcp
-    rest, found = take_out_dtensors(tree)
-    names = {}
-    for place in found: names[free_name('/'.join(map(str, place)), names)] = place
-    if ranks.rank == 0: make_folder(folder := parts_of(path)/secrets.token_hex(4))
-    folder = Path(ranks.broadcast(str(folder) if ranks.rank == 0 else None))
-    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    tensors = {name: found[place] for name, place in names.items()}
-    try:
-        with showing_cause(folder): dcp.save(tensors, storage_writer=writer, process_group=ranks.group)
-    except BaseException:
-        if ranks.rank == 0: clear(folder)
-        raise
-    if ranks.rank == 0: sync_folder(folder)
-    files = digests_of_files(folder, [file.name for file in folder.iterdir()], ranks)
-    digests = {name: digest for part in ranks.gather(files) for name, digest in part.items()}
-    places = {name: list(place) for name, place in names.items()}
-    return rest, {'folder': folder.name, 'files': digests, 'tensors': places}
-
+# %% ../../nbs/files/04_sharded.ipynb #84dc625b
 @contextmanager
-def showing_cause(folder):
-    "Of what torch raises in all processes, where one has failed, the exception of that one"
+def unwrap_failure(folder):
+    "Raise the exception of the process that failed in place of torch's, which lists all processes"
     from torch.distributed.checkpoint import CheckpointException  # which is no Exception
     try: yield
     except CheckpointException as error:
@@ -62,41 +38,88 @@ def showing_cause(folder):
         cause.add_note(f'(in process {number}, at its parts in {folder})')
         raise cause from None
 
-def digests_of_files(folder, names, ranks): # dict: name -> digest; None for a file that is not there
-    "The digests of files, each process some of them"
+def shards_folder(path): return path.with_suffix('.parts')
+
+def new_shards_folder(path, ranks): # Path, the same in all processes
+    "Make a new folder for the shards of a file"
+    if ranks.rank == 0: make_folder(folder := shards_folder(path)/secrets.token_hex(4))
+    return Path(ranks.broadcast(str(folder) if ranks.rank == 0 else None))
+
+def write_shards(folder, tensors:dict, ranks):
+    "Have each process write its shards of DTensors; a failure leaves no folder"
+    import torch.distributed.checkpoint as dcp
+    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    try:
+        with unwrap_failure(folder):
+            dcp.save(tensors, storage_writer=writer, process_group=ranks.group)
+    except BaseException:
+        if ranks.rank == 0: remove_path(folder)
+        raise
+    if ranks.rank == 0: sync_folder(folder)
+
+def file_digests(folder, names, ranks): # dict: name -> digest; None for a file that is not there
+    "The digests of some of the files, others in each process"
     first, step = (0, 1) if ranks is None else (ranks.rank, ranks.size)
     return {name: file_digest(folder/name) for name in sorted(names)[first::step]}
 
-def load_shards(tree, # with None for what is in parts; it is filled in
-               parts, # as from `save_shards`
-               path, # file that the tree was read from
-               ranks=None, # `Ranks`: all processes call this
-               like=None, # a tensor that is spread as those that are read will be; None: they are whole
-              ):
-    "Read what `save_shards` has written; DamagedError, in all processes, if it is not as it was"
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed import tensor as spread
-    folder = parts_of(path)/parts['folder']
-    bad = [name for name, digest in digests_of_files(folder, parts['files'], ranks).items()
-           if digest != parts['files'][name]]
+# %% ../../nbs/files/04_sharded.ipynb #203381ae
+def save_shards(tree, # dicts and lists; other containers hold no DTensors
+                path, # file that the tree will be written to
+                ranks, # `Ranks`: all processes call this
+               ): # (the tree without them, a tree that `load_shards` takes)
+    "Write the DTensors of a tree to files beside `path`, each process its shards"
+    without, found = extract_dtensors(tree)
+    paths = {}  # name -> path in the tree
+    for keys in found: paths[unique_name('/'.join(map(str, keys)), paths)] = keys
+    folder = new_shards_folder(path, ranks)
+    write_shards(folder, {name: found[keys] for name, keys in paths.items()}, ranks)
+    some = file_digests(folder, [file.name for file in folder.iterdir()], ranks)
+    digests = {name: digest for each in ranks.gather(some) for name, digest in each.items()}
+    paths = {name: list(keys) for name, keys in paths.items()}
+    return without, {'folder': folder.name, 'files': digests, 'tensors': paths}
+
+# %% ../../nbs/files/04_sharded.ipynb #f65637d9
+def check_shards(folder, digests:dict, path, ranks):
+    "Raise DamagedError, in all processes, unless the files of a folder have these digests"
+    found = file_digests(folder, digests, ranks)
+    bad = [name for name, digest in found.items() if digest != digests[name]]
     if ranks: bad = sum(ranks.gather(bad), [])
     if bad: raise DamagedError(f'{folder/bad[0]} is damaged or gone, and {path} needs it')
+
+def empty_tensor(saved, # what torch's reader says of a tensor
+                 like, # DTensor, or None
+                ): # DTensor distributed as `like`, or plain tensor
+    "A tensor to read into"
+    from torch.distributed import tensor as dtensor
+    dtype = saved.properties.dtype
+    if like is None: return torch.empty(saved.size, dtype=dtype)
+    return dtensor.empty(saved.size, dtype=dtype, device_mesh=like.device_mesh,
+                         placements=like.placements)
+
+# %% ../../nbs/files/04_sharded.ipynb #0b1104bf
+def load_shards(tree, # with None for each DTensor; it is filled in
+                shards:dict, # as from `save_shards`
+                path, # file that the tree was read from
+                ranks=None, # `Ranks`: all processes call this
+                like=None, # DTensor, as which the tensors are distributed; None: they are plain
+               ):
+    "Read what `save_shards` has written; DamagedError, in all processes, if it is not as it was"
+    import torch.distributed.checkpoint as dcp
+    folder = shards_folder(path)/shards['folder']
+    check_shards(folder, shards['files'], path, ranks)
     reader = dcp.HuggingFaceStorageReader(str(folder))
-    def room(saved):
-        kind = {'dtype': saved.properties.dtype}
-        if like is None: return torch.empty(saved.size, **kind)
-        return spread.empty(saved.size, **kind, device_mesh=like.device_mesh, placements=like.placements)
-    known = reader.read_metadata().state_dict_metadata
-    tensors = {name: room(known[name]) for name in parts['tensors']}
-    with warnings.catch_warnings(), showing_cause(folder):
-        warnings.filterwarnings('ignore', 'torch.distributed is disabled')  # as is asked for
+    saved = reader.read_metadata().state_dict_metadata
+    tensors = {name: empty_tensor(saved[name], like) for name in shards['tensors']}
+    with warnings.catch_warnings(), unwrap_failure(folder):
+        warnings.filterwarnings('ignore', 'torch.distributed is disabled')  # by no_dist
         dcp.load(tensors, storage_reader=reader, no_dist=ranks is None,
                  process_group=None if ranks is None else ranks.group)
-    for name, place in parts['tensors'].items(): set_at(tree, place, tensors[name])
+    for name, keys in shards['tensors'].items(): set_at(tree, keys, tensors[name])
 
+# %% ../../nbs/files/04_sharded.ipynb #da1a5435
 def remove_shards(path, tree):
-    "Remove what lies beside a file and is not named in its tree"
-    parts, folder = tree.get('parts') if isinstance(tree, dict) else None, parts_of(path)
-    if parts is None: return clear(folder)
+    "Remove the shards beside a file that its tree does not name"
+    shards, folder = tree.get('parts') if isinstance(tree, dict) else None, shards_folder(path)
+    if shards is None: return remove_path(folder)
     for entry in folder.iterdir():
-        if entry.name != parts['folder']: clear(entry)
+        if entry.name != shards['folder']: remove_path(entry)

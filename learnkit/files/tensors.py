@@ -10,14 +10,15 @@ import hashlib, json, math, os, struct
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import chain, islice
+from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from ..base.text import is_text
+from ..base.text import is_valid_unicode
 from .errors import DamagedError, StoreError, UnstorableError
 from .durable import atomic_write, check_target, fsync, write
 
-# %% ../../nbs/files/02_tensors.ipynb #ea48cd33
+# %% ../../nbs/files/02_tensors.ipynb #83531b41
 DTYPES = {getattr(torch, name): code for code, name in {
     'BOOL': 'bool', 'U8': 'uint8', 'U16': 'uint16', 'U32': 'uint32', 'U64': 'uint64',
     'I8': 'int8', 'I16': 'int16', 'I32': 'int32', 'I64': 'int64', 'F16': 'float16',
@@ -26,7 +27,6 @@ DTYPES = {getattr(torch, name): code for code, name in {
     'F8_E5M2FNUZ': 'float8_e5m2fnuz', 'F8_E8M0': 'float8_e8m0fnu',
 }.items() if hasattr(torch, name)}  # the last came with torch 2.7
 
-# %% ../../nbs/files/02_tensors.ipynb #c45af6df
 def why_unstorable(t:torch.Tensor): # str; None when it can be stored
     "What keeps a tensor out of a file"
     if type(t) not in (torch.Tensor, nn.Parameter):
@@ -37,7 +37,7 @@ def why_unstorable(t:torch.Tensor): # str; None when it can be stored
     if t.dtype not in DTYPES: return f'the safetensors format has no {t.dtype}; convert it'
     return None
 
-# %% ../../nbs/files/02_tensors.ipynb #713ef7bf
+# %% ../../nbs/files/02_tensors.ipynb #ea48cd33
 def host_tensor(t:torch.Tensor): # contiguous tensor on the cpu; with the memory of `t` if it is one
     "The tensor as it goes into a file"
     return t.detach().cpu().resolve_conj().resolve_neg().contiguous()
@@ -48,7 +48,6 @@ def tensor_bytes(t:torch.Tensor): # memoryview; `t` must be contiguous and on th
     flat = t.as_strided((t.numel(),), (1,))  # a single number may have any stride
     return memoryview(flat.view(torch.uint8).numpy())
 
-# %% ../../nbs/files/02_tensors.ipynb #14a845d5
 def tensor_digest(t:torch.Tensor): # 64 hex digits
     "sha256 over dtype, shape and bytes"
     t = host_tensor(t)
@@ -56,8 +55,9 @@ def tensor_digest(t:torch.Tensor): # 64 hex digits
     sha.update(tensor_bytes(t))
     return sha.hexdigest()
 
-def groups(tensors): # iterator of lists
-    "Tensors by the MiB: enough work to hand to a thread"
+# %% ../../nbs/files/02_tensors.ipynb #a029268d
+def groups_of_1_mib(tensors): # iterator of lists
+    "Tensors in groups large enough to be worth a thread"
     group, size = [], 0
     for t in tensors:
         group.append(t)
@@ -69,19 +69,19 @@ def groups(tensors): # iterator of lists
 
 def tensor_digests(tensors): # iterator of 64 hex digits each
     "`tensor_digest` of each, computed ahead by several threads where that pays"
-    waiting = groups(tensors)
-    first = list(islice(waiting, 2))
+    groups = groups_of_1_mib(tensors)
+    first = list(islice(groups, 2))
     digests = lambda group: list(map(tensor_digest, group))
     if len(first) < 2: return (yield from chain(*map(digests, first)))
     pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
-    try: yield from chain.from_iterable(pool.map(digests, chain(first, waiting)))
-    finally: pool.shutdown(cancel_futures=True)  # when nobody wants the rest
+    try: yield from chain.from_iterable(pool.map(digests, chain(first, groups)))
+    finally: pool.shutdown(cancel_futures=True)  # when no more are asked for
 
-# %% ../../nbs/files/02_tensors.ipynb #a029268d
+# %% ../../nbs/files/02_tensors.ipynb #2e493f76
 MAX_HEADER = 100_000_000  # bytes; safetensors reads no longer ones
-AHEAD = 2**24  # bytes of tensors from which on it pays to hash, write and sync side by side
 
 def header_entry(t:torch.Tensor, begin:int): # dict
+    "What the header says of a tensor whose bytes begin there"
     return {'dtype': DTYPES[t.dtype], 'shape': list(t.shape),
             'data_offsets': [begin, begin + t.nbytes]}
 
@@ -96,85 +96,90 @@ def header_text(entries:dict, # name -> entry
                          'be read back; turn long lists of numbers into tensors')
     return text + b' ' * (-len(text) % 8)
 
-def room_for(items, # (name, tensor) of all that may be written
-             metadata:dict=None, # str -> str
-            ): # number of bytes
+def max_header_size(items, # (name, tensor) of all that may be written
+                    metadata:dict=None, # str -> str
+                   ): # number of bytes
     "How long a header can become at most"
     end, entries = sum(t.nbytes for _, t in items), {}
     for name, t in items: entries[name] = header_entry(t, end)
     return len(header_text(entries, metadata))
 
-# %% ../../nbs/files/02_tensors.ipynb #365b44b0
+# %% ../../nbs/files/02_tensors.ipynb #8c4b0216
+OVERLAP_FROM = 2**24  # bytes of tensors from which on it pays to hash, write and sync side by side
+
 def write_safetensors(file, # a new one
                       items, # (name, contiguous tensor on the cpu), the widest numbers first
-                      room:int, # bytes for the header
+                      header_size:int, # bytes of room for the header
                       metadata=dict, # function that returns it once all is written: str -> str
                      ): # dict: name -> entry of the header
     "Write tensors as they come, and then the header into the room before them"
-    file.seek(8 + room)
-    entries, end, synced = {}, 0, []
+    file.seek(8 + header_size)
+    entries, end, syncs = {}, 0, []
     with ThreadPoolExecutor(1) as pool:  # which starts a thread for large files only
         for name, t in items:
             entries[name] = header_entry(t, end)
             end += t.nbytes
             write(file, tensor_bytes(t))
-            if end > AHEAD * (len(synced) + 1): synced.append(pool.submit(fsync, file.fileno()))
-    for sync in synced: sync.result()  # the system tells of an error once, so it must be heard here
+            if end > OVERLAP_FROM * (len(syncs) + 1):
+                syncs.append(pool.submit(fsync, file.fileno()))
+    for sync in syncs: sync.result()  # the system reports an error to one fsync, which may be this
     text = header_text(entries, metadata())
-    if len(text) > room: raise StoreError(f'a header of {len(text)} bytes, and room for {room}')
+    if len(text) > header_size:
+        raise StoreError(f'a header of {len(text)} bytes, and room for {header_size}')
     file.seek(0)
-    write(file, struct.pack('<Q', room) + text.ljust(room))
+    write(file, struct.pack('<Q', header_size) + text.ljust(header_size))
     return entries
 
-def by_width(items): # list; each second thing is a tensor
-    "In the order of a file, in which each tensor is aligned"
+def widest_first(items): # list; each second thing is a tensor
+    "Items in the order of a file, by size of element, which aligns each tensor"
     return sorted(items, key=lambda item: -item[1].element_size())
 
-def save_items(path, items:list, metadata:dict=None, overwrite:bool=True): # Path of the file
-    "A safetensors file of named tensors"
-    items = by_width(items)
-    room = room_for(items, metadata)
-    def fill(file): write_safetensors(file, items, room, lambda: metadata)
+def save_named(path, items:list, metadata:dict=None, overwrite:bool=True): # Path of the file
+    "Write (name, tensor) pairs to a safetensors file"
+    items = widest_first(items)
+    size = max_header_size(items, metadata)
+    def fill(file): write_safetensors(file, items, size, lambda: metadata)
     return atomic_write(path, fill, overwrite)
 
-# %% ../../nbs/files/02_tensors.ipynb #2e493f76
+# %% ../../nbs/files/02_tensors.ipynb #99b13edd
 @contextmanager
-def opened(path): # file of safetensors
+def open_safetensors(path): # file of safetensors
     "Open a safetensors file; DamagedError if it is none"
     with open(path, 'rb'): pass  # python says best why a file cannot be opened
     try: file = safe_open(path, 'pt', backend='pread')  # mmap would die if the file shrank
     except SafetensorError as error: raise DamagedError(f'{path} is damaged: {error}') from error
     with file: yield file
 
-def read_tensors(file, names): # (dict: name -> tensor with memory of its own, dict: name -> digest)
-    "Tensors with their digests, each hashed while the next one is read"
+def read_with_digests(file, names): # (dict: name -> tensor, dict: name -> digest)
+    "Tensors of an open file with their digests, each hashed while the next one is read"
     tensors = {}
-    def reading():
+    def read_each():
         for name in names:
             tensors[name] = file.get_tensor(name)
             yield tensors[name]
-    digests = list(tensor_digests(reading()))
-    return tensors, dict(zip(tensors, digests))
+    digests = list(tensor_digests(read_each()))
+    return tensors, dict(zip(tensors, digests, strict=True))
+
+# %% ../../nbs/files/02_tensors.ipynb #0204ed7e
+ITEM_SIZES = {code: dtype.itemsize for dtype, code in DTYPES.items()}
+
+def slice_nbytes(slice): # int; `slice` as from `get_slice` of an open file
+    "How many bytes a tensor of a file has, by the header"
+    return math.prod(slice.get_shape()) * ITEM_SIZES.get(slice.get_dtype(), 1)
 
 # %% ../../nbs/files/02_tensors.ipynb #6cd4e27d
 def save_tensors(tensors:dict, # name -> tensor
-                 path, # file, by custom named `.safetensors`, in a folder that exists
+                 path:str|Path, # file, by custom named `.safetensors`, in a folder that exists
                  overwrite:bool=True, # False: FileExistsError if there is one
                  metadata:dict=None, # str -> str
-                ): # Path of the file
+                )->Path: # of the file
     "Write tensors to a plain safetensors file, which any tool reads"
     check_target(path, overwrite)
     for name, t in tensors.items():
         why = why_unstorable(t) if isinstance(t, torch.Tensor) else 'it is no tensor'
         if why: raise UnstorableError(f'{name}: {type(t)} cannot be stored: {why}')
     for text in (*tensors, *(metadata or {}), *(metadata or {}).values()):
-        if type(text) is not str or not is_text(text) or text == '__metadata__':
+        if type(text) is not str or not is_valid_unicode(text) or text == '__metadata__':
             raise UnstorableError(f'{text!r}: names and metadata must be text')
     items = [(name, host_tensor(t)) for name, t in tensors.items()]
-    return save_items(path, items, metadata, overwrite)
-
-# %% ../../nbs/files/02_tensors.ipynb #c1c3cdf2
-def item_size(slice): # bytes of a tensor in a file
-    return math.prod(slice.get_shape()) * ITEM_SIZES.get(slice.get_dtype(), 1)
-
-ITEM_SIZES = {code: dtype.itemsize for dtype, code in DTYPES.items()}
+    return save_named(path, items, metadata, overwrite)

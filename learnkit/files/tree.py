@@ -8,16 +8,18 @@ __all__ = ['tree_digest', 'save_tree', 'load_tree']
 # %% ../../nbs/files/03_tree.ipynb #8438d587
 import hashlib, json, math, struct
 from collections import Counter, OrderedDict
+from pathlib import Path
+from typing import NamedTuple
 import numpy as np
 import torch
 from fastcore.basics import patch
 from safetensors.torch import load as load_bytes, save as save_bytes
-from ..base.text import is_text
+from ..base.text import is_valid_unicode
 from .errors import DamagedError, StoreError, UnstorableError
 from .durable import atomic_write, check_target
 from .tensors import (
-    AHEAD, by_width, host_tensor, opened, read_tensors, room_for, tensor_bytes, tensor_digests,
-    why_unstorable, write_safetensors)
+    OVERLAP_FROM, host_tensor, max_header_size, open_safetensors, read_with_digests, tensor_bytes,
+    tensor_digests, why_unstorable, widest_first, write_safetensors)
 
 # %% ../../nbs/files/03_tree.ipynb #db49a3bf
 MAX_DEPTH = 100
@@ -28,33 +30,43 @@ KEYS = {type(None), bool, int, float, str, tuple}
 STORABLE = ('None, bool, int, float, str, list, tuple, dict, OrderedDict, Counter, slice, '
             'torch.Size, torch.dtype, torch.device, tensors, numpy arrays and numpy numbers')
 
-# %% ../../nbs/files/03_tree.ipynb #00a2adb7
-def place(path): # str
-    "Where a value is in a tree: `optimizer.state[3].exp_avg`; `tree` for the whole"
+def path_text(path): # str
+    "The keys that lead to a value, as in `optimizer.state[3].exp_avg`; without keys, `tree`"
     plain = lambda key: type(key) is str and key.isprintable() and key
-    parts = [f'.{key}' if plain(key) else f'[{key!r}]' for key in path]
-    return ''.join(parts).removeprefix('.') or 'tree'
+    keys = [f'.{key}' if plain(key) else f'[{key!r}]' for key in path]
+    return ''.join(keys).removeprefix('.') or 'tree'
 
-def advice(x): # str
+def conversion_advice(x): # str
     "What to do about a value whose type is not stored"
     for kind in (*CONTAINERS, bool, int, float, str, np.ndarray):
         if isinstance(x, kind): return f'it would come back as {kind.__name__}; convert it to one'
     return f'a tree holds {STORABLE}'
 
 # %% ../../nbs/files/03_tree.ipynb #8c70cc57
+class FoundTensor(NamedTuple):
+    "A tensor of a tree, and where its name is to be filled in: `node[key]`"
+    path: str
+    tensor: torch.Tensor
+    node: dict
+    key: str
+
+def fill_in_names(found, names):
+    "Write a name for each found tensor into its node"
+    for each, name in zip(found, names, strict=True): each.node[each.key] = name
+
 class Packer:
     "Turns a tree into JSON values and finds its tensors on the way"
     def __init__(self,
                  canonical:bool=False, # whether equal trees give equal values
                 ):
-        self.canonical, self.path, self.open = canonical, [], set()
-        self.found = []  # (place, tensor, its node, the node's key), to be filled in later
+        self.canonical, self.path, self.containers = canonical, [], set()
+        self.found = []  # FoundTensors
 
     def refuse(self, x, why):
-        raise UnstorableError(f'{place(self.path)}: {type(x)} cannot be stored: {why}')
+        raise UnstorableError(f'{path_text(self.path)}: {type(x)} cannot be stored: {why}')
 
-    def inside(self, key, x): # JSON value
-        "Pack a part of a container"
+    def pack_item(self, key, x): # JSON value
+        "Pack an item of a container"
         self.path.append(key)
         packed = self.pack(x)
         self.path.pop()
@@ -66,7 +78,7 @@ def pack(self:Packer, x): # JSON value
     "The value itself where JSON has it exactly, else `{'$kind': ...}`"
     kind = type(x)
     if x is None or kind is bool: return x
-    if kind is str: return x if is_text(x) else {'$str': x.encode('utf-8', 'surrogatepass').hex()}
+    if kind is str: return x if is_valid_unicode(x) else self.pack_odd_text(x)
     if kind is int: return x if -2**63 <= x < 2**63 else {'$int': hex(x)}
     if kind is float: return x if math.isfinite(x) else self.pack_float(x)
     if kind in CONTAINERS: return self.pack_container(x)
@@ -75,46 +87,58 @@ def pack(self:Packer, x): # JSON value
     if isinstance(x, np.generic): return self.pack_number(x)
     if kind is torch.dtype: return {'$dtype': str(x).removeprefix('torch.')}
     if kind is torch.device: return {'$device': str(x)}
-    self.refuse(x, advice(x))
+    self.refuse(x, conversion_advice(x))
 
-# %% ../../nbs/files/03_tree.ipynb #444f02ac
+@patch
+def pack_odd_text(self:Packer, x): # JSON value; with halves of surrogate pairs
+    return {'$str': x.encode('utf-8', 'surrogatepass').hex()}
+
+@patch
+def pack_float(self:Packer, x): # JSON value; nan has many bit patterns, but one digest
+    return {'$float': struct.pack('>d', math.nan if self.canonical and x != x else x).hex()}
+
+# %% ../../nbs/files/03_tree.ipynb #d57a9f13
 @patch
 def pack_container(self:Packer, x): # JSON value
     "A list, dict or the like, with all that is in it"
-    if id(x) in self.open: self.refuse(x, 'it contains itself')
+    if id(x) in self.containers: self.refuse(x, 'it contains itself')
     if len(self.path) > MAX_DEPTH: self.refuse(x, f'it is more than {MAX_DEPTH} levels deep')
-    self.open.add(id(x))
+    self.containers.add(id(x))
     packed = self.pack_mapping(x) if type(x) in MAPPINGS.values() else self.pack_sequence(x)
-    self.open.remove(id(x))
+    self.containers.remove(id(x))
     return packed
 
 @patch
 def pack_sequence(self:Packer, x): # JSON value
     items = (x.start, x.stop, x.step) if type(x) is slice else x
-    packed = [self.inside(i, item) for i, item in enumerate(items)]
+    packed = [self.pack_item(i, item) for i, item in enumerate(items)]
     return packed if type(x) is list else {f'${type(x).__name__}': packed}
 
 @patch
 def pack_mapping(self:Packer, x): # JSON value
-    if type(x) is dict and all(type(key) is str and is_text(key) and key[:1] != '$' for key in x):
-        return {key: self.inside(key, value) for key, value in x.items()}
-    items = [[self.pack_key(key), self.inside(key, value)] for key, value in x.items()]
+    if type(x) is dict and all(map(self.is_plain_key, x)):
+        return {key: self.pack_item(key, value) for key, value in x.items()}
+    items = [[self.pack_key(key), self.pack_item(key, value)] for key, value in x.items()]
     if self.canonical and type(x) is not OrderedDict:
         items.sort(key=lambda item: json.dumps(item[0]))
     return {f'${type(x).__name__}': items}
 
 @patch
+def is_plain_key(self:Packer, key): # bool
+    return type(key) is str and is_valid_unicode(key) and key[:1] != '$'
+
+@patch
 def pack_key(self:Packer, key): # JSON value
     if type(key) not in KEYS: self.refuse(key, 'as a key; use text, numbers, or tuples of them')
-    if type(key) is tuple: return {'$tuple': [self.pack_key(part) for part in key]}
+    if type(key) is tuple: return {'$tuple': [self.pack_key(item) for item in key]}
     return self.pack(key)
 
-# %% ../../nbs/files/03_tree.ipynb #d57a9f13
+# %% ../../nbs/files/03_tree.ipynb #5dc4a270
 @patch
 def pack_tensor(self:Packer, t, kind='$tensor'): # JSON value, to be filled in
     if why := why_unstorable(t): self.refuse(t, why)
     node = {kind: None}
-    self.found.append((place(self.path), t, node, kind))
+    self.found.append(FoundTensor(path_text(self.path), t, node, kind))
     return node
 
 @patch
@@ -131,11 +155,7 @@ def pack_number(self:Packer, x): # JSON value
         self.refuse(x, 'convert it to an ordinary number or text')
     return {'$number': [name, x.tobytes().hex()]}
 
-@patch
-def pack_float(self:Packer, x): # JSON value; nan has many bit patterns, but one digest
-    return {'$float': struct.pack('>d', math.nan if self.canonical and x != x else x).hex()}
-
-# %% ../../nbs/files/03_tree.ipynb #5dc4a270
+# %% ../../nbs/files/03_tree.ipynb #fd3e955f
 class Unpacker:
     "Turns JSON values back into a tree"
     def __init__(self, tensors:dict): self.tensors, self.used = tensors, set()
@@ -150,12 +170,12 @@ class Unpacker:
         if type(node) is list: return list(map(self.unpack, node))
         if type(node) is not dict: return node
         kind = next(iter(node), '')
-        if kind.startswith('$'): return self.tagged(kind[1:], node[kind])
+        if kind.startswith('$'): return self.unpack_kind(kind[1:], node[kind])
         return {key: self.unpack(value) for key, value in node.items()}
 
-# %% ../../nbs/files/03_tree.ipynb #3a7b4bf0
+# %% ../../nbs/files/03_tree.ipynb #3663def9
 @patch
-def tagged(self:Unpacker, kind:str, value):
+def unpack_kind(self:Unpacker, kind:str, value):
     "The value of `{'$kind': value}`"
     if kind in MAPPINGS:
         mapping = MAPPINGS[kind]()
@@ -178,37 +198,30 @@ def text_digest(text:str): return hashlib.sha256(text.encode()).hexdigest()
 def json_digest(value): return text_digest(json.dumps(value, sort_keys=True))
 
 # %% ../../nbs/files/03_tree.ipynb #f2afe90b
-def tree_digest(tree): # 64 hex digits
+def tree_digest(tree)->str: # 64 hex digits
     "sha256 over types, values and bits; the order of the keys of a dict does not count"
     packer = Packer(canonical=True)
     root = packer.pack(tree)
-    digests = tensor_digests([t for _, t, _, _ in packer.found])
-    for (_, _, node, kind), digest in zip(packer.found, digests): node[kind] = digest
+    fill_in_names(packer.found, tensor_digests([each.tensor for each in packer.found]))
     return json_digest(root)
 
 # %% ../../nbs/files/03_tree.ipynb #84129ef5
-def check_storable(tree):
-    "Raise UnstorableError, naming the place, for a tree that `save_tree` would refuse"
-    Packer().pack(tree)
-
-# %% ../../nbs/files/03_tree.ipynb #6229b6d7
 FORMAT = 1  # to be raised when a file of today's learnkit could not be read by yesterday's
+
+def check_storable(tree):
+    "Raise UnstorableError, naming the path, for a tree that `save_tree` would refuse"
+    Packer().pack(tree)
 
 def seal(metadata:dict): # 64 hex digits
     "sha256 over all metadata but the seal itself; the same in every format"
     unsealed = {key: value for key, value in metadata.items() if key != 'sha256'}
     return text_digest(json.dumps(unsealed, sort_keys=True))
 
-def free_name(name, taken): # str
-    "The name, with a number behind it where it is taken"
+def unique_name(name, used): # str
+    "The name, with a number behind it where it is used already"
     n, new = 1, name
-    while new in taken or new == '__metadata__': n, new = n + 1, f'{name}~{n + 1}'
+    while new in used or new == '__metadata__': n, new = n + 1, f'{name}~{n + 1}'
     return new
-
-# %% ../../nbs/files/03_tree.ipynb #966d888e
-def hosts_by_width(found:list): # list of (place, tensor on the cpu, node, kind)
-    "What a packer found, in the order of a file"
-    return by_width([(name, host_tensor(t), node, kind) for name, t, node, kind in found])
 
 def tree_metadata(root, digests:dict): # str -> str
     "What a file says of its tree and its tensors, with the seal"
@@ -216,41 +229,43 @@ def tree_metadata(root, digests:dict): # str -> str
                 'tensors': json.dumps(digests)}
     return {**metadata, 'sha256': seal(metadata)}
 
-def distinct(found, digests:dict): # iterator of (name, tensor)
+# %% ../../nbs/files/03_tree.ipynb #966d888e
+def distinct_tensors(found, digests:dict): # iterator of (name, tensor)
     "Each tensor once; fills `digests`, name -> digest, and the nodes as it goes"
     names = {}  # digest -> name
-    for (name, t, node, kind), digest in zip(found, tensor_digests(t for _, t, _, _ in found)):
+    for each, digest in zip(found, tensor_digests(each.tensor for each in found), strict=True):
         first = digest not in names
-        if first: names[digest] = free_name(name, digests)
-        digests[names[digest]], node[kind] = digest, names[digest]
-        if first: yield names[digest], t
+        if first: names[digest] = unique_name(each.path, digests)
+        digests[names[digest]], each.node[each.key] = digest, names[digest]
+        if first: yield names[digest], each.tensor
 
-def tree_room(root, found): # number of bytes
+def max_tree_header_size(root, found): # number of bytes
     "How long the header of a tree can become, whichever tensors turn out to be equal"
-    longest = max((name for name, *_ in found), key=lambda name: len(json.dumps(json.dumps(name))),
+    longest = max((each.path for each in found), key=lambda path: len(json.dumps(json.dumps(path))),
                   default='')
     items = {}
-    for name, t, node, kind in found:
-        items[free_name(name, items)] = t
-        node[kind] = longest + '~9999'
-    return room_for(items.items(), tree_metadata(root, dict.fromkeys(items, '0' * 64)))
+    for each in found:
+        items[unique_name(each.path, items)] = each.tensor
+        each.node[each.key] = longest + '~9999'
+    return max_header_size(items.items(), tree_metadata(root, dict.fromkeys(items, '0' * 64)))
 
 # %% ../../nbs/files/03_tree.ipynb #90c36252
 def save_tree(tree, # containers, numbers, text, tensors, arrays
-              path, # file, by custom named `.safetensors`, in a folder that exists
+              path:str|Path, # file, by custom named `.safetensors`, in a folder that exists
               overwrite:bool=True, # False: FileExistsError if there is one
-             ): # Path of the file
-    "Write a tree to one file, whole or not at all"
+             )->Path: # of the file
+    "Write a tree to one file that is there as a whole or not at all"
     check_target(path, overwrite)
     packer, digests = Packer(), {}
     root = packer.pack(tree)  # all of the tree is checked before anything is written
-    found = hosts_by_width(packer.found)
-    items, metadata = distinct(found, digests), lambda: tree_metadata(root, digests)
-    if sum(t.nbytes for _, t, _, _ in found) >= AHEAD: room = tree_room(root, found)
+    found = widest_first([each._replace(tensor=host_tensor(each.tensor)) for each in packer.found])
+    items, metadata = distinct_tensors(found, digests), lambda: tree_metadata(root, digests)
+    if sum(each.tensor.nbytes for each in found) >= OVERLAP_FROM:
+        size = max_tree_header_size(root, found)
     else:
         items = list(items)
-        room = room_for(items, metadata())
-    def fill(file): write_safetensors(file, items, room, metadata)
+        size = max_header_size(items, metadata())
+    def fill(file): write_safetensors(file, items, size, metadata)
     return atomic_write(path, fill, overwrite)
 
 # %% ../../nbs/files/03_tree.ipynb #2071f49c
@@ -274,12 +289,12 @@ def check_tensors(path, found:dict, digests:dict):
             raise DamagedError(f'{path} is damaged: tensor {name} is not as it was written')
 
 # %% ../../nbs/files/03_tree.ipynb #27a9e4a9
-def load_tree(path): # the tree, its tensors on the cpu
+def load_tree(path:str|Path): # the tree, its tensors on the cpu
     "Read what `save_tree` wrote, exactly; DamagedError if the file is not as it was written"
     try:
-        with opened(path) as file:
+        with open_safetensors(path) as file:
             check_seal(path, metadata := file.metadata() or {})
-            tensors, found = read_tensors(file, file.keys())
+            tensors, found = read_with_digests(file, file.keys())
         check_tensors(path, found, json.loads(metadata['tensors']))
         return Unpacker(tensors).unpack(json.loads(metadata['tree']))
     except (StoreError, OSError, MemoryError): raise
@@ -290,8 +305,9 @@ def to_bytes(tree): # bytes
     "A tree as bytes, for `from_bytes`; UnstorableError for what `save_tree` would refuse"
     packer, tensors = Packer(), {}
     root = packer.pack(tree)
-    for i, (_, t, node, kind) in enumerate(packer.found):
-        node[kind], tensors[f'{i}'] = f'{i}', host_tensor(t).clone()  # none may share memory
+    for i, each in enumerate(packer.found):
+        each.node[each.key] = name = str(i)
+        tensors[name] = host_tensor(each.tensor).clone()  # none may share memory
     text = json.dumps(root, separators=(',', ':')).encode()
     return save_bytes({**tensors, 'tree': torch.frombuffer(bytearray(text), dtype=torch.uint8)})
 
@@ -301,8 +317,11 @@ def from_bytes(data): # the tree, its tensors on the cpu
     return Unpacker(tensors).unpack(json.loads(bytes(tensor_bytes(tensors.pop('tree')))))
 
 # %% ../../nbs/files/03_tree.ipynb #4a1667d1
-def value_at(tree, path):
+def value_at(tree, path): # the value
+    "The value to which a sequence of keys leads"
     for key in path: tree = tree[key]
     return tree
 
-def set_at(tree, path, value): value_at(tree, path[:-1])[path[-1]] = value
+def set_at(tree, path, value):
+    "Put a value where a sequence of keys leads"
+    value_at(tree, path[:-1])[path[-1]] = value

@@ -12,7 +12,7 @@ from numbers import Integral
 from fastcore.basics import patch
 from torch import nn
 from ..base.ranks import is_main
-from ..base.text import as_seconds, callers_level
+from ..base.text import as_seconds, caller_stacklevel
 from ..data.loaders import length
 from ..components.callback import Callback
 from ..components.optim import opt_params, set_lr
@@ -133,4 +133,4 @@ def warn_interrupted(learn):
     last = max(learn._fit.batch - 1, 0)
     warnings.warn(f'fit interrupted in epoch {learn.epoch}, batch {last}; the learner keeps the '
                   f'state of {learn.steps_done} updates',
-                  stacklevel=callers_level())
+                  stacklevel=caller_stacklevel())

@@ -8,8 +8,8 @@ __all__ = []
 # %% ../../nbs/loop/06_interrupts.ipynb #34dfb67f
 import math, signal, sys, time
 from contextlib import contextmanager
-from ..base.signals import Signals
-from ..components.callback import PHASES, Callback, Interrupted
+from ..base.signals import DeferredSignals
+from ..components.callback import Callback, Interrupted
 
 # %% ../../nbs/loop/06_interrupts.ipynb #f98ab890
 class Interrupts(Callback):
@@ -17,7 +17,7 @@ class Interrupts(Callback):
     order = -math.inf
 
     def __init__(self):
-        self.signals = None  # `Signals`, while something runs
+        self.signals = None  # `DeferredSignals`, while something runs
         self.signum = None  # the signal that ends the fit, as all processes know it
         self.held_back = False  # whether a pass in the middle of a fit is not to be ended
         self.began, self.max_time = 0., None
@@ -33,19 +33,19 @@ class Interrupts(Callback):
         self.began, self.max_time, self.signum = began, max_time, None
 
     def at_rest(self, learn):
-        signum = self.caught  # one that comes while callbacks save waits for the next rest
-        if learn._fit.complete:
+        fit, signum = learn._fit, self.caught  # one that comes while others save waits
+        if fit.complete:
             if not learn.ranks: self.signum = signum
             return
         seconds = time.monotonic() - self.began
         if learn.ranks: signum, seconds = learn.cbs.distributed.agree(learn, signum, seconds)
-        self.signum, learn._fit.seconds = signum, seconds
-        if self.max_time is not None: learn._fit.time_is_up = seconds >= self.max_time
+        self.signum, fit.seconds = signum, seconds
+        if self.max_time is not None: fit.time_is_up = seconds >= self.max_time
 
 # %% ../../nbs/loop/06_interrupts.ipynb #54c56924
 class EndOnSignal(Callback):
     "Raises `Interrupted` when a signal has come and all others have heard of it"
-    order, phases = math.inf, (*PHASES, 'lr_find')
+    order, phases = math.inf, ('valid', 'test', 'predict', 'lr_find')  # `at_rest` has no phase
 
     def __init__(self, interrupts): self.interrupts = interrupts
     def settings(self): return None
@@ -55,7 +55,7 @@ class EndOnSignal(Callback):
             raise Interrupted(self.interrupts.signum)
 
     def after_batch(self, learn):
-        if learn.phase == 'train' or learn.ranks: return  # these act at rest, together
+        if learn.ranks: return  # these act at rest, together
         signum = self.interrupts.caught
         if signum and not self.interrupts.held_back: raise Interrupted(signum)
 
@@ -67,9 +67,9 @@ def interruptible(learn):
     if interrupts.signals is not None:  # the outer call acts on it
         yield
         return
-    learn.ranks  # who is to be waited for comes now: a signal still ends this process
+    _ = learn.ranks  # others are waited for now, while a signal still ends this process
     try:
-        with Signals() as interrupts.signals:
+        with DeferredSignals() as interrupts.signals:
             yield
             if interrupts.caught: raise Interrupted(interrupts.caught)
     except Interrupted as stop:

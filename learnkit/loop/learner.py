@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 from torch import nn
-from ..base.dtensors import plain_class
+from ..base.dtensors import unsharded_class
 from ..base.devices import default_device
 from ..base.methods import structural, unrecorded
 from ..base.randomness import set_seed
@@ -115,7 +115,7 @@ def chosen_lr(lr, # the learner's
 @patch
 def __repr__(self:Learner):
     loss = getattr(self.loss_func, '__name__', type(self.loss_func).__name__)
-    return (f'{type(self).__name__}({plain_class(self.model).__name__}, loss_func={loss}, '
+    return (f'{type(self).__name__}({unsharded_class(self.model).__name__}, loss_func={loss}, '
             f'opt={type(self.opt).__name__}, lr={self.lr}, epochs_done={self.epochs_done})')
 
 # %% ../../nbs/loop/09_learner.ipynb #dd7d1b1b
@@ -205,7 +205,7 @@ def ranks(self:Learner): # Ranks, or None
 def n_items_all(self:Learner) -> int:
     "The weight of this batch on all processes together"
     distributed = self._cbs.distributed
-    n = None if distributed is None else distributed.n_items_all
+    n = distributed.n_items_all if distributed is not None and self.training else None
     return self.n_items if n is None else n
 
 # %% ../../nbs/loop/09_learner.ipynb #66f37d59

@@ -32,7 +32,8 @@ class Loop(Guarded):
     def _level(self, name, body, then=None):
         self.levels.append(name)
         try:
-            if self._is_cancelled(f'before_{name}', body): self._is_cancelled(f'after_cancel_{name}')
+            if self._is_cancelled(f'before_{name}', body):
+                self._is_cancelled(f'after_cancel_{name}')
             if then: then()
             self._is_cancelled(f'after_{name}')  # it ends anyway
         except BaseException as error:

@@ -43,7 +43,7 @@ def get_preds(self:Learner,
               dl=None, # loader; None: `dls.valid`
               with_loss:bool=False, # also the loss of each sample, (samples,)
               with_input:bool=False, # also the inputs
-             ) -> tuple: # (preds, targs[, losses][, inputs]), tensors on the host, (samples, ...) each
+             ) -> tuple: # preds, targs[, losses][, inputs] on the host, (samples, ...) each
     "Predictions and targets over `dl`, in its order; changes nothing"
     return predictions(self, self.dls.valid if dl is None else dl, with_loss, with_input)
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from ..base.batches import Gather, batch_size, map_tensors
+from ..base.batches import BatchBuffer, batch_size, map_tensors
 from ..data.loaders import check_loader, length
 from ..data.resumable import reading_without_trace
 from ..components.callback import Callback
@@ -83,7 +83,7 @@ class Collect(Callback):
     def __init__(self, with_loss=False, with_input=False, n=None):
         self.with_loss, self._input, self._cancelled = with_loss, (), False
         kinds = ['pred', 'targ', *['loss'] * with_loss, *['input'] * with_input]
-        self.parts = {kind: Gather(n) for kind in kinds}
+        self.parts = {kind: BatchBuffer(n) for kind in kinds}
 
     def before_batch(self, learn): self._input, self._cancelled = learn.xb, False
     def after_cancel_batch(self, learn): self._cancelled = True

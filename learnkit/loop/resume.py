@@ -15,9 +15,9 @@ from fastcore.basics import patch
 from ..base.batches import map_tensors
 from ..base.dtensors import local_part
 from ..base.ranks import is_main
-from ..base.text import as_seconds, callers_level, short_path
+from ..base.text import as_seconds, caller_stacklevel, short_path
 from ..files.errors import DamagedError
-from ..files.saves import load_newest, next_save, quarantine, save_next, saves
+from ..files.saves import load_newest, next_save_path, quarantine_save, save_next, list_saves
 from ..files.tree import check_storable, load_tree
 from ..data.loaders import describe
 from ..data.resumable import (
@@ -67,7 +67,7 @@ def read_saved(learn,
     except DamagedError as error:
         if source.is_file(): raise
         with main_first(learn):
-            if path.exists(): quarantine(path, error)
+            if path.exists(): quarantine_save(path, error)
         return read_saved(learn, resume)
     return Saved(tree['learner'], tree['times'], short_path(path))
 
@@ -179,7 +179,7 @@ def check_no_other_saves(learn, source):
     "Raise ValueError when the folder to go on from is empty, but that of a SaveState is not"
     for cb in learn.cbs:
         if cb.saves_to is None or learn.path / cb.saves_to == source: continue
-        if saves(learn.path / cb.saves_to):
+        if list_saves(learn.path / cb.saves_to):
             raise ValueError(f'nothing is saved in {source}, but {learn.path / cb.saves_to}, to '
                              f"which {cb} saves, holds saves: use resume='latest' to go on with "
                              'them, or leave resume out')
@@ -200,7 +200,7 @@ def take_over(learn, saved:Saved):
 
 def accept_other_processes(learn, n_saved, n):
     "Go on with another number of processes than before, with a message on what that means"
-    if learn.ranks: learn.cbs.distributed.own_randomness()
+    if learn.ranks: learn.cbs.distributed.seed_each_rank()
     show_message(learn, f'saved by {n_saved} processes, goes on with {n}: what is drawn at random '
                  'differs, and the figures of the running epoch lack what other processes had seen')
 
@@ -342,17 +342,17 @@ class SaveState(Callback):
         if is_main(): folder.mkdir(parents=True, exist_ok=True)  # an error now, not after an epoch
         check_storable({'learner': map_tensors(local_part, live_state(learn))})
         self._is_first, self._time_was_up = point.saved is None, False
-        if self._is_first and is_main() and saves(folder) and not point.was_requested:
+        if self._is_first and is_main() and list_saves(folder) and not point.was_requested:
             warnings.warn(f'{folder} holds saves of an earlier fit, which go when this one saves; '
                           "fit(..., resume='latest') would have gone on with it",
-                          stacklevel=callers_level())
+                          stacklevel=caller_stacklevel())
         self._record_time(learn)
 
     def at_rest(self, learn):
         if not self.is_time_to_save(learn): return
         # Saves of an earlier fit go as soon as this one has its first
         keep, folder = 1 if self._is_first else self.keep, learn.path/self.saves_to
-        tree = tree_for_file(learn, per_process=True, path=lambda: next_save(folder))
+        tree = tree_for_file(learn, per_process=True, path=lambda: next_save_path(folder))
         if is_main(): save_next(tree, folder, keep=keep)
         self._is_first, self._time_was_up = False, learn.time_is_up
         self._record_time(learn)
@@ -387,7 +387,8 @@ def autosaving(learn,
             raise ValueError(f'fit(resume={resume!r}): inside of saving_to each fit goes on by '
                              'itself; leave resume out')
         folder = path/str(next(numbers))
-        return [*as_callbacks(cbs), SaveState(folder, every)], folder if saves(folder) else None
+        cbs = [*as_callbacks(cbs), SaveState(folder, every)]
+        return cbs, folder if list_saves(folder) else None
     before = point.autosave, learn.on_interrupt
     point.autosave, learn.on_interrupt = autosave, 'raise'
     try: yield learn

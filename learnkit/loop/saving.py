@@ -34,8 +34,8 @@ def local_values(state:dict, buffers): # dict: path, a tuple -> plain tree
     if state['fit'] and 'grads' in state['fit']: paths.append(('fit', 'grads'))
     return {path: value_at(state, path) for path in paths}
 
-def local_differences(state:dict, ranks, buffers=()): # list of (paths, values), one a process but the first
-    "What each process has otherwise than process 0"
+def local_differences(state:dict, ranks, buffers=()): # list of (paths, values)
+    "What each process but the first has otherwise than process 0"
     local = local_values(state, buffers)
     digests = ranks.gather([tree_digest(value) for value in local.values()])
     pairs = zip(local, digests[0], digests[ranks.rank], strict=True)
@@ -56,8 +56,8 @@ def localized(state:dict, ranks): # dict
 
 # %% ../../nbs/loop/05_saving.ipynb #76ce615f
 def tree_for_file(learn,
-                  per_process:bool=False, # called on all processes: what each has for itself is in it
-                  path=None, # gives the file, beside which a state too large to be gathered is written
+                  per_process:bool=False, # called on all processes, with what each has alone
+                  path=None, # function: the file, beside which shards may be written
                  ): # plain tree
     "What goes into a file: the state, and beside it the times, which are no part of it"
     state, beside = live_state(learn), {'times': learn.recorder.times}

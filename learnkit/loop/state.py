@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from ..base.batches import map_tensors
-from ..base.dtensors import distribute_like, full_tensor, is_dtensor, plain_class
+from ..base.dtensors import distribute_like, full_tensor, is_dtensor, unsharded_class
 from ..base.randomness import isolated_rng, rng_state, set_rng_state
 from ..components.optim import check_opt_state, load_opt_state, opt_params, opt_state
 from ..data.resumable import generator_states, is_stateful, set_generator_states
@@ -54,8 +54,9 @@ def check_model_state(model:nn.Module,
     problems = [f'{what}: {", ".join(keys[:3])}{" ..." if len(keys) > 3 else ""}'
                 for what, keys in found.items() if keys]
     if problems:
-        raise ValueError(f'the saved model is not a {plain_class(model).__name__} like this one; '
-                         + '; '.join(problems) + '. Nothing was loaded.')
+        name = unsharded_class(model).__name__
+        raise ValueError(f'the saved model is not a {name} like this one; ' + '; '.join(problems)
+                         + '. Nothing was loaded.')
 
 # %% ../../nbs/loop/04_state.ipynb #5570ca1b
 def loss_state(loss_func): # dict: name -> live tensor
@@ -67,8 +68,8 @@ def check_loss_state(loss_func, state):
     have = {name: kind(value) for name, value in loss_state(loss_func).items()}
     need = {name: kind(value) for name, value in state.items()}
     if have != need:
-        raise ValueError(f'the saved loss has the parameters and buffers {need or "none"}, this one '
-                         f'has {have or "none"}: give the learner the same loss_func')
+        raise ValueError(f'the saved loss has the parameters and buffers {need or "none"}, this '
+                         f'one has {have or "none"}: give the learner the same loss_func')
 
 # %% ../../nbs/loop/04_state.ipynb #fe7cb93f
 COUNTERS = ('epochs_done', 'steps_done', 'steps_skipped')

@@ -153,8 +153,8 @@ class CycledBatches:
             for self.number, batch in enumerate(self.dl): yield batch
             if self.number is None: return
 
-    def sample_counts(self, number): # (int, int), see `EpochLoader.sample_counts`
-        return self.dl.sample_counts(self.number)
+    def batch_weights(self, number): # (int, int), see `EpochLoader.batch_weights`
+        return self.dl.batch_weights(self.number)
 
 # %% ../../nbs/training/05_lr_find.ipynb #6ba09d9b
 @patch
