@@ -6,7 +6,7 @@ from common import ratio, report, torch
 from loop import mnist_cnn
 from learnkit import *
 from learnkit.loop import resume
-from learnkit.checkpoints.checkpointed import CheckpointedLearner
+from learnkit.checkpoints.learner import CheckpointedLearner
 from learnkit.files.store import Store
 from torch import nn
 from torch.optim import Adam

@@ -149,10 +149,25 @@ from .processes import shares as _shares
 from .processes import ddp as _ddp
 from .processes import fsdp as _fsdp
 from .processes.distributed import (
-    check_strategy, Distributed,
+    Distributed,
 )
+from .checkpoints import results as _results
+from .checkpoints.record import (
+    StaleCheckpoint,
+)
+from .checkpoints import host as _host
+from .checkpoints import shared_store as _shared_store
+from .checkpoints import digests as _digests
+from .checkpoints import ledger as _ledger
+from .checkpoints import changes as _changes
+from .checkpoints import answers as _answers
+from .checkpoints import block as _block
 from .checkpoints.checkpointed import (
-    Checkpointed, CheckpointedLearner, StaleCheckpoint,
+    Checkpointed,
+)
+from .checkpoints import learner_host as _learner_host
+from .checkpoints.learner import (
+    CheckpointedLearner,
 )
 from .checkpoints import lineage as _lineage
 from .checkpoints.tree import (
@@ -180,6 +195,6 @@ __all__ = [
     'SaveBest', 'AskToContinue', 'EarlyStopping', 'StopOnNaN', 'ReduceLROnPlateau',
     'MixedPrecision', 'GradientAccumulation', 'GradientClip', 'EMA', 'SWA', 'ShortEpoch',
     'StageFuncs', 'ValidateEvery', 'CutMix', 'MixUp', 'OverfitResult', 'ChannelsLast', 'launch',
-    'Ranks', 'check_strategy', 'Distributed', 'Checkpointed', 'CheckpointedLearner',
-    'StaleCheckpoint', 'checkpoints_table', 'tree_text', 'plot_tree', 'explain_text',
+    'Ranks', 'Distributed', 'StaleCheckpoint', 'Checkpointed', 'CheckpointedLearner',
+    'checkpoints_table', 'tree_text', 'plot_tree', 'explain_text',
 ]

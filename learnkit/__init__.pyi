@@ -93,11 +93,10 @@ from .training.trials import OverfitResult as OverfitResult
 from .training.compiling import ChannelsLast as ChannelsLast
 from .processes.launch import launch as launch
 from .processes.group import Ranks as Ranks
-from .processes.distributed import check_strategy as check_strategy
 from .processes.distributed import Distributed as Distributed
+from .checkpoints.record import StaleCheckpoint as StaleCheckpoint
 from .checkpoints.checkpointed import Checkpointed as Checkpointed
-from .checkpoints.checkpointed import CheckpointedLearner as CheckpointedLearner
-from .checkpoints.checkpointed import StaleCheckpoint as StaleCheckpoint
+from .checkpoints.learner import CheckpointedLearner as CheckpointedLearner
 from .checkpoints.tree import checkpoints_table as checkpoints_table
 from .checkpoints.tree import tree_text as tree_text
 from .checkpoints.figure import plot_tree as plot_tree
@@ -118,7 +117,7 @@ __all__ = [
     'ParamScheduler', 'TorchScheduler', 'LRFinderResult', 'SaveBest', 'AskToContinue',
     'EarlyStopping', 'StopOnNaN', 'ReduceLROnPlateau', 'MixedPrecision', 'GradientAccumulation',
     'GradientClip', 'EMA', 'SWA', 'ShortEpoch', 'StageFuncs', 'ValidateEvery', 'CutMix',
-    'MixUp', 'OverfitResult', 'ChannelsLast', 'launch', 'Ranks', 'check_strategy',
-    'Distributed', 'Checkpointed', 'CheckpointedLearner', 'StaleCheckpoint',
-    'checkpoints_table', 'tree_text', 'plot_tree', 'explain_text'
+    'MixUp', 'OverfitResult', 'ChannelsLast', 'launch', 'Ranks', 'Distributed',
+    'StaleCheckpoint', 'Checkpointed', 'CheckpointedLearner', 'checkpoints_table', 'tree_text',
+    'plot_tree', 'explain_text'
 ]

@@ -12,7 +12,8 @@ from counting import Fits
 from learnkit import *
 from everywhere import Everywhere
 from learnkit.components.callback import EVENTS
-from learnkit.checkpoints.checkpointed import CheckpointedLearner, StaleCheckpoint
+from learnkit.checkpoints.learner import CheckpointedLearner
+from learnkit.checkpoints.record import StaleCheckpoint
 from learnkit.files.errors import DamagedError, LockedError, StoreError
 from learnkit.files.store import Store
 from learnkit.files.tree import tree_digest

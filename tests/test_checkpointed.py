@@ -13,7 +13,9 @@ from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import StepLR
 from counting import Fits
 from learnkit import *
-from learnkit.checkpoints.checkpointed import CheckpointedLearner, Checkpointed, StaleCheckpoint
+from learnkit.checkpoints.checkpointed import Checkpointed
+from learnkit.checkpoints.learner import CheckpointedLearner
+from learnkit.checkpoints.record import StaleCheckpoint
 from learnkit.base.methods import pure, result, structural, unrecorded
 from learnkit.files.errors import StoreError, UnstorableError
 from learnkit.files.tree import tree_digest

@@ -8,7 +8,7 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader, TensorDataset
 from learnkit import *
 from everywhere import Everywhere
-from learnkit.checkpoints.checkpointed import CheckpointedLearner
+from learnkit.checkpoints.learner import CheckpointedLearner
 from learnkit.files.store import Store
 from learnkit.files.tree import tree_digest
 

@@ -15,7 +15,8 @@ from torch.utils.data import (ConcatDataset, DataLoader, Dataset, IterableDatase
                               TensorDataset, WeightedRandomSampler, random_split)
 from counting import Fits
 from learnkit import *
-from learnkit.checkpoints.checkpointed import CheckpointedLearner, StaleCheckpoint
+from learnkit.checkpoints.learner import CheckpointedLearner
+from learnkit.checkpoints.record import StaleCheckpoint
 from learnkit.base.methods import pure, result, structural
 from learnkit.fingerprint.values import UnfingerprintableError
 from learnkit.files.errors import StoreError, UnstorableError
@@ -846,7 +847,7 @@ def test_law_7_ids(tmp_path):
     assert Store(tmp_path / 'run').ids() == [-3, 1, 1.5, 2, '1', 'a']
     for id in (True, None, math.nan, math.inf, '', 'a/b', '..', 'x' * 65):
         with pytest.raises((TypeError, ValueError), match='no id'): block(learn, id)
-    assert learn.rollback(1.0).ledger.at.id == 1
+    assert learn.rollback(1.0).ledger.position.id == 1
 
 
 # Law 8: forks share storage

@@ -9,7 +9,8 @@ from matplotlib.colors import to_hex
 from torch import nn
 from torch.optim import SGD
 from learnkit import *
-from learnkit.checkpoints.checkpointed import CheckpointedLearner, Place, digest_of
+from learnkit.checkpoints.learner import CheckpointedLearner
+from learnkit.checkpoints.record import Node, Position
 from learnkit.fingerprint.values import fingerprint
 from learnkit.base.text import age_text
 from learnkit.checkpoints.comparison import explain_text, show_text
@@ -19,6 +20,7 @@ from learnkit.checkpoints.lineage import (
 from learnkit.checkpoints.tree import (
     checkpoints_table, columns_of, print_text, printable, short_call, tree_text)
 from learnkit.files.store import Store
+from learnkit.files.tree import json_digest
 
 NOW = 1_700_000_000.
 NAMES = ['id', 'parent', 'description', 'calls', 'epochs', 'best', 'bytes', 'created', 'status']
@@ -86,7 +88,7 @@ class Nodes:
             parent, k = self.nodes.get(node['parent']), node['parent_call']
             if parent and node['parent_state'] == 'as it is' and parent['calls']:
                 last = parent['calls'][k if isinstance(k, int) else -1]
-                node['parent_state'] = digest_of(last['after'])
+                node['parent_state'] = json_digest(last['after'])
 
     def ids(self): return sorted(self.nodes, key=lambda id: (type(id) is str, id))
     def nbytes(self, *nodes): return 1000 * len(nodes)
@@ -131,7 +133,7 @@ def test_a_running_call_is_running_even_if_the_block_was_once_closed():
 def test_a_child_of_an_earlier_call_is_compared_with_that_call():
     two = node(1, calls=[call(), call()])
     assert status(Nodes(two, node(2, 1, parent_call=0)))[2] == 'complete'
-    end = digest_of(two['calls'][1]['after'])
+    end = json_digest(two['calls'][1]['after'])
     assert status(Nodes(two, node(2, 1, parent_call=0, parent_state=end)))[2] == 'stale'
     assert status(Nodes(two, node(2, 1, parent_call=7, parent_state='x')))[2] == 'stale'
 
@@ -144,7 +146,7 @@ def test_a_child_is_stale_while_its_parent_is_computed_anew():
 def test_children_of_bookmarks_and_of_damaged_parents_are_not_stale():
     begin = {'parts': {'model': 'm'}, 'state': None, 'beside': None, 'structure': {}}
     store = Nodes(node(1, calls=[], begin=begin),
-                  node(2, 1, parent_state=digest_of({'model': 'm'})),
+                  node(2, 1, parent_state=json_digest({'model': 'm'})),
                   node(3), node(4, 3, parent_state='x'), bad=[3])
     assert status(store) == {1: 'complete', 2: 'complete', 3: 'damaged', 4: 'complete'}
 
@@ -225,8 +227,8 @@ def test_the_best_of_all_calls_goes_by_its_direction():
     down = node(2,
                 calls=[call(best=best, metric='valid_loss', higher=False) for best in (0.9, 0.8)])
     mixed = node(3, calls=[call(best=0.1), call(best=0.9, metric='f1')])
-    assert [best_value(n)['value'] for n in (up, down, mixed)] == [0.95, 0.8, 0.1]
-    assert best_value(node(4)) is None
+    assert [best_value(Node(n))['value'] for n in (up, down, mixed)] == [0.95, 0.8, 0.1]
+    assert best_value(Node(node(4))) is None
 
 
 @pytest.mark.parametrize('kwargs, text', [
@@ -302,16 +304,16 @@ def test_what_a_line_says():
 
 
 @pytest.mark.parametrize('at, mark', [
-    (Place(2), '← here'), (Place(2, 0), '← here, after call 0'),
-    (Place(2, 'best'), '← here, its best'),
-    (Place(2, 'inside'), '← here, inside a call')])
+    (Position(2), '← here'), (Position(2, 0), '← here, after call 0'),
+    (Position(2, 'best'), '← here, its best'),
+    (Position(2, 'inside'), '← here, inside a call')])
 def test_where_the_learner_stands(at, mark):
     found = lines(Nodes(node(1), node(2, 1), node(3, 2)), at=at)
     assert [i for i, line in enumerate(found) if '←' in line] == [1] and found[1].endswith(mark)
 
 
 def test_where_the_learner_stood_before_it_was_deleted():
-    last = lines(Nodes(node(1)), at=Place('x'))[-1]
+    last = lines(Nodes(node(1)), at=Position('x'))[-1]
     assert last == "1 checkpoint, 1 kB; the learner stands on 'x', which was deleted"
 
 
@@ -679,7 +681,7 @@ def test_a_child_keeps_the_end_of_its_parent(tmp_path):
 
 def test_a_child_keeps_what_its_grandparent_had(tmp_path):
     store = with_states(tmp_path, node(1), node(2, 1, calls=[]),
-                        node(3, 2, parent_state=digest_of({'model': 'b'})))
+                        node(3, 2, parent_state=json_digest({'model': 'b'})))
     end = store.read(1)['calls'][0]['state']
     delete_checkpoint(store, 2, force=True)
     assert store.read(3)['begin']['state'] == end
@@ -778,7 +780,7 @@ def test_a_call_that_failed_is_running_and_then_complete(tmp_path):
     with pytest.raises(OSError), learn.checkpoint(1) as cp:
         cp.fit(1, cbs=Callback(after_epoch=fail))
     assert learn.checkpoints.status.tolist() == ['running']
-    assert '← here, inside a call' in tree_text(learn.ledger.store, at=learn.ledger.at)
+    assert '← here, inside a call' in tree_text(learn.ledger.store, at=learn.ledger.position)
     assert show_text(learn.ledger.store, 1)
 
 

@@ -2,7 +2,7 @@
 import os, signal, subprocess, sys, time
 import pytest
 from house import run
-from learnkit.store import is_alive
+from learnkit.files.durable import is_alive
 from preloaded import python
 
 WAITS = 'import os, time; print(os.getpid(), flush=True); time.sleep(60)'

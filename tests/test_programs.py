@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 from torch import nn
 from torch.optim import SGD, Adam
 from learnkit import *
-from learnkit.checkpoints.checkpointed import CheckpointedLearner
+from learnkit.checkpoints.learner import CheckpointedLearner
 from learnkit.base.randomness import isolated_rng
 from learnkit.files.tree import tree_digest
 

@@ -14,14 +14,14 @@ def common_ancestor(lineage: Any, a: Any, b: Any) -> Any:
         id; None
     """
 
-def way_to(lineage: Any, id: Any, start: Any) -> Any:
-    """The checkpoints from `start` on; from the beginning, where it is None
+def ids_since(lineage: Any, id: Any, start: Any) -> Any:
+    """The checkpoints from `start` on to `id`; from the beginning, where it is None
 
     Returns:
         list of ids, `start` not among them
     """
 
-def origins(lineage: Any, a: Any, b: Any, start: Any) -> Any:
+def lineage_texts(lineage: Any, a: Any, b: Any, start: Any) -> Any:
     """How both came to be
 
     Returns:
@@ -35,11 +35,11 @@ def step_text(lineage: Any, id: Any) -> str:
         str
     """
 
-def calls_on(lineage: Any, way: Any) -> Any:
-    """All numbered calls on a way
+def calls_of(lineage: Any, ids: Any) -> Any:
+    """All numbered calls of some checkpoints
 
     Returns:
-        list of (id, call)
+        list of (id, CallRecord)
     """
 
 def compared_calls(lineage: Any, a: Any, b: Any, start: Any) -> Any:
@@ -49,14 +49,14 @@ def compared_calls(lineage: Any, a: Any, b: Any, start: Any) -> Any:
         list of texts
     """
 
-def only(whose: Any, calls: Any) -> Any:
-    """Calls that one way alone has
+def calls_of_one(owner: Any, calls: Any) -> Any:
+    """Calls that only one of the two has
 
     Returns:
         list of texts
     """
 
-def compared_call(mine: Any, other: Any) -> Any:
+def compared_call(one: Any, other: Any) -> Any:
     """How the arguments of two calls differ
 
     Returns:
@@ -70,29 +70,29 @@ def call_text(call: Any) -> str:
         str
     """
 
-def structure_of(node: Any) -> Any:
-    """How the learner is put together at the end of a checkpoint, as far as calls have come
+def structure_of(node: Any, with_calls: Any = True) -> Any:
+    """What the learner is made of at the end of a checkpoint, as far as calls have come
 
     Returns:
         dict: name -> description
     """
 
 def compared_structure(lineage: Any, a: Any, b: Any, start: Any) -> Any:
-    """How the learner was put together at the end of each
+    """What the learner was made of at the end of each
 
     Returns:
         dict: name -> list of texts
     """
 
-def beginning(node: Any) -> Any:
-    """How the learner was put together at the beginning of a checkpoint
+def first_structure(lineage: Any, id: Any) -> Any:
+    """What the learner was made of where the first ancestor of a checkpoint began
 
     Returns:
         dict: name -> description
     """
 
-def latest(lineage: Any, id: Any, key: Any) -> dict:
-    """What the calls on the way to a checkpoint were made with; the last word counts
+def latest(lineage: Any, id: Any, name: Any) -> dict:
+    """Code or versions that the calls on the way to a checkpoint were made with; the last one counts
 
     Returns:
         dict
@@ -126,18 +126,32 @@ def compared_metrics(lineage: Any, a: Any, b: Any) -> Any:
         list of texts
     """
 
-def explain_text(store: Any, a: Any, b: Any) -> Any:
-    """How two checkpoints of a store differ
+def aligned(table: Any) -> Any:
+    """Rows of texts in columns, numbers to the right
 
     Returns:
         list of lines
     """
 
-def sections(parts: Any, otherwise: Any) -> Any:
+def best_metric(node: Any) -> Any:
+    """The best value of a checkpoint, as a row of the table
+
+    Returns:
+        dict with a row or none
+    """
+
+def sections(texts: dict, otherwise: Any) -> Any:
     """Texts below one another, with a name before the first
 
     Returns:
         list of lines
+    """
+
+def explain_text(store: Any, a: Any, b: Any) -> list:
+    """How two checkpoints of a store differ
+
+    Returns:
+        of lines
     """
 
 def result_text(root: Any) -> str:
@@ -161,7 +175,9 @@ def call_lines(title: Any, call: Any) -> Any:
         list of lines
     """
 
-def moment(seconds: Any) -> Any: ...
+def time_text(seconds: Any) -> Any: ...
+
+def in_one_line(texts: Any) -> Any: ...
 
 def show_text(store: Any, id: Any) -> Any:
     """All that a store knows of one checkpoint, in words
@@ -169,5 +185,3 @@ def show_text(store: Any, id: Any) -> Any:
     Returns:
         list of lines
     """
-
-def listed(texts: Any) -> Any: ...

@@ -4,92 +4,63 @@
 """Which checkpoint goes on from which, and how it stands"""
 from dataclasses import dataclass
 from typing import Any
+from ..checkpoints.record import Node, Position
 __all__ = []
-NEEDED: set[str]
+NEEDED: Any
 
 class Lineage:
     """The checkpoints of a store, as they are now"""
     store: Any
     nodes: dict[Any, Any]
     damaged: dict[Any, Any]
-    behind: set[Any]
+    outdated: set[Any]
     def __init__(self, store: Any) -> None: ...
     @property
     def ids(self) -> Any: ...
     def parent(self, id: Any) -> Any: ...
-    def children(self) -> Any:
+    def children(self) -> dict:
         """Who goes on from whom
 
         Returns:
-            dict: id -> sorted list of ids
+            id -> sorted list of ids
         """
-    def line(self, id: Any) -> Any:
+    def ancestors(self, id: Any) -> list:
         """A checkpoint, the one it goes on from, and so on
 
         Returns:
-            list of ids
+            of ids
         """
     @property
-    def deleted(self) -> Any:
+    def deleted(self) -> list:
         """Those that only children know
 
         Returns:
-            list of ids
+            of ids
         """
-    def walk(self) -> Any:
-        """All checkpoints from the roots on; an only child stands straight below its parent
-
-        Returns:
-            list of Rows
-        """
-    def below(self, row: Any, ids: Any) -> Any:
-        """Those that go on from the checkpoint of a row
-
-        Returns:
-            list of Rows
-        """
-    def status(self, id: Any) -> Any:
+    def status(self, id: Any) -> str:
         """How a checkpoint stands
 
         Returns:
             'complete', 'running', 'stale', 'damaged', 'deleted'
         """
-    def left_behind(self, id: Any) -> bool:
-        """Whether the parent is no longer what the checkpoint went on from
-
-        Returns:
-            bool
-        """
-    def parts_at(self, id: Any, call: Any = None) -> Any:
-        """The state after a call of a checkpoint, or at its end
+    def is_outdated(self, id: Any) -> bool:
+        """Whether the parent is no longer what the checkpoint went on from"""
+    def digests_at(self, position: Position) -> Any:
+        """The digests of the state at a position
 
         Returns:
             dict: part -> digest; None: it is not there
         """
-    def saved_at(self, id: Any, call: Any = None) -> Any:
-        """What is stored of the state after a call of a checkpoint, or at its end
+    def walk(self) -> list:
+        """All checkpoints from the roots on; an only child stands straight below its parent
 
         Returns:
-            dict: parts, state, beside; None: it is not there
-        """
-    def saved_begin(self, node: Any) -> Any:
-        """What is stored of the state that a checkpoint began from; it may be its parent's
-
-        Returns:
-            dict: parts, state, beside
+            of Rows
         """
     def nbytes(self, *ids: Any) -> int:
-        """Bytes of the distinct tensors of some checkpoints
-
-        Returns:
-            int
-        """
-    def node(self, id: Any) -> dict:
-        """The node of a checkpoint that must be there
-
-        Returns:
-            dict
-        """
+        """Bytes of the distinct tensors of some checkpoints"""
+    def node(self, id: Any) -> Node:
+        """The node of a checkpoint that must be there"""
 
 @dataclass(frozen=True)
 class Row:
@@ -102,14 +73,19 @@ class Row:
     depth: int = ...
     """how many it goes on from"""
 
+def child_rows(row: Any, ids: Any) -> Any:
+    """Those that go on from the checkpoint of a row
+
+    Returns:
+        list of Rows
+    """
+
 def total_epochs(node: Any) -> int:
     """The epochs of all calls
 
     Returns:
         int
     """
-
-def report_of(call: Any) -> Any: ...
 
 def last_metrics(node: Any) -> Any:
     """The last row of the history
@@ -132,7 +108,7 @@ def main_metric(row: dict) -> Any:
         name; None
     """
 
-def number(x: Any) -> Any: ...
+def number_text(x: Any) -> Any: ...
 
 def best_text(node: Any) -> str:
     """'accuracy 0.981', or nothing where no best model is kept
@@ -148,15 +124,12 @@ def metric_text(node: Any) -> str:
         str
     """
 
-def last_change(node: Any) -> Any:
-    """When something was last computed
-
-    Returns:
-        seconds since 1970
-    """
-
 class NoCheckpoint(LookupError):
     """A checkpoint that is asked for is not there"""
+
+class HasChildren(ValueError):
+    """Others go on from a checkpoint that is to be deleted"""
+    def __init__(self, id: Any, children: Any) -> None: ...
 
 def delete_checkpoint(store: Any, id: Any, force: bool = False) -> None:
     """Delete a checkpoint with its answers; `gc` then frees the space
@@ -164,7 +137,3 @@ def delete_checkpoint(store: Any, id: Any, force: bool = False) -> None:
     Args:
         force: also when others go on from it; they keep what they need
     """
-
-class HasChildren(ValueError):
-    """Others go on from a checkpoint that is to be deleted"""
-    def __init__(self, id: Any, children: Any) -> None: ...

@@ -2,6 +2,7 @@
 # pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 # pyright: reportPrivateImportUsage=false
 """All checkpoints on one screen"""
+from types import MappingProxyType
 from typing import Any
 __all__ = [
     'checkpoints_table', 'tree_text'
@@ -16,7 +17,7 @@ def checkpoints_table(store: Any) -> Any:
 COLUMNS: tuple[str, ...]
 
 def table_row(lineage: Any, id: Any) -> Any:
-    """What the table says of one checkpoint
+    """The cells of one checkpoint
 
     Returns:
         dict: column -> value
@@ -60,51 +61,51 @@ def short_call(text: Any, width: int = 28) -> str:
         str
     """
 
-def in_short(calls: Any) -> str:
+def calls_text(calls: Any) -> str:
     """All calls in a line; what is called again and again only once
 
     Returns:
         str
     """
 
-def asked(node: Any) -> str:
-    """The methods that were asked on the state of a checkpoint
+def answers_text(node: Any) -> str:
+    """The methods whose answers a checkpoint keeps
 
     Returns:
         str
     """
-MARKS: dict[str, Any]
+MARKS: MappingProxyType
 
-def cells(lineage: Any, id: Any, at: Any, now: Any) -> Any:
-    """What the tree says of a checkpoint beside id and description
+def row_cells(lineage: Any, id: Any, position: Any, now: Any) -> Any:
+    """The cells of a checkpoint beside id and description
 
     Returns:
         list of str
     """
 
-def after(call: Any) -> str:
-    """Which place of a checkpoint
+def call_suffix(call: Any) -> str:
+    """Which position of a checkpoint
 
     Returns:
         str
     """
 
-def head(lineage: Any, id: Any) -> str:
+def title_text(lineage: Any, id: Any) -> str:
     """Mark, id and description
 
     Returns:
         str
     """
 
-def label(lineage: Any, id: Any) -> str:
+def description_text(lineage: Any, id: Any) -> str:
     """What stands beside the id
 
     Returns:
         str
     """
-LEAST: dict[int, Any]
-LESS: tuple[int, ...]
-RIGHT: tuple[int, ...]
+MIN_WIDTHS: MappingProxyType
+LEFT_OUT: tuple[int, ...]
+RIGHT_ALIGNED: tuple[int, ...]
 
 def fitted(table: Any, width: Any) -> Any:
     """The table in lines of `width`, each cell padded to its column
@@ -121,22 +122,19 @@ def tree_text(store: Any, at: Any = None, now: Any = None, width: Any = None) ->
     """The checkpoints of a store, one a line, as a tree
 
     Args:
-        at: Place of a learner, which is marked
+        at: Position of a learner, which is marked
         now: seconds since 1970; None: as it is
         width: columns of text to fit into; None: all there is
-
-    Returns:
-        str
     """
 
-def summary(lineage: Any, at: Any) -> str:
+def summary(lineage: Any, position: Any) -> str:
     """The last line of the tree
 
     Returns:
         str
     """
 
-def troubles(lineage: Any) -> Any:
+def damage_lines(lineage: Any) -> Any:
     """Why checkpoints cannot be read
 
     Returns:
@@ -151,7 +149,7 @@ def printable(text: Any, encoding: Any) -> str:
         str
     """
 
-def terminal_width(otherwise: Any) -> int:
+def terminal_width(default: Any) -> int:
     """The columns of the terminal that is printed to
 
     Returns:

@@ -7,7 +7,7 @@ from ..components.callback import Callback
 from ..loop.learner import Learner
 from ..processes.group import Ranks
 __all__ = [
-    'Distributed', 'check_strategy'
+    'Distributed'
 ]
 
 class Distributed(Callback):

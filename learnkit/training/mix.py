@@ -11,6 +11,7 @@ import torch
 from ..base.batches import batch_size, map_tensors, only_tensors
 from ..components.callback import Callback
 from ..loop.learner import Learner
+from ..data.loaders import length
 
 # %% ../../nbs/training/14_mix.ipynb #030cb416
 def tensors_in(x): # list of tensors
