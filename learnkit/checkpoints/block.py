@@ -116,7 +116,7 @@ def record_start(self:Block, digests):
     "Record where the checkpoint begins; its state is stored unless it is its parent's end"
     ledger, node, parent = self.ledger, self.node, self.node.parent_position
     is_new = parent is None or parent.call == 'best' or self.has_left(
-        state_at(ledger.read, parent), digests)
+        state_at(ledger.node, parent), digests)
     start = self.stored_state(digests) if is_new else SavedState(digests, None, None)
     node.add_descriptions(self.structure)
     node.set_start(start, digests_of(self.structure))
@@ -347,8 +347,8 @@ def load_state(self:Block, tree, saved):
     ledger, host = self.ledger, self.ledger.host
     ledger.known_digests = KnownDigests()  # lets go of what was there before
     with host.unguarded(): host.restore(joined(tree['state']), tree['beside'])
-    parts = by_part(host.state()).items()
-    fixed = {part: value for part, value in parts if part not in host.may_drift}
+    live = by_part(host.state())
+    fixed = {part: value for part, value in live.items() if part not in host.may_drift}
     ledger.known_digests = KnownDigests(fixed, saved.state)
 
 # %% ../../nbs/checkpoints/08_block.ipynb #b1d751b1

@@ -125,7 +125,7 @@ def compared_state(lineage, a, b): # list of texts
     if None in (one, other): return ['not comparable: a call is running']
     differ = differing(one, other)
     kinds = {'equal': [part for part in one if part not in differ], 'differ': differ}
-    return [f'{kind}: {", ".join(parts)}' for kind, parts in kinds.items() if parts]
+    return [f'{kind}: {", ".join(names)}' for kind, names in kinds.items() if names]
 
 # %% ../../nbs/checkpoints/15_comparison.ipynb #c1ddeb61
 def compared_metrics(lineage, a, b): # list of texts

@@ -14,8 +14,9 @@ def by_part(state): # dict
     named = isinstance(state, dict) and all(isinstance(key, str) and key for key in state)
     return state if named else {'': state}
 
-def joined(parts:dict): # what `by_part` was given
-    return parts[''] if '' in parts else parts
+def joined(by_name:dict): # what `by_part` was given
+    "A host's state from its parts"
+    return by_name[''] if '' in by_name else by_name
 
 # %% ../../nbs/checkpoints/04_digests.ipynb #5db22836
 class KnownDigests:

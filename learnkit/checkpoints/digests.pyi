@@ -13,8 +13,10 @@ def by_part(state: Any) -> dict:
         dict
     """
 
-def joined(parts: dict) -> Any:
-    """Returns:
+def joined(by_name: dict) -> Any:
+    """A host's state from its parts
+
+    Returns:
         what `by_part` was given
     """
 

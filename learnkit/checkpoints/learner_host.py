@@ -81,9 +81,9 @@ def added_arguments(cls, args, kwargs): # dict: name -> value
     bound = inspect.signature(cls.__init__).bind(None, *args, **kwargs)
     bound.apply_defaults()
     kinds = {name: param.kind for name, param in bound.signature.parameters.items()}
-    spread = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    variadic = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
     return {name: value for name, value in bound.arguments.items()
-            if name not in known and kinds[name] not in spread}
+            if name not in known and kinds[name] not in variadic}
 
 def is_of_library(cls): return cls is object or is_learnkits(cls)
 

@@ -244,7 +244,7 @@ def report_fetched(self:Ledger, node, record, differ=()):
 def new_node(self:Ledger, id, description, old) -> Node:
     "A checkpoint that goes on from where the object stands"
     position = self.position
-    digest = None if position is None else json_digest(state_at(self.read, position).digests)
+    digest = None if position is None else json_digest(state_at(self.node, position).digests)
     return new_node(id, description, type(self.host.object).__name__, position, digest, old)
 
 @patch

@@ -1,0 +1,235 @@
+"How what is asked for differs from what is recorded; going back"
+import os, warnings
+from functools import partial
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, Adam
+from torch.optim.lr_scheduler import StepLR
+from checkpoint_runs import data, make, digest, script, Own
+from counting import Fits
+from learnkit import EMA, GradientClip, SaveBest, StaleCheckpoint
+from learnkit.files.errors import StoreError
+
+
+@pytest.fixture(autouse=True)
+def counted():
+    Fits.n = 0
+
+
+@pytest.mark.parametrize('change, text', [
+    (dict(lr=2e-2), 'lr 0.01 -> 0.02'), (dict(wd=0.1), 'wd'),
+    (dict(loss_func=nn.CrossEntropyLoss(label_smoothing=0.1)), 'label_smoothing'),
+    (dict(opt_func=Adam), 'opt_func'), (dict(metrics=None), 'metrics'),
+    (dict(cbs=[GradientClip(1.)]), 'cbs'), (dict(n_inp=1), 'n_inp'),
+    (dict(model=nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 2))),
+     'p 0.3 -> 0.2'),
+    (dict(model=nn.Sequential(nn.Linear(4, 9), nn.ReLU(), nn.Dropout(0.3), nn.Linear(9, 2))),
+     'model'),
+    (dict(dls=data(1)), 'values'),
+    (dict(splitter=lambda m: [list(m[0].parameters()), list(m[3].parameters())]), 'splitter')])
+def test_a_changed_constructor_argument_is_stale(tmp_path, change, text):
+    script(make(tmp_path))
+    with pytest.raises(StaleCheckpoint, match='checkpoint 1') as caught:
+        script(make(tmp_path, **change))
+    assert text in str(caught.value)
+    assert 'on_change' in str(caught.value) and 'checkpoint 2' in str(caught.value)
+
+
+def test_a_changed_argument_is_stale_and_says_what_depends_on_it(tmp_path):
+    script(make(tmp_path))
+    with pytest.raises(StaleCheckpoint) as caught: script(make(tmp_path), n=3)
+    text = str(caught.value)
+    for part in ('n_epoch 2 -> 3', 'fit(1, lr=0.001)', 'checkpoint 2', 'rerun'): assert part in text
+    assert digest(script(make(tmp_path))) == digest(script(make(tmp_path)))  # nothing was dropped
+
+
+def test_rerun_computes_what_changed_and_what_depends_on_it(tmp_path):
+    script(make(tmp_path))
+    Fits.n = 0
+    learn = script(make(tmp_path, on_change='rerun'), n=3)
+    assert Fits.n == 3 * (3 + 1 + 1)
+    assert digest(learn) == digest(script(make(tmp_path / 'fresh'), n=3))
+    Fits.n = 0
+    script(make(tmp_path), n=3)
+    assert not Fits.n
+
+
+def test_a_removed_call_is_stale_before_anything_is_dropped(tmp_path):
+    script(make(tmp_path))
+    learn = make(tmp_path)
+    with pytest.raises(StaleCheckpoint, match=r'removed: fit\(1, lr=0.001\)'):
+        with learn.checkpoint(1, 'one') as cp: cp.fit_one_cycle(2, 3e-2, cbs=SaveBest('accuracy'))
+    script(make(tmp_path))
+    learn = make(tmp_path, on_change='rerun')
+    with learn.checkpoint(1, 'one') as cp: cp.fit_one_cycle(2, 3e-2, cbs=SaveBest('accuracy'))
+    Fits.n = 0
+    with learn.checkpoint(2, 'two') as cp:
+        cp.setup(opt_func=partial(SGD, momentum=0.9), lr=1e-2)
+        cp.fit(1)
+    assert Fits.n == 3
+
+
+def test_a_child_is_stale_when_its_parent_was_retrained(tmp_path):
+    script(make(tmp_path))
+    learn = make(tmp_path, on_change='rerun')
+    script(learn, n=3, second=False)
+    learn = make(tmp_path)
+    script(learn, n=3, second=False)
+    with pytest.raises(StaleCheckpoint, match='computed anew'):
+        with learn.checkpoint(2) as cp: cp.fit(1)
+
+
+def test_a_change_between_blocks_is_stale(tmp_path):
+    def run(change):
+        learn = make(tmp_path)
+        with learn.checkpoint(1) as cp: cp.fit(1)
+        change(learn)
+        with learn.checkpoint(2) as cp: cp.fit(1)
+        return learn
+    def zero(learn):
+        with torch.no_grad(): learn.model[0].weight.zero_()
+    first = run(lambda learn: None)
+    for change, text in ((zero, 'model'),
+                         (lambda learn: learn.add_cb(GradientClip(1.)), 'GradientClip'),
+                         (lambda learn: learn.freeze_to(0), None),
+                         (lambda learn: setattr(learn, 'lr', 1.), 'lr'),
+                         (lambda learn: setattr(learn.model[2], 'p', 0.9), '0.9'),
+                         (lambda learn: learn.model[0].weight.requires_grad_(False), 'frozen')):
+        if text is None: run(change)
+        else:
+            with pytest.raises(StaleCheckpoint, match=text): run(change)
+    # what is drawn between is laid back
+    assert digest(run(lambda learn: torch.rand(3))) == digest(first)
+
+
+def test_a_change_inside_a_block_is_stale(tmp_path):
+    def run(change):
+        learn = make(tmp_path)
+        with learn.checkpoint(1) as cp:
+            cp.fit(1)
+            if change:
+                with torch.no_grad(): learn.model[0].weight.zero_()
+            cp.fit(1)
+        return digest(learn)
+    first = run(True)
+    assert run(True) == first
+    with pytest.raises(StaleCheckpoint, match='was changed: model'): run(False)
+
+
+def test_what_cannot_be_told_is_an_error_that_names_the_ways_out(tmp_path):
+    from learnkit.fingerprint.values import UnfingerprintableError
+    file = open(os.devnull)
+    learn = make(tmp_path, cls=Own)
+    with pytest.raises(UnfingerprintableError, match='give.*value.*__fingerprint__.*ignore'):
+        with learn.checkpoint(1) as cp: cp.give({'x': file})
+    learn = make(tmp_path, cls=Own, ignore=('metrics', 'n_epoch'))
+    with learn.checkpoint(1) as cp: cp.fit(1)
+    learn = make(tmp_path, cls=Own, ignore=('metrics', 'n_epoch'), metrics=None)
+    with learn.checkpoint(1) as cp: cp.fit(2)
+    assert Fits.n == 3
+    for wrong in (dict(on_change='x'), dict(keep='x'), dict(code='x'), dict(save_every=3)):
+        with pytest.raises(ValueError): make(tmp_path, **wrong)
+
+
+def test_values_that_are_equal_but_not_alike_are_told_apart(tmp_path):
+    def run(n):
+        learn = make(tmp_path, cls=Own)
+        with learn.checkpoint(1) as cp: return cp.give(n)
+    run(1)
+    for other in (True, 1.0, '1', [1], None):
+        with pytest.raises(StaleCheckpoint): run(other)
+    assert run(1) == 1
+
+
+def test_rollback_brings_back_everything(tmp_path):
+    learn = make(tmp_path)
+    with learn.checkpoint(1) as cp: cp.fit(1)
+    one = digest(learn)
+    with learn.checkpoint(2) as cp:
+        cp.setup(opt_func=partial(SGD, momentum=0.9), lr=1e-1,
+                 loss_func=nn.CrossEntropyLoss(label_smoothing=0.1))
+        cp.add_cb(EMA(0.9))
+        cp.fit(1)
+    two = digest(learn)
+    learn.rollback(1)
+    assert digest(learn) == one and learn.loss_func.label_smoothing == 0 and len(learn.cbs) == 2
+    learn.rollback(2)
+    assert digest(learn) == two and type(learn.opt) is SGD
+    fresh = make(tmp_path)
+    fresh.rollback(1)
+    assert digest(fresh) == one
+    with pytest.raises(StaleCheckpoint, match='learn.setup') as caught: fresh.rollback(2)
+    assert 'learn.add_cb' in str(caught.value)
+    assert digest(fresh) == one
+    fresh.setup(opt_func=partial(SGD, momentum=0.9), lr=1e-1,
+                loss_func=nn.CrossEntropyLoss(label_smoothing=0.1))
+    fresh.add_cb(EMA(0.9))
+    fresh.rollback(2)
+    assert digest(fresh) == two
+
+
+def test_rollback_to_a_call_and_to_the_best(tmp_path):
+    learn = make(tmp_path)
+    best = SaveBest('valid_loss', restore=False)
+    with learn.checkpoint(1) as cp:
+        cp.fit(1)
+        after_first = digest(learn)
+        cp.fit(4, lr=0.9, cbs=best)
+    last = digest(learn)
+    learn.rollback(1, call=0)
+    assert digest(learn) == after_first
+    learn.rollback(1, 'best')
+    assert learn.validate()['loss'] == pytest.approx(best.best, rel=1e-6)
+    assert best.best < learn.recorder.df.valid_loss.iloc[-1]
+    learn.rollback(1)
+    assert digest(learn) == last
+    for wrong in (2, -1, True, 'x'):
+        with pytest.raises(ValueError, match='has the calls'): learn.rollback(1, call=wrong)
+    with pytest.raises(ValueError, match='which'): learn.rollback(1, 'first')
+    with pytest.raises(KeyError, match='have: 1'): learn.rollback(7)
+    with learn.checkpoint(2) as cp: cp.fit(0)
+    with pytest.raises(LookupError, match='no best'): learn.rollback(2, 'best')
+    assert digest(learn) == digest(learn)
+
+
+def test_rollback_without_schedulers(tmp_path):
+    learn = make(tmp_path)
+    with learn.checkpoint(1) as cp:
+        cp.setup(epoch_sched=partial(StepLR, step_size=1, gamma=0.5))
+        cp.fit(2)
+    weights, rate = learn.model[0].weight.clone(), learn.opt.param_groups[0]['lr']
+    with learn.checkpoint(2) as cp: cp.fit(3)
+    later = learn.opt.param_groups[0]['lr']
+    learn.rollback(1, schedulers=False)
+    assert torch.equal(learn.model[0].weight, weights)
+    assert learn.opt.param_groups[0]['lr'] == later == rate / 8
+    learn.rollback(1)
+    assert learn.opt.param_groups[0]['lr'] == rate
+
+
+def test_a_failing_rollback_changes_nothing(tmp_path):
+    learn = script(make(tmp_path))
+    before = digest(learn)
+    for pack in tmp_path.rglob('*.safetensors'):
+        if 'packs' in str(pack): pack.write_bytes(b'x' * pack.stat().st_size)
+    with pytest.raises(StoreError), warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        learn.rollback(1)
+    assert digest(learn) == before and type(learn.opt) is SGD
+
+
+def test_changed_code_is_told_once_or_an_error(tmp_path):
+    def loss_of(text):
+        names = {}
+        exec(compile(text, str(tmp_path / 'loss.py'), 'exec'),
+             {'torch': torch, '__name__': 'losses'}, names)
+        return names['loss']
+    one = loss_of('def loss(pred, targ): return torch.nn.functional.cross_entropy(pred, targ)')
+    two = loss_of('def loss(pred, targ): return torch.nn.functional.cross_entropy(pred, targ) * 2')
+    script(make(tmp_path, loss_func=one))
+    with pytest.warns(UserWarning, match='code of .*loss has changed') as caught:
+        script(make(tmp_path, loss_func=two))
+    assert len([w for w in caught if 'has changed' in str(w.message)]) == 1
+    with pytest.raises(StaleCheckpoint, match='loss'):
+        script(make(tmp_path, loss_func=two, code='strict'))
