@@ -93,7 +93,8 @@ def test_copies_end_with_the_tests(tmp_path):
             copy = subprocess.Popen([python(), '-c', {WAITS!r}])
             time.sleep(60)'''
     (tmp_path / 'script.py').write_text('if True:' + code)
-    with subprocess.Popen([sys.executable, tmp_path / 'script.py'], stdout=subprocess.PIPE) as tests:
+    script = [sys.executable, tmp_path / 'script.py']
+    with subprocess.Popen(script, stdout=subprocess.PIPE) as tests:
         pid = int(tests.stdout.readline())
         tests.kill()
     assert has_ended(pid)

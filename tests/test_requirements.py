@@ -13,6 +13,7 @@ COMMANDS = {'jupytext': 'notebooks as text, as CONTRIBUTING.md says',
             'ipykernel': 'notebooks in an editor',
             'pytest-xdist': 'pytest -n 2',
             'ruff': 'tests/test_house.py',
+            'pyright': 'tests/test_types.py',
             'mkdocs-material': 'the theme of docs/mkdocs.yml'}
 
 

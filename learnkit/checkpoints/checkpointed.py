@@ -112,7 +112,7 @@ def rollback(self:Checkpointed,
              which:str='last', # its end, or the 'best' model that a SaveBest in it has seen
              call:int=None, # number of the call after which, from 0; None: the end
              schedulers:bool=True, # False: torch schedulers, rates and momenta stay as they are now
-            ) -> Checkpointed: # the object itself
+            ): # the object itself
     "Go to the state at the end of a checkpoint: all of it or, with an error, none; deletes nothing"
     if which not in ('last', 'best'): raise ValueError(f"which={which!r}: must be 'last' or 'best'")
     if which == 'best' and call is not None:

@@ -65,12 +65,12 @@ class Checkpointed:
             methods called through it work on the state at the end of this checkpoint
         """
     def rollback(
-            self,
+            self: _Self,
             id: Any,
             which: str = 'last',
             call: int | None = None,
             schedulers: bool = True,
-    ) -> Checkpointed:
+    ) -> _Self:
         """Go to the state at the end of a checkpoint: all of it or, with an error, none; deletes nothing
 
         Args:

@@ -105,7 +105,7 @@ def read_samples(ds, picks, walk): # list
 @describe.register(EpochLoader)
 def describe_epoch_loader(dl, walk):
     "A loader of learnkit's"
-    elsewhere = ('epoch', 'tensors', 'dataset', 'loader', 'keys')
+    elsewhere = ('epoch', 'tensors', 'dataset', 'loader', 'sampler')
     settings = {name: value for name, value in vars(dl).items() if name not in elsewhere}
     data = list(dl.tensors) if isinstance(dl, TensorLoader) else getattr(dl, 'dataset', None)
     if isinstance(dl, TensorLoader) and not dl.shuffle: del settings['seed'] # nothing is drawn

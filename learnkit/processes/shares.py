@@ -65,6 +65,7 @@ def has_distributed_sampler(dl) -> bool:
     "Whether a loader, or a sampler of it, gives each process other samples"
     return any(hasattr(part, 'num_replicas') for part in loader_objects(dl))
 
+# %% ../../nbs/processes/04_shares.ipynb #7081780y
 class DistributedSamplerLoader:
     "A loader whose sampler shares the samples; short ones go on until all have ended"
     def __init__(self, loader, share, ranks):
@@ -96,6 +97,7 @@ class DistributedSamplerLoader:
     def batch_weights(self, number):
         return int(self.has_batch[self.share.rank]), sum(self.has_batch)
 
+# %% ../../nbs/processes/04_shares.ipynb #7081780z
 def flags_of_all(flag:bool, ranks) -> list:
     "A flag of each process; cheaper than `Ranks.gather`, as it comes with every batch"
     return torch.cat(ranks.all(torch.tensor([flag]))).tolist()

@@ -3,7 +3,7 @@ import atexit, multiprocessing, os, signal, subprocess, sys, threading, time
 import pytest
 import torch
 from learnkit.base.ranks import rank
-from learnkit.processes.launch import launch as module
+from learnkit.processes import launch as module
 from learnkit.processes.launch import can_fork, launch, start_method
 
 
