@@ -57,6 +57,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'learnkit.base.guard.assigned_in': ('base/guard.html#assigned_in', 'learnkit/base/guard.py'),
                                      'learnkit.base.guard.assigned_names': ('base/guard.html#assigned_names', 'learnkit/base/guard.py'),
                                      'learnkit.base.guard.clash_text': ('base/guard.html#clash_text', 'learnkit/base/guard.py'),
+                                     'learnkit.base.guard.is_attribute_of': ('base/guard.html#is_attribute_of', 'learnkit/base/guard.py'),
                                      'learnkit.base.guard.is_learnkits': ('base/guard.html#is_learnkits', 'learnkit/base/guard.py'),
                                      'learnkit.base.guard.private_names': ('base/guard.html#private_names', 'learnkit/base/guard.py')},
             'learnkit.base.methods': { 'learnkit.base.methods.declared_kind': ( 'base/methods.html#declared_kind',

@@ -32,18 +32,30 @@ def clash_text(base, cls, name): # str
     owner = next(owner.__name__ for owner in cls.__mro__ if is_learnkits(owner)
                  and (name in vars(owner) or name in inspect.get_annotations(owner)))
     return (f'{base.__name__} uses {name!r}, a private name of {owner}, which would not work any '
-            f'more: call it otherwise, as my{name}')
+            f'more: rename it, to my{name} for example')
 
 # %% ../../nbs/base/08_guard.ipynb #2566f2af
 def assigned_names(cls): # set of str
     "The attributes that methods of a class assign to their object"
-    functions = [inspect.unwrap(f) for f in vars(cls).values() if inspect.isfunction(f)]
+    members = [part for member in vars(cls).values() for part in
+               ((member.fget, member.fset, member.fdel) if isinstance(member, property)
+                else (member,))]
+    functions = [inspect.unwrap(f) for f in members if inspect.isfunction(f)]
     return {name for function in functions if function.__code__.co_argcount
-            for name in assigned_in(function.__code__)}
+            for name in assigned_in(function.__code__, function.__code__.co_varnames[0])}
 
-def assigned_in(code): # iterator of str
-    "The attributes of its first argument that a function assigns"
+def assigned_in(code, self:str): # iterator of str
+    "The attributes of the variable `self` that a function assigns, in functions inside it too"
     steps = list(dis.get_instructions(code))
-    for before, step in zip(steps, steps[1:], strict=False):
-        is_self = before.opname.startswith('LOAD_FAST') and before.argval == code.co_varnames[0]
-        if step.opname == 'STORE_ATTR' and is_self: yield step.argval
+    for i, step in enumerate(steps):
+        if step.opname == 'STORE_ATTR' and is_attribute_of(self, steps[:i]): yield step.argval
+    for inner in code.co_consts:
+        if inspect.iscode(inner) and self in inner.co_freevars: yield from assigned_in(inner, self)
+
+def is_attribute_of(self, steps): # bool
+    "Whether the object that an attribute is assigned to is the variable `self`"
+    if steps[-1].opname == 'SWAP':  # as `self.x += 1` ends; it has read `self` first
+        reads = [before for before, step in zip(steps, steps[1:], strict=False)
+                 if step.opname == 'COPY' and before.argval == self]
+        return bool(reads)
+    return steps[-1].opname.startswith('LOAD_') and steps[-1].argval == self

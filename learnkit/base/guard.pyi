@@ -35,9 +35,16 @@ def assigned_names(cls: Any) -> Any:
         set of str
     """
 
-def assigned_in(code: Any) -> Iterator[Any]:
-    """The attributes of its first argument that a function assigns
+def assigned_in(code: Any, self: str) -> Iterator[Any]:
+    """The attributes of the variable `self` that a function assigns, in functions inside it too
 
     Returns:
         iterator of str
+    """
+
+def is_attribute_of(self: Any, steps: Any) -> bool:
+    """Whether the object that an attribute is assigned to is the variable `self`
+
+    Returns:
+        bool
     """
