@@ -45,7 +45,7 @@ def test_the_record_knows_no_learner(room):
 
 
 def test_the_walk_sees_learners_where_they_are():
-    assert {'loop.learner', 'loop.loop', 'training.track'} <= reached('checkpoints.learner')
+    assert {'loop.learner', 'loop.loop', 'training.save_best'} <= reached('checkpoints.learner')
 
 
 DECLARED = {name for cls in (Host, LearnerHost) for name in vars(cls) if name[0] != '_'}
