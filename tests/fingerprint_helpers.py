@@ -33,8 +33,8 @@ from learnkit.training.averaging import EMA
 from learnkit.training.gradients import GradientAccumulation, GradientClip
 from learnkit.training.precision import MixedPrecision
 from learnkit.training.torch_schedulers import TorchScheduler
-from learnkit.training.stopping import EarlyStopping
 from learnkit.training.save_best import SaveBest
+from learnkit.training.stopping import EarlyStopping
 
 
 HELPERS = __name__ # the module of all that is defined here

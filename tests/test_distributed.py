@@ -123,7 +123,7 @@ def test_an_error_in_one_process_ends_all_and_is_the_one_shown(event, rank, capf
 
 def test_a_process_that_waits_elsewhere_ends_too():
     start = time.monotonic()
-    with fresh_processes(), pytest.raises(RuntimeError, match='ZeroDivisionError: early'):
+    with pytest.raises(RuntimeError, match='ZeroDivisionError: early'):
         launch(ranks.hangs, 1, n=2)
     assert time.monotonic() - start < 30
 
@@ -195,7 +195,7 @@ def test_a_script_of_two_processes_that_was_broken_off_ends_with_the_same_bits(
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path):
-    with pytest.raises(
+    with fresh_processes(), pytest.raises(
         RuntimeError,
         match='RuntimeError: checkpoint called in one of 2 processes that do not know'):
         launch(ranks.apart, tmp_path, n=2)

@@ -6,15 +6,20 @@ from learnkit.files.durable import is_alive
 from learnkit.testing import two_processes
 
 
+@pytest.fixture(scope='module', autouse=True)
+def processes_begin_as_copies():
+    with preloaded.spawning(preloaded.python()): yield
+
+
 def test_results_of_both(two_processes):
     one = ranks.worst()
-    with preloaded.spawning(preloaded.python()):
-        assert two_processes(ranks.worst, 0) == [pytest.approx(one)] * 2
+    assert two_processes(ranks.worst, 0) == [pytest.approx(one)] * 2
 
 
 def test_what_does_not_end_is_ended(two_processes, tmp_path):
     start = time.monotonic()
-    with pytest.raises(TimeoutError, match='waits had not ended after 6 s'):
+    with (preloaded.spawning(preloaded.python()),
+          pytest.raises(TimeoutError, match='waits had not ended after 6 s')):
         two_processes(ranks.waits, str(tmp_path), timeout=6)
     assert time.monotonic() - start < 40
     assert len(list(tmp_path.iterdir())) == 2

@@ -225,7 +225,7 @@ class SklearnMetric:
     def sync_over(self, ranks):
         "Take in what the other processes have"
         found = ranks.gather([self.preds, self.targs])
-        self.preds, self.targs = [[t for part in found for t in part[i]] for i in range(2)]
+        self.preds, self.targs = [[t for lists in found for t in lists[i]] for i in range(2)]
 
     def compute(self): # what func gives
         pred, targ = torch.cat(self.preds), torch.cat(self.targs)
@@ -248,13 +248,13 @@ def as_vector(t): # tensor, (batch,) if it was (batch, 1)
     return t[:, 0] if t.ndim == 2 and t.shape[1] == 1 else t
 
 def sklearn_pred(pred, # output of a model, (batch, classes), (batch, 1) or (batch,)
-                 kind:str, # 'argmax', 'raw', 'prob' or 'binary'
+                 form:str, # 'argmax', 'raw', 'prob' or 'binary'
                 ): # tensor
     "The class, the output itself, the probability, or whether a single logit means yes"
-    if kind == 'argmax': return pred.argmax(-1)
+    if form == 'argmax': return pred.argmax(-1)
     pred = as_vector(pred.float())
-    if kind == 'raw': return pred
-    if kind == 'binary': return (pred > 0).long()  # probability above 0.5
+    if form == 'raw': return pred
+    if form == 'binary': return (pred > 0).long()  # probability above 0.5
     if pred.ndim == 1: return pred.sigmoid()
     prob = pred.softmax(-1)
     return prob[:, 1] if prob.shape[1] == 2 else prob  # of two classes, the second one's

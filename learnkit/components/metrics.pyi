@@ -288,12 +288,12 @@ def as_vector(t: Any) -> Any:
         tensor, (batch,) if it was (batch, 1)
     """
 
-def sklearn_pred(pred: Any, kind: str) -> Any:
+def sklearn_pred(pred: Any, form: str) -> Any:
     """The class, the output itself, the probability, or whether a single logit means yes
 
     Args:
         pred: output of a model, (batch, classes), (batch, 1) or (batch,)
-        kind: 'argmax', 'raw', 'prob' or 'binary'
+        form: 'argmax', 'raw', 'prob' or 'binary'
 
     Returns:
         tensor

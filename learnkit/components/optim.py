@@ -136,9 +136,9 @@ def make_opt(model:nn.Module,
             ): # optimizer, or None for a model without parameters
     "An optimizer over the groups of `model`"
     if isinstance(opt_func, torch.optim.Optimizer):
-        kind = type(opt_func).__name__
+        name = type(opt_func).__name__
         raise TypeError(f'opt_func is an optimizer that exists already; give its class, e.g. '
-                        f'opt_func={kind} or partial({kind}, ...)')
+                        f'opt_func={name} or partial({name}, ...)')
     lazy = [name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)]
     if lazy:
         raise ValueError(f'parameter {lazy[0]!r} has no shape yet: run one batch through the model '
@@ -322,16 +322,16 @@ def copy_like(param, # parameter; None: of no parameter
               reusable=None, # what is kept now: tensors that fit are written to, not made anew
              ): # the same nesting
     "Copies of tensors, those in the shape of the parameter in its memory layout and on its device"
-    def copied(value, old=None):
+    def copy_value(value, old=None):
         if param is None or value.shape != param.shape: return value.clone()
         new = torch.empty_like(param, dtype=value.dtype, device='meta')
         fits = isinstance(old, torch.Tensor) and old.device == param.device
         if not (fits and same_layout(old, new)): old = torch.empty_like(param, dtype=value.dtype)
         return old.copy_(distribute_like(value, param))
-    if not isinstance(values, dict): return map_tensors(copied, values)
+    if not isinstance(values, dict): return map_tensors(copy_value, values)
     reusable = reusable or {}
-    return {key: copied(value, reusable.get(key)) if isinstance(value, torch.Tensor)
-            else map_tensors(copied, value) for key, value in values.items()}
+    return {key: copy_value(value, reusable.get(key)) if isinstance(value, torch.Tensor)
+            else map_tensors(copy_value, value) for key, value in values.items()}
 
 def same_layout(a, b): return (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
 

@@ -116,20 +116,20 @@ def batches(self:TensorLoader,
             yield tuple([t.clone() for t in rows])  # changing a batch must not change the data
 
 # %% ../../nbs/data/01_loaders.ipynb #99816e80
-def loader_parts(dl, *more): # list of objects
+def loader_objects(dl, *more): # list of objects
     "A loader, its samplers, and theirs, as far as they have attributes; `more` names further parts"
-    parts, todo = {}, [dl]
+    objects, todo = {}, [dl]
     while todo:
-        part = todo.pop()
-        if id(part) in parts or not hasattr(part, '__dict__'): continue
-        parts[id(part)] = part
-        todo += [vars(part).get(name) for name in ('loader', 'sampler', 'batch_sampler', *more)]
-    return list(parts.values())
+        item = todo.pop()
+        if id(item) in objects or not hasattr(item, '__dict__'): continue
+        objects[id(item)] = item
+        todo += [vars(item).get(name) for name in ('loader', 'sampler', 'batch_sampler', *more)]
+    return list(objects.values())
 
 def generators(dl): # list of random generators
     "The generators that a loader, its samplers and its dataset hold, always in the same order"
-    parts = loader_parts(dl, 'dataset', 'transform', 'target_transform', 'transforms')
-    values = [value for part in parts for value in vars(part).values()]
+    objects = loader_objects(dl, 'dataset', 'transform', 'target_transform', 'transforms')
+    values = [value for item in objects for value in vars(item).values()]
     return [value for value in values if generator_state(value) is not None]
 
 # %% ../../nbs/data/01_loaders.ipynb #e4b6d137
@@ -219,7 +219,7 @@ def batches(self:DatasetLoader,
     rank = (self.share.rank,) if self.share and self.share.rank else ()  # each draws other numbers
     keys = [((epoch, number, *rank), order[number * self.bs:(number + 1) * self.bs])
             for number in range(len(self))[start:]]
-    if self.share: keys = [(id, part) for id, all in keys if (part := self.share.samples_of(all))]
+    if self.share: keys = [(id, mine) for id, all in keys if (mine := self.share.samples_of(all))]
     self.sampler.items = keys
     self.loader.generator.manual_seed(epoch_seed(self.seed, epoch))
     return iter(self.loader)
@@ -306,7 +306,7 @@ def from_tensors(cls:DataLoaders,
     check_alike(tensors, valid or tensors)
     split = split_samples(len(tensors[0]), valid_pct, seed)
     if valid_bs is None: valid_bs = bs
-    if valid_pct: tensors, valid = [tuple(t[part.to(t.device)] for t in tensors) for part in split]
+    if valid_pct: tensors, valid = [tuple(t[idx.to(t.device)] for t in tensors) for idx in split]
     return cls(TensorLoader(tensors, bs, True, seed, device),
                valid and TensorLoader(valid, valid_bs, False, seed, device))
 
@@ -357,8 +357,8 @@ def length(dl): # int or None
 # %% ../../nbs/data/01_loaders.ipynb #718e62e3
 def set_epoch(dl, epoch:int):
     "Call `set_epoch` of a loader and of its samplers, where there is one"
-    for part in (dl, getattr(dl, 'sampler', None), getattr(dl, 'batch_sampler', None)):
-        if callable(getattr(part, 'set_epoch', None)): part.set_epoch(epoch)
+    for item in (dl, getattr(dl, 'sampler', None), getattr(dl, 'batch_sampler', None)):
+        if callable(getattr(item, 'set_epoch', None)): item.set_epoch(epoch)
 
 # %% ../../nbs/data/01_loaders.ipynb #8de3b615
 def n_samples(dl): # int or None

@@ -95,7 +95,7 @@ class TensorLoader(EpochLoader):
             iterator of tuples of tensors
         """
 
-def loader_parts(dl: Any, *more: Any) -> Any:
+def loader_objects(dl: Any, *more: Any) -> Any:
     """A loader, its samplers, and theirs, as far as they have attributes; `more` names further parts
 
     Returns:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from ..base.randomness import (
     generator_state, rng_state, set_generator_state, set_rng_state)
 from ..files.tree import tree_digest
-from .loaders import DatasetLoader, EpochLoader, describe, generators, loader_parts
+from .loaders import DatasetLoader, EpochLoader, describe, generators, loader_objects
 
 # %% ../../nbs/data/02_resumable.ipynb #ea784c03
 @contextmanager
@@ -24,14 +24,14 @@ def reading_without_trace(dl, # any loader, or a list of batches
     if isinstance(dl, Iterator):
         raise ValueError(f'{type(dl).__name__} is an iterator: reading it uses it up, and that '
                          'cannot be undone; give a loader or a list of batches')
-    before = [(part, dict(vars(part))) for part in loader_parts(dl)]
+    before = [(item, dict(vars(item))) for item in loader_objects(dl)]
     rngs = generators(dl)
     states = [generator_state(rng) for rng in rngs]
     try: yield with_new_workers(dl)
     finally:
-        for part, attributes in before:
-            vars(part).clear()
-            vars(part).update(attributes)
+        for item, attributes in before:
+            vars(item).clear()
+            vars(item).update(attributes)
         for rng, state in zip(rngs, states, strict=True): set_generator_state(rng, state)
 
 # %% ../../nbs/data/02_resumable.ipynb #19b9cc92

@@ -378,10 +378,10 @@ class Learner(Loop):
     def ema_model(self) -> nn.Module:
         """A copy of the model, in evaluation mode, with the average of `EMA` or `SWA` in it"""
     @structural
-    def to_channels_last(self) -> Learner:
+    def to_channels_last(self: _Self) -> _Self:
         """Lay out weights, the optimizer's state and all image batches with channels side by side"""
     @structural
-    def compile(self, on: bool = True, **kwargs: Any) -> Learner:
+    def compile(self: _Self, on: bool = True, **kwargs: Any) -> _Self:
         """Have the model's computation compiled by `torch.compile`
 
         Args:
@@ -432,11 +432,11 @@ class Learner(Loop):
             stop_div: stop when the loss diverges
             suggest: which suggestions to make
         """
-    def to_bf16(self) -> Learner:
+    def to_bf16(self: _Self) -> _Self:
         """Compute in bfloat16 where that is safe"""
-    def to_fp16(self) -> Learner:
+    def to_fp16(self: _Self) -> _Self:
         """Compute in float16 where that is safe, with scaled losses"""
-    def to_fp32(self) -> Learner:
+    def to_fp32(self: _Self) -> _Self:
         """Compute in full precision"""
     def fit_one_cycle(
             self,

@@ -6,7 +6,7 @@
 __all__ = ['launch']
 
 # %% ../../nbs/processes/00_launch.ipynb #231706a6
-import atexit, logging, multiprocessing, os, signal, sys, threading
+import atexit, logging, multiprocessing, os, signal, sys, threading, time
 from contextlib import contextmanager
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -43,13 +43,18 @@ def start_method(fn) -> str: # 'fork' or 'spawn'
 SIGNALS = tuple(getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGQUIT')
                 if hasattr(signal, name))
 
+MONITOR_INTERVAL = 0.1  # seconds after which the launcher sees that a process has ended
+
 @record
 def run_in_process(method, fn, *args): # what `fn` returns
     "Call a function in a launched process"
     # Processes that it starts itself, as loaders do, begin as they would without a launch
     multiprocessing.set_start_method(method, force=True)
     torch.set_num_threads(1)  # a copy has no other threads, and would wait for them
-    return fn(*args)
+    try: return fn(*args)
+    except Exception:
+        time.sleep(5 * MONITOR_INTERVAL)  # one that was killed before is then the first to end
+        raise
 
 def run_in_copy(method, fn, *args): # what `fn` returns
     "`run_in_process` in a copy of another process"
@@ -72,7 +77,7 @@ def run_processes(n, fn, args) -> dict: # rank -> what `fn` has returned
     if method == 'fork': torch.optim.SGD([torch.zeros(())])
     config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=n, run_id='learnkit',
                           rdzv_backend='c10d', rdzv_endpoint='localhost:0', start_method=method,
-                          max_restarts=0, monitor_interval=0.1, local_addr='127.0.0.1')
+                          max_restarts=0, monitor_interval=MONITOR_INTERVAL, local_addr='127.0.0.1')
     run = run_in_copy if method == 'fork' else run_in_process
     return elastic_launch(config, run)(before, fn, *args)
 

@@ -24,6 +24,7 @@ def start_method(fn: Any) -> str:
         'fork' or 'spawn'
     """
 SIGNALS: Any
+MONITOR_INTERVAL: float
 
 def run_in_process(method: Any, fn: Any, *args: Any) -> Any:
     """Call a function in a launched process

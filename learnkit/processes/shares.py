@@ -13,7 +13,7 @@ from ..base.batches import BatchBuffer, batch_size, to_device
 from ..base.randomness import (
     generator_state, rng_state, set_generator_state, set_rng_state)
 from ..data.order import Share
-from ..data.loaders import EpochLoader, generators, length, loader_parts
+from ..data.loaders import EpochLoader, generators, length, loader_objects
 from ..training.trials import RepeatedBatches
 
 # %% ../../nbs/processes/04_shares.ipynb #b8dd499d
@@ -63,7 +63,7 @@ def every_nth_fetched(dl, share): # loader
 # %% ../../nbs/processes/04_shares.ipynb #70817805
 def has_distributed_sampler(dl) -> bool:
     "Whether a loader, or a sampler of it, gives each process other samples"
-    return any(hasattr(part, 'num_replicas') for part in loader_parts(dl))
+    return any(hasattr(part, 'num_replicas') for part in loader_objects(dl))
 
 class DistributedSamplerLoader:
     "A loader whose sampler shares the samples; short ones go on until all have ended"

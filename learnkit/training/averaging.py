@@ -111,7 +111,7 @@ def before_validate(self:Average, learn):
     live = tensors_at(self._locations)
     self._raw, self._depth = {name: t.clone() for name, t in live.items()}, len(learn.levels)
     copy_into(self.average, live)
-    if learn.ranks: learn.cbs.distributed.broadcast_buffers(learn)  # each process has averaged its own
+    if learn.ranks: learn.cbs.distributed.broadcast_buffers(learn)  # each has averaged its own
 
 @patch
 def cleanup_validate(self:Average, learn):

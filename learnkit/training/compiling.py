@@ -6,6 +6,7 @@
 __all__ = ['ChannelsLast']
 
 # %% ../../nbs/training/16_compiling.ipynb #4e3b8d1e
+from typing import Self
 import torch
 from fastcore.basics import patch
 from ..base.batches import map_tensors
@@ -31,7 +32,7 @@ def channels_last(x): # tensor
 # %% ../../nbs/training/16_compiling.ipynb #ba0c9538
 @patch
 @structural
-def to_channels_last(self:Learner) -> Learner:
+def to_channels_last(self:Learner) -> Self:
     "Lay out weights, the optimizer's state and all image batches with channels side by side"
     if self.levels: raise RuntimeError(f'to_channels_last called while {self.levels[0]} is running')
     for tensor in (*self.model.parameters(), *self.model.buffers()):
@@ -70,7 +71,7 @@ class CompiledModel(Callback):
 def compile(self:Learner,
             on:bool=True, # False: back to the model as it is
             **kwargs, # of `torch.compile`: mode, backend, dynamic, fullgraph ...
-           ) -> Learner:
+           ) -> Self:
     "Have the model's computation compiled by `torch.compile`"
     if self.levels: raise RuntimeError(f'compile called while {self.levels[0]} is running')
     compiled = torch.compile(uncompiled(self.model), **kwargs) if on else None

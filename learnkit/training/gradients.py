@@ -27,9 +27,9 @@ def gradients(opt): # list of tensors
 # %% ../../nbs/training/11_gradients.ipynb #b85b47b7
 def zero_loss(pred): # tensor, 0-d
     "A loss with gradients of 0, through the whole model: other processes may wait for them"
-    parts = []
-    map_tensors(lambda t: parts.append(t.sum() * 0.) if t.requires_grad else None, pred)
-    return sum(parts) if parts else torch.zeros((), requires_grad=True)
+    zeros = []
+    map_tensors(lambda t: zeros.append(t.sum() * 0.) if t.requires_grad else None, pred)
+    return sum(zeros) if zeros else torch.zeros((), requires_grad=True)
 
 # %% ../../nbs/training/11_gradients.ipynb #c5c8a475
 def set_gradient_sync(model:nn.Module,

@@ -129,10 +129,10 @@ class RateSweep(Callback):
         self.lrs.append(self.rates[learn.iter])
         loss = float(detached(learn.loss))
         if learn.ranks: loss = learn.ranks.mean(loss, learn.n_items)
-        now = self.mean.add(loss)
-        self.losses.append(now)
-        self.best = min(self.best, now)
-        if self.stop_div and not now <= 4 * self.best: learn.stop()  # nan is not <= either
+        smoothed = self.mean.add(loss)
+        self.losses.append(smoothed)
+        self.best = min(self.best, smoothed)
+        if self.stop_div and not smoothed <= 4 * self.best: learn.stop()  # nan is not <= either
 
 # %% ../../nbs/training/05_lr_find.ipynb #432cbc2b
 class CycledBatches:

@@ -7,6 +7,7 @@ __all__ = ['MixedPrecision']
 
 # %% ../../nbs/training/10_precision.ipynb #c9c6d603
 import warnings
+from typing import Self
 import torch
 from fastcore.basics import patch
 from ..base.batches import map_tensors
@@ -176,7 +177,8 @@ def _keep_smallest_scale(self:MixedPrecision, learn):
     if self._warned: return
     self._warned = True
     warnings.warn(f'{learn.steps_skipped + 1} updates were skipped so far: the gradients are '
-                  'infinite or nan at every loss scale. Look for nan in the loss and the data, or train in bf16',
+                  'infinite or nan at every loss scale. Look for nan in the loss and the '
+                  'data, or train in bf16',
                   stacklevel=2)
 
 @patch
@@ -196,18 +198,18 @@ def set_precision(learn:Learner,
 
 # %% ../../nbs/training/10_precision.ipynb #e9da781f
 @patch
-def to_bf16(self:Learner) -> Learner:
+def to_bf16(self:Learner) -> Self:
     "Compute in bfloat16 where that is safe"
     return set_precision(self, 'bf16')
 
 # %% ../../nbs/training/10_precision.ipynb #98a7afce
 @patch
-def to_fp16(self:Learner) -> Learner:
+def to_fp16(self:Learner) -> Self:
     "Compute in float16 where that is safe, with scaled losses"
     return set_precision(self, 'fp16')
 
 # %% ../../nbs/training/10_precision.ipynb #3ab4ddd1
 @patch
-def to_fp32(self:Learner) -> Learner:
+def to_fp32(self:Learner) -> Self:
     "Compute in full precision"
     return set_precision(self, None)

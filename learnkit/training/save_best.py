@@ -50,8 +50,8 @@ def live_snapshot(learn): # plain tree of live tensors
 # %% ../../nbs/training/07_save_best.ipynb #4ca04cef
 def check_same_shapes(name, have, saved):
     "Raise ValueError unless two dicts of tensors have the same names and shapes"
-    now, then = ({key: tuple(t.shape) for key, t in tensors.items()} for tensors in (have, saved))
-    if now != then:
+    shapes = [{key: tuple(t.shape) for key, t in tensors.items()} for tensors in (have, saved)]
+    if shapes[0] != shapes[1]:
         raise ValueError(f'the weights that {name} keeps are others than those of the best model; '
                          'nothing was loaded')
 
@@ -76,12 +76,12 @@ def load_snapshot(learn,
     "Bring a snapshot back into the model, the optimizer and the callbacks"
     check_model_state(learn.model, tree['model'])
     check_loss_state(learn.loss_func, tree['loss_func'])
-    beside, then = weight_keepers(learn), tree['weights']
-    both = [(name, cb.weights(), then[name]) for name, cb in beside.items()
-            if name in then and cb.weights() is not None]
+    keepers, saved_weights = weight_keepers(learn), tree['weights']
+    both = [(name, cb.weights(), saved_weights[name]) for name, cb in keepers.items()
+            if name in saved_weights and cb.weights() is not None]
     for name, have, saved in both: check_same_shapes(name, have, saved)
-    for name, cb in beside.items():
-        if name not in then: cb.drop_weights()
+    for name, cb in keepers.items():
+        if name not in saved_weights: cb.drop_weights()
     load_model_state(learn.model, tree['model'])
     if tree['loss_func']: load_model_state(learn.loss_func, tree['loss_func'])
     if learn.opt and tree['opt']: load_param_states(learn.opt, tree['opt'])

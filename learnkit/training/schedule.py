@@ -45,11 +45,11 @@ def combine_scheds(pcts, # share of each schedule, adding up to 1
     if len(pcts) != len(scheds) or min(pcts) < 0 or abs(sum(pcts) - 1) > 1e-6:
         raise ValueError(f'combine_scheds({list(pcts)}): needs a share for each of the '
                          f'{len(scheds)} schedules, none negative, with sum 1 (not {sum(pcts)})')
-    parts = [(pct, sched) for pct, sched in zip(pcts, scheds, strict=True) if pct > 0]
-    ends = [*itertools.accumulate(pct for pct, _ in parts)]
+    spans = [(pct, sched) for pct, sched in zip(pcts, scheds, strict=True) if pct > 0]
+    ends = [*itertools.accumulate(pct for pct, _ in spans)]
     def combined(pos):
-        i = min(bisect.bisect_right(ends, pos + 1e-12), len(parts) - 1)  # the sums are rounded
-        pct, sched = parts[i]
+        i = min(bisect.bisect_right(ends, pos + 1e-12), len(spans) - 1)  # the sums are rounded
+        pct, sched = spans[i]
         return sched(min(max((pos - (ends[i] - pct)) / pct, 0.), 1.))
     return combined
 

@@ -41,9 +41,9 @@ class EarlyStopping(Tracker):
         self.count = 0 if improved else self.count + 1
         if self.count < self.patience: return
         why = 'was never a number' if self.best is None else f'was not better than {self.best:.6g}'
-        looks = f'{self.patience} look{"s" * (self.patience > 1)}'
+        times = f'{self.patience} look{"s" * (self.patience > 1)}'
         show_message(learn, f'{self.title}: stopped in epoch {row["epoch"]}, as {self.monitor} '
-                            f'{why} in {looks}')
+                            f'{why} in {times}')
         learn.stop()
 
 # %% ../../nbs/training/08_stopping.ipynb #086502d0
@@ -66,8 +66,8 @@ class StopOnNaN(Callback):
     def check_loss(self, learn):
         "Stop the fit unless the loss of this batch is a finite number on every rank"
         loss = detached(learn.loss)
-        counts = loss is not None and learn.n_items > 0  # a mean over nothing is nan
-        bad = float(counts and not all_finite(loss))
+        is_mean = loss is not None and learn.n_items > 0  # a mean over nothing is nan
+        bad = float(is_mean and not all_finite(loss))
         if not sum_over_ranks(torch.tensor(bad)): return
         lr = f', lr {float(get_hyper(learn.opt.param_groups[-1], "lr")):.3g}' if learn.opt else ''
         warnings.warn(f'fit stopped: the loss is {loss_text(loss)} in epoch {learn.epoch}, batch '

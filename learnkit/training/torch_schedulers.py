@@ -256,8 +256,8 @@ def unchanged_on_error(learn):
     schedulers = [(cb, dict(vars(cb))) for cb in torch_schedulers(learn.cbs)]
     try: yield
     except BaseException:
-        for part, before in [(learn, attributes), *schedulers]:
-            vars(part).clear()
-            vars(part).update(before)
+        for owner, before in [(learn, attributes), *schedulers]:
+            vars(owner).clear()
+            vars(owner).update(before)
         restore_groups(groups)
         raise

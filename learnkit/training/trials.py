@@ -84,8 +84,9 @@ class OverfitResult:
     n_samples: int # in the batches it trained on
 
     def __repr__(self):
-        way = f'{self.losses[0]:.3g} -> {self.losses[-1]:.3g}' if len(self.losses) else 'unknown'
-        return f'OverfitResult(loss {way} in {len(self.losses)} steps on {self.n_samples} samples)'
+        change = f'{self.losses[0]:.3g} -> {self.losses[-1]:.3g}' if len(self.losses) else 'unknown'
+        return (f'OverfitResult(loss {change} in {len(self.losses)} steps on '
+                f'{self.n_samples} samples)')
 
     def plot(self,
              ax=None, # Axes to draw on; None: new ones

@@ -15,8 +15,8 @@ from learnkit.data.loaders import DataLoaders, DatasetLoader, TensorLoader
 from learnkit.fingerprint.differences import differences
 from learnkit.training.averaging import EMA
 from learnkit.training.torch_schedulers import TorchScheduler
-from learnkit.training.stopping import EarlyStopping
 from learnkit.training.save_best import SaveBest
+from learnkit.training.stopping import EarlyStopping
 import fingerprint_helpers
 from fingerprint_helpers import (
     Color, diff, Focal, frame, Hook, hook_a, loaders, logged, loss, make, nest, same, Says,

@@ -16,8 +16,8 @@ from learnkit.components.metrics import accuracy, top_k_accuracy
 from learnkit.data.loaders import DataLoaders, TensorLoader
 from learnkit.fingerprint.words import as_text
 from learnkit.training.averaging import EMA
-from learnkit.training.stopping import EarlyStopping
 from learnkit.training.save_best import SaveBest
+from learnkit.training.stopping import EarlyStopping
 from fingerprint_helpers import (
     Color, Focal, frame, image, loss, nested, Point, Says, Scale, Squares, text)
 

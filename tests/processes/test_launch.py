@@ -17,7 +17,29 @@ def another_thread():
     thread.join()
 
 
-def test_a_function_of_a_module_is_called_in_copies(): assert start_method(rank) == 'fork'
+@pytest.fixture
+def single_thread(monkeypatch):
+    "As pytest itself may have threads"
+    monkeypatch.setattr(module, 'n_threads', lambda: 1)
+
+
+def test_a_function_of_a_module_is_called_in_copies(single_thread):
+    assert start_method(rank) == 'fork'
+
+
+def test_threads_of_libraries_count():
+    code = """
+import torch
+from learnkit import rank
+from learnkit.processes.launch import start_method
+torch.set_num_threads(1)
+method = start_method(rank)
+torch.set_num_threads(2)
+print(method, (torch.ones(500, 500) @ torch.ones(500, 500)).exp().sum() and start_method(rank))
+"""
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert done.stdout.split() == ['fork', 'spawn']
 
 
 def test_another_thread_forbids_copies(another_thread): assert start_method(rank) == 'spawn'
@@ -28,12 +50,12 @@ def test_another_thread_forbids_copies(another_thread): assert start_method(rank
     (module.sys, 'platform', 'darwin'),
     (multiprocessing, 'get_start_method', lambda allow_none: 'spawn'),
     (multiprocessing, 'get_start_method', lambda allow_none: 'forkserver')])
-def test_what_forbids_copies(monkeypatch, owner, name, value):
+def test_what_forbids_copies(single_thread, monkeypatch, owner, name, value):
     monkeypatch.setattr(owner, name, value)
     assert not can_fork() and start_method(rank) == 'spawn'
 
 
-def test_a_choice_of_copies_is_heard(monkeypatch):
+def test_a_choice_of_copies_is_heard(single_thread, monkeypatch):
     monkeypatch.setattr(multiprocessing, 'get_start_method', lambda allow_none: 'fork')
     assert can_fork()
 
@@ -115,13 +137,21 @@ def gradient():
     (t @ t).square().mean().backward()
     return t.grad.sum().item()
 
-alone, found = gradient(), launch(gradient, n=2, timeout=60)
+alone, found = gradient(), launch(lambda: gradient(), n=2, timeout=60)
 assert all(math.isclose(alone, value, rel_tol=1e-3) for value in found)
 assert torch.get_num_threads() == 2
 '''
 
 
 def test_copies_compute_though_their_original_has_computed_with_threads(tmp_path):
-    (tmp_path / 'script.py').write_text(SCRIPT)  # without `if __name__ == '__main__'`
+    (tmp_path / 'script.py').write_text(SCRIPT)
     subprocess.run([sys.executable, tmp_path / 'script.py'], check=True, timeout=120,
                    env={**os.environ, 'OMP_NUM_THREADS': '2'})
+
+
+def test_a_process_that_was_killed_is_named_though_others_fail_too():
+    def end():
+        if rank(): os.kill(os.getpid(), signal.SIGKILL)
+        raise ConnectionError('lost')
+    with pytest.raises(RuntimeError, match='end failed in process 1 of 2: ended by SIGKILL'):
+        launch(end, n=2)

@@ -47,7 +47,7 @@ def look(event, see, phases=('train',), order=0):
                                             (torch.bfloat16, torch.bfloat16),
                                             (torch.float16, torch.float16), (None, torch.bfloat16)])
 def test_types_and_their_names(dtype, expected):
-    assert MixedPrecision(dtype).type_on(torch.device('cpu')) is expected
+    assert MixedPrecision(dtype).dtype_on(torch.device('cpu')) is expected
 
 @pytest.mark.parametrize('dtype', ['half', 'fp8', torch.float32, 16])
 def test_other_types_are_refused(dtype):
@@ -57,7 +57,7 @@ def test_a_gpu_without_bf16_takes_fp16(monkeypatch):
     asked = []
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported',
                         lambda including_emulation=True: asked.append(including_emulation))
-    assert MixedPrecision().type_on(torch.device('cuda')) is torch.float16
+    assert MixedPrecision().dtype_on(torch.device('cuda')) is torch.float16
     assert asked == [False]
 
 def test_name_and_type_are_the_same_setting():
