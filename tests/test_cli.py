@@ -9,7 +9,7 @@ from learnkit import cli
 from learnkit.cli import main
 from learnkit.checkpoints.tree import columns_of
 from learnkit.files.store import Store
-from test_lineage import call, node, saved, two
+from checkpoint_nodes import call, node, saved, two
 
 MODULE = ['-m', 'learnkit.cli']
 
