@@ -58,7 +58,8 @@ def start_differs(self:Ledger, node, structure) -> list: # of str
     "How the beginning of a checkpoint differs from what is recorded"
     parent, texts = node.parent_position, []
     if parent != self.position: return [f'it was recorded from {position_text(parent)}']
-    if parent and json_digest(state_at(self.node, parent).digests) != node.parent_digest:
+    found = parent and state_at(self.node, parent)
+    if parent and (found is None or json_digest(found.digests) != node.parent_digest):
         texts.append(f'{position_text(parent)} was computed anew since and ends otherwise')
     return texts + self.structure_differs(node, node.start_structure, structure)
 

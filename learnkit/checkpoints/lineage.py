@@ -129,7 +129,7 @@ def best_value(node): # dict: name, value, higher; None
     return best_call(node)[0]
 
 def main_metric(row:dict): # name; None
-    "The number that tells most of a row of the history"
+    "The number of a row of the history to show: a metric if there is one, else a loss"
     losses = [name for name in ('valid_loss', 'train_loss') if name in row]
     others = [name for name in row if name != 'lr' and not name.endswith('_loss')]
     return next(iter([*others, *losses]), None)

@@ -102,7 +102,7 @@ def best_value(node: Any) -> Any:
     """
 
 def main_metric(row: dict) -> Any:
-    """The number that tells most of a row of the history
+    """The number of a row of the history to show: a metric if there is one, else a loss
 
     Returns:
         name; None

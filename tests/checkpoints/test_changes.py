@@ -233,3 +233,18 @@ def test_changed_code_is_told_once_or_an_error(tmp_path):
     assert len([w for w in caught if 'has changed' in str(w.message)]) == 1
     with pytest.raises(StaleCheckpoint, match='loss'):
         script(make(tmp_path, loss_func=two, code='strict'))
+
+
+def test_a_fork_from_a_call_that_is_no_longer_there_is_stale(tmp_path):
+    def run(n, **kwargs):
+        learn = make(tmp_path, **kwargs)
+        with learn.checkpoint(1) as cp:
+            for _ in range(n): cp.fit(1)
+        return learn
+    learn = run(2)
+    learn.rollback(1, call=1)
+    with learn.checkpoint(2) as cp: cp.fit(1)
+    learn.rollback(1, call=1)
+    run(1, on_change='rerun')  # as another process does
+    with pytest.raises(StaleCheckpoint, match='checkpoint 1, call 1 was computed anew'):
+        with learn.checkpoint(2) as cp: cp.fit(1)
