@@ -27,6 +27,9 @@ def named(extra=''): # set of names
     return {distribution(requirement) for requirement in SETTINGS[key].split()}
 
 
+def everything_named(): return named().union(*map(named, sum(EXTRAS.values(), []))) # set of names
+
+
 def modules(node): # list of names
     if isinstance(node, ast.Import): return [alias.name for alias in node.names]
     return [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
@@ -45,7 +48,8 @@ def imported(folder): # set of names of distributions
     tops = {name.split('.')[0] for code in trees(folder) for node in ast.walk(code)
             for name in modules(node)}
     own = {path.stem for path in found(folder, '*.py')} | {LIB.name}
-    homes = packages_distributions()
+    # What is named need not be installed; it then goes by the name of its module
+    homes = {name: [name] for name in everything_named()} | packages_distributions()
     return {distribution(homes[top][0]) for top in tops - sys.stdlib_module_names - own
             if top in homes}
 
@@ -58,11 +62,11 @@ def test_what_is_imported_is_named(folder):
 
 def test_what_is_named_is_imported():
     used = set().union(*map(imported, EXTRAS)) | COMMANDS.keys()
-    assert named().union(*map(named, sum(EXTRAS.values(), []))) - used == set()
+    assert everything_named() - used == set()
 
 
 def test_what_is_named_was_tested():
     "constraints.txt has a version of each"
     lines = (ROOT / 'constraints.txt').read_text(encoding='utf-8').splitlines()
     pinned = {distribution(line) for line in lines if '==' in line}
-    assert named().union(*map(named, sum(EXTRAS.values(), []))) - pinned == set()
+    assert everything_named() - pinned == set()
