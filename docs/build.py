@@ -2,7 +2,8 @@
 
 A page is its notebook without the hidden cells and with the stored outputs; nothing is run. Of an
 exported definition it shows the signature as written, the docstring, and the source, folded away;
-of a helper (`#| exporti`) the source alone, folded under its name. Names in backticks become links.
+of a helper (`#| exporti`) the source alone, folded under its name, or open with
+`#| code-fold: show`. Names in backticks become links.
 """
 import ast, base64, json, logging, os, re, runpy, shutil, sys
 from pathlib import Path
@@ -126,15 +127,15 @@ def only_imports(source): # bool
     return all(isinstance(node, (ast.Import, ast.ImportFrom)) for node in ast.parse(source).body)
 
 
-def folded(title, source): # a block that opens on a click
-    return f'??? quote "{title}"\n' + indented(code(source))
+def folded(title, source, is_open=False): # a block that opens and closes on a click
+    return f'???{"+" * is_open} quote "{title}"\n' + indented(code(source))
 
 
-def helpers(source): # list of blocks
+def helpers(source, is_open=False): # list of blocks
     "Of a cell that users of the library do not need: its source, folded under the names it defines"
     if only_imports(source): return []
     names = [f'`{name}`{{ #{anchor(name)} }}' for name in all_names(source)]
-    return [folded(', '.join(names) or 'Source', source)]
+    return [folded(', '.join(names) or 'Source', source, is_open)]
 
 
 def exported(source): # list of blocks
@@ -195,7 +196,8 @@ def blocks(notebook, # path
     page = []
     for cell in read(notebook):
         if cell['cell_type'] == 'markdown': page.append(link(cell['source']))
-        elif 'exporti' in cell['directives']: page += helpers(cell['source'])
+        elif 'exporti' in cell['directives']:
+            page += helpers(cell['source'], is_open='code-fold' in cell['directives'])
         elif 'exports' in cell['directives']: page.append(code(cell['source']))
         elif 'export' in cell['directives']: page += exported(cell['source'])
         elif 'echo' not in cell['directives']: page.append(code(cell['source']))
