@@ -15,11 +15,10 @@ from ..files.durable import remove_path
 from ..files.ids import id_text
 from ..files.tree import json_digest
 from ..fingerprint.code import versions
-from .record import (
-    CallRecord, Position, not_kept, state_after, structure_after)
+from .record import Position, not_kept, state_after, structure_after
 from .host import method_kind
 from .digests import joined
-from .ledger import Ledger, digests_of, states_of
+from .ledger import Ledger, states_of
 from .changes import PlanEnds
 
 # %% ../../nbs/checkpoints/07_answers.ipynb #82a3c20d

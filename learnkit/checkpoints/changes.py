@@ -16,7 +16,7 @@ from ..fingerprint.differences import differences
 from .record import (
     Position, StaleCheckpoint, ancestors, best_root, descendants, differing, not_kept,
     position_text, state_after, state_at, state_before, structural_calls, structure_after)
-from .ledger import Ledger, digests_of
+from .ledger import Ledger
 
 # %% ../../nbs/checkpoints/06_changes.ipynb #9dbe905e
 @patch
@@ -158,7 +158,7 @@ def roll_back(self:Ledger, position, schedules=True):
         self.check_put_together(node, structure_after(node, n), self.host.may_differ_in_rollback)
     best = best_root(node) if position.call == 'best' else None
     self.restore(saved, structure, best, schedules)
-    self.position, self.ancestors = position, ancestors(self.read, node)
+    self.position, self.ancestors = position, ancestors(self.read, node.id)
 
 @patch
 def n_calls_at(self:Ledger, node, position) -> int:

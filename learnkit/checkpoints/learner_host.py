@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/checkpoints/10_learner_host.ipynb #09f43a0c
-import copy, hashlib, inspect, math
+import copy, inspect, math
 from contextlib import contextmanager, nullcontext
 from types import MappingProxyType
 from fastcore.basics import patch
@@ -16,6 +16,7 @@ from ..base.guard import is_learnkits
 from ..base.methods import full_name
 from ..base.randomness import set_rng_state
 from ..files.errors import UnstorableError
+from ..files.durable import file_digest
 from ..files.tree import check_storable
 from ..components.callback import Callback
 from ..components.optim import opt_params
@@ -24,7 +25,6 @@ from ..loop.progress import Progress, show_message
 from ..loop.state import check_loss_state, check_model_state, load_model_state
 from ..loop.saving import localized, save_path
 from ..loop.resume import as_period
-from ..loop.learner import Learner
 from ..training.torch_schedulers import torch_schedulers
 from ..training.save_best import SaveBest
 from .host import Host
@@ -179,10 +179,7 @@ def files_read(self:LearnerHost, method, arguments) -> dict: # name -> digest
     "The content of files that a call is to read"
     if method != 'load': return {}
     path = save_path(self.object, arguments['name'])
-    return {str(arguments['name']): file_digest(path) if path.exists() else 'no such file'}
-
-def file_digest(path): # 64 hex digits
-    with open(path, 'rb') as file: return hashlib.file_digest(file, 'sha256').hexdigest()
+    return {str(arguments['name']): file_digest(path) or 'no such file'}
 
 # %% ../../nbs/checkpoints/10_learner_host.ipynb #085fdcc5
 @patch

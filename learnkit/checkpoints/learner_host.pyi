@@ -173,11 +173,6 @@ def module_attributes(model: nn.Module) -> Any:
 def set_attributes(learn: Learner, attributes: dict) -> None:
     """Give the learner and the modules of its model the attributes they had"""
 
-def file_digest(path: Any) -> Any:
-    """Returns:
-        64 hex digits
-    """
-
 def fit_outcome(learn: Learner) -> Any: ...
 
 def set_fit_outcome(learn: Learner, tree: Any) -> None: ...

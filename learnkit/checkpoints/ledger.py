@@ -23,7 +23,7 @@ from ..fingerprint.functions import call_arguments
 from ..fingerprint.words import as_text
 from .results import pack_result, unpack_result
 from .record import (
-    Node, Position, SavedState, StaleCheckpoint, ancestors, fetched_text, new_node, state_at)
+    Node, SavedState, StaleCheckpoint, fetched_text, new_node, state_at)
 from .host import Host, method_kind
 from .digests import KnownDigests, by_part, joined
 from .shared_store import SharedStore, on_main

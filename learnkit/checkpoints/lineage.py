@@ -12,7 +12,8 @@ from ..base.methods import unrecorded
 from ..files.errors import DamagedError, StoreError
 from ..files.ids import check_id, id_text, sort_ids
 from ..files.tree import json_digest
-from .record import Node, Position, best_call, new_node, state_after, state_at
+from .record import (
+    Node, Position, ancestors, best_call, new_node, state_after, state_at)
 from .checkpointed import Checkpointed
 
 # %% ../../nbs/checkpoints/12_lineage.ipynb #0b04feaf
@@ -48,11 +49,7 @@ def children(self:Lineage) -> dict: # id -> sorted list of ids
 @patch
 def ancestors(self:Lineage, id) -> list: # of ids
     "A checkpoint, the one it goes on from, and so on"
-    found = {}
-    while id is not None and id not in found:
-        found[id] = True
-        id = self.parent(id)
-    return list(found)
+    return list(ancestors(self.nodes.get, id))
 
 @patch(as_prop=True)
 def deleted(self:Lineage) -> list: # of ids

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from fastcore.basics import patch
 from ..base.text import duration_text
 from ..files.ids import id_text
-from ..files.tree import json_digest
 
 # %% ../../nbs/checkpoints/01_record.ipynb #29435085
 @dataclass(frozen=True)
@@ -240,12 +239,13 @@ def structure_after(node, n): # dict: name -> digest
     return node.call(n - 1).structure_after if n else node.start_structure
 
 # %% ../../nbs/checkpoints/01_record.ipynb #4ebf4a84
-def ancestors(read, node): # tuple of ids
-    "A checkpoint and those it goes on from"
-    found = [node.id]
-    while node is not None and node.parent is not None and node.parent not in found:
-        found.append(node.parent)
-        node = read(node.parent)
+def ancestors(read, id): # tuple of ids
+    "A checkpoint, the one it goes on from, and so on"
+    found = []
+    while id is not None and id not in found:
+        found.append(id)
+        node = read(id)
+        id = node and node.parent
     return tuple(found)
 
 def descendants(nodes, id): # list of ids
@@ -257,8 +257,8 @@ def descendants(nodes, id): # list of ids
 
 def structural_calls(read, node): # list of texts
     "The structural calls on the way to the end of a checkpoint"
-    nodes = [read(id) for id in ancestors(read, node)[:0:-1]]
-    return [call.text for one in (*nodes, node) if one is not None
+    nodes = [read(id) for id in reversed(ancestors(read, node.id))]
+    return [call.text for one in nodes if one is not None
             for call in one.calls if call.kind == 'structural']
 
 # %% ../../nbs/checkpoints/01_record.ipynb #b0ddde97

@@ -239,8 +239,8 @@ def structure_after(node: Any, n: Any) -> Any:
         dict: name -> digest
     """
 
-def ancestors(read: Any, node: Any) -> Any:
-    """A checkpoint and those it goes on from
+def ancestors(read: Any, id: Any) -> Any:
+    """A checkpoint, the one it goes on from, and so on
 
     Returns:
         tuple of ids

@@ -16,8 +16,7 @@ from ..base.methods import unrecorded
 from ..base.text import age_text, size_text
 from ..files.ids import id_text
 from .checkpointed import Checkpointed
-from .lineage import (
-    Lineage, best_text, metric_text, total_epochs)
+from .lineage import Lineage, best_text, metric_text, total_epochs
 
 # %% ../../nbs/checkpoints/13_tree.ipynb #8f699a88
 def checkpoints_table(store): # DataFrame

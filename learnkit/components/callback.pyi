@@ -57,7 +57,7 @@ def check_events(names: Any, declared: Any, where: str, strict: Any = False) -> 
 
 class Callback:
     """Methods named after events, called with the learner; or functions given by event name"""
-    order: int | float
+    order: int
     """sorts callbacks; the default ones are -10 (Recorder) and 90 (Progress)"""
     phases: tuple[str, ...]
     """phases whose batch events and steps this callback takes part in"""

@@ -349,9 +349,9 @@ def dataset_loader(ds, # map-style or `IterableDataset`, or None
     return DataLoader(ds, bs, generator=generator, **kwargs)
 
 # %% ../../nbs/data/01_loaders.ipynb #80013a2a
-def length(dl): # int or None
-    "How many batches `dl` has; None when it cannot tell"
-    try: return len(dl)
+def length(x): # int or None
+    "How many batches a loader, or samples a dataset, has; None when it cannot tell"
+    try: return len(x)
     except (TypeError, NotImplementedError): return None
 
 # %% ../../nbs/data/01_loaders.ipynb #718e62e3

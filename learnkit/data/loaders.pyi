@@ -314,8 +314,8 @@ def dataset_loader(
         `DatasetLoader`; torch's `DataLoader` for an `IterableDataset`; None
     """
 
-def length(dl: Any) -> int | None:
-    """How many batches `dl` has; None when it cannot tell
+def length(x: Any) -> int | None:
+    """How many batches a loader, or samples a dataset, has; None when it cannot tell
 
     Returns:
         int or None

@@ -15,7 +15,7 @@ from ..base.randomness import isolated_rng, seed_generator
 from ..base.methods import full_name
 from ..files.tree import json_digest
 from ..data.loaders import (
-    DataLoaders, DatasetLoader, EpochLoader, TensorLoader, generators)
+    DataLoaders, DatasetLoader, EpochLoader, TensorLoader, generators, length)
 from ..data.resumable import reading_without_trace
 from .values import describe, json_text
 from .inspection import attributes
@@ -56,10 +56,6 @@ def describe_by_samples(ds, walk): # JSON value
         if found['length'] and hasattr(ds, '__getitem__'):
             found['items'] = cached_samples_digest(ds, found, walk)
     return found
-
-def length(ds): # int; None for a dataset that does not know
-    try: return len(ds)
-    except (TypeError, NotImplementedError): return None
 
 def describe_dataset_attributes(ds, walk): # dict: name -> JSON value
     "What a dataset holds; what cannot be described is known by its class"

@@ -21,11 +21,6 @@ def describe_by_samples(ds: Any, walk: Any) -> Any:
         JSON value
     """
 
-def length(ds: Any) -> Any:
-    """Returns:
-        int; None for a dataset that does not know
-    """
-
 def describe_dataset_attributes(ds: Any, walk: Any) -> Any:
     """What a dataset holds; what cannot be described is known by its class
 

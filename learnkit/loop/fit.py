@@ -121,7 +121,7 @@ def _run_fit(self:Learner):
     try:
         self._level('fit', self._all_epochs)
         fit.complete, fit.fit_ended = True, not fit.time_is_up
-        self._rest()
+        self._fire_at_rest()
         if fit.time_is_up:
             show_message(self, f'max_time is up: the fit made {fit.updates} updates')
     except KeyboardInterrupt as stop:

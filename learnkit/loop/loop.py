@@ -45,7 +45,7 @@ class Loop(Guarded):
     def _all_epochs(self):
         for self._fit.epoch in self._fit.epochs():
             self._level('epoch', self._one_epoch, then=self._count_epoch)
-            self._rest()
+            self._fire_at_rest()
 
     def _one_epoch(self):
         if self._fit.stage == 'train':
@@ -122,7 +122,7 @@ def training_loop(): # list of (depth, event or step); depth is negative in vali
 
 # %% ../../nbs/loop/03_loop.ipynb #3b42ee4e
 @patch
-def _rest(self:Loop):
+def _fire_at_rest(self:Loop):
     self._fit.at_rest = True
     try: self('at_rest')
     finally: self._fit.at_rest = False
@@ -130,7 +130,7 @@ def _rest(self:Loop):
 @patch
 def _count_batch(self:Loop):
     self._fit.batch = self.iter + 1
-    self._rest()
+    self._fire_at_rest()
 
 @patch
 def _count_epoch(self:Loop): self.epochs_done, self._fit.stage = self.epochs_done + 1, 'done'

@@ -10,9 +10,8 @@ import inspect, math
 from contextlib import contextmanager
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 from ..base.batches import BatchBuffer, batch_size, map_tensors
-from ..data.loaders import check_loader, length
+from ..data.loaders import check_loader, n_samples
 from ..data.resumable import reading_without_trace
 from ..components.callback import Callback
 from .interrupts import interruptible, signals_held_back
@@ -83,7 +82,7 @@ class Collect(Callback):
     def __init__(self, with_loss=False, with_input=False, n=None):
         self.with_loss, self._input, self._cancelled = with_loss, (), False
         kinds = ['pred', 'targ', *['loss'] * with_loss, *['input'] * with_input]
-        self.parts = {kind: BatchBuffer(n) for kind in kinds}
+        self.buffers = {kind: BatchBuffer(n) for kind in kinds}
 
     def before_batch(self, learn): self._input, self._cancelled = learn.xb, False
     def after_cancel_batch(self, learn): self._cancelled = True
@@ -92,8 +91,8 @@ class Collect(Callback):
         if self._cancelled: return
         found = {'pred': learn.pred, 'targ': unwrap(learn.yb), 'input': unwrap(self._input)}
         if self.with_loss: found['loss'] = losses_of_samples(learn)
-        for kind, part in self.parts.items():
-            if found[kind] is not None: part.add(found[kind])
+        for kind, buffer in self.buffers.items():
+            if found[kind] is not None: buffer.add(found[kind])
 
 def unwrap(items:tuple): # the only item, None for none, else the tuple
     "A tuple of one as its item"
@@ -109,9 +108,4 @@ def predictions(learn, dl, with_loss, with_input): # tuple of tensors
     with (interruptible(learn), side_pass(learn), learn.added_cbs([skip_loss, collect]),
           reading_without_trace(dl) as dl):
         learn._evaluate('predict', dl)
-    return tuple(part.read() for part in collect.parts.values())
-
-def n_samples(dl): # int or None
-    "How many samples a loader will give, as far as it tells"
-    known = getattr(dl, 'n_samples', None)
-    return known if known is not None or not isinstance(dl, DataLoader) else length(dl.dataset)
+    return tuple(buffer.read() for buffer in collect.buffers.values())

@@ -49,7 +49,7 @@ def losses_one_by_one(learn: Learner, n: Any) -> Any:
 class Collect(Callback):
     """Gathers predictions, targets, losses and inputs of a pass"""
     with_loss: Any
-    parts: dict[Any, Any]
+    buffers: dict[Any, Any]
     def __init__(self, with_loss: Any = False, with_input: Any = False, n: Any = None) -> None: ...
     def before_batch(self, learn: Learner) -> None: ...
     def after_cancel_batch(self, learn: Learner) -> None: ...
@@ -67,11 +67,4 @@ def predictions(learn: Learner, dl: Any, with_loss: Any, with_input: Any) -> Any
 
     Returns:
         tuple of tensors
-    """
-
-def n_samples(dl: Any) -> int | None:
-    """How many samples a loader will give, as far as it tells
-
-    Returns:
-        int or None
     """

@@ -6,7 +6,7 @@
 __all__ = ['SaveState']
 
 # %% ../../nbs/loop/07_resume.ipynb #5866feda
-import itertools, re, sys, warnings
+import itertools, math, re, sys, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,8 +61,6 @@ def read_saved(learn,
         found = (load_tree(source), source) if source.is_file() else load_newest(source)
     if found is None: return None
     tree, path = found
-    if not isinstance(tree, dict) or 'learner' not in tree:
-        raise ValueError(f'{path} holds no learner')
     try: with_shards(learn, tree, path)
     except DamagedError as error:
         if source.is_file(): raise
@@ -213,7 +211,7 @@ def load_grads(learn, grads):
 # %% ../../nbs/loop/07_resume.ipynb #d2f83cc9
 class ResumePoint(Callback):
     "Brings a fit to where it was saved, after the other callbacks have begun"
-    order, phases = float('inf'), ('train',)
+    order, phases = math.inf, ('train',)
 
     def __init__(self):
         self.saved = None  # `Saved` that is yet to be taken over
@@ -306,7 +304,7 @@ def before_validate(self:ResumePoint, learn):
 def cleanup_epoch(self:ResumePoint, learn):
     if learn._fit.stage != 'validate' or not isinstance(sys.exception(), Interrupted): return
     set_generator_states(learn.dls.valid, self.valid_rng)
-    learn._rest()
+    learn._fire_at_rest()
 
 # %% ../../nbs/loop/07_resume.ipynb #2550ed00
 def as_period(every): # (number, 'epoch', 'step' or 'second')

@@ -71,16 +71,24 @@ def tree_for_file(learn,
         state['ranks'] = local_differences(state, learn.ranks, buffers)
     return {'learner': state, **beside}
 
+def check_holds_learner(tree, path):
+    "Raise ValueError for what was read from a file that something else was saved to"
+    if isinstance(tree, dict) and 'learner' in tree: return
+    best = isinstance(tree, dict) and 'best' in tree
+    raise ValueError(f'{path} holds no learner' + (
+        ', but a best model: SaveBest(path=...).load_best(learn) loads it' if best else ''))
+
 def with_shards(learn, tree, path): # the tree
-    "What was read from a file, with the shards that lie beside it"
-    if not isinstance(tree, dict) or 'parts' not in tree: return tree
+    "What was read from the file of a learner, with the shards that lie beside it"
+    check_holds_learner(tree, path)
+    if 'parts' not in tree: return tree
     state, shards = tree['learner'], tree['parts']
     like = next(filter(is_dtensor, learn.model.parameters()), None)
     load_shards(state, shards, path, learn.ranks, like=like)
     for above, value in itertools.chain(*state.get('ranks', ())):  # what others had has gaps too
-        for place in shards['tensors'].values():
-            if place[:len(above)] == above:
-                set_at(value, place[len(above):], value_at(state, place))
+        for keys in shards['tensors'].values():
+            if keys[:len(above)] == above:
+                set_at(value, keys[len(above):], value_at(state, keys))
     return tree
 
 # %% ../../nbs/loop/05_saving.ipynb #4f4b60e0
@@ -99,10 +107,6 @@ def read_learner(learn, name):
     path = save_path(learn, name)
     with main_first(learn):  # which has written it by then
         tree = load_tree(path)
-    if not isinstance(tree, dict) or 'learner' not in tree:
-        best = isinstance(tree, dict) and 'best' in tree
-        raise ValueError(f'{path} holds no learner' + (
-            ', but a best model: SaveBest(path=...).load_best(learn) loads it' if best else ''))
     load_state(learn, with_shards(learn, tree, path)['learner'])
     learn.recorder.times = tree['times']
 

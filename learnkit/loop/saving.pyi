@@ -52,8 +52,11 @@ def tree_for_file(learn: Learner, per_process: bool = False, path: Any = None) -
         plain tree
     """
 
+def check_holds_learner(tree: Any, path: Any) -> None:
+    """Raise ValueError for what was read from a file that something else was saved to"""
+
 def with_shards(learn: Learner, tree: Any, path: Any) -> Any:
-    """What was read from a file, with the shards that lie beside it
+    """What was read from the file of a learner, with the shards that lie beside it
 
     Returns:
         the tree

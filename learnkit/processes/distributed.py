@@ -31,9 +31,9 @@ from ..training.trials import RepeatedBatches
 from .group import Ranks, broadcast_tensor, join_group
 from .failure import FailureWatch
 from .agreement import Agreement
-from learnkit.processes.shares import (
-    DistributedSamplerLoader, LoaderRng, LockstepLoader, batch_numbers, gather_batches,
-    shared_loader)
+from .shares import (
+    DistributedSamplerLoader, LoaderRng, LockstepLoader,
+    batch_numbers, gather_batches, shared_loader)
 from .ddp import (
     average_gradients, check_can_share, exchange_gradients, loss_params, sync_batch_norms)
 from .fsdp import ShardedModel, move_to_device
@@ -155,7 +155,7 @@ def before_validate(self:Distributed, learn):
     self._begin_pass(learn, pad=is_sharded(learn.model))
     if is_sharded(learn.model): learn.dl = LockstepLoader(learn)
     for cb in learn.cbs:
-        if isinstance(cb, Collect): cb.parts = {kind: BatchList() for kind in cb.parts}
+        if isinstance(cb, Collect): cb.buffers = {kind: BatchList() for kind in cb.buffers}
 
 @patch
 def before_lr_find(self:Distributed, learn):
@@ -286,9 +286,9 @@ def _exchange_gradients(self:Distributed, learn):
 
 @patch
 def _gather_predictions(self:Distributed, collect, dl):
-    batches = {kind: list(part) for kind, part in collect.parts.items()}
+    batches = {kind: list(buffer) for kind, buffer in collect.buffers.items()}
     numbers = batch_numbers(dl, max(map(len, batches.values())))
-    collect.parts = gather_batches(self.ranks, numbers, batches)
+    collect.buffers = gather_batches(self.ranks, numbers, batches)
 
 class BatchList(list):
     "What a pass gives, batch by batch, on the host"

@@ -12,9 +12,9 @@ from fastcore.basics import patch
 from torch import nn
 from torch.distributed import _composable_state
 from ..base.batches import map_tensors
-from learnkit.base.dtensors import (
-    FSDP_ATTRIBUTES, distribute_like, full_tensor, is_dtensor, is_fsdp_hook, reshard,
-    unsharded_class)
+from ..base.dtensors import (
+    FSDP_ATTRIBUTES, distribute_like, full_tensor,
+    is_dtensor, is_fsdp_hook, reshard, unsharded_class)
 from .group import broadcast_tensor
 
 # %% ../../nbs/processes/06_fsdp.ipynb #0d515250

@@ -6,12 +6,12 @@
 __all__ = ['MixUp', 'CutMix']
 
 # %% ../../nbs/training/14_mix.ipynb #1cea4798
+import math
 from numbers import Real
 import torch
 from ..base.batches import batch_size, map_tensors, only_tensors
 from ..components.callback import Callback
 from ..loop.learner import Learner
-from ..data.loaders import length
 
 # %% ../../nbs/training/14_mix.ipynb #030cb416
 def tensors_in(x): # list of tensors
@@ -62,7 +62,7 @@ class Mix(Callback):
     order, phases = 20, ('train', 'lr_find')
 
     def __init__(self, alpha):
-        if isinstance(alpha, bool) or not isinstance(alpha, Real) or not 0 < alpha < float('inf'):
+        if isinstance(alpha, bool) or not isinstance(alpha, Real) or not 0 < alpha < math.inf:
             raise ValueError(f'{type(self).__name__}(alpha={alpha!r}): must be a number above 0')
         self.alpha, self.lam, self.perm = alpha, 1., None
         self.beta = torch.distributions.Beta(float(alpha), float(alpha))
