@@ -21,7 +21,8 @@ def data(seed=0, n=48, **kwargs):
 def make(root, *, cls=CheckpointedLearner, seed=0, dls=None, model=None, loss_func=None,
          opt_func=None,
          lr=1e-2, name='run', cbs=(), **kwargs):
-    torch.manual_seed(seed), random.seed(seed), np.random.seed(seed)
+    if seed is None: torch.seed()
+    else: torch.manual_seed(seed), random.seed(seed), np.random.seed(seed)
     model = model or nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 2))
     kwargs.setdefault('metrics', accuracy)
     learn = cls(dls or data(), model, loss_func or nn.CrossEntropyLoss(), opt_func=opt_func, lr=lr,

@@ -6,11 +6,11 @@
 __all__ = []
 
 # %% ../../nbs/checkpoints/08_block.ipynb #475bdc6a
-import warnings
-from contextlib import ExitStack, contextmanager
+import os, warnings
+from contextlib import ExitStack, contextmanager, suppress
 from fastcore.basics import patch
 from ..base.text import caller_stacklevel
-from ..files.errors import DamagedError
+from ..files.errors import DamagedError, LockedError
 from ..files.ids import check_id, id_text
 from ..files.tree import tree_digest
 from ..fingerprint.code import versions
@@ -33,6 +33,8 @@ class Block:
         self.diverged = False  # whether the object is not where the record says it is
         self.lock, self.is_locked = ExitStack(), False
         self.known = known  # what is known to be on disk, see `content_text`
+        self.has_compared = False  # whether the beginning of the run was compared
+        self.findings = {}  # what else is to be written into the node
 
     def __repr__(self):
         made = ', '.join(call.text for call in self.made) or 'no call yet'
@@ -107,7 +109,7 @@ def acquire_lock(self:Block) -> bool:
     if not follows or ledger.structure_differs(stored, stored.start_structure, self.structure):
         raise RuntimeError(f'another process has recorded checkpoint {id_text(self.id)} while this '
                            'block was open: run it again')
-    self.node, self.known = stored, content_text(stored)
+    self.node, self.known, self.has_compared = stored, content_text(stored), False
     return False
 
 # %% ../../nbs/checkpoints/08_block.ipynb #42946b03
@@ -120,6 +122,7 @@ def record_start(self:Block, digests):
     start = self.stored_state(digests) if is_new else SavedState(digests, None, None)
     node.add_descriptions(self.structure)
     node.set_start(start, digests_of(self.structure))
+    if parent is None: node.beginning = ledger.beginning()
     ledger.starts[self.id] = state_before(ledger.read, node, 0), parent, ledger.ancestors[1:]
 
 @patch
@@ -136,6 +139,50 @@ def stored_state(self:Block, digests) -> SavedState:
     saved, _ = self.ledger.put_state()
     return SavedState(digests, saved.state, saved.extra)
 
+# %% ../../nbs/checkpoints/08_block.ipynb #c16d3c43
+@patch
+def compare_beginning(self:Block):
+    "Compare seed and first weights with those that are recorded, if the checkpoint is a first one"
+    ledger, node = self.ledger, self.node
+    if self.has_compared or node.parent is not None or not node.has_begun: return
+    self.has_compared, digests = True, self.state_digests()
+    problems, line = ledger.compare_beginning(node, digests)
+    if line: ledger.host.show(line)
+    if problems:
+        if ledger.is_worth_keeping(node): ledger.report_change(node, 0, problems)
+        self.begin_anew(0)
+    elif ledger.has_repeated(node, digests):
+        self.findings['beginning'] = {**node.beginning, 'repeats': True}
+
+@patch
+def begin_anew(self:Block, k):
+    "Nothing that is recorded from call `k` on is what is asked for"
+    ledger, node = self.ledger, self.node
+    if k: node.drop_calls(k)
+    else: self.node = ledger.new_node(self.id, node.description, node)
+
+@patch
+def note_left(self:Block, record):
+    "Note the state in which Ctrl-C has left the object, to know it in a cell that runs again"
+    ledger = self.ledger
+    if ledger.host.ranks is not None: return  # not all of them may have been interrupted
+    record.json['left'] = ledger.state_digests()
+    ledger.store.write(self.node.json)
+
+@patch
+def note_findings(self:Block):
+    "Write what was found out beside the calls, unless somebody else is writing just now"
+    ledger = self.ledger
+    node, store = ledger.read(self.id), ledger.local_store
+    if node is None or ledger.planning: return
+    if all(node.json[name] == value for name, value in self.findings.items()): return
+    self.node.json.update(self.findings)
+    def write():
+        if not os.access(store.folder, os.W_OK): return
+        with suppress(LockedError), store.writing(wait=0.):
+            store.write(store.read(self.id) | self.findings)
+    ledger.on_main(write)
+
 # %% ../../nbs/checkpoints/08_block.ipynb #cafa6c2f
 @patch
 def call(self:Block, name, args, kwargs):
@@ -146,6 +193,7 @@ def call(self:Block, name, args, kwargs):
                            'be recorded there any more')
     ledger.check_not_busy(f'cp.{name}')
     call = ledger.describe_call(name, args, kwargs)
+    if not self.made: self.compare_beginning()
     if call.kind == 'pure': return self.answer_pure_call(call)
     if name in ledger.host.once_per_block and any(made.method == name for made in self.made):
         raise RuntimeError(f'{name} was called in this block already: a block has one {name}, '
@@ -161,7 +209,7 @@ def numbered_call(self:Block, call):
     digests = self.state_digests()
     if record and (problems := ledger.call_differs(node, k, call, digests)):
         if ledger.is_worth_keeping(node, k): ledger.report_change(node, k, problems)
-        node.drop_calls(k)
+        self.begin_anew(k)
         record = None
     if record and record.is_complete:
         ledger.check_code(node, record, call)
@@ -228,8 +276,11 @@ def begin_call(self:Block, call, digests, saved, record) -> CallRecord:
 def make(self:Block, call, record, folder):
     "Make a call and record what came of it; if it fails the record says that it runs"
     ledger = self.ledger
-    ledger.known_digests, self.diverged = KnownDigests(), True
-    result, callbacks, facts = ledger.perform(call, folder.absolute())
+    ledger.known_digests, self.diverged, ledger.is_as_made = KnownDigests(), True, False
+    try: result, callbacks, facts = ledger.perform(call, folder.absolute())
+    except KeyboardInterrupt:
+        self.note_left(record)
+        raise
     ledger.host.forget_outside_changes()
     structure = ledger.structure()
     if call.kind == 'changes': self.check_structure_kept(call, structure)
@@ -265,6 +316,7 @@ def close(self:Block):
         self.acquire_lock()
         self.node.drop_calls(n)
     if not n: self.record_bookmark()
+    self.note_findings()
     node, last_only = self.node, self.has_inner_states()
     if ledger.read(self.id) == node and node.closed and not last_only: return
     if ledger.planning: return
@@ -283,7 +335,9 @@ def has_inner_states(self:Block) -> bool:
 @patch
 def record_bookmark(self:Block):
     "Record the state as it stands"
-    ledger, node, digests = self.ledger, self.node, self.ledger.state_digests()
+    ledger, digests = self.ledger, self.ledger.state_digests()
+    self.compare_beginning()
+    node = self.node
     if not node.has_begun:
         if ledger.planning: raise PlanEnds(f'checkpoint {id_text(self.id)} would be recorded')
         if not self.acquire_lock(): return self.record_bookmark()
@@ -292,8 +346,8 @@ def record_bookmark(self:Block):
     allowed = ledger.allowed_differences(node, 0, digests)
     if wrong := [part for part in differ if part not in allowed]:
         ledger.report_change(node, 0, [f'the learner was changed before it: {", ".join(wrong)}'])
-        self.acquire_lock()
-        self.record_start(digests)
+        self.begin_anew(0)
+        self.record_bookmark()
     elif differ: ledger.restore(state_before(ledger.read, node, 0))
 
 # %% ../../nbs/checkpoints/08_block.ipynb #cafcef96
@@ -345,7 +399,7 @@ def load(self:Block, call, record, with_state): # dict: result, callbacks, perha
 def load_state(self:Block, tree, saved):
     "Load a state, whose digests are known then"
     ledger, host = self.ledger, self.ledger.host
-    ledger.known_digests = KnownDigests()  # lets go of what was there before
+    ledger.known_digests, ledger.is_as_made = KnownDigests(), False  # lets go of what was before
     with host.unguarded(): host.restore(joined(tree['state']), tree['beside'])
     live = by_part(host.state())
     fixed = {part: value for part, value in live.items() if part not in host.may_drift}

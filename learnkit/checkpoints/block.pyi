@@ -18,6 +18,8 @@ class Block:
     lock: ExitStack
     is_locked: bool
     known: Any
+    has_compared: bool
+    findings: dict[Any, Any]
     def __init__(self, ledger: Any, node: Any, structure: Any, known: Any) -> None: ...
     def __repr__(self) -> str: ...
     def acquire_lock(self) -> bool:
@@ -28,6 +30,14 @@ class Block:
         """Whether the object has moved on from a recorded state, or what lies beside it was changed"""
     def stored_state(self, digests: Any) -> SavedState:
         """Store the state that the object is in"""
+    def compare_beginning(self) -> None:
+        """Compare seed and first weights with those that are recorded, if the checkpoint is a first one"""
+    def begin_anew(self, k: Any) -> None:
+        """Nothing that is recorded from call `k` on is what is asked for"""
+    def note_left(self, record: Any) -> None:
+        """Note the state in which Ctrl-C has left the object, to know it in a cell that runs again"""
+    def note_findings(self) -> None:
+        """Write what was found out beside the calls, unless somebody else is writing just now"""
     def call(self, name: Any, args: Any, kwargs: Any) -> Any:
         """Fetch or compute a call"""
     def numbered_call(self, call: Any) -> Any:

@@ -6,16 +6,20 @@
 __all__ = []
 
 # %% ../../nbs/checkpoints/06_changes.ipynb #65218d9d
-import warnings
+import os, platform, warnings
+import torch
 from fastcore.basics import patch
 from ..base.text import caller_stacklevel
 from ..files.ids import id_text
+from ..files.tensors import tensor_digest
 from ..files.tree import json_digest
 from ..fingerprint.values import fingerprint
 from ..fingerprint.differences import differences
+from ..fingerprint.words import shorten
 from .record import (
     Position, StaleCheckpoint, ancestors, best_root, descendants, differing, not_kept,
     position_text, state_after, state_at, state_before, structural_calls, structure_after)
+from .digests import by_part
 from .ledger import Ledger
 
 # %% ../../nbs/checkpoints/06_changes.ipynb #9dbe905e
@@ -51,6 +55,89 @@ def structure_differs(self:Ledger, node, recorded, now, ignore=()) -> list: # of
         if name not in now or name not in recorded: texts.append(f'{name} is not part of both')
         else: texts += differences(node.descriptions[recorded[name]], now[name].tree)
     return [f'{type(self.host.object).__name__}: {text}' for text in texts]
+
+# %% ../../nbs/checkpoints/06_changes.ipynb #61cc470a
+def is_set(seed): return seed < 2**32  # a process that nobody has seeded has a random one
+
+@patch
+def beginning(self:Ledger) -> dict: # plain values
+    "What tells one beginning from another, besides the state"
+    def found():
+        return {'seed': torch.initial_seed(), 'generator': tensor_digest(torch.get_rng_state()),
+                'process': f'{platform.node()}:{os.getpid()}', 'repeats': False}
+    return self.on_main(found)
+
+@patch
+def compared_tensors(self:Ledger, node, parts): # (list of (part, name, bool), bool)
+    "First tensors that differ from those recorded, and whether one that tells came out alike"
+    live, start = by_part(self.host.state()), state_before(self.read, node, 0).state
+    def found():
+        recorded = {(part, name): digest for part in parts
+                    for name, digest in digests_in(start[part] if start else {}).items()}
+        tensors = {(part, name): x for part in parts for name, x in live[part].items()
+                   if isinstance(x, torch.Tensor)}
+        same = {path for path, x in tensors.items() if tensor_digest(x) == recorded.get(path)}
+        constant = {path for path, x in tensors.items() if is_constant_tensor(x)}
+        return [(*path, path in constant) for path in tensors if path not in same], (
+            not same <= constant)
+    return self.on_main(found)
+
+def digests_in(root): # dict: name -> digest
+    "The tensors of a stored dict"
+    pairs = root.get('$dict', root.get('$OrderedDict', root.items()))
+    return {name: x['$tensor'] for name, x in dict(pairs).items()
+            if isinstance(x, dict) and '$tensor' in x}
+
+def is_constant_tensor(t): return t.numel() < 2 or bool((t == t.reshape(-1)[0]).all())
+
+# %% ../../nbs/checkpoints/06_changes.ipynb #1b754c10
+@patch
+def is_drawn_anew(self:Ledger, then, now, # from `beginning`
+                  changed, some_same): # bool; from `compared_tensors`
+    "Whether other first weights may be those of an unchanged script"
+    if then['repeats']: return False
+    if is_set(then['seed']) and is_set(now['seed']):
+        return then['generator'] == now['generator'] and not some_same
+    kinds = self.host.drawn_at_start()
+    may_be = ('parameter',) if some_same else ('parameter', 'buffer')
+    return all(kinds.get((part, name)) in may_be and not constant
+               for part, name, constant in changed)
+
+@patch
+def is_known_state(self:Ledger, digests) -> bool:
+    "Whether some call of the run has left these parts of a state behind"
+    calls = [call for id in self.store.ids() for call in self.read(id).calls]
+    return any(digests.items() <= call.left_behind.items() for call in calls)
+
+@patch
+def compare_beginning(self:Ledger, node, digests): # (list of str, str: a line to show)
+    "How seed and first weights differ from those recorded; and what to say of weights laid back"
+    then, now = node.beginning, self.beginning()
+    seeds = then['seed'], now['seed']
+    if seeds[0] != seeds[1] and all(map(is_set, seeds)):
+        return [f'seed {seeds[0]} -> {seeds[1]}'], ''
+    parts = {part for part, _ in self.host.drawn_at_start()}
+    parts = [part for part in differing(node.start.digests, digests) if part in parts]
+    if not parts or self.is_known_state({part: digests[part] for part in parts}): return [], ''
+    changed, some_same = self.compared_tensors(node, parts)
+    names = shorten(', '.join(f'{part}.{name}' for part, name, _ in changed), 80)
+    if not self.is_drawn_anew(then, now, changed, some_same):
+        return [f'the weights at the beginning are others: {names}'], ''
+    text = (f'it begins with other weights ({names}), as a model does that nobody has seeded; '
+            f'{BEGIN_ALIKE}')
+    if self.options.code == 'strict': return [text], ''
+    return [], f'checkpoint {id_text(node.id)}: {text}. The recorded weights are used'
+
+@patch
+def has_repeated(self:Ledger, node, digests) -> bool:
+    "Whether the first weights came out as they did in another process"
+    then, parts = node.beginning, {part for part, _ in self.host.drawn_at_start()}
+    same = not parts & set(differing(node.start.digests, digests))
+    elsewhere = self.beginning()['process'] != then['process']
+    return self.is_as_made and same and elsewhere and not then['repeats']
+
+BEGIN_ALIKE = ('to begin alike in each run: set_seed(s) before the model is made, or '
+               'Learner(model=function, seed=s)')
 
 # %% ../../nbs/checkpoints/06_changes.ipynb #ec9941d6
 @patch

@@ -5,6 +5,18 @@
 from typing import Any
 __all__ = []
 
+def is_set(seed: Any) -> Any: ...
+
+def digests_in(root: Any) -> Any:
+    """The tensors of a stored dict
+
+    Returns:
+        dict: name -> digest
+    """
+
+def is_constant_tensor(t: Any) -> Any: ...
+BEGIN_ALIKE: str
+
 class PlanEnds(BaseException):
     """Ends what runs inside `plan`, at the first call that would be computed"""
 

@@ -209,3 +209,9 @@ def unguarded(self:Host):
 def call(self:Host, method:str, args, kwargs): # what it returns
     "Call a method of the object"
     with self.unguarded(): return getattr(self.object, method)(*args, **kwargs)
+
+# %% ../../nbs/checkpoints/02_host.ipynb #97314e06
+@patch
+def drawn_at_start(self:Host) -> dict: # (part of the state, name) -> 'parameter' or 'buffer'
+    "Tensors of the state that a constructor may have drawn at random; none of a plain object"
+    return {}

@@ -178,6 +178,12 @@ class Host:
         Returns:
             what it returns
         """
+    def drawn_at_start(self) -> dict:
+        """Tensors of the state that a constructor may have drawn at random; none of a plain object
+
+        Returns:
+            (part of the state, name) -> 'parameter' or 'buffer'
+        """
 
 def is_same(a: Any, b: Any) -> bool:
     """Whether two plain values are equal to the bit

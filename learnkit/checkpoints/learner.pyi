@@ -41,7 +41,7 @@ class CheckpointedLearner(Checkpointed, Learner):
 
         Args:
             dls: `DataLoaders`
-            model: moved to the device, changed in place
+            model: or a function that makes it; moved to the device, changed
             loss_func: (pred, *targets) -> scalar; None: the model returns its loss
             opt_func: optimizer class or partial, called with (groups, lr=); None: AdamW
             lr: default learning rate of a fit: float, slice(first, last) or list

@@ -36,7 +36,7 @@ TRAINING_ONLY = ('opt', 'scaler', 'counters', 'opt_func', 'lr', 'wd', 'splitter'
 class LearnerHost(Host):
     "What a record has to know of a learner"
     may_drift = ('rng', 'data', 'ranks')
-    may_differ_at_start = ('model', *may_drift)
+    may_differ_at_start = ('model', 'loss_func', *may_drift)
     may_differ_in_cache = ('data',)
     may_differ_in_rollback = ('data', 'metrics', 'n_inp')
     restored_structure = ('lr', 'layers', 'attributes')
@@ -374,3 +374,14 @@ def show_report(self:LearnerHost, report, callbacks):
     for cb in learn.cbs:
         if isinstance(cb, Progress) and len(rows) == end - first: cb.show_again(rows, times)
     if report['fits']: learn.fit_cbs = [*learn.cbs, *callbacks]
+
+# %% ../../nbs/checkpoints/10_learner_host.ipynb #62a76e12
+@patch
+def drawn_at_start(self:LearnerHost) -> dict: # (part of the state, name) -> 'parameter' or 'buffer'
+    "Tensors of model and loss that an unseeded start may draw"
+    model, loss = self.object.model, self.object.loss_func
+    found = {('model', name): 'buffer' for name, _ in model.named_buffers()}
+    found |= {('model', name): 'parameter' for name, _ in model.named_parameters()}
+    if isinstance(loss, nn.Module):
+        found |= {('loss_func', name): 'parameter' for name, _ in loss.named_parameters()}
+    return {(part, name.replace('_orig_mod.', '')): kind for (part, name), kind in found.items()}

@@ -97,6 +97,12 @@ class LearnerHost(Host):
         """
     def show_report(self, report: Any, callbacks: Any) -> None:
         """Print the table again, and let the callbacks of the call be those of the last fit"""
+    def drawn_at_start(self) -> dict:
+        """Tensors of model and loss that an unseeded start may draw
+
+        Returns:
+            (part of the state, name) -> 'parameter' or 'buffer'
+        """
 
 def class_attributes(cls: Any) -> Any:
     """Plain values that a subclass gives all its learners

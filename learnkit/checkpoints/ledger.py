@@ -60,6 +60,7 @@ class Ledger:
         self.structures = {}  # (id, number of calls) -> live objects the host was made of then
         self.warned = set()  # code that is known to have changed
         self.memo = {}  # digests of large values, see `fingerprint`
+        self.is_as_made = True  # whether the object was neither called nor brought anywhere
         self.known_digests = KnownDigests()  # of large tensors of the state
         self.root = self.describe(host.root())  # before anything is trained
 
@@ -186,6 +187,7 @@ def states_of(callbacks): # list of [class, state]
 def restore(self:Ledger, saved:SavedState, structure=None, best=None, schedules=True):
     "Bring the object to a stored state: all of it or, with an error, none"
     tree = self.store.get({'state': saved.state, 'beside': saved.extra, 'best': best})
+    self.is_as_made = False
     with self.host.unguarded():
         self.host.restore(joined(tree['state']), tree['beside'], structure, tree['best'], schedules)
     self.host.forget_outside_changes()
@@ -234,8 +236,10 @@ def matching_callbacks(self:Ledger, call, states) -> list:
 @patch
 def report_fetched(self:Ledger, node, record, differ=()):
     "Show a line on a call that was fetched, and in what it had begun otherwise"
-    names = ', '.join(f'other {self.host.part_names.get(part, part)}' for part in differ)
-    note = f' (it had begun with {names})' if differ else ''
+    weights = {part for part, _ in self.host.drawn_at_start()}  # a line of their own tells of them
+    names = ', '.join(f'other {self.host.part_names.get(part, part)}' for part in differ
+                      if part not in weights)
+    note = f' (it had begun with {names})' if names else ''
     self.host.show(fetched_text(node, record, self.store.folder) + note)
 
 # %% ../../nbs/checkpoints/05_ledger.ipynb #fe88277a

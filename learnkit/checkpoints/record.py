@@ -67,6 +67,11 @@ class CallRecord(View):
     def result(self): return self.json.get('result')  # root in the store
 
     @property
+    def left_behind(self): # dict: part -> digest
+        "Of the state after it, or of that in which Ctrl-C has left the object, if that is known"
+        return self.json.get('after') or self.json.get('left') or {}
+
+    @property
     def ended(self): return self.json.get('ended')  # seconds since 1970; None while it runs
 
     @property
@@ -104,6 +109,7 @@ class Node(View):
     parent, parent_digest = key('parent'), key('parent_state')  # id; digest of the parent's state
     host = key('host')  # name of the class
     descriptions = key('described')  # digest -> description of what the object was made of
+    beginning = key('beginning')  # seed, generator, process, repeats; None: it goes on from another
 
     @property
     def calls(self): return [CallRecord(call) for call in self.json['calls']]
@@ -146,7 +152,8 @@ def new_node(id, description, host, # name of the class of the object whose call
                  'parent_call': position and position.call, 'parent_state': digest,
                  'description': description, 'host': host,
                  'created': old.created if old else time.time(), 'closed': False, 'begin': None,
-                 'described': {}, 'calls': [], 'answers': old.json['answers'] if old else []})
+                 'beginning': None, 'described': {}, 'calls': [],
+                 'answers': old.json['answers'] if old else []})
 
 @patch
 def described_as(self:Node, description) -> Node:

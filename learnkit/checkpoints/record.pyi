@@ -73,6 +73,13 @@ class CallRecord(View):
     @property
     def result(self) -> Any: ...
     @property
+    def left_behind(self) -> Any:
+        """Of the state after it, or of that in which Ctrl-C has left the object, if that is known
+
+        Returns:
+            dict: part -> digest
+        """
+    @property
     def ended(self) -> Any: ...
     @property
     def last_structure(self) -> Any:
@@ -124,6 +131,8 @@ class Node(View):
     """name of the class"""
     descriptions: Any
     """digest -> description of what the object was made of"""
+    beginning: Any
+    """seed, generator, process, repeats; None: it goes on from another"""
     @property
     def calls(self) -> Any: ...
     @property

@@ -33,7 +33,7 @@ class Learner(Loop):
     "Trains a model: data, loss, optimizer, and callbacks around one readable loop"
     def __init__(self,
                  dls, # `DataLoaders`
-                 model:nn.Module, # moved to the device, changed in place
+                 model:nn.Module, # or a function that makes it; moved to the device, changed
                  loss_func=None, # (pred, *targets) -> scalar; None: the model returns its loss
                  opt_func=None, # optimizer class or partial, called with (groups, lr=); None: AdamW
                  lr=1e-3, # default learning rate of a fit: float, slice(first, last) or list
@@ -49,7 +49,7 @@ class Learner(Loop):
                 ):
         check_arguments(model, on_interrupt)
         if seed is not None: set_seed(seed)
-        cbs = as_callbacks(cbs)
+        model, cbs = made_model(model), as_callbacks(cbs)
         self.dls, self.metrics, self.n_inp = as_dataloaders(dls), metrics, n_inp
         self.device = torch.device(device) if device is not None else default_device()
         self.model = model if any(cb.places_model for cb in cbs) else model.to(self.device)
@@ -86,9 +86,16 @@ def check_arguments(model, on_interrupt):
     "Raise for a model that is none, and for an unknown way to act on Ctrl-C"
     if on_interrupt not in ('return', 'raise'):
         raise ValueError(f"on_interrupt={on_interrupt!r}: must be 'return' or 'raise'")
-    if not isinstance(model, nn.Module):
+    if not isinstance(model, nn.Module) and not callable(model):
         raise TypeError(f'model is a {type(model).__name__}, not an nn.Module; the order is '
                         'Learner(dls, model, loss_func)')
+
+def made_model(model): # nn.Module
+    "A model as it is, or what a function makes"
+    if isinstance(model, nn.Module): return model
+    made = model()
+    if isinstance(made, nn.Module): return made
+    raise TypeError(f'model is a function that made a {type(made).__name__}, not an nn.Module')
 
 def as_dataloaders(dls): # DataLoaders
     "`dls` itself when it can be trained on, with a word of help when not"

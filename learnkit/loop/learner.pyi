@@ -79,7 +79,7 @@ class Learner(Loop):
 
         Args:
             dls: `DataLoaders`
-            model: moved to the device, changed in place
+            model: or a function that makes it; moved to the device, changed
             loss_func: (pred, *targets) -> scalar; None: the model returns its loss
             opt_func: optimizer class or partial, called with (groups, lr=); None: AdamW
             lr: default learning rate of a fit: float, slice(first, last) or list
@@ -572,6 +572,13 @@ class Learner(Loop):
 
 def check_arguments(model: Any, on_interrupt: Any) -> None:
     """Raise for a model that is none, and for an unknown way to act on Ctrl-C"""
+
+def made_model(model: Any) -> Any:
+    """A model as it is, or what a function makes
+
+    Returns:
+        nn.Module
+    """
 
 def as_dataloaders(dls: Any) -> DataLoaders:
     """`dls` itself when it can be trained on, with a word of help when not
