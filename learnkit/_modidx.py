@@ -280,6 +280,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                      'learnkit/checkpoints/changes.py'),
                                               'learnkit.checkpoints.changes.Ledger.roll_back': ( 'checkpoints/changes.html#ledger.roll_back',
                                                                                                  'learnkit/checkpoints/changes.py'),
+                                              'learnkit.checkpoints.changes.Ledger.root_differs': ( 'checkpoints/changes.html#ledger.root_differs',
+                                                                                                    'learnkit/checkpoints/changes.py'),
                                               'learnkit.checkpoints.changes.Ledger.start_differs': ( 'checkpoints/changes.html#ledger.start_differs',
                                                                                                      'learnkit/checkpoints/changes.py'),
                                               'learnkit.checkpoints.changes.Ledger.structure_differs': ( 'checkpoints/changes.html#ledger.structure_differs',

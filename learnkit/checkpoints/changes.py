@@ -159,12 +159,22 @@ def is_worth_keeping(self:Ledger, node, first=0) -> bool:
     return self.on_main(lambda: any(path.is_file() for path in saves))
 
 @patch
+def root_differs(self:Ledger, node) -> list: # of str
+    "How the object was made, compared with where the way to a checkpoint began"
+    first = self.read(ancestors(self.read, node.id)[-1])
+    if first is None or not first.has_begun: return []  # it was deleted
+    recorded = {name: first.start_structure[name] for name in self.root
+                if name in first.start_structure}
+    return self.structure_differs(first, recorded, {name: self.root[name] for name in recorded})
+
+@patch
 def check_put_together(self:Ledger, node, recorded, ignore=()):
     "Raise StaleCheckpoint when the object is put together otherwise than the checkpoint was"
     now = self.structure()
     both = [name for name in now if name in recorded and name not in ignore]
     texts = self.structure_differs(node, {name: recorded[name] for name in both},
                                    {name: now[name] for name in both}, self.host.restored_structure)
+    texts = list(dict.fromkeys([*self.root_differs(node), *texts]))
     if not texts: return
     calls = [f'learn.{call}' for call in structural_calls(self.read, node)]
     first = f' Calls that put it together: {"; ".join(calls)}' if calls else ''

@@ -138,6 +138,12 @@ class Ledger:
         """
     def is_worth_keeping(self, node: Any, first: Any = 0) -> bool:
         """Whether anything was computed in a checkpoint from a call on; one that failed at once is not"""
+    def root_differs(self, node: Any) -> list:
+        """How the object was made, compared with where the way to a checkpoint began
+
+        Returns:
+            of str
+        """
     def check_put_together(self, node: Any, recorded: Any, ignore: Any = ()) -> None:
         """Raise StaleCheckpoint when the object is put together otherwise than the checkpoint was"""
     def report_change(self, node: Any, k: Any, problems: Any) -> None:

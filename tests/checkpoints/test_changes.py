@@ -8,7 +8,7 @@ from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import StepLR
 from checkpoint_runs import data, make, digest, script, Own
 from counting import Fits
-from learnkit import EMA, GradientClip, SaveBest, StaleCheckpoint
+from learnkit import CheckpointedLearner, EMA, GradientClip, SaveBest, StaleCheckpoint
 from learnkit.files.errors import StoreError
 
 
@@ -248,3 +248,32 @@ def test_a_fork_from_a_call_that_is_no_longer_there_is_stale(tmp_path):
     run(1, on_change='rerun')  # as another process does
     with pytest.raises(StaleCheckpoint, match='checkpoint 1, call 1 was computed anew'):
         with learn.checkpoint(2) as cp: cp.fit(1)
+
+
+class Scaled(CheckpointedLearner):
+    factor = 1.
+    def __init__(self, *args, rate=1., **kwargs):
+        super().__init__(*args, **kwargs)
+        self.rate = rate
+
+
+class Doubled(Scaled):
+    factor = 2.
+
+
+def go_on(learn):
+    with learn.checkpoint(2, parent=1) as cp: cp.fit(1)
+
+
+@pytest.mark.parametrize('way', [lambda learn: learn.rollback(1), go_on,
+                                 lambda learn: learn.cache(1).validate()])
+@pytest.mark.parametrize('change, text', [
+    (dict(rate=2.), 'rate 1.0 -> 2.0'), (dict(cls=Doubled), 'factor 1.0 -> 2.0'),
+    (dict(model=nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(0.2), nn.Linear(8, 2))),
+     'p 0.3 -> 0.2')])
+def test_how_the_learner_was_made_counts_without_its_first_block(tmp_path, way, change, text):
+    learn = make(tmp_path, cls=Scaled)
+    with learn.checkpoint(1) as cp: cp.fit(1)
+    way(make(tmp_path, cls=Scaled))
+    learn = make(tmp_path, **{'cls': Scaled, **change})
+    with pytest.raises(StaleCheckpoint, match=text): way(learn)
