@@ -16,6 +16,7 @@ from torch.utils.data import (ConcatDataset, DataLoader, Dataset, IterableDatase
 from counting import Fits
 from learnkit import *
 from learnkit.checkpoints.learner import CheckpointedLearner
+from learnkit.checkpoints.lineage import Lineage
 from learnkit.checkpoints.record import StaleCheckpoint
 from learnkit.base.methods import pure, result, structural
 from learnkit.fingerprint.values import UnfingerprintableError
@@ -658,27 +659,35 @@ def written(folder, **parts): # module
     return module
 
 
-def with_code(tmp_path, code='warn', **parts):
+def with_code(tmp_path, code='warn', on_change='error', **parts):
+    tmp_path.mkdir(exist_ok=True)
     users = written(tmp_path, **parts)
     set_seed(0)
     learn = make(tmp_path, cls=users.Own, model=users.Net(), loss_func=users.loss,
-                 metrics={'m': users.metric}, cbs=[users.Watch()], code=code)
+                 metrics={'m': users.metric}, cbs=[users.Watch()], code=code,
+                 on_change=on_change)
+    learn.add_cb(Progress(bar=False))
     return digest(block(learn, 1, lambda cp: cp.train()))
 
 
 @pytest.mark.parametrize('part', [part for part in PARTS if part != 'config'])
-def test_law_3_changed_code_is_one_warning_or_an_error(tmp_path, part):
+def test_law_3_changed_code_is_told_or_an_error_or_computed(tmp_path, part, capsys):
     first = with_code(tmp_path)
-    with warnings.catch_warnings():
-        warnings.simplefilter('error')
-        assert with_code(tmp_path) == first
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter('always')
+    assert with_code(tmp_path) == first
+    assert 'has changed since' not in capsys.readouterr().out
+    for _ in range(2):
         assert with_code(tmp_path, **{part: 0.25}) == first
-    assert len(told) == 1 and 'has changed' in str(told[0].message), [str(w.message) for w in told]
+        assert capsys.readouterr().out.count('has changed since') == 1
+        assert Lineage(Store(tmp_path / 'run')).status(1) == 'code changed'
+    assert with_code(tmp_path) == first
+    assert Lineage(Store(tmp_path / 'run')).status(1) == 'complete'
     with pytest.raises(StaleCheckpoint, match='has changed'):
         with_code(tmp_path, code='strict', **{part: 0.25})
     assert Fits.n == 3
+    for k, options in enumerate((dict(code='rerun'), dict(on_change='rerun'))):
+        Fits.n = 0
+        found = with_code(tmp_path, **options, **{part: (0.25, 0.75)[k]})
+        assert Fits.n == 3 and found == with_code(tmp_path / str(k), **{part: (0.25, 0.75)[k]})
 
 
 def test_law_3_a_setting_in_a_class_that_a_loss_reads_is_an_argument(tmp_path):

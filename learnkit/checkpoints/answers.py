@@ -14,11 +14,10 @@ from ..base.text import caller_stacklevel
 from ..files.durable import remove_path
 from ..files.ids import id_text
 from ..files.tree import json_digest
-from ..fingerprint.code import versions
 from .record import Position, not_kept, state_after, structure_after
 from .host import method_kind
 from .digests import joined
-from .ledger import Ledger, states_of
+from .ledger import Ledger, arithmetic, states_of
 from .changes import PlanEnds
 
 # %% ../../nbs/checkpoints/07_answers.ipynb #82a3c20d
@@ -32,7 +31,9 @@ def answer_key(call, digests, structure:dict): # 64 hex digits
 def find_answer(self:Ledger, node, key, call): # CallRecord; None
     "The record of an answer, unless its values are lost"
     found = next((answer for answer in node.answers if answer.answer_key == key), None)
-    if found is None or self.store.holds([found.result, found.callbacks]): return found
+    if found is None or self.store.holds([found.result, found.callbacks]):
+        is_old = found and self.options.computes_changed_code and self.changed_code(found, call)
+        return None if is_old else found
     warnings.warn(f'the answer to {call.text} is lost with a damaged file and is computed anew',
                   stacklevel=caller_stacklevel())
 
@@ -41,9 +42,9 @@ def fetch_answer(self:Ledger, node, call, found):
     "The recorded answer, reported in a line"
     tree = self.store.get({'result': found.result, 'callbacks': found.callbacks})
     callbacks = self.matching_callbacks(call, tree['callbacks'])
-    self.check_code(node, found, call)
+    notes = self.check_code(node, found, call)
     for cb, (_, state) in zip(callbacks, tree['callbacks'], strict=True): cb.load_state_dict(state)
-    self.report_fetched(node, found)
+    self.report_fetched(node, found, notes=notes)
     return self.unpack(found, tree)
 
 @patch
@@ -52,7 +53,8 @@ def compute_answer(self:Ledger, node, call, key, folder=None):
     result, callbacks, facts = self.perform(call, folder)
     tree = {'result': self.pack(call, result), 'callbacks': states_of(callbacks)}
     answer = {'key': key, 'method': call.method, 'text': call.text, 'kind': call.kind,
-              'arguments': call.arguments.tree, 'code': self.code_of(call), 'versions': versions()}
+              'arguments': call.arguments.tree, 'code': self.code_of(call),
+              'versions': self.on_main(arithmetic)}
     node.put_answer(answer | facts | self.store.put(tree)[0])
     self.store.write(node.json)
     return result

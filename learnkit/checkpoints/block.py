@@ -13,14 +13,13 @@ from ..base.text import caller_stacklevel
 from ..files.errors import DamagedError, LockedError
 from ..files.ids import check_id, id_text
 from ..files.tree import tree_digest
-from ..fingerprint.code import versions
 from ..fingerprint.differences import differences
 from .record import (
     CallRecord, Position, SavedState, StaleCheckpoint, content_text, differing, position_text,
     running_call, state_at, state_before)
 from .host import method_kind
 from .digests import KnownDigests, by_part, joined
-from .ledger import digests_of
+from .ledger import arithmetic, digests_of
 from .changes import PlanEnds, ways_on
 from .answers import answer_key, forget_saves
 
@@ -34,7 +33,7 @@ class Block:
         self.lock, self.is_locked = ExitStack(), False
         self.known = known  # what is known to be on disk, see `content_text`
         self.has_compared = False  # whether the beginning of the run was compared
-        self.findings = {}  # what else is to be written into the node
+        self.findings = {'code_changed': []}  # what else is to be written into the node
 
     def __repr__(self):
         made = ', '.join(call.text for call in self.made) or 'no call yet'
@@ -50,7 +49,7 @@ def open_block(ledger, id, description='', parent=None): # Block
     known = content_text(node)
     problems = [] if node is None else ledger.start_differs(node, structure)
     if problems and not ledger.is_worth_keeping(node): node, problems = None, []
-    if problems: ledger.report_change(node, 0, problems)
+    if problems: ledger.report_change(node, 0, problems, ledger.option_for(problems))
     if problems or node is None: node = ledger.new_node(id, description, node)
     node = node.described_as(description)
     if node.has_begun:
@@ -175,13 +174,15 @@ def note_findings(self:Block):
     ledger = self.ledger
     node, store = ledger.read(self.id), ledger.local_store
     if node is None or ledger.planning: return
+    self.findings['code_changed'] = sorted({*self.findings['code_changed']})
     if all(node.json[name] == value for name, value in self.findings.items()): return
-    self.node.json.update(self.findings)
-    def write():
-        if not os.access(store.folder, os.W_OK): return
+    def write(): # bool
+        if not os.access(store.folder, os.W_OK): return False
         with suppress(LockedError), store.writing(wait=0.):
             store.write(store.read(self.id) | self.findings)
-    ledger.on_main(write)
+            return True
+        return False
+    if self.is_locked or ledger.on_main(write): self.node.json.update(self.findings)
 
 # %% ../../nbs/checkpoints/08_block.ipynb #cafa6c2f
 @patch
@@ -211,8 +212,8 @@ def numbered_call(self:Block, call):
         if ledger.is_worth_keeping(node, k): ledger.report_change(node, k, problems)
         self.begin_anew(k)
         record = None
+    elif record and self.must_compute(record, call): record = None
     if record and record.is_complete:
-        ledger.check_code(node, record, call)
         try: return self.fetch(call, record, digests)
         except DamagedError as error:
             warnings.warn(f'{error}. {call.text} of checkpoint {id_text(self.id)} is computed anew',
@@ -221,6 +222,23 @@ def numbered_call(self:Block, call):
     elif record: ledger.reason = f'{call.text} was broken off and goes on'
     elif k or not node.n_calls: ledger.reason = f'{call.text}: no such call is recorded'
     return self.compute(call, digests, record)
+
+# %% ../../nbs/checkpoints/08_block.ipynb #95010ea3
+@patch
+def must_compute(self:Block, record, call) -> bool:
+    "Whether a recorded call is not to be used because of its code; StaleCheckpoint to be told so"
+    ledger, node, k = self.ledger, self.node, len(self.made)
+    changed = ledger.changed_code(record, call)
+    is_anew = ledger.options.computes_changed_code
+    if not changed or record.is_complete and not is_anew: return False
+    text = f'{call.text}: the code of {", ".join(changed)} has changed since'
+    if not record.is_complete:
+        text += ' it was broken off, and it cannot go on half by the old and half by the new'
+    options = ledger.options
+    option = 'on_change' if (options.on_change, options.code) == ('rerun', 'warn') else 'code'
+    if ledger.is_worth_keeping(node, k): ledger.report_change(node, k, [text], option)
+    self.begin_anew(k)
+    return True
 
 # %% ../../nbs/checkpoints/08_block.ipynb #9000c05a
 @patch
@@ -264,7 +282,7 @@ def begin_call(self:Block, call, digests, saved, record) -> CallRecord:
     "The record of a call that is about to run"
     running = running_call(call.method, call.text, call.kind, call.arguments.tree,
                            digests_of(call.structure), digests, self.ledger.code_of(call),
-                           versions())
+                           self.ledger.on_main(arithmetic))
     if self.has_left(saved, digests): running.start = self.stored_state(digests)
     elif record: running.start = record.start
     self.node.add_descriptions(call.structure)
@@ -369,6 +387,8 @@ def release(self:Block):
 def fetch(self:Block, call, record, digests):
     "Give object, callbacks and caller what the recorded call gave them"
     ledger, host, structural = self.ledger, self.ledger.host, call.kind == 'structural'
+    notes = ledger.check_code(self.node, record, call)
+    self.findings['code_changed'] += ledger.changed_code(record, call)
     differ, result = ledger.allowed_differences(self.node, len(self.made), digests), None
     if structural:
         result = host.call(call.method, call.args, call.kwargs)
@@ -378,7 +398,7 @@ def fetch(self:Block, call, record, digests):
     self.diverged = not has_state and (self.diverged or not structural)
     self.add_made(call)
     if structural: return result
-    ledger.report_fetched(self.node, record, differ)
+    ledger.report_fetched(self.node, record, differ, notes)
     host.show_report(record.report, host.stateful_arguments(call.values))
     return ledger.unpack(record, tree)
 

@@ -19,7 +19,7 @@ class Block:
     is_locked: bool
     known: Any
     has_compared: bool
-    findings: dict[Any, Any]
+    findings: dict[str, Any]
     def __init__(self, ledger: Any, node: Any, structure: Any, known: Any) -> None: ...
     def __repr__(self) -> str: ...
     def acquire_lock(self) -> bool:
@@ -42,6 +42,8 @@ class Block:
         """Fetch or compute a call"""
     def numbered_call(self, call: Any) -> Any:
         """Fetch or compute call number `k`, after comparing it with recorded call number `k`"""
+    def must_compute(self, record: Any, call: Any) -> bool:
+        """Whether a recorded call is not to be used because of its code; StaleCheckpoint to be told so"""
     def state_digests(self) -> dict:
         """Those of the object's state; where it has diverged, of the recorded one
 

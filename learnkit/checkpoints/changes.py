@@ -6,10 +6,9 @@
 __all__ = []
 
 # %% ../../nbs/checkpoints/06_changes.ipynb #65218d9d
-import os, platform, warnings
+import os, platform
 import torch
 from fastcore.basics import patch
-from ..base.text import caller_stacklevel
 from ..files.ids import id_text
 from ..files.tensors import tensor_digest
 from ..files.tree import json_digest
@@ -20,7 +19,7 @@ from .record import (
     Position, StaleCheckpoint, ancestors, best_root, descendants, differing, not_kept,
     position_text, state_after, state_at, state_before, structural_calls, structure_after)
 from .digests import by_part
-from .ledger import Ledger
+from .ledger import Ledger, arithmetic, arithmetic_differs
 
 # %% ../../nbs/checkpoints/06_changes.ipynb #9dbe905e
 @patch
@@ -145,10 +144,24 @@ def start_differs(self:Ledger, node, structure) -> list: # of str
     "How the beginning of a checkpoint differs from what is recorded"
     parent, texts = node.parent_position, []
     if parent != self.position: return [f'it was recorded from {position_text(parent)}']
-    found = parent and state_at(self.node, parent)
-    if parent and (found is None or json_digest(found.digests) != node.parent_digest):
-        texts.append(f'{position_text(parent)} was computed anew since and ends otherwise')
+    if self.parent_differs(node): texts.append(f'{position_text(parent)}{ENDS_OTHERWISE}')
     return texts + self.structure_differs(node, node.start_structure, structure)
+
+ENDS_OTHERWISE = ' was computed anew since and ends otherwise'
+
+@patch
+def parent_differs(self:Ledger, node) -> bool:
+    "Whether a checkpoint was recorded from another state than its parent ends with"
+    parent = node.parent_position
+    found = parent and state_at(self.node, parent)
+    if parent is None: return False
+    return found is None or json_digest(found.digests) != node.parent_digest
+
+@patch
+def option_for(self:Ledger, problems) -> str:
+    "Which option says what is to be done: after a parent that other code has computed, `code`"
+    only_parent = all(text.endswith(ENDS_OTHERWISE) for text in problems)
+    return 'code' if self.options.code == 'rerun' and only_parent else 'on_change'
 
 @patch
 def is_worth_keeping(self:Ledger, node, first=0) -> bool:
@@ -186,12 +199,14 @@ class PlanEnds(BaseException):
     "Ends what runs inside `plan`, at the first call that would be computed"
 
 @patch
-def report_change(self:Ledger, node, k, problems):
-    "StaleCheckpoint for what differs from call `k` on, or with `on_change='rerun'` a line"
+def report_change(self:Ledger, node, k, problems, # list of str
+                  option='on_change', # of the ledger: what is to be done about it
+                 ):
+    "StaleCheckpoint for what differs from call `k` on; if the option is 'rerun' a line"
     text = f'checkpoint {id_text(node.id)} is recorded otherwise: {"; ".join(problems)}'
-    if self.options.on_change == 'error':
-        raise StaleCheckpoint(f'{text}.{self.dependents_text(node, k)}{ways_on(node)}')
-    self.reason = f'{text}, and on_change is rerun'
+    if getattr(self.options, option) != 'rerun':
+        raise StaleCheckpoint(f'{text}.{self.dependents_text(node, k)}{ways_on(node, option)}')
+    self.reason = f'{text}, and {option} is rerun'
     if self.planning: raise PlanEnds(f'{text}; it would be computed anew from there')
     self.host.show(f'{text}; computing anew from there')
 
@@ -205,9 +220,9 @@ def dependents_text(self:Ledger, node, k) -> str:
 
 def filter_none(items): return [item for item in items if item is not None]
 
-def ways_on(node): # str
+def ways_on(node, option='on_change'): # str
     "What to do about a checkpoint that is stale"
-    return ("\n  Ways on: undo the change; record under a new id; on_change='rerun' computes it "
+    return (f"\n  Ways on: undo the change; record under a new id; {option}='rerun' computes it "
             f'anew, with all that depends on it; learn.delete_checkpoint({id_text(node.id)}) '
             'forgets it.')
 
@@ -230,18 +245,20 @@ def code_of(self:Ledger, call) -> dict: # name -> digest
     return {name: digest for one in found for name, digest in one.code.items()}
 
 @patch
-def check_code(self:Ledger, node, record, call):
-    "Warn of code that has changed since, or raise StaleCheckpoint"
+def changed_code(self:Ledger, record, call) -> list: # of names
+    "What of the code behind a recorded call is no longer what it was"
     now = self.code_of(call)
-    changed = [name for name, digest in record.code.items() if now.get(name, digest) != digest]
-    if not changed: return
-    text = (f'checkpoint {id_text(node.id)}: the code of {", ".join(changed)} has changed since '
-            f'{call.text} was computed')
-    if self.options.code == 'strict':
-        raise StaleCheckpoint(f'{text}.{self.dependents_text(node, -1)}{ways_on(node)}')
-    new = [name for name in changed if (name, now[name]) not in self.warned]
-    self.warned |= {(name, now[name]) for name in new}
-    if new: warnings.warn(f'{text}; what is recorded is used', stacklevel=caller_stacklevel())
+    return [name for name, digest in record.code.items() if now.get(name, digest) != digest]
+
+@patch
+def check_code(self:Ledger, node, record, call) -> list: # of str
+    "What to say of a call that is used although code or arithmetic have changed; or an error"
+    changed = self.changed_code(record, call)
+    texts = [f'the code of {", ".join(changed)} has changed since'] if changed else []
+    texts += arithmetic_differs(record.versions, self.on_main(arithmetic))
+    if texts and self.options.code == 'strict':
+        self.report_change(node, -1, [f'{call.text}: {text}' for text in texts], 'code')
+    return texts
 
 # %% ../../nbs/checkpoints/06_changes.ipynb #725e3e38
 @patch

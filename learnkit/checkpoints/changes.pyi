@@ -16,13 +16,14 @@ def digests_in(root: Any) -> Any:
 
 def is_constant_tensor(t: Any) -> Any: ...
 BEGIN_ALIKE: str
+ENDS_OTHERWISE: str
 
 class PlanEnds(BaseException):
     """Ends what runs inside `plan`, at the first call that would be computed"""
 
 def filter_none(items: Any) -> Any: ...
 
-def ways_on(node: Any) -> str:
+def ways_on(node: Any, option: Any = 'on_change') -> str:
     """What to do about a checkpoint that is stale
 
     Returns:

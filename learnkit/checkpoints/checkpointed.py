@@ -43,7 +43,7 @@ class Checkpointed:
                  on_change:str='error', # or 'rerun': what has changed is computed anew
                  save_every:str='1 epoch', # how often a long call saves: '500 steps', '10 min'
                  keep:str='calls', # the state after each of the 'calls', or after the 'last' one
-                 code:str='warn', # when code has changed, or 'strict': an error
+                 code:str='warn', # when code has changed, or 'strict': an error, 'rerun': anew
                  ignore=(), # names of arguments, or of the constructor's, that make no difference
                  **kwargs): # as the class beside it takes
         ignore = ignore if isinstance(ignore, str) else tuple(ignore)

@@ -111,7 +111,10 @@ def latest(lineage, id, name): # dict
 def compared_code(lineage, a, b): # list of texts
     "Whose code is not the same"
     one, other = (latest(lineage, id, 'code') for id in (a, b))
-    return [f'{name} differs' for name in one if name in other and one[name] != other[name]]
+    texts = [f'{name} differs' for name in one if name in other and one[name] != other[name]]
+    return texts + [f'{id_text(id)} was fetched though {", ".join(names)} had changed'
+                    for id in dict.fromkeys([*lineage.ancestors(a), *lineage.ancestors(b)])
+                    if id in lineage.nodes and (names := lineage.nodes[id].code_changed)]
 
 def compared_versions(lineage, a, b): # list of texts
     "Which library was another one"

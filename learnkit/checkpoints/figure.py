@@ -54,6 +54,7 @@ def best_checkpoint(values:dict, # id -> (last, best)
 MARK_STYLES = MappingProxyType({
     'complete': dict(marker='o', color='0.35'),
     'running': dict(marker='o', color='C1', fillstyle='left', markerfacecoloralt='white'),
+    'code changed': dict(marker='D', color='0.3', markerfacecolor='white'),
     'stale': dict(marker='o', color='0.6', markerfacecolor='white'),
     'damaged': dict(marker='x', color='C3'),
     'deleted': dict(marker='.', color='0.75')})
@@ -104,7 +105,7 @@ LETTER = 0.07  # inches, of an average letter of 8.5 points
 def texts_of(self:Figure, id): # (id, description), both as text
     "What is written beside a mark"
     status, text = self.lineage.status(id), description_text(self.lineage, id)
-    if status in ('running', 'stale'): text = f'{text} ({status})'.strip()
+    if status in ('code changed', 'running', 'stale'): text = f'{text} ({status})'.strip()
     return id_text(id), 'damaged' if status == 'damaged' else text
 
 @patch

@@ -59,6 +59,6 @@ class CheckpointedLearner(Checkpointed, Learner):
             on_change: or 'rerun': what has changed is computed anew
             save_every: how often a long call saves: '500 steps', '10 min'
             keep: the state after each of the 'calls', or after the 'last' one
-            code: when code has changed, or 'strict': an error
+            code: when code has changed, or 'strict': an error, 'rerun': anew
             ignore: names of arguments, or of the constructor's, that make no difference
         """

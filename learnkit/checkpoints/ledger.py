@@ -9,8 +9,10 @@ __all__ = []
 import inspect, time
 from contextlib import nullcontext
 from dataclasses import dataclass
+import torch
 from fastcore.basics import patch
 from ..base.batches import map_tensors
+from ..base.devices import accelerator
 from ..base.dtensors import full_tensor
 from ..base.methods import full_name
 from ..base.ranks import world_size
@@ -18,6 +20,7 @@ from ..files.errors import UnstorableError
 from ..files.ids import check_id, id_text
 from ..files.tree import check_storable, json_digest
 from ..fingerprint.inspection import globals_read
+from ..fingerprint.code import versions
 from ..fingerprint.values import Fingerprint, UnfingerprintableError, fingerprint
 from ..fingerprint.functions import call_arguments
 from ..fingerprint.words import as_text
@@ -39,12 +42,17 @@ class Options:
 
     def __post_init__(self):
         for option, choices in (('on_change', ('error', 'rerun')), ('keep', ('calls', 'last')),
-                                ('code', ('warn', 'strict'))):
+                                ('code', ('warn', 'strict', 'rerun'))):
             value = getattr(self, option)
             if value not in choices:
                 raise ValueError(f'{option}={value!r}: must be one of {choices}')
         if isinstance(self.ignore, str):
             raise TypeError(f'ignore={self.ignore!r}: give a tuple of names')
+
+    @property
+    def computes_changed_code(self): # bool
+        "Whether what was computed by other code is computed anew"
+        return self.code == 'rerun' or self.code == 'warn' and self.on_change == 'rerun'
 
 # %% ../../nbs/checkpoints/05_ledger.ipynb #f8303ae4
 class Ledger:
@@ -58,7 +66,6 @@ class Ledger:
         self.reason = 'nothing was computed yet'  # why the last call was computed
         self.starts = {}  # id -> (SavedState, position, ancestors) of its beginning, if deleted too
         self.structures = {}  # (id, number of calls) -> live objects the host was made of then
-        self.warned = set()  # code that is known to have changed
         self.memo = {}  # digests of large values, see `fingerprint`
         self.is_as_made = True  # whether the object was neither called nor brought anywhere
         self.known_digests = KnownDigests()  # of large tensors of the state
@@ -192,6 +199,24 @@ def restore(self:Ledger, saved:SavedState, structure=None, best=None, schedules=
         self.host.restore(joined(tree['state']), tree['beside'], structure, tree['best'], schedules)
     self.host.forget_outside_changes()
 
+# %% ../../nbs/checkpoints/05_ledger.ipynb #194a17eb
+def arithmetic(): # dict: name -> plain value
+    "Versions and switches that the digits of a result follow from"
+    kinds = ['cpu', *([found[0]] if (found := accelerator()) else [])]
+    casts = [f'{kind} {type_text(torch.get_autocast_dtype(kind))}' for kind in kinds
+             if torch.is_autocast_enabled(kind)]
+    return {**versions(), 'dtype': type_text(torch.get_default_dtype()),
+            'autocast': ', '.join(casts) or 'off',
+            'deterministic': torch.are_deterministic_algorithms_enabled(),
+            'matmul': torch.get_float32_matmul_precision(), 'threads': torch.get_num_threads()}
+
+def type_text(dtype): return str(dtype).removeprefix('torch.')
+
+def arithmetic_differs(then, now): # list of str
+    "What the digits of a result followed from, and what they would now"
+    return [f'{name} {then[name]} -> {now[name]}' for name in then
+            if name in now and then[name] != now[name]]
+
 # %% ../../nbs/checkpoints/05_ledger.ipynb #88f6f1b6
 @patch
 def perform(self:Ledger, call, folder=None): # (result, callbacks, dict: what is known of it)
@@ -234,13 +259,14 @@ def matching_callbacks(self:Ledger, call, states) -> list:
                           f'{have} have one')
 
 @patch
-def report_fetched(self:Ledger, node, record, differ=()):
-    "Show a line on a call that was fetched, and in what it had begun otherwise"
+def report_fetched(self:Ledger, node, record, differ=(), notes=()):
+    "Show a line on a call that was fetched, in what it had begun otherwise, and what else to know"
     weights = {part for part, _ in self.host.drawn_at_start()}  # a line of their own tells of them
     names = ', '.join(f'other {self.host.part_names.get(part, part)}' for part in differ
                       if part not in weights)
-    note = f' (it had begun with {names})' if names else ''
-    self.host.show(fetched_text(node, record, self.store.folder) + note)
+    notes = [*([f'it had begun with {names}'] if names else []), *notes]
+    text = f' ({"; ".join(notes)})' if notes else ''
+    self.host.show(fetched_text(node, record, self.store.folder) + text)
 
 # %% ../../nbs/checkpoints/05_ledger.ipynb #fe88277a
 @patch

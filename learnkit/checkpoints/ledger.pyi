@@ -19,6 +19,13 @@ class Options:
     code: str = ...
     ignore: tuple = ...
     def __post_init__(self) -> None: ...
+    @property
+    def computes_changed_code(self) -> bool:
+        """Whether what was computed by other code is computed anew
+
+        Returns:
+            bool
+        """
 
 class Ledger:
     """What is recorded of an object, and where the object stands"""
@@ -32,7 +39,6 @@ class Ledger:
     reason: str
     starts: dict[Any, Any]
     structures: dict[Any, Any]
-    warned: Any
     memo: dict[Any, Any]
     is_as_made: bool
     known_digests: KnownDigests
@@ -136,6 +142,10 @@ class Ledger:
         Returns:
             of str
         """
+    def parent_differs(self, node: Any) -> bool:
+        """Whether a checkpoint was recorded from another state than its parent ends with"""
+    def option_for(self, problems: Any) -> str:
+        """Which option says what is to be done: after a parent that other code has computed, `code`"""
     def is_worth_keeping(self, node: Any, first: Any = 0) -> bool:
         """Whether anything was computed in a checkpoint from a call on; one that failed at once is not"""
     def root_differs(self, node: Any) -> list:
@@ -146,8 +156,13 @@ class Ledger:
         """
     def check_put_together(self, node: Any, recorded: Any, ignore: Any = ()) -> None:
         """Raise StaleCheckpoint when the object is put together otherwise than the checkpoint was"""
-    def report_change(self, node: Any, k: Any, problems: Any) -> None:
-        """StaleCheckpoint for what differs from call `k` on, or with `on_change='rerun'` a line"""
+    def report_change(self, node: Any, k: Any, problems: Any, option: Any = 'on_change') -> None:
+        """StaleCheckpoint for what differs from call `k` on; if the option is 'rerun' a line
+
+        Args:
+            node, k, problems: list of str
+            option: of the ledger: what is to be done about it
+        """
     def dependents_text(self, node: Any, k: Any) -> str:
         """What was computed from the result of call `k`"""
     def elsewhere_text(self, node: Any) -> str:
@@ -158,8 +173,18 @@ class Ledger:
         Returns:
             name -> digest
         """
-    def check_code(self, node: Any, record: Any, call: Any) -> None:
-        """Warn of code that has changed since, or raise StaleCheckpoint"""
+    def changed_code(self, record: Any, call: Any) -> list:
+        """What of the code behind a recorded call is no longer what it was
+
+        Returns:
+            of names
+        """
+    def check_code(self, node: Any, record: Any, call: Any) -> list:
+        """What to say of a call that is used although code or arithmetic have changed; or an error
+
+        Returns:
+            of str
+        """
     def roll_back(self, position: Any, schedules: Any = True) -> None:
         """Bring the object to a recorded state"""
     def n_calls_at(self, node: Any, position: Any) -> int:
@@ -226,8 +251,8 @@ class Ledger:
         """
     def matching_callbacks(self, call: Any, states: Any) -> list:
         """The callbacks that were given; StaleCheckpoint unless the states are those of such"""
-    def report_fetched(self, node: Any, record: Any, differ: Any = ()) -> None:
-        """Show a line on a call that was fetched, and in what it had begun otherwise"""
+    def report_fetched(self, node: Any, record: Any, differ: Any = (), notes: Any = ()) -> None:
+        """Show a line on a call that was fetched, in what it had begun otherwise, and what else to know"""
     def new_node(self, id: Any, description: Any, old: Any) -> Node:
         """A checkpoint that goes on from where the object stands"""
     def check_finished(self, position: Any) -> None:
@@ -279,4 +304,20 @@ def states_of(callbacks: Any) -> Any:
 
     Returns:
         list of [class, state]
+    """
+
+def arithmetic() -> Any:
+    """Versions and switches that the digits of a result follow from
+
+    Returns:
+        dict: name -> plain value
+    """
+
+def type_text(dtype: Any) -> Any: ...
+
+def arithmetic_differs(then: Any, now: Any) -> Any:
+    """What the digits of a result followed from, and what they would now
+
+    Returns:
+        list of str
     """

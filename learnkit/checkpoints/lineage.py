@@ -59,13 +59,14 @@ def deleted(self:Lineage) -> list: # of ids
 
 # %% ../../nbs/checkpoints/12_lineage.ipynb #35137f7b
 @patch
-def status(self:Lineage, id) -> str: # 'complete', 'running', 'stale', 'damaged', 'deleted'
+def status(self:Lineage, id) -> str: # 'complete', 'code changed', 'running', 'stale', ...
     "How a checkpoint stands"
     if id in self.damaged: return 'damaged'
     if id not in self.nodes: return 'deleted'
     if not self.outdated.isdisjoint(self.ancestors(id)): return 'stale'
     node = self.nodes[id]
-    return 'complete' if node.closed and all(call.is_complete for call in node.calls) else 'running'
+    if not node.closed or not all(call.is_complete for call in node.calls): return 'running'
+    return 'code changed' if node.code_changed else 'complete'
 
 @patch
 def is_outdated(self:Lineage, id) -> bool:

@@ -41,7 +41,7 @@ class Lineage:
         """How a checkpoint stands
 
         Returns:
-            'complete', 'running', 'stale', 'damaged', 'deleted'
+            'complete', 'code changed', 'running', 'stale', ...
         """
     def is_outdated(self, id: Any) -> bool:
         """Whether the parent is no longer what the checkpoint went on from"""

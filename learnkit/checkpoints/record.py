@@ -109,6 +109,7 @@ class Node(View):
     parent, parent_digest = key('parent'), key('parent_state')  # id; digest of the parent's state
     host = key('host')  # name of the class
     descriptions = key('described')  # digest -> description of what the object was made of
+    code_changed = key('code_changed')  # names of what was otherwise when it was last fetched
     beginning = key('beginning')  # seed, generator, process, repeats; None: it goes on from another
 
     @property
@@ -152,7 +153,7 @@ def new_node(id, description, host, # name of the class of the object whose call
                  'parent_call': position and position.call, 'parent_state': digest,
                  'description': description, 'host': host,
                  'created': old.created if old else time.time(), 'closed': False, 'begin': None,
-                 'beginning': None, 'described': {}, 'calls': [],
+                 'beginning': None, 'code_changed': [], 'described': {}, 'calls': [],
                  'answers': old.json['answers'] if old else []})
 
 @patch

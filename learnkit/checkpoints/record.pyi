@@ -131,6 +131,8 @@ class Node(View):
     """name of the class"""
     descriptions: Any
     """digest -> description of what the object was made of"""
+    code_changed: Any
+    """names of what was otherwise when it was last fetched"""
     beginning: Any
     """seed, generator, process, repeats; None: it goes on from another"""
     @property

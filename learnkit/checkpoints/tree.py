@@ -95,15 +95,15 @@ def answers_text(node): # str
     return f'asked {", ".join(texts)}' if texts else ''
 
 # %% ../../nbs/checkpoints/13_tree.ipynb #87f8e966
-MARKS = MappingProxyType({'complete': '●', 'running': '◐', 'stale': '○', 'damaged': '✗',
-                          'deleted': '·'})
+MARKS = MappingProxyType({'complete': '●', 'code changed': '◇', 'running': '◐', 'stale': '○',
+                          'damaged': '✗', 'deleted': '·'})
 
 def row_cells(lineage, id, position, now): # list of str
     "The cells of a checkpoint beside id and description"
     status, node = lineage.status(id), lineage.nodes.get(id)
     is_here = position is not None and position.id == id
     here = [f'← here{call_suffix(position.call)}'] if is_here else []
-    state = ', '.join([status] * (status in ('running', 'stale', 'damaged')) + here)
+    state = ', '.join([status] * (status not in ('complete', 'deleted')) + here)
     if node is None: return ['', '', '', '', '', state]
     return [calls_text(node.calls), metric_text(node), answers_text(node),
             size_text(lineage.nbytes(id)), age_text(now - node.last_change), state]
@@ -171,7 +171,7 @@ def damage_lines(lineage): # list of lines
     return [f'{id_text(id)} is damaged: {one_line(why)}' for id, why in lineage.damaged.items()]
 
 # %% ../../nbs/checkpoints/13_tree.ipynb #1bef901a
-PLAIN = str.maketrans('├└─│●◐○✗·←…×', '|`-|*+ox.<~x')  # of the same width
+PLAIN = str.maketrans('├└─│●◇◐○✗·←…×', '|`-|*#+ox.<~x')  # of the same width
 
 def printable(text, encoding): # str
     "The text as far as an output can show it, drawn with ASCII where it has no lines"

@@ -8,7 +8,8 @@ from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import StepLR
 from checkpoint_runs import data, make, digest, script, Own
 from counting import Fits
-from learnkit import CheckpointedLearner, EMA, GradientClip, SaveBest, StaleCheckpoint
+from learnkit import (
+    Callback, CheckpointedLearner, EMA, GradientClip, Progress, SaveBest, StaleCheckpoint)
 from learnkit.files.errors import StoreError
 
 
@@ -219,35 +220,72 @@ def test_a_failing_rollback_changes_nothing(tmp_path):
     assert digest(learn) == before and type(learn.opt) is SGD
 
 
-def test_changed_code_is_told_once_or_an_error(tmp_path):
-    def loss_of(text):
-        names = {}
-        exec(compile(text, str(tmp_path / 'loss.py'), 'exec'),
-             {'torch': torch, '__name__': 'losses'}, names)
-        return names['loss']
-    one = loss_of('def loss(pred, targ): return torch.nn.functional.cross_entropy(pred, targ)')
-    two = loss_of('def loss(pred, targ): return torch.nn.functional.cross_entropy(pred, targ) * 2')
-    script(make(tmp_path, loss_func=one))
-    with pytest.warns(UserWarning, match='code of .*loss has changed') as caught:
-        script(make(tmp_path, loss_func=two))
-    assert len([w for w in caught if 'has changed' in str(w.message)]) == 1
-    with pytest.raises(StaleCheckpoint, match='loss'):
-        script(make(tmp_path, loss_func=two, code='strict'))
+def loss_of(tmp_path, factor=1.):
+    names, text = {}, ('def loss(pred, targ): '
+                       f'return torch.nn.functional.cross_entropy(pred, targ) * {factor}')
+    exec(compile(text, str(tmp_path / 'loss.py'), 'exec'),
+         {'torch': torch, '__name__': 'losses'}, names)
+    return names['loss']
 
 
-def test_a_fork_from_a_call_that_is_no_longer_there_is_stale(tmp_path):
-    def run(n, **kwargs):
-        learn = make(tmp_path, **kwargs)
-        with learn.checkpoint(1) as cp:
-            for _ in range(n): cp.fit(1)
+def test_changed_code_is_told_in_the_line_or_an_error(tmp_path, capsys):
+    def run(factor, **kwargs):
+        learn = make(tmp_path, loss_func=loss_of(tmp_path, factor), **kwargs)
+        learn.add_cb(Progress(bar=False))
+        return script(learn)
+    run(1.)
+    learn = run(2.)
+    lines = [line for line in capsys.readouterr().out.splitlines() if 'fetched' in line]
+    assert len(lines) == 3 and all('the code of losses.loss has changed' in x for x in lines), lines
+    assert list(learn.checkpoints.status) == ['code changed'] * 2
+    learn.tree()
+    learn.explain(1, 2)
+    shown = capsys.readouterr().out
+    assert 'code changed' in shown and '1 was fetched though losses.loss had changed' in shown
+    with pytest.raises(StaleCheckpoint, match="losses.loss.*\n.*\n.*code='rerun'"):
+        run(2., code='strict')
+    assert list(run(1.).checkpoints.status) == ['complete'] * 2
+    Fits.n = 0
+    learn = run(2., code='rerun')
+    assert Fits.n == 3 * 4 and digest(learn) == digest(script(
+        make(tmp_path / 'fresh', loss_func=loss_of(tmp_path, 2.))))
+
+
+class Stop(Callback):
+    armed = True
+    def settings(self): return None
+    def after_epoch(self, learn):
+        if learn.epoch == 1 and Stop.armed: raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize('options', [dict(code='rerun'), dict(on_change='rerun')])
+def test_a_call_that_was_broken_off_does_not_go_on_by_other_code(tmp_path, options):
+    def run(factor, root=tmp_path, **kwargs):
+        learn = make(root, loss_func=loss_of(tmp_path, factor), cbs=[Stop()], **kwargs)
+        with learn.checkpoint(1) as cp: cp.fit(3)
         return learn
-    learn = run(2)
-    learn.rollback(1, call=1)
-    with learn.checkpoint(2) as cp: cp.fit(1)
-    learn.rollback(1, call=1)
-    run(1, on_change='rerun')  # as another process does
-    with pytest.raises(StaleCheckpoint, match='checkpoint 1, call 1 was computed anew'):
-        with learn.checkpoint(2) as cp: cp.fit(1)
+    Stop.armed = True
+    with pytest.raises(KeyboardInterrupt): run(1.)
+    Stop.armed = False
+    with pytest.raises(StaleCheckpoint, match='half by the old'): run(2.)
+    assert digest(run(2., **options)) == digest(run(2., tmp_path / 'fresh'))
+
+
+def test_other_arithmetic_is_told_in_the_line(tmp_path, capsys):
+    def run(**kwargs):
+        learn = make(tmp_path, **kwargs)
+        learn.add_cb(Progress(bar=False))
+        with learn.checkpoint(1) as cp: cp.fit(1)
+        return [x for x in capsys.readouterr().out.splitlines() if 'fetched' in x]
+    run()
+    torch.set_float32_matmul_precision('high')
+    try:
+        line, = run()
+        assert '(matmul highest -> high)' in line
+        with pytest.raises(StaleCheckpoint, match='matmul highest -> high'): run(code='strict')
+    finally: torch.set_float32_matmul_precision('highest')
+    line, = run()
+    assert 'matmul' not in line
 
 
 class Scaled(CheckpointedLearner):
