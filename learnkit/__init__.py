@@ -163,7 +163,7 @@ from .checkpoints import changes as _changes
 from .checkpoints import answers as _answers
 from .checkpoints import block as _block
 from .checkpoints.checkpointed import (
-    Checkpointed,
+    Checkpointed, with_history,
 )
 from .checkpoints import learner_host as _learner_host
 from .checkpoints.learner import (
@@ -195,6 +195,6 @@ __all__ = [
     'SaveBest', 'AskToContinue', 'EarlyStopping', 'StopOnNaN', 'ReduceLROnPlateau',
     'MixedPrecision', 'GradientAccumulation', 'GradientClip', 'EMA', 'SWA', 'ShortEpoch',
     'StageFuncs', 'ValidateEvery', 'CutMix', 'MixUp', 'OverfitResult', 'ChannelsLast', 'launch',
-    'Ranks', 'Distributed', 'StaleCheckpoint', 'Checkpointed', 'CheckpointedLearner',
-    'checkpoints_table', 'tree_text', 'plot_tree', 'explain_text',
+    'Ranks', 'Distributed', 'StaleCheckpoint', 'Checkpointed', 'with_history',
+    'CheckpointedLearner', 'checkpoints_table', 'tree_text', 'plot_tree', 'explain_text',
 ]

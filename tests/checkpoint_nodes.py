@@ -49,7 +49,7 @@ def node(id, parent=None, description='', calls=None, closed=True, answers=(), p
     begin = begin or {'parts': {'model': 'b'}, 'state': None, 'beside': None, 'structure': {}}
     return {'id': id, 'parent': parent, 'parent_call': parent_call, 'parent_state': parent_state,
             'description': description, 'created': NOW - 3600, 'host': 'CheckpointedLearner',
-            'closed': closed, 'begin': begin, 'beginning': None, 'code_changed': [],
+            'closed': closed, 'begin': begin, 'beginning': None, 'code_changed': [], 'history': [],
             'described': described or {},
             'calls': calls,
             'answers': list(answers)}

@@ -48,8 +48,10 @@ def open_block(ledger, id, description='', parent=None): # Block
     structure = {**ledger.structure(), **(ledger.root if ledger.position is None else {})}
     known = content_text(node)
     problems = [] if node is None else ledger.start_differs(node, structure)
-    if problems and not ledger.is_worth_keeping(node): node, problems = None, []
-    if problems: ledger.report_change(node, 0, problems, ledger.option_for(problems))
+    if problems and (older := ledger.older_from_here(node, structure)): node, problems = older, []
+    if problems and ledger.is_worth_keeping(node):
+        ledger.report_change(node, 0, problems, ledger.option_for(problems))
+        node.keep_version('; '.join(problems))
     if problems or node is None: node = ledger.new_node(id, description, node)
     node = node.described_as(description)
     if node.has_begun:
@@ -148,17 +150,30 @@ def compare_beginning(self:Block):
     problems, line = ledger.compare_beginning(node, digests)
     if line: ledger.host.show(line)
     if problems:
+        def fits(older): return not ledger.compare_beginning(older, digests)[0]
+        if self.take_older(0, fits): return
         if ledger.is_worth_keeping(node): ledger.report_change(node, 0, problems)
-        self.begin_anew(0)
+        self.begin_anew(0, '; '.join(problems))
     elif ledger.has_repeated(node, digests):
         self.findings['beginning'] = {**node.beginning, 'repeats': True}
 
 @patch
-def begin_anew(self:Block, k):
-    "Nothing that is recorded from call `k` on is what is asked for"
+def begin_anew(self:Block, k, why):
+    "Nothing that is recorded from call `k` on is what is asked for; it becomes history"
     ledger, node = self.ledger, self.node
+    node.keep_version(why)
     if k: node.drop_calls(k)
     else: self.node = ledger.new_node(self.id, node.description, node)
+
+@patch
+def take_older(self:Block, k, fits) -> bool: # function: Node -> whether it is what is asked for
+    "Go back to what an unfinished successor is to replace, where that is asked for again"
+    node = self.node
+    older = None if node.is_finished else node.older()
+    if older is None or older.json['begin'] != node.json['begin'] and k: return False
+    if older.calls[:k] != node.calls[:k] or not fits(older): return False
+    self.node = older
+    return True
 
 @patch
 def note_left(self:Block, record):
@@ -209,8 +224,10 @@ def numbered_call(self:Block, call):
     record = node.call(k) if k < node.n_calls else None
     digests = self.state_digests()
     if record and (problems := ledger.call_differs(node, k, call, digests)):
+        if self.take_older(k, lambda older: ledger.holds(older, k, call, digests)):
+            return self.numbered_call(call)
         if ledger.is_worth_keeping(node, k): ledger.report_change(node, k, problems)
-        self.begin_anew(k)
+        self.begin_anew(k, '; '.join(problems))
         record = None
     elif record and self.must_compute(record, call): record = None
     if record and record.is_complete:
@@ -237,7 +254,7 @@ def must_compute(self:Block, record, call) -> bool:
     options = ledger.options
     option = 'on_change' if (options.on_change, options.code) == ('rerun', 'warn') else 'code'
     if ledger.is_worth_keeping(node, k): ledger.report_change(node, k, [text], option)
-    self.begin_anew(k)
+    self.begin_anew(k, text)
     return True
 
 # %% ../../nbs/checkpoints/08_block.ipynb #9000c05a
@@ -330,7 +347,9 @@ def close(self:Block):
     ledger, n = self.ledger, len(self.made)
     if extra := self.node.calls[n:]:
         if ledger.is_worth_keeping(self.node, n):
-            ledger.report_change(self.node, n - 1, [f'removed: {call.text}' for call in extra])
+            removed = [f'removed: {call.text}' for call in extra]
+            ledger.report_change(self.node, n - 1, removed)
+            self.node.keep_version('; '.join(removed))
         self.acquire_lock()
         self.node.drop_calls(n)
     if not n: self.record_bookmark()
@@ -363,8 +382,9 @@ def record_bookmark(self:Block):
     differ = differing(node.start.digests, digests)
     allowed = ledger.allowed_differences(node, 0, digests)
     if wrong := [part for part in differ if part not in allowed]:
-        ledger.report_change(node, 0, [f'the learner was changed before it: {", ".join(wrong)}'])
-        self.begin_anew(0)
+        text = f'the learner was changed before it: {", ".join(wrong)}'
+        ledger.report_change(node, 0, [text])
+        self.begin_anew(0, text)
         self.record_bookmark()
     elif differ: ledger.restore(state_before(ledger.read, node, 0))
 

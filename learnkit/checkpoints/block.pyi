@@ -32,8 +32,14 @@ class Block:
         """Store the state that the object is in"""
     def compare_beginning(self) -> None:
         """Compare seed and first weights with those that are recorded, if the checkpoint is a first one"""
-    def begin_anew(self, k: Any) -> None:
-        """Nothing that is recorded from call `k` on is what is asked for"""
+    def begin_anew(self, k: Any, why: Any) -> None:
+        """Nothing that is recorded from call `k` on is what is asked for; it becomes history"""
+    def take_older(self, k: Any, fits: Any) -> bool:
+        """Go back to what an unfinished successor is to replace, where that is asked for again
+
+        Returns:
+            function: Node -> whether it is what is asked for
+        """
     def note_left(self, record: Any) -> None:
         """Note the state in which Ctrl-C has left the object, to know it in a cell that runs again"""
     def note_findings(self) -> None:

@@ -16,7 +16,7 @@ from ..fingerprint.values import fingerprint
 from ..fingerprint.differences import differences
 from ..fingerprint.words import shorten
 from .record import (
-    Position, StaleCheckpoint, ancestors, best_root, descendants, differing, not_kept,
+    Node, Position, StaleCheckpoint, ancestors, best_root, descendants, differing, not_kept,
     position_text, state_after, state_at, state_before, structural_calls, structure_after)
 from .digests import by_part
 from .ledger import Ledger, arithmetic, arithmetic_differs
@@ -235,6 +235,18 @@ def elsewhere_text(self:Ledger, node) -> str:
         f'learn.rollback({id_text(parent.id)})')
     return (f'checkpoint {id_text(node.id)} is recorded from {position_text(parent)}, and the '
             f'learner stands at {position_text(self.position)}: {first}.{ways_on(node)}')
+
+# %% ../../nbs/checkpoints/06_changes.ipynb #5db0cdd4
+@patch
+def older_from_here(self:Ledger, node, structure) -> Node: # or None
+    "What an unfinished successor is to replace, if it begins as the block does that is opened"
+    older = None if node.is_finished else node.older()
+    return older if older is not None and not self.start_differs(older, structure) else None
+
+@patch
+def holds(self:Ledger, node, k, call, digests) -> bool:
+    "Whether a checkpoint holds a call under its number"
+    return k < node.n_calls and not self.call_differs(node, k, call, digests)
 
 # %% ../../nbs/checkpoints/06_changes.ipynb #532796c9
 @patch

@@ -9,7 +9,7 @@ from ..checkpoints.ledger import Ledger
 from ..files.garbage import Garbage
 _Self = TypeVar('_Self')
 __all__ = [
-    'Checkpointed'
+    'Checkpointed', 'with_history'
 ]
 
 class Checkpointed:
@@ -84,11 +84,12 @@ class Checkpointed:
         """
     def plan(self: _Self) -> AbstractContextManager[_Self]:
         """Fetch what is recorded and end the `with` block at the first call that would be computed"""
-    def gc(self, dry_run: bool = True) -> Garbage:
+    def gc(self, dry_run: bool = True, history: int | None = None) -> Garbage:
         """Free the space of states that no checkpoint needs any more
 
         Args:
             dry_run: only say what would be freed
+            history: how many replaced versions of each id to keep; None: all
 
         Returns:
             what is, or would be, freed
@@ -132,6 +133,22 @@ class Checkpointed:
         Args:
             width: columns of text to fit into; None: those of the terminal, elsewhere 120
         """
+    def history(self, id: Any) -> Any:
+        """What was recorded under an id before: calls, epochs, best, replaced (local time), why
+
+        Args:
+            id: of a checkpoint
+
+        Returns:
+            DataFrame, its index the number of the version
+        """
+    def restore(self, id: Any, n: int) -> None:
+        """Let a checkpoint hold an older version again; what it held becomes history
+
+        Args:
+            id: of a checkpoint
+            n: number of the version, from `history`
+        """
 
 @dataclass
 class NotBegun:
@@ -150,3 +167,10 @@ def with_changes_forgotten(init: Any) -> Any:
 
 def check_names(cls: Any) -> None:
     """Raise TypeError for a class that uses the name `ledger` for something else"""
+
+def with_history(record: Any, n: Any) -> dict:
+    """A record with the last `n` versions of its history
+
+    Returns:
+        dict
+    """

@@ -26,7 +26,7 @@ from ..fingerprint.functions import call_arguments
 from ..fingerprint.words import as_text
 from .results import pack_result, unpack_result
 from .record import (
-    Node, SavedState, StaleCheckpoint, fetched_text, new_node, state_at)
+    Node, Position, SavedState, StaleCheckpoint, fetched_text, new_node, state_at)
 from .host import Host, method_kind
 from .digests import KnownDigests, by_part, joined
 from .shared_store import SharedStore, on_main
@@ -309,3 +309,11 @@ def check_processes(self:Ledger, what):
         raise RuntimeError(f'{what} called in one of {world_size()} processes that do not know of '
                            'each other: do it in `with learn.distributed():`, or give the learner '
                            'cbs=Distributed()')
+
+# %% ../../nbs/checkpoints/05_ledger.ipynb #9f738fd4
+@patch
+def forget(self:Ledger, id):
+    "What this process knows of a checkpoint holds no more; one that stands on it goes to its end"
+    self.starts.pop(id, None)
+    for key in [key for key in self.structures if key[0] == id]: del self.structures[key]
+    if self.position is not None and self.position.id == id: self.roll_back(Position(id))

@@ -167,6 +167,14 @@ class Ledger:
         """What was computed from the result of call `k`"""
     def elsewhere_text(self, node: Any) -> str:
         """The error for a checkpoint that is entered from another position than it was recorded from"""
+    def older_from_here(self, node: Any, structure: Any) -> Node:
+        """What an unfinished successor is to replace, if it begins as the block does that is opened
+
+        Returns:
+            or None
+        """
+    def holds(self, node: Any, k: Any, call: Any, digests: Any) -> bool:
+        """Whether a checkpoint holds a call under its number"""
     def code_of(self, call: Any) -> dict:
         """The code that a call refers to, as far as it is a user's own
 
@@ -263,6 +271,8 @@ class Ledger:
         """Raise RuntimeError while a call is running"""
     def check_processes(self, what: Any) -> None:
         """Raise RuntimeError where several processes would each write to the same record"""
+    def forget(self, id: Any) -> None:
+        """What this process knows of a checkpoint holds no more; one that stands on it goes to its end"""
 
 def digests_of(structure: Any) -> Any: ...
 

@@ -6,7 +6,7 @@
 __all__ = ['StaleCheckpoint']
 
 # %% ../../nbs/checkpoints/01_record.ipynb #d207b641
-import json, time
+import copy, json, time
 from dataclasses import dataclass
 from fastcore.basics import patch
 from ..base.text import duration_text
@@ -154,6 +154,7 @@ def new_node(id, description, host, # name of the class of the object whose call
                  'description': description, 'host': host,
                  'created': old.created if old else time.time(), 'closed': False, 'begin': None,
                  'beginning': None, 'code_changed': [], 'described': {}, 'calls': [],
+                 'history': old.json['history'] if old else [],
                  'answers': old.json['answers'] if old else []})
 
 @patch
@@ -189,6 +190,38 @@ def set_call(self:Node, k, record): self.json['calls'][k:k + 1] = [record.json]
 def drop_inner_states(self:Node):
     "Forget the states of all calls but the last"
     for call in self.json['calls'][:-1]: call['state'] = call['begin'] = None
+
+# %% ../../nbs/checkpoints/01_record.ipynb #6ffa1bf4
+VERSION = ('parent', 'parent_call', 'parent_state', 'description', 'closed', 'begin', 'beginning',
+           'code_changed', 'calls')
+
+@patch(as_prop=True)
+def is_finished(self:Node) -> bool:
+    "Whether the block has ended, with all of its calls"
+    return self.closed and all(call.is_complete for call in self.calls)
+
+@patch
+def keep_version(self:Node, why): # a text
+    "Put what is recorded into the history, if anything was completed"
+    if not self.closed and not any(call.is_complete for call in self.calls): return
+    n = max([version['n'] for version in self.json['history']], default=0) + 1
+    version = {name: self.json[name] for name in VERSION}
+    self.json['history'] = [*self.json['history'],
+                            {'n': n, 'why': why, 'replaced': time.time(), **copy.deepcopy(version)}]
+
+@patch
+def older(self:Node, n=None) -> Node: # None where there is no such version
+    "The checkpoint as it was in a version, by default the last one; what is recorded is kept"
+    numbers = [version['n'] for version in self.json['history']]
+    n = max(numbers, default=0) if n is None else n
+    if n not in numbers: return None
+    now = Node(copy.deepcopy(self.json))
+    found = next(version for version in now.json['history'] if version['n'] == n)
+    has_more = any(call.is_complete and call.json not in found['calls'] for call in now.calls)
+    if now.is_finished or has_more: now.keep_version('an older version was restored')
+    now.json['history'] = [version for version in now.json['history'] if version['n'] != n]
+    now.json.update({name: found[name] for name in VERSION})
+    return now
 
 # %% ../../nbs/checkpoints/01_record.ipynb #2c47568f
 def running_call(method, text, kind, arguments, structure, before, code, versions): # CallRecord

@@ -179,6 +179,21 @@ class Node(View):
     def set_call(self, k: Any, record: Any) -> None: ...
     def drop_inner_states(self) -> None:
         """Forget the states of all calls but the last"""
+    @property
+    def is_finished(self) -> bool:
+        """Whether the block has ended, with all of its calls"""
+    def keep_version(self, why: Any) -> Any:
+        """Put what is recorded into the history, if anything was completed
+
+        Returns:
+            a text
+        """
+    def older(self, n: Any = None) -> Node:
+        """The checkpoint as it was in a version, by default the last one; what is recorded is kept
+
+        Returns:
+            None where there is no such version
+        """
     def put_answer(self, answer: dict) -> None:
         """Put a row into the table of answers, in place of one with the same key"""
     def adopt_answers(self, other: Any) -> None:
@@ -205,6 +220,7 @@ def new_node(
     Returns:
         Node
     """
+VERSION: tuple[str, ...]
 
 def running_call(
         method: Any,

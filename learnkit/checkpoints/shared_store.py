@@ -60,8 +60,8 @@ class SharedStore:
             on_main(self.ranks, lambda: held.enter_context(self.local.writing()) and None)
             yield self
 
-    def gc(self, dry_run):
+    def gc(self, dry_run, needed=None):
         "Free what no checkpoint needs; process 0 says what that is, the others None"
         found = []
-        on_main(self.ranks, lambda: found.append(self.local.gc(dry_run)))
+        on_main(self.ranks, lambda: found.append(self.local.gc(dry_run, needed)))
         return found[0] if found else None

@@ -35,5 +35,5 @@ class SharedStore:
         """Write a node; times and the like are those of process 0"""
     def writing(self: _Self) -> AbstractContextManager[_Self]:
         """Inside, process 0 holds the writer's lock"""
-    def gc(self, dry_run: Any) -> Any:
+    def gc(self, dry_run: Any, needed: Any = None) -> Any:
         """Free what no checkpoint needs; process 0 says what that is, the others None"""

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from fastcore.basics import patch
 from ..base.methods import unrecorded
 from ..base.text import age_text, size_text
-from ..files.ids import id_text
+from ..files.ids import check_id, id_text
 from .checkpointed import Checkpointed
 from .lineage import Lineage, best_text, metric_text, total_epochs
 
@@ -195,3 +195,37 @@ def tree(self:Checkpointed,
     "Print the checkpoints as a tree: calls, last and best metric, answers, bytes, age, status"
     ledger, width = self.ledger, width or terminal_width(120)
     print_text(tree_text(ledger.local_store, at=ledger.position, width=width))
+
+# %% ../../nbs/checkpoints/13_tree.ipynb #63b861d4
+@patch
+@unrecorded
+def history(self:Checkpointed,
+            id, # of a checkpoint
+           ): # DataFrame, its index the number of the version
+    "What was recorded under an id before: calls, epochs, best, replaced (local time), why"
+    import pandas as pd
+    node, rows = self.ledger.node(id), []
+    for version in node.json['history']:
+        old = node.older(version['n'])
+        replaced = datetime.fromtimestamp(version['replaced']).replace(microsecond=0)
+        rows.append([version['n'], calls_text(old.calls), total_epochs(old), best_text(old),
+                     replaced, version['why']])
+    columns = ['n', 'calls', 'epochs', 'best', 'replaced', 'why']
+    return pd.DataFrame(rows, columns=columns).set_index('n')
+
+@patch
+@unrecorded
+def restore(self:Checkpointed,
+            id, # of a checkpoint
+            n:int, # number of the version, from `history`
+           ) -> None:
+    "Let a checkpoint hold an older version again; what it held becomes history"
+    ledger, id = self.ledger, check_id(id)
+    ledger.check_idle('restore')
+    with ledger.store.writing():
+        node = ledger.node(id).older(n)
+        if node is None:
+            have = ', '.join(str(old['n']) for old in ledger.node(id).json['history'])
+            raise KeyError(f'checkpoint {id_text(id)} has no version {n!r}; have: {have or "none"}')
+        ledger.store.write(node.json)
+    ledger.forget(id)

@@ -7,6 +7,7 @@ __all__ = ['Garbage']
 
 # %% ../../nbs/files/10_garbage.ipynb #b28e7be3
 import errno
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import chain
 from fastcore.basics import patch
@@ -84,9 +85,10 @@ def bytes_of(self:Store, path, digests): # int
     return sum(self.packs[path][digest] for digest in digests)
 
 @patch
-def find_garbage(self:Store): # (Garbage, what `unreferenced` returns)
+def find_garbage(self:Store, needed=None): # (Garbage, what `unreferenced` returns)
     "What no checkpoint needs"
     records = {id: record for id in self.ids() if (record := self.read(id))}
+    if needed: records = {id: needed(record) for id, record in records.items()}
     unreferenced, stale = self.unreferenced(records.values()), self.stale_saves(records)
     damaged = sorted(self.subfolder('packs').glob('*.damaged'))
     lists = [list(unreferenced), stale, self.left_over_files(stale), damaged]
@@ -111,12 +113,15 @@ def drop_from_pack(self:Store, path, digests): # Path of the new pack, None if t
 @patch
 def gc(self:Store,
        dry_run:bool=True, # only find out what is garbage
+       needed:Callable=None, # record -> what of it stays; None: all
       )->Garbage:
     "Remove what no checkpoint needs"
     if self.format is None: self.check_format()
     if self.format is None: return Garbage(dry_run)
-    if dry_run: return self.find_garbage()[0]
+    if dry_run: return self.find_garbage(needed)[0]
     with self.writing():
+        for record in map(self.read, self.ids() if needed else []):
+            if (less := needed(record)) != record: self.write(less)
         garbage, unreferenced = self.find_garbage()
         made = set()  # a pack to be dropped may be made anew from an earlier one; then it stays
         for path, digests in unreferenced.items():

@@ -51,7 +51,7 @@ class Store:
         Returns:
             int
         """
-    def find_garbage(self) -> Any:
+    def find_garbage(self, needed: Any = None) -> Any:
         """What no checkpoint needs
 
         Returns:
@@ -63,11 +63,12 @@ class Store:
         Returns:
             Path of the new pack, None if there is none
         """
-    def gc(self, dry_run: bool = True) -> Garbage:
+    def gc(self, dry_run: bool = True, needed: Callable | None = None) -> Garbage:
         """Remove what no checkpoint needs
 
         Args:
             dry_run: only find out what is garbage
+            needed: record -> what of it stays; None: all
         """
     def destroy(self) -> None:
         """Remove the store with all that is in it; other runs below its folder stay"""
