@@ -153,7 +153,7 @@ from .processes.distributed import (
 )
 from .checkpoints import results as _results
 from .checkpoints.record import (
-    StaleCheckpoint,
+    BEGINNING, StaleCheckpoint,
 )
 from .checkpoints import host as _host
 from .checkpoints import shared_store as _shared_store
@@ -163,7 +163,7 @@ from .checkpoints import changes as _changes
 from .checkpoints import answers as _answers
 from .checkpoints import block as _block
 from .checkpoints.checkpointed import (
-    Checkpointed, with_history,
+    Checkpointed,
 )
 from .checkpoints import learner_host as _learner_host
 from .checkpoints.learner import (
@@ -195,6 +195,6 @@ __all__ = [
     'SaveBest', 'AskToContinue', 'EarlyStopping', 'StopOnNaN', 'ReduceLROnPlateau',
     'MixedPrecision', 'GradientAccumulation', 'GradientClip', 'EMA', 'SWA', 'ShortEpoch',
     'StageFuncs', 'ValidateEvery', 'CutMix', 'MixUp', 'OverfitResult', 'ChannelsLast', 'launch',
-    'Ranks', 'Distributed', 'StaleCheckpoint', 'Checkpointed', 'with_history',
-    'CheckpointedLearner', 'checkpoints_table', 'tree_text', 'plot_tree', 'explain_text',
+    'Ranks', 'Distributed', 'BEGINNING', 'StaleCheckpoint', 'Checkpointed', 'CheckpointedLearner',
+    'checkpoints_table', 'tree_text', 'plot_tree', 'explain_text',
 ]

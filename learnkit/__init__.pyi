@@ -94,9 +94,9 @@ from .training.compiling import ChannelsLast as ChannelsLast
 from .processes.launch import launch as launch
 from .processes.group import Ranks as Ranks
 from .processes.distributed import Distributed as Distributed
+from .checkpoints.record import BEGINNING as BEGINNING
 from .checkpoints.record import StaleCheckpoint as StaleCheckpoint
 from .checkpoints.checkpointed import Checkpointed as Checkpointed
-from .checkpoints.checkpointed import with_history as with_history
 from .checkpoints.learner import CheckpointedLearner as CheckpointedLearner
 from .checkpoints.tree import checkpoints_table as checkpoints_table
 from .checkpoints.tree import tree_text as tree_text
@@ -118,7 +118,7 @@ __all__ = [
     'ParamScheduler', 'TorchScheduler', 'LRFinderResult', 'SaveBest', 'AskToContinue',
     'EarlyStopping', 'StopOnNaN', 'ReduceLROnPlateau', 'MixedPrecision', 'GradientAccumulation',
     'GradientClip', 'EMA', 'SWA', 'ShortEpoch', 'StageFuncs', 'ValidateEvery', 'CutMix',
-    'MixUp', 'OverfitResult', 'ChannelsLast', 'launch', 'Ranks', 'Distributed',
-    'StaleCheckpoint', 'Checkpointed', 'with_history', 'CheckpointedLearner',
-    'checkpoints_table', 'tree_text', 'plot_tree', 'explain_text'
+    'MixUp', 'OverfitResult', 'ChannelsLast', 'launch', 'Ranks', 'Distributed', 'BEGINNING',
+    'StaleCheckpoint', 'Checkpointed', 'CheckpointedLearner', 'checkpoints_table', 'tree_text',
+    'plot_tree', 'explain_text'
 ]

@@ -50,7 +50,7 @@ def node(id, parent=None, description='', calls=None, closed=True, answers=(), p
     return {'id': id, 'parent': parent, 'parent_call': parent_call, 'parent_state': parent_state,
             'description': description, 'created': NOW - 3600, 'host': 'CheckpointedLearner',
             'closed': closed, 'begin': begin, 'beginning': None, 'code_changed': [], 'history': [],
-            'described': described or {},
+            'described': described or {}, 'accepting': None, 'accepted': [],
             'calls': calls,
             'answers': list(answers)}
 

@@ -15,8 +15,8 @@ from ..files.ids import check_id, id_text
 from ..files.tree import tree_digest
 from ..fingerprint.differences import differences
 from .record import (
-    CallRecord, Position, SavedState, StaleCheckpoint, content_text, differing, position_text,
-    running_call, state_at, state_before)
+    BEGINNING, CallRecord, Position, SavedState, StaleCheckpoint, content_text, differing,
+    position_text, running_call, state_at, state_before)
 from .host import method_kind
 from .digests import KnownDigests, by_part, joined
 from .ledger import arithmetic, digests_of
@@ -32,6 +32,7 @@ class Block:
         self.diverged = False  # whether the object is not where the record says it is
         self.lock, self.is_locked = ExitStack(), False
         self.known = known  # what is known to be on disk, see `content_text`
+        self.has_adopted = False  # whether the record has taken over what was asked for
         self.has_compared = False  # whether the beginning of the run was compared
         self.findings = {'code_changed': []}  # what else is to be written into the node
 
@@ -49,6 +50,9 @@ def open_block(ledger, id, description='', parent=None): # Block
     known = content_text(node)
     problems = [] if node is None else ledger.start_differs(node, structure)
     if problems and (older := ledger.older_from_here(node, structure)): node, problems = older, []
+    if ledger.accepts(node, problems) if node else False:
+        ledger.adopt_start(node, structure)
+        problems = []
     if problems and ledger.is_worth_keeping(node):
         ledger.report_change(node, 0, problems, ledger.option_for(problems))
         node.keep_version('; '.join(problems))
@@ -65,20 +69,30 @@ def open_block(ledger, id, description='', parent=None): # Block
 # %% ../../nbs/checkpoints/08_block.ipynb #2cb541d3
 def go_to_start(ledger, id, node, parent):
     "Bring the object to where the checkpoint is to begin"
-    may_move = ledger.options.on_change != 'error'
-    if parent is not None: go_to_parent(ledger, id, node, check_id(parent))
+    if parent is not None: go_to_parent(ledger, id, node, parent)
     elif id in ledger.ancestors: go_back_to_start(ledger, id, node)
-    elif node is not None and node.parent_position != ledger.position and not may_move:
-        raise StaleCheckpoint(ledger.elsewhere_text(node))
+    elif node is not None and node.parent_position != ledger.position:
+        if ledger.is_worth_keeping(node): go_to_recorded_parent(ledger, node)
+
+def go_to_recorded_parent(ledger, node):
+    "A checkpoint that is entered from elsewhere goes on from where it was recorded"
+    position = node.parent_position
+    if position is not None and ledger.read(position.id) is None:
+        if ledger.options.on_change == 'rerun': return
+        raise StaleCheckpoint(ledger.without_parent_text(node))
+    ledger.roll_back(position)
+    ledger.host.show(f'checkpoint {id_text(node.id)} goes on from {position_text(position)}, from '
+                     'where it is recorded')
 
 def go_to_parent(ledger, id, node, parent):
     "Roll back to the parent that is asked for"
+    position = None if parent is BEGINNING else Position(check_id(parent))
     recorded = None if node is None else node.parent_position
-    if node is not None and recorded != Position(parent) and ledger.options.on_change == 'error':
+    if node is not None and recorded != position and ledger.options.on_change == 'error':
         raise StaleCheckpoint(f'checkpoint {id_text(id)} is recorded from '
-                              f'{position_text(recorded)}, not from checkpoint {id_text(parent)}.'
+                              f'{position_text(recorded)}, not from {position_text(position)}.'
                               f'{ways_on(node)}')
-    ledger.roll_back(Position(parent))
+    ledger.roll_back(position)
     if id in ledger.ancestors:
         raise ValueError(f'checkpoint {id_text(parent)} is, or goes on from, checkpoint '
                          f'{id_text(id)}, which so cannot go on from it: choose a new id')
@@ -152,6 +166,9 @@ def compare_beginning(self:Block):
     if problems:
         def fits(older): return not ledger.compare_beginning(older, digests)[0]
         if self.take_older(0, fits): return
+        if ledger.accepts(node, problems):
+            node.beginning, self.has_adopted = ledger.beginning(), True
+            return node.json['begin']['parts'].update(digests)
         if ledger.is_worth_keeping(node): ledger.report_change(node, 0, problems)
         self.begin_anew(0, '; '.join(problems))
     elif ledger.has_repeated(node, digests):
@@ -226,9 +243,14 @@ def numbered_call(self:Block, call):
     if record and (problems := ledger.call_differs(node, k, call, digests)):
         if self.take_older(k, lambda older: ledger.holds(older, k, call, digests)):
             return self.numbered_call(call)
+        if record.method == call.method and ledger.accepts(node, problems):
+            ledger.adopt_call(node, record, call, digests)
+            self.has_adopted = True
+            return self.numbered_call(call)
         if ledger.is_worth_keeping(node, k): ledger.report_change(node, k, problems)
         self.begin_anew(k, '; '.join(problems))
         record = None
+    elif record and self.accept_code(record, call): self.has_adopted = True
     elif record and self.must_compute(record, call): record = None
     if record and record.is_complete:
         try: return self.fetch(call, record, digests)
@@ -241,6 +263,16 @@ def numbered_call(self:Block, call):
     return self.compute(call, digests, record)
 
 # %% ../../nbs/checkpoints/08_block.ipynb #95010ea3
+@patch
+def accept_code(self:Block, record, call) -> bool:
+    "Take over changed code, where it is accepted"
+    ledger, node = self.ledger, self.node
+    changed = ledger.changed_code(record, call) if record.is_complete else []
+    texts = [f'{call.text}: the code of {", ".join(changed)}'] if changed else []
+    if not ledger.accepts(node, texts): return False
+    record.code = ledger.code_of(call)
+    return True
+
 @patch
 def must_compute(self:Block, record, call) -> bool:
     "Whether a recorded call is not to be used because of its code; StaleCheckpoint to be told so"
@@ -354,6 +386,8 @@ def close(self:Block):
         self.node.drop_calls(n)
     if not n: self.record_bookmark()
     self.note_findings()
+    if self.node.accepted != (ledger.read(self.id) or self.node).accepted:
+        self.node.accepting = None  # it was used
     node, last_only = self.node, self.has_inner_states()
     if ledger.read(self.id) == node and node.closed and not last_only: return
     if ledger.planning: return
@@ -417,6 +451,10 @@ def fetch(self:Block, call, record, digests):
     tree = self.load(call, record, has_state and (self.diverged or not structural))
     self.diverged = not has_state and (self.diverged or not structural)
     self.add_made(call)
+    if self.has_adopted:
+        now = ledger.structure()
+        self.node.add_descriptions(now)
+        record.structure_after = digests_of(now)
     if structural: return result
     ledger.report_fetched(self.node, record, differ, notes)
     host.show_report(record.report, host.stateful_arguments(call.values))

@@ -18,6 +18,7 @@ class Block:
     lock: ExitStack
     is_locked: bool
     known: Any
+    has_adopted: bool
     has_compared: bool
     findings: dict[str, Any]
     def __init__(self, ledger: Any, node: Any, structure: Any, known: Any) -> None: ...
@@ -30,7 +31,7 @@ class Block:
         """Whether the object has moved on from a recorded state, or what lies beside it was changed"""
     def stored_state(self, digests: Any) -> SavedState:
         """Store the state that the object is in"""
-    def compare_beginning(self) -> None:
+    def compare_beginning(self) -> Any:
         """Compare seed and first weights with those that are recorded, if the checkpoint is a first one"""
     def begin_anew(self, k: Any, why: Any) -> None:
         """Nothing that is recorded from call `k` on is what is asked for; it becomes history"""
@@ -48,6 +49,8 @@ class Block:
         """Fetch or compute a call"""
     def numbered_call(self, call: Any) -> Any:
         """Fetch or compute call number `k`, after comparing it with recorded call number `k`"""
+    def accept_code(self, record: Any, call: Any) -> bool:
+        """Take over changed code, where it is accepted"""
     def must_compute(self, record: Any, call: Any) -> bool:
         """Whether a recorded call is not to be used because of its code; StaleCheckpoint to be told so"""
     def state_digests(self) -> dict:
@@ -104,6 +107,9 @@ def open_block(ledger: Any, id: Any, description: Any = '', parent: Any = None) 
 
 def go_to_start(ledger: Any, id: Any, node: Any, parent: Any) -> None:
     """Bring the object to where the checkpoint is to begin"""
+
+def go_to_recorded_parent(ledger: Any, node: Any) -> None:
+    """A checkpoint that is entered from elsewhere goes on from where it was recorded"""
 
 def go_to_parent(ledger: Any, id: Any, node: Any, parent: Any) -> None:
     """Roll back to the parent that is asked for"""

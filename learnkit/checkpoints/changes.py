@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/checkpoints/06_changes.ipynb #65218d9d
-import os, platform
+import os, platform, re, time
 import torch
 from fastcore.basics import patch
 from ..files.ids import id_text
@@ -19,7 +19,7 @@ from .record import (
     Node, Position, StaleCheckpoint, ancestors, best_root, descendants, differing, not_kept,
     position_text, state_after, state_at, state_before, structural_calls, structure_after)
 from .digests import by_part
-from .ledger import Ledger, arithmetic, arithmetic_differs
+from .ledger import Ledger, arithmetic, arithmetic_differs, digests_of
 
 # %% ../../nbs/checkpoints/06_changes.ipynb #9dbe905e
 @patch
@@ -205,7 +205,8 @@ def report_change(self:Ledger, node, k, problems, # list of str
     "StaleCheckpoint for what differs from call `k` on; if the option is 'rerun' a line"
     text = f'checkpoint {id_text(node.id)} is recorded otherwise: {"; ".join(problems)}'
     if getattr(self.options, option) != 'rerun':
-        raise StaleCheckpoint(f'{text}.{self.dependents_text(node, k)}{ways_on(node, option)}')
+        raise StaleCheckpoint(f'{text}.{self.dependents_text(node, k)}'
+                              f'{ways_on(node, option, problems)}')
     self.reason = f'{text}, and {option} is rerun'
     if self.planning: raise PlanEnds(f'{text}; it would be computed anew from there')
     self.host.show(f'{text}; computing anew from there')
@@ -220,21 +221,26 @@ def dependents_text(self:Ledger, node, k) -> str:
 
 def filter_none(items): return [item for item in items if item is not None]
 
-def ways_on(node, option='on_change'): # str
-    "What to do about a checkpoint that is stale"
-    return (f"\n  Ways on: undo the change; record under a new id; {option}='rerun' computes it "
-            f'anew, with all that depends on it; learn.delete_checkpoint({id_text(node.id)}) '
-            'forgets it.')
+def ways_on(node, option='on_change', problems=()): # str
+    "What to do about a checkpoint that is stale, as it fits the case"
+    id, ways = id_text(node.id), ['undo the change', 'record under a new id']
+    ways.append(f"{option}='rerun' computes it anew, with all that depends on it")
+    other_calls = any(text.startswith('removed: ') or ') -> ' in text for text in problems)
+    if node.is_finished and problems and not other_calls:
+        ways.append(f'learn.accept({id}, why) keeps it, if the change makes no difference')
+    if any(' cbs' in text for text in problems):
+        ways.append('a callback whose settings() are None makes none')
+    elif any(re.match(r'\w+: \w+ .* -> ', text) for text in problems):
+        ways.append('ignore=(name,) leaves out an argument that makes none')
+    if other_calls: ways.append('@unrecorded marks a method of which nothing is to be recorded')
+    return f'\n  Ways on: {"; ".join(ways)}; learn.delete_checkpoint({id}) forgets it.'
 
 @patch
-def elsewhere_text(self:Ledger, node) -> str:
-    "The error for a checkpoint that is entered from another position than it was recorded from"
-    parent = node.parent_position
-    first = 'make the learner anew' if parent is None else (
-        f'run the block of checkpoint {id_text(parent.id)} first, or '
-        f'learn.rollback({id_text(parent.id)})')
-    return (f'checkpoint {id_text(node.id)} is recorded from {position_text(parent)}, and the '
-            f'learner stands at {position_text(self.position)}: {first}.{ways_on(node)}')
+def without_parent_text(self:Ledger, node) -> str:
+    "The error for a checkpoint that is entered from elsewhere, and its parent is gone"
+    return (f'checkpoint {id_text(node.id)} is recorded from {position_text(node.parent_position)},'
+            f' which was deleted, and the learner stands at {position_text(self.position)}.'
+            f'{ways_on(node)}')
 
 # %% ../../nbs/checkpoints/06_changes.ipynb #5db0cdd4
 @patch
@@ -247,6 +253,33 @@ def older_from_here(self:Ledger, node, structure) -> Node: # or None
 def holds(self:Ledger, node, k, call, digests) -> bool:
     "Whether a checkpoint holds a call under its number"
     return k < node.n_calls and not self.call_differs(node, k, call, digests)
+
+# %% ../../nbs/checkpoints/06_changes.ipynb #8c6d2bee
+@patch
+def accepts(self:Ledger, node, problems) -> bool:
+    "Whether differences are accepted; then they are noted"
+    if not node.accepting or not problems: return False
+    why = node.accepting['why']
+    node.accepted = [*node.accepted, {'when': time.time(), 'why': why, 'differences': problems}]
+    self.host.show(f'checkpoint {id_text(node.id)}: accepted: {"; ".join(problems)}'
+                   + (f' ({why})' if why else ''))
+    return True
+
+@patch
+def adopt_start(self:Ledger, node, structure):
+    "Let a checkpoint begin as an object does that is made of this"
+    parent = node.parent_position
+    node.add_descriptions(structure)
+    node.json['begin']['structure'] = digests_of(structure)
+    if parent: node.parent_digest = json_digest(state_at(self.node, parent).digests)
+
+@patch
+def adopt_call(self:Ledger, node, record, call, digests):
+    "Let a recorded call be the one that is asked for"
+    node.add_descriptions(call.structure)
+    record.arguments, record.text = call.arguments.tree, call.text
+    record.structure, record.before = digests_of(call.structure), digests
+    record.code = self.code_of(call)
 
 # %% ../../nbs/checkpoints/06_changes.ipynb #532796c9
 @patch
@@ -275,7 +308,8 @@ def check_code(self:Ledger, node, record, call) -> list: # of str
 # %% ../../nbs/checkpoints/06_changes.ipynb #725e3e38
 @patch
 def roll_back(self:Ledger, position, schedules=True):
-    "Bring the object to a recorded state"
+    "Bring the object to a recorded state, or to where the run begins"
+    if position is None: return self.go_to_beginning()
     node = self.node(position.id)
     n = self.n_calls_at(node, position)
     saved, structure = state_after(self.read, node, n), self.structures.get((position.id, n))
@@ -299,3 +333,19 @@ def n_calls_at(self:Ledger, node, position) -> int:
         raise ValueError(f'call={k!r}: checkpoint {id_text(node.id)} has the calls '
                          f'{have or "none"}')
     return k + 1
+
+# %% ../../nbs/checkpoints/06_changes.ipynb #b3ca7c20
+@patch
+def go_to_beginning(self:Ledger):
+    "Bring the object to where the first checkpoint on its way began; without one it stays there"
+    if not self.ancestors: return
+    first = self.ancestors[-1]
+    node, structure = self.read(first), self.structures.get((first, 0))
+    start = self.starts[first][0] if node is None else state_before(self.read, node, 0)
+    if node is not None and node.parent is not None:
+        raise LookupError(f'checkpoint {id_text(first)} went on from checkpoint '
+                          f'{id_text(node.parent)}, which was deleted, and with it the beginning: '
+                          'make the learner anew')
+    if structure is None: self.check_put_together(node, node.start_structure)
+    self.restore(start, structure)
+    self.position, self.ancestors = None, ()

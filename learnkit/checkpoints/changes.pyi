@@ -23,8 +23,8 @@ class PlanEnds(BaseException):
 
 def filter_none(items: Any) -> Any: ...
 
-def ways_on(node: Any, option: Any = 'on_change') -> str:
-    """What to do about a checkpoint that is stale
+def ways_on(node: Any, option: Any = 'on_change', problems: Any = ()) -> str:
+    """What to do about a checkpoint that is stale, as it fits the case
 
     Returns:
         str

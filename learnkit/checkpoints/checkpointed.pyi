@@ -9,7 +9,7 @@ from ..checkpoints.ledger import Ledger
 from ..files.garbage import Garbage
 _Self = TypeVar('_Self')
 __all__ = [
-    'Checkpointed', 'with_history'
+    'Checkpointed'
 ]
 
 class Checkpointed:
@@ -50,7 +50,7 @@ class Checkpointed:
         Args:
             id: int, float between ints, or text
             description: for people
-            parent: id of the checkpoint to start from; None: where the learner stands
+            parent: id of the checkpoint to start from, or BEGINNING; None: as recorded,
 
         Returns:
             the block: methods called through it are recorded, all else passes through
@@ -66,7 +66,7 @@ class Checkpointed:
         """
     def rollback(
             self: _Self,
-            id: Any,
+            id: Any = None,
             which: str = 'last',
             call: int | None = None,
             schedulers: bool = True,
@@ -74,13 +74,20 @@ class Checkpointed:
         """Go to the state at the end of a checkpoint: all of it or, with an error, none; deletes nothing
 
         Args:
-            id: of a checkpoint
+            id: of a checkpoint; None: to where the run begins
             which: its end, or the 'best' model that a SaveBest in it has seen
             call: number of the call after which, from 0; None: the end
             schedulers: False: torch schedulers, rates and momenta stay as they are now
 
         Returns:
             the object itself
+        """
+    def accept(self, id: Any, why: str = '') -> None:
+        """What is asked now is what a checkpoint holds: the next block that would be stale keeps it
+
+        Args:
+            id: of a finished checkpoint
+            why: for people
         """
     def plan(self: _Self) -> AbstractContextManager[_Self]:
         """Fetch what is recorded and end the `with` block at the first call that would be computed"""

@@ -37,7 +37,7 @@ def lineage_texts(lineage, a, b, start): # list of texts
     texts = [] if start is not None else ['no common ancestor']
     for id in (a, b):
         steps = [step_text(lineage, step) for step in ids_since(lineage, id, start)]
-        if start is not None: steps = [id_text(start), *steps]
+        if start is not None: steps = [step_text(lineage, start), *steps]
         if len(steps) > 1 or start is None: texts.append(' -> '.join(steps))
     return texts
 
@@ -45,10 +45,12 @@ def step_text(lineage, id): # str
     "A checkpoint on the way, and where it goes on from, if that is no end"
     node = lineage.nodes.get(id)
     if node is None: return f'{id_text(id)} ({lineage.status(id)})'
-    parent = node.parent_position
-    if parent is None or parent.call is None: return id_text(id)
-    call = 'the best' if parent.call == 'best' else f'after call {parent.call}'
-    return f'{id_text(id)} (from {call})'
+    parent, notes = node.parent_position, []
+    if parent is not None and parent.call is not None:
+        call = 'the best' if parent.call == 'best' else f'after call {parent.call}'
+        notes.append(f'from {call}')
+    notes += [f'accepted: {one["why"] or "; ".join(one["differences"])}' for one in node.accepted]
+    return id_text(id) + (f' ({", ".join(notes)})' if notes else '')
 
 # %% ../../nbs/checkpoints/15_comparison.ipynb #fadd6e0d
 def calls_of(lineage, ids): # list of (id, CallRecord)

@@ -165,8 +165,8 @@ class Ledger:
         """
     def dependents_text(self, node: Any, k: Any) -> str:
         """What was computed from the result of call `k`"""
-    def elsewhere_text(self, node: Any) -> str:
-        """The error for a checkpoint that is entered from another position than it was recorded from"""
+    def without_parent_text(self, node: Any) -> str:
+        """The error for a checkpoint that is entered from elsewhere, and its parent is gone"""
     def older_from_here(self, node: Any, structure: Any) -> Node:
         """What an unfinished successor is to replace, if it begins as the block does that is opened
 
@@ -175,6 +175,12 @@ class Ledger:
         """
     def holds(self, node: Any, k: Any, call: Any, digests: Any) -> bool:
         """Whether a checkpoint holds a call under its number"""
+    def accepts(self, node: Any, problems: Any) -> bool:
+        """Whether differences are accepted; then they are noted"""
+    def adopt_start(self, node: Any, structure: Any) -> None:
+        """Let a checkpoint begin as an object does that is made of this"""
+    def adopt_call(self, node: Any, record: Any, call: Any, digests: Any) -> None:
+        """Let a recorded call be the one that is asked for"""
     def code_of(self, call: Any) -> dict:
         """The code that a call refers to, as far as it is a user's own
 
@@ -193,10 +199,12 @@ class Ledger:
         Returns:
             of str
         """
-    def roll_back(self, position: Any, schedules: Any = True) -> None:
-        """Bring the object to a recorded state"""
+    def roll_back(self, position: Any, schedules: Any = True) -> Any:
+        """Bring the object to a recorded state, or to where the run begins"""
     def n_calls_at(self, node: Any, position: Any) -> int:
         """How many calls of its checkpoint lie before a position"""
+    def go_to_beginning(self) -> None:
+        """Bring the object to where the first checkpoint on its way began; without one it stays there"""
     def read(self, id: Any) -> Any:
         """Returns:
             Node; None where there is none

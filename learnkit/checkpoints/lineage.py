@@ -93,7 +93,7 @@ class Row:
 
 @patch
 def walk(self:Lineage) -> list: # of Rows
-    "All checkpoints from the roots on; an only child stands straight below its parent"
+    "All checkpoints from the roots on; an only child stands below its parent, behind an arrow"
     children, rows, seen = self.children(), [], set()
     tops = [id for id in sort_ids([*self.ids, *self.deleted]) if self.parent(id) is None]
     for top in [*tops, *self.ids]:  # in a circle none is a top
@@ -108,7 +108,7 @@ def walk(self:Lineage) -> list: # of Rows
 
 def child_rows(row, ids): # list of Rows
     "Those that go on from the checkpoint of a row"
-    if len(ids) == 1: return [Row(ids[0], row.base, row.base, row.depth + 1)]
+    if len(ids) == 1: return [Row(ids[0], f'{row.base}↳', row.base, row.depth + 1)]
     return [Row(id, row.base + ('└─' if id == ids[-1] else '├─'),
                 row.base + ('  ' if id == ids[-1] else '│ '), row.depth + 1) for id in ids]
 

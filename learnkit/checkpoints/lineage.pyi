@@ -52,7 +52,7 @@ class Lineage:
             dict: part -> digest; None: it is not there
         """
     def walk(self) -> list:
-        """All checkpoints from the roots on; an only child stands straight below its parent
+        """All checkpoints from the roots on; an only child stands below its parent, behind an arrow
 
         Returns:
             of Rows

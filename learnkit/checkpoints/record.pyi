@@ -5,7 +5,7 @@
 from dataclasses import dataclass
 from typing import Any
 __all__ = [
-    'StaleCheckpoint'
+    'BEGINNING', 'StaleCheckpoint'
 ]
 
 @dataclass(frozen=True)
@@ -21,6 +21,11 @@ def position_text(position: Any) -> str:
     Returns:
         str
     """
+
+class Beginning:
+    """Where a run begins, before all of its checkpoints"""
+    def __repr__(self) -> str: ...
+BEGINNING: Beginning
 
 class View:
     """A part of the record, its keys as attributes; `json` is what is on disk"""
@@ -133,6 +138,10 @@ class Node(View):
     """digest -> description of what the object was made of"""
     code_changed: Any
     """names of what was otherwise when it was last fetched"""
+    accepting: Any
+    """see `accept`"""
+    accepted: Any
+    """see `accept`"""
     beginning: Any
     """seed, generator, process, repeats; None: it goes on from another"""
     @property

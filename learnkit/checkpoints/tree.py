@@ -171,7 +171,7 @@ def damage_lines(lineage): # list of lines
     return [f'{id_text(id)} is damaged: {one_line(why)}' for id, why in lineage.damaged.items()]
 
 # %% ../../nbs/checkpoints/13_tree.ipynb #1bef901a
-PLAIN = str.maketrans('├└─│●◇◐○✗·←…×', '|`-|*#+ox.<~x')  # of the same width
+PLAIN = str.maketrans('├└─│↳●◇◐○✗·←…×', '|`-|>*#+ox.<~x')  # of the same width
 
 def printable(text, encoding): # str
     "The text as far as an output can show it, drawn with ASCII where it has no lines"

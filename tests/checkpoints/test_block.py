@@ -7,7 +7,8 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import StepLR
 from checkpoint_runs import make, digest, script, Own, once
 from counting import Fits
-from learnkit import Callback, EMA, GradientClip, SaveBest, StaleCheckpoint
+from learnkit import (
+    BEGINNING, Callback, EMA, GradientClip, Progress, SaveBest, StaleCheckpoint)
 from learnkit.files.tree import tree_digest
 
 
@@ -180,22 +181,63 @@ def test_one_cell_run_twice_is_a_rerun(tmp_path):
     one()
     two()
     assert digest(learn) == end and not Fits.n
-    learn.rollback(1)
-    with pytest.raises(StaleCheckpoint, match='stands at'):
-        with learn.checkpoint(3, parent=2) as cp: cp.fit(1)
-        learn.rollback(1)
-        with learn.checkpoint(3) as cp: cp.fit(1)
 
 
-def test_entering_from_elsewhere_names_the_parent_and_the_place(tmp_path):
-    script(make(tmp_path))
+@pytest.mark.parametrize('on_change', ['error', 'rerun'])
+def test_cells_in_any_order(tmp_path, capsys, on_change):
+    def cell(id, **kwargs):
+        with learn.checkpoint(id, **kwargs) as cp: cp.fit(1)
+        return digest(learn)
     learn = make(tmp_path)
-    with pytest.raises(StaleCheckpoint,
-                       match='recorded from checkpoint 1.*stands at the beginning'):
-        with learn.checkpoint(2): pass
-    with learn.checkpoint(5): pass
-    with pytest.raises(StaleCheckpoint, match='stands at checkpoint 5'):
-        with learn.checkpoint(2): pass
+    ends = {1: cell(1), 2: cell(2), 3: cell(3, parent=1), 4: cell(4, parent=BEGINNING)}
+    parents = list(learn.checkpoints.parent)
+    Fits.n = 0
+    for anew in (False, True):
+        for id in (2, 1, 3, 2, 4, 1, 2, 3, 4):
+            if anew: learn = make(tmp_path, on_change=on_change)
+            if anew: learn.add_cb(Progress(bar=False))
+            assert cell(id) == ends[id]
+    assert not Fits.n and list(learn.checkpoints.parent) == parents == [None, 1, 1, None]
+    said = 'checkpoint 2 goes on from checkpoint 1, from where it is recorded'
+    assert said in capsys.readouterr().out
+
+
+def test_only_parent_changes_a_parent(tmp_path):
+    script(make(tmp_path))
+    with pytest.raises(StaleCheckpoint, match='from checkpoint 1, not from the beginning'):
+        with make(tmp_path).checkpoint(2, parent=BEGINNING) as cp: cp.fit(1)
+    learn = make(tmp_path, on_change='rerun')
+    with learn.checkpoint(2, parent=BEGINNING) as cp: cp.fit(1)
+    assert list(learn.checkpoints.parent) == [None, None] and list(learn.history(2).index) == [1]
+
+
+def test_a_deleted_parent_is_named(tmp_path):
+    learn = script(make(tmp_path))
+    learn.delete_checkpoint(1, force=True)
+    with pytest.raises(StaleCheckpoint, match='from checkpoint 1, which was deleted'):
+        with make(tmp_path).checkpoint(2) as cp: cp.fit(1)
+
+
+def test_a_loop_over_rates_is_a_page_and_no_chain(tmp_path):
+    def run(learn):
+        found = []
+        for rate in (1e-2, 1e-1):
+            with learn.checkpoint(f'lr{rate}', parent=BEGINNING) as cp: cp.fit(1, lr=rate)
+            found.append(digest(learn))
+        return found
+    first = run(make(tmp_path))
+    assert first == run(make(tmp_path)) and Fits.n == 6
+    assert first[1] == digest(one_fit(make(tmp_path / 'alone'), 1e-1))
+    learn = make(tmp_path)
+    start = digest(learn)
+    run(learn)
+    assert digest(learn.rollback()) == start and learn.ledger.position is None
+    with pytest.raises(TypeError, match='without an id'): learn.rollback(which='best')
+
+
+def one_fit(learn, rate):
+    with learn.checkpoint(1) as cp: cp.fit(1, lr=rate)
+    return learn
 
 
 def test_an_empty_block_is_a_bookmark(tmp_path):

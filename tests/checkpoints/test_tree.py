@@ -62,7 +62,7 @@ def test_a_node_without_its_fields_is_damaged(tmp_path):
     store = saved(tmp_path, node(1))
     with store.writing(): store.write({'id': 2, 'calls': []})
     assert status(store) == {1: 'complete', 2: 'damaged'}
-    assert 'it has no answers, begin' in tree_text(store)
+    assert 'it has no accepted, accepting, answers, begin' in tree_text(store)
 
 
 def test_bytes_count_each_tensor_once(tmp_path):
@@ -85,13 +85,13 @@ def drawn(store, **kwargs): # lines up to the id
 def test_forks_of_forks():
     store = Nodes(node(1), node(2, 1), node(3, 2), node(4, 2), node(5, 4), node(6, 5), node(7, 1),
                   node(8, 7))
-    assert drawn(store) == ['● 1', '├─● 2', '│ ├─● 3', '│ └─● 4', '│   ● 5', '│   ● 6',
-                            '└─● 7', '  ● 8']
+    assert drawn(store) == ['● 1', '├─● 2', '│ ├─● 3', '│ └─● 4', '│   ↳● 5', '│   ↳● 6',
+                            '└─● 7', '  ↳● 8']
 
 
 def test_a_chain_does_not_move_to_the_right():
     chain = Nodes(*(node(i, i - 1 or None) for i in range(1, 31)))
-    assert drawn(chain) == [f'● {i}' for i in range(1, 31)]
+    assert drawn(chain) == ['● 1', *(f'↳● {i}' for i in range(2, 31))]
 
 
 def test_a_very_long_chain():
@@ -103,17 +103,18 @@ def test_a_very_long_chain():
 
 def test_several_roots_and_deleted_parents():
     store = Nodes(node(1), node(2, 1), node('x', 'gone'), node('y', 'gone'), node(3))
-    assert drawn(store) == ['● 1', '● 2', '', '● 3', '', "· 'gone'", "├─● 'x'", "└─● 'y'"]
+    assert drawn(store) == ['● 1', '↳● 2', '', '● 3', '', "· 'gone'", "├─● 'x'", "└─● 'y'"]
     assert "· 'gone'  (deleted)" in lines(store)
 
 
 def test_one_and_1_are_told_apart():
-    assert drawn(Nodes(node(1), node('1', 1), node(2, '1'))) == ['● 1', "● '1'", '● 2']
+    assert drawn(Nodes(node(1), node('1', 1), node(2, '1'))) == ['● 1', "↳● '1'", '↳● 2']
 
 
 def test_a_circle_is_drawn_once():
     store = Nodes(node(1, 3), node(2, 1), node(3, 2), node(4, 4), node(5))
-    assert sorted(mark for mark in drawn(store) if mark) == ['● 1', '● 2', '● 3', '● 4', '● 5']
+    marks = sorted(mark.lstrip('↳') for mark in drawn(store) if mark)
+    assert marks == ['● 1', '● 2', '● 3', '● 4', '● 5']
     plot_tree(store).figure.canvas.draw()
     assert explain_text(store, 1, 3) and checkpoints_table(store).shape == (5, 9)
 
@@ -177,7 +178,7 @@ def test_any_store_gives_a_line_each_that_fits(made, width):
                     for i, (parent, text, closed) in enumerate(made, 1)))
     found = tree_text(store, now=NOW, width=width).split('\n')
     for i in store.ids():
-        assert sum(bool(re.match(f'[ │├└─]*[●◐○] {i}( |$)', line)) for line in found) == 1
+        assert sum(bool(re.match(f'[ │├└─↳]*[●◐○] {i}( |$)', line)) for line in found) == 1
     assert all(columns_of(line) <= width and '\x1b' not in line for line in found[:-2])
     free = tree_text(store, now=NOW)
     assert len(free.split('\n')) == len(found)
