@@ -254,7 +254,7 @@ def cases():
         dtype=torch.float32, dtype_64=torch.float64, device=torch.device('cpu'),
         cuda=torch.device('cuda:1'), layout=torch.strided, memory=torch.channels_last,
         size=torch.Size([1, 2]),
-        np_dtype=np.dtype('float32'), np_float=np.float64(1), np_float32=np.float32(1),
+        np_dtype=np.dtype('float32'), np_float32=np.float32(1),
         np_int=np.int64(1), np_bool=np.bool_(True), np_str=np.str_('a'),
         np_date=np.datetime64('2020-01-01'),
         generator=gen(0), generator_1=gen(1), np_rng=np.random.default_rng(0),

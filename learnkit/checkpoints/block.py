@@ -442,6 +442,8 @@ def fetch(self:Block, call, record, digests):
     "Give object, callbacks and caller what the recorded call gave them"
     ledger, host, structural = self.ledger, self.ledger.host, call.kind == 'structural'
     notes = ledger.check_code(self.node, record, call)
+    gained = ledger.gained(self.node, record.structure, call.structure)
+    notes += [text for text in gained.values() if text]
     self.findings['code_changed'] += ledger.changed_code(record, call)
     differ, result = ledger.allowed_differences(self.node, len(self.made), digests), None
     if structural:

@@ -29,7 +29,8 @@ def call_differs(self:Ledger, node, k, call, digests) -> list: # of str
     if record.method != call.method: return [f'{record.text} -> {call.text}']
     texts = [f'{call.method}: {text}'
              for text in differences(record.arguments, call.arguments.tree)]
-    texts += self.structure_differs(node, record.structure, call.structure)
+    texts += self.structure_differs(node, record.structure, call.structure,
+                                    self.gained(node, record.structure, call.structure))
     allowed = self.allowed_differences(node, k, digests)
     other = [part for part in differing(record.before, digests) if part not in allowed]
     if other: texts.append(f'before {call.text} the learner was changed: {", ".join(other)}')
@@ -42,6 +43,13 @@ def allowed_differences(self:Ledger, node, k, digests) -> list: # parts of the s
     allowed = self.host.may_differ_at_start if is_first else self.host.may_drift
     before = state_before(self.read, node, k).digests
     return [part for part in differing(before, digests) if part in allowed]
+
+@patch
+def gained(self:Ledger, node, recorded, now) -> dict: # name of a part -> text
+    "Parts of the structure that have only gained what cannot change a result"
+    found = {name: self.host.gained(name, node.descriptions[digest], now[name].tree)
+             for name, digest in recorded.items() if name in now and now[name].digest != digest}
+    return {name: text for name, text in found.items() if text is not None}
 
 @patch
 def structure_differs(self:Ledger, node, recorded, now, ignore=()) -> list: # of str
@@ -145,7 +153,8 @@ def start_differs(self:Ledger, node, structure) -> list: # of str
     parent, texts = node.parent_position, []
     if parent != self.position: return [f'it was recorded from {position_text(parent)}']
     if self.parent_differs(node): texts.append(f'{position_text(parent)}{ENDS_OTHERWISE}')
-    return texts + self.structure_differs(node, node.start_structure, structure)
+    gained = self.gained(node, node.start_structure, structure)
+    return texts + self.structure_differs(node, node.start_structure, structure, gained)
 
 ENDS_OTHERWISE = ' was computed anew since and ends otherwise'
 
@@ -259,8 +268,10 @@ def holds(self:Ledger, node, k, call, digests) -> bool:
 def accepts(self:Ledger, node, problems) -> bool:
     "Whether differences are accepted; then they are noted"
     if not node.accepting or not problems: return False
-    why = node.accepting['why']
-    node.accepted = [*node.accepted, {'when': time.time(), 'why': why, 'differences': problems}]
+    why, earlier = node.accepting['why'], node.accepting.get('differences', [])
+    node.accepting = {'why': why, 'differences': [*earlier, *problems]}
+    accepted = {'when': time.time(), **node.accepting}
+    node.accepted = [*node.accepted[:len(node.accepted) - bool(earlier)], accepted]
     self.host.show(f'checkpoint {id_text(node.id)}: accepted: {"; ".join(problems)}'
                    + (f' ({why})' if why else ''))
     return True

@@ -215,3 +215,8 @@ def call(self:Host, method:str, args, kwargs): # what it returns
 def drawn_at_start(self:Host) -> dict: # (part of the state, name) -> 'parameter' or 'buffer'
     "Tensors of the state that a constructor may have drawn at random; none of a plain object"
     return {}
+
+@patch
+def gained(self:Host, part, then, now): # str, perhaps empty; None: more has changed
+    "What a part of the structure has only gained, and which cannot change what calls do"
+    return None

@@ -184,6 +184,12 @@ class Host:
         Returns:
             (part of the state, name) -> 'parameter' or 'buffer'
         """
+    def gained(self, part: Any, then: Any, now: Any) -> Any:
+        """What a part of the structure has only gained, and which cannot change what calls do
+
+        Returns:
+            str, perhaps empty; None: more has changed
+        """
 
 def is_same(a: Any, b: Any) -> bool:
     """Whether two plain values are equal to the bit

@@ -19,6 +19,7 @@ from ..files.errors import UnstorableError
 from ..files.durable import file_digest
 from ..files.tree import check_storable
 from ..components.callback import Callback
+from ..fingerprint.words import as_text
 from ..components.optim import opt_params
 from ..loop.position import FitState
 from ..loop.progress import Progress, show_message
@@ -385,3 +386,23 @@ def drawn_at_start(self:LearnerHost) -> dict: # (part of the state, name) -> 'pa
     if isinstance(loss, nn.Module):
         found |= {('loss_func', name): 'parameter' for name, _ in loss.named_parameters()}
     return {(part, name.replace('_orig_mod.', '')): kind for (part, name), kind in found.items()}
+
+# %% ../../nbs/checkpoints/10_learner_host.ipynb #9fea8721
+@patch
+def gained(self:LearnerHost, part, then, now): # str, perhaps empty; None: more has changed
+    "What was only added to the metrics, or a test set, which no training follows from"
+    if part == 'metrics':
+        before, after = listed_metrics(then['metrics']), listed_metrics(now['metrics'])
+        added = [as_text(one) for one in after if one not in before]
+        return f'without {", ".join(added)}' if all(one in after for one in before) else None
+    if part == 'data' and then['data'].get('with', {}).get('test', 0) is None:
+        less = {**now['data'], 'with': {**now['data'].get('with', {}), 'test': None}}
+        return '' if less == then['data'] else None
+    return None
+
+def listed_metrics(tree): # list of descriptions
+    "The metrics of a learner as they are described: a single one, a list, a dict by name, none"
+    if isinstance(tree, list): return tree
+    if tree is None: return []
+    is_named = not any(key.startswith('$') for key in tree)
+    return [[name, one] for name, one in tree.items()] if is_named else [tree]

@@ -103,6 +103,12 @@ class LearnerHost(Host):
         Returns:
             (part of the state, name) -> 'parameter' or 'buffer'
         """
+    def gained(self, part: Any, then: Any, now: Any) -> Any:
+        """What was only added to the metrics, or a test set, which no training follows from
+
+        Returns:
+            str, perhaps empty; None: more has changed
+        """
 
 def class_attributes(cls: Any) -> Any:
     """Plain values that a subclass gives all its learners
@@ -214,4 +220,11 @@ def best_of(learn: Learner, callbacks: Any) -> Any:
 
     Returns:
         dict: name, value, higher, place; None
+    """
+
+def listed_metrics(tree: Any) -> Any:
+    """The metrics of a learner as they are described: a single one, a list, a dict by name, none
+
+    Returns:
+        list of descriptions
     """

@@ -99,6 +99,12 @@ class Ledger:
         Returns:
             parts of the state
         """
+    def gained(self, node: Any, recorded: Any, now: Any) -> dict:
+        """Parts of the structure that have only gained what cannot change a result
+
+        Returns:
+            name of a part -> text
+        """
     def structure_differs(self, node: Any, recorded: Any, now: Any, ignore: Any = ()) -> list:
         """How the object is put together now, compared with what is recorded
 

@@ -149,7 +149,8 @@ def pack_array(self:Packer, x): # JSON value
     return self.pack_tensor(torch.from_numpy(x if shared else x.copy()), '$array')
 
 @patch
-def pack_number(self:Packer, x): # JSON value
+def pack_number(self:Packer, x): # JSON value; a float64 has the digest of a float
+    if self.canonical and type(x) is np.float64: return self.pack(float(x))
     name = x.dtype.name
     if x.dtype.kind not in 'biufc' or x.dtype.char in 'gG' or np.dtype(name).type is not type(x):
         self.refuse(x, 'convert it to an ordinary number or text')

@@ -105,7 +105,7 @@ class Packer:
         """
     def pack_number(self, x: Any) -> Any:
         """Returns:
-            JSON value
+            JSON value; a float64 has the digest of a float
         """
 
 class Unpacker:

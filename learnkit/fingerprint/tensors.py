@@ -110,7 +110,8 @@ def array_digest(x, walk): # 64 hex digits
 # %% ../../nbs/fingerprint/03_tensors.ipynb #97bb0b6b
 @describe.register(np.generic)
 def describe_number(x, walk):
-    "A number of numpy's, under the name of its type"
+    "A number of numpy's, under the name of its type; a float64 is a float as python has it"
+    if type(x) is np.float64: return walk.describe(float(x))
     if isinstance(x, np.void): name, value = 'record', array_digest(np.array(x), walk)
     elif x.dtype.kind in 'mM': name, value = str(x.dtype), str(x)
     elif x.dtype.char in 'gG': name, value = x.dtype.name, str(x)

@@ -50,7 +50,7 @@ def array_digest(x: Any, walk: Any) -> Any:
     """
 
 def describe_number(x: Any, walk: Any) -> Any:
-    """A number of numpy's, under the name of its type"""
+    """A number of numpy's, under the name of its type; a float64 is a float as python has it"""
 
 def describe_dtype(x: Any, walk: Any) -> Any: ...
 

@@ -2,6 +2,7 @@
 import os, warnings
 from functools import partial
 import pytest
+import numpy as np
 import torch
 from torch import nn
 from torch.optim import SGD, Adam
@@ -9,7 +10,8 @@ from torch.optim.lr_scheduler import StepLR
 from checkpoint_runs import data, make, digest, script, Own
 from counting import Fits
 from learnkit import (
-    Callback, CheckpointedLearner, EMA, GradientClip, Progress, SaveBest, StaleCheckpoint)
+    Callback, CheckpointedLearner, EMA, GradientClip, Progress, SaveBest, StaleCheckpoint,
+    accuracy)
 from learnkit.files.errors import StoreError
 
 
@@ -315,3 +317,40 @@ def test_how_the_learner_was_made_counts_without_its_first_block(tmp_path, way, 
     way(make(tmp_path, cls=Scaled))
     learn = make(tmp_path, **{'cls': Scaled, **change})
     with pytest.raises(StaleCheckpoint, match=text): way(learn)
+
+
+def half(pred, targ): return (pred.argmax(-1) == targ).float().mean() / 2
+
+
+def with_test(n=10):
+    dls = data()
+    dls.test = [(torch.ones(n, 4), torch.ones(n, dtype=torch.long))]
+    return dls
+
+
+@pytest.mark.parametrize('more, text', [
+    (dict(metrics=[accuracy, half]), '(without half)'), (dict(dls=with_test()), ''),
+    (dict(lr=np.float64(1e-2)), '')])
+def test_what_cannot_change_a_training_is_no_difference(tmp_path, capsys, more, text):
+    first = script(make(tmp_path, metrics=[accuracy]))
+    learn = make(tmp_path, **{'metrics': [accuracy], **more})
+    learn.add_cb(Progress(bar=False))
+    Fits.n = 0
+    script(learn)
+    assert digest(learn) == digest(first) and not Fits.n
+    lines = [x for x in capsys.readouterr().out.splitlines() if 'fetched' in x]
+    assert len(lines) == 3 and all(text in line for line in lines), lines
+    with learn.checkpoint(3) as cp: found = cp.validate()
+    assert ('half' in found) == ('half' in text)
+    with learn.checkpoint(4) as cp: cp.fit(1)
+    Fits.n = 0
+    with learn.checkpoint(4, parent=3) as cp: cp.fit(1)
+    assert not Fits.n
+
+
+@pytest.mark.parametrize('less', [
+    dict(metrics=None), dict(metrics=[half]), dict(metrics=[accuracy, half], lr=1.),
+    dict(dls=data(1))])
+def test_what_was_taken_away_or_changed_beside_is_a_difference(tmp_path, less):
+    script(make(tmp_path, metrics=[accuracy]))
+    with pytest.raises(StaleCheckpoint): script(make(tmp_path, **less))

@@ -76,7 +76,7 @@ CHANGES = [
     ({'metrics': [accuracy, error_rate]}, {'metrics': [rmse, error_rate]},
         ['metrics: then accuracy', 'metrics: now rmse']),
     ({'x': 1}, {'x': 1.}, ['x 1 -> 1.0']), ({'x': True}, {'x': 1}, ['x True -> 1']),
-    ({'x': 0.1}, {'x': np.float64(0.1)}, ['x 0.1 -> float64(0.1)']),
+    ({'x': 0.5}, {'x': np.float32(0.5)}, ['x 0.5 -> float32(0.5)']),
     ({'x': '1'}, {'x': 1}, ["x '1' -> 1"]),
     ({'x': 'a' * 100}, {'x': 'a' * 99 + 'b'}, ["x ...aaaaaaaaaaa' -> ...aaaaaaaaaab'"]),
     ({'x': torch.zeros(100, 4)}, {'x': torch.ones(100, 4)}, ['x float32[100, 4] has other values']),
