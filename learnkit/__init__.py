@@ -159,6 +159,7 @@ from .checkpoints import host as _host
 from .checkpoints import shared_store as _shared_store
 from .checkpoints import digests as _digests
 from .checkpoints import ledger as _ledger
+from .checkpoints import beginning as _beginning
 from .checkpoints import changes as _changes
 from .checkpoints import answers as _answers
 from .checkpoints import block as _block

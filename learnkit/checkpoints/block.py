@@ -11,16 +11,17 @@ from contextlib import ExitStack, contextmanager, suppress
 from fastcore.basics import patch
 from ..base.text import caller_stacklevel
 from ..files.errors import DamagedError, LockedError
-from ..files.ids import check_id, id_text
+from ..files.ids import id_text
 from ..files.tree import tree_digest
 from ..fingerprint.differences import differences
 from .record import (
-    BEGINNING, CallRecord, Position, SavedState, StaleCheckpoint, content_text, differing,
-    position_text, running_call, state_at, state_before)
+    CallRecord, Position, SavedState, StaleCheckpoint, content_text, differing,
+    running_call, state_at, state_before)
 from .host import method_kind
 from .digests import KnownDigests, by_part, joined
 from .ledger import arithmetic, digests_of
-from .changes import PlanEnds, ways_on
+from .beginning import beginning, compare_beginning, has_repeated
+from .changes import PlanEnds, go_to_start
 from .answers import answer_key, forget_saves
 
 # %% ../../nbs/checkpoints/08_block.ipynb #39cdd6c5
@@ -40,6 +41,7 @@ class Block:
         made = ', '.join(call.text for call in self.made) or 'no call yet'
         return f'checkpoint {id_text(self.id)}: {made}'
 
+# %% ../../nbs/checkpoints/08_block.ipynb #33eaf665
 def open_block(ledger, id, description='', parent=None): # Block
     "Bring the object to where a checkpoint begins, and compare with what is recorded"
     ledger.host.note_outside_changes()
@@ -65,46 +67,6 @@ def open_block(ledger, id, description='', parent=None): # Block
     ledger.ancestors = id, *ledger.ancestors
     ledger.block = Block(ledger, node, structure, known)
     return ledger.block
-
-# %% ../../nbs/checkpoints/08_block.ipynb #2cb541d3
-def go_to_start(ledger, id, node, parent):
-    "Bring the object to where the checkpoint is to begin"
-    if parent is not None: go_to_parent(ledger, id, node, parent)
-    elif id in ledger.ancestors: go_back_to_start(ledger, id, node)
-    elif node is not None and node.parent_position != ledger.position:
-        if ledger.is_worth_keeping(node): go_to_recorded_parent(ledger, node)
-
-def go_to_recorded_parent(ledger, node):
-    "A checkpoint that is entered from elsewhere goes on from where it was recorded"
-    position = node.parent_position
-    if position is not None and ledger.read(position.id) is None:
-        if ledger.options.on_change == 'rerun': return
-        raise StaleCheckpoint(ledger.without_parent_text(node))
-    ledger.roll_back(position)
-    ledger.host.show(f'checkpoint {id_text(node.id)} goes on from {position_text(position)}, from '
-                     'where it is recorded')
-
-def go_to_parent(ledger, id, node, parent):
-    "Roll back to the parent that is asked for"
-    position = None if parent is BEGINNING else Position(check_id(parent))
-    recorded = None if node is None else node.parent_position
-    if node is not None and recorded != position and ledger.options.on_change == 'error':
-        raise StaleCheckpoint(f'checkpoint {id_text(id)} is recorded from '
-                              f'{position_text(recorded)}, not from {position_text(position)}.'
-                              f'{ways_on(node)}')
-    ledger.roll_back(position)
-    if id in ledger.ancestors:
-        raise ValueError(f'checkpoint {id_text(parent)} is, or goes on from, checkpoint '
-                         f'{id_text(id)}, which so cannot go on from it: choose a new id')
-
-def go_back_to_start(ledger, id, node):
-    "A block that runs again, as a notebook's cell does: back to where it began"
-    if node is None: start, position, above = ledger.starts[id]
-    else:
-        start, position = state_before(ledger.read, node, 0), node.parent_position
-        above = ledger.ancestors[ledger.ancestors.index(id) + 1:]
-    ledger.restore(start, ledger.structures.get((id, 0)))
-    ledger.position, ledger.ancestors = position, above
 
 # %% ../../nbs/checkpoints/08_block.ipynb #54a74f22
 @patch
@@ -137,7 +99,7 @@ def record_start(self:Block, digests):
     start = self.stored_state(digests) if is_new else SavedState(digests, None, None)
     node.add_descriptions(self.structure)
     node.set_start(start, digests_of(self.structure))
-    if parent is None: node.beginning = ledger.beginning()
+    if parent is None: node.beginning = beginning(ledger)
     ledger.starts[self.id] = state_before(ledger.read, node, 0), parent, ledger.ancestors[1:]
 
 @patch
@@ -161,19 +123,20 @@ def compare_beginning(self:Block):
     ledger, node = self.ledger, self.node
     if self.has_compared or node.parent is not None or not node.has_begun: return
     self.has_compared, digests = True, self.state_digests()
-    problems, line = ledger.compare_beginning(node, digests)
+    problems, line = compare_beginning(ledger, node, digests)
     if line: ledger.host.show(line)
     if problems:
-        def fits(older): return not ledger.compare_beginning(older, digests)[0]
+        def fits(older): return not compare_beginning(ledger, older, digests)[0]
         if self.take_older(0, fits): return
         if ledger.accepts(node, problems):
-            node.beginning, self.has_adopted = ledger.beginning(), True
+            node.beginning, self.has_adopted = beginning(ledger), True
             return node.json['begin']['parts'].update(digests)
         if ledger.is_worth_keeping(node): ledger.report_change(node, 0, problems)
         self.begin_anew(0, '; '.join(problems))
-    elif ledger.has_repeated(node, digests):
+    elif has_repeated(ledger, node, digests):
         self.findings['beginning'] = {**node.beginning, 'repeats': True}
 
+# %% ../../nbs/checkpoints/08_block.ipynb #4bbe1ea4
 @patch
 def begin_anew(self:Block, k, why):
     "Nothing that is recorded from call `k` on is what is asked for; it becomes history"
@@ -192,6 +155,7 @@ def take_older(self:Block, k, fits) -> bool: # function: Node -> whether it is w
     self.node = older
     return True
 
+# %% ../../nbs/checkpoints/08_block.ipynb #e50d1a09
 @patch
 def note_left(self:Block, record):
     "Note the state in which Ctrl-C has left the object, to know it in a cell that runs again"
@@ -234,6 +198,7 @@ def call(self:Block, name, args, kwargs):
                            'the next')
     return self.numbered_call(call)
 
+# %% ../../nbs/checkpoints/08_block.ipynb #33f1aa06
 @patch
 def numbered_call(self:Block, call):
     "Fetch or compute call number `k`, after comparing it with recorded call number `k`"
@@ -397,6 +362,7 @@ def close(self:Block):
     ledger.store.write(self.node.json)
     if last_only: ledger.store.gc(False)
 
+# %% ../../nbs/checkpoints/08_block.ipynb #dbfc26de
 @patch
 def has_inner_states(self:Block) -> bool:
     "Whether states inside the block are to be forgotten"
@@ -462,6 +428,7 @@ def fetch(self:Block, call, record, digests):
     host.show_report(record.report, host.stateful_arguments(call.values))
     return ledger.unpack(record, tree)
 
+# %% ../../nbs/checkpoints/08_block.ipynb #200584de
 @patch
 def load(self:Block, call, record, with_state): # dict: result, callbacks, perhaps state and beside
     "Load state and callbacks of a recorded call; an error changes nothing"

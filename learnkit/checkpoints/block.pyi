@@ -105,18 +105,6 @@ def open_block(ledger: Any, id: Any, description: Any = '', parent: Any = None) 
         Block
     """
 
-def go_to_start(ledger: Any, id: Any, node: Any, parent: Any) -> None:
-    """Bring the object to where the checkpoint is to begin"""
-
-def go_to_recorded_parent(ledger: Any, node: Any) -> None:
-    """A checkpoint that is entered from elsewhere goes on from where it was recorded"""
-
-def go_to_parent(ledger: Any, id: Any, node: Any, parent: Any) -> None:
-    """Roll back to the parent that is asked for"""
-
-def go_back_to_start(ledger: Any, id: Any, node: Any) -> None:
-    """A block that runs again, as a notebook's cell does: back to where it began"""
-
 class BlockProxy:
     """What `with learn.checkpoint(id) as cp` gives: methods called through it are recorded"""
     def __init__(self, block: Any) -> None: ...

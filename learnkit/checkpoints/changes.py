@@ -6,19 +6,15 @@
 __all__ = []
 
 # %% ../../nbs/checkpoints/06_changes.ipynb #65218d9d
-import os, platform, re, time
-import torch
+import re, time
 from fastcore.basics import patch
-from ..files.ids import id_text
-from ..files.tensors import tensor_digest
+from ..files.ids import check_id, id_text
 from ..files.tree import json_digest
 from ..fingerprint.values import fingerprint
 from ..fingerprint.differences import differences
-from ..fingerprint.words import shorten
 from .record import (
-    Node, Position, StaleCheckpoint, ancestors, best_root, descendants, differing, not_kept,
-    position_text, state_after, state_at, state_before, structural_calls, structure_after)
-from .digests import by_part
+    BEGINNING, Node, Position, StaleCheckpoint, ancestors, best_root, descendants, differing,
+    not_kept, position_text, state_after, state_at, state_before, structural_calls, structure_after)
 from .ledger import Ledger, arithmetic, arithmetic_differs, digests_of
 
 # %% ../../nbs/checkpoints/06_changes.ipynb #9dbe905e
@@ -44,6 +40,7 @@ def allowed_differences(self:Ledger, node, k, digests) -> list: # parts of the s
     before = state_before(self.read, node, k).digests
     return [part for part in differing(before, digests) if part in allowed]
 
+# %% ../../nbs/checkpoints/06_changes.ipynb #14ddd828
 @patch
 def gained(self:Ledger, node, recorded, now) -> dict: # name of a part -> text
     "Parts of the structure that have only gained what cannot change a result"
@@ -63,89 +60,6 @@ def structure_differs(self:Ledger, node, recorded, now, ignore=()) -> list: # of
         else: texts += differences(node.descriptions[recorded[name]], now[name].tree)
     return [f'{type(self.host.object).__name__}: {text}' for text in texts]
 
-# %% ../../nbs/checkpoints/06_changes.ipynb #61cc470a
-def is_set(seed): return seed < 2**32  # a process that nobody has seeded has a random one
-
-@patch
-def beginning(self:Ledger) -> dict: # plain values
-    "What tells one beginning from another, besides the state"
-    def found():
-        return {'seed': torch.initial_seed(), 'generator': tensor_digest(torch.get_rng_state()),
-                'process': f'{platform.node()}:{os.getpid()}', 'repeats': False}
-    return self.on_main(found)
-
-@patch
-def compared_tensors(self:Ledger, node, parts): # (list of (part, name, bool), bool)
-    "First tensors that differ from those recorded, and whether one that tells came out alike"
-    live, start = by_part(self.host.state()), state_before(self.read, node, 0).state
-    def found():
-        recorded = {(part, name): digest for part in parts
-                    for name, digest in digests_in(start[part] if start else {}).items()}
-        tensors = {(part, name): x for part in parts for name, x in live[part].items()
-                   if isinstance(x, torch.Tensor)}
-        same = {path for path, x in tensors.items() if tensor_digest(x) == recorded.get(path)}
-        constant = {path for path, x in tensors.items() if is_constant_tensor(x)}
-        return [(*path, path in constant) for path in tensors if path not in same], (
-            not same <= constant)
-    return self.on_main(found)
-
-def digests_in(root): # dict: name -> digest
-    "The tensors of a stored dict"
-    pairs = root.get('$dict', root.get('$OrderedDict', root.items()))
-    return {name: x['$tensor'] for name, x in dict(pairs).items()
-            if isinstance(x, dict) and '$tensor' in x}
-
-def is_constant_tensor(t): return t.numel() < 2 or bool((t == t.reshape(-1)[0]).all())
-
-# %% ../../nbs/checkpoints/06_changes.ipynb #1b754c10
-@patch
-def is_drawn_anew(self:Ledger, then, now, # from `beginning`
-                  changed, some_same): # bool; from `compared_tensors`
-    "Whether other first weights may be those of an unchanged script"
-    if then['repeats']: return False
-    if is_set(then['seed']) and is_set(now['seed']):
-        return then['generator'] == now['generator'] and not some_same
-    kinds = self.host.drawn_at_start()
-    may_be = ('parameter',) if some_same else ('parameter', 'buffer')
-    return all(kinds.get((part, name)) in may_be and not constant
-               for part, name, constant in changed)
-
-@patch
-def is_known_state(self:Ledger, digests) -> bool:
-    "Whether some call of the run has left these parts of a state behind"
-    calls = [call for id in self.store.ids() for call in self.read(id).calls]
-    return any(digests.items() <= call.left_behind.items() for call in calls)
-
-@patch
-def compare_beginning(self:Ledger, node, digests): # (list of str, str: a line to show)
-    "How seed and first weights differ from those recorded; and what to say of weights laid back"
-    then, now = node.beginning, self.beginning()
-    seeds = then['seed'], now['seed']
-    if seeds[0] != seeds[1] and all(map(is_set, seeds)):
-        return [f'seed {seeds[0]} -> {seeds[1]}'], ''
-    parts = {part for part, _ in self.host.drawn_at_start()}
-    parts = [part for part in differing(node.start.digests, digests) if part in parts]
-    if not parts or self.is_known_state({part: digests[part] for part in parts}): return [], ''
-    changed, some_same = self.compared_tensors(node, parts)
-    names = shorten(', '.join(f'{part}.{name}' for part, name, _ in changed), 80)
-    if not self.is_drawn_anew(then, now, changed, some_same):
-        return [f'the weights at the beginning are others: {names}'], ''
-    text = (f'it begins with other weights ({names}), as a model does that nobody has seeded; '
-            f'{BEGIN_ALIKE}')
-    if self.options.code == 'strict': return [text], ''
-    return [], f'checkpoint {id_text(node.id)}: {text}. The recorded weights are used'
-
-@patch
-def has_repeated(self:Ledger, node, digests) -> bool:
-    "Whether the first weights came out as they did in another process"
-    then, parts = node.beginning, {part for part, _ in self.host.drawn_at_start()}
-    same = not parts & set(differing(node.start.digests, digests))
-    elsewhere = self.beginning()['process'] != then['process']
-    return self.is_as_made and same and elsewhere and not then['repeats']
-
-BEGIN_ALIKE = ('to begin alike in each run: set_seed(s) before the model is made, or '
-               'Learner(model=function, seed=s)')
-
 # %% ../../nbs/checkpoints/06_changes.ipynb #ec9941d6
 @patch
 def start_differs(self:Ledger, node, structure) -> list: # of str
@@ -156,6 +70,7 @@ def start_differs(self:Ledger, node, structure) -> list: # of str
     gained = self.gained(node, node.start_structure, structure)
     return texts + self.structure_differs(node, node.start_structure, structure, gained)
 
+# %% ../../nbs/checkpoints/06_changes.ipynb #c4ff5057
 ENDS_OTHERWISE = ' was computed anew since and ends otherwise'
 
 @patch
@@ -189,6 +104,7 @@ def root_differs(self:Ledger, node) -> list: # of str
                 if name in first.start_structure}
     return self.structure_differs(first, recorded, {name: self.root[name] for name in recorded})
 
+# %% ../../nbs/checkpoints/06_changes.ipynb #27a220b8
 @patch
 def check_put_together(self:Ledger, node, recorded, ignore=()):
     "Raise StaleCheckpoint when the object is put together otherwise than the checkpoint was"
@@ -228,6 +144,7 @@ def dependents_text(self:Ledger, node, k) -> str:
     later += [f'checkpoint {id_text(id)}' for id in descendants(filter_none(nodes), node.id)]
     return f'\n  What depends on it: {", ".join(later)}.' if later else ''
 
+# %% ../../nbs/checkpoints/06_changes.ipynb #58f5c819
 def filter_none(items): return [item for item in items if item is not None]
 
 def ways_on(node, option='on_change', problems=()): # str
@@ -357,6 +274,47 @@ def go_to_beginning(self:Ledger):
         raise LookupError(f'checkpoint {id_text(first)} went on from checkpoint '
                           f'{id_text(node.parent)}, which was deleted, and with it the beginning: '
                           'make the learner anew')
+    if start.state is None: raise not_kept(node)
     if structure is None: self.check_put_together(node, node.start_structure)
     self.restore(start, structure)
     self.position, self.ancestors = None, ()
+
+# %% ../../nbs/checkpoints/06_changes.ipynb #95a85f09
+def go_to_start(ledger, id, node, parent):
+    "Bring the object to where the checkpoint is to begin"
+    if parent is not None: go_to_parent(ledger, id, node, parent)
+    elif id in ledger.ancestors: go_back_to_start(ledger, id, node)
+    elif node is not None and node.parent_position != ledger.position:
+        if ledger.is_worth_keeping(node): go_to_recorded_parent(ledger, node)
+
+def go_to_recorded_parent(ledger, node):
+    "A checkpoint that is entered from elsewhere goes on from where it was recorded"
+    position = node.parent_position
+    if position is not None and ledger.read(position.id) is None:
+        if ledger.options.on_change == 'rerun': return
+        raise StaleCheckpoint(ledger.without_parent_text(node))
+    ledger.roll_back(position)
+    ledger.host.show(f'checkpoint {id_text(node.id)} goes on from {position_text(position)}, from '
+                     'where it is recorded')
+
+def go_to_parent(ledger, id, node, parent):
+    "Roll back to the parent that is asked for"
+    position = None if parent is BEGINNING else Position(check_id(parent))
+    recorded = None if node is None else node.parent_position
+    if node is not None and recorded != position and ledger.options.on_change == 'error':
+        raise StaleCheckpoint(f'checkpoint {id_text(id)} is recorded from '
+                              f'{position_text(recorded)}, not from {position_text(position)}.'
+                              f'{ways_on(node)}')
+    ledger.roll_back(position)
+    if id in ledger.ancestors:
+        raise ValueError(f'checkpoint {id_text(parent)} is, or goes on from, checkpoint '
+                         f'{id_text(id)}, which so cannot go on from it: choose a new id')
+
+def go_back_to_start(ledger, id, node):
+    "A block that runs again, as a notebook's cell does: back to where it began"
+    if node is None: start, position, above = ledger.starts[id]
+    else:
+        start, position = state_before(ledger.read, node, 0), node.parent_position
+        above = ledger.ancestors[ledger.ancestors.index(id) + 1:]
+    ledger.restore(start, ledger.structures.get((id, 0)))
+    ledger.position, ledger.ancestors = position, above

@@ -4,18 +4,6 @@
 """How what a script asks for differs from what is recorded"""
 from typing import Any
 __all__ = []
-
-def is_set(seed: Any) -> Any: ...
-
-def digests_in(root: Any) -> Any:
-    """The tensors of a stored dict
-
-    Returns:
-        dict: name -> digest
-    """
-
-def is_constant_tensor(t: Any) -> Any: ...
-BEGIN_ALIKE: str
 ENDS_OTHERWISE: str
 
 class PlanEnds(BaseException):
@@ -29,3 +17,15 @@ def ways_on(node: Any, option: Any = 'on_change', problems: Any = ()) -> str:
     Returns:
         str
     """
+
+def go_to_start(ledger: Any, id: Any, node: Any, parent: Any) -> None:
+    """Bring the object to where the checkpoint is to begin"""
+
+def go_to_recorded_parent(ledger: Any, node: Any) -> None:
+    """A checkpoint that is entered from elsewhere goes on from where it was recorded"""
+
+def go_to_parent(ledger: Any, id: Any, node: Any, parent: Any) -> None:
+    """Roll back to the parent that is asked for"""
+
+def go_back_to_start(ledger: Any, id: Any, node: Any) -> None:
+    """A block that runs again, as a notebook's cell does: back to where it began"""

@@ -37,7 +37,7 @@ def lineage_texts(lineage, a, b, start): # list of texts
     texts = [] if start is not None else ['no common ancestor']
     for id in (a, b):
         steps = [step_text(lineage, step) for step in ids_since(lineage, id, start)]
-        if start is not None: steps = [step_text(lineage, start), *steps]
+        if start is not None: steps = [id_text(start) + accepted_text(lineage, start), *steps]
         if len(steps) > 1 or start is None: texts.append(' -> '.join(steps))
     return texts
 
@@ -49,8 +49,13 @@ def step_text(lineage, id): # str
     if parent is not None and parent.call is not None:
         call = 'the best' if parent.call == 'best' else f'after call {parent.call}'
         notes.append(f'from {call}')
-    notes += [f'accepted: {one["why"] or "; ".join(one["differences"])}' for one in node.accepted]
-    return id_text(id) + (f' ({", ".join(notes)})' if notes else '')
+    return id_text(id) + (f' ({", ".join(notes)})' if notes else '') + accepted_text(lineage, id)
+
+def accepted_text(lineage, id): # str
+    "What was accepted of a checkpoint as it stands, and why"
+    node = lineage.nodes.get(id)
+    texts = [one['why'] or '; '.join(one['differences']) for one in node.accepted] if node else []
+    return f' (accepted: {"; ".join(texts)})' if texts else ''
 
 # %% ../../nbs/checkpoints/15_comparison.ipynb #fadd6e0d
 def calls_of(lineage, ids): # list of (id, CallRecord)

@@ -35,6 +35,13 @@ def step_text(lineage: Any, id: Any) -> str:
         str
     """
 
+def accepted_text(lineage: Any, id: Any) -> str:
+    """What was accepted of a checkpoint as it stands, and why
+
+    Returns:
+        str
+    """
+
 def calls_of(lineage: Any, ids: Any) -> Any:
     """All numbered calls of some checkpoints
 

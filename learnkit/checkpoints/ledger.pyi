@@ -111,37 +111,6 @@ class Ledger:
         Returns:
             of str
         """
-    def beginning(self) -> dict:
-        """What tells one beginning from another, besides the state
-
-        Returns:
-            plain values
-        """
-    def compared_tensors(self, node: Any, parts: Any) -> Any:
-        """First tensors that differ from those recorded, and whether one that tells came out alike
-
-        Returns:
-            (list of (part, name, bool), bool)
-        """
-    def is_drawn_anew(self, then: Any, now: Any, changed: Any, some_same: Any) -> Any:
-        """Whether other first weights may be those of an unchanged script
-
-        Args:
-            then, now: from `beginning`
-
-        Returns:
-            bool; from `compared_tensors`
-        """
-    def is_known_state(self, digests: Any) -> bool:
-        """Whether some call of the run has left these parts of a state behind"""
-    def compare_beginning(self, node: Any, digests: Any) -> Any:
-        """How seed and first weights differ from those recorded; and what to say of weights laid back
-
-        Returns:
-            (list of str, str: a line to show)
-        """
-    def has_repeated(self, node: Any, digests: Any) -> bool:
-        """Whether the first weights came out as they did in another process"""
     def start_differs(self, node: Any, structure: Any) -> list:
         """How the beginning of a checkpoint differs from what is recorded
 

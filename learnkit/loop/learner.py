@@ -97,6 +97,7 @@ def made_model(model): # nn.Module
     if isinstance(made, nn.Module): return made
     raise TypeError(f'model is a function that made a {type(made).__name__}, not an nn.Module')
 
+# %% ../../nbs/loop/09_learner.ipynb #587cd453
 def as_dataloaders(dls): # DataLoaders
     "`dls` itself when it can be trained on, with a word of help when not"
     if dls is None: return DataLoaders(None)
