@@ -18,7 +18,7 @@ from ..files.garbage import Garbage
 from ..files.ids import check_id, check_run_name, id_text
 from ..files.store import Store
 from ..fingerprint.functions import call_arguments
-from .record import Position
+from .record import BEGINNING, Position
 from .host import Construction, make_host
 from .ledger import Ledger, Options
 from .changes import PlanEnds
@@ -110,7 +110,7 @@ def cache(self:Checkpointed,
 @patch
 @unrecorded
 def rollback(self:Checkpointed,
-             id=None, # of a checkpoint; None: to where the run begins
+             id=BEGINNING, # of a checkpoint; without one to where the run begins
              which:str='last', # its end, or the 'best' model that a SaveBest in it has seen
              call:int=None, # number of the call after which, from 0; None: the end
              schedulers:bool=True, # False: torch schedulers, rates and momenta stay as they are now
@@ -120,9 +120,9 @@ def rollback(self:Checkpointed,
     if which == 'best' and call is not None:
         raise ValueError("which='best' is of a whole checkpoint: leave call out")
     self.ledger.check_idle('rollback')
-    if id is None and (which, call) != ('last', None):
+    if id is BEGINNING and (which, call) != ('last', None):
         raise TypeError('rollback() without an id goes to the beginning: leave which and call out')
-    position = None if id is None else Position(
+    position = None if id is BEGINNING else Position(
         check_id(id), 'best' if which == 'best' else call)
     self.ledger.roll_back(position, schedulers)
     return self

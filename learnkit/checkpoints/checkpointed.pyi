@@ -66,7 +66,7 @@ class Checkpointed:
         """
     def rollback(
             self: _Self,
-            id: Any = None,
+            id: Any = ...,
             which: str = 'last',
             call: int | None = None,
             schedulers: bool = True,
@@ -74,7 +74,7 @@ class Checkpointed:
         """Go to the state at the end of a checkpoint: all of it or, with an error, none; deletes nothing
 
         Args:
-            id: of a checkpoint; None: to where the run begins
+            id: of a checkpoint; without one to where the run begins
             which: its end, or the 'best' model that a SaveBest in it has seen
             call: number of the call after which, from 0; None: the end
             schedulers: False: torch schedulers, rates and momenta stay as they are now
