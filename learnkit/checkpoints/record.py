@@ -241,10 +241,9 @@ def structure_after(node, n): # dict: name -> digest
 # %% ../../nbs/checkpoints/01_record.ipynb #4ebf4a84
 def ancestors(read, id): # tuple of ids
     "A checkpoint, the one it goes on from, and so on"
-    found = []
+    found = {}  # in order, and quick to look up
     while id is not None and id not in found:
-        found.append(id)
-        node = read(id)
+        found[id] = node = read(id)
         id = node and node.parent
     return tuple(found)
 
