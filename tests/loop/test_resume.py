@@ -235,7 +235,7 @@ def test_all_pairs_resume_at_every_batch(tmp_path, names): resumes_everywhere(tm
 @pytest.mark.parametrize('name', WORKERS)
 def test_workers_resume(tmp_path, name, monkeypatch):
     monkeypatch.setitem(PARTS, name, {'loader': WORKERS[name]})
-    resumes_everywhere(tmp_path, name, every=6)
+    resumes_everywhere(tmp_path, name, every=9)
 
 @pytest.mark.slow
 @pytest.mark.parametrize('part',
