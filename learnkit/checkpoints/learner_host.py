@@ -332,6 +332,12 @@ def callbacks_in(value): # list of callbacks
     return [cb for item in items for cb in callbacks_in(item)]
 
 @patch
+def files_written(self:LearnerHost, arguments) -> list: # of paths
+    "The files of the callbacks, as far as their state says that there are any"
+    given = [cb for value in arguments.values() for cb in callbacks_in(value)]
+    return [path for cb in (*self.object.cbs, *given) for path in cb.files_written(self.object)]
+
+@patch
 def argument_text(self:LearnerHost, value, text): # str; None: as it is described
     "Callbacks as they were written"
     if isinstance(value, Callback): return repr(value)

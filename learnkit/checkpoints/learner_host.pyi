@@ -83,6 +83,12 @@ class LearnerHost(Host):
         Returns:
             of callbacks
         """
+    def files_written(self, arguments: Any) -> list:
+        """The files of the callbacks, as far as their state says that there are any
+
+        Returns:
+            of paths
+        """
     def argument_text(self, value: Any, text: Any) -> Any:
         """Callbacks as they were written
 

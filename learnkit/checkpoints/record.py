@@ -67,6 +67,12 @@ class CallRecord(View):
     def result(self): return self.json.get('result')  # root in the store
 
     @property
+    def seals(self): return self.json.get('seals') or []  # of the files that it left behind
+
+    @property
+    def files(self): return self.json.get('files') or {}  # seal -> root of those first found here
+
+    @property
     def ended(self): return self.json.get('ended')  # seconds since 1970; None while it runs
 
     @property
@@ -114,6 +120,11 @@ class Node(View):
 
     @property
     def answers(self): return [CallRecord(answer) for answer in self.json['answers']]
+
+    @property
+    def files(self): # dict: seal -> root
+        "The content of files that the calls have left behind"
+        return {seal: root for call in self.calls for seal, root in call.files.items()}
 
     @property
     def has_begun(self): return self.json['begin'] is not None

@@ -73,6 +73,10 @@ class CallRecord(View):
     @property
     def result(self) -> Any: ...
     @property
+    def seals(self) -> Any: ...
+    @property
+    def files(self) -> Any: ...
+    @property
     def ended(self) -> Any: ...
     @property
     def last_structure(self) -> Any:
@@ -131,6 +135,13 @@ class Node(View):
     def call(self, k: Any) -> Any: ...
     @property
     def answers(self) -> Any: ...
+    @property
+    def files(self) -> Any:
+        """The content of files that the calls have left behind
+
+        Returns:
+            dict: seal -> root
+        """
     @property
     def has_begun(self) -> Any: ...
     @property

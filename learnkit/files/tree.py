@@ -6,7 +6,7 @@
 __all__ = ['tree_digest', 'save_tree', 'load_tree']
 
 # %% ../../nbs/files/03_tree.ipynb #8438d587
-import hashlib, json, math, struct
+import enum, hashlib, json, math, struct
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -14,6 +14,7 @@ from datetime import date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from types import MappingProxyType
 from typing import NamedTuple
 from uuid import UUID
 from zoneinfo import ZoneInfo
@@ -98,13 +99,27 @@ KINDS = {
     'Fraction': Kind(Fraction, Fraction.as_integer_ratio, lambda pair: Fraction(*pair)),
     'Decimal': Kind(Decimal, str, Decimal), 'UUID': Kind(UUID, str, UUID)}
 KIND_NAMES = {kind.cls: name for name, kind in KINDS.items()}
-KEYS = {type(None), bool, int, float, str, *KIND_NAMES.keys() - {bytearray}}
+KEYS = {type(None), bool, int, float, str, range, *KIND_NAMES.keys() - {bytearray}}
 
 # %% ../../nbs/files/03_tree.ipynb #5030a64f
 class Parts:
     "An object taken apart; hashed by identity, so that it can stand for a key"
     def __init__(self, name, content): self.name, self.content = name, content
     def __repr__(self): return f'Parts({self.name!r}, {self.content!r})'
+
+# %% ../../nbs/files/03_tree.ipynb #4bcbc786
+PLAIN = MappingProxyType({
+    str: str.__str__, int: int.__int__, float: float.__float__,
+    complex: lambda x: complex(x.real, x.imag), bytes: lambda x: bytes.join(b'', [x])})
+
+def plain_worth(x): # str, int, float, complex, bytes; `x` itself where it is worth none
+    "The plain value that an object of a subclass can be used as"
+    base = next((base for base in PLAIN if isinstance(x, base)), None)
+    has_more = getattr(x, '__dict__', None) and not isinstance(x, enum.Enum)
+    if base is None or type(x) in (base, bool) or isinstance(x, np.generic) or has_more: return x
+    return PLAIN[base](x)
+
+def plain_unless_enum(x): return x if isinstance(x, enum.Enum) else plain_worth(x)
 
 # %% ../../nbs/files/03_tree.ipynb #8c70cc57
 class FoundTensor(NamedTuple):
@@ -125,7 +140,7 @@ class Packer:
                  simpler:Callable=None, # value of a class not known here -> one to store instead
                 ):
         self.canonical, self.path, self.containers = canonical, [], set()
-        self.simpler = simpler or (lambda x: x)
+        self.simpler = simpler or plain_unless_enum
         self.found = []  # FoundTensors
 
     def refuse(self, x, why):
@@ -202,9 +217,8 @@ def pack_set(self:Packer, x): # JSON value; sorted, as each process has another 
 
 @patch
 def pack_mapping(self:Packer, x): # JSON value
-    if type(x) is dict and all(map(self.is_plain_key, x)):
-        return {key: self.pack_item(key, value) for key, value in x.items()}
     items = [[self.pack_key(key), self.pack_item(key, value)] for key, value in x.items()]
+    if type(x) is dict and all(self.is_plain_key(key) for key, _ in items): return dict(items)
     if self.canonical and type(x) is not OrderedDict:
         items.sort(key=lambda item: json.dumps(item[0]))
     if type(x) is not defaultdict: return {f'${type(x).__name__}': items}
@@ -222,7 +236,7 @@ def is_plain_key(self:Packer, key): # bool
 def pack_key(self:Packer, key): # JSON value
     if type(key) is tuple: return {'$tuple': [self.pack_key(item) for item in key]}
     if type(key) is frozenset: return self.pack_set(key)
-    if type(key) in KEYS or isinstance(key, np.generic): return self.pack(key)
+    if type(key) in (*KEYS, Parts) or isinstance(key, np.generic): return self.pack(key)
     if self.simpler(key) is not key: return self.pack_simpler(key, self.pack_key)
     self.refuse(key, 'as a key; use text, numbers, or tuples of them')
 

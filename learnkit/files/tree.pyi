@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 import torch
+from types import MappingProxyType
 from typing import Any, NamedTuple
 __all__ = [
     'tree_digest', 'save_tree', 'load_tree'
@@ -73,6 +74,16 @@ class Parts:
     content: Any
     def __init__(self, name: Any, content: Any) -> None: ...
     def __repr__(self) -> str: ...
+PLAIN: MappingProxyType
+
+def plain_worth(x: Any) -> Any:
+    """The plain value that an object of a subclass can be used as
+
+    Returns:
+        str, int, float, complex, bytes; `x` itself where it is worth none
+    """
+
+def plain_unless_enum(x: Any) -> Any: ...
 
 class FoundTensor(NamedTuple):
     """A tensor of a tree, and where its name is to be filled in: `node[key]`"""
