@@ -559,6 +559,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                          'learnkit/checkpoints/learner_host.py'),
                                                    'learnkit.checkpoints.learner_host.set_fit_outcome': ( 'checkpoints/learner_host.html#set_fit_outcome',
                                                                                                           'learnkit/checkpoints/learner_host.py'),
+                                                   'learnkit.checkpoints.learner_host.set_worth': ( 'checkpoints/learner_host.html#set_worth',
+                                                                                                    'learnkit/checkpoints/learner_host.py'),
                                                    'learnkit.checkpoints.learner_host.unchanged_schedules': ( 'checkpoints/learner_host.html#unchanged_schedules',
                                                                                                               'learnkit/checkpoints/learner_host.py')},
             'learnkit.checkpoints.ledger': { 'learnkit.checkpoints.ledger.Call': ( 'checkpoints/ledger.html#call',

@@ -170,7 +170,7 @@ def frozen_modules(learn: Learner) -> Any:
     """
 
 def module_attributes(model: nn.Module) -> Any:
-    """Numbers and text that modules hold as attributes
+    """Numbers and text that modules hold as attributes, or what is worth one
 
     Returns:
         dict: path -> value
@@ -178,6 +178,9 @@ def module_attributes(model: nn.Module) -> Any:
 
 def set_attributes(learn: Learner, attributes: dict) -> None:
     """Give the learner and the modules of its model the attributes they had"""
+
+def set_worth(module: Any, name: Any, value: Any) -> None:
+    """Set an attribute to a plain value, unless what is there is worth that; a member stays one"""
 
 def fit_outcome(learn: Learner) -> Any: ...
 
