@@ -206,6 +206,7 @@ def perform(self:Ledger, call, folder=None): # (result, callbacks, dict: what is
     return result, callbacks, {'returns_host': result is host.object, 'seconds': seconds,
                                'ended': ended, 'report': report(callbacks)}
 
+# %% ../../nbs/checkpoints/05_ledger.ipynb #6188ac60
 WAYS_TO_KEEP = ('return plain values, tensors, arrays or tables; name the class of an Enum, '
                 'namedtuple or dataclass in the return annotation of the method; or say with '
                 'register_result how objects of the class are kept')
@@ -231,11 +232,14 @@ def pack(self:Ledger, call, result): # tree
     if result is self.host.object: return None
     try: return self.on_main(lambda: as_tree(result, self.at_hand(call)))
     except UnstorableError as error:
-        what_now = ('It is computed on each run, unless you ' if call.kind == 'pure' else
-                    'The fits inside it are saved, and the next run goes on from there: ')
-        raise UnstorableError(f'{call.text} returned what cannot be kept, {error}. {what_now}'
-                              f'{WAYS_TO_KEEP}; or mark the method @unrecorded') from None
+        why = f'{call.text} returned what cannot be kept, {str(error).removeprefix("tree: ")}'
+        if call.kind == 'pure':
+            raise UnstorableError(f'{why}. So it is computed on each run; register_result would '
+                                  'say how it is kept') from None
+        raise UnstorableError(f'{why}. The fits inside it are saved, and the next run goes on from '
+                              f'there: {WAYS_TO_KEEP}; or mark the method @unrecorded') from None
 
+# %% ../../nbs/checkpoints/05_ledger.ipynb #a46948ad
 @patch
 def unpack(self:Ledger, call, returns_host, tree, copy=False): # result
     "What a call returned, from its record or, as a copy, from what goes into it"

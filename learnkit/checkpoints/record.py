@@ -122,11 +122,6 @@ class Node(View):
     def answers(self): return [CallRecord(answer) for answer in self.json['answers']]
 
     @property
-    def files(self): # dict: seal -> root
-        "The content of files that the calls have left behind"
-        return {seal: root for call in self.calls for seal, root in call.files.items()}
-
-    @property
     def has_begun(self): return self.json['begin'] is not None
 
     @property
@@ -184,6 +179,11 @@ def add_descriptions(self:Node, structure:dict): # name -> Fingerprint
 def drop_calls(self:Node, n):
     "Forget all calls but the first `n`"
     self.json['calls'] = self.json['calls'][:n]
+
+@patch(as_prop=True)
+def files(self:Node): # dict: seal -> root
+    "The content of files that the calls have left behind"
+    return {seal: root for call in self.calls for seal, root in call.files.items()}
 
 @patch
 def set_call(self:Node, k, record): self.json['calls'][k:k + 1] = [record.json]

@@ -136,13 +136,6 @@ class Node(View):
     @property
     def answers(self) -> Any: ...
     @property
-    def files(self) -> Any:
-        """The content of files that the calls have left behind
-
-        Returns:
-            dict: seal -> root
-        """
-    @property
     def has_begun(self) -> Any: ...
     @property
     def start(self) -> Any: ...
@@ -176,6 +169,13 @@ class Node(View):
         """
     def drop_calls(self, n: Any) -> None:
         """Forget all calls but the first `n`"""
+    @property
+    def files(self) -> Any:
+        """The content of files that the calls have left behind
+
+        Returns:
+            dict: seal -> root
+        """
     def set_call(self, k: Any, record: Any) -> None: ...
     def drop_inner_states(self) -> None:
         """Forget the states of all calls but the last"""

@@ -37,10 +37,7 @@ SETS = {kind.__name__: kind for kind in (set, frozenset)}
 CONTAINERS = {*MAPPINGS.values(), defaultdict, *SEQUENCES.values(), deque, *SETS.values()}
 FACTORIES = {made.__name__: made for made in (bool, int, float, complex, str, bytes, list, tuple,
                                               set, dict, Counter, OrderedDict, deque)}
-STORABLE = ('None, bool, int, float, complex, str, bytes, list, tuple, set, frozenset, deque, '
-            'dict, OrderedDict, defaultdict, Counter, slice, range, dates and times, Path, '
-            'Fraction, Decimal, UUID, torch.Size, torch.dtype, torch.device, tensors, numpy arrays '
-            'and numpy numbers')
+STORABLE = 'numbers, text, bytes, times, paths, containers of python, tensors and numpy arrays'
 
 def path_text(path): # str
     "The keys that lead to a value, as in `optimizer.state[3].exp_avg`; without keys, `tree`"
@@ -211,6 +208,7 @@ def pack_sequence(self:Packer, x): # JSON value
     if type(x) is deque: return {'$deque': [packed, x.maxlen]}
     return packed if type(x) is list else {f'${type(x).__name__}': packed}
 
+# %% ../../nbs/files/03_tree.ipynb #ab4a761c
 @patch
 def pack_set(self:Packer, x): # JSON value; sorted, as each process has another order
     return {f'${type(x).__name__}': sorted(map(self.pack_key, x), key=json.dumps)}
@@ -312,6 +310,7 @@ def unpack_kind(self:Unpacker, kind:str, value):
     if kind == 'float': return struct.unpack('>d', bytes.fromhex(value))[0]
     raise StoreError(f'there is no {kind} {value!r}')
 
+# %% ../../nbs/files/03_tree.ipynb #6a762e17
 @patch
 def unpack_mapping(self:Unpacker, mapping, items): # the mapping, filled
     for key, item in items: mapping[self.unpack(key)] = self.unpack(item)
