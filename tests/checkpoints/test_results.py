@@ -158,6 +158,8 @@ class Maker(CheckpointedLearner):
         CALLS.append(1)
         return PLACES[place](copy.deepcopy(KINDS[name]))
 
+
+class Giver(CheckpointedLearner):
     def give(self, value):
         CALLS.append(1)
         return value
@@ -180,7 +182,7 @@ def test_results_come_back_as_they_were(tmp_path, method, first, place):
 def test_arguments_come_back_as_they_were(tmp_path, name):
     "The classes of arguments are at hand without an annotation"
     value = [copy.deepcopy(KINDS[name])]
-    first, again = [once(tmp_path, 'give', value, cls=Maker)[1] for _ in range(2)]
+    first, again = [once(tmp_path, 'give', value, cls=Giver)[1] for _ in range(2)]
     assert len(CALLS) == 1 and same(first, value) and same(again, value)
     assert first is not value
 
@@ -191,11 +193,12 @@ class Live(CheckpointedLearner):
     @pure
     def weights(self): return [p for p in self.model.parameters()]
     def rows(self): return self.recorder.rows
+    def numbered(self): return {'all': list(self.model.parameters())}['all']
     @pure
     def column(self): return self.model[0].weight.detach().numpy().T
 
 
-@pytest.mark.parametrize('method', ['weights', 'rows', 'column'])
+@pytest.mark.parametrize('method', ['weights', 'numbered', 'rows', 'column'])
 def test_nothing_that_is_returned_is_alive(tmp_path, method):
     got = []
     for _ in range(2):
@@ -299,7 +302,7 @@ def test_derived_classes(tmp_path):
     class Derived(Pair):
         more: int = 3
     for _ in range(2):
-        assert once(tmp_path, 'give', [Steep([1]), Derived(1, 2)], cls=Maker)[1] == [
+        assert once(tmp_path, 'give', [Steep([1]), Derived(1, 2)], cls=Giver)[1] == [
             Curve([1]), Derived(1, 2, 3)]
 
 
