@@ -7,13 +7,15 @@ __all__ = []
 
 # %% ../../nbs/checkpoints/00_results.ipynb #d692ab28
 import functools, inspect, types, typing
+from contextlib import suppress
 import numpy as np
 import torch
 from ..base.guard import is_learnkits
 from ..base.methods import result_kind
+from ..files.errors import UnstorableError
+from ..files.tree import CONTAINERS, KIND_NAMES, PLAIN, Packer, Parts
 from ..files.tables import TABLES
-from ..files.tree import CONTAINERS, KIND_NAMES, PLAIN, Parts
-from ..files.objects import is_open
+from ..files.objects import is_open, taken_apart
 from ..fingerprint.inspection import (
     closure_read, globals_read, is_user_function, is_user_module, methods)
 
@@ -62,13 +64,16 @@ def classes_in_code(cls): # tuple of classes
                            if isinstance(held, type) and is_open(held)))
     return found
 
-def classes_in(value, depth=8): # tuple of classes
-    "The classes of objects in an argument"
-    if not depth: return ()
-    found, inner = (type(value),) if is_open(type(value)) else (), ()
-    if isinstance(value, dict): inner = (*value, *value.values())
-    elif isinstance(value, (list, tuple, set, frozenset)): inner = value
-    return (*found, *(cls for item in inner for cls in classes_in(item, depth - 1)))
+def classes_in(arguments:dict): # list of classes
+    "The classes of objects in arguments, as far as these could be returned"
+    found = []
+    def noted(x): # what it consists of; None for what is not gone into
+        if is_open(type(x)): found.append(type(x))
+        simpler = taken_apart(x, lambda: found)
+        return None if simpler is x else simpler
+    for value in arguments.values():
+        with suppress(UnstorableError): Packer(simpler=noted).pack(value)
+    return found
 
 # %% ../../nbs/checkpoints/00_results.ipynb #69babd9d
 def classes_at_hand(cls, method:str, arguments:dict): # function that returns a tuple of classes
@@ -77,7 +82,7 @@ def classes_at_hand(cls, method:str, arguments:dict): # function that returns a 
     def at_hand():
         func = inspect.getattr_static(cls, method)
         own = classes_read(inspect.unwrap(func), classes_in_hint(return_hint(func)))
-        return (*classes_in(list(arguments.values())), *classes_in_code(cls), *own)
+        return (*classes_in(arguments), *classes_in_code(cls), *own)
     return at_hand
 
 # %% ../../nbs/checkpoints/00_results.ipynb #b1d6e282

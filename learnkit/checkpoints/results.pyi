@@ -40,11 +40,11 @@ def classes_in_code(cls: Any) -> Any:
         tuple of classes
     """
 
-def classes_in(value: Any, depth: Any = 8) -> Any:
-    """The classes of objects in an argument
+def classes_in(arguments: dict) -> Any:
+    """The classes of objects in arguments, as far as these could be returned
 
     Returns:
-        tuple of classes
+        list of classes
     """
 
 def classes_at_hand(cls: Any, method: str, arguments: dict) -> Any:
