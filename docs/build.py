@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = runpy.run_path(str(ROOT / 'tools' / 'export.py'))['ROOMS'] # the lowest first
 MOST_USED = 'loop', 'data', 'training', 'checkpoints' # these come first; then from the top down
 START = 'index', 'tutorials/checkpoints' # what is read first; other tutorials are guides
+FIRST_GUIDE = 'tutorials/training' # the others follow by the names of their files
 LEARNERS = 'Learner', 'Checkpointed', 'CheckpointedLearner' # what `learn` may be in prose
 
 SHORT = 12 # lines of an exported cell that a page shows whole
@@ -47,7 +48,8 @@ def guides(root): # list of paths
     "The notebooks of nbs/guides and nbs/tutorials that are not read first"
     nbs = root / 'nbs'
     first = {nbs / f'{name}.ipynb' for name in START}
-    return sorted({*nbs.glob('guides/*.ipynb'), *nbs.glob('tutorials/*.ipynb')} - first)
+    found = {*nbs.glob('guides/*.ipynb'), *nbs.glob('tutorials/*.ipynb')} - first
+    return sorted(found, key=lambda path: (path != nbs / f'{FIRST_GUIDE}.ipynb', path))
 
 
 def title(notebook):

@@ -18,7 +18,7 @@ from .base.batches import (
 )
 from .base import dtensors as _dtensors
 from .base.methods import (
-    pure, result, structural,
+    field_values, from_field_values, pure, register_result, result, structural,
 )
 from .base import text as _text
 from .base import signals as _signals
@@ -44,6 +44,9 @@ from .files import states as _states
 from .files.garbage import (
     Garbage,
 )
+from .files import tables as _tables
+from .files import objects as _objects
+from .files import written as _written
 from .data import order as _order
 from .data.loaders import (
     DataLoaders, DatasetLoader, TensorLoader,
@@ -184,18 +187,19 @@ from .checkpoints.comparison import (
 __all__ = [
     'is_main', 'rank', 'rank0_first', 'rank0_only', 'sum_over_ranks', 'world_size',
     'default_device', 'isolated_rng', 'rng_state', 'set_rng_state', 'set_seed', 'batch_size',
-    'detach', 'map_tensors', 'to_device', 'to_host', 'pure', 'result', 'structural', 'DamagedError',
-    'LockedError', 'StoreError', 'UnstorableError', 'save_tensors', 'load_tree', 'save_tree',
-    'tree_digest', 'Store', 'Garbage', 'DataLoaders', 'DatasetLoader', 'TensorLoader', 'Callback',
-    'Cancel', 'CancelBackward', 'CancelBatch', 'CancelEpoch', 'CancelFit', 'CancelStep',
-    'CancelTrain', 'CancelValidate', 'accuracy', 'binary_accuracy', 'error_rate', 'mae', 'Metric',
-    'metric', 'mse', 'perplexity', 'rmse', 'sklearn_metric', 'top_k_accuracy', 'no_decay',
-    'param_groups', 'spread_lr', 'Fingerprint', 'fingerprint', 'UnfingerprintableError', 'Recorder',
-    'Progress', 'SaveState', 'Learner', 'combine_scheds', 'sched_const', 'sched_cos', 'sched_exp',
-    'sched_lin', 'sched_poly', 'sched_warmup', 'ParamScheduler', 'TorchScheduler', 'LRFinderResult',
-    'SaveBest', 'AskToContinue', 'EarlyStopping', 'StopOnNaN', 'ReduceLROnPlateau',
-    'MixedPrecision', 'GradientAccumulation', 'GradientClip', 'EMA', 'SWA', 'ShortEpoch',
-    'StageFuncs', 'ValidateEvery', 'CutMix', 'MixUp', 'OverfitResult', 'ChannelsLast', 'launch',
-    'Ranks', 'Distributed', 'BEGINNING', 'StaleCheckpoint', 'Checkpointed', 'CheckpointedLearner',
+    'detach', 'map_tensors', 'to_device', 'to_host', 'field_values', 'from_field_values', 'pure',
+    'register_result', 'result', 'structural', 'DamagedError', 'LockedError', 'StoreError',
+    'UnstorableError', 'save_tensors', 'load_tree', 'save_tree', 'tree_digest', 'Store', 'Garbage',
+    'DataLoaders', 'DatasetLoader', 'TensorLoader', 'Callback', 'Cancel', 'CancelBackward',
+    'CancelBatch', 'CancelEpoch', 'CancelFit', 'CancelStep', 'CancelTrain', 'CancelValidate',
+    'accuracy', 'binary_accuracy', 'error_rate', 'mae', 'Metric', 'metric', 'mse', 'perplexity',
+    'rmse', 'sklearn_metric', 'top_k_accuracy', 'no_decay', 'param_groups', 'spread_lr',
+    'Fingerprint', 'fingerprint', 'UnfingerprintableError', 'Recorder', 'Progress', 'SaveState',
+    'Learner', 'combine_scheds', 'sched_const', 'sched_cos', 'sched_exp', 'sched_lin', 'sched_poly',
+    'sched_warmup', 'ParamScheduler', 'TorchScheduler', 'LRFinderResult', 'SaveBest',
+    'AskToContinue', 'EarlyStopping', 'StopOnNaN', 'ReduceLROnPlateau', 'MixedPrecision',
+    'GradientAccumulation', 'GradientClip', 'EMA', 'SWA', 'ShortEpoch', 'StageFuncs',
+    'ValidateEvery', 'CutMix', 'MixUp', 'OverfitResult', 'ChannelsLast', 'launch', 'Ranks',
+    'Distributed', 'BEGINNING', 'StaleCheckpoint', 'Checkpointed', 'CheckpointedLearner',
     'checkpoints_table', 'tree_text', 'plot_tree', 'explain_text',
 ]

@@ -1,12 +1,18 @@
 "Random trees and ids, stores that are filled, and operations that fail or kill"
 import math, os, struct, subprocess, textwrap
-from collections import Counter, OrderedDict
-from pathlib import Path
+from collections import Counter, defaultdict, deque, OrderedDict
+from datetime import date, datetime, time, timedelta, timezone
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from uuid import UUID
+from zoneinfo import ZoneInfo
 import numpy as np
 import preloaded
 import torch
 from hypothesis import strategies as st
 from everywhere import Everywhere
+from learnkit.base.text import is_valid_unicode
 from learnkit.files.saves import save_next
 from learnkit.files.store import Store
 
@@ -24,10 +30,19 @@ def same(a, b):
         return type(b) is torch.Tensor and (a.dtype,
                                             a.shape) == (b.dtype, b.shape) and raw(a) == raw(b)
     if type(a) is not type(b): return False
+    if isinstance(a, np.ndarray) and a.dtype == object:
+        return a.shape == b.shape and same(a.ravel().tolist(), b.ravel().tolist())
     if isinstance(a, (np.ndarray, np.generic)):
         return (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
     if isinstance(a, float): return struct.pack('d', a) == struct.pack('d', b)
+    if isinstance(a, complex): return same([a.real, a.imag], [b.real, b.imag])
+    if isinstance(a, Decimal): return a.as_tuple() == b.as_tuple()
+    if isinstance(a, (datetime, time)): return (a, a.fold, a.tzinfo) == (b, b.fold, b.tzinfo)
+    if isinstance(a, defaultdict) and a.default_factory is not b.default_factory: return False
     if isinstance(a, dict): return same(list(a.items()), list(b.items()))
+    if isinstance(a, deque): return a.maxlen == b.maxlen and same(list(a), list(b))
+    if isinstance(a, (set, frozenset)):  # nan is equal to nothing, and not sorted
+        return len(a) == len(b) and sorted(map(repr, a)) == sorted(map(repr, b))
     if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(same, a, b))
     if isinstance(a, slice): return same((a.start, a.stop, a.step), (b.start, b.stop, b.step))
     return a == b
@@ -52,6 +67,29 @@ def tensor(dtype, shape, seed):
 def array(dtype, shape, seed): return tensor(getattr(torch, dtype), shape, seed).numpy()
 
 
+VALUES = [
+    1j, complex(math.nan, -0.), b'', b'a\0', bytearray(b'ab'), {1, 'a', (1, None)}, set(),
+    frozenset({frozenset({1.5})}), range(5, 0, -2), range(2**70), deque([1, [2]], 3), deque(),
+    defaultdict(list, a=[1]), defaultdict(None, {1: 2}), Path('a/b'), PurePosixPath('/a'),
+    PureWindowsPath('c:/a'), date(2020, 2, 29), date.max, time(1, 2, 3, 4), time(1, fold=1),
+    datetime(2020, 10, 25, 2, 30, fold=1, tzinfo=ZoneInfo('Europe/Berlin')), datetime.min,
+    datetime(2020, 1, 1, tzinfo=timezone.utc), timezone(timedelta(hours=-3), 'here'),
+    timedelta.min, timedelta(microseconds=1), Fraction(-3, 7), Fraction(10**50, 3),
+    Decimal('1E+5'), Decimal('-0.10'), Decimal('sNaN12'), UUID(int=7),
+    np.array(['a', 'bcd', 'é']), np.array([['a'], ['']]), np.array('x'), np.array([], 'U3'),
+    np.zeros((2, 0), 'S2'), np.array([b'ab', b'']), np.array(['2020', 'NaT'], 'M8[D]'),
+    np.array([1, -1], 'm8[ns]'), np.array([1j]), np.ones(2, '>f4'),
+    np.array(['a', None, 1.5], object), np.array([[1], {'a': {2}}, np.ones(2)] + [None], object),
+    np.empty((0, 2), object), np.datetime64('2020-01-01T01', 's'), np.timedelta64(3, 'D'),
+    np.str_('a'), np.str_(''), np.bytes_(b'a'), np.complex128(1j)]
+
+
+def is_hashable(x):
+    try: hash(x)
+    except TypeError: return False
+    return True
+
+
 SEEDS = st.integers(0, 3) # few, so that equal tensors occur
 TEXT = st.text(st.characters(exclude_categories=()), max_size=6) # halves of surrogate pairs too
 SCALARS = st.one_of(st.none(), st.booleans(), st.integers(), st.integers(-2**2000, 2**2000),
@@ -63,12 +101,18 @@ LEAVES = st.one_of(
     st.builds(array, st.sampled_from(NP_DTYPES), SHAPES, SEEDS),
     st.builds(lambda dtype, seed: array(dtype, [1], seed)[0], st.sampled_from(NP_DTYPES), SEEDS),
     SHAPES.map(torch.Size), st.slices(5), st.sampled_from(DTYPES),
-    st.sampled_from(['cpu', 'cuda:1', 'meta']).map(torch.device))
+    st.sampled_from(['cpu', 'cuda:1', 'meta']).map(torch.device),
+    st.complex_numbers(), st.binary(max_size=4), st.dates(), st.times(), st.datetimes(),
+    st.timedeltas(), st.fractions(), st.decimals(), st.uuids(), st.frozensets(KEYS, max_size=3),
+    st.sets(KEYS, max_size=3), st.lists(TEXT.filter(is_valid_unicode), max_size=3).map(
+        lambda items: np.array(items, 'U')))
 TREES = st.recursive(LEAVES, lambda inner: st.one_of(
     st.lists(inner, max_size=4), st.lists(inner, max_size=4).map(tuple),
     st.dictionaries(KEYS, inner, max_size=4),
     st.dictionaries(st.sampled_from(['a', 'a.b', 'b', '$a', '', '__metadata__', 'a~2', '$tensor']),
                     inner, max_size=4),
+    st.lists(inner, max_size=3).map(lambda items: deque(items, 3)),
+    st.dictionaries(KEYS, inner, max_size=3).map(lambda items: defaultdict(list, items)),
     st.dictionaries(KEYS, inner, max_size=3).map(OrderedDict),
     st.dictionaries(KEYS, inner, max_size=3).map(Counter)),
     max_leaves=20)
@@ -80,7 +124,7 @@ def shuffled(tree, rng):
     if not isinstance(tree, dict): return tree
     items = [(key, shuffled(value, rng)) for key, value in tree.items()]
     if type(tree) is not OrderedDict: rng.shuffle(items)
-    new = type(tree)()
+    new = defaultdict(tree.default_factory) if isinstance(tree, defaultdict) else type(tree)()
     for key, value in items: new[key] = value
     return new
 

@@ -269,9 +269,9 @@ def start(text, cwd, **kwargs):
 def test_the_module_runs(root):
     done = run('tree digits', root, PYTHONIOENCODING='utf-8')
     assert done.returncode == 0 and done.stderr == b'' and '├─● 2' in done.stdout.decode()
-    done = run('show digits 9', root)
-    assert done.returncode == 1 and done.stderr.count(b'\n') == 1
-    assert done.stderr.startswith(b'learnkit: there is no checkpoint 9')
+    with start('show digits 9', root) as failed: _, said = failed.communicate(timeout=60)
+    assert failed.returncode == 1 and said.count(b'\n') == 1
+    assert said.startswith(b'learnkit: there is no checkpoint 9')
 
 
 def test_an_output_without_lines_and_dots_gets_ascii(root):

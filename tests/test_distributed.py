@@ -45,35 +45,38 @@ def each_is_limited(request):
 def slow(*values): return pytest.param(*values, marks=pytest.mark.slow)
 
 
-@pytest.fixture(scope='module')
-def one(): return ranks.sizes()
+ALL = ranks.SAMPLES, tuple(ranks.CASES), ranks.FOREIGN
 
 
-FEW = 1, 2, 3, 5, 8, 13  # numbers of samples; how they are divided does not depend on the strategy
+def label(value): # the name of a parameter
+    return value if not isinstance(value, tuple) else 'all' if value in ALL else 'few'
 
+
+# How samples are divided and read does not depend on the strategy; that a process has none may
 
 @pytest.mark.parametrize('n, strategy, samples', [
-    (2, 'fsdp', FEW), (3, 'ddp', ranks.SAMPLES), slow(2, 'fsdp', ranks.SAMPLES),
-    slow(2, 'ddp', ranks.SAMPLES), slow(3, 'fsdp', ranks.SAMPLES)],
-    ids=lambda value: {FEW: 'few', ranks.SAMPLES: 'all'}.get(value))
-def test_every_size_gives_the_numbers_of_one_process(one, n, strategy, samples):
-    of_these = {size: found for size, found in one.items() if size[0] in samples}
-    for found in launch(ranks.sizes, strategy, samples, n=n): alike(of_these, found, 1e-6)
+    (3, 'ddp', (1, 2, 5, 13)), (2, 'fsdp', (1, 5)),
+    *(slow(n, strategy, ranks.SAMPLES) for n in (2, 3) for strategy in ('ddp', 'fsdp'))], ids=label)
+def test_every_size_gives_the_numbers_of_one_process(n, strategy, samples):
+    one = ranks.sizes(samples=samples)
+    for found in launch(ranks.sizes, strategy, samples, n=n): alike(one, found, 1e-6)
 
 
-@pytest.mark.parametrize('strategy', ['ddp', 'fsdp'])
-def test_callbacks_and_loaders_give_the_numbers_of_one_process(strategy):
-    one = ranks.cases()
-    for found in launch(ranks.cases, strategy, n=2):
-        for name in ranks.CASES:
+@pytest.mark.parametrize('strategy, names', [
+    ('ddp', tuple(ranks.CASES)), slow('fsdp', tuple(ranks.CASES)),
+    ('fsdp', ('leftover', 'ema', 'best', 'fp16', 'frozen', 'loss'))], ids=label)
+def test_callbacks_and_loaders_give_the_numbers_of_one_process(strategy, names):
+    one = ranks.cases(names)
+    for found in launch(ranks.cases, names, strategy, n=2):
+        for name in names:
             alike(one[name], found[name], 2e-3 if name == 'bf16' else 1e-4, name)
 
 
-@pytest.mark.parametrize('strategy', ['ddp', 'fsdp'])
-def test_of_other_loaders_each_process_reads_batches_of_its_own(strategy):
-    one = ranks.foreign_cases(1)
-    for found in launch(ranks.foreign_cases, 2, strategy, n=2):
-        for kind in ranks.FOREIGN: alike(one[kind], found[kind], 1e-4, kind)
+@pytest.mark.parametrize('strategy, kinds', [
+    ('ddp', ranks.FOREIGN), slow('fsdp', ranks.FOREIGN), ('fsdp', ('stream',))], ids=label)
+def test_of_other_loaders_each_process_reads_batches_of_its_own(strategy, kinds):
+    one = ranks.foreign_cases(1, kinds)
+    for found in launch(ranks.foreign_cases, 2, kinds, strategy, n=2): alike(one, found, 1e-4)
 
 
 def test_a_distributed_sampler_is_left_alone():
@@ -345,8 +348,8 @@ if rank() == 0: print(n, tree_digest(found))
 def test_a_script_that_is_restarted_goes_on_by_itself(tmp_path, undisturbed, at, how):
     (tmp_path / 'script.py').write_text(RESTARTED.format(folder=os.path.dirname(__file__),
                                                          root=str(tmp_path / 'ckpts'), at=at))
-    done = subprocess.run([sys.executable, '-m', *how, tmp_path / 'script.py'], capture_output=True,
-                          text=True, timeout=110)
+    done = subprocess.run([preloaded.python(), '-m', *how, tmp_path / 'script.py'],
+                          capture_output=True, text=True, timeout=110)
     n, digest = done.stdout.split()
     assert done.returncode == 0 and 0 < int(n) < 30 and digest == tree_digest(undisturbed[1][0][0])
 
@@ -426,9 +429,9 @@ for where in ('before', 'between'):
 @pytest.mark.parametrize('signum, code', [(signal.SIGTERM, 143), slow(signal.SIGINT, 130)])
 def test_a_signal_to_the_launcher_ends_all_with_a_save(tmp_path, signum, code):
     (tmp_path / 'script.py').write_text(SIGNALLED.format(folder=os.path.dirname(__file__)))
-    started = subprocess.Popen([sys.executable, '-m', 'learnkit', 'launch', '-n', '2', 'script.py'],
-                               cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               text=True,
+    started = subprocess.Popen([preloaded.python(), '-m', 'learnkit', 'launch', '-n', '2',
+                                'script.py'], cwd=tmp_path, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True,
                                preexec_fn=lambda: signal.signal(signal.SIGINT,
                                                                 signal.default_int_handler))
     assert started.stdout.readline() == 'begun\n'

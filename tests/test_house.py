@@ -18,7 +18,7 @@ ADDRESS = re.compile(r'\b0x[0-9a-fA-F]{6,}')
 # Generated files
 
 def test_modules_are_fresh(tmp_path):
-    "learnkit/ is what the notebooks export: nothing stale, edited by hand or left over"
+    "learnkit/ with its stubs is what the notebooks export, in a run with other hashes"
     copy(tmp_path, 'nbs', 'tools', 'settings.ini', 'pyproject.toml')
     (tmp_path / LIB.name).mkdir()
     copy(tmp_path, f'{LIB.name}/py.typed')

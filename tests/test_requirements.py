@@ -1,8 +1,11 @@
 "What is imported is named in settings.ini, and what is named there is used"
 import ast, re, sys
+from functools import lru_cache
 from importlib.metadata import packages_distributions
 import pytest
 from house import LIB, NOTEBOOKS, ROOT, SETTINGS, cells, found, tree
+
+INSTALLED = packages_distributions() # module -> its distributions
 
 # What a folder may import beside learnkit's own requirements
 EXTRAS = {LIB.name: ['notebook', 'testing'], 'nbs': ['dev'], 'tests': ['dev'], 'tools': ['dev'],
@@ -43,13 +46,14 @@ def trees(folder): # iterator of syntax trees
         yield from (ast.parse(''.join(source)) for source in code)
 
 
+@lru_cache
 def imported(folder): # set of names of distributions
     "What the code of a folder imports from other distributions than learnkit"
     tops = {name.split('.')[0] for code in trees(folder) for node in ast.walk(code)
             for name in modules(node)}
     own = {path.stem for path in found(folder, '*.py')} | {LIB.name}
     # What is named need not be installed; it then goes by the name of its module
-    homes = {name: [name] for name in everything_named()} | packages_distributions()
+    homes = {name: [name] for name in everything_named()} | INSTALLED
     return {distribution(homes[top][0]) for top in tops - sys.stdlib_module_names - own
             if top in homes}
 

@@ -2,10 +2,11 @@
 # pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 # pyright: reportPrivateImportUsage=false
 """What a method does to its object, and what it returns"""
+from collections.abc import Callable
 from functools import singledispatch
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 __all__ = [
-    'pure', 'structural', 'result'
+    'pure', 'structural', 'result', 'field_values', 'from_field_values', 'register_result'
 ]
 T = TypeVar('T')
 
@@ -29,16 +30,50 @@ def declared_kind(method: Any) -> Any:
         'pure', 'structural', 'unrecorded'; None without a decorator
     """
 
+class ResultKind(NamedTuple):
+    """How objects of a class are kept"""
+    cls: type
+    to_tree: Callable
+    """object -> what it consists of"""
+    from_tree: Callable
+    """what it consists of -> object"""
+    exact: bool
+    """whether objects of derived classes are something else"""
+
 @singledispatch
-def result_fields(x: Any) -> Any:
-    """What a result consists of
+def result_kind(x: Any) -> Any:
+    """How an object is kept, by its class or the nearest one above it
 
     Returns:
-        dict: name -> value; None for anything that is no registered result
+        ResultKind; None for anything of a class that is not registered
     """
+
+def register_kind(kind: Any) -> None: ...
 
 def result(cls: T) -> T:
     """Decorator: objects of this dataclass can be kept as results of a method"""
+
+def field_values(x: Any) -> Any:
+    """What a dataclass object holds: its fields, and what was set beside them
+
+    Returns:
+        dict: name -> value
+    """
+
+def from_field_values(cls: Any, values: dict) -> Any:
+    """A dataclass object made of what it held; the constructor is not called again
+
+    Returns:
+        object of `cls`
+    """
+
+def register_result(cls: type, to_tree: Callable, from_tree: Callable) -> None:
+    """Say how objects of a class, and of those derived from it, are kept as results
+
+    Args:
+        to_tree: object -> what it consists of: anything that can be kept
+        from_tree: what it consists of -> object
+    """
 
 def full_name(cls: Any) -> str:
     """Module and name of a class or function
@@ -47,16 +82,16 @@ def full_name(cls: Any) -> str:
         str
     """
 
-def result_class(name: str) -> Any:
-    """The class registered under this full name; the last one, as a notebook's cell may run twice
+def class_named(name: str, classes: Any) -> Any:
+    """The last class of this full name, as a notebook's cell may run twice; else of another module
 
     Returns:
         class; None where there is none
     """
 
-def make_result(cls: Any, values: dict) -> Any:
-    """A result made of its fields; the constructor is not called again
+def registered_kind(name: str) -> Any:
+    """How objects are kept of the class registered under this full name
 
     Returns:
-        object of `cls`
+        ResultKind; None where there is none
     """

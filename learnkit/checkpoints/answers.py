@@ -12,6 +12,7 @@ from fastcore.basics import patch
 from ..base.ranks import is_main
 from ..base.text import caller_stacklevel
 from ..files.durable import remove_path
+from ..files.errors import UnstorableError
 from ..files.ids import id_text
 from ..files.tree import json_digest
 from .record import Position, not_kept, state_after, structure_after
@@ -45,19 +46,24 @@ def fetch_answer(self:Ledger, node, call, found):
     notes = self.check_code(node, found, call)
     for cb, (_, state) in zip(callbacks, tree['callbacks'], strict=True): cb.load_state_dict(state)
     self.report_fetched(node, found, notes=notes)
-    return self.unpack(found, tree)
+    return self.unpack(call, found.returns_host, tree['result'])
 
 @patch
 def compute_answer(self:Ledger, node, call, key, folder=None):
     "Make a call and put the answer into the table of the checkpoint"
     result, callbacks, facts = self.perform(call, folder)
-    tree = {'result': self.pack(call, result), 'callbacks': states_of(callbacks)}
+    try: packed = self.pack(call, result)
+    except UnstorableError as error:
+        if call.kind != 'pure': raise
+        self.report_unkept(call.method, error)
+        return result
+    tree = {'result': packed, 'callbacks': states_of(callbacks)}
     answer = {'key': key, 'method': call.method, 'text': call.text, 'kind': call.kind,
               'arguments': call.arguments.tree, 'code': self.code_of(call),
               'versions': self.on_main(arithmetic)}
     node.put_answer(answer | facts | self.store.put(tree)[0])
     self.store.write(node.json)
-    return result
+    return self.unpack(call, facts['returns_host'], packed, copy=True)
 
 # %% ../../nbs/checkpoints/07_answers.ipynb #0177290c
 @patch
@@ -75,6 +81,7 @@ def call_on(self:Ledger, id, name, args, kwargs):
     if found := self.find_answer(node, key, call): return self.fetch_answer(node, call, found)
     self.reason = f'{call.text}: not asked before of checkpoint {id_text(id)}'
     if self.planning: raise PlanEnds(f'cache({id_text(id)}).{call.text} would be computed')
+    self.check_will_be_kept(call)
     with self.store.writing():
         node = self.node(id)
         if found := self.find_answer(node, key, call): return self.fetch_answer(node, call, found)

@@ -277,6 +277,7 @@ def compute(self:Block, call, digests, record):
     if ledger.planning:
         raise PlanEnds(f'checkpoint {id_text(self.id)}: {call.text} would be computed: '
                        f'{ledger.reason}')
+    ledger.check_will_be_kept(call)
     if not self.acquire_lock(): return self.numbered_call(call)
     node = self.node
     if not node.has_begun: self.record_start(digests)
@@ -316,14 +317,15 @@ def make(self:Block, call, record, folder):
     ledger.host.forget_outside_changes()
     structure = ledger.structure()
     if call.kind == 'changes': self.check_structure_kept(call, structure)
-    saved, roots = ledger.put_state(ledger.pack(call, result), callbacks)
-    record.complete(saved, structure_after=digests_of(structure), **roots, **facts)
+    packed, (seals, files) = ledger.pack(call, result), ledger.written_files(self.node, call)
+    saved, roots = ledger.put_state(packed, callbacks, files)
+    record.complete(saved, structure_after=digests_of(structure), seals=seals, **roots, **facts)
     self.node.add_descriptions(structure)
     ledger.store.write(self.node.json)
     forget_saves(folder)
     self.diverged = False
     self.add_made(call)
-    return result
+    return ledger.unpack(call, record.returns_host, packed, copy=True)
 
 @patch
 def check_structure_kept(self:Block, call, after):
@@ -425,8 +427,9 @@ def fetch(self:Block, call, record, digests):
         record.structure_after = digests_of(now)
     if structural: return result
     ledger.report_fetched(self.node, record, differ, notes)
+    ledger.write_files_again(self.node, call, record)
     host.show_report(record.report, host.stateful_arguments(call.values))
-    return ledger.unpack(record, tree)
+    return ledger.unpack(call, record.returns_host, tree['result'])
 
 # %% ../../nbs/checkpoints/08_block.ipynb #200584de
 @patch

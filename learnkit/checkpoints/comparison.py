@@ -15,7 +15,6 @@ from ..files.tree import Unpacker
 from ..files.ids import id_text
 from ..fingerprint.words import as_text
 from ..fingerprint.differences import differences
-from .results import RESULT_KEY
 from .record import Position, differing
 from .checkpointed import Checkpointed
 from .lineage import Lineage, best_value, last_metrics, number_text
@@ -202,14 +201,17 @@ def result_text(root): # str
     if not isinstance(root, dict): return repr(root)
     kind = next(iter(root), '')
     if kind in ('$tensor', '$array'): return kind[1:]
+    if kind in ('$bits', '$objects'): return 'array'
+    if kind == '$object': return root[kind][0].rpartition('.')[2]  # of an object only the class
     if kind in ('$dict', '$OrderedDict', '$Counter'): return items_text(root[kind])
+    if kind == '$defaultdict': return items_text(root[kind][1])
+    if kind == '$deque': return result_text(root[kind][0])
+    if kind in ('$set', '$frozenset'): return f'{{{", ".join(map(result_text, root[kind]))}}}'
     if kind == '$tuple': return f'({", ".join(map(result_text, root[kind]))})'
     return repr(Unpacker({}).unpack(root)) if kind[:1] == '$' else items_text(root.items())
 
 def items_text(items): # str
-    "The items of a dict; of a dataclass or table only the class"
-    named = [value for key, value in items if key == {'$tuple': list(RESULT_KEY)}]
-    if named: return named[0].rpartition('.')[2]
+    "The items of a dict"
     return ', '.join(f'{key if isinstance(key, str) else result_text(key)} {result_text(value)}'
                      for key, value in items)
 

@@ -169,7 +169,7 @@ def result_text(root: Any) -> str:
     """
 
 def items_text(items: Any) -> str:
-    """The items of a dict; of a dataclass or table only the class
+    """The items of a dict
 
     Returns:
         str

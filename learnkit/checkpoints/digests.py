@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/checkpoints/04_digests.ipynb #40ee177e
 import torch
+from ..files.tree import Packer, json_digest
 
 # %% ../../nbs/checkpoints/04_digests.ipynb #2d0dfa0c
 def by_part(state): # dict
@@ -46,8 +47,10 @@ def with_digests(live, root): # iterator of (tensor, digest)
     "The tensors of a state beside their names in its record"
     if isinstance(live, torch.Tensor): yield live, root['$tensor']
     elif type(live) is dict:
-        inner = dict(root['$dict']) if '$dict' in root else root
-        for key, value in live.items(): yield from with_digests(value, inner[key])
+        items = root.get('$dict') if '$dict' in root else root.items()
+        inner = {json_digest(key): item for key, item in items}
+        for key, value in live.items():
+            yield from with_digests(value, inner[json_digest(Packer().pack_key(key))])
     elif type(live) in (list, tuple):
         items = root if type(live) is list else root['$tuple']
         for value, item in zip(live, items, strict=False): yield from with_digests(value, item)

@@ -133,6 +133,11 @@ def files_read(self:Host, method:str, arguments:dict) -> dict: # name -> value
     return {}
 
 @patch
+def files_written(self:Host, arguments:dict) -> list: # of paths
+    "The files that the last call, which had these arguments, has left behind"
+    return []
+
+@patch
 def unused_by(self:Host, method:str) -> tuple:
     "Parts of state and structure that a pure method does not follow from; see `restore_used`"
     return ()

@@ -134,6 +134,12 @@ class Host:
         Returns:
             name -> value
         """
+    def files_written(self, arguments: dict) -> list:
+        """The files that the last call, which had these arguments, has left behind
+
+        Returns:
+            of paths
+        """
     def unused_by(self, method: str) -> tuple:
         """Parts of state and structure that a pure method does not follow from; see `restore_used`"""
     def restore_used(self, state: Any) -> None:

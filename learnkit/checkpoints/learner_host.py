@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/checkpoints/10_learner_host.ipynb #09f43a0c
-import copy, inspect, math
+import copy, enum, inspect, math
 from contextlib import contextmanager, nullcontext
 from types import MappingProxyType
 from fastcore.basics import patch
@@ -17,7 +17,7 @@ from ..base.methods import full_name
 from ..base.randomness import set_rng_state
 from ..files.errors import UnstorableError
 from ..files.durable import file_digest
-from ..files.tree import check_storable
+from ..files.tree import check_storable, plain_worth
 from ..components.callback import Callback
 from ..fingerprint.words import as_text
 from ..components.optim import opt_params
@@ -28,7 +28,7 @@ from ..loop.saving import localized, save_path
 from ..loop.resume import as_period
 from ..training.torch_schedulers import torch_schedulers
 from ..training.save_best import SaveBest
-from .host import Host
+from .host import Host, is_same
 
 # %% ../../nbs/checkpoints/10_learner_host.ipynb #c0a496e9
 MODEL_METHODS = ('validate', 'test', 'get_preds', 'predict')  # these need no optimizer,
@@ -160,11 +160,12 @@ def attributes(self:LearnerHost) -> dict: # name -> plain value
             **module_attributes(learn.model)}
 
 def module_attributes(model:nn.Module): # dict: path -> value
-    "Numbers and text that modules hold as attributes"
-    return {'.'.join(filter(None, ('model', path, name))): value
-            for path, module in model.named_modules()
-            for name, value in public_attributes(module).items()
-            if isinstance(value, (bool, int, float, str, type(None)))}
+    "Numbers and text that modules hold as attributes, or what is worth one"
+    found = [(filter(None, ('model', path, name)), plain_worth(value))
+             for path, module in model.named_modules()
+             for name, value in public_attributes(module).items()]
+    return {'.'.join(names): value for names, value in found
+            if type(value) in (bool, int, float, str, type(None))}
 
 def set_attributes(learn, attributes:dict):
     "Give the learner and the modules of its model the attributes they had"
@@ -173,7 +174,13 @@ def set_attributes(learn, attributes:dict):
         path, _, last = name.rpartition('.')
         module = modules.get(path.removeprefix('model').removeprefix('.'))
         if not path: setattr(learn, name, value)
-        elif module is not None: setattr(module, last, value)
+        elif module is not None: set_worth(module, last, value)
+
+def set_worth(module, name, value):
+    "Set an attribute to a plain value, unless what is there is worth that; a member stays one"
+    now = getattr(module, name, None)
+    if type(now) is not type(value) and is_same(plain_worth(now), value): return
+    setattr(module, name, type(now)(value) if isinstance(now, enum.Enum) else value)
 
 @patch
 def files_read(self:LearnerHost, method, arguments) -> dict: # name -> digest
@@ -331,6 +338,12 @@ def callbacks_in(value): # list of callbacks
     if isinstance(value, Callback): return [value]
     items = value if isinstance(value, (list, tuple)) else ()
     return [cb for item in items for cb in callbacks_in(item)]
+
+@patch
+def files_written(self:LearnerHost, arguments) -> list: # of paths
+    "The files of the callbacks, as far as their state says that there are any"
+    given = [cb for value in arguments.values() for cb in callbacks_in(value)]
+    return [path for cb in (*self.object.cbs, *given) for path in cb.files_written(self.object)]
 
 @patch
 def argument_text(self:LearnerHost, value, text): # str; None: as it is described

@@ -83,6 +83,12 @@ class LearnerHost(Host):
         Returns:
             of callbacks
         """
+    def files_written(self, arguments: Any) -> list:
+        """The files of the callbacks, as far as their state says that there are any
+
+        Returns:
+            of paths
+        """
     def argument_text(self, value: Any, text: Any) -> Any:
         """Callbacks as they were written
 
@@ -176,7 +182,7 @@ def frozen_modules(learn: Learner) -> Any:
     """
 
 def module_attributes(model: nn.Module) -> Any:
-    """Numbers and text that modules hold as attributes
+    """Numbers and text that modules hold as attributes, or what is worth one
 
     Returns:
         dict: path -> value
@@ -184,6 +190,9 @@ def module_attributes(model: nn.Module) -> Any:
 
 def set_attributes(learn: Learner, attributes: dict) -> None:
     """Give the learner and the modules of its model the attributes they had"""
+
+def set_worth(module: Any, name: Any, value: Any) -> None:
+    """Set an attribute to a plain value, unless what is there is worth that; a member stays one"""
 
 def fit_outcome(learn: Learner) -> Any: ...
 

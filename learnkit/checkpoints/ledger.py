@@ -15,16 +15,18 @@ from ..base.batches import map_tensors
 from ..base.devices import accelerator
 from ..base.dtensors import full_tensor
 from ..base.methods import full_name
-from ..base.ranks import world_size
+from ..base.ranks import is_main, world_size
 from ..files.errors import UnstorableError
 from ..files.ids import check_id, id_text
-from ..files.tree import check_storable, json_digest
+from ..files.written import file_content, file_seal, write_content
+from ..files.objects import as_tree, from_tree
+from ..files.tree import json_digest
 from ..fingerprint.inspection import globals_read
 from ..fingerprint.code import versions
 from ..fingerprint.values import Fingerprint, UnfingerprintableError, fingerprint
 from ..fingerprint.functions import call_arguments
 from ..fingerprint.words import as_text
-from .results import pack_result, unpack_result
+from .results import classes_at_hand, return_hint, unkept_in
 from .record import (
     Node, Position, SavedState, StaleCheckpoint, fetched_text, new_node, state_at)
 from .host import Host, method_kind
@@ -66,6 +68,7 @@ class Ledger:
         self.reason = 'nothing was computed yet'  # why the last call was computed
         self.starts = {}  # id -> (SavedState, position, ancestors) of its beginning, if deleted too
         self.structures = {}  # (id, number of calls) -> live objects the host was made of then
+        self.unkept = set()  # methods that are known to return what cannot be kept
         self.memo = {}  # digests of large values, see `fingerprint`
         self.is_as_made = True  # whether the object was neither called nor brought anywhere
         self.known_digests = KnownDigests()  # of large tensors of the state
@@ -172,10 +175,11 @@ def state_digests(self:Ledger) -> dict: # part of the state -> digest
     return self.store.digests_of(by_part(self.host.state()), self.known_digests.get)
 
 @patch
-def put_state(self:Ledger, result=None, callbacks=()): # (SavedState, dict of roots)
+def put_state(self:Ledger, result=None, callbacks=(), files=()): # (SavedState, dict of roots)
     "Store the state of the object and what comes with it, in one file"
     tree = {f'state/{part}': value for part, value in by_part(self.host.state()).items()}
-    tree |= {'beside': self.host.extra_state(), 'result': result, 'callbacks': states_of(callbacks)}
+    tree |= {'beside': self.host.extra_state(), 'result': result,
+             'callbacks': states_of(callbacks), 'files': dict(files)}
     try: root, digests = self.store.put(tree)
     except UnstorableError as error:
         raise UnstorableError(str(error).removeprefix('state/')) from None
@@ -183,7 +187,7 @@ def put_state(self:Ledger, result=None, callbacks=()): # (SavedState, dict of ro
         return {name.removeprefix('state/'): value for name, value in found.items()
                 if name.startswith('state/')}
     saved = SavedState(of_state(digests), of_state(root), root['beside'])
-    return saved, {'result': root['result'], 'callbacks': root['callbacks']}
+    return saved, {name: root[name] for name in ('result', 'callbacks', 'files')}
 
 def states_of(callbacks): # list of [class, state]
     "The states of objects that were passed to a call"
@@ -229,24 +233,74 @@ def perform(self:Ledger, call, folder=None): # (result, callbacks, dict: what is
     return result, callbacks, {'returns_host': result is host.object, 'seconds': seconds,
                                'ended': ended, 'report': report(callbacks)}
 
-@patch
-def pack(self:Ledger, call, result): # plain tree
-    "A result as it is stored; UnstorableError if it cannot be"
-    if result is self.host.object: return None
-    try:
-        tree = pack_result(result)
-        check_storable(tree)
-    except UnstorableError as error:
-        raise UnstorableError(
-            f'{call.text} returned what cannot be kept, {error}. The fits inside it are saved, and '
-            'the next run goes on from there: return plain values, tensors, arrays, tables, or a '
-            'dataclass with @result; or mark the method @unrecorded') from None
-    return tree
+# %% ../../nbs/checkpoints/05_ledger.ipynb #6188ac60
+WAYS_TO_KEEP = ('return plain values, tensors, arrays or tables; name the class of an Enum, '
+                'namedtuple or dataclass in the return annotation of the method; or say with '
+                'register_result how objects of the class are kept')
 
 @patch
-def unpack(self:Ledger, record, tree): # result
-    "What a recorded call returned"
-    return self.host.object if record.returns_host else unpack_result(tree['result'])
+def at_hand(self:Ledger, call): # function that returns classes
+    "The classes of which a call may return objects"
+    return classes_at_hand(type(self.host.object), call.method, call.values)
+
+@patch
+def check_will_be_kept(self:Ledger, call):
+    "Raise UnstorableError for a call whose annotation says that its result cannot be kept"
+    cls = type(self.host.object)
+    wrong = unkept_in(return_hint(inspect.getattr_static(cls, call.method)), (cls,))
+    if wrong is None or call.kind == 'pure': return
+    raise UnstorableError(f'{call.text} was not begun: it is annotated to return '
+                          f'{full_name(wrong)}, which cannot be kept: {WAYS_TO_KEEP}; or mark the '
+                          'method @unrecorded')
+
+@patch
+def pack(self:Ledger, call, result): # tree
+    "A result as it is stored; UnstorableError if it cannot be"
+    if result is self.host.object: return None
+    try: return self.on_main(lambda: as_tree(result, self.at_hand(call)))
+    except UnstorableError as error:
+        why = f'{call.text} returned what cannot be kept, {str(error).removeprefix("tree: ")}'
+        if call.kind == 'pure':
+            raise UnstorableError(f'{why}. So it is computed on each run; register_result would '
+                                  'say how it is kept') from None
+        raise UnstorableError(f'{why}. The fits inside it are saved, and the next run goes on from '
+                              f'there: {WAYS_TO_KEEP}; or mark the method @unrecorded') from None
+
+# %% ../../nbs/checkpoints/05_ledger.ipynb #a46948ad
+@patch
+def unpack(self:Ledger, call, returns_host, tree, copy=False): # result
+    "What a call returned, from its record or, as a copy, from what goes into it"
+    return self.host.object if returns_host else from_tree(tree, self.at_hand(call), copy)
+
+@patch
+def report_unkept(self:Ledger, method, error):
+    "Show, once for each method, a line on a result that is computed on each run"
+    if method not in self.unkept: self.host.show(str(error))
+    self.unkept.add(method)
+
+# %% ../../nbs/checkpoints/05_ledger.ipynb #ae0fa17b
+@patch
+def written_files(self:Ledger, node, call): # (seals, dict: seal -> content)
+    "The files that a call has left behind, and the content of those that the record has not"
+    paths = self.host.files_written(call.values)
+    seals = self.on_main(lambda: list(map(file_seal, paths)))
+    new = [(path, seal) for path, seal in zip(paths, seals, strict=True)
+           if is_main() and seal is not None and seal not in node.files]  # process 0 stores them
+    return seals, {seal: file_content(path) for path, seal in new}
+
+@patch
+def write_files_again(self:Ledger, node, call, record):
+    "Files that a recorded call left behind are there, as they were then"
+    paths, seals = self.host.files_written(call.values), record.seals
+    if len(paths) != len(seals):
+        raise StaleCheckpoint(f'{call.text} left {len(seals)} files behind, and the callbacks here '
+                              f'name {len(paths)}')
+    def write(): # list of paths
+        lost = [(path, seal) for path, seal in zip(paths, seals, strict=True)
+                if seal is not None and file_seal(path) != seal]
+        for path, seal in lost: write_content(path, self.local_store.get(node.files[seal]))
+        return [str(path) for path, _ in lost]
+    for path in self.on_main(write): self.host.show(f'{path} is written again')
 
 # %% ../../nbs/checkpoints/05_ledger.ipynb #7e8dfc88
 @patch

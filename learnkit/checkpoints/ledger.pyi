@@ -39,6 +39,7 @@ class Ledger:
     reason: str
     starts: dict[Any, Any]
     structures: dict[Any, Any]
+    unkept: Any
     memo: dict[Any, Any]
     is_as_made: bool
     known_digests: KnownDigests
@@ -208,7 +209,7 @@ class Ledger:
         Returns:
             part of the state -> digest
         """
-    def put_state(self, result: Any = None, callbacks: Any = ()) -> Any:
+    def put_state(self, result: Any = None, callbacks: Any = (), files: Any = ()) -> Any:
         """Store the state of the object and what comes with it, in one file
 
         Returns:
@@ -228,18 +229,36 @@ class Ledger:
         Returns:
             (result, callbacks, dict: what is known of it)
         """
+    def at_hand(self, call: Any) -> Any:
+        """The classes of which a call may return objects
+
+        Returns:
+            function that returns classes
+        """
+    def check_will_be_kept(self, call: Any) -> None:
+        """Raise UnstorableError for a call whose annotation says that its result cannot be kept"""
     def pack(self, call: Any, result: Any) -> Any:
         """A result as it is stored; UnstorableError if it cannot be
 
         Returns:
-            plain tree
+            tree
         """
-    def unpack(self, record: Any, tree: Any) -> Any:
-        """What a recorded call returned
+    def unpack(self, call: Any, returns_host: Any, tree: Any, copy: Any = False) -> Any:
+        """What a call returned, from its record or, as a copy, from what goes into it
 
         Returns:
             result
         """
+    def report_unkept(self, method: Any, error: Any) -> None:
+        """Show, once for each method, a line on a result that is computed on each run"""
+    def written_files(self, node: Any, call: Any) -> Any:
+        """The files that a call has left behind, and the content of those that the record has not
+
+        Returns:
+            (seals, dict: seal -> content)
+        """
+    def write_files_again(self, node: Any, call: Any, record: Any) -> None:
+        """Files that a recorded call left behind are there, as they were then"""
     def matching_callbacks(self, call: Any, states: Any) -> list:
         """The callbacks that were given; StaleCheckpoint unless the states are those of such"""
     def report_fetched(self, node: Any, record: Any, differ: Any = (), notes: Any = ()) -> None:
@@ -314,3 +333,4 @@ def arithmetic_differs(then: Any, now: Any) -> Any:
     Returns:
         list of str
     """
+WAYS_TO_KEEP: str

@@ -80,6 +80,12 @@ class CallRecord(View):
         return self.json.get('after') or self.json.get('left') or {}
 
     @property
+    def seals(self): return self.json.get('seals') or []  # of the files that it left behind
+
+    @property
+    def files(self): return self.json.get('files') or {}  # seal -> root of those first found here
+
+    @property
     def ended(self): return self.json.get('ended')  # seconds since 1970; None while it runs
 
     @property
@@ -193,6 +199,11 @@ def drop_calls(self:Node, n):
     "Forget all calls but the first `n`"
     self.json['calls'] = self.json['calls'][:n]
 
+@patch(as_prop=True)
+def files(self:Node): # dict: seal -> root
+    "The content of files that the calls have left behind"
+    return {seal: root for call in self.calls for seal, root in call.files.items()}
+
 @patch
 def set_call(self:Node, k, record): self.json['calls'][k:k + 1] = [record.json]
 
@@ -292,10 +303,9 @@ def structure_after(node, n): # dict: name -> digest
 # %% ../../nbs/checkpoints/01_record.ipynb #4ebf4a84
 def ancestors(read, id): # tuple of ids
     "A checkpoint, the one it goes on from, and so on"
-    found = []
+    found = {}  # in order, and quick to look up
     while id is not None and id not in found:
-        found.append(id)
-        node = read(id)
+        found[id] = node = read(id)
         id = node and node.parent
     return tuple(found)
 

@@ -85,6 +85,10 @@ class CallRecord(View):
             dict: part -> digest
         """
     @property
+    def seals(self) -> Any: ...
+    @property
+    def files(self) -> Any: ...
+    @property
     def ended(self) -> Any: ...
     @property
     def last_structure(self) -> Any:
@@ -185,6 +189,13 @@ class Node(View):
         """
     def drop_calls(self, n: Any) -> None:
         """Forget all calls but the first `n`"""
+    @property
+    def files(self) -> Any:
+        """The content of files that the calls have left behind
+
+        Returns:
+            dict: seal -> root
+        """
     def set_call(self, k: Any, record: Any) -> None: ...
     def drop_inner_states(self) -> None:
         """Forget the states of all calls but the last"""

@@ -235,6 +235,11 @@ def weights(self:Callback): # dict: name -> live tensor; None
     "Weights besides the model's own that belong to it, as an average of them does"
 
 @patch
+def files_written(self:Callback, learn) -> list: # of paths
+    "Files that a fit has left behind, by its state: a run that fetches the fit is to find them"
+    return []
+
+@patch
 def drop_weights(self:Callback) -> None:
     "The model went back to a time when `weights` were not there yet: forget them"
 

@@ -100,6 +100,12 @@ class Callback:
         Returns:
             dict: name -> live tensor; None
         """
+    def files_written(self, learn: Learner) -> list:
+        """Files that a fit has left behind, by its state: a run that fetches the fit is to find them
+
+        Returns:
+            of paths
+        """
     def drop_weights(self) -> None:
         """The model went back to a time when `weights` were not there yet: forget them"""
     def after_backward(self, learn: Learner) -> Any: ...

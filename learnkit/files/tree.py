@@ -6,10 +6,18 @@
 __all__ = ['tree_digest', 'save_tree', 'load_tree']
 
 # %% ../../nbs/files/03_tree.ipynb #8438d587
-import hashlib, json, math, struct
-from collections import Counter, OrderedDict
-from pathlib import Path
+import enum, hashlib, json, math, struct
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable
+from contextlib import contextmanager
+from datetime import date, datetime, time, timedelta, timezone
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from types import MappingProxyType
 from typing import NamedTuple
+from uuid import UUID
+from zoneinfo import ZoneInfo
 import numpy as np
 import torch
 from fastcore.basics import patch
@@ -24,11 +32,12 @@ from .tensors import (
 # %% ../../nbs/files/03_tree.ipynb #db49a3bf
 MAX_DEPTH = 100
 MAPPINGS = {kind.__name__: kind for kind in (dict, OrderedDict, Counter)}
-SEQUENCES = {kind.__name__: kind for kind in (list, tuple, torch.Size, slice)}
-CONTAINERS = {*MAPPINGS.values(), *SEQUENCES.values()}
-KEYS = {type(None), bool, int, float, str, tuple}
-STORABLE = ('None, bool, int, float, str, list, tuple, dict, OrderedDict, Counter, slice, '
-            'torch.Size, torch.dtype, torch.device, tensors, numpy arrays and numpy numbers')
+SEQUENCES = {kind.__name__: kind for kind in (list, tuple, torch.Size, slice, range)}
+SETS = {kind.__name__: kind for kind in (set, frozenset)}
+CONTAINERS = {*MAPPINGS.values(), defaultdict, *SEQUENCES.values(), deque, *SETS.values()}
+FACTORIES = {made.__name__: made for made in (bool, int, float, complex, str, bytes, list, tuple,
+                                              set, dict, Counter, OrderedDict, deque)}
+STORABLE = 'numbers, text, bytes, times, paths, containers of python, tensors and numpy arrays'
 
 def path_text(path): # str
     "The keys that lead to a value, as in `optimizer.state[3].exp_avg`; without keys, `tree`"
@@ -38,9 +47,76 @@ def path_text(path): # str
 
 def conversion_advice(x): # str
     "What to do about a value whose type is not stored"
-    for kind in (*CONTAINERS, bool, int, float, str, np.ndarray):
+    for kind in (*CONTAINERS, bool, int, float, str, bytes, np.ndarray):
         if isinstance(x, kind): return f'it would come back as {kind.__name__}; convert it to one'
     return f'a tree holds {STORABLE}'
+
+# %% ../../nbs/files/03_tree.ipynb #7cd60070
+class Kind(NamedTuple):
+    "How the values of a class are written"
+    cls: type
+    simpler: Callable # value -> simpler value
+    back: Callable # simpler value -> value
+
+def torch_dtype(name): # torch.dtype
+    found = getattr(torch, name)
+    if type(found) is not torch.dtype: raise StoreError(f'there is no dtype {name!r}')
+    return found
+
+def moment_parts(x): # tuple
+    "A date with a time, or a time of a day: text, which of two equal ones, and time zone"
+    return x.replace(tzinfo=None, fold=0).isoformat(), x.fold, x.tzinfo
+
+def moment_from(cls): # function: what `moment_parts` gave -> moment
+    return lambda parts: cls.fromisoformat(parts[0]).replace(fold=parts[1], tzinfo=parts[2])
+
+def zone_key(x): # str
+    "The name of a time zone"
+    if x.key: return x.key
+    raise UnstorableError(f'{x!r} has no key, and cannot be stored; give it one')
+
+# %% ../../nbs/files/03_tree.ipynb #c3663b70
+KINDS = {
+    'dtype': Kind(torch.dtype, lambda x: str(x).removeprefix('torch.'), torch_dtype),
+    'device': Kind(torch.device, str, torch.device),
+    'complex': Kind(complex, lambda x: (x.real, x.imag), lambda pair: complex(*pair)),
+    'bytes': Kind(bytes, bytes.hex, bytes.fromhex),
+    'bytearray': Kind(bytearray, bytearray.hex, bytearray.fromhex),
+    'np.str': Kind(np.str_, str, np.str_), 'np.bytes': Kind(np.bytes_, bytes, np.bytes_),
+    'Path': Kind(type(Path()), str, Path),
+    'PurePosixPath': Kind(PurePosixPath, str, PurePosixPath),
+    'PureWindowsPath': Kind(PureWindowsPath, str, PureWindowsPath),
+    'date': Kind(date, date.isoformat, date.fromisoformat),
+    'time': Kind(time, moment_parts, moment_from(time)),
+    'datetime': Kind(datetime, moment_parts, moment_from(datetime)),
+    'timedelta': Kind(timedelta, lambda x: (x.days, x.seconds, x.microseconds),
+                      lambda parts: timedelta(*parts)),
+    'timezone': Kind(timezone, timezone.__getinitargs__, lambda args: timezone(*args)),
+    'ZoneInfo': Kind(ZoneInfo, zone_key, ZoneInfo),
+    'Fraction': Kind(Fraction, Fraction.as_integer_ratio, lambda pair: Fraction(*pair)),
+    'Decimal': Kind(Decimal, str, Decimal), 'UUID': Kind(UUID, str, UUID)}
+KIND_NAMES = {kind.cls: name for name, kind in KINDS.items()}
+KEYS = {type(None), bool, int, float, str, range, *KIND_NAMES.keys() - {bytearray}}
+
+# %% ../../nbs/files/03_tree.ipynb #5030a64f
+class Parts:
+    "An object taken apart; hashed by identity, so that it can stand for a key"
+    def __init__(self, name, content): self.name, self.content = name, content
+    def __repr__(self): return f'Parts({self.name!r}, {self.content!r})'
+
+# %% ../../nbs/files/03_tree.ipynb #4bcbc786
+PLAIN = MappingProxyType({
+    str: str.__str__, int: int.__int__, float: float.__float__,
+    complex: lambda x: complex(x.real, x.imag), bytes: lambda x: bytes.join(b'', [x])})
+
+def plain_worth(x): # str, int, float, complex, bytes; `x` itself where it is worth none
+    "The plain value that an object of a subclass can be used as"
+    base = next((base for base in PLAIN if isinstance(x, base)), None)
+    has_more = getattr(x, '__dict__', None) and not isinstance(x, enum.Enum)
+    if base is None or type(x) in (base, bool) or isinstance(x, np.generic) or has_more: return x
+    return PLAIN[base](x)
+
+def plain_unless_enum(x): return x if isinstance(x, enum.Enum) else plain_worth(x)
 
 # %% ../../nbs/files/03_tree.ipynb #8c70cc57
 class FoundTensor(NamedTuple):
@@ -58,8 +134,10 @@ class Packer:
     "Turns a tree into JSON values and finds its tensors on the way"
     def __init__(self,
                  canonical:bool=False, # whether equal trees give equal values
+                 simpler:Callable=None, # value of a class not known here -> one to store instead
                 ):
         self.canonical, self.path, self.containers = canonical, [], set()
+        self.simpler = simpler or plain_unless_enum
         self.found = []  # FoundTensors
 
     def refuse(self, x, why):
@@ -84,10 +162,18 @@ def pack(self:Packer, x): # JSON value
     if kind in CONTAINERS: return self.pack_container(x)
     if isinstance(x, torch.Tensor): return self.pack_tensor(x)
     if kind is np.ndarray: return self.pack_array(x)
+    if kind in KIND_NAMES:
+        name = KIND_NAMES[kind]
+        return {f'${name}': self.pack(KINDS[name].simpler(x))}
     if isinstance(x, np.generic): return self.pack_number(x)
-    if kind is torch.dtype: return {'$dtype': str(x).removeprefix('torch.')}
-    if kind is torch.device: return {'$device': str(x)}
-    self.refuse(x, conversion_advice(x))
+    if kind is Parts: return {'$object': [x.name, self.pack(x.content)]}
+    return self.pack_simpler(x, self.pack)
+
+@patch
+def pack_simpler(self:Packer, x, pack): # JSON value
+    "Pack what stands for a value of a class that is not known here"
+    if (found := self.simpler(x)) is x: self.refuse(x, conversion_advice(x))
+    with self.inside(x): return pack(found)
 
 @patch
 def pack_odd_text(self:Packer, x): # JSON value; with halves of surrogate pairs
@@ -99,29 +185,46 @@ def pack_float(self:Packer, x): # JSON value; nan has many bit patterns, but one
 
 # %% ../../nbs/files/03_tree.ipynb #d57a9f13
 @patch
-def pack_container(self:Packer, x): # JSON value
-    "A list, dict or the like, with all that is in it"
+@contextmanager
+def inside(self:Packer, x):
+    "What is packed meanwhile lies in `x`"
     if id(x) in self.containers: self.refuse(x, 'it contains itself')
     if len(self.path) > MAX_DEPTH: self.refuse(x, f'it is more than {MAX_DEPTH} levels deep')
     self.containers.add(id(x))
-    packed = self.pack_mapping(x) if type(x) in MAPPINGS.values() else self.pack_sequence(x)
+    yield
     self.containers.remove(id(x))
-    return packed
+
+@patch
+def pack_container(self:Packer, x): # JSON value
+    "A list, dict or the like, with all that is in it"
+    with self.inside(x):
+        if isinstance(x, dict): return self.pack_mapping(x)
+        return self.pack_set(x) if type(x) in SETS.values() else self.pack_sequence(x)
 
 @patch
 def pack_sequence(self:Packer, x): # JSON value
-    items = (x.start, x.stop, x.step) if type(x) is slice else x
+    items = (x.start, x.stop, x.step) if type(x) in (slice, range) else x
     packed = [self.pack_item(i, item) for i, item in enumerate(items)]
+    if type(x) is deque: return {'$deque': [packed, x.maxlen]}
     return packed if type(x) is list else {f'${type(x).__name__}': packed}
+
+# %% ../../nbs/files/03_tree.ipynb #ab4a761c
+@patch
+def pack_set(self:Packer, x): # JSON value; sorted, as each process has another order
+    return {f'${type(x).__name__}': sorted(map(self.pack_key, x), key=json.dumps)}
 
 @patch
 def pack_mapping(self:Packer, x): # JSON value
-    if type(x) is dict and all(map(self.is_plain_key, x)):
-        return {key: self.pack_item(key, value) for key, value in x.items()}
     items = [[self.pack_key(key), self.pack_item(key, value)] for key, value in x.items()]
+    if type(x) is dict and all(self.is_plain_key(key) for key, _ in items): return dict(items)
     if self.canonical and type(x) is not OrderedDict:
         items.sort(key=lambda item: json.dumps(item[0]))
-    return {f'${type(x).__name__}': items}
+    if type(x) is not defaultdict: return {f'${type(x).__name__}': items}
+    made = x.default_factory
+    name = None if made is None else getattr(made, '__name__', '')
+    if made is not FACTORIES.get(name):
+        self.refuse(x, f'its default_factory is {made}, and no file names code; convert it to dict')
+    return {'$defaultdict': [name, items]}
 
 @patch
 def is_plain_key(self:Packer, key): # bool
@@ -129,9 +232,11 @@ def is_plain_key(self:Packer, key): # bool
 
 @patch
 def pack_key(self:Packer, key): # JSON value
-    if type(key) not in KEYS: self.refuse(key, 'as a key; use text, numbers, or tuples of them')
     if type(key) is tuple: return {'$tuple': [self.pack_key(item) for item in key]}
-    return self.pack(key)
+    if type(key) is frozenset: return self.pack_set(key)
+    if type(key) in (*KEYS, Parts) or isinstance(key, np.generic): return self.pack(key)
+    if self.simpler(key) is not key: return self.pack_simpler(key, self.pack_key)
+    self.refuse(key, 'as a key; use text, numbers, or tuples of them')
 
 # %% ../../nbs/files/03_tree.ipynb #5dc4a270
 @patch
@@ -143,23 +248,33 @@ def pack_tensor(self:Packer, t, kind='$tensor'): # JSON value, to be filled in
 
 @patch
 def pack_array(self:Packer, x): # JSON value
-    if x.dtype.kind not in 'biufc' or x.dtype.itemsize > 8 or not x.dtype.isnative:
-        self.refuse(x, f'the safetensors format has no {x.dtype.str!r}; convert it with astype')
+    kind, shape = x.dtype.kind, list(x.shape)
+    if kind == 'O':
+        with self.inside(x): return {'$objects': [shape, self.pack(x.ravel().tolist())]}
+    if kind not in 'biufcmMUS' or x.dtype.char in 'gG':
+        self.refuse(x, f'no file has a {x.dtype.str!r} that is read alike everywhere; convert it '
+                       'with astype')
+    is_plain = kind in 'biufc' and x.dtype.itemsize <= 8 and x.dtype.isnative
     shared = x.flags.c_contiguous and x.flags.writeable  # torch would warn about the others
-    return self.pack_tensor(torch.from_numpy(x if shared else x.copy()), '$array')
+    if is_plain: return self.pack_tensor(torch.from_numpy(x if shared else x.copy()), '$array')
+    bits = torch.from_numpy(np.frombuffer(bytearray(x.tobytes()), np.uint8))
+    return {'$bits': [x.dtype.str, shape, self.pack_tensor(bits)]}
 
 @patch
 def pack_number(self:Packer, x): # JSON value; a float64 has the digest of a float
     if self.canonical and type(x) is np.float64: return self.pack(float(x))
     name = x.dtype.name
-    if x.dtype.kind not in 'biufc' or x.dtype.char in 'gG' or np.dtype(name).type is not type(x):
+    if x.dtype.kind not in 'biufcmM' or x.dtype.char in 'gG' or np.dtype(name).type is not type(x):
         self.refuse(x, 'convert it to an ordinary number or text')
     return {'$number': [name, x.tobytes().hex()]}
 
 # %% ../../nbs/files/03_tree.ipynb #fd3e955f
 class Unpacker:
     "Turns JSON values back into a tree"
-    def __init__(self, tensors:dict): self.tensors, self.used = tensors, set()
+    def __init__(self, tensors:dict,
+                 whole:Callable=None, # Parts -> what they are the parts of; None: they stay
+                ):
+        self.tensors, self.used, self.whole = tensors, set(), whole or (lambda parts: parts)
 
     def tensor(self, name): # a tensor with memory of its own, also where the file has it once
         if name in self.used: return self.tensors[name].clone()
@@ -178,21 +293,40 @@ class Unpacker:
 @patch
 def unpack_kind(self:Unpacker, kind:str, value):
     "The value of `{'$kind': value}`"
-    if kind in MAPPINGS:
-        mapping = MAPPINGS[kind]()
-        for key, item in value: mapping[self.unpack(key)] = self.unpack(item)
-        return mapping
-    if kind == 'slice': return slice(*self.unpack(value))
-    if kind in SEQUENCES: return SEQUENCES[kind](self.unpack(value))
+    if kind in MAPPINGS: return self.unpack_mapping(MAPPINGS[kind](), value)
+    if kind == 'defaultdict':
+        made = None if value[0] is None else FACTORIES[value[0]]
+        return self.unpack_mapping(defaultdict(made), value[1])
+    if kind == 'deque': return deque(self.unpack(value[0]), value[1])
+    if kind in ('slice', 'range'): return SEQUENCES[kind](*self.unpack(value))
+    if kind in SEQUENCES or kind in SETS: return (SEQUENCES | SETS)[kind](self.unpack(value))
+    if kind in KINDS: return KINDS[kind].back(self.unpack(value))
+    if kind == 'object': return self.whole(Parts(value[0], self.unpack(value[1])))
     if kind == 'tensor': return self.tensor(value)
     if kind == 'array': return self.tensor(value).numpy()
+    if kind in ('bits', 'objects'): return self.unpack_array(*value)
     if kind == 'number': return np.frombuffer(bytes.fromhex(value[1]), value[0])[0]
     if kind == 'str': return bytes.fromhex(value).decode('utf-8', 'surrogatepass')
     if kind == 'int': return int(value, 16)
     if kind == 'float': return struct.unpack('>d', bytes.fromhex(value))[0]
-    if kind == 'dtype' and type(found := getattr(torch, value)) is torch.dtype: return found
-    if kind == 'device': return torch.device(value)
     raise StoreError(f'there is no {kind} {value!r}')
+
+# %% ../../nbs/files/03_tree.ipynb #6a762e17
+@patch
+def unpack_mapping(self:Unpacker, mapping, items): # the mapping, filled
+    for key, item in items: mapping[self.unpack(key)] = self.unpack(item)
+    return mapping
+
+@patch
+def unpack_array(self:Unpacker, *packed): # array of text, times, other objects
+    if len(packed) == 2:
+        shape, items = packed
+        array = np.empty(math.prod(shape), object)
+        for i, item in enumerate(items): array[i] = self.unpack(item)  # which may be a list
+        return array.reshape(shape)
+    dtype, shape = np.dtype(packed[0]), packed[1]
+    if dtype.hasobject: raise StoreError(f'{dtype} is no dtype of a file')
+    return np.ndarray(shape, dtype, self.unpack(packed[2]).numpy())
 
 # %% ../../nbs/files/03_tree.ipynb #d56db8a4
 def text_digest(text:str): return hashlib.sha256(text.encode()).hexdigest()
@@ -302,13 +436,20 @@ def load_tree(path:str|Path): # the tree, its tensors on the cpu
     except Exception as error: raise DamagedError(f'{path} is damaged: {error}') from error
 
 # %% ../../nbs/files/03_tree.ipynb #3daaa92b
+def numbered_tensors(found, copy:bool): # dict: name -> tensor on the cpu
+    "The tensors of a tree under numbers that name them in its nodes"
+    fill_in_names(found, names := list(map(str, range(len(found)))))
+    tensors = {}
+    for name, each in zip(names, found, strict=True):
+        t = host_tensor(each.tensor)
+        tensors[name] = t.clone() if copy and t.data_ptr() == each.tensor.data_ptr() else t
+    return tensors
+
 def to_bytes(tree): # bytes
     "A tree as bytes, for `from_bytes`; UnstorableError for what `save_tree` would refuse"
-    packer, tensors = Packer(), {}
+    packer = Packer()
     root = packer.pack(tree)
-    for i, each in enumerate(packer.found):
-        each.node[each.key] = name = str(i)
-        tensors[name] = host_tensor(each.tensor).clone()  # none may share memory
+    tensors = numbered_tensors(packer.found, copy=True)  # none may share memory
     text = json.dumps(root, separators=(',', ':')).encode()
     return save_bytes({**tensors, 'tree': torch.frombuffer(bytearray(text), dtype=torch.uint8)})
 
@@ -316,6 +457,17 @@ def from_bytes(data): # the tree, its tensors on the cpu
     "What `to_bytes` was given"
     tensors = load_bytes(bytes(data))
     return Unpacker(tensors).unpack(json.loads(bytes(tensor_bytes(tensors.pop('tree')))))
+
+# %% ../../nbs/files/03_tree.ipynb #07a05109
+def rebuilt(tree,
+            simpler=None, # as of a `Packer`
+            whole=None, # as of an `Unpacker`
+            copy:bool=False, # False: tensors may share memory with those of `tree`
+           ): # the tree
+    "What would come back from a file that holds a tree"
+    packer = Packer(simpler=simpler)
+    root = packer.pack(tree)
+    return Unpacker(numbered_tensors(packer.found, copy), whole).unpack(root)
 
 # %% ../../nbs/files/03_tree.ipynb #4a1667d1
 def value_at(tree, path): # the value

@@ -2,9 +2,11 @@
 # pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 # pyright: reportPrivateImportUsage=false
 """Plain values and tensors, to one file and back, exactly"""
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 import torch
+from types import MappingProxyType
 from typing import Any, NamedTuple
 __all__ = [
     'tree_digest', 'save_tree', 'load_tree'
@@ -12,8 +14,9 @@ __all__ = [
 MAX_DEPTH: int
 MAPPINGS: dict[Any, Any]
 SEQUENCES: dict[Any, Any]
+SETS: dict[Any, Any]
 CONTAINERS: set[Any]
-KEYS: set[Any]
+FACTORIES: dict[Any, Any]
 STORABLE: str
 
 def path_text(path: Any) -> str:
@@ -30,6 +33,58 @@ def conversion_advice(x: Any) -> str:
         str
     """
 
+class Kind(NamedTuple):
+    """How the values of a class are written"""
+    cls: type
+    simpler: Callable
+    """value -> simpler value"""
+    back: Callable
+    """simpler value -> value"""
+
+def torch_dtype(name: Any) -> Any:
+    """Returns:
+        torch.dtype
+    """
+
+def moment_parts(x: Any) -> tuple:
+    """A date with a time, or a time of a day: text, which of two equal ones, and time zone
+
+    Returns:
+        tuple
+    """
+
+def moment_from(cls: Any) -> Any:
+    """Returns:
+        function: what `moment_parts` gave -> moment
+    """
+
+def zone_key(x: Any) -> str:
+    """The name of a time zone
+
+    Returns:
+        str
+    """
+KINDS: dict[str, Any]
+KIND_NAMES: dict[Any, Any]
+KEYS: set[Any]
+
+class Parts:
+    """An object taken apart; hashed by identity, so that it can stand for a key"""
+    name: Any
+    content: Any
+    def __init__(self, name: Any, content: Any) -> None: ...
+    def __repr__(self) -> str: ...
+PLAIN: MappingProxyType
+
+def plain_worth(x: Any) -> Any:
+    """The plain value that an object of a subclass can be used as
+
+    Returns:
+        str, int, float, complex, bytes; `x` itself where it is worth none
+    """
+
+def plain_unless_enum(x: Any) -> Any: ...
+
 class FoundTensor(NamedTuple):
     """A tensor of a tree, and where its name is to be filled in: `node[key]`"""
     path: str
@@ -45,12 +100,14 @@ class Packer:
     canonical: bool
     path: list[Any]
     containers: Any
+    simpler: Any
     found: list[Any]
-    def __init__(self, canonical: bool = False) -> None:
+    def __init__(self, canonical: bool = False, simpler: Callable | None = None) -> None:
         """Turns a tree into JSON values and finds its tensors on the way
 
         Args:
             canonical: whether equal trees give equal values
+            simpler: value of a class not known here -> one to store instead
         """
     def refuse(self, x: Any, why: Any) -> None: ...
     def pack_item(self, key: Any, x: Any) -> Any:
@@ -65,6 +122,12 @@ class Packer:
         Returns:
             JSON value
         """
+    def pack_simpler(self, x: Any, pack: Any) -> Any:
+        """Pack what stands for a value of a class that is not known here
+
+        Returns:
+            JSON value
+        """
     def pack_odd_text(self, x: Any) -> Any:
         """Returns:
             JSON value; with halves of surrogate pairs
@@ -73,6 +136,8 @@ class Packer:
         """Returns:
             JSON value; nan has many bit patterns, but one digest
         """
+    def inside(self, x: Any) -> AbstractContextManager[None]:
+        """What is packed meanwhile lies in `x`"""
     def pack_container(self, x: Any) -> Any:
         """A list, dict or the like, with all that is in it
 
@@ -82,6 +147,10 @@ class Packer:
     def pack_sequence(self, x: Any) -> Any:
         """Returns:
             JSON value
+        """
+    def pack_set(self, x: Any) -> Any:
+        """Returns:
+            JSON value; sorted, as each process has another order
         """
     def pack_mapping(self, x: Any) -> Any:
         """Returns:
@@ -112,7 +181,13 @@ class Unpacker:
     """Turns JSON values back into a tree"""
     tensors: dict
     used: Any
-    def __init__(self, tensors: dict) -> None: ...
+    whole: Any
+    def __init__(self, tensors: dict, whole: Callable | None = None) -> None:
+        """Turns JSON values back into a tree
+
+        Args:
+            whole: Parts -> what they are the parts of; None: they stay
+        """
     def tensor(self, name: Any) -> Any:
         """Returns:
             a tensor with memory of its own, also where the file has it once
@@ -121,6 +196,14 @@ class Unpacker:
         """The value that was packed"""
     def unpack_kind(self, kind: str, value: Any) -> Any:
         """The value of `{'$kind': value}`"""
+    def unpack_mapping(self, mapping: Any, items: Any) -> Any:
+        """Returns:
+            the mapping, filled
+        """
+    def unpack_array(self, *packed: Any) -> Any:
+        """Returns:
+            array of text, times, other objects
+        """
 
 def text_digest(text: str) -> Any: ...
 
@@ -197,6 +280,13 @@ def load_tree(path: str | Path) -> Any:
         the tree, its tensors on the cpu
     """
 
+def numbered_tensors(found: Any, copy: bool) -> Any:
+    """The tensors of a tree under numbers that name them in its nodes
+
+    Returns:
+        dict: name -> tensor on the cpu
+    """
+
 def to_bytes(tree: Any) -> bytes:
     """A tree as bytes, for `from_bytes`; UnstorableError for what `save_tree` would refuse
 
@@ -209,6 +299,18 @@ def from_bytes(data: Any) -> Any:
 
     Returns:
         the tree, its tensors on the cpu
+    """
+
+def rebuilt(tree: Any, simpler: Any = None, whole: Any = None, copy: bool = False) -> Any:
+    """What would come back from a file that holds a tree
+
+    Args:
+        simpler: as of a `Packer`
+        whole: as of an `Unpacker`
+        copy: False: tensors may share memory with those of `tree`
+
+    Returns:
+        the tree
     """
 
 def value_at(tree: Any, path: Any) -> Any:

@@ -192,6 +192,11 @@ def act(self:SaveBest, learn, row, improved):
         tree = None
     vars(self).update(best, file_name=file_name, snapshot=tree)
 
+# %% ../../nbs/training/07_save_best.ipynb #8ba43f77
+@patch
+def files_written(self:SaveBest, learn) -> list: # of paths
+    return [] if self.file_name is None else [save_path(learn, self.file_name)]
+
 # %% ../../nbs/training/07_save_best.ipynb #3ea6199e
 @patch
 def load_best(self:SaveBest,

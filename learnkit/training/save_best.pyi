@@ -104,6 +104,10 @@ class SaveBest(Tracker):
     def compare(self, learn: Learner, row: Any) -> None:
         """Compare a row's value with the best, unless the fit is only being wound up"""
     def act(self, learn: Learner, row: Any, improved: Any) -> None: ...
+    def files_written(self, learn: Learner) -> list:
+        """Returns:
+            of paths
+        """
     def load_best(self, learn: Learner) -> None:
         """Bring the best model back: weights, buffers, optimizer state of each parameter, averages
 

@@ -95,10 +95,11 @@ def test_a_chain_does_not_move_to_the_right():
 
 
 def test_a_very_long_chain():
-    store = Nodes(*(node(i, i - 1 or None) for i in range(1, 1501)))
-    assert len(drawn(store)) == 1500
+    "Longer than python's stack is deep"
+    store = Nodes(*(node(i, i - 1 or None) for i in range(1, 1101)))
+    assert len(drawn(store)) == 1100
     plot = Lineage(store).walk()
-    assert plot[-1].depth == 1499
+    assert plot[-1].depth == 1099
 
 
 def test_several_roots_and_deleted_parents():

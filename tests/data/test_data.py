@@ -5,6 +5,7 @@ import pickle
 import random
 import time
 import numpy as np
+import preloaded
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -164,7 +165,7 @@ def test_persistent_workers_give_the_same_batches(shuffle):
 def test_spawned_workers_give_the_same_batches():
     here, spawned = (DatasetLoader(Noisy(6), 4, **kw)
                      for kw in ({}, dict(num_workers=1, multiprocessing_context='spawn')))
-    assert equal(list(here), list(spawned))
+    with preloaded.spawning(preloaded.python()): assert equal(list(here), list(spawned))
 
 def test_workers_leave_the_global_generators_alone():
     before = global_state()

@@ -16,7 +16,7 @@ store = Everywhere('files')
 
 
 def deaths(work, tmp_path, thorough):
-    "(n, when) of each death that work can meet: before each step, in a write, after the last one"
+    "(n, when) of deaths that work can meet: before and after steps, in each write"
     def child():
         called = failing_at(pytest.MonkeyPatch(), 0, None)
         work()
@@ -24,9 +24,10 @@ def deaths(work, tmp_path, thorough):
     assert forked(child) == 0
     called = (tmp_path / 'called').read_text().split()
     assert len(called) > 5
-    yield from ((n, 'before') for n in range(1, len(called) + 1))
+    steps = range(1, len(called) + 1)
+    yield from ((n, 'before') for n in steps[::1 if thorough else 2])
     yield from ((n, 'middle') for n, name in enumerate(called, 1) if name == 'write')
-    yield from ((n, 'after') for n in range(1 if thorough else len(called), len(called) + 1))
+    yield from ((n, 'after') for n in (steps if thorough else steps[-1:]))
 
 
 THOROUGH = pytest.mark.parametrize('thorough', [False, pytest.param(True, marks=pytest.mark.slow)],

@@ -49,6 +49,12 @@ def test_nodes_that_are_refused(folder, value):
     with run.writing():
         for node in ({'id': 'a', 'b': value}, {'id': 'a', 'b': [{'c': value}]}):
             with pytest.raises(UnstorableError, match="checkpoint 'a': "): run.write(node)
+    assert (folder / 'nodes' / 'a.json').read_bytes() == before
+
+
+def test_nodes_without_an_end_are_refused(folder):
+    run = filled(folder, a=1)
+    before = (folder / 'nodes' / 'a.json').read_bytes()
     loop = []
     loop.append(loop)
     deep = 1

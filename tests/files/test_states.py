@@ -160,6 +160,10 @@ def test_roots_that_nothing_holds(folder, root):
                                   {'$dtype': 'load'}, {'$tuple': 3}, {'$float': 'x'}])
 def test_roots_that_make_no_sense(folder, root):
     with pytest.raises(StoreError): filled(folder, a=1).get(root)
+
+
+def test_a_root_without_an_end_makes_no_sense(folder):
+    filled(folder, a=1)
     deep = 1
     for _ in range(100_000): deep = [deep]
     with pytest.raises(DamagedError): Store(folder).get(deep)

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from grids import thinned
 from learnkit import *
 from learnkit.components.callback import BATCH_EVENTS
 from learnkit.training.averaging import EMA, SWA
@@ -397,11 +398,9 @@ def test_every_evaluation_sees_the_average(cb):
 def test_before_the_first_fit_the_raw_weights_are_seen():
     assert make_learner(cbs=EMA()).validate() == make_learner().validate()
 
-@pytest.mark.parametrize('event',
-                         ['before_validate', 'before_batch', 'after_pred', 'after_loss',
-                          'after_batch', 'after_validate', 'cleanup_batch', 'cleanup_validate'])
-@pytest.mark.parametrize('error', [*CANCELS, OSError, KeyboardInterrupt])
-@pytest.mark.parametrize('order', [0, 50])
+@pytest.mark.parametrize('event, error, order', thinned(
+    ['before_validate', 'before_batch', 'after_pred', 'after_loss', 'after_batch', 'after_validate',
+     'cleanup_batch', 'cleanup_validate'], [*CANCELS, OSError, KeyboardInterrupt], [0, 50]))
 def test_raw_weights_come_back_whatever_happens(event, error, order):
     learn = make_learner(cbs=EMA(0.5), on_interrupt='raise')
     learn.fit(1)
@@ -644,9 +643,8 @@ EVENTS = sorted(BATCH_EVENTS - {'after_cancel_batch', 'after_cancel_backward',
     'before_fit', 'before_epoch', 'before_train', 'after_train', 'cleanup_train', 'before_validate',
     'after_validate', 'after_epoch', 'after_fit', 'cleanup_fit']
 
-@pytest.mark.parametrize('event', EVENTS)
-@pytest.mark.parametrize('error', [*CANCELS, OSError, KeyboardInterrupt])
-@pytest.mark.parametrize('order', [-100, -35, 80])
+@pytest.mark.parametrize('event, error, order', thinned(
+    EVENTS, [*CANCELS, OSError, KeyboardInterrupt], [-100, -35, 80]))
 def test_nothing_stays_on_after_anything_from_anywhere(event, error, order):
     learn = make_learner([8, 4, 2, 6, 8], loss_func=small_loss, on_interrupt='raise')
     cbs = everything()

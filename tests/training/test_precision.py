@@ -3,6 +3,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from grids import thinned
 from learnkit import *
 from learnkit.training.averaging import EMA
 from learnkit.training.gradients import GradientAccumulation, GradientClip
@@ -114,10 +115,10 @@ def test_nested_outputs_are_brought_to_float32():
     assert set(seen) == {(torch.float32, torch.int64, torch.float64)}
 
 
-@pytest.mark.parametrize('event', EVENTS)
-@pytest.mark.parametrize('phase', ['train', 'valid', 'test', 'predict', 'lr_find'])
-@pytest.mark.parametrize('error', [CancelFit, CancelEpoch, CancelTrain, CancelValidate, CancelBatch,
-                                   CancelBackward, CancelStep, OSError, KeyboardInterrupt])
+@pytest.mark.parametrize('event, phase, error', thinned(
+    EVENTS, ['train', 'valid', 'test', 'predict', 'lr_find'],
+    [CancelFit, CancelEpoch, CancelTrain, CancelValidate, CancelBatch, CancelBackward, CancelStep,
+     OSError, KeyboardInterrupt]))
 def test_autocast_never_stays_on(event, phase, error):
     learn = make_learner(on_interrupt='raise').to_fp16()
     calls = {'train': lambda: learn.fit(1), 'valid': learn.validate, 'test': learn.test,
