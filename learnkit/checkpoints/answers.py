@@ -48,6 +48,7 @@ def fetch_answer(self:Ledger, node, call, found):
     self.report_fetched(node, found, notes=notes)
     return self.unpack(call, found.returns_host, tree['result'])
 
+# %% ../../nbs/checkpoints/07_answers.ipynb #253717b4
 @patch
 def compute_answer(self:Ledger, node, call, key, folder=None):
     "Make a call and put the answer into the table of the checkpoint"
