@@ -212,6 +212,37 @@ def drop_inner_states(self:Node):
     "Forget the states of all calls but the last"
     for call in self.json['calls'][:-1]: call['state'] = call['begin'] = None
 
+# %% ../../nbs/checkpoints/01_record.ipynb #2c47568f
+def running_call(method, text, kind, arguments, structure, before, code, versions): # CallRecord
+    "A call that has begun"
+    return CallRecord({'method': method, 'text': text, 'kind': kind, 'status': 'running',
+                       'arguments': arguments, 'structure': structure, 'before': before,
+                       'begin': None, 'after': None, 'state': None, 'beside': None, 'code': code,
+                       'versions': versions, 'started': time.time()})
+
+@patch
+def complete(self:CallRecord, saved, **facts):
+    "The call has ended: the state it left behind, and what else is known of it"
+    self.json.update(after=saved.digests, state=saved.state, beside=saved.extra, **facts,
+                     status='complete')
+
+@patch
+def put_answer(self:Node, answer:dict):
+    "Put a row into the table of answers, in place of one with the same key"
+    self.json['answers'] = [*(old for old in self.json['answers'] if old['key'] != answer['key']),
+                            answer]
+
+@patch
+def adopt_answers(self:Node, other):
+    "Take over the table of answers of another node"
+    self.json['answers'] = other.json['answers']
+
+@patch
+def drop_answers(self:Node, method):
+    "Forget the answers of a method; None: all"
+    self.json['answers'] = [answer for answer in self.json['answers']
+                            if method not in (None, answer['method'])]
+
 # %% ../../nbs/checkpoints/01_record.ipynb #6ffa1bf4
 VERSION = ('parent', 'parent_call', 'parent_state', 'description', 'closed', 'begin', 'beginning',
            'code_changed', 'calls')
@@ -243,37 +274,6 @@ def older(self:Node, n=None) -> Node: # None where there is no such version
     now.json['history'] = [version for version in now.json['history'] if version['n'] != n]
     now.json.update({name: found[name] for name in VERSION})
     return now
-
-# %% ../../nbs/checkpoints/01_record.ipynb #2c47568f
-def running_call(method, text, kind, arguments, structure, before, code, versions): # CallRecord
-    "A call that has begun"
-    return CallRecord({'method': method, 'text': text, 'kind': kind, 'status': 'running',
-                       'arguments': arguments, 'structure': structure, 'before': before,
-                       'begin': None, 'after': None, 'state': None, 'beside': None, 'code': code,
-                       'versions': versions, 'started': time.time()})
-
-@patch
-def complete(self:CallRecord, saved, **facts):
-    "The call has ended: the state it left behind, and what else is known of it"
-    self.json.update(after=saved.digests, state=saved.state, beside=saved.extra, **facts,
-                     status='complete')
-
-@patch
-def put_answer(self:Node, answer:dict):
-    "Put a row into the table of answers, in place of one with the same key"
-    self.json['answers'] = [*(old for old in self.json['answers'] if old['key'] != answer['key']),
-                            answer]
-
-@patch
-def adopt_answers(self:Node, other):
-    "Take over the table of answers of another node"
-    self.json['answers'] = other.json['answers']
-
-@patch
-def drop_answers(self:Node, method):
-    "Forget the answers of a method; None: all"
-    self.json['answers'] = [answer for answer in self.json['answers']
-                            if method not in (None, answer['method'])]
 
 # %% ../../nbs/checkpoints/01_record.ipynb #231f7a3c
 def state_after(read, node, n): # SavedState

@@ -199,6 +199,12 @@ class Node(View):
     def set_call(self, k: Any, record: Any) -> None: ...
     def drop_inner_states(self) -> None:
         """Forget the states of all calls but the last"""
+    def put_answer(self, answer: dict) -> None:
+        """Put a row into the table of answers, in place of one with the same key"""
+    def adopt_answers(self, other: Any) -> None:
+        """Take over the table of answers of another node"""
+    def drop_answers(self, method: Any) -> None:
+        """Forget the answers of a method; None: all"""
     @property
     def is_finished(self) -> bool:
         """Whether the block has ended, with all of its calls"""
@@ -214,12 +220,6 @@ class Node(View):
         Returns:
             None where there is no such version
         """
-    def put_answer(self, answer: dict) -> None:
-        """Put a row into the table of answers, in place of one with the same key"""
-    def adopt_answers(self, other: Any) -> None:
-        """Take over the table of answers of another node"""
-    def drop_answers(self, method: Any) -> None:
-        """Forget the answers of a method; None: all"""
 
 def new_node(
         id: Any,
@@ -240,7 +240,6 @@ def new_node(
     Returns:
         Node
     """
-VERSION: tuple[str, ...]
 
 def running_call(
         method: Any,
@@ -257,6 +256,7 @@ def running_call(
     Returns:
         CallRecord
     """
+VERSION: tuple[str, ...]
 
 def state_after(read: Any, node: Any, n: Any) -> SavedState:
     """The recorded state after the first `n` calls of a checkpoint
