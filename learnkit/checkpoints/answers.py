@@ -44,7 +44,7 @@ def fetch_answer(self:Ledger, node, call, found):
     callbacks = self.matching_callbacks(call, tree['callbacks'])
     self.check_code(node, found, call)
     for cb, (_, state) in zip(callbacks, tree['callbacks'], strict=True): cb.load_state_dict(state)
-    self.report_fetched(node, found)
+    self.report_fetched(node, found, call)
     return self.unpack(call, found.returns_host, tree['result'])
 
 @patch

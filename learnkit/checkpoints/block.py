@@ -326,7 +326,7 @@ def fetch(self:Block, call, record, digests):
     self.diverged = not has_state and (self.diverged or not structural)
     self.add_made(call)
     if structural: return result
-    ledger.report_fetched(self.node, record, differ)
+    ledger.report_fetched(self.node, record, call, differ)
     ledger.write_files_again(self.node, call, record)
     host.show_report(record.report, host.stateful_arguments(call.values))
     return ledger.unpack(call, record.returns_host, tree['result'])
