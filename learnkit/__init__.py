@@ -63,18 +63,21 @@ from .components.metrics import (
 from .components.optim import (
     no_decay, param_groups, spread_lr,
 )
+from .fingerprint import inspection as _inspection
 from .fingerprint.values import (
     Fingerprint, fingerprint, UnfingerprintableError,
 )
-from .fingerprint import inspection as _inspection
 from .fingerprint import code as _code
+from .fingerprint import reads as _reads
 from .fingerprint import tensors as _tensors
 from .fingerprint import functions as _functions
+from .fingerprint import files as _files
 from .fingerprint import objects as _objects
 from .fingerprint import modules as _modules
 from .fingerprint import loaders as _loaders
 from .fingerprint import words as _words
 from .fingerprint import differences as _differences
+from .fingerprint import arithmetic as _arithmetic
 from .loop.recorder import (
     Recorder,
 )

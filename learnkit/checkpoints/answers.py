@@ -18,7 +18,7 @@ from ..files.tree import json_digest
 from .record import Position, not_kept, state_after, structure_after
 from .host import method_kind
 from .digests import joined
-from .ledger import Ledger, arithmetic, states_of
+from .ledger import Ledger, states_of
 from .changes import PlanEnds
 
 # %% ../../nbs/checkpoints/07_answers.ipynb #82a3c20d
@@ -45,7 +45,7 @@ def fetch_answer(self:Ledger, node, call, found):
     callbacks = self.matching_callbacks(call, tree['callbacks'])
     notes = self.check_code(node, found, call)
     for cb, (_, state) in zip(callbacks, tree['callbacks'], strict=True): cb.load_state_dict(state)
-    self.report_fetched(node, found, notes=notes)
+    self.report_fetched(node, found, call, notes=notes)
     return self.unpack(call, found.returns_host, tree['result'])
 
 # %% ../../nbs/checkpoints/07_answers.ipynb #253717b4
@@ -61,7 +61,7 @@ def compute_answer(self:Ledger, node, call, key, folder=None):
     tree = {'result': packed, 'callbacks': states_of(callbacks)}
     answer = {'key': key, 'method': call.method, 'text': call.text, 'kind': call.kind,
               'arguments': call.arguments.tree, 'code': self.code_of(call),
-              'versions': self.on_main(arithmetic)}
+              'versions': self.arithmetic_of(call)}
     node.put_answer(answer | facts | self.store.put(tree)[0])
     self.store.write(node.json)
     return self.unpack(call, facts['returns_host'], packed, copy=True)

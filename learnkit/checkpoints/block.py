@@ -19,7 +19,7 @@ from .record import (
     running_call, state_at, state_before)
 from .host import method_kind
 from .digests import KnownDigests, by_part, joined
-from .ledger import arithmetic, digests_of
+from .ledger import digests_of
 from .beginning import beginning, compare_beginning, has_repeated
 from .changes import PlanEnds, go_to_start
 from .answers import answer_key, forget_saves
@@ -297,7 +297,7 @@ def begin_call(self:Block, call, digests, saved, record) -> CallRecord:
     "The record of a call that is about to run"
     running = running_call(call.method, call.text, call.kind, call.arguments.tree,
                            digests_of(call.structure), digests, self.ledger.code_of(call),
-                           self.ledger.on_main(arithmetic))
+                           self.ledger.arithmetic_of(call))
     if self.has_left(saved, digests): running.start = self.stored_state(digests)
     elif record: running.start = record.start
     self.node.add_descriptions(call.structure)
@@ -426,7 +426,7 @@ def fetch(self:Block, call, record, digests):
         self.node.add_descriptions(now)
         record.structure_after = digests_of(now)
     if structural: return result
-    ledger.report_fetched(self.node, record, differ, notes)
+    ledger.report_fetched(self.node, record, call, differ, notes)
     ledger.write_files_again(self.node, call, record)
     host.show_report(record.report, host.stateful_arguments(call.values))
     return ledger.unpack(call, record.returns_host, tree['result'])

@@ -15,7 +15,7 @@ from ..fingerprint.differences import differences
 from .record import (
     BEGINNING, Node, Position, StaleCheckpoint, ancestors, best_root, descendants, differing,
     not_kept, position_text, state_after, state_at, state_before, structural_calls, structure_after)
-from .ledger import Ledger, arithmetic, arithmetic_differs, digests_of
+from .ledger import Ledger, arithmetic_differs, digests_of
 
 # %% ../../nbs/checkpoints/06_changes.ipynb #9dbe905e
 @patch
@@ -228,7 +228,7 @@ def check_code(self:Ledger, node, record, call) -> list: # of str
     "What to say of a call that is used although code or arithmetic have changed; or an error"
     changed = self.changed_code(record, call)
     texts = [f'the code of {", ".join(changed)} has changed since'] if changed else []
-    texts += arithmetic_differs(record.versions, self.on_main(arithmetic))
+    texts += arithmetic_differs(record.versions, self.arithmetic_of(call))
     if texts and self.options.code == 'strict':
         self.report_change(node, -1, [f'{call.text}: {text}' for text in texts], 'code')
     return texts

@@ -82,6 +82,12 @@ def structure(self:Host) -> dict: # name -> value
     return {}
 
 @patch
+def known_objects(self:Host) -> dict: # id of an object -> what to call it
+    "Objects that are in the state or the structure, and need no description where code reads them"
+    return {id(self.object): 'itself'}
+
+# %% ../../nbs/checkpoints/02_host.ipynb #c12cf1c8
+@patch
 def structure_objects(self:Host): # live objects
     "What `restore` needs to give the object the structure that it has now"
 

@@ -95,6 +95,12 @@ class Host:
         Returns:
             name -> value
         """
+    def known_objects(self) -> dict:
+        """Objects that are in the state or the structure, and need no description where code reads them
+
+        Returns:
+            id of an object -> what to call it
+        """
     def structure_objects(self) -> Any:
         """What `restore` needs to give the object the structure that it has now
 

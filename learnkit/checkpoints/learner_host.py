@@ -13,7 +13,6 @@ from fastcore.basics import patch
 from torch import nn
 from ..base.dtensors import unsharded_class
 from ..base.guard import is_learnkits
-from ..base.methods import full_name
 from ..base.randomness import set_rng_state
 from ..files.errors import UnstorableError
 from ..files.durable import file_digest
@@ -21,6 +20,8 @@ from ..files.tree import check_storable, plain_worth
 from ..components.callback import Callback
 from ..fingerprint.words import as_text
 from ..components.optim import opt_params
+from ..fingerprint.inspection import name_of
+from ..fingerprint.modules import Behaviour, parts_by_id
 from ..loop.position import FitState
 from ..loop.progress import Progress, show_message
 from ..loop.state import check_loss_state, check_model_state, load_model_state
@@ -41,7 +42,7 @@ class LearnerHost(Host):
     may_differ_in_cache = ('data',)
     may_differ_in_rollback = ('data', 'metrics', 'n_inp')
     restored_structure = ('lr', 'layers', 'attributes')
-    weights_in_state = ('built_model', 'loss_func', 'splitter', 'opt_func')
+    weights_in_state = ('built_model', 'behaviour', 'loss_func', 'splitter', 'opt_func')
     implied_by = MappingProxyType({'model': 'built_model'})
     part_names = MappingProxyType({'model': 'weights', 'rng': 'random numbers',
                                    'data': 'positions in the data', 'ranks': 'processes'})
@@ -103,8 +104,16 @@ def structure(self:LearnerHost) -> dict: # name -> value
     return {**{name: getattr(learn, name) for name in names},
             'metrics': fresh_metrics(learn.metrics),
             'cbs': [cb for cb in learn.cbs if cb is not learn.recorder],
-            'model': outline(learn.model), 'data': learn.dls,
+            'model': outline(learn.model), 'behaviour': Behaviour(learn.model), 'data': learn.dls,
             'layers': {'frozen': frozen_params(learn), 'still': frozen_modules(learn)}}
+
+@patch
+def known_objects(self:LearnerHost) -> dict: # id of an object -> what to call it
+    "The learner and its parts, which code may read as globals"
+    learn = self.object
+    parts = {'learn': learn, 'opt': learn.opt, 'dls': learn.dls, 'loss_func': learn.loss_func}
+    return {id(part): name for name, part in parts.items() if part is not None} | parts_by_id(
+        'model', learn.model)
 
 def fresh_metrics(metrics): # the same nesting
     "Metrics as they are before a pass: what they have gathered makes no difference"
@@ -124,7 +133,7 @@ def outline(model:nn.Module): # dict: path -> [class, shapes, attributes of torc
         is_torchs = unsharded_class(module).__module__.startswith('torch.')
         plain = {name: value for name, value in public_attributes(module).items()
                  if is_torchs and isinstance(value, (bool, int, float, str, tuple))}
-        return [full_name(unsharded_class(module)), shapes, plain]
+        return [name_of(unsharded_class(module)), shapes, plain]
     return {name: of(module) for name, module in model.named_modules()}
 
 def public_attributes(module): # dict

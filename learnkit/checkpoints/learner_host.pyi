@@ -34,6 +34,12 @@ class LearnerHost(Host):
         Returns:
             name -> value
         """
+    def known_objects(self) -> dict:
+        """The learner and its parts, which code may read as globals
+
+        Returns:
+            id of an object -> what to call it
+        """
     def attributes(self) -> dict:
         """Attributes besides the state that a script may set between calls
 

@@ -7,12 +7,11 @@ __all__ = []
 
 # %% ../../nbs/checkpoints/05_ledger.ipynb #0132a371
 import inspect, time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-import torch
+from itertools import chain
 from fastcore.basics import patch
 from ..base.batches import map_tensors
-from ..base.devices import accelerator
 from ..base.dtensors import full_tensor
 from ..base.methods import full_name
 from ..base.ranks import is_main, world_size
@@ -21,14 +20,14 @@ from ..files.ids import check_id, id_text
 from ..files.written import file_content, file_seal, write_content
 from ..files.objects import as_tree, from_tree
 from ..files.tree import json_digest
-from ..fingerprint.inspection import globals_read
 from ..fingerprint.code import versions
 from ..fingerprint.values import Fingerprint, UnfingerprintableError, fingerprint
-from ..fingerprint.functions import call_arguments
+from ..fingerprint.functions import MethodCode, call_arguments
 from ..fingerprint.words import as_text
+from ..fingerprint.arithmetic import arithmetic
 from .results import classes_at_hand, return_hint, unkept_in
 from .record import (
-    Node, Position, SavedState, StaleCheckpoint, fetched_text, new_node, state_at)
+    Node, Position, SavedState, StaleCheckpoint, differing, fetched_text, new_node, state_at)
 from .host import Host, method_kind
 from .digests import KnownDigests, by_part, joined
 from .shared_store import SharedStore, on_main
@@ -72,7 +71,7 @@ class Ledger:
         self.memo = {}  # digests of large values, see `fingerprint`
         self.is_as_made = True  # whether the object was neither called nor brought anywhere
         self.known_digests = KnownDigests()  # of large tensors of the state
-        self.root = self.describe(host.root())  # before anything is trained
+        self.root = self.describe(host.root(), reads=False)  # before anything is trained
 
     @property
     def store(self): # Store or SharedStore
@@ -104,28 +103,23 @@ def structure(self:Ledger) -> dict: # name -> Fingerprint
     return self.describe({**self.host.structure(), **changes})
 
 @patch
-def describe(self:Ledger, values:dict) -> dict: # name -> Fingerprint
-    "Values by name; of models whose weights are in the state, the layout alone"
-    name_of_class = type(self.host.object).__name__
+def describe(self:Ledger, values:dict, reads=True) -> dict: # name -> Fingerprint
+    "Values by name"
     def described():
-        return {name: as_json(fingerprint({name: value}, name_of_class, memo=self.memo,
-                                          weights=name not in self.host.weights_in_state))
+        return {name: as_json(self.described(name, value, reads=reads))
                 for name, value in values.items() if name not in self.options.ignore}
     return {name: Fingerprint(*json) for name, json in self.on_main(described).items()}
 
+@patch
+def described(self:Ledger, name, value, reads=True, after_call=False) -> Fingerprint:
+    "One value; of models whose weights are in the state, the layout alone"
+    counts = name not in self.host.weights_in_state
+    return fingerprint({name: value}, type(self.host.object).__name__, self.options.ignore,
+                       self.memo, counts, reads, self.host.known_objects(), after_call)
+
 def digests_of(structure): return {name: found.digest for name, found in structure.items()}
 
-def constants_read(func): # dict: name -> value
-    "The global numbers and texts that a user's method reads"
-    if full_name(func).startswith('learnkit.'): return {}
-    return {name: value for name, value in globals_read(func) if is_constant(value)}
-
-def is_constant(x): # bool
-    "Whether a value is a number, a text, or a tuple of such"
-    if isinstance(x, tuple): return all(map(is_constant, x))
-    return isinstance(x, (bool, int, float, complex, str, bytes, type(None)))
-
-def as_json(found): return [found.tree, found.code, found.sampled]
+def as_json(found): return [found.tree, found.code, found.sampled, found.packages]
 
 # %% ../../nbs/checkpoints/05_ledger.ipynb #d64e0d63
 @dataclass(frozen=True)
@@ -147,14 +141,22 @@ def describe_call(self:Ledger, method:str, args, kwargs) -> Call:
     cls, obj = type(self.host.object), self.host.object
     values = call_arguments(getattr(cls, method).__get__(obj), args, kwargs)
     def described():
-        found = fingerprint(values, method, self.options.ignore, self.memo)
+        found = fingerprint(values, method, self.options.ignore, self.memo,
+                            known=self.host.known_objects())
         return as_json(found), self.call_text(method, args, kwargs)
     arguments, text = self.on_main(described)
-    read = constants_read(inspect.getattr_static(cls, method))
-    read |= self.host.files_read(method, values)
-    structure = self.structure() | (self.describe({'method': read}) if read else {})
+    structure = self.structure() | self.describe(self.around_call(method, values))
     return Call(method, args, kwargs, method_kind(cls, method), values, Fingerprint(*arguments),
                 structure, text)
+
+# %% ../../nbs/checkpoints/05_ledger.ipynb #86d52d02
+@patch
+def around_call(self:Ledger, method, values) -> dict: # name -> value
+    "What a call follows from that others do not: its code, and files that it reads"
+    code = MethodCode(type(self.host.object), method)
+    files = self.host.files_read(method, values)
+    return {name: x for name, x, is_used in (
+        ('method', code, code.functions), ('files', files, files)) if is_used}
 
 # %% ../../nbs/checkpoints/05_ledger.ipynb #a0582d00
 @patch
@@ -203,23 +205,24 @@ def restore(self:Ledger, saved:SavedState, structure=None, best=None, schedules=
         self.host.restore(joined(tree['state']), tree['beside'], structure, tree['best'], schedules)
     self.host.forget_outside_changes()
 
-# %% ../../nbs/checkpoints/05_ledger.ipynb #194a17eb
-def arithmetic(): # dict: name -> plain value
+# %% ../../nbs/checkpoints/05_ledger.ipynb #d014b1e1
+@patch
+def arithmetic_of(self:Ledger, call) -> dict: # name -> plain value
     "Versions and switches that the digits of a result follow from"
-    kinds = ['cpu', *([found[0]] if (found := accelerator()) else [])]
-    casts = [f'{kind} {type_text(torch.get_autocast_dtype(kind))}' for kind in kinds
-             if torch.is_autocast_enabled(kind)]
-    return {**versions(), 'dtype': type_text(torch.get_default_dtype()),
-            'autocast': ', '.join(casts) or 'off',
-            'deterministic': torch.are_deterministic_algorithms_enabled(),
-            'matmul': torch.get_float32_matmul_precision(), 'threads': torch.get_num_threads()}
+    found = [call.arguments, *call.structure.values(), *self.root.values()]
+    packages = sorted({name for one in found for name in one.packages})
+    return self.on_main(lambda: {**versions(packages), **flattened(arithmetic())})
 
-def type_text(dtype): return str(dtype).removeprefix('torch.')
+def flattened(tree): # dict
+    "A dict of values, and of dicts of values, as one of values"
+    items = [((f'{name} {key}', inner) for key, inner in value.items())
+             if isinstance(value, dict) else [(name, value)] for name, value in tree.items()]
+    return dict(chain.from_iterable(items))
 
 def arithmetic_differs(then, now): # list of str
     "What the digits of a result followed from, and what they would now"
-    return [f'{name} {then[name]} -> {now[name]}' for name in then
-            if name in now and then[name] != now[name]]
+    return [f'{name} {then.get(name, "none")} -> {now.get(name, "none")}'
+            for name in differing(then, now)]
 
 # %% ../../nbs/checkpoints/05_ledger.ipynb #88f6f1b6
 @patch
@@ -228,10 +231,23 @@ def perform(self:Ledger, call, folder=None): # (result, callbacks, dict: what is
     host, start = self.host, time.perf_counter()
     callbacks, report = host.stateful_arguments(call.values), host.begin_report()
     with nullcontext() if folder is None else host.saving_to(folder):
-        result = host.call(call.method, call.args, call.kwargs)
+        try: result = host.call(call.method, call.args, call.kwargs)
+        finally: self.note_changes_of(call)
     seconds, ended = time.perf_counter() - start, time.time()
     return result, callbacks, {'returns_host': result is host.object, 'seconds': seconds,
                                'ended': ended, 'report': report(callbacks)}
+
+# %% ../../nbs/checkpoints/05_ledger.ipynb #5550ac10
+@patch
+def note_changes_of(self:Ledger, call):
+    "What code reads and a call has changed is described as it was before the call"
+    if self.host.ranks is not None and self.host.ranks.rank: return # process 0 describes
+    values = {**self.host.structure(), **self.around_call(call.method, call.values),
+              'arguments': call.values}
+    for name, value in values.items():
+        if name in self.options.ignore: continue
+        with suppress(UnfingerprintableError): # the next call that is described will say so
+            self.described(name, value, after_call=True)
 
 # %% ../../nbs/checkpoints/05_ledger.ipynb #6188ac60
 WAYS_TO_KEEP = ('return plain values, tensors, arrays or tables; name the class of an Enum, '
@@ -313,12 +329,14 @@ def matching_callbacks(self:Ledger, call, states) -> list:
                           f'{have} have one')
 
 @patch
-def report_fetched(self:Ledger, node, record, differ=(), notes=()):
+def report_fetched(self:Ledger, node, record, call, differ=(), notes=()):
     "Show a line on a call that was fetched, in what it had begun otherwise, and what else to know"
     weights = {part for part, _ in self.host.drawn_at_start()}  # a line of their own tells of them
     names = ', '.join(f'other {self.host.part_names.get(part, part)}' for part in differ
                       if part not in weights)
     notes = [*([f'it had begun with {names}'] if names else []), *notes]
+    found = (call.arguments, *call.structure.values())
+    notes += dict.fromkeys(each.sampled_text for each in found if each.sampled)
     text = f' ({"; ".join(notes)})' if notes else ''
     self.host.show(fetched_text(node, record, self.store.folder) + text)
 

@@ -193,14 +193,28 @@ class Ledger:
         Returns:
             name -> Fingerprint
         """
-    def describe(self, values: dict) -> dict:
-        """Values by name; of models whose weights are in the state, the layout alone
+    def describe(self, values: dict, reads: Any = True) -> dict:
+        """Values by name
 
         Returns:
             name -> Fingerprint
         """
+    def described(
+            self,
+            name: Any,
+            value: Any,
+            reads: Any = True,
+            after_call: Any = False,
+    ) -> Fingerprint:
+        """One value; of models whose weights are in the state, the layout alone"""
     def describe_call(self, method: str, args: Any, kwargs: Any) -> Call:
         """A call with all that its result follows from, besides the state"""
+    def around_call(self, method: Any, values: Any) -> dict:
+        """What a call follows from that others do not: its code, and files that it reads
+
+        Returns:
+            name -> value
+        """
     def call_text(self, method: Any, args: Any, kwargs: Any) -> str:
         """A call as it stands in a script"""
     def state_digests(self) -> dict:
@@ -223,12 +237,20 @@ class Ledger:
             schedules: Any = True,
     ) -> None:
         """Bring the object to a stored state: all of it or, with an error, none"""
+    def arithmetic_of(self, call: Any) -> dict:
+        """Versions and switches that the digits of a result follow from
+
+        Returns:
+            name -> plain value
+        """
     def perform(self, call: Any, folder: Any = None) -> Any:
         """Make a call; with a folder it saves there while it runs
 
         Returns:
             (result, callbacks, dict: what is known of it)
         """
+    def note_changes_of(self, call: Any) -> None:
+        """What code reads and a call has changed is described as it was before the call"""
     def at_hand(self, call: Any) -> Any:
         """The classes of which a call may return objects
 
@@ -261,7 +283,14 @@ class Ledger:
         """Files that a recorded call left behind are there, as they were then"""
     def matching_callbacks(self, call: Any, states: Any) -> list:
         """The callbacks that were given; StaleCheckpoint unless the states are those of such"""
-    def report_fetched(self, node: Any, record: Any, differ: Any = (), notes: Any = ()) -> None:
+    def report_fetched(
+            self,
+            node: Any,
+            record: Any,
+            call: Any,
+            differ: Any = (),
+            notes: Any = (),
+    ) -> None:
         """Show a line on a call that was fetched, in what it had begun otherwise, and what else to know"""
     def new_node(self, id: Any, description: Any, old: Any) -> Node:
         """A checkpoint that goes on from where the object stands"""
@@ -277,20 +306,6 @@ class Ledger:
         """What this process knows of a checkpoint holds no more; one that stands on it goes to its end"""
 
 def digests_of(structure: Any) -> Any: ...
-
-def constants_read(func: Any) -> Any:
-    """The global numbers and texts that a user's method reads
-
-    Returns:
-        dict: name -> value
-    """
-
-def is_constant(x: Any) -> bool:
-    """Whether a value is a number, a text, or a tuple of such
-
-    Returns:
-        bool
-    """
 
 def as_json(found: Any) -> Any: ...
 
@@ -318,14 +333,12 @@ def states_of(callbacks: Any) -> Any:
         list of [class, state]
     """
 
-def arithmetic() -> Any:
-    """Versions and switches that the digits of a result follow from
+def flattened(tree: Any) -> dict:
+    """A dict of values, and of dicts of values, as one of values
 
     Returns:
-        dict: name -> plain value
+        dict
     """
-
-def type_text(dtype: Any) -> Any: ...
 
 def arithmetic_differs(then: Any, now: Any) -> Any:
     """What the digits of a result followed from, and what they would now

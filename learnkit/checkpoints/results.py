@@ -17,7 +17,8 @@ from ..files.tree import CONTAINERS, KIND_NAMES, PLAIN, Packer, Parts
 from ..files.tables import TABLES
 from ..files.objects import is_open, taken_apart
 from ..fingerprint.inspection import (
-    closure_read, globals_read, is_user_function, is_user_module, methods)
+    closure_read, is_user_function, is_user_module, methods)
+from ..fingerprint.code import variables_used
 
 # %% ../../nbs/checkpoints/00_results.ipynb #ac1f7e2d
 def return_hint(func): # annotation; None where there is none that could be understood
@@ -46,8 +47,7 @@ def classes_read(func, found=(), seen=None): # tuple of classes
     seen = set() if seen is None else seen
     if func in seen: return found
     seen.add(func)
-    values = [*(value for _, value in globals_read(func)), *closure_read(func).values()]
-    for value in values:
+    for value in (variable.value for variable, _ in variables_used(func)):
         if isinstance(value, type): found = (*found, *([value] if is_open(value) else []))
         elif isinstance(value, types.FunctionType) and is_user_function(value):
             found = classes_read(value, found, seen)

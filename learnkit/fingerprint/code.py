@@ -6,17 +6,18 @@
 __all__ = []
 
 # %% ../../nbs/fingerprint/02_code.ipynb #4be76d8f
-import ast, dis, linecache, platform, sys, types
+import ast, dis, importlib.metadata, linecache, platform, re, sys, types
+from bisect import bisect
 from functools import lru_cache, partial
 import numpy as np
 import torch
 from ..base.devices import accelerator
-from ..base.methods import full_name
 from ..files.tree import json_digest
 from ..components.metrics import Metric
 from .values import json_text
-from .inspection import (
-    closure_read, globals_read, is_user_function, is_user_module, methods, nested_code)
+from learnkit.fingerprint.inspection import (
+    find_variable, is_user_function, is_user_module, methods, name_of,
+    names_read, nested_code)
 
 # %% ../../nbs/fingerprint/02_code.ipynb #8807d51d
 def syntax_as_json(node): # JSON value
@@ -39,12 +40,18 @@ def instructions_digest(code): return json_digest(instructions_as_json(code))
 
 def instructions_as_json(code): # JSON value
     "The instructions of a code object, with constants and names in place of their numbers"
-    steps = [[step.opname, constant_as_json(step.argval)] for step in dis.get_instructions(code)
-             if step.opname not in ('EXTENDED_ARG', 'CACHE', 'RESUME', 'NOP')]
+    kept = [step for step in dis.get_instructions(code) if step.opname not in SKIPPED]
+    offsets = [step.offset for step in kept]
+    steps = [[step.opname.replace('LOAD_METHOD', 'LOAD_ATTR'), bisect(offsets, step.argval - 1)
+              if step.opcode in JUMPS else constant_as_json(step.argval)] for step in kept]
     has_docstring = 0x4000000 # a flag of python 3.13
     return [code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount,
             code.co_flags & ~has_docstring, code.co_varnames, code.co_freevars, code.co_cellvars,
             code.co_exceptiontable.hex(), steps]
+
+# How a method is called depends on whether its module was imported in the same text
+SKIPPED = frozenset(('EXTENDED_ARG', 'CACHE', 'RESUME', 'NOP', 'PUSH_NULL'))
+JUMPS = frozenset((*dis.hasjrel, *dis.hasjabs))
 
 def constant_as_json(x): # JSON value
     "A constant in a code object; the order of a set does not count"
@@ -129,7 +136,7 @@ def class_digest(cls): # 64 hex digits
     "The methods of a class, and what else its body says"
     functions = sorted((func.__qualname__, code_digest(func.__code__)) for func in methods(cls)
                        if is_user_function(func))
-    return json_digest([[full_name(base) for base in cls.__bases__], functions, class_body(cls)])
+    return json_digest([[name_of(base) for base in cls.__bases__], functions, class_body(cls)])
 
 def class_body(cls): # JSON value
     "What the source of a class holds besides methods; None where it cannot be had"
@@ -144,6 +151,136 @@ def class_body(cls): # JSON value
                   if not isinstance(item, (*FUNCTION_NODES, ast.ClassDef, ast.Pass))]
     return syntax_as_json([*statements, *node.bases, *node.keywords, *node.decorator_list])
 
+# %% ../../nbs/fingerprint/02_code.ipynb #1d3fa3e1
+def uses_in(node): # iterator of (dotted name, 'stored', 'filled' or 'read')
+    "The names in a syntax tree, with what is done to them"
+    if (name := dotted(node)) is not None:
+        yield name, 'read' if isinstance(node.ctx, ast.Load) else 'stored'
+        return
+    changed, use = what_is_changed(node)
+    for child in ast.iter_child_nodes(node):
+        if child is changed: yield dotted(child), use
+        elif use == 'filled' and child is node.func: yield dotted(child.value), use
+        else: yield from uses_in(child)
+
+def dotted(node): # str; None for anything else
+    "A name with attributes"
+    if isinstance(node, ast.Name): return node.id
+    if not isinstance(node, ast.Attribute): return None
+    begin = dotted(node.value)
+    return None if begin is None else f'{begin}.{node.attr}'
+
+def what_is_changed(node): # (node of what is only changed, how); (None, None)
+    "The container that an item is put into: `x[i] = ...`, `x.append(...)`"
+    if isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load):
+        return (node.value, 'stored') if dotted(node.value) else (None, None)
+    is_method = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)
+    fills = is_method and node.func.attr in FILLING and dotted(node.func.value)
+    return (None, 'filled') if fills else (None, None)
+
+FILLING = frozenset(('append', 'extend', 'insert', 'update', 'add', 'clear', 'appendleft',
+                     'extendleft', 'remove', 'discard')) # they return nothing
+
+# %% ../../nbs/fingerprint/02_code.ipynb #d438ef4d
+@lru_cache(maxsize=4096)
+def name_uses(code): # dict: dotted name -> 'stored', 'filled' or 'read'
+    "What a function does with names from outside of it; without its source all are read"
+    names, node, found = names_read(code), function_node(code), {}
+    roots = {name.partition('.')[0] for name in names}
+    body = [] if node is None else node.body if isinstance(node.body, list) else [node.body]
+    for name, use in (each for statement in body for each in uses_in(statement)):
+        if name.partition('.')[0] in roots: found[name] = stronger(found.get(name), use)
+    seen = {name.partition('.')[0] for name in found}
+    found |= {name: 'read' for name in names if name.partition('.')[0] not in seen}
+    return dict(sorted(found.items()))
+
+def stronger(one, other): # 'stored', 'filled' or 'read'
+    return 'read' if 'read' in (one, other) else 'filled' if 'filled' in (one, other) else other
+
+def variables_used(func): # list of (Variable, use)
+    "The globals and outer variables of a function, as far as they exist"
+    found = [(find_variable(func, name), use) for name, use in name_uses(func.__code__).items()]
+    return [(variable, use) for variable, use in found
+            if variable is not None and not is_made_anew(func, variable.label)]
+
+# %% ../../nbs/fingerprint/02_code.ipynb #9615d874
+def is_made_anew(func, label:str): # bool
+    "Whether a global or outer variable of a function is made of the clock and the like"
+    name, file = label.partition('.')[0], func.__code__.co_filename
+    scopes = func.__qualname__.split('.<locals>.')[:-1] if name in func.__code__.co_freevars else []
+    outer = ['.<locals>.'.join(scopes[:i + 1]) for i in range(len(scopes))] or ['']
+    return any(name in names_in_file(each).get(scope, ())
+               for each in files_beside(file) for scope in outer)
+
+@lru_cache(maxsize=1024)
+def names_in_file(file:str): return names_made_anew(source_text(file)) # as it was when met
+
+def files_beside(file): # list of names, as `linecache` has them
+    "A file, or all cells of a notebook"
+    if not IS_CELL.search(file): return [file]
+    return [other for other in linecache.cache if IS_CELL.search(other)]
+
+IS_CELL = re.compile(r'ipykernel_|<ipython-input')
+
+# %% ../../nbs/fingerprint/02_code.ipynb #eff8179b
+def names_made_anew(text:str): # dict: qualified name of a function, '' for the module -> names
+    "The names in each scope that are given nothing else than what differs from run to run"
+    try: return dict(scopes_in(ast.parse(text), ''))
+    except (SyntaxError, ValueError, RecursionError): return {}
+
+def scopes_in(node, scope): # iterator of (scope, names)
+    inner = list(statements_in(node))
+    values, found = {}, set()
+    for name, value in (pair for each in inner for pair in assignments(each)):
+        values.setdefault(name, []).append(value)
+        if all(value is not None and is_of_clock(value, found) for value in values[name]):
+            found.add(name)
+        else: found.discard(name)
+    yield scope, frozenset(found)
+    for each in inner:
+        if isinstance(each, FUNCTION_NODES[:2]):
+            yield from scopes_in(each, f'{scope}.<locals>.{each.name}' if scope else each.name)
+
+def statements_in(node): # iterator of nodes
+    "The statements of a scope, also those inside of others"
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.stmt): yield child
+        if not isinstance(child, (*FUNCTION_NODES, ast.ClassDef)): yield from statements_in(child)
+
+# %% ../../nbs/fingerprint/02_code.ipynb #517213fd
+def assignments(node): # iterator of (name, value); value None: one that is not looked into
+    "The names that a statement gives a value"
+    if isinstance(node, ast.With):
+        for item in node.items:
+            if isinstance(item.optional_vars, ast.Name):
+                yield item.optional_vars.id, item.context_expr
+        return
+    simple = isinstance(node, ast.Assign) and len(node.targets) == 1
+    target = node.targets[0] if simple else getattr(node, 'target', None)
+    if (simple or isinstance(node, ast.AnnAssign)) and isinstance(target, ast.Name):
+        yield target.id, node.value
+    elif not isinstance(node, (*FUNCTION_NODES, ast.ClassDef)):
+        own = [child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.stmt)]
+        for inner in (each for child in own for each in ast.walk(child)):
+            if isinstance(inner, ast.Name) and not isinstance(inner.ctx, ast.Load):
+                yield inner.id, None
+
+def is_of_clock(node, names): # bool
+    "Whether an expression joins what differs from run to run with plain values, and nothing else"
+    calls = [each for each in ast.walk(node) if isinstance(each, ast.Call)]
+    clocks = [each for each in calls if CLOCKS.fullmatch(dotted(each.func) or '')]
+    used = {each.id for each in ast.walk(node) if isinstance(each, ast.Name)}
+    return bool(clocks or used & names) and all(
+        each in clocks or JOINING.fullmatch(last_name(each.func)) for each in calls)
+
+def last_name(node): return getattr(node, 'attr', getattr(node, 'id', ''))
+
+CLOCKS = re.compile(
+    r'(time\.)?(time|perf_counter|monotonic)(_ns)?|time\.strftime|(datetime\.)*(datetime\.now|'
+    r'datetime\.utcnow|date(time)?\.today)|(pd\.)?Timestamp\.now|(uuid\.)?uuid[14]|'
+    r'(os\.)?getpid|(tempfile\.)?(mkdtemp|mkstemp|TemporaryDirectory|NamedTemporaryFile)')
+JOINING = re.compile('Path|str|int|float|round|join|joinpath|format|strftime|isoformat|timestamp')
+
 # %% ../../nbs/fingerprint/02_code.ipynb #7f2c836d
 def record_code(value, walk):
     "Record what a value runs, if it is a function or a class"
@@ -155,34 +292,55 @@ def record_code(value, walk):
 
 def record_function(func, walk):
     "Record a function of the user's own, with what it wraps and mentions"
+    walk.read_function(func)
     if id(func) in walk.recorded: return
     walk.recorded[id(func)] = func
     record_code(getattr(func, '__wrapped__', None), walk)
-    if not is_user_function(func): return
-    name = f'{func.__globals__.get("__name__")}.{func.__code__.co_qualname}'
-    walk.code.setdefault(name, set()).add(code_digest(func.__code__))
+    if not is_user_function(func):
+        walk.packages.add(func.__globals__.get('__name__'))
+        return
+    walk.code.setdefault(func.__code__.co_qualname, set()).add(code_digest(func.__code__))
     record_mentioned(func, walk)
 
 def record_class(cls, walk):
     "Record a class of the user's own, with its bases and what its methods mention"
+    walk.read_class(cls)
+    if id(cls) in walk.recorded: return
     for base in cls.__mro__:
-        if id(base) in walk.recorded or not is_user_module(base.__module__): continue
+        if id(base) in walk.recorded: continue
         walk.recorded[id(base)] = base
-        walk.code.setdefault(full_name(base), set()).add(class_digest(base))
-        for func in methods(base): record_mentioned(func, walk)
+        of_user = is_user_module(base.__module__)
+        if not of_user: walk.packages.add(base.__module__)
+        if of_user: walk.code.setdefault(name_of(base), set()).add(class_digest(base))
+        for func in methods(base):
+            if of_user: record_mentioned(func, walk)
+            elif is_user_function(func): record_function(func, walk) # put in place of another
 
 def record_mentioned(func, walk):
     "Record the functions and classes among the globals and outer variables of a function"
-    for value in (*dict(globals_read(func)).values(), *closure_read(func).values()):
-        record_code(value, walk)
+    for variable, _ in variables_used(func):
+        if isinstance(variable.value, types.ModuleType): walk.packages.add(variable.value.__name__)
+        else: record_code(variable.value, walk)
 
 # %% ../../nbs/fingerprint/02_code.ipynb #9f53bd79
-def versions(): # dict: name -> version
-    "What else results depend on: python, torch, numpy, learnkit, the accelerator if there is any"
+def versions(packages=()): # dict: name -> version
+    "What else results depend on: python, torch, numpy, learnkit, packages, the accelerator if any"
     found = {'python': platform.python_version(), 'torch': str(torch.__version__),
              'numpy': np.__version__, 'learnkit': sys.modules['learnkit'].__version__}
+    found |= {name: version for name in packages if (version := version_of(name)) is not None}
     if (device := accelerator()) is None: return found
     kind, module, in_use = device
     name = module.get_device_name() if in_use and hasattr(module, 'get_device_name') else kind
     toolkit = torch.version.cuda or torch.version.hip or ''
     return {**found, 'accelerator': f'{name} {toolkit}'.strip()}
+
+@lru_cache(maxsize=None)
+def version_of(name:str): # str; None for what is no package of its own
+    "The version of the package that a module belongs to"
+    try: return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError: # it goes by another name, as PIL does
+        found = distributions().get(name, ())
+        return importlib.metadata.version(found[0]) if found else None
+
+@lru_cache(maxsize=1)
+def distributions(): return importlib.metadata.packages_distributions()

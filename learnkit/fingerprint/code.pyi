@@ -2,6 +2,7 @@
 # pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 # pyright: reportPrivateImportUsage=false
 """What a function or a class does, as a digest"""
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 __all__ = []
@@ -29,6 +30,8 @@ def instructions_as_json(code: Any) -> Any:
     Returns:
         JSON value
     """
+SKIPPED: frozenset[str]
+JUMPS: frozenset[Any]
 
 def constant_as_json(x: Any) -> Any:
     """A constant in a code object; the order of a set does not count
@@ -109,6 +112,103 @@ def class_body(cls: Any) -> Any:
         JSON value
     """
 
+def uses_in(node: Any) -> Iterator[Any]:
+    """The names in a syntax tree, with what is done to them
+
+    Returns:
+        iterator of (dotted name, 'stored', 'filled' or 'read')
+    """
+
+def dotted(node: Any) -> Any:
+    """A name with attributes
+
+    Returns:
+        str; None for anything else
+    """
+
+def what_is_changed(node: Any) -> Any:
+    """The container that an item is put into: `x[i] = ...`, `x.append(...)`
+
+    Returns:
+        (node of what is only changed, how); (None, None)
+    """
+FILLING: frozenset[str]
+
+@lru_cache(maxsize=4096)
+def name_uses(code: Any) -> Any:
+    """What a function does with names from outside of it; without its source all are read
+
+    Returns:
+        dict: dotted name -> 'stored', 'filled' or 'read'
+    """
+
+def stronger(one: Any, other: Any) -> Any:
+    """Returns:
+        'stored', 'filled' or 'read'
+    """
+
+def variables_used(func: Any) -> Any:
+    """The globals and outer variables of a function, as far as they exist
+
+    Returns:
+        list of (Variable, use)
+    """
+
+def is_made_anew(func: Any, label: str) -> bool:
+    """Whether a global or outer variable of a function is made of the clock and the like
+
+    Returns:
+        bool
+    """
+
+@lru_cache(maxsize=1024)
+def names_in_file(file: str) -> Any: ...
+
+def files_beside(file: Any) -> Any:
+    """A file, or all cells of a notebook
+
+    Returns:
+        list of names, as `linecache` has them
+    """
+IS_CELL: Any
+
+def names_made_anew(text: str) -> Any:
+    """The names in each scope that are given nothing else than what differs from run to run
+
+    Returns:
+        dict: qualified name of a function, '' for the module -> names
+    """
+
+def scopes_in(node: Any, scope: Any) -> Iterator[Any]:
+    """Returns:
+        iterator of (scope, names)
+    """
+
+def statements_in(node: Any) -> Iterator[Any]:
+    """The statements of a scope, also those inside of others
+
+    Returns:
+        iterator of nodes
+    """
+
+def assignments(node: Any) -> Iterator[Any]:
+    """The names that a statement gives a value
+
+    Returns:
+        iterator of (name, value); value None: one that is not looked into
+    """
+
+def is_of_clock(node: Any, names: Any) -> bool:
+    """Whether an expression joins what differs from run to run with plain values, and nothing else
+
+    Returns:
+        bool
+    """
+
+def last_name(node: Any) -> Any: ...
+CLOCKS: Any
+JOINING: Any
+
 def record_code(value: Any, walk: Any) -> None:
     """Record what a value runs, if it is a function or a class"""
 
@@ -121,9 +221,20 @@ def record_class(cls: Any, walk: Any) -> None:
 def record_mentioned(func: Any, walk: Any) -> None:
     """Record the functions and classes among the globals and outer variables of a function"""
 
-def versions() -> Any:
-    """What else results depend on: python, torch, numpy, learnkit, the accelerator if there is any
+def versions(packages: Any = ()) -> Any:
+    """What else results depend on: python, torch, numpy, learnkit, packages, the accelerator if any
 
     Returns:
         dict: name -> version
     """
+
+@lru_cache(maxsize=None)
+def version_of(name: str) -> Any:
+    """The version of the package that a module belongs to
+
+    Returns:
+        str; None for what is no package of its own
+    """
+
+@lru_cache(maxsize=1)
+def distributions() -> Any: ...

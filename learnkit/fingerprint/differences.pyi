@@ -57,7 +57,9 @@ def fields(tree: Any) -> Any:
     """
 
 def compare_fields(name: Any, before: Any, now: Any) -> Any:
-    """Returns:
+    """Field by field; that other code reads other names is told where nothing else is
+
+    Returns:
         list of str
     """
 

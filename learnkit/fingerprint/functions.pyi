@@ -5,21 +5,17 @@
 from typing import Any
 __all__ = []
 
-def is_setting(x: Any, depth: Any = 0) -> bool:
-    """Whether a global counts: plain values, containers of them, tensors, functions, classes
-
-    Returns:
-        bool
-    """
-SETTINGS: tuple[Any, ...]
-
-def describe_globals(func: Any, walk: Any) -> None:
-    """Add the settings that a function reads to those of the outermost function around it"""
-
 def describe_function(func: Any, walk: Any) -> Any: ...
 
 def function_contents(func: Any, walk: Any) -> Any:
     """What a function is besides its name
+
+    Returns:
+        dict: name -> JSON value
+    """
+
+def describe_closure(func: Any, walk: Any) -> Any:
+    """What a function reads of the variables of functions around it
 
     Returns:
         dict: name -> JSON value
@@ -31,6 +27,15 @@ def describe_method(x: Any, walk: Any) -> Any:
 def describe_builtin(x: Any, walk: Any) -> Any:
     """A function that is not written in Python"""
 
+class MethodCode:
+    """The functions of the user's own that a call of a method runs"""
+    name: str
+    functions: Any
+    def __init__(self, cls: Any, method: str) -> None: ...
+
+def describe_method_code(x: Any, walk: Any) -> Any:
+    """What each function holds and reads; names of classes do not count"""
+
 def describe_partial(x: Any, walk: Any) -> Any:
     """A function with some of its arguments"""
 
@@ -40,6 +45,16 @@ def describe_unbound(x: Any, walk: Any) -> Any:
 def describe_property(x: Any, walk: Any) -> Any: ...
 
 def describe_class(x: Any, walk: Any) -> Any: ...
+
+def describe_python_module(x: Any, walk: Any) -> Any:
+    """A module of a library by its name, one of the user's own by the values in it"""
+
+def is_setting_of_module(name: Any, value: Any) -> bool:
+    """Whether a global is no function, class, module and nothing that python puts there
+
+    Returns:
+        bool
+    """
 
 def describe_alias(x: Any, walk: Any) -> Any: ...
 

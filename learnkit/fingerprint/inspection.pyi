@@ -3,6 +3,7 @@
 # pyright: reportPrivateImportUsage=false
 """What functions read and objects hold"""
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 __all__ = []
@@ -32,6 +33,13 @@ def is_user_function(func: Any) -> bool:
         bool
     """
 
+def name_of(x: Any) -> str:
+    """The name of a function or class: without its module where it is the user's own
+
+    Returns:
+        str
+    """
+
 def nested_code(code: Any) -> Iterator[Any]:
     """A code object and all inside it
 
@@ -41,29 +49,41 @@ def nested_code(code: Any) -> Iterator[Any]:
 
 @lru_cache(maxsize=4096)
 def names_read(code: Any) -> Any:
-    """The names that a function reads, functions inside it included
+    """What a function names from outside of it: globals, and variables of the functions around it
 
     Returns:
-        (global names, dotted where attributes follow; outer variables it writes)
+        tuple of names, dotted where attributes follow
     """
+GLOBAL_STEPS: frozenset[str]
 MISSING: Any
 
-def globals_read(func: Any) -> Any:
-    """The globals that a function reads, as far as they exist
+@dataclass(frozen=True)
+class Variable:
+    """A name outside of a function, or an attribute of what stands there, with its value now"""
+    holder: Any
+    """a dict of globals, a cell, a module, class or object"""
+    name: str
+    """in the holder"""
+    label: str
+    """as in the source"""
+    value: Any
+    @property
+    def place(self) -> Any: ...
+
+def find_variable(func: Any, path: str) -> Any:
+    """What a dotted name in a function stands for, followed as far as it can be
 
     Returns:
-        list of (name, value)
+        Variable; None where there is none
     """
 
-def resolve(namespace: Any, first: Any, *attributes: Any) -> Any:
-    """The value of a dotted name, which is followed into modules and classes of the user's own alone
-
-    Returns:
-        value, or MISSING
+def closure_cells(func: Any) -> Any:
+    """Returns:
+        dict: name -> cell
     """
 
 def closure_read(func: Any) -> Any:
-    """The variables of outer functions that a function reads
+    """The variables of the functions around it that a function names, as far as they have a value
 
     Returns:
         dict: name -> value
@@ -74,6 +94,27 @@ def is_empty(cell: Any) -> bool:
 
     Returns:
         bool
+    """
+
+def attribute_of(x: Any, name: Any) -> Any:
+    """A plain attribute of a module, class or object
+
+    Returns:
+        (what holds it, value); MISSING where `x` has to be seen as a whole
+    """
+
+def is_users_own(x: Any) -> bool:
+    """Whether it is a function or class of the user's, as one put in place of a library's
+
+    Returns:
+        bool
+    """
+
+def class_attributes(cls: Any) -> Any:
+    """The values in the body of a class of the user's own, without methods and what python adds
+
+    Returns:
+        dict: name -> value
     """
 
 def defaults(func: Any) -> Any:
@@ -91,10 +132,17 @@ def flags(func: Any) -> Any:
     """
 
 def methods(cls: Any) -> Any:
-    """The functions in the body of a class; those that a dataclass generates are left out
+    """The functions in the body of a class; those that are generated are left out
 
     Returns:
         list of functions
+    """
+
+def is_generated(func: Any) -> bool:
+    """Whether a dataclass or a namedtuple has made a function
+
+    Returns:
+        bool
     """
 
 def wrapped_functions(member: Any) -> Iterator[Any]:
@@ -119,7 +167,7 @@ def slots_and_cached(cls: Any) -> Any:
     """
 
 def is_bound_method(x: Any, name: Any, value: Any) -> bool:
-    """Whether an attribute is one of the object's methods, or one with something around it
+    """Whether an attribute is one of the object's methods, or one that a library has wrapped
 
     Returns:
         bool

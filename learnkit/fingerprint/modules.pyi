@@ -2,6 +2,7 @@
 # pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 # pyright: reportPrivateImportUsage=false
 """By layers, settings and weights"""
+from collections.abc import Iterator
 from typing import Any
 __all__ = []
 
@@ -20,7 +21,6 @@ def describe_children(x: Any, walk: Any) -> Any:
     Returns:
         dict: name -> JSON value
     """
-HOOKS: tuple[str, ...]
 
 def describe_settings(x: Any, walk: Any) -> Any:
     """The attributes of a module that say how it works
@@ -30,15 +30,8 @@ def describe_settings(x: Any, walk: Any) -> Any:
     """
 TORCH_ATTRIBUTES: Any
 
-def is_private_setting(x: Any) -> bool:
-    """Whether an attribute that begins with `_` counts: plain values, but nothing large
-
-    Returns:
-        bool
-    """
-
-def describe_state(tensors: dict, walk: Any) -> Any:
-    """Parameters and buffers; without weights their shapes and types
+def describe_state(x: Any, tensors: dict, walk: Any) -> Any:
+    """Parameters and buffers; without weights their shapes and types, as far as a state holds them
 
     Returns:
         dict: name -> JSON value
@@ -51,11 +44,63 @@ def describe_shared(name: Any, x: Any, walk: Any) -> Any:
         JSON value
     """
 
+def describe_hooks(x: Any, walk: Any) -> Any:
+    """The hooks of a module and of its parameters
+
+    Returns:
+        dict: kind -> list of JSON values
+    """
+
+def module_hooks(x: Any) -> Iterator[Any]:
+    """The hooks of a module; a kind ends with how torch calls it
+
+    Returns:
+        iterator of (kind, function)
+    """
+HOOKS: tuple[str, ...]
+HOOK_FLAGS: tuple[str, ...]
+
+def parameter_hooks(x: Any) -> Iterator[Any]:
+    """The hooks of the parameters of a module
+
+    Returns:
+        iterator of (kind, function)
+    """
+
+def without_owner(func: Any, module: Any) -> Any:
+    """A method of the module itself as a function
+
+    Returns:
+        function
+    """
+
 def describe_hook(key: Any, hook: Any, walk: Any) -> Any:
-    """A hook; a method by its name, as it may well be one of the module itself
+    """A hook, as it is without the changes that calls have made to its owner
 
     Returns:
         JSON value
+    """
+
+class Behaviour:
+    """What a module does now, besides what its state and its attributes say"""
+    module: Any
+    def __init__(self, module: Any) -> None: ...
+
+def describe_behaviour(x: Any, walk: Any) -> Any: ...
+
+def functions_in(module: Any, walk: Any) -> Any:
+    """The functions that a module holds; what else it holds is looked through for what it reads
+
+    Returns:
+        dict: name -> JSON value
+    """
+FUNCTIONS: tuple[Any, ...]
+
+def parts_by_id(name: Any, module: Any) -> Any:
+    """A model, with all modules and tensors in it
+
+    Returns:
+        dict: id -> path
     """
 
 def describe_optimizer(x: Any, walk: Any) -> Any: ...

@@ -33,6 +33,13 @@ def is_default(param: Any, node: Any, walk: Any) -> bool:
 
 def describe_object(x: Any, walk: Any) -> Any: ...
 
+def settings_of(x: Any) -> Any:
+    """What an object holds; of a metric that keeps its constructor's arguments these alone
+
+    Returns:
+        dict: name -> value
+    """
+
 def describe_as_pickled(x: Any, walk: Any) -> Any:
     """What a pickle would hold of an object
 
@@ -49,6 +56,13 @@ def describe_torch_function(x: Any, walk: Any) -> Any:
 
 def describe_annotation(x: Any, walk: Any) -> Any:
     """Returns:
+        JSON value; None for anything else
+    """
+
+def describe_learner(x: Any, walk: Any) -> Any:
+    """Another learner, which code reads, by its model
+
+    Returns:
         JSON value; None for anything else
     """
 BY_LIBRARY: types.MappingProxyType

@@ -82,4 +82,11 @@ def describe_image(x: Any, walk: Any) -> Any:
         JSON value; None for anything else
     """
 
+def seed_of(x: Any) -> Any:
+    """What a generator was seeded with, wherever it stands by now
+
+    Returns:
+        dict: 'seed' -> int; empty where it cannot be known
+    """
+
 def describe_generator(x: Any, walk: Any) -> Any: ...

@@ -17,9 +17,18 @@ class Fingerprint:
     tree: Any
     """JSON value; a dict that begins with a key such as '$tuple' stands for no dict"""
     code: dict = ...
-    """'module.name' of a user's function or class -> digest"""
+    """name of a user's function or class -> digest"""
     sampled: list = ...
-    """key paths of data of which only samples were read"""
+    """data read in part: [where, n, of, what]"""
+    packages: list = ...
+    """whose code was met; see `versions`"""
+    @property
+    def sampled_text(self) -> str:
+        """How much of the data was compared: `8 of 96 samples of data.train compared`
+
+        Returns:
+            empty where all was compared
+        """
     @property
     def digest(self) -> str:
         """sha256 of the description
@@ -37,15 +46,28 @@ def fingerprint(
         ignore: Any = (),
         memo: dict | None = None,
         weights: bool = True,
+        reads: bool = True,
+        known: dict | None = None,
+        after_call: bool = False,
 ) -> Fingerprint:
     """Describe `x`; UnfingerprintableError if that cannot be done
 
     Args:
         x: a value; or arguments of a call by name
         where: what to call it in errors
-        ignore: names of arguments to leave out
-        memo: kept by the caller: large tensors in it are not read again
+        ignore: names of arguments, and of globals, to leave out
+        memo: kept by the caller: large values in it are not read again
         weights: False: of models their layout, not the values of their weights
+        reads: False: without what the code of `x` reads
+        known: id of an object that is described elsewhere -> what to call it
+        after_call: True: what reads differs by now, a call has changed
+    """
+
+def package_names(modules: Any) -> Any:
+    """The packages that modules belong to, without python's own
+
+    Returns:
+        sorted list of str
     """
 
 def combined_digest(digests: Any) -> Any:
@@ -61,20 +83,94 @@ class Walk:
     ignore: frozenset[Any]
     named: Any
     memo: Any
-    weights: Any
+    reading: Any
+    known: Any
+    after_call: Any
     path: list[Any]
     enclosing: dict[Any, Any]
-    around: dict[Any, Any]
+    around: dict[str, Any] | dict[Any, Any]
     code: dict[Any, Any]
     recorded: dict[Any, Any]
     sampled: list[Any]
-    def __init__(self, where: Any, ignore: Any, memo: Any, weights: Any, named: Any) -> None: ...
+    packages: Any
+    def __init__(
+            self,
+            where: Any,
+            ignore: Any,
+            memo: Any,
+            weights: Any,
+            named: Any,
+            reading: Any = False,
+            known: Any = ...,
+            after_call: Any = False,
+    ) -> None: ...
     def describe(self, x: Any) -> Any:
         """The description of a value
 
         Returns:
             JSON value
         """
+    @property
+    def weights(self) -> Any: ...
+    @property
+    def is_outside(self) -> Any: ...
+    @property
+    def is_read(self) -> Any: ...
+    def describe_files(self, paths: Any) -> Any:
+        """Files by content: a digest of names and contents
+
+        Returns:
+            JSON value
+        """
+    def file_digest(self, path: Any, stat: Any) -> Any:
+        """The digest of a file, which is read again when its size or a time of it differs
+
+        Returns:
+            64 hex digits
+        """
+    def describe_data_at(self, key: Any, x: Any) -> Any:
+        """The description of what data hold: of paths that of the files
+
+        Returns:
+            JSON value
+        """
+    def try_describe_data_at(self, key: Any, x: Any) -> Any:
+        """The description of what data hold, where it can be had
+
+        Returns:
+            (whether it worked, JSON value)
+        """
+    def reading_data(self) -> AbstractContextManager[None]:
+        """What differs inside the block, reading samples has changed: it counts as before"""
+    def describe_reads(self) -> Any:
+        """What is read; a name that stands for several values has several entries
+
+        Returns:
+            dict: name -> JSON value
+        """
+    def describe_variable(self, place: Any) -> Any:
+        """The description of a variable that code reads
+
+        Returns:
+            JSON value; None for what is left out
+        """
+    def without_changes(self, variable: Any, node: Any) -> Any:
+        """The description of a variable as it was before the calls that have changed it
+
+        Returns:
+            JSON value
+        """
+    def describe_changing(self, variable: Any, describe_at: Any) -> Any:
+        """The description of a variable without changes by calls, be it to what has no description
+
+        Returns:
+            JSON value
+        """
+    def read_function(self, func: Any) -> None:
+        """Take note of the globals that a function of the user's own reads"""
+    def around_data(self) -> Any: ...
+    def read_class(self, cls: Any) -> None:
+        """Take note of what the methods of a class read, and of the values in its body"""
     def describe_at(self, key: Any, x: Any) -> Any:
         """The description of what a value holds under a key
 
@@ -113,8 +209,10 @@ class Walk:
         Returns:
             (whether it worked, JSON value)
         """
+    def add_sampled(self, n: Any, of: Any, what: Any = 'samples') -> None:
+        """Note that of some data only a part was read: where, how many, of how many, of what"""
     def describe_cycle(self, x: Any) -> Any:
-        """A value inside itself: functions may call themselves, anything else is an error
+        """A value inside itself: functions may call themselves, what is given may not hold itself
 
         Returns:
             JSON value
@@ -122,6 +220,14 @@ class Walk:
     def within(self, **around: Any) -> AbstractContextManager[None]:
         """Have `walk.around` hold these values inside the block"""
 MAX_DEPTH: int
+
+@singledispatch
+def described_by(walk: Any, describer: Any, x: Any) -> Any:
+    """The description of an object; the page on what code reads adds to it
+
+    Returns:
+        JSON value
+    """
 
 class SelfDescribing:
     """Stands for all classes with a method `__fingerprint__`, where kinds of values are registered"""
@@ -135,7 +241,7 @@ def describe(x: Any, walk: Any) -> Any:
     """
 
 def describer(kind: Any) -> Any:
-    """What describes the objects of a class
+    """What describes the objects of a class, other than plain containers
 
     Returns:
         function of (value, walk)
@@ -175,6 +281,21 @@ MAX_ITEMS: int
 def list_as_json(x: Any, walk: Any) -> Any: ...
 
 def tuple_as_json(x: Any, walk: Any) -> Any: ...
+
+def items_as_json(tag: Any, items: Any, walk: Any) -> Any:
+    """Items under the name of their container; many plain ones at once
+
+    Returns:
+        JSON value
+    """
+
+def is_plain(x: Any, depth: Any = 0) -> bool:
+    """Whether the repr of a value says all of it
+
+    Returns:
+        bool
+    """
+PLAIN_TYPES: frozenset[Any]
 
 def set_as_json(x: Any, walk: Any) -> Any: ...
 

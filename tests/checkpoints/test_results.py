@@ -331,10 +331,12 @@ def test_a_class_of_the_same_script_under_another_name(tmp_path, monkeypatch):
 
 
 def test_a_class_that_is_gone(tmp_path, monkeypatch):
-    once(tmp_path, 'deep', cls=Quiet)
+    def deep():
+        learn = make(tmp_path, cls=Quiet, ignore=('Score',)) # a global that is another one
+        with learn.checkpoint(1) as cp: return cp.deep()
+    deep()
     monkeypatch.setitem(globals(), 'Score', None)
-    with pytest.raises(LookupError, match='Score is recorded, and no class of this name'):
-        once(tmp_path, 'deep', cls=Quiet)
+    with pytest.raises(LookupError, match='Score is recorded, and no class of this name'): deep()
 
 
 # Files that a call has written

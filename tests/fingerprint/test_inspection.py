@@ -47,4 +47,4 @@ def test_what_a_function_keeps_in_a_class_or_module_is_no_setting(load):
 
 def test_names_of_attributes_are_no_globals(load):
     m = load('size = 3\ndef f(x): return x.size\n')
-    assert tree(m.f) == {'$function': 'mine.f'}
+    assert tree(m.f) == {'$function': 'f'}

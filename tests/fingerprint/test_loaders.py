@@ -1,5 +1,5 @@
 "Loaders, samplers and datasets"
-import itertools, random, threading
+import random, threading, uuid
 import numpy as np
 import pytest
 import torch
@@ -75,7 +75,8 @@ def test_tensors_in_datasets_count_to_the_last_value():
 def test_other_datasets_are_sampled():
     found = fingerprint({'data': DataLoaders(DatasetLoader(Squares(100)),
         DatasetLoader(TensorDataset(seeded(3))))}, 'fit')
-    assert found.sampled == ['fit: data.train.dataset']
+    assert found.sampled == [['data.train.dataset', 8, 100, 'samples']]
+    assert found.sampled_text == '8 of 100 samples of data.train.dataset compared'
     assert found.tree['data']['with']['train']['dataset']['length'] == 100
 
 
@@ -101,9 +102,8 @@ def test_reading_samples_leaves_no_trace():
 
 
 def test_a_dataset_that_is_random_by_itself_is_its_class_and_length():
-    fresh = itertools.count()
     class Odd(Squares):
-        def __getitem__(self, i): return next(fresh)
+        def __getitem__(self, i): return uuid.uuid4().int
     assert tree(Odd(5))['items'] is None and same(Odd(5), Odd(5)) and not same(Odd(5), Odd(6))
 
 
@@ -111,7 +111,7 @@ def test_samples_that_cannot_be_described():
     class Locks(Squares):
         def __getitem__(self, i): return threading.Lock()
     found = fingerprint(Locks(5))
-    assert found.tree['items'] is None and found.sampled == ['value']
+    assert found.tree['items'] is None and found.sampled == [['value', 0, 5, 'samples']]
     assert not same(Locks(5), Locks(6))
 
 
@@ -129,8 +129,11 @@ def test_samples_that_cannot_be_read_are_an_error():
 def test_attributes_of_datasets():
     a, b = Squares(10), Squares(10)
     a.cache, a._n, a.lock = {1: 2}, 3, threading.Lock()
-    b.my_cache, b._n, b.lock = {}, 4, threading.Lock()
+    b.my_cache, b._n, b.lock = {}, 3, threading.Lock()
     assert same(a, b)
+    b._n = 4
+    assert not same(a, b)
+    b._n = 3
     b.folder = 'x'
     assert not same(a, b)
 
@@ -149,7 +152,7 @@ def test_datasets_that_are_no_torch_datasets():
         def __len__(self): return self.n
         def __getitem__(self, i): return self.n * i
     assert not same(DatasetLoader(Duck(3)), DatasetLoader(Duck(4)))
-    assert fingerprint(DatasetLoader(Duck(3))).sampled == ['value.dataset']
+    assert fingerprint(DatasetLoader(Duck(9))).sampled == [['dataset', 8, 9, 'samples']]
     assert not same(DatasetLoader([1, 2]), DatasetLoader([1, 3]))
     assert fingerprint(DatasetLoader([1, 2])).sampled == []
 
