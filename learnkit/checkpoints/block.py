@@ -10,7 +10,7 @@ import os, warnings
 from contextlib import ExitStack, contextmanager, suppress
 from fastcore.basics import patch
 from ..base.text import caller_stacklevel
-from ..files.errors import DamagedError, LockedError
+from ..files.errors import DamagedError, LockedError, UnstorableError
 from ..files.ids import id_text
 from ..files.tree import tree_digest
 from ..fingerprint.differences import differences
@@ -157,12 +157,10 @@ def take_older(self:Block, k, fits) -> bool: # function: Node -> whether it is w
 
 # %% ../../nbs/checkpoints/08_block.ipynb #e50d1a09
 @patch
-def note_left(self:Block, record):
-    "Note the state in which Ctrl-C has left the object, to know it in a cell that runs again"
-    ledger = self.ledger
-    if ledger.host.ranks is not None: return  # not all of them may have been interrupted
-    record.json['left'] = ledger.state_digests()
-    ledger.store.write(self.node.json)
+def note(self:Block, record, **facts):
+    "Note of a call that has failed what a next run may want to know"
+    record.json.update(facts)
+    self.ledger.store.write(self.node.json)
 
 @patch
 def note_findings(self:Block):
@@ -244,7 +242,8 @@ def must_compute(self:Block, record, call) -> bool:
     ledger, node, k = self.ledger, self.node, len(self.made)
     changed = ledger.changed_code(record, call)
     is_anew = ledger.options.computes_changed_code
-    if not changed or record.is_complete and not is_anew: return False
+    may_go_on = record.json.get('was_made')  # only what it returned was refused
+    if not changed or record.is_complete and not is_anew or may_go_on: return False
     text = f'{call.text}: the code of {", ".join(changed)} has changed since'
     if not record.is_complete:
         text += ' it was broken off, and it cannot go on half by the old and half by the new'
@@ -312,13 +311,17 @@ def make(self:Block, call, record, folder):
     ledger.known_digests, self.diverged, ledger.is_as_made = KnownDigests(), True, False
     try: result, callbacks, facts = ledger.perform(call, folder.absolute())
     except KeyboardInterrupt:
-        self.note_left(record)
+        if ledger.host.ranks is None: self.note(record, left=ledger.state_digests())
         raise
     ledger.host.forget_outside_changes()
     structure = ledger.structure()
-    if call.kind == 'changes': self.check_structure_kept(call, structure)
-    packed, (seals, files) = ledger.pack(call, result), ledger.written_files(self.node, call)
-    saved, roots = ledger.put_state(packed, callbacks, files)
+    try:
+        if call.kind == 'changes': self.check_structure_kept(call, structure)
+        packed, (seals, files) = ledger.pack(call, result), ledger.written_files(self.node, call)
+        saved, roots = ledger.put_state(packed, callbacks, files)
+    except (RuntimeError, UnstorableError):
+        self.note(record, was_made=True)
+        raise
     record.complete(saved, structure_after=digests_of(structure), seals=seals, **roots, **facts)
     self.node.add_descriptions(structure)
     ledger.store.write(self.node.json)

@@ -41,8 +41,8 @@ class Block:
         Returns:
             function: Node -> whether it is what is asked for
         """
-    def note_left(self, record: Any) -> None:
-        """Note the state in which Ctrl-C has left the object, to know it in a cell that runs again"""
+    def note(self, record: Any, **facts: Any) -> None:
+        """Note of a call that has failed what a next run may want to know"""
     def note_findings(self) -> None:
         """Write what was found out beside the calls, unless somebody else is writing just now"""
     def call(self, name: Any, args: Any, kwargs: Any) -> Any:

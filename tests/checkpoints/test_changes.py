@@ -238,13 +238,13 @@ def test_changed_code_is_told_in_the_line_or_an_error(tmp_path, capsys):
     run(1.)
     learn = run(2.)
     lines = [line for line in capsys.readouterr().out.splitlines() if 'fetched' in line]
-    assert len(lines) == 3 and all('the code of losses.loss has changed' in x for x in lines), lines
+    assert len(lines) == 3 and all('the code of loss has changed' in x for x in lines), lines
     assert list(learn.checkpoints.status) == ['code changed'] * 2
     learn.tree()
     learn.explain(1, 2)
     shown = capsys.readouterr().out
-    assert 'code changed' in shown and '1 was fetched though losses.loss had changed' in shown
-    with pytest.raises(StaleCheckpoint, match="losses.loss.*\n.*\n.*code='rerun'"):
+    assert 'code changed' in shown and '1 was fetched though loss had changed' in shown
+    with pytest.raises(StaleCheckpoint, match="loss.*\n.*\n.*code='rerun'"):
         run(2., code='strict')
     assert list(run(1.).checkpoints.status) == ['complete'] * 2
     Fits.n = 0
