@@ -59,7 +59,7 @@ def title(notebook):
 
 
 def page_name(notebook): # file name of the page
-    "`09_learner.ipynb` -> `learner.md`"
+    "`10_learner.ipynb` -> `learner.md`"
     return re.sub(r'^\d+_', '', notebook.stem) + '.md'
 
 

@@ -23,6 +23,7 @@ from .base.methods import (
 from .base import text as _text
 from .base import signals as _signals
 from .base import guard as _guard
+from .base import snapshots as _snapshots
 from .files.errors import (
     DamagedError, LockedError, StoreError, UnstorableError,
 )
@@ -86,6 +87,7 @@ from .loop.progress import (
 )
 from .loop import position as _position
 from .loop import loop as _loop
+from .loop import observed as _observed
 from .loop import state as _state
 from .loop import saving as _saving
 from .loop import interrupts as _interrupts

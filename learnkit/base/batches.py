@@ -7,6 +7,7 @@ __all__ = ['map_tensors', 'to_device', 'detach', 'to_host', 'batch_size']
 
 # %% ../../nbs/base/03_batches.ipynb #5a1416bb
 import copy
+from collections import deque
 from collections.abc import Callable, Mapping, Sized
 from dataclasses import fields, is_dataclass
 import numpy as np
@@ -37,6 +38,7 @@ def map_tensors(f:Callable, # tensor -> anything
     if type(x) is dict: return {key: again(value) for key, value in x.items()}
     if has_to_method(x): return movable(x) if movable else x
     if isinstance(x, tuple): return getattr(x, '_make', type(x))(map(again, x))
+    if isinstance(x, deque): return deque(map(again, x), x.maxlen)
     if isinstance(x, list): return copy_with_items(x, enumerate(map(again, x)))
     if isinstance(x, dict): return copy_with_items(x, [(key, again(x[key])) for key in x])
     if is_dataclass(x) and not isinstance(x, type):

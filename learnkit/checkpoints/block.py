@@ -44,7 +44,7 @@ class Block:
 # %% ../../nbs/checkpoints/08_block.ipynb #33eaf665
 def open_block(ledger, id, description='', parent=None): # Block
     "Bring the object to where a checkpoint begins, and compare with what is recorded"
-    ledger.host.note_outside_changes()
+    ledger.host.observe()
     node = ledger.read(id)
     go_to_start(ledger, id, node, parent)
     ledger.check_finished(ledger.position)
@@ -264,7 +264,6 @@ def state_digests(self:Block) -> dict: # part of the state -> digest
 def add_made(self:Block, call):
     "A call is fetched or computed"
     ledger = self.ledger
-    ledger.host.forget_outside_changes()
     self.made.append(call)
     ledger.structures[self.id, len(self.made)] = ledger.host.structure_objects()
 
@@ -313,7 +312,7 @@ def make(self:Block, call, record, folder):
     except KeyboardInterrupt:
         if ledger.host.ranks is None: self.note(record, left=ledger.state_digests())
         raise
-    ledger.host.forget_outside_changes()
+    if call.kind == 'structural': ledger.host.observe()
     structure = ledger.structure()
     try:
         if call.kind == 'changes': self.check_structure_kept(call, structure)
@@ -419,6 +418,7 @@ def fetch(self:Block, call, record, digests):
     differ, result = ledger.allowed_differences(self.node, len(self.made), digests), None
     if structural:
         result = host.call(call.method, call.args, call.kwargs)
+        host.observe()
         self.diverged = self.diverged or ledger.state_digests() != record.after.digests
     has_state = record.after.state is not None
     tree = self.load(call, record, has_state and (self.diverged or not structural))
@@ -502,9 +502,7 @@ def answer_pure_call(self:Block, call):
     if not self.acquire_lock(): return self.answer_pure_call(call)
     if not self.node.has_begun: self.record_start(recorded)
     if self.diverged or recorded != digests: self.go_before_call(len(self.made))
-    result = ledger.compute_answer(self.node, call, key)
-    ledger.host.forget_outside_changes()
-    return result
+    return ledger.compute_answer(self.node, call, key)
 
 @patch
 def digests_without_drift(self:Block, digests) -> dict:

@@ -36,7 +36,7 @@ class Checkpointed:
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         check_names(cls)
-        if '__init__' in vars(cls): cls.__init__ = with_changes_forgotten(cls.__init__)
+        if '__init__' in vars(cls): cls.__init__ = observed_after(cls.__init__)
 
     def __init__(self, *args,
                  name:str, # of the run: its folder below `root`, may have parts as in 'mnist/small'
@@ -50,13 +50,12 @@ class Checkpointed:
         ignore = ignore if isinstance(ignore, str) else tuple(ignore)
         options = Options(on_change, keep, code, ignore)
         store = Store(Path(root)/check_run_name(name), name)
-        given, before = self.ledger, vars(self).keys() - {'ledger'}
+        given = self.ledger
         arguments = call_arguments(super().__init__, args, kwargs)
         super().__init__(*args, **kwargs)
-        attributes = frozenset(vars(self).keys() - before)
-        construction = Construction(given.args, given.kwargs, arguments, attributes)
+        construction = Construction(given.args, given.kwargs, arguments)
         self.ledger = Ledger(make_host(self, construction, save_every), store, options)
-        self.ledger.host.forget_outside_changes()
+        self.ledger.host.observe(anew=True)
 
 # %% ../../nbs/checkpoints/09_checkpointed.ipynb #9aac66e4
 @dataclass
@@ -69,12 +68,12 @@ class NotBegun:
     def host(self):
         raise TypeError('the constructor of a checkpointed class has to call super().__init__')
 
-def with_changes_forgotten(init): # constructor
-    "A constructor after which only what is set on the object from then on counts as a change"
+def observed_after(init): # constructor
+    "A constructor after which the object is as it is made"
     @functools.wraps(init)
     def constructed(self, *args, **kwargs):
         init(self, *args, **kwargs)
-        self.ledger.host.forget_outside_changes()
+        self.ledger.host.observe(anew=True)
     return constructed
 
 def check_names(cls):

@@ -165,8 +165,8 @@ class NotBegun:
     @property
     def host(self) -> None: ...
 
-def with_changes_forgotten(init: Any) -> Any:
-    """A constructor after which only what is set on the object from then on counts as a change
+def observed_after(init: Any) -> Any:
+    """A constructor after which the object is as it is made
 
     Returns:
         constructor

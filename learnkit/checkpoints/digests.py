@@ -45,7 +45,8 @@ def checksum(t): # tuple
 
 def with_digests(live, root): # iterator of (tensor, digest)
     "The tensors of a state beside their names in its record"
-    if isinstance(live, torch.Tensor): yield live, root['$tensor']
+    if isinstance(live, torch.Tensor):
+        yield live, root['$strided'][0]['$tensor'] if '$strided' in root else root['$tensor']
     elif type(live) is dict:
         items = root.get('$dict') if '$dict' in root else root.items()
         inner = {json_digest(key): item for key, item in items}

@@ -7,13 +7,12 @@ __all__ = []
 
 # %% ../../nbs/checkpoints/02_host.ipynb #e0b64c30
 import copy, inspect
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import singledispatch
 from types import MappingProxyType
 from fastcore.basics import patch
 from ..base.methods import declared_kind
-from ..files.tree import tree_digest
 
 # %% ../../nbs/checkpoints/02_host.ipynb #d39d1e41
 PROTOCOL = ('state_dict', 'load_state_dict', 'saving_to')  # what an object gives to be recorded
@@ -39,7 +38,6 @@ class Construction:
     args: tuple = () # as given to its class
     kwargs: dict = field(default_factory=dict)
     arguments: dict = field(default_factory=dict) # by name, of the class beside `Checkpointed`
-    attributes: frozenset = frozenset() # names that this constructor has set
 
 class Host:
     "What a record has to know of an object whose calls it records"
@@ -58,8 +56,6 @@ class Host:
     def __init__(self, obj, construction:Construction, save_every:str='1 epoch'):
         self.object, self.construction, self.save_every = obj, construction, save_every
         self.guards = {}  # name -> function, in the object while a block is open
-        self.outside_changes = {}  # attributes that a script has set between calls
-        self.forget_outside_changes()
 
 # %% ../../nbs/checkpoints/02_host.ipynb #09ae3958
 @patch
@@ -110,27 +106,16 @@ def unchanged(self:Host):
 
 # %% ../../nbs/checkpoints/02_host.ipynb #156b092e
 @patch
-def attributes(self:Host) -> dict: # name -> plain value
-    "Attributes besides the state that a script may set between calls"
-    return {}
+def observe(self:Host,
+            arguments=None, # of a call, by name
+            anew:bool=False, # whether all that is now counts as the beginning
+           ):
+    "Note how what has come into reach is"
 
 @patch
-def forget_outside_changes(self:Host):
-    "Only what is set from now on counts as a change from outside"
-    self.known_attributes = self.attributes()
-
-@patch
-def note_outside_changes(self:Host):
-    "What a script has set since counts from now on"
-    now, before = self.attributes(), self.known_attributes
-    for name in {**before, **now}:
-        if name not in now or name not in before or not is_same(now[name], before[name]):
-            self.outside_changes[name] = now.get(name)
-    self.known_attributes = now
-
-def is_same(a, b): # bool
-    "Whether two plain values are equal to the bit"
-    return a is b or tree_digest(a) == tree_digest(b)
+def as_built(self:Host): # context manager
+    "Inside the block everything is as it was when it came into reach"
+    return nullcontext()
 
 # %% ../../nbs/checkpoints/02_host.ipynb #cd00aad8
 @patch

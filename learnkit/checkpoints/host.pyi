@@ -32,8 +32,6 @@ class Construction:
     kwargs: dict = ...
     arguments: dict = ...
     """by name, of the class beside `Checkpointed`"""
-    attributes: frozenset = ...
-    """names that this constructor has set"""
 
 class Host:
     """What a record has to know of an object whose calls it records"""
@@ -63,8 +61,6 @@ class Host:
     construction: Construction
     save_every: str
     guards: dict[Any, Any]
-    outside_changes: dict[Any, Any]
-    known_attributes: Any
     def __init__(
             self,
             obj: Any,
@@ -124,16 +120,19 @@ class Host:
         """
     def unchanged(self) -> AbstractContextManager[None]:
         """Whatever happens inside, the object is afterwards as it was before"""
-    def attributes(self) -> dict:
-        """Attributes besides the state that a script may set between calls
+    def observe(self, arguments: Any = None, anew: bool = False) -> None:
+        """Note how what has come into reach is
+
+        Args:
+            arguments: of a call, by name
+            anew: whether all that is now counts as the beginning
+        """
+    def as_built(self) -> Any:
+        """Inside the block everything is as it was when it came into reach
 
         Returns:
-            name -> plain value
+            context manager
         """
-    def forget_outside_changes(self) -> None:
-        """Only what is set from now on counts as a change from outside"""
-    def note_outside_changes(self) -> None:
-        """What a script has set since counts from now on"""
     def files_read(self, method: str, arguments: dict) -> dict:
         """The content of files that a call is to read
 
@@ -202,13 +201,6 @@ class Host:
         Returns:
             str, perhaps empty; None: more has changed
         """
-
-def is_same(a: Any, b: Any) -> bool:
-    """Whether two plain values are equal to the bit
-
-    Returns:
-        bool
-    """
 
 @singledispatch
 def make_host(obj: Any, construction: Construction, save_every: str = '1 epoch') -> Host:

@@ -22,14 +22,16 @@ from ..fingerprint.words import as_text
 from ..components.optim import opt_params
 from ..fingerprint.inspection import name_of
 from ..fingerprint.modules import Behaviour, parts_by_id
+from ..loop.observed import Baseline, as_built, has_own_state, load_observed, observed_state
 from ..loop.position import FitState
 from ..loop.progress import Progress, show_message
-from ..loop.state import check_loss_state, check_model_state, load_model_state
+from ..loop.state import (
+    check_loss_state, check_model_state, load_model_state, unchanged_parts)
 from ..loop.saving import localized, save_path
 from ..loop.resume import as_period
 from ..training.torch_schedulers import torch_schedulers
 from ..training.save_best import SaveBest
-from .host import Host, is_same
+from .host import Host, method_kind
 
 # %% ../../nbs/checkpoints/10_learner_host.ipynb #c0a496e9
 MODEL_METHODS = ('validate', 'test', 'get_preds', 'predict')  # these need no optimizer,
@@ -41,10 +43,11 @@ class LearnerHost(Host):
     may_differ_at_start = ('model', 'loss_func', *may_drift)
     may_differ_in_cache = ('data',)
     may_differ_in_rollback = ('data', 'metrics', 'n_inp')
-    restored_structure = ('lr', 'layers', 'attributes')
+    restored_structure = ('lr', 'layers')
     weights_in_state = ('built_model', 'behaviour', 'loss_func', 'splitter', 'opt_func')
     implied_by = MappingProxyType({'model': 'built_model'})
     part_names = MappingProxyType({'model': 'weights', 'rng': 'random numbers',
+                                   'observed': 'attributes',
                                    'data': 'positions in the data', 'ranks': 'processes'})
     once_per_block = ('setup',)
 
@@ -160,36 +163,14 @@ def frozen_modules(learn): # list of names
 
 # %% ../../nbs/checkpoints/10_learner_host.ipynb #ef76a9c5
 @patch
-def attributes(self:LearnerHost) -> dict: # name -> plain value
-    "Attributes besides the state that a script may set between calls"
+def observe(self:LearnerHost, arguments=None, anew=False):
+    "Note how what has come into reach is"
     learn = self.object
-    names = sorted(vars(learn).keys() - self.construction.attributes - {'ledger'})
-    added = {name: getattr(learn, name) for name in names if name[0] != '_'}
-    return {**{name: value for name, value in added.items() if is_storable(value)},
-            **module_attributes(learn.model)}
+    if anew: learn._origin.baseline = Baseline()
+    learn._origin.baseline.add(learn, callbacks_in(list((arguments or {}).values())))
 
-def module_attributes(model:nn.Module): # dict: path -> value
-    "Numbers and text that modules hold as attributes, or what is worth one"
-    found = [(filter(None, ('model', path, name)), plain_worth(value))
-             for path, module in model.named_modules()
-             for name, value in public_attributes(module).items()]
-    return {'.'.join(names): value for names, value in found
-            if type(value) in (bool, int, float, str, type(None))}
-
-def set_attributes(learn, attributes:dict):
-    "Give the learner and the modules of its model the attributes they had"
-    modules = dict(learn.model.named_modules())
-    for name, value in attributes.items():
-        path, _, last = name.rpartition('.')
-        module = modules.get(path.removeprefix('model').removeprefix('.'))
-        if not path: setattr(learn, name, value)
-        elif module is not None: set_worth(module, last, value)
-
-def set_worth(module, name, value):
-    "Set an attribute to a plain value, unless what is there is worth that; a member stays one"
-    now = getattr(module, name, None)
-    if type(now) is not type(value) and is_same(plain_worth(now), value): return
-    setattr(module, name, type(now)(value) if isinstance(now, enum.Enum) else value)
+@patch
+def as_built(self:LearnerHost): return as_built(self.object) # context manager
 
 @patch
 def files_read(self:LearnerHost, method, arguments) -> dict: # name -> digest
@@ -198,28 +179,30 @@ def files_read(self:LearnerHost, method, arguments) -> dict: # name -> digest
     path = save_path(self.object, arguments['name'])
     return {str(arguments['name']): file_digest(path) or 'no such file'}
 
+@patch
+def call(self:LearnerHost, method, args, kwargs): # what it returns
+    "Call a method of the learner; a pure one leaves everything in reach as it was"
+    learn = self.object
+    if method_kind(type(learn), method) != 'pure': return Host.call(self, method, args, kwargs)
+    with unchanged_parts(learn): return Host.call(self, method, args, kwargs)
+
 # %% ../../nbs/checkpoints/10_learner_host.ipynb #085fdcc5
 @patch
 def extra_state(self:LearnerHost) -> dict: # plain tree
     "What belongs to a moment and is no part of the state"
     learn = self.object
-    return {'times': list(learn.recorder.times), 'lr': learn.lr, 'frozen': frozen_params(learn),
-            'still': frozen_modules(learn), 'attributes': self.attributes(),
-            'outside': dict(self.outside_changes), 'places': fit_outcome(learn)}
+    return {'times': list(learn.recorder.times), 'lr': learn.lr, 'still': frozen_modules(learn),
+            'places': fit_outcome(learn)}
 
 @patch
 def load_extra_state(self:LearnerHost, tree):
     "Take over what `extra_state` returned"
-    learn, frozen = self.object, set(tree['frozen'])
+    learn = self.object
     learn.recorder.times, learn.lr = list(tree['times']), tree['lr']
-    for name, param in named_params(learn):
-        param.grad = None
-        if param.is_floating_point() or param.is_complex(): param.requires_grad_(name not in frozen)
+    for _, param in named_params(learn): param.grad = None
     modules = dict(learn.model.named_modules())
     learn.frozen_stats = [modules[name] for name in tree['still']]
     set_fit_outcome(learn, tree['places'])
-    set_attributes(learn, tree['attributes'])
-    self.outside_changes = dict(tree['outside'])
 
 def fit_outcome(learn): return learn._fit.outcome() # dict
 def set_fit_outcome(learn, tree): learn._fit = FitState(**tree)
@@ -321,6 +304,8 @@ def restore_used(self:LearnerHost, state):
     learn.cbs.load_state_dict(state['callbacks'])
     load_model_state(learn.model, state['model'])
     if state['loss_func']: load_model_state(learn.loss_func, state['loss_func'])
+    load_observed(learn, {text: entry for text, entry in state['observed'].items()
+                          if entry['path'][0] != 'opt'})
     set_rng_state(state['rng'])
 
 @contextmanager
@@ -337,10 +322,25 @@ def param_groups(learn): return learn.opt.param_groups if learn.opt else ()
 
 # %% ../../nbs/checkpoints/10_learner_host.ipynb #fec07bec
 @patch
-def stateful_arguments(self:LearnerHost, arguments) -> list: # of callbacks
-    "The callbacks among the arguments that have a state"
-    return [cb for value in arguments.values() for cb in callbacks_in(value)
-            if type(cb).state_dict is not Callback.state_dict]
+def stateful_arguments(self:LearnerHost, arguments) -> list: # of FollowedCallbacks
+    "The callbacks among the arguments"
+    return [FollowedCallback(self.object, cb) for cb in callbacks_in(list(arguments.values()))
+            if not cb.external or has_own_state(cb)]
+
+class FollowedCallback:
+    "A callback given to a call, with what it says of itself and what is observed of it"
+    def __init__(self, learn, callback): self.learn, self.callback = learn, callback
+
+    @property
+    def name(self): return type(self.callback).__name__
+
+    def state_dict(self):
+        return {'own': self.callback.state_dict(),
+                'observed': observed_state(self.learn, to_record=True, given=[self.callback])}
+
+    def load_state_dict(self, state):
+        self.callback.load_state_dict(state['own'])
+        load_observed(self.learn, state['observed'], given=[self.callback])
 
 def callbacks_in(value): # list of callbacks
     "The callback objects in an argument"
@@ -382,7 +382,7 @@ def finite(x): # float; None for nan and infinities, which JSON has not
 
 def best_of(learn, callbacks): # dict: name, value, higher, place; None
     "The best model that a SaveBest of a call knows, and where its state lies in the record"
-    given = [(cb, ['callbacks', i, 1]) for i, cb in enumerate(callbacks)]
+    given = [(one.callback, ['callbacks', i, 1, 'own']) for i, one in enumerate(callbacks)]
     kept = [(cb, ['state', 'callbacks', name]) for name, cb in learn.cbs.stateful().items()]
     for cb, path in (*given, *kept):
         if isinstance(cb, SaveBest) and cb.best is not None:
@@ -396,7 +396,7 @@ def show_report(self:LearnerHost, report, callbacks):
     rows, times = learn.recorder.rows[first:end], learn.recorder.times[first:end]
     for cb in learn.cbs:
         if isinstance(cb, Progress) and len(rows) == end - first: cb.show_again(rows, times)
-    if report['fits']: learn.fit_cbs = [*learn.cbs, *callbacks]
+    if report['fits']: learn.fit_cbs = [*learn.cbs, *(one.callback for one in callbacks)]
 
 # %% ../../nbs/checkpoints/10_learner_host.ipynb #62a76e12
 @patch

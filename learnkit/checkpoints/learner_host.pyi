@@ -40,17 +40,20 @@ class LearnerHost(Host):
         Returns:
             id of an object -> what to call it
         """
-    def attributes(self) -> dict:
-        """Attributes besides the state that a script may set between calls
-
-        Returns:
-            name -> plain value
-        """
+    def observe(self, arguments: Any = None, anew: Any = False) -> None:
+        """Note how what has come into reach is"""
+    def as_built(self) -> Any: ...
     def files_read(self, method: Any, arguments: Any) -> dict:
         """The content of files that a call is to read
 
         Returns:
             name -> digest
+        """
+    def call(self, method: Any, args: Any, kwargs: Any) -> Any:
+        """Call a method of the learner; a pure one leaves everything in reach as it was
+
+        Returns:
+            what it returns
         """
     def extra_state(self) -> dict:
         """What belongs to a moment and is no part of the state
@@ -84,10 +87,10 @@ class LearnerHost(Host):
     def restore_used(self, state: Any) -> None:
         """Load what a prediction follows from, whatever the optimizer"""
     def stateful_arguments(self, arguments: Any) -> list:
-        """The callbacks among the arguments that have a state
+        """The callbacks among the arguments
 
         Returns:
-            of callbacks
+            of FollowedCallbacks
         """
     def files_written(self, arguments: Any) -> list:
         """The files of the callbacks, as far as their state says that there are any
@@ -187,19 +190,6 @@ def frozen_modules(learn: Learner) -> Any:
         list of names
     """
 
-def module_attributes(model: nn.Module) -> Any:
-    """Numbers and text that modules hold as attributes, or what is worth one
-
-    Returns:
-        dict: path -> value
-    """
-
-def set_attributes(learn: Learner, attributes: dict) -> None:
-    """Give the learner and the modules of its model the attributes they had"""
-
-def set_worth(module: Any, name: Any, value: Any) -> None:
-    """Set an attribute to a plain value, unless what is there is worth that; a member stays one"""
-
 def fit_outcome(learn: Learner) -> Any: ...
 
 def set_fit_outcome(learn: Learner, tree: Any) -> None: ...
@@ -215,6 +205,16 @@ def unchanged_schedules(learn: Learner) -> AbstractContextManager[None]:
     """Rates, momenta and torch's schedulers are afterwards as they were before"""
 
 def param_groups(learn: Learner) -> Any: ...
+
+class FollowedCallback:
+    """A callback given to a call, with what it says of itself and what is observed of it"""
+    learn: Any
+    callback: Any
+    def __init__(self, learn: Learner, callback: Any) -> None: ...
+    @property
+    def name(self) -> Any: ...
+    def state_dict(self) -> Any: ...
+    def load_state_dict(self, state: Any) -> None: ...
 
 def callbacks_in(value: Any) -> Any:
     """The callback objects in an argument

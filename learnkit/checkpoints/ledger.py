@@ -99,8 +99,7 @@ def node(self:Ledger, id) -> Node:
 @patch
 def structure(self:Ledger) -> dict: # name -> Fingerprint
     "What the results of calls follow from, as it is now"
-    changes = {'attributes': dict(self.host.outside_changes)}
-    return self.describe({**self.host.structure(), **changes})
+    with self.host.as_built(): return self.describe(self.host.structure())
 
 @patch
 def describe(self:Ledger, values:dict, reads=True) -> dict: # name -> Fingerprint
@@ -137,9 +136,9 @@ class Call:
 @patch
 def describe_call(self:Ledger, method:str, args, kwargs) -> Call:
     "A call with all that its result follows from, besides the state"
-    self.host.note_outside_changes()
     cls, obj = type(self.host.object), self.host.object
     values = call_arguments(getattr(cls, method).__get__(obj), args, kwargs)
+    self.host.observe(values)
     def described():
         found = fingerprint(values, method, self.options.ignore, self.memo,
                             known=self.host.known_objects())
@@ -193,7 +192,7 @@ def put_state(self:Ledger, result=None, callbacks=(), files=()): # (SavedState, 
 
 def states_of(callbacks): # list of [class, state]
     "The states of objects that were passed to a call"
-    return [[type(cb).__name__, map_tensors(full_tensor, cb.state_dict())] for cb in callbacks]
+    return [[cb.name, map_tensors(full_tensor, cb.state_dict())] for cb in callbacks]
 
 # %% ../../nbs/checkpoints/05_ledger.ipynb #319bb469
 @patch
@@ -203,7 +202,7 @@ def restore(self:Ledger, saved:SavedState, structure=None, best=None, schedules=
     self.is_as_made = False
     with self.host.unguarded():
         self.host.restore(joined(tree['state']), tree['beside'], structure, tree['best'], schedules)
-    self.host.forget_outside_changes()
+
 
 # %% ../../nbs/checkpoints/05_ledger.ipynb #d014b1e1
 @patch
@@ -323,7 +322,7 @@ def write_files_again(self:Ledger, node, call, record):
 def matching_callbacks(self:Ledger, call, states) -> list:
     "The callbacks that were given; StaleCheckpoint unless the states are those of such"
     callbacks = self.host.stateful_arguments(call.values)
-    have, need = [type(cb).__name__ for cb in callbacks], [name for name, _ in states]
+    have, need = [cb.name for cb in callbacks], [name for name, _ in states]
     if have == need: return callbacks
     raise StaleCheckpoint(f'{call.text}: the callbacks {need} have a state in the record, and here '
                           f'{have} have one')

@@ -6,13 +6,14 @@
 __all__ = ['no_decay', 'param_groups', 'spread_lr']
 
 # %% ../../nbs/components/02_optim.ipynb #e810e359
-import inspect, math
+import inspect, itertools, math
 from functools import lru_cache
 from numbers import Integral, Real
+from types import MappingProxyType
 import torch
 from torch import nn
 from ..base.batches import map_tensors
-from ..base.dtensors import distribute_like, unsharded_class
+from ..base.dtensors import distribute_like, is_dtensor, unsharded_class
 
 # %% ../../nbs/components/02_optim.ipynb #b2c65da7
 NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
@@ -298,54 +299,133 @@ def opt_params(opt:torch.optim.Optimizer): # iterator of parameters
     return (param for group in opt.param_groups for param in group['params'])
 
 # %% ../../nbs/components/02_optim.ipynb #843fbd25
-def opt_state(opt:torch.optim.Optimizer): # dict: kind, state, param_groups
-    "The optimizer's state, with the name of its class"
-    return {'kind': type(opt).__name__, **opt.state_dict()}
+def param_names(opt:torch.optim.Optimizer, names): # list of lists of str
+    "What its parameters are called, by group; `names`: id of a parameter -> name"
+    numbers = itertools.count()
+    return [[names.get(id(p), f'parameter {next(numbers)}') for p in group['params']]
+            for group in opt.param_groups]
+
+def opt_state(opt:torch.optim.Optimizer,
+              names=MappingProxyType({}), # id of a parameter -> name; else they are numbered
+             ): # dict: kind, params (name, shape and strides, by group), state_dict
+    "What an optimizer says of itself, and what it is an optimizer of"
+    params = [[[name, list(p.shape), list(p.stride())]
+               for name, p in zip(named, group['params'], strict=True)]
+              for named, group in zip(param_names(opt, names), opt.param_groups, strict=True)]
+    return {'kind': type(opt).__name__, 'params': params, 'state_dict': opt.state_dict()}
 
 # %% ../../nbs/components/02_optim.ipynb #b8729bac
 def check_opt_state(opt:torch.optim.Optimizer,
                     state:dict, # what `opt_state` returned
+                    names=MappingProxyType({}), # as for `opt_state`
                    ):
     "Raise ValueError when `state` is that of another optimizer"
     if state['kind'] != type(opt).__name__:
         raise ValueError(f'the saved optimizer is {state["kind"]}, this one is '
                          f'{type(opt).__name__}: make it with the same opt_func')
-    have, need = [[len(group['params']) for group in groups]
-                  for groups in (opt.param_groups, state['param_groups'])]
+    have, need = [[len(group) for group in groups]
+                  for groups in (param_names(opt, names), state['params'])]
     if have != need:
         raise ValueError(f'the saved optimizer has groups of {need} parameters, this one has '
                          f'groups of {have}: the splitter or wd differs')
+    for saved, now in zip(state['params'], opt_state(opt, names)['params'], strict=True):
+        check_params(saved, now)
+    if type(opt).__module__ in MOMENTS_LIKE_PARAMS: check_moments(state)
+
+def check_params(saved, now): # lists of [name, shape, strides]
+    "Raise ValueError unless a group had the parameters that it has here, in whatever order"
+    shapes, here = ({name: shape for name, shape, _ in group} for group in (saved, now))
+    if shapes.keys() != here.keys():
+        only = min(shapes.keys() - here.keys())
+        raise ValueError(f'the saved optimizer has {only} in a group that here has '
+                         f'{", ".join(list(here)[:3])}: the model or the splitter differs')
+    for name, shape in shapes.items():
+        if shape != here[name]:
+            raise ValueError(f'the saved optimizer is for {name} of shape {shape}, here it has '
+                             f'shape {here[name]}')
+
+# %% ../../nbs/components/02_optim.ipynb #b8729ba1
+# Their kernels read as many numbers as the parameter has, whatever the tensor that they are given
+MOMENTS_LIKE_PARAMS = frozenset(f'torch.optim.{name}' for name in (
+    'adadelta', 'adagrad', 'adam', 'adamax', 'adamw', 'asgd', 'nadam', 'radam', 'rmsprop', 'rprop',
+    'sgd'))
+
+def check_moments(state):
+    "Raise ValueError for a tensor that is neither one number nor of the shape of its parameter"
+    saved, params = state['state_dict'], itertools.chain(*state['params'])
+    keys = itertools.chain(*(group['params'] for group in saved['param_groups']))
+    for key, (name, shape, _) in zip(keys, params, strict=True):
+        for kind, value in saved['state'].get(key, {}).items():
+            if isinstance(value, torch.Tensor) and value.ndim and list(value.shape) != shape:
+                raise ValueError(f'the saved {kind} of {name} has shape {list(value.shape)}, the '
+                                 f'parameter has shape {shape}')
 
 # %% ../../nbs/components/02_optim.ipynb #5b43c077
 def copy_like(param, # parameter; None: of no parameter
               values, # what an optimizer keeps of it, or its gradient
-              reusable=None, # what is kept now: tensors that fit are written to, not made anew
+              strides=None, # of the parameter when the values were kept
              ): # the same nesting
-    "Copies of tensors, those in the shape of the parameter in its memory layout and on its device"
-    def copy_value(value, old=None):
-        if param is None or value.shape != param.shape: return value.clone()
-        new = torch.empty_like(param, dtype=value.dtype, device='meta')
-        fits = isinstance(old, torch.Tensor) and old.device == param.device
-        if not (fits and same_layout(old, new)): old = torch.empty_like(param, dtype=value.dtype)
-        return old.copy_(distribute_like(value, param))
-    if not isinstance(values, dict): return map_tensors(copy_value, values)
-    reusable = reusable or {}
-    return {key: copy_value(value, reusable.get(key)) if isinstance(value, torch.Tensor)
-            else map_tensors(copy_value, value) for key, value in values.items()}
+    "Copies of tensors on the device of the parameter; those in its shape follow its memory layout"
+    def copy_value(value):
+        if param is None: return value.clone()
+        if value.shape != param.shape: return value.clone().to(device_of(value, param))
+        if strides == list(param.stride()) and not is_dtensor(param):
+            return value.to(param.device, copy=True)
+        return torch.empty_like(param, dtype=value.dtype).copy_(distribute_like(value, param))
+    return map_tensors(copy_value, values)
 
-def same_layout(a, b): return (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+def device_of(value, param): # a single number may stay on the host
+    return param.device if value.ndim else value.device
 
 # %% ../../nbs/components/02_optim.ipynb #fc4b9880
+def is_usual(saved): # bool
+    "Whether an optimizer's state_dict is laid out as torch's are"
+    return isinstance(saved, dict) and {'state', 'param_groups'} <= saved.keys()
+
+def matched_params(opt, state, names): # list of lists of (key in what is saved, parameter, strides)
+    "The parameters of an optimizer, by group, with the keys that a saved state has for them"
+    saved, found = state['state_dict']['param_groups'], []
+    order = param_names(opt, names)
+    for i, group in enumerate(opt.param_groups):
+        known = {name: (key, strides) for key, (name, _, strides)
+                 in zip(saved[i]['params'], state['params'][i], strict=True)}
+        found.append([(known[name][0], p, known[name][1])
+                      for name, p in zip(order[i], group['params'], strict=True)])
+    return found
+
+@torch.no_grad()
 def load_opt_state(opt:torch.optim.Optimizer,
                    state:dict, # what `opt_state` returned
+                   names=MappingProxyType({}), # as for `opt_state`
                   ):
-    "Load `state` into `opt`, its tensors in the memory layout of their parameters"
-    check_opt_state(opt, state)
-    keys = (key for group in state['param_groups'] for key in group['params'])
-    params = dict(zip(keys, opt_params(opt), strict=True))
+    "Load `state` into `opt`, each parameter's by its name, dtypes and layouts as they were"
+    check_opt_state(opt, state, names)
+    saved = state['state_dict']
+    if not is_usual(saved):
+        check_same_order(state, param_names(opt, names))
+        return opt.load_state_dict(map_tensors(torch.clone, saved))
+    matched = matched_params(opt, state, names)
     # The optimizer takes tensors over as they are, so they must be copies
-    with torch.no_grad():
-        values = {key: copy_like(params.get(key), kept, opt.state.get(params.get(key)))
-                  for key, kept in state['state'].items()}
-    groups = map_tensors(torch.clone, state['param_groups'])
-    opt.load_state_dict({'param_groups': groups, 'state': values})
+    new, values = map_tensors(torch.clone, {**saved, 'state': {}}), dict(saved['state'])
+    for key, param, strides in itertools.chain(*matched):
+        if key in values: values[key] = copy_like(param, values[key], strides)
+    for group, params in zip(new['param_groups'], matched, strict=True):
+        group['params'] = [key for key, *_ in params]
+    opt.load_state_dict({**new, 'state': values})
+    for key, param, _ in itertools.chain(*matched):
+        if key in values: keep_dtypes(opt.state[param], values[key])
+
+def check_same_order(state, order):
+    "Raise ValueError for a state that does not say whose is whose, and is of another order"
+    if [[name for name, *_ in group] for group in state['params']] != order:
+        raise ValueError(f'the saved {state["kind"]} had its parameters in another order, and its '
+                         'state does not say whose is whose')
+
+def keep_dtypes(loaded, given):
+    "Put back the tensors that an optimizer has cast to the dtype of the parameter"
+    if not isinstance(loaded, (dict, list)): return
+    for key in loaded if isinstance(loaded, dict) else range(len(loaded)):
+        now, then = loaded[key], given[key]
+        if not isinstance(now, torch.Tensor): keep_dtypes(now, then)
+        elif now.dtype != then.dtype or now.stride() != then.stride():
+            loaded[key] = then.to(now.device)

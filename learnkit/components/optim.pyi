@@ -250,37 +250,83 @@ def opt_params(opt: torch.optim.Optimizer) -> Any:
         iterator of parameters
     """
 
-def opt_state(opt: torch.optim.Optimizer) -> Any:
-    """The optimizer's state, with the name of its class
+def param_names(opt: torch.optim.Optimizer, names: Any) -> Any:
+    """What its parameters are called, by group; `names`: id of a parameter -> name
 
     Returns:
-        dict: kind, state, param_groups
+        list of lists of str
     """
 
-def check_opt_state(opt: torch.optim.Optimizer, state: dict) -> None:
+def opt_state(opt: torch.optim.Optimizer, names: Any = ...) -> Any:
+    """What an optimizer says of itself, and what it is an optimizer of
+
+    Args:
+        names: id of a parameter -> name; else they are numbered
+
+    Returns:
+        dict: kind, params (name, shape and strides, by group), state_dict
+    """
+
+def check_opt_state(opt: torch.optim.Optimizer, state: dict, names: Any = ...) -> None:
     """Raise ValueError when `state` is that of another optimizer
 
     Args:
         state: what `opt_state` returned
+        names: as for `opt_state`
     """
 
-def copy_like(param: Any, values: Any, reusable: Any = None) -> Any:
-    """Copies of tensors, those in the shape of the parameter in its memory layout and on its device
+def check_params(saved: Any, now: Any) -> Any:
+    """Raise ValueError unless a group had the parameters that it has here, in whatever order
+
+    Returns:
+        lists of [name, shape, strides]
+    """
+MOMENTS_LIKE_PARAMS: frozenset[str]
+
+def check_moments(state: Any) -> None:
+    """Raise ValueError for a tensor that is neither one number nor of the shape of its parameter"""
+
+def copy_like(param: Any, values: Any, strides: Any = None) -> Any:
+    """Copies of tensors on the device of the parameter; those in its shape follow its memory layout
 
     Args:
         param: parameter; None: of no parameter
         values: what an optimizer keeps of it, or its gradient
-        reusable: what is kept now: tensors that fit are written to, not made anew
+        strides: of the parameter when the values were kept
 
     Returns:
         the same nesting
     """
 
-def same_layout(a: Any, b: Any) -> Any: ...
+def device_of(value: Any, param: Any) -> Any:
+    """Returns:
+        a single number may stay on the host
+    """
 
-def load_opt_state(opt: torch.optim.Optimizer, state: dict) -> None:
-    """Load `state` into `opt`, its tensors in the memory layout of their parameters
+def is_usual(saved: Any) -> bool:
+    """Whether an optimizer's state_dict is laid out as torch's are
+
+    Returns:
+        bool
+    """
+
+def matched_params(opt: Any, state: Any, names: Any) -> Any:
+    """The parameters of an optimizer, by group, with the keys that a saved state has for them
+
+    Returns:
+        list of lists of (key in what is saved, parameter, strides)
+    """
+
+def load_opt_state(opt: torch.optim.Optimizer, state: dict, names: Any = ...) -> Any:
+    """Load `state` into `opt`, each parameter's by its name, dtypes and layouts as they were
 
     Args:
         state: what `opt_state` returned
+        names: as for `opt_state`
     """
+
+def check_same_order(state: Any, order: Any) -> None:
+    """Raise ValueError for a state that does not say whose is whose, and is of another order"""
+
+def keep_dtypes(loaded: Any, given: Any) -> None:
+    """Put back the tensors that an optimizer has cast to the dtype of the parameter"""

@@ -244,7 +244,13 @@ def pack_tensor(self:Packer, t, kind='$tensor'): # JSON value, to be filled in
     if why := why_unstorable(t): self.refuse(t, why)
     node = {kind: None}
     self.found.append(FoundTensor(path_text(self.path), t, node, kind))
-    return node
+    return node if self.canonical or not is_permuted(t) else {'$strided': [node, list(t.stride())]}
+
+def is_permuted(t): # bool
+    "Whether a tensor fills its memory without gaps, but not in the order of its dimensions"
+    if t.is_contiguous(): return False
+    dims = sorted(range(t.ndim), key=t.stride, reverse=True)
+    return t.permute(dims).is_contiguous()
 
 @patch
 def pack_array(self:Packer, x): # JSON value
@@ -303,6 +309,7 @@ def unpack_kind(self:Unpacker, kind:str, value):
     if kind in KINDS: return KINDS[kind].back(self.unpack(value))
     if kind == 'object': return self.whole(Parts(value[0], self.unpack(value[1])))
     if kind == 'tensor': return self.tensor(value)
+    if kind == 'strided': return with_strides(self.unpack(value[0]), value[1])
     if kind == 'array': return self.tensor(value).numpy()
     if kind in ('bits', 'objects'): return self.unpack_array(*value)
     if kind == 'number': return np.frombuffer(bytes.fromhex(value[1]), value[0])[0]
@@ -329,6 +336,12 @@ def unpack_array(self:Unpacker, *packed): # array of text, times, other objects
     return np.ndarray(shape, dtype, self.unpack(packed[2]).numpy())
 
 # %% ../../nbs/files/03_tree.ipynb #d56db8a4
+def with_strides(x, strides): # tensor or array
+    "The same values, laid out in memory as they were"
+    t = torch.as_tensor(x)
+    new = torch.empty_strided(t.shape, strides, dtype=t.dtype).copy_(t)
+    return new if isinstance(x, torch.Tensor) else new.numpy()
+
 def text_digest(text:str): return hashlib.sha256(text.encode()).hexdigest()
 def json_digest(value): return text_digest(json.dumps(value, sort_keys=True))
 

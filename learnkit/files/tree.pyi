@@ -177,6 +177,13 @@ class Packer:
             JSON value; a float64 has the digest of a float
         """
 
+def is_permuted(t: Any) -> bool:
+    """Whether a tensor fills its memory without gaps, but not in the order of its dimensions
+
+    Returns:
+        bool
+    """
+
 class Unpacker:
     """Turns JSON values back into a tree"""
     tensors: dict
@@ -204,6 +211,13 @@ class Unpacker:
         """Returns:
             array of text, times, other objects
         """
+
+def with_strides(x: Any, strides: Any) -> Any:
+    """The same values, laid out in memory as they were
+
+    Returns:
+        tensor or array
+    """
 
 def text_digest(text: str) -> Any: ...
 

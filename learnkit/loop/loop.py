@@ -9,6 +9,7 @@ __all__ = []
 from contextlib import contextmanager
 import torch
 from fastcore.basics import patch
+from torch import nn
 from ..base.batches import batch_size, to_device
 from ..base.guard import Guarded
 from ..base.methods import unrecorded
@@ -27,7 +28,7 @@ class Loop(Guarded):
     _fit: FitState
     _batch: object
     _n_items: int | None
-    _initial: dict | None
+    _origin: object
 
     def _level(self, name, body, then=None):
         self.levels.append(name)
@@ -209,19 +210,29 @@ def has_updates(learn): # bool
 @patch
 @contextmanager
 def _pass(self:Loop, phase, dl):
-    modes = [(module, module.training) for module in self.model.modules()]
+    modes = [(module, module.training) for module in modules_of(self)]
     new = vars(PassState(phase, dl, length(dl)))
     before = {name: getattr(self, name) for name in new}
     vars(self).update(new)
     try:
         if self.levels[:1] == ['fit']: set_epoch(dl, self.epochs_done)
         self.can_update = self.training and has_updates(self)
-        self.model.train(self.training)
+        set_modes(self)
         for module in self.frozen_stats: module.training = False
         with torch.set_grad_enabled(self.training), workers_outlive_signals(dl): yield
     finally:
         for module, mode in modes: module.training = mode
         vars(self).update(before)
+
+def modules_of(learn): # list of modules
+    "The modules of the model, and of the loss if it is one"
+    parts = (learn.model, learn.loss_func)
+    return [m for part in parts if isinstance(part, nn.Module) for m in part.modules()]
+
+def set_modes(learn):
+    "Training or evaluation; the loss trains in the modes that it was given"
+    learn.model.train(learn.training)
+    if not learn.training and isinstance(learn.loss_func, nn.Module): learn.loss_func.eval()
 
 @patch
 def _check_no_batches(self:Loop):

@@ -71,6 +71,16 @@ def has_updates(learn: Learner) -> bool:
         bool
     """
 
+def modules_of(learn: Learner) -> Any:
+    """The modules of the model, and of the loss if it is one
+
+    Returns:
+        list of modules
+    """
+
+def set_modes(learn: Learner) -> None:
+    """Training or evaluation; the loss trains in the modes that it was given"""
+
 def split_batch(batch: Any, n_inp: Any = None) -> Any:
     """The inputs and the targets of a batch
 

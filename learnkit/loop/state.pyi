@@ -50,6 +50,11 @@ def check_loss_state(loss_func: Any, state: Any) -> None:
     """Raise ValueError when `state` is that of another loss"""
 COUNTERS: tuple[str, ...]
 
+def names_of_params(learn: Learner) -> Any:
+    """Returns:
+        dict: id of a parameter -> name
+    """
+
 def live_state(learn: Learner) -> Any:
     """All that training goes on from
 
@@ -58,7 +63,7 @@ def live_state(learn: Learner) -> Any:
     """
 
 def fit_state(learn: Learner) -> Any:
-    """Where the running fit is, with the gradients that are there
+    """Where the running fit is, with the gradients that are there, by name
 
     Returns:
         plain tree; None when no fit runs
@@ -88,8 +93,26 @@ def n_bytes(state: Any) -> int:
 def check_learner_state(learn: Learner, state: Any) -> None:
     """Raise ValueError when `state` is that of another model, optimizer or set of callbacks"""
 
+def check_complete(state: Any) -> None:
+    """Raise ValueError for a state that lacks a part, or has one of another kind"""
+
+def check_like(path: Any, saved: Any, now: Any) -> None:
+    """Raise ValueError unless two trees have the same keys, types, shapes"""
+
 def load_state(learn: Learner, state: Any) -> None:
     """Go back to `state`: all of it, or, with an error, none"""
+
+def undone_on_error(learn: Learner) -> AbstractContextManager[None]:
+    """If the block fails, the learner is as it was before"""
+
+def loads_by_itself(module: Any) -> bool:
+    """Whether code of its own runs when a module loads its state
+
+    Returns:
+        bool
+    """
+
+def copied_tree(tree: Any) -> Any: ...
 
 def load_scaler(learn: Learner, state: Any) -> None:
     """Give the learner the gradient scaler it had, or none"""
@@ -100,12 +123,19 @@ def reset_state(learn: Learner, initial: Any) -> None:
 def unchanged_learner(learn: Learner) -> AbstractContextManager[None]:
     """Whatever happens inside, the learner is afterwards as it was before"""
 
-def unchanged_modules(learn: Learner) -> AbstractContextManager[None]:
-    """Model and loss get back their tensors, values, gradients, modes and extra states"""
-
-def unchanged_opt(opt: Any) -> AbstractContextManager[None]:
-    """Work on a copy of an optimizer's state and hyperparameters; its own come back
+def unchanged_by_a_pass(learn: Learner) -> Any:
+    """What evaluating changes in model, loss, metrics and data is afterwards as it was before
 
     Returns:
-        optimizer or None
+        context manager
     """
+
+def unchanged_parts(learn: Learner, names: Any = None) -> AbstractContextManager[None]:
+    """What is reached from parts of a learner is afterwards as it was before; weights do not count
+
+    Returns:
+        of `roots`; None: all
+    """
+
+def unchanged_modules(learn: Learner) -> AbstractContextManager[None]:
+    """Model and loss get back their tensors, values, gradients, modes and extra states"""

@@ -124,7 +124,7 @@ def unshard(self:Distributed, learn):
     for cb in self._block_cbs:  # those of other fits too: somebody may read what they keep
         state = cb.state_dict()
         if any_dtensor(state): cb.load_state_dict(map_tensors(full_tensor, state))
-    learn._initial = map_tensors(lambda t: full_tensor(t).cpu(), learn._initial)
+    learn._origin.state = map_tensors(lambda t: full_tensor(t).cpu(), learn._origin.state)
     self._sharded.unshard(learn.opt)
     self._sharded = None
 

@@ -13,13 +13,14 @@ from ..base.batches import map_tensors
 from ..base.dtensors import distribute_like, full_tensor
 from ..base.ranks import is_main, rank0_first
 from ..components.callback import Callback
-from ..components.optim import check_opt_state, load_opt_state, opt_state
+from ..components.optim import copy_like
 from ..files.errors import StoreError
 from ..files.tree import load_tree, save_tree
 from ..loop.resume import is_saved
+from ..loop.observed import state_tensors
 from ..loop.saving import save_path
 from ..loop.state import (
-    check_loss_state, check_model_state, load_model_state, loss_state, model_state)
+    check_loss_state, check_model_state, load_model_state, loss_state, model_state, names_of_params)
 from .arguments import check_choice
 from .tracker import Tracker, is_higher_better
 
@@ -36,13 +37,21 @@ def weight_keepers(learn): # dict: name -> callback
     return found
 
 # %% ../../nbs/training/07_save_best.ipynb #0b812ab4
+def optimizers_in(opt): # list of optimizers
+    "An optimizer, and those that it is made of"
+    inner = [x for x in vars(opt).values() if isinstance(x, torch.optim.Optimizer)]
+    return [x for x in (opt, *inner) if 'state' in vars(x)]
+
+def param_states(learn): # dict: kind, states (name of a parameter -> what is kept of it)
+    "What an optimizer knows about each parameter, without rates and counters of its own"
+    names = names_of_params(learn)
+    states = [{names[id(p)]: dict(kept) for p, kept in opt.state.items() if id(p) in names}
+              for opt in optimizers_in(learn.opt)]
+    return {'kind': type(learn.opt).__name__, 'states': states}
+
 def live_snapshot(learn): # plain tree of live tensors
     "What belongs to the model as it is now"
-    opt = None
-    if learn.opt:
-        state = opt_state(learn.opt)
-        opt = {'kind': state['kind'], 'state': state['state'],
-               'param_groups': [{'params': group['params']} for group in state['param_groups']]}
+    opt = param_states(learn) if learn.opt else None
     beside = {name: cb.weights() for name, cb in weight_keepers(learn).items()}
     return {'model': model_state(learn.model), 'loss_func': loss_state(learn.loss_func), 'opt': opt,
             'weights': {name: weights for name, weights in beside.items() if weights is not None}}
@@ -56,18 +65,28 @@ def check_same_shapes(name, have, saved):
                          'nothing was loaded')
 
 # %% ../../nbs/training/07_save_best.ipynb #bddae5f4
-def load_param_states(opt:torch.optim.Optimizer,
-                      saved:dict, # kind, state, and which parameters its groups had
+@torch.no_grad()
+def load_param_states(learn,
+                      saved:dict, # as from `param_states`
                      ):
-    "Load what was known about each parameter; the groups, and so the rates, stay as they are"
-    try: check_opt_state(opt, saved)
-    except ValueError as why:
+    "Load what was known about each parameter; rates and counters of the optimizer stay as they are"
+    if why := why_other_states(learn, saved):
         return warnings.warn('the best weights are back, but the optimizer keeps the state it has: '
                              f'{why}', stacklevel=4)
-    groups, now = opt.param_groups, opt_state(opt)
-    values = map_tensors(torch.clone, saved['state'])  # an optimizer takes some over as they are
-    load_opt_state(opt, {**now, 'state': values})
-    opt.param_groups = groups
+    params = state_tensors(learn)
+    for opt, states in zip(optimizers_in(learn.opt), saved['states'], strict=True):
+        for name, param in params.items():
+            if name not in states: opt.state.pop(param, None)
+            else: opt.state[param] = copy_like(param, states[name], list(param.stride()))
+
+def why_other_states(learn, saved): # str; None where they fit
+    "Why what was known about parameters is not of this optimizer"
+    kind, params = type(learn.opt).__name__, state_tensors(learn)
+    if saved['kind'] != kind: return f'the saved one is {saved["kind"]}, this one is {kind}'
+    if len(saved['states']) != len(optimizers_in(learn.opt)): return 'it is made of others'
+    names = {name for states in saved['states'] for name in states}
+    lost = sorted(names - params.keys())
+    return f'{lost[0]} is not a parameter here' if lost else None
 
 # %% ../../nbs/training/07_save_best.ipynb #c4b250a1
 def load_snapshot(learn,
@@ -84,7 +103,7 @@ def load_snapshot(learn,
         if name not in saved_weights: cb.drop_weights()
     load_model_state(learn.model, tree['model'])
     if tree['loss_func']: load_model_state(learn.loss_func, tree['loss_func'])
-    if learn.opt and tree['opt']: load_param_states(learn.opt, tree['opt'])
+    if learn.opt and tree['opt']: load_param_states(learn, tree['opt'])
     with torch.no_grad():
         for _, have, saved in both:
             for key, tensor in have.items(): tensor.copy_(distribute_like(saved[key], tensor))

@@ -2,7 +2,6 @@
 # pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 # pyright: reportPrivateImportUsage=false
 """The weights of the best epoch, not of the last"""
-import torch
 from typing import Any
 from ..loop.learner import Learner
 from ..training.tracker import Tracker
@@ -17,6 +16,20 @@ def weight_keepers(learn: Learner) -> Any:
         dict: name -> callback
     """
 
+def optimizers_in(opt: Any) -> Any:
+    """An optimizer, and those that it is made of
+
+    Returns:
+        list of optimizers
+    """
+
+def param_states(learn: Learner) -> Any:
+    """What an optimizer knows about each parameter, without rates and counters of its own
+
+    Returns:
+        dict: kind, states (name of a parameter -> what is kept of it)
+    """
+
 def live_snapshot(learn: Learner) -> Any:
     """What belongs to the model as it is now
 
@@ -27,11 +40,18 @@ def live_snapshot(learn: Learner) -> Any:
 def check_same_shapes(name: Any, have: Any, saved: Any) -> None:
     """Raise ValueError unless two dicts of tensors have the same names and shapes"""
 
-def load_param_states(opt: torch.optim.Optimizer, saved: dict) -> Any:
-    """Load what was known about each parameter; the groups, and so the rates, stay as they are
+def load_param_states(learn: Learner, saved: dict) -> Any:
+    """Load what was known about each parameter; rates and counters of the optimizer stay as they are
 
     Args:
-        saved: kind, state, and which parameters its groups had
+        saved: as from `param_states`
+    """
+
+def why_other_states(learn: Learner, saved: Any) -> Any:
+    """Why what was known about parameters is not of this optimizer
+
+    Returns:
+        str; None where they fit
     """
 
 def load_snapshot(learn: Learner, tree: Any) -> None:

@@ -494,7 +494,7 @@ def trace(learn): # digest of all one can see
              'steps_skipped', 'batches_per_epoch',
              'batches_per_update', 'sync_grads', 'levels', 'n_epoch', 'on_interrupt',
              'time_is_up')
-    seen = [learn.state_dict(), {name: getattr(learn, name) for name in names}, learn._initial,
+    seen = [learn.state_dict(), {name: getattr(learn, name) for name in names}, learn._origin.state,
             learn._fit.outcome(),
             [m.training for m in learn.model.modules()],
             [p.requires_grad for p in learn.model.parameters()],

@@ -1,0 +1,235 @@
+"What training changes besides weights comes back: kind of thing x where it lives x how it changes"
+import collections, copy, random, tempfile
+from types import SimpleNamespace
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from learnkit import *
+from learnkit.files.errors import UnstorableError
+from learnkit.files.tree import tree_digest
+
+GEN = torch.Generator().manual_seed(0)
+X, Y = torch.randn(48, 4, generator=GEN), torch.randint(2, (48,), generator=GEN)
+
+
+class Inner:
+    "An object of the user's inside of another one"
+    def __init__(self): self.n = 0
+
+
+# Each: a first value, and what one use makes of it
+
+def counted(x): return x + 1
+def appended(x):
+    x.append(len(x))
+    return x
+def added(x):
+    x.add(len(x))
+    return x
+def keyed(x):
+    x[f'k{len(x)}'] = len(x)
+    return x
+def in_place(x):
+    x += 1
+    return x
+def drawn(x):
+    x.random() if not isinstance(x, torch.Generator) else torch.rand(1, generator=x)
+    return x
+def deeper(x):
+    x.n += 1
+    return x
+
+
+KINDS = {
+    'int': (lambda: 0, counted), 'float': (lambda: 0.5, counted),
+    'none': (lambda: None, lambda x: 1 if x is None else x + 1),
+    'text': (lambda: 'a', lambda x: x + 'b'), 'tuple': (lambda: (1, 2), lambda x: (*x, len(x))),
+    'list': (lambda: [1.], appended), 'dict': (dict, keyed),
+    'deque': (lambda: collections.deque(maxlen=4), appended), 'set': (lambda: {0}, added),
+    'counter': (collections.Counter, keyed),
+    'nested': (lambda: {'a': [1, {'b': 2}]}, lambda x: {**x, 'a': [*x['a'], len(x['a'])]}),
+    'tensor': (lambda: torch.zeros(2), in_place),
+    'new tensor': (lambda: torch.zeros(2, dtype=torch.float64), lambda x: x + 1),
+    'bool mask': (lambda: torch.zeros(3, dtype=torch.bool), lambda x: ~x),
+    'int8': (lambda: torch.zeros(3, dtype=torch.int8), in_place),
+    'transposed': (lambda: torch.arange(6.).view(2, 3).t(), in_place),
+    'array': (lambda: np.zeros(2), in_place), 'number': (lambda: np.float32(1), counted),
+    'numpy generator': (lambda: np.random.default_rng(0), drawn),
+    'python generator': (lambda: random.Random(0), drawn),
+    'torch generator': (lambda: torch.Generator().manual_seed(0), drawn),
+    'object': (Inner, deeper), 'namespace': (lambda: SimpleNamespace(n=0), deeper),
+}
+
+
+class Net(nn.Module):
+    def __init__(self, first, change):
+        super().__init__()
+        self.lin, self.change, self.x = nn.Linear(4, 2), change, first()
+    def forward(self, x):
+        if self.training: self.x = self.change(self.x)
+        return self.lin(x)
+
+
+class PrivateNet(Net):
+    def __init__(self, first, change):
+        super().__init__(first, change)
+        self._x = first()
+    def forward(self, x):
+        if self.training: self._x = self.change(self._x)
+        return self.lin(x)
+
+
+class Loss:
+    def __init__(self, first, change): self.change, self.x = change, first()
+    def __call__(self, pred, y):
+        self.x = self.change(self.x)
+        return cross_entropy(pred, y)
+
+
+class ModuleLoss(nn.Module):
+    def __init__(self, first, change):
+        super().__init__()
+        self.change, self.x = change, first()
+    def forward(self, pred, y):
+        if self.training: self.x = self.change(self.x)
+        return cross_entropy(pred, y)
+
+
+class Counts(Callback):
+    def __init__(self, first, change): self.change, self.x = change, first()
+    def after_batch(self, learn): self.x = self.change(self.x)
+
+
+class Opt(torch.optim.SGD):
+    first = change = None
+    def __init__(self, params, lr):
+        super().__init__(params, lr)
+        self.x = self.first()
+    def step(self, closure=None):
+        self.x = type(self).change(self.x)
+        return super().step(closure)
+
+
+def place(where, first, change): # (arguments of the learner, learner -> value, callbacks of fits)
+    if where == 'model': return {'model': Net(first, change)}, lambda learn: learn.model.x, None
+    if where == 'private':
+        return {'model': PrivateNet(first, change)}, lambda learn: learn.model._x, None
+    if where == 'loss':
+        return {'loss_func': Loss(first, change)}, lambda learn: learn.loss_func.x, None
+    if where == 'loss module':
+        return {'loss_func': ModuleLoss(first, change)}, lambda learn: learn.loss_func.x, None
+    if where == 'callback':
+        return {'cbs': (cb := Counts(first, change))}, lambda learn: cb.x, None
+    if where == 'given callback':
+        cb = Counts(first, change)
+        return {}, lambda learn: cb.x, cb
+    if where == 'closure':
+        x = first()
+        def use(learn):
+            nonlocal x
+            x = change(x)
+        return {'cbs': Callback(after_batch=use)}, lambda learn: x, None
+    if where == 'optimizer':
+        cls = type('Own', (Opt,), {'first': staticmethod(first), 'change': staticmethod(change)})
+        return {'opt_func': cls}, lambda learn: learn.opt.x, None
+    if where == 'learner':
+        class Own(BASE[-1]):
+            def __init__(self, *args, **kwargs):
+                super().__init__(*args, **kwargs)
+                self.x = first()
+            def get_pred(self):
+                if self.training: self.x = change(self.x)
+                super().get_pred()
+        return {'cls': Own}, lambda learn: learn.x, None
+    raise KeyError(where)
+
+
+BASE = [Learner]
+PLACES = ('model', 'private', 'loss', 'loss module', 'callback', 'given callback', 'closure',
+          'optimizer', 'learner')
+
+
+def made(where, kind, base=Learner, **kwargs):
+    first, change = KINDS[kind]
+    BASE[-1] = base
+    given, value, cbs = place(where, first, change)
+    torch.manual_seed(0)
+    given = {'cls': base, 'model': None, 'loss_func': nn.CrossEntropyLoss(), 'opt_func':
+             torch.optim.SGD, **given}
+    cls, model, loss = given.pop('cls'), given.pop('model') or nn.Linear(4, 2), given.pop('loss_func')
+    dls = DataLoaders.from_tensors((X, Y), valid_pct=0.25, bs=9, device='cpu')
+    learn = cls(dls, model, loss, lr=1e-2, device='cpu', **given, **kwargs)
+    learn.remove_cb(Progress)
+    return learn, value, cbs
+
+
+def seen(learn, value):
+    x = value(learn)
+    if isinstance(x, (Inner, SimpleNamespace)): x = x.n
+    if isinstance(x, np.random.Generator): x = str(x.bit_generator.state)
+    if isinstance(x, random.Random): x = x.getstate()
+    if isinstance(x, torch.Generator): x = x.get_state()
+    layout = x.stride() if isinstance(x, torch.Tensor) else None
+    weights = [p.detach().clone() for p in learn.model.parameters()]
+    return type(value(learn)).__name__, tree_digest([weights, plain(x), layout])
+
+
+def plain(x):
+    if isinstance(x, collections.deque): return list(x), x.maxlen
+    return sorted(x) if isinstance(x, set) else x
+
+
+ALL = [(where, kind) for where in PLACES for kind in KINDS]
+
+
+@pytest.mark.parametrize('where, kind', ALL)
+def test_a_resumed_fit_has_what_a_whole_one_has(where, kind, tmp_path):
+    class Kill(Callback):
+        def settings(self): return None
+        def after_batch(self, learn):
+            if learn.phase == 'train' and (learn.epoch, learn.iter) == (1, 2): raise ZeroDivisionError
+    def fit(folder, *more, **kwargs):
+        learn, value, cbs = made(where, kind)
+        given = [*([cbs] if cbs else []), SaveState(folder, '3 steps'), *more]
+        try: learn.fit(3, cbs=given, **kwargs)
+        except ZeroDivisionError: pass
+        return seen(learn, value)
+    whole = fit(tmp_path/'a')
+    fit(tmp_path/'b', Kill())
+    assert fit(tmp_path/'b', resume='latest') == whole
+
+
+@pytest.mark.parametrize('where, kind', ALL)
+def test_a_fetched_call_leaves_what_a_computed_one_left(where, kind, tmp_path):
+    def script(n):
+        learn, value, cbs = made(where, kind, CheckpointedLearner, name='a', root=tmp_path)
+        given, found = {'cbs': cbs} if cbs else {}, []
+        for id in range(n):
+            with learn.checkpoint(id) as cp: cp.fit(1, **given)
+            found.append(seen(learn, value))
+        learn.rollback(0)
+        if not cbs: assert seen(learn, value) == found[0]
+        return found
+    first = script(1)
+    both = script(2)
+    assert both[:1] == first
+    assert script(2) == both
+
+
+@pytest.mark.parametrize('where, kind', ALL)
+def test_pure_methods_and_reset_leave_no_trace(where, kind):
+    learn, value, cbs = made(where, kind)
+    start = seen(learn, value)
+    learn.fit(1, cbs=cbs)
+    before = seen(learn, value)
+    learn.lr_find(num_it=12)
+    assert seen(learn, value) == before
+    if where not in ('callback', 'closure'):
+        learn.validate()
+        learn.get_preds()
+        assert seen(learn, value) == before
+    if not cbs:
+        learn.reset()
+        assert seen(learn, value) == start
