@@ -51,6 +51,7 @@ class Reference:
     origin: object
     path: tuple
 
+# %% ../../nbs/base/09_snapshots.ipynb #edf905cc
 @dataclass(eq=False)
 class Opaque:
     "What cannot be looked into: a function, a class, a handle"
@@ -90,6 +91,7 @@ def same_items(a, b): # bool
                     for x, y in zip(a.keys, b.keys, strict=True))
     return same_keys and all(map(is_same, a.values, b.values))
 
+# %% ../../nbs/base/09_snapshots.ipynb #52f0bf00
 def same_arrays(a, b): # bool
     "Whether shape, dtype, strides and bits are equal"
     if isinstance(a, np.ndarray):
@@ -147,6 +149,7 @@ def slots_of_class(cls): # (tuple, frozenset) of names: slots, and attributes to
         OPTIMIZER_SLOTS if issubclass(cls, torch.optim.Optimizer) else ())
     return tuple(own), frozenset((*computed, *transient, *torchs, '__dict__', '__weakref__'))
 
+# %% ../../nbs/base/09_snapshots.ipynb #1748d350
 def cells(func): # dict: name -> value
     "The variables that a function shares with the one in which it was made"
     found = zip(func.__code__.co_freevars, func.__closure__ or (), strict=True)
@@ -159,7 +162,7 @@ def is_empty(cell): # bool
     except ValueError: return True
 
 # %% ../../nbs/base/09_snapshots.ipynb #97dd3ad7
-MISSING = object()
+MISSING, UNKNOWN = object(), object()
 
 def set_slot(x, name, value):
     "Give an object's slot a value; MISSING: take it away"
@@ -186,8 +189,8 @@ def set_module_slot(x, name, value):
 
 # %% ../../nbs/base/09_snapshots.ipynb #2cc431b3
 ACTING = frozenset((
-    '_io', '_thread', 'asyncio', 'concurrent', 'io', 'logging', 'multiprocessing', 'queue', 'select',
-    'selectors', 'socket', 'subprocess', 'tempfile', 'threading', '_queue', '_socket', 'weakref',
+    '_io', '_thread', 'asyncio', 'concurrent', 'io', 'logging', 'multiprocessing', 'queue',
+    'select', 'selectors', 'socket', 'subprocess', 'tempfile', 'threading', '_queue', '_socket', 'weakref',
     'IPython', 'aim', 'comet_ml', 'fastprogress', 'ipywidgets', 'matplotlib', 'mlflow', 'neptune',
     'rich', 'tensorboard', 'tensorboardX', 'tqdm', 'trackio', 'wandb'))
 
@@ -229,6 +232,9 @@ class Snapshot:
             now = self.followed_slots(path)
             self.values[path] = {name: self.hold(x, (*path, name)) for name, x in now.items()}
 
+    def of(self, x): # dict: name -> held value; empty for an object that it has not met
+        return self.values.get(self.paths.get(id(x)), {})
+
     def followed_slots(self, path): # dict: name -> value, as it is now
         "What an object keeps, without what acts on the world and what is data"
         found = self.scope.slots(self.objects[path], path)
@@ -265,6 +271,7 @@ def refer(self:Snapshot, x, path): # Reference
         self.open.append(path)
     return Reference(x, self.paths[id(x)])
 
+# %% ../../nbs/base/09_snapshots.ipynb #1546afaf
 def progress(x): # what shows that it has moved; None for anything that does not move
     "How far an iterator is, or what a table holds"
     if isinstance(x, types.GeneratorType):
@@ -287,12 +294,12 @@ def copied(x): # tensor or array
 # %% ../../nbs/base/09_snapshots.ipynb #3e378357
 @patch
 def changes(self:Snapshot,
-            before:Snapshot,
+            before, # an earlier snapshot, or anything whose `of(object)` is what an object held
            ) -> list: # of (path of an object, name of a slot)
-    "What holds something else than in an earlier snapshot, or has come or gone since"
+    "What holds something else than before, or has come or gone since"
     found = []
     for path, values in self.values.items():
-        known = before.values.get(path, {})
+        known = before.of(self.objects[path])
         found += [(path, name) for name in dict.fromkeys((*known, *values))
                   if not is_same(values.get(name, MISSING), known.get(name, MISSING))]
     return found
@@ -311,7 +318,7 @@ def put_back(self:Snapshot):
             self.put_slot(x, name, before.get(name, MISSING), now.get(name, MISSING))
 
 @patch
-def put_slot(self:Snapshot, x, name, held, now):
+def put_slot(self:Snapshot, x, name, held, now=UNKNOWN): # now: what it holds
     "Give a slot of an object what was held; MISSING: take it away"
     value = self.returned(held)
     if now is not value: self.scope.set(x, name, value)
@@ -324,13 +331,14 @@ def returned(self:Snapshot, held): # the object that was held
     elif isinstance(held, HeldGenerator): set_generator_state(held.origin, held.state)
     return getattr(held, 'origin', held) if type(held) in HELD else held
 
+# %% ../../nbs/base/09_snapshots.ipynb #cbb2ee4b
 def refill(x, keys, values):
     "Give a container that can be changed its items; the others are made of objects that were"
     values = list(values)
     if isinstance(x, dict):
         if list(x) == keys and all(map(operator.is_, x.values(), values)): return
         x.clear()
-        x.update(zip(keys, values, strict=True))
+        for key, value in zip(keys, values, strict=True): x[key] = value  # a Counter's update adds
     elif isinstance(x, list): x[:] = values
     elif isinstance(x, (deque, set)):
         x.clear()
@@ -343,7 +351,8 @@ def write_back(x, copy):
         return
     here = local_part(x) if is_dtensor(x) else x
     if same_arrays(here, copy): return
-    with torch.no_grad(): here.set_(copy) if here.shape != copy.shape else here.copy_(copy)
+    with torch.no_grad():
+        here.set_(copy.clone()) if here.shape != copy.shape else here.copy_(copy)
 
 # %% ../../nbs/base/09_snapshots.ipynb #997807b8
 class NotPlainError(TypeError):
@@ -366,6 +375,9 @@ def packed(held, where, marks): # plain tree
         if isinstance(kind, torch.device) and kind.type != 'cpu':
             marks.append([list(where), 'device', kind.type])
         return held.copy
+    if isinstance(held, enum.Enum):
+        marks.append([list(where), 'member', None])
+        return held.value
     if not isinstance(held, HELD): return held
     if isinstance(held, (Opaque, HeldProgress)): raise NotPlainError(described(held.origin))
     kind, what = {Reference: ('object', lambda: list(held.path)),
@@ -374,15 +386,17 @@ def packed(held, where, marks): # plain tree
     marks.append([list(where), kind, what()])
     return held.state if kind == 'generator' else None
 
+# %% ../../nbs/base/09_snapshots.ipynb #b9e6ef45
 def described(x): return f'a {type(x).__module__}.{type(x).__qualname__}'.replace(' builtins.', ' ')
 
 def rebuilt(like, keys, items): # container
     "A container of the kind of another one"
-    if isinstance(like, defaultdict):
-        return type(like)(like.default_factory, zip(keys, items, strict=True))
     if isinstance(like, types.MappingProxyType): return dict(zip(keys, items, strict=True))
     if isinstance(like, deque): return deque(items, like.maxlen)
-    if isinstance(like, dict): return type(like)(zip(keys, items, strict=True))
+    if isinstance(like, dict):
+        new = defaultdict(like.default_factory) if isinstance(like, defaultdict) else type(like)()
+        refill(new, list(keys), items)
+        return new
     return getattr(like, '_make', type(like))(items)
 
 # %% ../../nbs/base/09_snapshots.ipynb #125658bb
@@ -403,24 +417,37 @@ class Unpacking:
         kind, what = self.marks.get(where, (None, None))
         if kind == 'object': return self.find(tuple(what))
         if kind == 'weight': return self.weights[what]
+        if kind == 'member': return member(now, tree)
         if kind == 'generator':
             set_generator_state(now, tree)
             return now
         if isinstance(tree, (torch.Tensor, np.ndarray)): return as_before(tree, now, what)
         if isinstance(tree, (*MAPPINGS, *SEQUENCES)): return self.unpack_items(tree, where, now)
-        return tree
+        return now if is_worth(now, tree) else tree
 
-    def unpack_items(self, tree, where, now):
-        keys = list(tree) if isinstance(tree, dict) else range(len(tree))
-        items = list(tree.values() if isinstance(tree, dict) else tree)
-        known = dict(now) if isinstance(now, dict) else (
-            dict(enumerate(now)) if isinstance(now, (list, tuple, deque)) else {})
-        items = [self.unpack(item, (*where, i), known.get(key))
-                 for i, (key, item) in enumerate(zip(keys, items, strict=True))]
-        if type(now) is type(tree) and isinstance(now, (dict, list, deque, set)):
-            refill(now, list(keys), items)
-            return now
-        return rebuilt(tree, list(keys), items)
+# %% ../../nbs/base/09_snapshots.ipynb #3b1df44a
+@patch
+def unpack_items(self:Unpacking, tree, where, now):
+    keys = list(tree) if isinstance(tree, dict) else range(len(tree))
+    items = list(tree.values() if isinstance(tree, dict) else tree)
+    known = dict(now) if isinstance(now, dict) else (
+        dict(enumerate(now)) if isinstance(now, (list, tuple, deque)) else {})
+    items = [self.unpack(item, (*where, i), known.get(key))
+             for i, (key, item) in enumerate(zip(keys, items, strict=True))]
+    if type(now) is type(tree) and isinstance(now, (dict, list, deque, set)):
+        refill(now, list(keys), items)
+        return now
+    return rebuilt(tree, list(keys), items)
+
+def is_worth(now, x): # bool
+    "Whether what is there is the same text or number, of a class of its own"
+    return type(now) is not type(x) and isinstance(now, type(x)) and x is not None and now == x
+
+def member(now, value): # enum.Enum
+    "The member of an enumeration with a value"
+    if isinstance(now, enum.Enum): return type(now)(value)
+    raise ValueError(f'{value!r} was a member of an enumeration, here it is {now!r}: what class it '
+                     'is of is not known')
 
 def as_before(x, now, device): # tensor or array
     "Values in the tensor that is there, where it fits; else as one of its own"

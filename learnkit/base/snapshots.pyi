@@ -118,6 +118,7 @@ def is_empty(cell: Any) -> bool:
         bool
     """
 MISSING: Any
+UNKNOWN: Any
 
 def set_slot(x: Any, name: Any, value: Any) -> None:
     """Give an object's slot a value; MISSING: take it away"""
@@ -161,6 +162,10 @@ class Snapshot:
             roots: name -> object, from which others are reached
             scope: what is looked into; None: everything
         """
+    def of(self, x: Any) -> Any:
+        """Returns:
+            dict: name -> held value; empty for an object that it has not met
+        """
     def followed_slots(self, path: Any) -> Any:
         """What an object keeps, without what acts on the world and what is data
 
@@ -181,16 +186,23 @@ class Snapshot:
         """Returns:
             Reference
         """
-    def changes(self, before: Snapshot) -> list:
-        """What holds something else than in an earlier snapshot, or has come or gone since
+    def changes(self, before: Any) -> list:
+        """What holds something else than before, or has come or gone since
+
+        Args:
+            before: an earlier snapshot, or anything whose `of(object)` is what an object held
 
         Returns:
             of (path of an object, name of a slot)
         """
     def put_back(self) -> None:
         """Give all objects what they held"""
-    def put_slot(self, x: Any, name: Any, held: Any, now: Any) -> None:
-        """Give a slot of an object what was held; MISSING: take it away"""
+    def put_slot(self, x: Any, name: Any, held: Any, now: Any = ...) -> Any:
+        """Give a slot of an object what was held; MISSING: take it away
+
+        Returns:
+            now: what it holds
+        """
     def returned(self, held: Any) -> Any:
         """What was held, with the content that it had
 
@@ -274,6 +286,20 @@ class Unpacking:
         """
     def unpack(self, tree: Any, where: Any, now: Any) -> Any: ...
     def unpack_items(self, tree: Any, where: Any, now: Any) -> Any: ...
+
+def is_worth(now: Any, x: Any) -> bool:
+    """Whether what is there is the same text or number, of a class of its own
+
+    Returns:
+        bool
+    """
+
+def member(now: Any, value: Any) -> Any:
+    """The member of an enumeration with a value
+
+    Returns:
+        enum.Enum
+    """
 
 def as_before(x: Any, now: Any, device: Any) -> Any:
     """Values in the tensor that is there, where it fits; else as one of its own

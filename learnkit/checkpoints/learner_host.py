@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/checkpoints/10_learner_host.ipynb #09f43a0c
-import copy, enum, inspect, math
+import copy, inspect, math
 from contextlib import contextmanager, nullcontext
 from types import MappingProxyType
 from fastcore.basics import patch
@@ -16,7 +16,7 @@ from ..base.guard import is_learnkits
 from ..base.randomness import set_rng_state
 from ..files.errors import UnstorableError
 from ..files.durable import file_digest
-from ..files.tree import check_storable, plain_worth
+from ..files.tree import check_storable
 from ..components.callback import Callback
 from ..fingerprint.words import as_text
 from ..components.optim import opt_params

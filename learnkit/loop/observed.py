@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from torch import nn
 from ..base.guard import assigned_names, is_learnkits
 from ..base.snapshots import (
-    HELD, MISSING, HeldItems, NotPlainError, Scope, Snapshot, Unpacking, is_same, pack, path_text)
+    HELD, MISSING, HeldItems, NotPlainError, Scope, Snapshot, Unpacking, pack, path_text)
 from ..files.errors import UnstorableError
 from ..files.tree import check_storable
 from ..components.callback import Callback
@@ -126,20 +126,11 @@ class Baseline:
     def of(self, x): # dict: name -> held value; empty for an object that is new
         return self.known.get(id(x), (x, {}))[1]
 
-    def put_back(self, now:Snapshot, changes): # as from `changes`
+    def put_back(self, now:Snapshot, changes): # as from `Snapshot.changes`
         "Let slots be as they were; what belongs to an object that is new stays"
         for path, name in changes:
-            x, before = now.objects[path], self.of(now.objects[path])
-            if before: now.put_slot(x, name, before.get(name, MISSING), MISSING)
-
-    def changes(self, now:Snapshot): # list of (path, name)
-        "The slots that hold something else than when they came into reach"
-        found = []
-        for path, values in now.values.items():
-            before = self.of(now.objects[path])
-            found += [(path, name) for name in dict.fromkeys((*before, *values))
-                      if not is_same(values.get(name, MISSING), before.get(name, MISSING))]
-        return found
+            x = now.objects[path]
+            if id(x) in self.known: now.put_slot(x, name, self.of(x).get(name, MISSING))
 
 # %% ../../nbs/loop/04_observed.ipynb #9bcac380
 class Origin:
@@ -150,21 +141,21 @@ class Origin:
 
     def begin_fit(self, learn):
         "Callbacks have begun: what they have made they will make again when the fit is taken up"
-        now = Snapshot(roots(learn), LearnerScope(learn))
-        self.made_again += [x for path, name in self.baseline.changes(now)
+        now = snapshot(learn)
+        self.made_again += [x for path, name in now.changes(self.baseline)
                             for x in origins(now.values[path].get(name))]
 
 @contextmanager
 def as_built(learn):
     "Inside the block everything in reach is as it was when it came into reach"
-    baseline, now = learn._origin.baseline, Snapshot(roots(learn), LearnerScope(learn))
-    changes = baseline.changes(now)
+    baseline, now = learn._origin.baseline, snapshot(learn)
+    changes = now.changes(baseline)
     baseline.put_back(now, changes)
     try: yield
     finally:
         for path, name in changes:
-            if baseline.of(x := now.objects[path]):
-                now.put_slot(x, name, now.values[path].get(name, MISSING), MISSING)
+            held = now.values[path].get(name, MISSING)
+            if id(x := now.objects[path]) in baseline.known: now.put_slot(x, name, held)
 
 def origins(held): # list of objects
     "The objects that a held value refers to"
@@ -181,13 +172,14 @@ def observed_state(learn,
     if not origin.baseline.known: origin.baseline.add(learn)
     again = set() if to_record else {id(x) for x in origin.made_again}
     now, found = snapshot(learn, given), {}
-    for path, name in origin.baseline.changes(now):
+    for path, name in now.changes(origin.baseline):
         if bool(given) != (path[0] == 'given'): continue
         at, values = {'path': list(path), 'name': name}, now.values[path]
         if name not in values: found[path_text(path, name)] = at
         else:
             tree, marks = packed_slot(now, path, name, again)
-            if marks is not None: found[path_text(path, name)] = {**at, 'value': tree, 'marks': marks}
+            if marks is None: continue
+            found[path_text(path, name)] = {**at, 'value': tree, 'marks': marks}
     return found
 
 def packed_slot(now, path, name, again): # (tree, marks); (None, None) for what is made again
@@ -212,10 +204,10 @@ def refusal(x, text, error): # str
             f'{type(x).__name__} a state_dict and load_state_dict that say what of it counts, or, '
             f'if it does not matter, let its class say so: transient = ({name!r},)')
 
-# %% ../../nbs/loop/04_observed.ipynb #f130113c
+# %% ../../nbs/loop/04_observed.ipynb #3fe72873
 def check_observed(learn, saved:dict):
     "Raise ValueError when a state has attributes of objects that this learner does not have"
-    now = Snapshot(roots(learn), LearnerScope(learn))
+    now = snapshot(learn)
     for text, entry in saved.items():
         if tuple(entry['path']) not in now.objects:
             raise ValueError(f'the saved state has {text}, and nothing here could have that: is '
@@ -228,7 +220,7 @@ def load_observed(learn, saved:dict, given=()): # given: as for `observed_state`
     now = snapshot(learn, given)
     unpacking = Unpacking(now.objects.__getitem__, state_tensors(learn))
     wanted = {(tuple(entry['path']), entry['name']): entry for entry in saved.values()}
-    changes = [at for at in baseline.changes(now) if bool(given) == (at[0][0] == 'given')]
+    changes = [at for at in now.changes(baseline) if bool(given) == (at[0][0] == 'given')]
     baseline.put_back(now, [at for at in changes if at not in wanted])
     for (path, name), entry in wanted.items():
         x = now.objects[path]

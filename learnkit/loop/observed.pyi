@@ -94,13 +94,7 @@ class Baseline:
         """Let slots be as they were; what belongs to an object that is new stays
 
         Returns:
-            as from `changes`
-        """
-    def changes(self, now: Snapshot) -> Any:
-        """The slots that hold something else than when they came into reach
-
-        Returns:
-            list of (path, name)
+            as from `Snapshot.changes`
         """
 
 class Origin:

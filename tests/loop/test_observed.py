@@ -1,5 +1,5 @@
 "What training changes besides weights comes back: kind of thing x where it lives x how it changes"
-import collections, copy, random, tempfile
+import collections, random
 from types import SimpleNamespace
 import numpy as np
 import pytest
@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 from learnkit import *
-from learnkit.files.errors import UnstorableError
 from learnkit.files.tree import tree_digest
 
 GEN = torch.Generator().manual_seed(0)
@@ -154,11 +153,12 @@ PLACES = ('model', 'private', 'loss', 'loss module', 'callback', 'given callback
 def made(where, kind, base=Learner, **kwargs):
     first, change = KINDS[kind]
     BASE[-1] = base
-    given, value, cbs = place(where, first, change)
     torch.manual_seed(0)
+    given, value, cbs = place(where, first, change)
     given = {'cls': base, 'model': None, 'loss_func': nn.CrossEntropyLoss(), 'opt_func':
              torch.optim.SGD, **given}
-    cls, model, loss = given.pop('cls'), given.pop('model') or nn.Linear(4, 2), given.pop('loss_func')
+    cls, loss = given.pop('cls'), given.pop('loss_func')
+    model = given.pop('model') or nn.Linear(4, 2)
     dls = DataLoaders.from_tensors((X, Y), valid_pct=0.25, bs=9, device='cpu')
     learn = cls(dls, model, loss, lr=1e-2, device='cpu', **given, **kwargs)
     learn.remove_cb(Progress)
@@ -189,7 +189,7 @@ def test_a_resumed_fit_has_what_a_whole_one_has(where, kind, tmp_path):
     class Kill(Callback):
         def settings(self): return None
         def after_batch(self, learn):
-            if learn.phase == 'train' and (learn.epoch, learn.iter) == (1, 2): raise ZeroDivisionError
+            if (learn.phase, learn.epoch, learn.iter) == ('train', 1, 2): raise ZeroDivisionError
     def fit(folder, *more, **kwargs):
         learn, value, cbs = made(where, kind)
         given = [*([cbs] if cbs else []), SaveState(folder, '3 steps'), *more]
