@@ -1683,6 +1683,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'learnkit/files/store.py'),
                                       'learnkit.files.store.Store.check_case': ( 'files/store.html#store.check_case',
                                                                                  'learnkit/files/store.py'),
+                                      'learnkit.files.store.Store.check_current': ( 'files/store.html#store.check_current',
+                                                                                    'learnkit/files/store.py'),
                                       'learnkit.files.store.Store.check_format': ( 'files/store.html#store.check_format',
                                                                                    'learnkit/files/store.py'),
                                       'learnkit.files.store.Store.check_locked': ( 'files/store.html#store.check_locked',

@@ -20,10 +20,10 @@ from .dtensors import FSDP_ATTRIBUTES, is_dtensor, local_part
 from .randomness import generator_state, set_generator_state
 
 # %% ../../nbs/base/09_snapshots.ipynb #5dc23bf0
-PLAIN = (type(None), bool, int, float, complex, str, bytes, range, enum.Enum, PurePath, re.Pattern,
-         datetime.date, datetime.time, datetime.timedelta, datetime.tzinfo, decimal.Decimal,
-         fractions.Fraction, uuid.UUID, np.generic, np.dtype, torch.dtype, torch.device,
-         torch.layout, torch.memory_format, torch.Size)
+PLAIN = (type(None), bool, int, float, complex, str, bytes, range, slice, enum.Enum, PurePath,
+         re.Pattern, datetime.date, datetime.time, datetime.timedelta, datetime.tzinfo,
+         decimal.Decimal, fractions.Fraction, uuid.UUID, np.generic, np.dtype, torch.dtype,
+         torch.device, torch.layout, torch.memory_format, torch.Size)
 MAPPINGS, SEQUENCES = (dict, types.MappingProxyType), (list, tuple, deque, set, frozenset)
 
 @dataclass(eq=False)
@@ -142,7 +142,8 @@ def module_slots(x): # dict: name -> value
 def slots_of_class(cls): # (tuple, frozenset) of names: slots, and attributes to leave out
     "What holds for all objects of a class"
     members = [(name, value) for base in cls.__mro__ for name, value in vars(base).items()]
-    own = [name for name, value in members if isinstance(value, types.MemberDescriptorType)]
+    own = [name for base in cls.__mro__ if '__slots__' in vars(base)
+           for name, value in vars(base).items() if isinstance(value, types.MemberDescriptorType)]
     computed = {name for name, value in members if isinstance(value, functools.cached_property)}
     transient = {name for base in cls.__mro__ for name in vars(base).get('transient', ())}
     torchs = TORCH_SLOTS if issubclass(cls, nn.Module) else (
@@ -190,9 +191,9 @@ def set_module_slot(x, name, value):
 # %% ../../nbs/base/09_snapshots.ipynb #2cc431b3
 ACTING = frozenset((
     '_io', '_thread', 'asyncio', 'concurrent', 'io', 'logging', 'multiprocessing', 'queue',
-    'select', 'selectors', 'socket', 'subprocess', 'tempfile', 'threading', '_queue', '_socket', 'weakref',
-    'IPython', 'aim', 'comet_ml', 'fastprogress', 'ipywidgets', 'matplotlib', 'mlflow', 'neptune',
-    'rich', 'tensorboard', 'tensorboardX', 'tqdm', 'trackio', 'wandb'))
+    'select', 'selectors', 'socket', 'subprocess', 'tempfile', 'threading', '_queue', '_socket',
+    'weakref', 'IPython', 'aim', 'comet_ml', 'fastprogress', 'ipywidgets', 'matplotlib', 'mlflow',
+    'neptune', 'rich', 'tensorboard', 'tensorboardX', 'tqdm', 'trackio', 'wandb'))
 
 def acts_outside(x): # bool
     "Whether an object is a logger, a file, a bar, a thread or the like, by the module of its class"

@@ -45,6 +45,7 @@ class Block:
 def open_block(ledger, id, description='', parent=None): # Block
     "Bring the object to where a checkpoint begins, and compare with what is recorded"
     ledger.host.observe()
+    ledger.local_store.check_current()
     node = ledger.read(id)
     go_to_start(ledger, id, node, parent)
     ledger.check_finished(ledger.position)

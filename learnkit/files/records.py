@@ -56,7 +56,8 @@ def parse_record_1(data): # dict
         raise ValueError('it is not as it was written')
     return strict_json(found[2])
 
-RECORD_PARSERS = {1: parse_record_1}  # by format; a new one never replaces an old one
+# By format; a new one never replaces an old one. Format 2 says more of states and descriptions
+RECORD_PARSERS = {1: parse_record_1, 2: parse_record_1}
 
 # %% ../../nbs/files/07_records.ipynb #197903fa
 def referenced_digests(root): # set of digests

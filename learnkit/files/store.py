@@ -70,6 +70,15 @@ def check_format(self:Store):
     self.format = number
 
 @patch
+def check_current(self:Store):
+    "Raise StoreError for a store that can be read, but not gone on with"
+    self.check_format()
+    if self.format in (None, FORMAT): return
+    raise StoreError(f'{self.folder} is of format {self.format}: what it holds can be looked at, '
+                     f'but calls are compared in format {FORMAT}. Record under another name, or '
+                     'delete this run with delete_run()')
+
+@patch
 def check_case(self:Store, made):
     "Raise StoreError if the store was made under a name that differs from this one in case only"
     if type(made) is str and self.name not in (None, made) and made.lower() == self.name.lower():

@@ -146,6 +146,8 @@ class Store:
         """
     def check_format(self) -> None:
         """Read the format, if there is a store; raise StoreError for one that cannot be read here"""
+    def check_current(self) -> None:
+        """Raise StoreError for a store that can be read, but not gone on with"""
     def check_case(self, made: Any) -> None:
         """Raise StoreError if the store was made under a name that differs from this one in case only"""
     def file_lock(self) -> Any:

@@ -9,7 +9,8 @@ __all__ = []
 from collections.abc import Iterator
 from contextlib import contextmanager
 from inspect import get_annotations
-from types import FunctionType
+from functools import partial
+from types import FunctionType, MethodType
 import numpy as np
 import torch
 from fastcore.basics import patch
@@ -19,6 +20,7 @@ from ..base.snapshots import (
     HELD, MISSING, HeldItems, NotPlainError, Scope, Snapshot, Unpacking, pack, path_text)
 from ..files.errors import UnstorableError
 from ..files.tree import check_storable
+from ..fingerprint.inspection import is_user_module
 from ..components.callback import Callback
 from .position import PassState
 
@@ -50,6 +52,8 @@ def state_tensors(learn): # dict: name -> tensor
     return found
 
 # %% ../../nbs/loop/04_observed.ipynb #321e2960
+FUNCTIONS = FunctionType, MethodType
+
 class LearnerScope(Scope):
     "What is looked into from a learner"
     def __init__(self, learn, exact=False): # exact: optimizers whole, for a state in memory
@@ -73,7 +77,7 @@ class LearnerScope(Scope):
         "Whether something in an object of learnkit's was given by the user"
         if isinstance(x, (list, tuple, dict)):
             return any(map(self.is_users, x.values() if isinstance(x, dict) else x))
-        return callable(x) or not is_learnkits(type(x)) and super().follows(x, ())
+        return isinstance(x, (*FUNCTIONS, partial)) or is_user_module(type(x).__module__)
 
     def set(self, x, name, value):
         if name == 'state_dict()': x.load_state_dict(value)

@@ -28,6 +28,7 @@ def state_tensors(learn: Learner) -> Any:
     Returns:
         dict: name -> tensor
     """
+FUNCTIONS: tuple[Any, ...]
 
 class LearnerScope(Scope):
     """What is looked into from a learner"""
