@@ -29,8 +29,17 @@ def call_differs(self:Ledger, node, k, call, digests) -> list: # of str
                                     self.gained(node, record.structure, call.structure))
     allowed = self.allowed_differences(node, k, digests)
     other = [part for part in differing(record.before, digests) if part not in allowed]
-    if other: texts.append(f'before {call.text} the learner was changed: {", ".join(other)}')
+    if other:
+        names = ', '.join(self.state_changes(node, k, other))
+        texts.append(f'before {call.text} the learner was changed: {names}')
     return texts
+
+@patch
+def state_changes(self:Ledger, node, k, parts) -> list: # of str
+    "What differs in parts of the state from the one recorded before call `k`"
+    saved = state_before(self.read, node, k).state or {}
+    return [text for part in parts for text in self.host.part_changes(
+        part, self.store.get(saved[part]) if part in saved else None)]
 
 @patch
 def allowed_differences(self:Ledger, node, k, digests) -> list: # parts of the state

@@ -113,6 +113,11 @@ def observe(self:Host,
     "Note how what has come into reach is"
 
 @patch
+def part_changes(self:Host, part, saved) -> list: # of str; saved: None where it was not kept
+    "How a part of the state differs from a saved one, in words"
+    return [part]
+
+@patch
 def as_built(self:Host): # context manager
     "Inside the block everything is as it was when it came into reach"
     return nullcontext()

@@ -127,6 +127,12 @@ class Host:
             arguments: of a call, by name
             anew: whether all that is now counts as the beginning
         """
+    def part_changes(self, part: Any, saved: Any) -> list:
+        """How a part of the state differs from a saved one, in words
+
+        Returns:
+            of str; saved: None where it was not kept
+        """
     def as_built(self) -> Any:
         """Inside the block everything is as it was when it came into reach
 

@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/checkpoints/10_learner_host.ipynb #09f43a0c
 import copy, inspect, math
 from contextlib import contextmanager, nullcontext
+from textwrap import shorten
 from types import MappingProxyType
 from fastcore.basics import patch
 from torch import nn
@@ -16,7 +17,7 @@ from ..base.guard import is_learnkits
 from ..base.randomness import set_rng_state
 from ..files.errors import UnstorableError
 from ..files.durable import file_digest
-from ..files.tree import check_storable
+from ..files.tree import check_storable, tree_digest
 from ..components.callback import Callback
 from ..fingerprint.words import as_text
 from ..components.optim import opt_params
@@ -168,6 +169,22 @@ def observe(self:LearnerHost, arguments=None, anew=False):
     learn = self.object
     if anew: learn._origin.baseline = Baseline()
     learn._origin.baseline.add(learn, callbacks_in(list((arguments or {}).values())))
+
+@patch
+def part_changes(self:LearnerHost, part, saved) -> list: # of str
+    "How a part of the state differs from a saved one; of attributes their names and values"
+    if part != 'observed' or saved is None: return Host.part_changes(self, part, saved)
+    now = observed_state(self.object)
+    differ = [name for name in {**saved, **now}
+              if tree_digest(saved.get(name)) != tree_digest(now.get(name))]
+    return [f'{name} {observed_text(saved.get(name))} -> {observed_text(now.get(name))}'
+            for name in differ]
+
+def observed_text(entry): # str
+    "An entry of the observed state in short"
+    if entry is None: return 'as it was made'
+    if 'value' not in entry: return 'not there'
+    return shorten(repr(entry['value']), 40, placeholder=' ...')
 
 @patch
 def as_built(self:LearnerHost): return as_built(self.object) # context manager

@@ -42,6 +42,12 @@ class LearnerHost(Host):
         """
     def observe(self, arguments: Any = None, anew: Any = False) -> None:
         """Note how what has come into reach is"""
+    def part_changes(self, part: Any, saved: Any) -> list:
+        """How a part of the state differs from a saved one; of attributes their names and values
+
+        Returns:
+            of str
+        """
     def as_built(self) -> Any: ...
     def files_read(self, method: Any, arguments: Any) -> dict:
         """The content of files that a call is to read
@@ -188,6 +194,13 @@ def frozen_modules(learn: Learner) -> Any:
 
     Returns:
         list of names
+    """
+
+def observed_text(entry: Any) -> str:
+    """An entry of the observed state in short
+
+    Returns:
+        str
     """
 
 def fit_outcome(learn: Learner) -> Any: ...

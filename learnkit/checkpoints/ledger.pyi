@@ -94,6 +94,12 @@ class Ledger:
         Returns:
             of str
         """
+    def state_changes(self, node: Any, k: Any, parts: Any) -> list:
+        """What differs in parts of the state from the one recorded before call `k`
+
+        Returns:
+            of str
+        """
     def allowed_differences(self, node: Any, k: Any, digests: Any) -> list:
         """Parts of the state that stand elsewhere than recorded before call `k`, and may
 

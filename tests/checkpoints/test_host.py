@@ -49,7 +49,7 @@ def test_the_walk_sees_learners_where_they_are():
 
 
 DECLARED = {name for cls in (Host, LearnerHost) for name in vars(cls) if name[0] != '_'}
-OTHER = '''object construction guards outside_changes known_attributes host block position ancestors
+OTHER = '''object construction guards host block position ancestors
     drifts unseeded laid trained once of_the_model of_training captured at line seen outside hosts
     _lay _root _beside _capture _live_state _structure _reads _best _kept _attributes _carriers
     _mark _report _fetched _say _is_busy _ranks'''.split()
