@@ -128,15 +128,17 @@ def slots(x): # dict: name -> value
     members, left_out = slots_of_class(type(x))
     held = {name: getattr(x, name) for name in members if hasattr(x, name)}
     held = {**held, **getattr(x, '__dict__', {})}
-    found = {name: value for name, value in held.items() if name not in left_out}
+    found = {name: value for name, value in held.items()
+             if name not in left_out and name[:2] != '__'}  # as torch.distributed's own
     if isinstance(x, nn.Module): found |= module_slots(x)
     return found
 
 def module_slots(x): # dict: name -> value
-    "Parameters and whether they learn, buffers, and the modules inside"
-    flags = {f'{name}.requires_grad': p.requires_grad for name, p in x._parameters.items()
-             if p is not None}
-    return {**x._parameters, **flags, **x._buffers, '_modules': x._modules}
+    "Parameters, whether they learn, gradients; buffers, and the modules inside"
+    params = [(name, p) for name, p in x._parameters.items() if p is not None]
+    flags = {f'{name}.requires_grad': p.requires_grad for name, p in params}
+    grads = {f'{name}.grad': p.grad for name, p in params if p.grad is not None}
+    return {**x._parameters, **flags, **grads, **x._buffers, '_modules': x._modules}
 
 @functools.lru_cache(maxsize=4096)
 def slots_of_class(cls): # (tuple, frozenset) of names: slots, and attributes to leave out
@@ -177,8 +179,9 @@ def set_slot(x, name, value):
 
 def set_module_slot(x, name, value):
     param, _, flag = name.rpartition('.')
-    if flag == 'requires_grad' and param in x._parameters:
-        if value is not MISSING: x._parameters[param].requires_grad_(value)
+    if param in x._parameters:
+        if flag == 'grad': x._parameters[param].grad = None if value is MISSING else value
+        elif value is not MISSING: x._parameters[param].requires_grad_(value)
         return
     for held in (x._parameters, x._buffers, vars(x)):
         if name not in held: continue
@@ -198,8 +201,9 @@ ACTING = frozenset((
 def acts_outside(x): # bool
     "Whether an object is a logger, a file, a bar, a thread or the like, by the module of its class"
     module = type(x).__module__
-    return (module.partition('.')[0] in ACTING or module.startswith('torch.utils.tensorboard')
-            or isinstance(x, torch.utils.hooks.RemovableHandle))
+    return module.partition('.')[0] in ACTING or (
+        module.startswith(('torch.utils.tensorboard', 'torch.utils.hooks', 'torch.distributed.'))
+        and not isinstance(x, torch.Tensor))
 
 class Scope:
     "What a snapshot looks into"

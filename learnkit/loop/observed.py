@@ -16,8 +16,9 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 from ..base.guard import assigned_names, is_learnkits
-from ..base.snapshots import (
-    HELD, MISSING, HeldItems, NotPlainError, Scope, Snapshot, Unpacking, pack, path_text)
+from learnkit.base.snapshots import (
+    HELD, MISSING, HeldItems, NotPlainError, Reference, Scope, Snapshot, Unpacking, described, pack,
+    path_text)
 from ..files.errors import UnstorableError
 from ..files.tree import check_storable
 from ..fingerprint.inspection import is_user_module
@@ -64,10 +65,16 @@ class LearnerScope(Scope):
         if x is self.learn: return added_attributes(x)
         found = super().slots(x, path)
         if isinstance(x, torch.optim.Optimizer): return found | self.opt_slots(x)
+        if isinstance(x, nn.Module): return {name: value for name, value in found.items()
+                                             if not self.is_known_grad(x, name)}
         if is_learnkits(type(x)) and type(x) is not Callback and not (
                 self.exact and isinstance(x, Callback) and not has_own_state(x)):
             return {name: value for name, value in found.items() if self.is_users(value)}
         return found
+
+    def is_known_grad(self, module, name): # bool; those of weights are in the state of the fit
+        param, _, flag = name.rpartition('.')
+        return flag == 'grad' and id(module._parameters.get(param)) in self.elsewhere
 
     def opt_slots(self, opt): # dict: name -> value
         if self.exact: return {'state': opt.state, 'param_groups': opt.param_groups}
@@ -161,10 +168,10 @@ def as_built(learn):
             held = now.values[path].get(name, MISSING)
             if id(x := now.objects[path]) in baseline.known: now.put_slot(x, name, held)
 
-def origins(held): # list of objects
-    "The objects that a held value refers to"
-    if isinstance(held, HeldItems): return [x for item in held.values for x in origins(item)]
-    return [held.origin] if isinstance(held, HELD) else []
+def origins(held, kinds=HELD): # list of objects
+    "The objects that a held value refers to; those that are held in some ways"
+    if isinstance(held, HeldItems): return [x for one in held.values for x in origins(one, kinds)]
+    return [held.origin] if isinstance(held, kinds) else []
 
 # %% ../../nbs/loop/04_observed.ipynb #782b2b63
 def observed_state(learn,
@@ -181,15 +188,17 @@ def observed_state(learn,
         at, values = {'path': list(path), 'name': name}, now.values[path]
         if name not in values: found[path_text(path, name)] = at
         else:
-            tree, marks = packed_slot(now, path, name, again)
+            tree, marks = packed_slot(now, path, name, origin.baseline, again)
             if marks is None: continue
             found[path_text(path, name)] = {**at, 'value': tree, 'marks': marks}
     return found
 
-def packed_slot(now, path, name, again): # (tree, marks); (None, None) for what is made again
+def packed_slot(now, path, name, baseline, again): # (tree, marks); (None, None): it is made again
     "A slot as it can be stored; UnstorableError names it otherwise"
     held, declares = now.values[path][name], has_own_state(now.objects[path])
     try:
+        for x in origins(held, Reference):
+            if id(x) not in baseline.known: raise NotPlainError(f'{described(x)} that is new')
         tree, marks = pack(held)
         check_storable(tree)
     except (NotPlainError, UnstorableError) as error:
@@ -224,8 +233,11 @@ def load_observed(learn, saved:dict, given=()): # given: as for `observed_state`
     now = snapshot(learn, given)
     unpacking = Unpacking(now.objects.__getitem__, state_tensors(learn))
     wanted = {(tuple(entry['path']), entry['name']): entry for entry in saved.values()}
-    changes = [at for at in now.changes(baseline) if bool(given) == (at[0][0] == 'given')]
-    baseline.put_back(now, [at for at in changes if at not in wanted])
+    again = {id(x) for x in learn._origin.made_again} if learn.levels else set()
+    changes = [(path, name) for path, name in now.changes(baseline)
+               if bool(given) == (path[0] == 'given') and (path, name) not in wanted
+               and not again.intersection(map(id, origins(now.values[path].get(name))))]
+    baseline.put_back(now, changes)
     for (path, name), entry in wanted.items():
         x = now.objects[path]
         if 'value' not in entry: value = MISSING

@@ -39,6 +39,10 @@ class LearnerScope(Scope):
         """Returns:
             dict: name -> value
         """
+    def is_known_grad(self, module: Any, name: Any) -> Any:
+        """Returns:
+            bool; those of weights are in the state of the fit
+        """
     def opt_slots(self, opt: Any) -> Any:
         """Returns:
             dict: name -> value
@@ -110,8 +114,8 @@ class Origin:
 def as_built(learn: Learner) -> AbstractContextManager[None]:
     """Inside the block everything in reach is as it was when it came into reach"""
 
-def origins(held: Any) -> Any:
-    """The objects that a held value refers to
+def origins(held: Any, kinds: Any = ...) -> Any:
+    """The objects that a held value refers to; those that are held in some ways
 
     Returns:
         list of objects
@@ -128,11 +132,11 @@ def observed_state(learn: Learner, to_record: Any = False, given: Any = ()) -> d
         'model.n' -> {path, name, value, marks}; without value: it is gone
     """
 
-def packed_slot(now: Any, path: Any, name: Any, again: Any) -> Any:
+def packed_slot(now: Any, path: Any, name: Any, baseline: Any, again: Any) -> Any:
     """A slot as it can be stored; UnstorableError names it otherwise
 
     Returns:
-        (tree, marks); (None, None) for what is made again
+        (tree, marks); (None, None): it is made again
     """
 
 def has_own_state(x: Any) -> bool:

@@ -163,7 +163,7 @@ def find_saved(learn, resume, call): # Saved; None when there is nothing to go o
         source = resume_source(learn, resume)
         check_no_other_saves(learn, source)
         return show_message(learn, f'nothing is saved in {source} yet: starting from the beginning')
-    check_learner_state(learn, found.state)
+    check_learner_state(learn, found.state, has_begun=False)
     check_call(found, call)
     begun, begins = found.fit['call']['begun'], call['begun']
     in_this_learner = not found.complete and call['run'] != found.fit['call']['run']
@@ -234,8 +234,6 @@ class ResumePoint(Callback):
         describe_start(learn, saved, exact)
 
     def before_fit(self, learn):
-        learn._origin.made_again = []
-        self.note_made(learn)
         if self.saved is None: return
         fit, saved = learn._fit, self.saved.fit
         fit.stage, fit.batch = saved['stage'], saved['batch']
@@ -243,12 +241,7 @@ class ResumePoint(Callback):
 
     def before_epoch(self, learn): self.take_over_at(learn, 'validate')
 
-    def note_made(self, learn):
-        if is_saved(learn): learn._origin.begin_fit(learn)
-
-    def before_train(self, learn):
-        self.note_made(learn)
-        learn.batches, learn.first_batch = self.batches(learn)
+    def before_train(self, learn): learn.batches, learn.first_batch = self.batches(learn)
 
 # %% ../../nbs/loop/08_resume.ipynb #8d42ff26
 @patch
@@ -344,6 +337,8 @@ class SaveState(Callback):
     def settings(self): return None  # how often is saved does not matter for what is computed
 
     def before_fit(self, learn):
+        learn._origin.made_again = []
+        learn._origin.begin_fit(learn)
         check_resumable(learn.dls.train)
         folder, point = learn.path/self.saves_to, learn.cbs.inner[ResumePoint]
         if is_main(): folder.mkdir(parents=True, exist_ok=True)  # an error now, not after an epoch
@@ -355,6 +350,8 @@ class SaveState(Callback):
                           "fit(..., resume='latest') would have gone on with it",
                           stacklevel=caller_stacklevel())
         self._record_time(learn)
+
+    def before_train(self, learn): learn._origin.begin_fit(learn)
 
     def at_rest(self, learn):
         if not self._is_checked and learn.updates: self.check(learn)

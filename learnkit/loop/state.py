@@ -121,7 +121,9 @@ def n_bytes(state): # int
     return sum(sizes)
 
 # %% ../../nbs/loop/05_state.ipynb #bf896b46
-def check_learner_state(learn, state):
+def check_learner_state(learn, state,
+                        has_begun=True, # whether callbacks have made what they make in `before_fit`
+                       ):
     "Raise ValueError when `state` is that of another model, optimizer or set of callbacks"
     check_complete(state)
     check_model_state(learn.model, state['model'])
@@ -130,7 +132,7 @@ def check_learner_state(learn, state):
         raise ValueError('one of the saved learner and this one has an optimizer, the other none')
     if learn.opt: check_opt_state(learn.opt, state['opt'], names_of_params(learn))
     learn.cbs.check_state(state['callbacks'])
-    check_observed(learn, state['observed'])
+    if has_begun: check_observed(learn, state['observed'])
 
 def check_complete(state):
     "Raise ValueError for a state that lacks a part, or has one of another kind"

@@ -90,8 +90,12 @@ def n_bytes(state: Any) -> int:
         int
     """
 
-def check_learner_state(learn: Learner, state: Any) -> None:
-    """Raise ValueError when `state` is that of another model, optimizer or set of callbacks"""
+def check_learner_state(learn: Learner, state: Any, has_begun: Any = True) -> None:
+    """Raise ValueError when `state` is that of another model, optimizer or set of callbacks
+
+    Args:
+        has_begun: whether callbacks have made what they make in `before_fit`
+    """
 
 def check_complete(state: Any) -> None:
     """Raise ValueError for a state that lacks a part, or has one of another kind"""

@@ -4,9 +4,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from grids import thinned
 from torch import nn
 from torch.nn.functional import cross_entropy
 from learnkit import *
+from learnkit.files.errors import UnstorableError
 from learnkit.files.tree import tree_digest
 
 GEN = torch.Generator().manual_seed(0)
@@ -181,7 +183,7 @@ def plain(x):
     return sorted(x) if isinstance(x, set) else x
 
 
-ALL = [(where, kind) for where in PLACES for kind in KINDS]
+ALL = thinned(PLACES, tuple(KINDS))
 
 
 @pytest.mark.parametrize('where, kind', ALL)
@@ -233,3 +235,177 @@ def test_pure_methods_and_reset_leave_no_trace(where, kind):
     if not cbs:
         learn.reset()
         assert seen(learn, value) == start
+
+
+# What cannot be stored
+
+class Odd(Callback):
+    "Makes a function for itself, at a batch"
+    def __init__(self, at=0): self.at, self.n, self.f = at, 0, None
+    def after_batch(self, learn):
+        self.n += 1
+        if self.n > self.at: self.f = lambda: None
+
+
+class OddButSaid(Odd):
+    def state_dict(self): return {'n': self.n}
+    def load_state_dict(self, state): self.n = state['n']
+
+
+class Forgetful(Odd):
+    transient = ('f',)
+
+
+def plain_learner(cls=Learner, cbs=(), **kwargs):
+    torch.manual_seed(0)
+    dls = DataLoaders.from_tensors((X, Y), valid_pct=0.25, bs=9, device='cpu')
+    learn = cls(dls, nn.Linear(4, 2), nn.CrossEntropyLoss(), lr=1e-2, cbs=cbs, device='cpu',
+                **kwargs)
+    learn.remove_cb(Progress)
+    return learn
+
+
+def test_what_cannot_be_stored_is_refused_within_the_first_update(tmp_path):
+    learn = plain_learner(cbs=Odd())
+    with pytest.raises(UnstorableError, match='callbacks.Odd.f has changed .* transient') as caught:
+        learn.fit(2, cbs=SaveState(tmp_path))
+    assert learn.steps_done == 1 and "transient = ('f',)" in str(caught.value)
+    for _ in range(2):
+        learn = plain_learner(CheckpointedLearner, Odd(), name='a', root=tmp_path)
+        with pytest.raises(UnstorableError, match='callbacks.Odd.f'):
+            with learn.checkpoint(1) as cp: cp.fit(2)
+        assert learn.steps_done == 1
+
+
+@pytest.mark.parametrize('cb', [OddButSaid, Forgetful])
+def test_the_ways_out_of_a_refusal(cb, tmp_path):
+    for _ in range(2):
+        learn = plain_learner(CheckpointedLearner, cb(), name='a', root=tmp_path)
+        with learn.checkpoint(1) as cp: cp.fit(2)
+        assert learn.cbs[-1].n == 12
+
+
+class MadeAtTheStart(Callback):
+    "Has an optimizer of its own in each fit"
+    def before_fit(self, learn):
+        self.extra = nn.Linear(1, 1)
+        nn.init.zeros_(self.extra.weight)
+        self.opt = torch.optim.SGD(self.extra.parameters(), lr=0.1, momentum=0.9)
+    def after_batch(self, learn):
+        if not learn.training: return
+        self.extra(torch.ones(1, 1)).sum().backward()
+        self.opt.step()
+
+
+def test_what_a_fit_makes_for_itself_goes_on_in_a_resumed_one(tmp_path):
+    class Kill(Callback):
+        def settings(self): return None
+        def after_batch(self, learn):
+            if (learn.phase, learn.epoch, learn.iter) == ('train', 1, 2): raise ZeroDivisionError
+    def fit(folder, *more, **kwargs):
+        cb = MadeAtTheStart()
+        try: plain_learner().fit(3, cbs=[cb, SaveState(folder, '3 steps'), *more], **kwargs)
+        except ZeroDivisionError: pass
+        return cb.extra.weight.item(), [s['momentum_buffer'].item() for s in cb.opt.state.values()]
+    whole = fit(tmp_path/'a')
+    assert fit(tmp_path/'b', Kill()) != whole
+    assert fit(tmp_path/'b', resume='latest') == whole
+
+
+# All or nothing, by name
+
+class Two(nn.Module):
+    def __init__(self, order):
+        super().__init__()
+        for name in order: setattr(self, name, nn.Linear(4, 4))
+    def forward(self, x): return self.a(self.b(x))[:, :2]
+
+
+def two(order):
+    learn = plain_learner()
+    torch.manual_seed(0)
+    made = Two(order)
+    with torch.no_grad():
+        for name in 'ab': getattr(made, name).weight.fill_(0.1 if name == 'a' else -0.1)
+    learn.model = made
+    learn.make_opt()
+    return learn
+
+
+def test_moments_belong_to_names():
+    one, other = two('ab'), two('ba')
+    one.fit(1)
+    other.load_state_dict(one.state_dict())
+    for name in 'ab':
+        params = [getattr(learn.model, name).weight for learn in (one, other)]
+        assert torch.equal(*params)
+        states = [learn.opt.state[p] for learn, p in zip((one, other), params, strict=True)]
+        assert torch.equal(states[0]['exp_avg'], states[1]['exp_avg'])
+    one.fit(1)
+    other.fit(1)
+    assert torch.equal(one.model.a.weight, other.model.a.weight)
+
+
+def test_moments_of_another_size_are_refused():
+    learn = plain_learner()
+    learn.fit(1)
+    state = learn.state_dict()
+    state['opt']['state_dict']['state'][0]['exp_avg'] = torch.zeros(1000)
+    before = tree_digest(learn.state_dict())
+    with pytest.raises(ValueError, match=r'exp_avg of model.weight has shape \[1000\]'):
+        learn.load_state_dict(state)
+    assert tree_digest(learn.state_dict()) == before
+
+
+def drop(state, *path):
+    for key in path[:-1]: state = state[key]
+    del state[path[-1]]
+
+
+@pytest.mark.parametrize('path', [
+    ('observed',), ('rng',), ('rng', 'torch'), ('counters', 'steps_done'), ('scaler',),
+    ('callbacks', 'Recorder'), ('model', 'weight'), ('opt', 'state_dict', 'param_groups')])
+def test_a_state_that_lacks_something_changes_nothing(path):
+    learn = plain_learner()
+    learn.fit(1)
+    state = learn.state_dict()
+    drop(state, *path)
+    learn.fit(1)
+    before = tree_digest(learn.state_dict())
+    with pytest.raises((ValueError, KeyError)): learn.load_state_dict(state)
+    assert tree_digest(learn.state_dict()) == before
+
+
+class Refusing(Callback):
+    def __init__(self): self.n, self.refuses = 0, False
+    def after_batch(self, learn): self.n += 1
+    def state_dict(self): return {'n': self.n}
+    def load_state_dict(self, state):
+        self.n = state['n']
+        if self.refuses: raise ZeroDivisionError
+
+
+class RefusingModel(nn.Linear):
+    refuses = False
+    def get_extra_state(self): return 1
+    def set_extra_state(self, state):
+        if type(self).refuses: raise ZeroDivisionError
+
+
+@pytest.mark.parametrize('who', ['callback', 'model'])
+def test_a_load_that_fails_on_the_way_changes_nothing(who):
+    cb = Refusing()
+    learn = plain_learner(cbs=cb)
+    learn.model = RefusingModel(4, 2)
+    learn.make_opt()
+    learn.fit(1)
+    state = learn.state_dict()
+    learn.fit(1)
+    before = tree_digest(learn.state_dict())
+    if who == 'callback': cb.refuses = True
+    else: RefusingModel.refuses = True
+    try:
+        with pytest.raises(ZeroDivisionError): learn.load_state_dict(state)
+    except ZeroDivisionError: pass
+    finally: cb.refuses = RefusingModel.refuses = False
+    assert tree_digest(learn.state_dict()) == before
