@@ -116,8 +116,12 @@ def same_trees(a, b): # bool
 
 # %% ../../nbs/base/09_snapshots.ipynb #304c89cf
 TORCH_SLOTS = frozenset((*vars(nn.Module()), *FSDP_ATTRIBUTES)) - {'training'}
-OPTIMIZER_SLOTS = frozenset(('state', 'param_groups', 'defaults', *vars(
-    torch.optim.SGD([torch.zeros(1)], 1.))))
+# `step` is what a scheduler of torch has put around the optimizer's own
+OPTIMIZER_SLOTS = frozenset((
+    'state', 'param_groups', 'defaults', 'step', *(f'_optimizer_{kind}_hooks' for kind in (
+        'step_pre', 'step_post', 'state_dict_pre', 'state_dict_post', 'load_state_dict_pre',
+        'load_state_dict_post')),
+    '_zero_grad_profile_name', '_warned_capturable_if_run_uncaptured'))
 
 def slots(x): # dict: name -> value
     "What an object keeps under names"

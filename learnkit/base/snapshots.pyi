@@ -80,7 +80,7 @@ def same_trees(a: Any, b: Any) -> bool:
         bool
     """
 TORCH_SLOTS: Any
-OPTIMIZER_SLOTS: frozenset[Any]
+OPTIMIZER_SLOTS: frozenset[str]
 
 def slots(x: Any) -> Any:
     """What an object keeps under names

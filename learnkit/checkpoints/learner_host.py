@@ -23,7 +23,8 @@ from ..fingerprint.words import as_text
 from ..components.optim import opt_params
 from ..fingerprint.inspection import name_of
 from ..fingerprint.modules import Behaviour, parts_by_id
-from ..loop.observed import Baseline, as_built, has_own_state, load_observed, observed_state
+from ..loop.observed import (
+    Baseline, as_built, forget_changes, has_own_state, load_observed, observed_state)
 from ..loop.position import FitState
 from ..loop.progress import Progress, show_message
 from ..loop.state import (
@@ -318,6 +319,7 @@ def restore_used(self:LearnerHost, state):
     learn = self.object
     check_model_state(learn.model, state['model'])
     check_loss_state(learn.loss_func, state['loss_func'])
+    forget_changes(learn)
     learn.cbs.load_state_dict(state['callbacks'])
     load_model_state(learn.model, state['model'])
     if state['loss_func']: load_model_state(learn.loss_func, state['loss_func'])
@@ -356,6 +358,7 @@ class FollowedCallback:
                 'observed': observed_state(self.learn, to_record=True, given=[self.callback])}
 
     def load_state_dict(self, state):
+        forget_changes(self.learn, given=[self.callback])
         self.callback.load_state_dict(state['own'])
         load_observed(self.learn, state['observed'], given=[self.callback])
 

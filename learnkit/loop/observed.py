@@ -9,7 +9,7 @@ __all__ = []
 from collections.abc import Iterator
 from contextlib import contextmanager
 from inspect import get_annotations
-from functools import partial
+from functools import lru_cache, partial
 from types import FunctionType, MethodType
 import numpy as np
 import torch
@@ -114,11 +114,16 @@ def is_data(self:LearnerScope, x, path): # bool
 
 def added_attributes(learn): # dict: name -> value
     "The attributes of a learner that a subclass or a script has given it"
-    known = {name for base in type(learn).__mro__ if is_learnkits(base)
-             for name in (*assigned_names(base), *vars(base), *get_annotations(base))}
-    known |= {'ledger', *vars(PassState())}
+    known = own_names(type(learn))
     return {name: value for name, value in vars(learn).items() if name not in known
             and not isinstance(getattr(type(learn), name, None), FunctionType)}  # a method, guarded
+
+@lru_cache(maxsize=256)
+def own_names(cls): # set of str
+    "The attributes that learnkit itself gives to learners of a class"
+    return {'ledger', *vars(PassState()), *(
+        name for base in cls.__mro__ if is_learnkits(base)
+        for name in (*assigned_names(base), *vars(base), *get_annotations(base)))}
 
 # %% ../../nbs/loop/04_observed.ipynb #44e165be
 def snapshot(learn, given=()): # Snapshot
@@ -177,7 +182,7 @@ def origins(held, kinds=HELD): # list of objects
 def observed_state(learn,
                    to_record=False, # whether what a fit makes for itself is refused too
                    given=(), # callbacks, of which alone it is; else of all in the learner
-                  ) -> dict: # 'model.n' -> {path, name, value, marks}; without value: it is gone
+                  ) -> dict: # 'model.n' -> {path, name, optional, value, marks}; no value: gone
     "What training has changed besides what the state declares"
     origin = learn._origin
     if not origin.baseline.known: origin.baseline.add(learn)
@@ -185,7 +190,10 @@ def observed_state(learn,
     now, found = snapshot(learn, given), {}
     for path, name in now.changes(origin.baseline):
         if bool(given) != (path[0] == 'given'): continue
-        at, values = {'path': list(path), 'name': name}, now.values[path]
+        x, values = now.objects[path], now.values[path]
+        # What an object has made that says by itself what must survive is its own affair
+        if id(x) not in origin.baseline.known and id(x) not in again: continue
+        at = {'path': list(path), 'name': name, 'optional': is_optional(learn, path)}
         if name not in values: found[path_text(path, name)] = at
         else:
             tree, marks = packed_slot(now, path, name, origin.baseline, again)
@@ -206,6 +214,11 @@ def packed_slot(now, path, name, baseline, again): # (tree, marks); (None, None)
         raise UnstorableError(refusal(now.objects[path], path_text(path, name), error)) from None
     return tree, marks
 
+def is_optional(learn, path): # bool
+    "Whether something belongs to a callback that a fit may go on without"
+    if path[0] != 'callbacks': return False
+    return named_callbacks(learn.cbs)[path[1]].settings() is None
+
 def has_own_state(x): # bool
     "Whether an object says by itself what must survive"
     if isinstance(x, Callback): return type(x).state_dict is not Callback.state_dict
@@ -222,23 +235,27 @@ def check_observed(learn, saved:dict):
     "Raise ValueError when a state has attributes of objects that this learner does not have"
     now = snapshot(learn)
     for text, entry in saved.items():
-        if tuple(entry['path']) not in now.objects:
+        if tuple(entry['path']) not in now.objects and not entry['optional']:
             raise ValueError(f'the saved state has {text}, and nothing here could have that: is '
                              'the model, the loss or a callback another one?')
 
-def load_observed(learn, saved:dict, given=()): # given: as for `observed_state`
-    "Give everything in reach what `observed_state` has found, or how it was in the baseline"
+def forget_changes(learn, given=()): # given: as for `observed_state`
+    "Let everything in reach be as it was in the baseline"
     baseline = learn._origin.baseline
     if not learn.levels: baseline.add(learn, given)
+    now, again = snapshot(learn, given), learn._origin.made_again if learn.levels else ()
+    again = set(map(id, again))
+    baseline.put_back(now, [(path, name) for path, name in now.changes(baseline)
+                            if bool(given) == (path[0] == 'given') and not again.intersection(
+                                map(id, origins(now.values[path].get(name))))])
+
+def load_observed(learn, saved:dict, given=()): # given: as for `observed_state`
+    "Give what `observed_state` has found to objects that are as in the baseline"
     now = snapshot(learn, given)
     unpacking = Unpacking(now.objects.__getitem__, state_tensors(learn))
     wanted = {(tuple(entry['path']), entry['name']): entry for entry in saved.values()}
-    again = {id(x) for x in learn._origin.made_again} if learn.levels else set()
-    changes = [(path, name) for path, name in now.changes(baseline)
-               if bool(given) == (path[0] == 'given') and (path, name) not in wanted
-               and not again.intersection(map(id, origins(now.values[path].get(name))))]
-    baseline.put_back(now, changes)
     for (path, name), entry in wanted.items():
+        if path not in now.objects: continue  # of a callback that was optional
         x = now.objects[path]
         if 'value' not in entry: value = MISSING
         else:

@@ -3,6 +3,7 @@
 # pyright: reportPrivateImportUsage=false
 """What training changes and no `state_dict` says"""
 from contextlib import AbstractContextManager
+from functools import lru_cache
 from typing import Any
 from ..base.snapshots import Scope, Snapshot
 from ..loop.learner import Learner
@@ -74,6 +75,14 @@ def added_attributes(learn: Learner) -> Any:
         dict: name -> value
     """
 
+@lru_cache(maxsize=256)
+def own_names(cls: Any) -> Any:
+    """The attributes that learnkit itself gives to learners of a class
+
+    Returns:
+        set of str
+    """
+
 def snapshot(learn: Learner, given: Any = ()) -> Snapshot:
     """Everything in reach as it is now; `given`: callbacks that are given to a call
 
@@ -129,7 +138,7 @@ def observed_state(learn: Learner, to_record: Any = False, given: Any = ()) -> d
         given: callbacks, of which alone it is; else of all in the learner
 
     Returns:
-        'model.n' -> {path, name, value, marks}; without value: it is gone
+        'model.n' -> {path, name, optional, value, marks}; no value: gone
     """
 
 def packed_slot(now: Any, path: Any, name: Any, baseline: Any, again: Any) -> Any:
@@ -137,6 +146,13 @@ def packed_slot(now: Any, path: Any, name: Any, baseline: Any, again: Any) -> An
 
     Returns:
         (tree, marks); (None, None): it is made again
+    """
+
+def is_optional(learn: Learner, path: Any) -> bool:
+    """Whether something belongs to a callback that a fit may go on without
+
+    Returns:
+        bool
     """
 
 def has_own_state(x: Any) -> bool:
@@ -154,8 +170,15 @@ def refusal(x: Any, text: Any, error: Any) -> str:
 def check_observed(learn: Learner, saved: dict) -> None:
     """Raise ValueError when a state has attributes of objects that this learner does not have"""
 
+def forget_changes(learn: Learner, given: Any = ()) -> Any:
+    """Let everything in reach be as it was in the baseline
+
+    Returns:
+        given: as for `observed_state`
+    """
+
 def load_observed(learn: Learner, saved: dict, given: Any = ()) -> Any:
-    """Give everything in reach what `observed_state` has found, or how it was in the baseline
+    """Give what `observed_state` has found to objects that are as in the baseline
 
     Returns:
         given: as for `observed_state`

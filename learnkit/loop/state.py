@@ -18,7 +18,8 @@ from ..base.snapshots import Snapshot
 from ..components.optim import check_opt_state, load_opt_state, opt_params, opt_state
 from ..data.resumable import generator_states, is_stateful, set_generator_states
 from .observed import (
-    LearnerScope, check_observed, load_observed, observed_state, roots, state_tensors)
+    LearnerScope, check_observed, forget_changes,
+    load_observed, observed_state, roots, state_tensors)
 
 # %% ../../nbs/loop/05_state.ipynb #df45db17
 def plain_names(model:nn.Module): # dict: name -> name in the model
@@ -159,6 +160,7 @@ def load_state(learn, state):
     "Go back to `state`: all of it, or, with an error, none"
     check_learner_state(learn, state)
     with undone_on_error(learn):
+        forget_changes(learn)
         learn.cbs.load_state_dict(state['callbacks'])
         if learn.opt: load_opt_state(learn.opt, state['opt'], names_of_params(learn))
         load_scaler(learn, state['scaler'])
