@@ -206,7 +206,8 @@ def acts_outside(x): # bool
     "Whether an object is a logger, a file, a bar, a thread or the like, by the module of its class"
     module = type(x).__module__
     return module.partition('.')[0] in ACTING or (
-        module.startswith(('torch.utils.tensorboard', 'torch.utils.hooks', 'torch.distributed.'))
+        module.startswith(('torch.utils.tensorboard', 'torch.utils.hooks', 'torch.distributed.',
+                           'torch._dynamo', 'torch._functorch', 'torch._inductor'))
         and not isinstance(x, torch.Tensor))
 
 class Scope:
@@ -215,6 +216,7 @@ class Scope:
         self.elsewhere = {id(t): name for name, t in elsewhere.items()}
 
     def slots(self, x, path): return slots(x) # dict: name -> value
+    def children(self, x, path): return {} # name -> value; looked into, but not held
     def set(self, x, name, value): set_slot(x, name, value)
 
     def follows(self, x, path): # bool
@@ -240,6 +242,8 @@ class Snapshot:
             path = self.open.popleft()
             now = self.followed_slots(path)
             self.values[path] = {name: self.hold(x, (*path, name)) for name, x in now.items()}
+            inner = self.scope.children(self.objects[path], path)
+            for name, x in inner.items(): self.hold(x, (*path, name))
 
     def of(self, x): # dict: name -> held value; empty for an object that it has not met
         return self.values.get(self.paths.get(id(x)), {})

@@ -415,6 +415,7 @@ def load_opt_state(opt:torch.optim.Optimizer,
     for key, param, _ in itertools.chain(*matched):
         if key in values: keep_dtypes(opt.state[param], values[key])
 
+# %% ../../nbs/components/02_optim.ipynb #f086d5f5
 def check_same_order(state, order):
     "Raise ValueError for a state that does not say whose is whose, and is of another order"
     if [[name for name, *_ in group] for group in state['params']] != order:

@@ -69,6 +69,7 @@ def check_format(self:Store):
     self.check_case(found.get('name'))
     self.format = number
 
+# %% ../../nbs/files/08_store.ipynb #be0b69ab
 @patch
 def check_current(self:Store):
     "Raise StoreError for a store that can be read, but not gone on with"

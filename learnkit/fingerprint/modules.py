@@ -52,7 +52,7 @@ def describe_settings(x, walk): # dict: name -> JSON value
     found, of_user = {}, is_user_module(unsharded_class(x).__module__)
     if isinstance(x, torch.fx.GraphModule): found['code'] = text_digest(x.code)
     for name, value in attributes(x).items():
-        if name in TORCH_ATTRIBUTES or name in walk.ignore: continue
+        if name in TORCH_ATTRIBUTES or name[:2] == '__' or name in walk.ignore: continue
         with walk.within(leave_out=name):
             if type(value) not in SCALARS and is_external(value):
                 found[name] = {'$external': name_of(type(value))}
@@ -146,7 +146,8 @@ def describe_behaviour(x, walk):
 def functions_in(module, walk): # dict: name -> JSON value
     "The functions that a module holds; what else it holds is looked through for what it reads"
     objects = {name: value for name, value in attributes(module).items()
-               if name not in TORCH_ATTRIBUTES and name not in walk.ignore and not is_plain(value)
+               if name not in TORCH_ATTRIBUTES and name[:2] != '__'
+               and name not in walk.ignore and not is_plain(value)
                and not isinstance(value, torch.Tensor) and not is_external(value)}
     found = {}
     for name, value in objects.items():

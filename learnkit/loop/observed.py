@@ -29,7 +29,8 @@ from .position import PassState
 def roots(learn): # dict: name -> object
     "The parts of a learner that training may change"
     callbacks = {'callbacks': named_callbacks(learn.cbs)}
-    return {'model': learn.model, 'loss_func': learn.loss_func, 'opt': learn.opt, **callbacks,
+    model = getattr(learn.model, '_orig_mod', learn.model)  # what torch.compile has wrapped
+    return {'model': model, 'loss_func': learn.loss_func, 'opt': learn.opt, **callbacks,
             'metrics': learn.metrics, 'data': learn.dls, 'learner': learn}
 
 def named_callbacks(cbs): # dict: name -> callback
@@ -50,35 +51,52 @@ def state_tensors(learn): # dict: name -> tensor
             found |= {f'{part}.{name}': t for name, t in module.state_dict(keep_vars=True).items()
                       if isinstance(t, torch.Tensor)}
             found |= {f'{part}.{name}': p for name, p in module.named_parameters()}
-    return found
+    return {name.replace('_orig_mod.', ''): t for name, t in found.items()}
 
 # %% ../../nbs/loop/04_observed.ipynb #321e2960
-FUNCTIONS = FunctionType, MethodType
+FUNCTIONS, OWN = (FunctionType, MethodType), 'state_dict()'
 
+def is_stateful(x, path): # bool
+    "Whether an object besides loaders, callbacks and modules has a state of its own"
+    if path[:1] == ('data',) or isinstance(x, (Callback, nn.Module, type)): return False
+    return all(callable(getattr(x, name, None)) for name in ('state_dict', 'load_state_dict'))
+
+# %% ../../nbs/loop/04_observed.ipynb #a12bbb98
 class LearnerScope(Scope):
     "What is looked into from a learner"
-    def __init__(self, learn, exact=False): # exact: optimizers whole, for a state in memory
+    def __init__(self, learn, exact=False, # optimizers whole, for a state in memory
+                 functions=True): # whether functions are looked into
         super().__init__(state_tensors(learn))
-        self.learn, self.exact = learn, exact
+        self.learn, self.exact, self.functions = learn, exact, functions
 
     def slots(self, x, path): # dict: name -> value
         if x is self.learn: return added_attributes(x)
         found = super().slots(x, path)
         if isinstance(x, torch.optim.Optimizer): return found | self.opt_slots(x)
-        if isinstance(x, nn.Module): return {name: value for name, value in found.items()
-                                             if not self.is_known_grad(x, name)}
+        if is_stateful(x, path) and not self.exact: return found | {OWN: x.state_dict()}
+        if isinstance(x, nn.Module): return self.module_slots(x, path, found)
         if is_learnkits(type(x)) and type(x) is not Callback and not (
                 self.exact and isinstance(x, Callback) and not has_own_state(x)):
-            return {name: value for name, value in found.items() if self.is_users(value)}
+            return {}
         return found
 
-    def is_known_grad(self, module, name): # bool; those of weights are in the state of the fit
-        param, _, flag = name.rpartition('.')
-        return flag == 'grad' and id(module._parameters.get(param)) in self.elsewhere
+    def children(self, x, path): # dict: name -> value
+        "What learnkit's own objects were given by the user: functions, and objects of the user's"
+        if not is_learnkits(type(x)) or type(x) is Callback or x is self.learn: return {}
+        return {name: value for name, value in super().slots(x, path).items()
+                if name != 'init_args' and self.is_users(value)}
+
+    def module_slots(self, module, path, found): # dict: name -> value
+        "Without the gradients of weights, and without modes that the next pass sets anyway"
+        grads = {f'{name}.grad' for name, p in module._parameters.items()
+                 if id(p) in self.elsewhere}
+        if path[0] == 'model' and self.learn.phase != 'train' and not self.exact:
+            found = {**found, 'training': True}
+        return {name: value for name, value in found.items() if name not in grads}
 
     def opt_slots(self, opt): # dict: name -> value
         if self.exact: return {'state': opt.state, 'param_groups': opt.param_groups}
-        return {} if opt is self.learn.opt else {'state_dict()': opt.state_dict()}
+        return {} if opt is self.learn.opt else {OWN: opt.state_dict()}
 
     def is_users(self, x): # bool
         "Whether something in an object of learnkit's was given by the user"
@@ -87,14 +105,15 @@ class LearnerScope(Scope):
         return isinstance(x, (*FUNCTIONS, partial)) or is_user_module(type(x).__module__)
 
     def set(self, x, name, value):
-        if name == 'state_dict()': x.load_state_dict(value)
+        if name == OWN: x.load_state_dict(value)
         else: super().set(x, name, value)
 
 # %% ../../nbs/loop/04_observed.ipynb #3c3195db
 @patch
 def follows(self:LearnerScope, x, path): # bool
     if x is self.learn: return True
-    if isinstance(x, Callback): return not x.external and not x.distributes
+    if isinstance(x, Callback): return not (x.external or x.distributes or x.settings() is None)
+    if isinstance(x, FUNCTIONS) and not self.functions: return False
     if isinstance(x, Iterator) or hasattr(x, 'dls') and hasattr(x, 'model'): return False
     if isinstance(x, FunctionType) and is_learnkits(x): return False
     return Scope.follows(self, x, path)
@@ -155,8 +174,9 @@ class Origin:
         self.baseline, self.state = Baseline(), None
         self.made_again = []  # what callbacks have made at the beginning of this fit
 
-    def begin_fit(self, learn):
+    def begin_fit(self, learn, anew=False):
         "Callbacks have begun: what they have made they will make again when the fit is taken up"
+        if anew: self.made_again = []
         now = snapshot(learn)
         self.made_again += [x for path, name in now.changes(self.baseline)
                             for x in origins(now.values[path].get(name))]
@@ -182,43 +202,44 @@ def origins(held, kinds=HELD): # list of objects
 def observed_state(learn,
                    to_record=False, # whether what a fit makes for itself is refused too
                    given=(), # callbacks, of which alone it is; else of all in the learner
-                  ) -> dict: # 'model.n' -> {path, name, optional, value, marks}; no value: gone
+                  ) -> dict: # 'model.n' -> {path, name, value, marks}; no value: it is gone
     "What training has changed besides what the state declares"
-    origin = learn._origin
+    origin, changed, found = learn._origin, {}, {}
     if not origin.baseline.known: origin.baseline.add(learn)
     again = set() if to_record else {id(x) for x in origin.made_again}
-    now, found = snapshot(learn, given), {}
+    now = snapshot(learn, given)
     for path, name in now.changes(origin.baseline):
-        if bool(given) != (path[0] == 'given'): continue
-        x, values = now.objects[path], now.values[path]
+        if bool(given) == (path[0] == 'given'): changed.setdefault(path, []).append(name)
+    for path, names in changed.items():
+        x = now.objects[path]
         # What an object has made that says by itself what must survive is its own affair
         if id(x) not in origin.baseline.known and id(x) not in again: continue
-        at = {'path': list(path), 'name': name, 'optional': is_optional(learn, path)}
-        if name not in values: found[path_text(path, name)] = at
-        else:
-            tree, marks = packed_slot(now, path, name, origin.baseline, again)
-            if marks is None: continue
-            found[path_text(path, name)] = {**at, 'value': tree, 'marks': marks}
+        packs = {name: packed_slot(now, path, name, origin.baseline, again, to_record)
+                 for name in names}
+        if has_own_state(x) and None in packs.values():  # half of it would contradict itself
+            packs = {name: pack for name, pack in packs.items() if name == OWN}
+        found |= {path_text(path, name): {'path': list(path), 'name': name, **pack}
+                  for name, pack in packs.items() if pack is not None}
     return found
 
-def packed_slot(now, path, name, baseline, again): # (tree, marks); (None, None): it is made again
+# %% ../../nbs/loop/04_observed.ipynb #1b5a7cf9
+def packed_slot(now, path, name, baseline, again, to_record): # dict; {}: gone; None: made again
     "A slot as it can be stored; UnstorableError names it otherwise"
-    held, declares = now.values[path][name], has_own_state(now.objects[path])
+    if name not in now.values[path]: return {}
+    held, x = now.values[path][name], now.objects[path]
     try:
-        for x in origins(held, Reference):
-            if id(x) not in baseline.known: raise NotPlainError(f'{described(x)} that is new')
+        for inner in origins(held, Reference):
+            if id(inner) in baseline.known: continue
+            raise NotPlainError(f'{described(inner)} that is new')
         tree, marks = pack(held)
         check_storable(tree)
     except (NotPlainError, UnstorableError) as error:
-        if declares or again.intersection(map(id, origins(held))): return None, None
-        raise UnstorableError(refusal(now.objects[path], path_text(path, name), error)) from None
-    return tree, marks
+        lenient = has_own_state(x) or isinstance(x, FUNCTIONS) and not to_record
+        if lenient or again.intersection(map(id, origins(held))): return None
+        raise UnstorableError(refusal(x, path_text(path, name), error)) from None
+    return {'value': tree, 'marks': marks}
 
-def is_optional(learn, path): # bool
-    "Whether something belongs to a callback that a fit may go on without"
-    if path[0] != 'callbacks': return False
-    return named_callbacks(learn.cbs)[path[1]].settings() is None
-
+# %% ../../nbs/loop/04_observed.ipynb #0b5e7fd1
 def has_own_state(x): # bool
     "Whether an object says by itself what must survive"
     if isinstance(x, Callback): return type(x).state_dict is not Callback.state_dict
@@ -235,7 +256,7 @@ def check_observed(learn, saved:dict):
     "Raise ValueError when a state has attributes of objects that this learner does not have"
     now = snapshot(learn)
     for text, entry in saved.items():
-        if tuple(entry['path']) not in now.objects and not entry['optional']:
+        if tuple(entry['path']) not in now.objects:
             raise ValueError(f'the saved state has {text}, and nothing here could have that: is '
                              'the model, the loss or a callback another one?')
 
@@ -255,7 +276,6 @@ def load_observed(learn, saved:dict, given=()): # given: as for `observed_state`
     unpacking = Unpacking(now.objects.__getitem__, state_tensors(learn))
     wanted = {(tuple(entry['path']), entry['name']): entry for entry in saved.values()}
     for (path, name), entry in wanted.items():
-        if path not in now.objects: continue  # of a callback that was optional
         x = now.objects[path]
         if 'value' not in entry: value = MISSING
         else:

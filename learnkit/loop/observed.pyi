@@ -30,19 +30,42 @@ def state_tensors(learn: Learner) -> Any:
         dict: name -> tensor
     """
 FUNCTIONS: tuple[Any, ...]
+OWN: str
+
+def is_stateful(x: Any, path: Any) -> bool:
+    """Whether an object besides loaders, callbacks and modules has a state of its own
+
+    Returns:
+        bool
+    """
 
 class LearnerScope(Scope):
     """What is looked into from a learner"""
     learn: Any
     exact: Any
-    def __init__(self, learn: Learner, exact: Any = False) -> None: ...
+    functions: Any
+    def __init__(self, learn: Learner, exact: Any = False, functions: Any = True) -> None:
+        """What is looked into from a learner
+
+        Args:
+            learn, exact: optimizers whole, for a state in memory
+            functions: whether functions are looked into
+        """
     def slots(self, x: Any, path: Any) -> Any:
         """Returns:
             dict: name -> value
         """
-    def is_known_grad(self, module: Any, name: Any) -> Any:
-        """Returns:
-            bool; those of weights are in the state of the fit
+    def children(self, x: Any, path: Any) -> Any:
+        """What learnkit's own objects were given by the user: functions, and objects of the user's
+
+        Returns:
+            dict: name -> value
+        """
+    def module_slots(self, module: Any, path: Any, found: Any) -> Any:
+        """Without the gradients of weights, and without modes that the next pass sets anyway
+
+        Returns:
+            dict: name -> value
         """
     def opt_slots(self, opt: Any) -> Any:
         """Returns:
@@ -117,7 +140,7 @@ class Origin:
     state: Any
     made_again: list[Any]
     def __init__(self) -> None: ...
-    def begin_fit(self, learn: Learner) -> None:
+    def begin_fit(self, learn: Learner, anew: Any = False) -> None:
         """Callbacks have begun: what they have made they will make again when the fit is taken up"""
 
 def as_built(learn: Learner) -> AbstractContextManager[None]:
@@ -138,21 +161,14 @@ def observed_state(learn: Learner, to_record: Any = False, given: Any = ()) -> d
         given: callbacks, of which alone it is; else of all in the learner
 
     Returns:
-        'model.n' -> {path, name, optional, value, marks}; no value: gone
+        'model.n' -> {path, name, value, marks}; no value: it is gone
     """
 
-def packed_slot(now: Any, path: Any, name: Any, baseline: Any, again: Any) -> Any:
+def packed_slot(now: Any, path: Any, name: Any, baseline: Any, again: Any, to_record: Any) -> Any:
     """A slot as it can be stored; UnstorableError names it otherwise
 
     Returns:
-        (tree, marks); (None, None): it is made again
-    """
-
-def is_optional(learn: Learner, path: Any) -> bool:
-    """Whether something belongs to a callback that a fit may go on without
-
-    Returns:
-        bool
+        dict; {}: gone; None: made again
     """
 
 def has_own_state(x: Any) -> bool:

@@ -337,8 +337,7 @@ class SaveState(Callback):
     def settings(self): return None  # how often is saved does not matter for what is computed
 
     def before_fit(self, learn):
-        learn._origin.made_again = []
-        learn._origin.begin_fit(learn)
+        learn._origin.begin_fit(learn, anew=True)
         check_resumable(learn.dls.train)
         folder, point = learn.path/self.saves_to, learn.cbs.inner[ResumePoint]
         if is_main(): folder.mkdir(parents=True, exist_ok=True)  # an error now, not after an epoch
@@ -363,13 +362,6 @@ class SaveState(Callback):
         self._is_first, self._time_was_up = False, learn.time_is_up
         self._record_time(learn)
 
-    def check(self, learn):
-        "What an update changes that cannot be stored is an error now, not after an epoch"
-        observed_state(learn, self._to_record)
-        opt = map_tensors(local_part, opt_state(learn.opt)) if learn.opt else None
-        check_storable({'opt': opt and opt['state_dict'], 'callbacks': learn.cbs.state_dict()})
-        self._is_checked = True
-
 # %% ../../nbs/loop/08_resume.ipynb #54784e70
 @patch
 def is_time_to_save(self:SaveState, learn): # bool
@@ -378,6 +370,14 @@ def is_time_to_save(self:SaveState, learn): # bool
     if learn.time_is_up or learn.interrupted or not learn.levels: return True
     count, unit = self.every
     return progress_by_unit(learn)[unit] - self._last_save[unit] >= count
+
+@patch
+def check(self:SaveState, learn):
+    "What an update changes that cannot be stored is an error now, not after an epoch"
+    observed_state(learn, self._to_record)
+    opt = map_tensors(local_part, opt_state(learn.opt)) if learn.opt else None
+    check_storable({'opt': opt and opt['state_dict'], 'callbacks': learn.cbs.state_dict()})
+    self._is_checked = True
 
 @patch
 def _record_time(self:SaveState, learn): self._last_save = progress_by_unit(learn)

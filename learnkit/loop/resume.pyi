@@ -169,14 +169,14 @@ class SaveState(Callback):
     def before_fit(self, learn: Learner) -> None: ...
     def before_train(self, learn: Learner) -> None: ...
     def at_rest(self, learn: Learner) -> None: ...
-    def check(self, learn: Learner) -> None:
-        """What an update changes that cannot be stored is an error now, not after an epoch"""
     def is_time_to_save(self, learn: Learner) -> bool:
         """Whether it is time for a save
 
         Returns:
             bool
         """
+    def check(self, learn: Learner) -> None:
+        """What an update changes that cannot be stored is an error now, not after an epoch"""
 
 def progress_by_unit(learn: Learner) -> Any:
     """How far a learner is, in each unit

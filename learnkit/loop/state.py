@@ -14,7 +14,7 @@ from torch import nn
 from ..base.batches import map_tensors
 from ..base.dtensors import distribute_like, full_tensor, is_dtensor, unsharded_class
 from ..base.randomness import isolated_rng, rng_state, set_rng_state
-from ..base.snapshots import Snapshot
+from ..base.snapshots import Snapshot, write_back
 from ..components.optim import check_opt_state, load_opt_state, opt_params, opt_state
 from ..data.resumable import generator_states, is_stateful, set_generator_states
 from .observed import (
@@ -135,6 +135,7 @@ def check_learner_state(learn, state,
     learn.cbs.check_state(state['callbacks'])
     if has_begun: check_observed(learn, state['observed'])
 
+# %% ../../nbs/loop/05_state.ipynb #a810141a
 def check_complete(state):
     "Raise ValueError for a state that lacks a part, or has one of another kind"
     parts = ('model', 'loss_func', 'opt', 'scaler', 'callbacks', 'observed', 'rng', 'data',
@@ -172,6 +173,7 @@ def load_state(learn, state):
             set_generator_states(getattr(learn.dls, name), states)
         set_rng_state(state['rng'])
 
+# %% ../../nbs/loop/05_state.ipynb #9d1a4774
 @contextmanager
 def undone_on_error(learn):
     "If the block fails, the learner is as it was before"
@@ -231,7 +233,7 @@ def unchanged_learner(learn):
     inner = [(cb, dict(vars(cb))) for cb in learn.cbs.inner.values()]
     states = [(part, copied_tree(part.state_dict())) for part in
               (*learn.cbs.stateful().values(), *([learn.scaler] if learn.scaler else []))]
-    before = Snapshot(roots(learn), LearnerScope(learn, exact=True))
+    before = Snapshot(roots(learn), LearnerScope(learn, exact=True, functions=False))
     with isolated_rng(), unchanged_modules(learn):
         learn._fit, learn._origin = copy.copy(learn._fit), copy.copy(learn._origin)
         try: yield
@@ -243,6 +245,7 @@ def unchanged_learner(learn):
             for part, state in states: part.load_state_dict(state)
             before.put_back()
 
+# %% ../../nbs/loop/05_state.ipynb #a3083de2
 def unchanged_by_a_pass(learn): # context manager
     "What evaluating changes in model, loss, metrics and data is afterwards as it was before"
     names = 'model', 'loss_func', 'metrics', 'data'
@@ -254,12 +257,11 @@ def unchanged_parts(learn, names=None): # of `roots`; None: all
     parts = {name: part for name, part in roots(learn).items() if names is None or name in names}
     buffers = [(t, t.clone()) for part in (learn.model, learn.loss_func)
                if isinstance(part, nn.Module) for t in part.buffers() if 0 not in t.stride()]
-    before = Snapshot(parts, LearnerScope(learn, exact=True))
+    before = Snapshot(parts, LearnerScope(learn, exact=True, functions=names is None))
     try: yield
     finally:
         before.put_back()
-        with torch.no_grad():
-            for tensor, value in buffers: tensor.copy_(value)
+        for tensor, value in buffers: write_back(tensor, value)
 
 # %% ../../nbs/loop/05_state.ipynb #aeed2f77
 @contextmanager
