@@ -86,27 +86,32 @@ class LearnerScope(Scope):
         return {name: value for name, value in super().slots(x, path).items()
                 if name != 'init_args' and self.is_users(value)}
 
-    def module_slots(self, module, path, found): # dict: name -> value
-        "Without the gradients of weights, and without modes that the next pass sets anyway"
-        grads = {f'{name}.grad' for name, p in module._parameters.items()
-                 if id(p) in self.elsewhere}
-        if path[0] == 'model' and self.learn.phase != 'train' and not self.exact:
-            found = {**found, 'training': True}
-        return {name: value for name, value in found.items() if name not in grads}
+# %% ../../nbs/loop/04_observed.ipynb #7f0c2a55
+@patch
+def module_slots(self:LearnerScope, module, path, found): # dict: name -> value
+    "Without the gradients of weights, and without modes that the next pass sets anyway"
+    grads = {f'{name}.grad' for name, p in module._parameters.items()
+             if id(p) in self.elsewhere}
+    if path[0] == 'model' and self.learn.phase != 'train' and not self.exact:
+        found = {**found, 'training': True}
+    return {name: value for name, value in found.items() if name not in grads}
 
-    def opt_slots(self, opt): # dict: name -> value
-        if self.exact: return {'state': opt.state, 'param_groups': opt.param_groups}
-        return {} if opt is self.learn.opt else {OWN: opt.state_dict()}
+@patch
+def opt_slots(self:LearnerScope, opt): # dict: name -> value
+    if self.exact: return {'state': opt.state, 'param_groups': opt.param_groups}
+    return {} if opt is self.learn.opt else {OWN: opt.state_dict()}
 
-    def is_users(self, x): # bool
-        "Whether something in an object of learnkit's was given by the user"
-        if isinstance(x, (list, tuple, dict)):
-            return any(map(self.is_users, x.values() if isinstance(x, dict) else x))
-        return isinstance(x, (*FUNCTIONS, partial)) or is_user_module(type(x).__module__)
+@patch
+def is_users(self:LearnerScope, x): # bool
+    "Whether something in an object of learnkit's was given by the user"
+    if isinstance(x, (list, tuple, dict)):
+        return any(map(self.is_users, x.values() if isinstance(x, dict) else x))
+    return isinstance(x, (*FUNCTIONS, partial)) or is_user_module(type(x).__module__)
 
-    def set(self, x, name, value):
-        if name == OWN: x.load_state_dict(value)
-        else: super().set(x, name, value)
+@patch
+def set(self:LearnerScope, x, name, value):
+    if name == OWN: x.load_state_dict(value)
+    else: Scope.set(self, x, name, value)
 
 # %% ../../nbs/loop/04_observed.ipynb #3c3195db
 @patch
