@@ -375,8 +375,8 @@ def is_time_to_save(self:SaveState, learn): # bool
 def check(self:SaveState, learn):
     "What an update changes that cannot be stored is an error now, not after an epoch"
     observed_state(learn, self._to_record)
-    opt = map_tensors(local_part, opt_state(learn.opt)) if learn.opt else None
-    check_storable({'opt': opt and opt['state_dict'], 'callbacks': learn.cbs.state_dict()})
+    opt = opt_state(learn.opt)['state_dict'] if learn.opt else None
+    check_storable(map_tensors(local_part, {'opt': opt, 'callbacks': learn.cbs.state_dict()}))
     self._is_checked = True
 
 @patch
