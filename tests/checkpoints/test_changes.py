@@ -98,7 +98,8 @@ def test_a_change_between_blocks_is_stale(tmp_path):
                          (lambda learn: learn.freeze_to(0), None),
                          (lambda learn: setattr(learn, 'lr', 1.), 'lr'),
                          (lambda learn: setattr(learn.model[2], 'p', 0.9), '0.9'),
-                         (lambda learn: learn.model[0].weight.requires_grad_(False), 'frozen')):
+                         (lambda learn: learn.model[0].weight.requires_grad_(False),
+                          'model.0.weight.requires_grad as it was made -> False')):
         if text is None: run(change)
         else:
             with pytest.raises(StaleCheckpoint, match=text): run(change)
