@@ -87,8 +87,9 @@ def fit(self:Learner,
     began, max_time = time.monotonic(), None if max_time is None else as_seconds(max_time)
     point = self.cbs.inner[ResumePoint]
     if point.autosave: cbs, resume = point.autosave(cbs, resume)
-    self._origin.baseline.add(self)
-    if self._origin.state is None: self._origin.state = on_host(live_state(self))
+    if self._origin.state is None:
+        self._origin.baseline.add(self, constructed=True)
+        self._origin.state = on_host(live_state(self))
     with interruptible(self), self.added_cbs(cbs), other_loaders(self, dls):
         if self.dls.train is None: raise ValueError('there is no training data: dls.train is None')
         self._origin.baseline.add(self)  # what was given to this fit

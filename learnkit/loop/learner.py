@@ -63,6 +63,7 @@ class Learner(Loop):
         self.make_opt()
         self.recorder.check_names(Tally(metrics).names)  # an error now, not after an epoch
         self('after_create')
+        self._origin.baseline.add(self)
 
 # %% ../../nbs/loop/10_learner.ipynb #66f81bb8
 @patch

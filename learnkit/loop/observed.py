@@ -119,6 +119,7 @@ def follows(self:LearnerScope, x, path): # bool
     if x is self.learn: return True
     if isinstance(x, Callback): return not (x.external or x.distributes or x.settings() is None)
     if isinstance(x, FUNCTIONS) and not self.functions: return False
+    if path[0] == 'data' and is_stateful(x, ()): return False  # it says where it is
     if isinstance(x, Iterator) or hasattr(x, 'dls') and hasattr(x, 'model'): return False
     if isinstance(x, FunctionType) and is_learnkits(x): return False
     return Scope.follows(self, x, path)
@@ -159,9 +160,11 @@ class Baseline:
     "How objects were when they came into reach"
     def __init__(self): self.known = {}  # id -> (object, name of a slot -> held value)
 
-    def add(self, learn, given=()): # callbacks given to a call
+    def add(self, learn, given=(), # callbacks given to a call
+            constructed=False): # whether a subclass has given the learner all that it gives
         "Note how what has come into reach is"
         now = snapshot(learn, given)
+        if constructed: self.known.pop(id(learn), None)
         for path, x in now.objects.items(): self.known.setdefault(id(x), (x, now.values[path]))
 
     def of(self, x): # dict: name -> held value; empty for an object that is new
@@ -222,8 +225,6 @@ def observed_state(learn,
         if id(x) not in origin.baseline.known and id(x) not in again: continue
         packs = {name: packed_slot(now, path, name, origin.baseline, again, to_record)
                  for name in names}
-        if has_own_state(x) and None in packs.values():  # half of it would contradict itself
-            packs = {name: pack for name, pack in packs.items() if name == OWN}
         found |= {path_text(path, name): {'path': list(path), 'name': name, **pack}
                   for name, pack in packs.items() if pack is not None}
     return found
@@ -235,7 +236,8 @@ def packed_slot(now, path, name, baseline, again, to_record): # dict; {}: gone; 
     held, x = now.values[path][name], now.objects[path]
     try:
         for inner in origins(held, Reference):
-            if id(inner) in baseline.known: continue
+            # An object that loads a state of its own finds the others by itself
+            if id(inner) in baseline.known and not has_own_state(x): continue
             raise NotPlainError(f'{described(inner)} that is new')
         tree, marks = pack(held)
         check_storable(tree)

@@ -117,11 +117,14 @@ class Baseline:
     """How objects were when they came into reach"""
     known: dict[Any, Any]
     def __init__(self) -> None: ...
-    def add(self, learn: Learner, given: Any = ()) -> Any:
+    def add(self, learn: Learner, given: Any = (), constructed: Any = False) -> Any:
         """Note how what has come into reach is
 
+        Args:
+            learn, given: callbacks given to a call
+
         Returns:
-            callbacks given to a call
+            whether a subclass has given the learner all that it gives
         """
     def of(self, x: Any) -> Any:
         """Returns:

@@ -20,7 +20,7 @@ FIT = ['before_fit', *EPOCH * 2, 'after_fit', 'cleanup_fit']
 
 class Spy(Callback):
     "Notes every event it hears; does what `then` says at the n-th occurrence of one"
-    order = 50
+    order, transient = 50, ('trace',)  # calls that leave no trace leave these
     def __init__(self, at=None, then=None, nth=0):
         self.at, self.then, self.left, self.trace = at, then, nth, []
 

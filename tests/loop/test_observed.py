@@ -377,12 +377,13 @@ def test_a_state_that_lacks_something_changes_nothing(path):
 
 
 class Refusing(Callback):
-    def __init__(self): self.n, self.refuses = 0, False
+    refuses = False
+    def __init__(self): self.n = 0
     def after_batch(self, learn): self.n += 1
     def state_dict(self): return {'n': self.n}
     def load_state_dict(self, state):
         self.n = state['n']
-        if self.refuses: raise ZeroDivisionError
+        if type(self).refuses: raise ZeroDivisionError
 
 
 class RefusingModel(nn.Linear):
@@ -394,18 +395,17 @@ class RefusingModel(nn.Linear):
 
 @pytest.mark.parametrize('who', ['callback', 'model'])
 def test_a_load_that_fails_on_the_way_changes_nothing(who):
-    cb = Refusing()
-    learn = plain_learner(cbs=cb)
+    learn = plain_learner(cbs=Refusing())
     learn.model = RefusingModel(4, 2)
     learn.make_opt()
     learn.fit(1)
     state = learn.state_dict()
     learn.fit(1)
     before = tree_digest(learn.state_dict())
-    if who == 'callback': cb.refuses = True
+    if who == 'callback': Refusing.refuses = True
     else: RefusingModel.refuses = True
     try:
         with pytest.raises(ZeroDivisionError): learn.load_state_dict(state)
     except ZeroDivisionError: pass
-    finally: cb.refuses = RefusingModel.refuses = False
+    finally: Refusing.refuses = RefusingModel.refuses = False
     assert tree_digest(learn.state_dict()) == before
