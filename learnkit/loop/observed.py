@@ -28,7 +28,7 @@ from .position import PassState
 # %% ../../nbs/loop/04_observed.ipynb #41708dd6
 def roots(learn): # dict: name -> object
     "The parts of a learner that training may change"
-    callbacks = {'callbacks': named_callbacks(learn.cbs)}
+    callbacks = {'callbacks': named_callbacks(learn._cbs)}
     model = getattr(learn.model, '_orig_mod', learn.model)  # what torch.compile has wrapped
     return {'model': model, 'loss_func': learn.loss_func, 'opt': learn.opt, **callbacks,
             'metrics': learn.metrics, 'data': learn.dls, 'learner': learn}
