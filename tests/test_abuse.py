@@ -44,12 +44,12 @@ for event in EVENTS: setattr(At, event, hear(event))
 
 
 @pytest.fixture(autouse=True)
-def fresh():
+def fresh(request):
     "Counters begin anew, and what hangs is an error"
     Fits.n, At.armed = 0, None
     def hangs(*args): raise TimeoutError('it hangs')
     before = signal.signal(signal.SIGALRM, hangs)
-    signal.alarm(240)
+    signal.alarm(1800 if request.node.get_closest_marker('slow') else 240)
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
