@@ -55,7 +55,7 @@ from .data.loaders import (
 from .data import resumable as _resumable
 from .components.callback import (
     Callback, Cancel, CancelBackward, CancelBatch, CancelEpoch, CancelFit, CancelStep, CancelTrain,
-    CancelValidate,
+    CancelValidate, has_state, named_callbacks,
 )
 from .components.metrics import (
     accuracy, binary_accuracy, error_rate, mae, Metric, metric, mse, perplexity, rmse,
@@ -170,6 +170,7 @@ from .checkpoints import ledger as _ledger
 from .checkpoints import beginning as _beginning
 from .checkpoints import changes as _changes
 from .checkpoints import answers as _answers
+from .checkpoints import renewal as _renewal
 from .checkpoints import block as _block
 from .checkpoints.checkpointed import (
     Checkpointed,
@@ -197,14 +198,14 @@ __all__ = [
     'UnstorableError', 'save_tensors', 'load_tree', 'save_tree', 'tree_digest', 'Store', 'Garbage',
     'DataLoaders', 'DatasetLoader', 'TensorLoader', 'Callback', 'Cancel', 'CancelBackward',
     'CancelBatch', 'CancelEpoch', 'CancelFit', 'CancelStep', 'CancelTrain', 'CancelValidate',
-    'accuracy', 'binary_accuracy', 'error_rate', 'mae', 'Metric', 'metric', 'mse', 'perplexity',
-    'rmse', 'sklearn_metric', 'top_k_accuracy', 'no_decay', 'param_groups', 'spread_lr',
-    'Fingerprint', 'fingerprint', 'UnfingerprintableError', 'Recorder', 'Progress', 'SaveState',
-    'Learner', 'combine_scheds', 'sched_const', 'sched_cos', 'sched_exp', 'sched_lin', 'sched_poly',
-    'sched_warmup', 'ParamScheduler', 'TorchScheduler', 'LRFinderResult', 'SaveBest',
-    'AskToContinue', 'EarlyStopping', 'StopOnNaN', 'ReduceLROnPlateau', 'MixedPrecision',
-    'GradientAccumulation', 'GradientClip', 'EMA', 'SWA', 'ShortEpoch', 'StageFuncs',
-    'ValidateEvery', 'CutMix', 'MixUp', 'OverfitResult', 'ChannelsLast', 'launch', 'Ranks',
-    'Distributed', 'BEGINNING', 'StaleCheckpoint', 'Checkpointed', 'CheckpointedLearner',
+    'has_state', 'named_callbacks', 'accuracy', 'binary_accuracy', 'error_rate', 'mae', 'Metric',
+    'metric', 'mse', 'perplexity', 'rmse', 'sklearn_metric', 'top_k_accuracy', 'no_decay',
+    'param_groups', 'spread_lr', 'Fingerprint', 'fingerprint', 'UnfingerprintableError', 'Recorder',
+    'Progress', 'SaveState', 'Learner', 'combine_scheds', 'sched_const', 'sched_cos', 'sched_exp',
+    'sched_lin', 'sched_poly', 'sched_warmup', 'ParamScheduler', 'TorchScheduler', 'LRFinderResult',
+    'SaveBest', 'AskToContinue', 'EarlyStopping', 'StopOnNaN', 'ReduceLROnPlateau',
+    'MixedPrecision', 'GradientAccumulation', 'GradientClip', 'EMA', 'SWA', 'ShortEpoch',
+    'StageFuncs', 'ValidateEvery', 'CutMix', 'MixUp', 'OverfitResult', 'ChannelsLast', 'launch',
+    'Ranks', 'Distributed', 'BEGINNING', 'StaleCheckpoint', 'Checkpointed', 'CheckpointedLearner',
     'checkpoints_table', 'tree_text', 'plot_tree', 'explain_text',
 ]

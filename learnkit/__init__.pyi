@@ -46,6 +46,8 @@ from .components.callback import CancelFit as CancelFit
 from .components.callback import CancelStep as CancelStep
 from .components.callback import CancelTrain as CancelTrain
 from .components.callback import CancelValidate as CancelValidate
+from .components.callback import has_state as has_state
+from .components.callback import named_callbacks as named_callbacks
 from .components.metrics import accuracy as accuracy
 from .components.metrics import binary_accuracy as binary_accuracy
 from .components.metrics import error_rate as error_rate
@@ -114,15 +116,15 @@ __all__ = [
     'StoreError', 'UnstorableError', 'save_tensors', 'load_tree', 'save_tree', 'tree_digest',
     'Store', 'Garbage', 'DataLoaders', 'DatasetLoader', 'TensorLoader', 'Callback', 'Cancel',
     'CancelBackward', 'CancelBatch', 'CancelEpoch', 'CancelFit', 'CancelStep', 'CancelTrain',
-    'CancelValidate', 'accuracy', 'binary_accuracy', 'error_rate', 'mae', 'Metric', 'metric',
-    'mse', 'perplexity', 'rmse', 'sklearn_metric', 'top_k_accuracy', 'no_decay', 'param_groups',
-    'spread_lr', 'Fingerprint', 'fingerprint', 'UnfingerprintableError', 'Recorder', 'Progress',
-    'SaveState', 'Learner', 'combine_scheds', 'sched_const', 'sched_cos', 'sched_exp',
-    'sched_lin', 'sched_poly', 'sched_warmup', 'ParamScheduler', 'TorchScheduler',
-    'LRFinderResult', 'SaveBest', 'AskToContinue', 'EarlyStopping', 'StopOnNaN',
-    'ReduceLROnPlateau', 'MixedPrecision', 'GradientAccumulation', 'GradientClip', 'EMA', 'SWA',
-    'ShortEpoch', 'StageFuncs', 'ValidateEvery', 'CutMix', 'MixUp', 'OverfitResult',
-    'ChannelsLast', 'launch', 'Ranks', 'Distributed', 'BEGINNING', 'StaleCheckpoint',
-    'Checkpointed', 'CheckpointedLearner', 'checkpoints_table', 'tree_text', 'plot_tree',
-    'explain_text'
+    'CancelValidate', 'has_state', 'named_callbacks', 'accuracy', 'binary_accuracy',
+    'error_rate', 'mae', 'Metric', 'metric', 'mse', 'perplexity', 'rmse', 'sklearn_metric',
+    'top_k_accuracy', 'no_decay', 'param_groups', 'spread_lr', 'Fingerprint', 'fingerprint',
+    'UnfingerprintableError', 'Recorder', 'Progress', 'SaveState', 'Learner', 'combine_scheds',
+    'sched_const', 'sched_cos', 'sched_exp', 'sched_lin', 'sched_poly', 'sched_warmup',
+    'ParamScheduler', 'TorchScheduler', 'LRFinderResult', 'SaveBest', 'AskToContinue',
+    'EarlyStopping', 'StopOnNaN', 'ReduceLROnPlateau', 'MixedPrecision', 'GradientAccumulation',
+    'GradientClip', 'EMA', 'SWA', 'ShortEpoch', 'StageFuncs', 'ValidateEvery', 'CutMix',
+    'MixUp', 'OverfitResult', 'ChannelsLast', 'launch', 'Ranks', 'Distributed', 'BEGINNING',
+    'StaleCheckpoint', 'Checkpointed', 'CheckpointedLearner', 'checkpoints_table', 'tree_text',
+    'plot_tree', 'explain_text'
 ]

@@ -20,9 +20,11 @@ from .record import (
 from .host import method_kind
 from .digests import KnownDigests, by_part, joined
 from .ledger import digests_of
-from .beginning import beginning, compare_beginning, has_repeated
+from .beginning import beginning
 from .changes import PlanEnds, go_to_start
 from .answers import answer_key, forget_saves
+from .renewal import (
+    accept_code, begin_anew, check_beginning, must_compute, take_older)
 
 # %% ../../nbs/checkpoints/08_block.ipynb #39cdd6c5
 class Block:
@@ -117,45 +119,6 @@ def stored_state(self:Block, digests) -> SavedState:
     saved, _ = self.ledger.put_state()
     return SavedState(digests, saved.state, saved.extra)
 
-# %% ../../nbs/checkpoints/08_block.ipynb #c16d3c43
-@patch
-def compare_beginning(self:Block):
-    "Compare seed and first weights with those that are recorded, if the checkpoint is a first one"
-    ledger, node = self.ledger, self.node
-    if self.has_compared or node.parent is not None or not node.has_begun: return
-    self.has_compared, digests = True, self.state_digests()
-    problems, line = compare_beginning(ledger, node, digests)
-    if line: ledger.host.show(line)
-    if problems:
-        def fits(older): return not compare_beginning(ledger, older, digests)[0]
-        if self.take_older(0, fits): return
-        if ledger.accepts(node, problems):
-            node.beginning, self.has_adopted = beginning(ledger), True
-            return node.json['begin']['parts'].update(digests)
-        if ledger.is_worth_keeping(node): ledger.report_change(node, 0, problems)
-        self.begin_anew(0, '; '.join(problems))
-    elif has_repeated(ledger, node, digests):
-        self.findings['beginning'] = {**node.beginning, 'repeats': True}
-
-# %% ../../nbs/checkpoints/08_block.ipynb #4bbe1ea4
-@patch
-def begin_anew(self:Block, k, why):
-    "Nothing that is recorded from call `k` on is what is asked for; it becomes history"
-    ledger, node = self.ledger, self.node
-    node.keep_version(why)
-    if k: node.drop_calls(k)
-    else: self.node = ledger.new_node(self.id, node.description, node)
-
-@patch
-def take_older(self:Block, k, fits) -> bool: # function: Node -> whether it is what is asked for
-    "Go back to what an unfinished successor is to replace, where that is asked for again"
-    node = self.node
-    older = None if node.is_finished else node.older()
-    if older is None or older.json['begin'] != node.json['begin'] and k: return False
-    if older.calls[:k] != node.calls[:k] or not fits(older): return False
-    self.node = older
-    return True
-
 # %% ../../nbs/checkpoints/08_block.ipynb #e50d1a09
 @patch
 def note(self:Block, record, **facts):
@@ -189,7 +152,7 @@ def call(self:Block, name, args, kwargs):
                            'be recorded there any more')
     ledger.check_not_busy(f'cp.{name}')
     call = ledger.describe_call(name, args, kwargs)
-    if not self.made: self.compare_beginning()
+    if not self.made: check_beginning(self)
     if call.kind == 'pure': return self.answer_pure_call(call)
     if name in ledger.host.once_per_block and any(made.method == name for made in self.made):
         raise RuntimeError(f'{name} was called in this block already: a block has one {name}, '
@@ -205,17 +168,17 @@ def numbered_call(self:Block, call):
     record = node.call(k) if k < node.n_calls else None
     digests = self.state_digests()
     if record and (problems := ledger.call_differs(node, k, call, digests)):
-        if self.take_older(k, lambda older: ledger.holds(older, k, call, digests)):
+        if take_older(self, k, lambda older: ledger.holds(older, k, call, digests)):
             return self.numbered_call(call)
         if record.method == call.method and ledger.accepts(node, problems):
             ledger.adopt_call(node, record, call, digests)
             self.has_adopted = True
             return self.numbered_call(call)
         if ledger.is_worth_keeping(node, k): ledger.report_change(node, k, problems)
-        self.begin_anew(k, '; '.join(problems))
+        begin_anew(self, k, '; '.join(problems))
         record = None
-    elif record and self.accept_code(record, call): self.has_adopted = True
-    elif record and self.must_compute(record, call): record = None
+    elif record and accept_code(self, record, call): self.has_adopted = True
+    elif record and must_compute(self, record, call): record = None
     if record and record.is_complete:
         try: return self.fetch(call, record, digests)
         except DamagedError as error:
@@ -225,34 +188,6 @@ def numbered_call(self:Block, call):
     elif record: ledger.reason = f'{call.text} was broken off and goes on'
     elif k or not node.n_calls: ledger.reason = f'{call.text}: no such call is recorded'
     return self.compute(call, digests, record)
-
-# %% ../../nbs/checkpoints/08_block.ipynb #95010ea3
-@patch
-def accept_code(self:Block, record, call) -> bool:
-    "Take over changed code, where it is accepted"
-    ledger, node = self.ledger, self.node
-    changed = ledger.changed_code(record, call) if record.is_complete else []
-    texts = [f'{call.text}: the code of {", ".join(changed)}'] if changed else []
-    if not ledger.accepts(node, texts): return False
-    record.code = ledger.code_of(call)
-    return True
-
-@patch
-def must_compute(self:Block, record, call) -> bool:
-    "Whether a recorded call is not to be used because of its code; StaleCheckpoint to be told so"
-    ledger, node, k = self.ledger, self.node, len(self.made)
-    changed = ledger.changed_code(record, call)
-    is_anew = ledger.options.computes_changed_code
-    may_go_on = record.json.get('was_made')  # only what it returned was refused
-    if not changed or record.is_complete and not is_anew or may_go_on: return False
-    text = f'{call.text}: the code of {", ".join(changed)} has changed since'
-    if not record.is_complete:
-        text += ' it was broken off, and it cannot go on half by the old and half by the new'
-    options = ledger.options
-    option = 'on_change' if (options.on_change, options.code) == ('rerun', 'warn') else 'code'
-    if ledger.is_worth_keeping(node, k): ledger.report_change(node, k, [text], option)
-    self.begin_anew(k, text)
-    return True
 
 # %% ../../nbs/checkpoints/08_block.ipynb #9000c05a
 @patch
@@ -378,7 +313,7 @@ def has_inner_states(self:Block) -> bool:
 def record_bookmark(self:Block):
     "Record the state as it stands"
     ledger, digests = self.ledger, self.ledger.state_digests()
-    self.compare_beginning()
+    check_beginning(self)
     node = self.node
     if not node.has_begun:
         if ledger.planning: raise PlanEnds(f'checkpoint {id_text(self.id)} would be recorded')
@@ -389,7 +324,7 @@ def record_bookmark(self:Block):
     if wrong := [part for part in differ if part not in allowed]:
         text = f'the learner was changed before it: {", ".join(wrong)}'
         ledger.report_change(node, 0, [text])
-        self.begin_anew(0, text)
+        begin_anew(self, 0, text)
         self.record_bookmark()
     elif differ: ledger.restore(state_before(ledger.read, node, 0))
 

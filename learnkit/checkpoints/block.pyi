@@ -31,16 +31,6 @@ class Block:
         """Whether the object has moved on from a recorded state, or what lies beside it was changed"""
     def stored_state(self, digests: Any) -> SavedState:
         """Store the state that the object is in"""
-    def compare_beginning(self) -> Any:
-        """Compare seed and first weights with those that are recorded, if the checkpoint is a first one"""
-    def begin_anew(self, k: Any, why: Any) -> None:
-        """Nothing that is recorded from call `k` on is what is asked for; it becomes history"""
-    def take_older(self, k: Any, fits: Any) -> bool:
-        """Go back to what an unfinished successor is to replace, where that is asked for again
-
-        Returns:
-            function: Node -> whether it is what is asked for
-        """
     def note(self, record: Any, **facts: Any) -> None:
         """Note of a call that has failed what a next run may want to know"""
     def note_findings(self) -> None:
@@ -49,10 +39,6 @@ class Block:
         """Fetch or compute a call"""
     def numbered_call(self, call: Any) -> Any:
         """Fetch or compute call number `k`, after comparing it with recorded call number `k`"""
-    def accept_code(self, record: Any, call: Any) -> bool:
-        """Take over changed code, where it is accepted"""
-    def must_compute(self, record: Any, call: Any) -> bool:
-        """Whether a recorded call is not to be used because of its code; StaleCheckpoint to be told so"""
     def state_digests(self) -> dict:
         """Those of the object's state; where it has diverged, of the recorded one
 
