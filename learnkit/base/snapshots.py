@@ -159,9 +159,15 @@ def slots_of_class(cls): # (tuple, frozenset) of names: slots, and attributes to
 # %% ../../nbs/base/09_snapshots.ipynb #1748d350
 def cells(func): # dict: name -> value
     "The variables that a function shares with the one in which it was made"
-    found = zip(func.__code__.co_freevars, func.__closure__ or (), strict=True)
-    return {name: cell.cell_contents for name, cell in found
-            if name != '__class__' and not is_empty(cell)}
+    return {name: value for name, value in closure_read(func).items() if name != '__class__'}
+
+def closure_cells(func): # dict: name -> cell
+    return dict(zip(func.__code__.co_freevars, func.__closure__ or (), strict=True))
+
+def closure_read(func): # dict: name -> value
+    "The variables of the functions around it that a function names, as far as they have a value"
+    return {name: cell.cell_contents for name, cell in closure_cells(func).items()
+            if not is_empty(cell)}
 
 def is_empty(cell): # bool
     "Whether a variable has no value yet"
@@ -174,7 +180,7 @@ MISSING, UNKNOWN = object(), object()
 def set_slot(x, name, value):
     "Give an object's slot a value; MISSING: take it away"
     if isinstance(x, types.FunctionType) and name in x.__code__.co_freevars:
-        x.__closure__[x.__code__.co_freevars.index(name)].cell_contents = value
+        closure_cells(x)[name].cell_contents = value
     elif isinstance(x, nn.Module): set_module_slot(x, name, value)
     elif value is MISSING: object.__delattr__(x, name)
     elif name in getattr(x, '__dict__', {}) or not slots_of_class(type(x))[0]:
@@ -196,16 +202,18 @@ def set_module_slot(x, name, value):
     (x._parameters if isinstance(value, nn.Parameter) else vars(x))[name] = value
 
 # %% ../../nbs/base/09_snapshots.ipynb #2cc431b3
+# Whatever asks: files of a moment, threads, bars, pictures, trackers
 ACTING = frozenset((
-    '_io', '_thread', 'asyncio', 'concurrent', 'io', 'logging', 'multiprocessing', 'queue',
-    'select', 'selectors', 'socket', 'subprocess', 'tempfile', 'threading', '_queue', '_socket',
-    'weakref', 'IPython', 'aim', 'comet_ml', 'fastprogress', 'ipywidgets', 'matplotlib', 'mlflow',
-    'neptune', 'rich', 'tensorboard', 'tensorboardX', 'tqdm', 'trackio', 'wandb'))
+    '_thread', 'asyncio', 'concurrent', 'tempfile', 'threading', 'IPython', 'aim', 'comet_ml',
+    'matplotlib', 'mlflow', 'neptune', 'rich', 'tensorboard', 'tensorboardX', 'tqdm', 'wandb'))
+NEVER_STATE = ACTING | {
+    '_io', 'io', 'logging', 'multiprocessing', 'queue', 'select', 'selectors', 'socket',
+    'subprocess', '_queue', '_socket', 'weakref', 'fastprogress', 'ipywidgets', 'trackio'}
 
 def acts_outside(x): # bool
     "Whether an object is a logger, a file, a bar, a thread or the like, by the module of its class"
     module = type(x).__module__
-    return module.partition('.')[0] in ACTING or (
+    return module.partition('.')[0] in NEVER_STATE or (
         module.startswith(('torch.utils.tensorboard', 'torch.utils.hooks', 'torch.distributed.',
                            'torch._dynamo', 'torch._functorch', 'torch._inductor'))
         and not isinstance(x, torch.Tensor))
@@ -377,27 +385,26 @@ def pack(held): # (plain tree, marks: list of [positions, kind, what])
     return packed(held, (), marks), marks
 
 def packed(held, where, marks): # plain tree
-    if isinstance(held, HeldItems):
-        inner = [packed(item, (*where, i), marks) for i, item in enumerate(held.values)]
-        if isinstance(held.origin, (set, frozenset)) and any(
-                tuple(mark[0][:len(where)]) == where for mark in marks):
-            raise NotPlainError('a set that holds objects')
-        return rebuilt(held.origin, held.keys, inner)
+    def marked(kind, what=None, tree=None): # the tree
+        marks.append([list(where), kind, what])
+        return tree
+    if isinstance(held, HeldItems): return packed_items(held, where, marks)
     if isinstance(held, HeldArray):
-        kind = getattr(held.copy, 'device', None)
-        if isinstance(kind, torch.device) and kind.type != 'cpu':
-            marks.append([list(where), 'device', kind.type])
-        return held.copy
-    if isinstance(held, enum.Enum):
-        marks.append([list(where), 'member', None])
-        return held.value
-    if not isinstance(held, HELD): return held
+        device = held.copy.device.type if isinstance(held.copy, torch.Tensor) else 'cpu'
+        return held.copy if device == 'cpu' else marked('device', device, held.copy)
+    if isinstance(held, enum.Enum): return marked('member', tree=held.value)
+    if isinstance(held, HeldGenerator): return marked('generator', tree=held.state)
+    if isinstance(held, Reference): return marked('object', list(held.path))
+    if isinstance(held, Elsewhere): return marked('weight', held.name)
     if isinstance(held, (Opaque, HeldProgress)): raise NotPlainError(described(held.origin))
-    kind, what = {Reference: ('object', lambda: list(held.path)),
-                  Elsewhere: ('weight', lambda: held.name),
-                  HeldGenerator: ('generator', lambda: None)}[type(held)]
-    marks.append([list(where), kind, what()])
-    return held.state if kind == 'generator' else None
+    return held
+
+def packed_items(held, where, marks): # container
+    n = len(marks)
+    inner = [packed(item, (*where, i), marks) for i, item in enumerate(held.values)]
+    if isinstance(held.origin, (set, frozenset)) and len(marks) > n:
+        raise NotPlainError('a set that holds objects')
+    return rebuilt(held.origin, held.keys, inner)
 
 # %% ../../nbs/base/09_snapshots.ipynb #b9e6ef45
 def described(x): return f'a {type(x).__module__}.{type(x).__qualname__}'.replace(' builtins.', ' ')

@@ -111,6 +111,18 @@ def cells(func: Any) -> Any:
         dict: name -> value
     """
 
+def closure_cells(func: Any) -> Any:
+    """Returns:
+        dict: name -> cell
+    """
+
+def closure_read(func: Any) -> Any:
+    """The variables of the functions around it that a function names, as far as they have a value
+
+    Returns:
+        dict: name -> value
+    """
+
 def is_empty(cell: Any) -> bool:
     """Whether a variable has no value yet
 
@@ -125,6 +137,7 @@ def set_slot(x: Any, name: Any, value: Any) -> None:
 
 def set_module_slot(x: Any, name: Any, value: Any) -> None: ...
 ACTING: frozenset[str]
+NEVER_STATE: frozenset[str]
 
 def acts_outside(x: Any) -> bool:
     """Whether an object is a logger, a file, a bar, a thread or the like, by the module of its class
@@ -256,6 +269,11 @@ def pack(held: Any) -> Any:
 def packed(held: Any, where: Any, marks: Any) -> Any:
     """Returns:
         plain tree
+    """
+
+def packed_items(held: Any, where: Any, marks: Any) -> Any:
+    """Returns:
+        container
     """
 
 def described(x: Any) -> Any: ...

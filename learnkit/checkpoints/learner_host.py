@@ -169,7 +169,7 @@ def observe(self:LearnerHost, arguments=None, anew=False):
     "Note how what has come into reach is"
     learn = self.object
     if anew: learn._origin.baseline = Baseline()
-    learn._origin.baseline.add(learn, callbacks_in(list((arguments or {}).values())))
+    learn._origin.baseline.add(learn, given_callbacks(arguments or {}))
 
 @patch
 def part_changes(self:LearnerHost, part, saved) -> list: # of str
@@ -339,11 +339,26 @@ def unchanged_schedules(learn):
 
 def param_groups(learn): return learn.opt.param_groups if learn.opt else ()
 
+# %% ../../nbs/checkpoints/10_learner_host.ipynb #3c5d90ea
+def given_callbacks(arguments): return callbacks_in(list(arguments.values())) # list
+
+def callbacks_in(value): # list of callbacks
+    "The callback objects in an argument"
+    if isinstance(value, Callback): return [value]
+    items = value if isinstance(value, (list, tuple)) else ()
+    return [cb for item in items for cb in callbacks_in(item)]
+
+@patch
+def files_written(self:LearnerHost, arguments) -> list: # of paths
+    "The files of the callbacks, as far as their state says that there are any"
+    cbs = *self.object.cbs, *given_callbacks(arguments)
+    return [path for cb in cbs for path in cb.files_written(self.object)]
+
 # %% ../../nbs/checkpoints/10_learner_host.ipynb #fec07bec
 @patch
 def stateful_arguments(self:LearnerHost, arguments) -> list: # of FollowedCallbacks
     "The callbacks among the arguments"
-    return [FollowedCallback(self.object, cb) for cb in callbacks_in(list(arguments.values()))
+    return [FollowedCallback(self.object, cb) for cb in given_callbacks(arguments)
             if not cb.external or has_own_state(cb)]
 
 class FollowedCallback:
@@ -361,18 +376,6 @@ class FollowedCallback:
         forget_changes(self.learn, given=[self.callback])
         self.callback.load_state_dict(state['own'])
         load_observed(self.learn, state['observed'], given=[self.callback])
-
-def callbacks_in(value): # list of callbacks
-    "The callback objects in an argument"
-    if isinstance(value, Callback): return [value]
-    items = value if isinstance(value, (list, tuple)) else ()
-    return [cb for item in items for cb in callbacks_in(item)]
-
-@patch
-def files_written(self:LearnerHost, arguments) -> list: # of paths
-    "The files of the callbacks, as far as their state says that there are any"
-    given = [cb for value in arguments.values() for cb in callbacks_in(value)]
-    return [path for cb in (*self.object.cbs, *given) for path in cb.files_written(self.object)]
 
 @patch
 def argument_text(self:LearnerHost, value, text): # str; None: as it is described

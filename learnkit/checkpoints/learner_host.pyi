@@ -92,17 +92,17 @@ class LearnerHost(Host):
         """Load a state, after putting the learner together where a structure is given; all or nothing"""
     def restore_used(self, state: Any) -> None:
         """Load what a prediction follows from, whatever the optimizer"""
-    def stateful_arguments(self, arguments: Any) -> list:
-        """The callbacks among the arguments
-
-        Returns:
-            of FollowedCallbacks
-        """
     def files_written(self, arguments: Any) -> list:
         """The files of the callbacks, as far as their state says that there are any
 
         Returns:
             of paths
+        """
+    def stateful_arguments(self, arguments: Any) -> list:
+        """The callbacks among the arguments
+
+        Returns:
+            of FollowedCallbacks
         """
     def argument_text(self, value: Any, text: Any) -> Any:
         """Callbacks as they were written
@@ -219,6 +219,15 @@ def unchanged_schedules(learn: Learner) -> AbstractContextManager[None]:
 
 def param_groups(learn: Learner) -> Any: ...
 
+def given_callbacks(arguments: Any) -> Any: ...
+
+def callbacks_in(value: Any) -> Any:
+    """The callback objects in an argument
+
+    Returns:
+        list of callbacks
+    """
+
 class FollowedCallback:
     """A callback given to a call, with what it says of itself and what is observed of it"""
     learn: Any
@@ -228,13 +237,6 @@ class FollowedCallback:
     def name(self) -> Any: ...
     def state_dict(self) -> Any: ...
     def load_state_dict(self, state: Any) -> None: ...
-
-def callbacks_in(value: Any) -> Any:
-    """The callback objects in an argument
-
-    Returns:
-        list of callbacks
-    """
 
 def finite(x: Any) -> Any:
     """A number that JSON can hold

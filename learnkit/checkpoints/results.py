@@ -16,8 +16,9 @@ from ..files.errors import UnstorableError
 from ..files.tree import CONTAINERS, KIND_NAMES, PLAIN, Packer, Parts
 from ..files.tables import TABLES
 from ..files.objects import is_open, taken_apart
+from ..base.snapshots import closure_read
 from ..fingerprint.inspection import (
-    closure_read, is_user_function, is_user_module, methods)
+    is_user_function, is_user_module, methods)
 from ..fingerprint.code import variables_used
 
 # %% ../../nbs/checkpoints/00_results.ipynb #ac1f7e2d

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Cancel', 'CancelFit', 'CancelEpoch', 'CancelTrain', 'CancelValidate', 'CancelBatch', 'CancelBackward', 'CancelStep',
-           'Callback']
+           'Callback', 'named_callbacks', 'has_state']
 
 # %% ../../nbs/components/00_callback.ipynb #646a4fa1
 import difflib
@@ -244,16 +244,21 @@ def drop_weights(self:Callback) -> None:
     "The model went back to a time when `weights` were not there yet: forget them"
 
 # %% ../../nbs/components/00_callback.ipynb #73039033
-@patch
-def stateful(self:Callbacks): # dict: name -> callback
-    "The callbacks that have state, by class name and occurrence"
+def named_callbacks(cbs): # dict: name -> callback
+    "Callbacks by class name and occurrence"
     named, seen = {}, {}
-    for cb in self.items:
-        if type(cb).state_dict is Callback.state_dict: continue
+    for cb in cbs:
         name = type(cb).__name__
         seen[name] = seen.get(name, -1) + 1
         named[name if seen[name] == 0 else f'{name}.{seen[name]}'] = cb
     return named
+
+def has_state(cb): return type(cb).state_dict is not Callback.state_dict # bool
+
+@patch
+def stateful(self:Callbacks): # dict: name -> callback
+    "The callbacks that have state, by class name and occurrence"
+    return named_callbacks(filter(has_state, self.items))
 
 # %% ../../nbs/components/00_callback.ipynb #d0a871b3
 @patch

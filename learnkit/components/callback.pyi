@@ -7,7 +7,7 @@ from typing import Any
 from ..loop.learner import Learner
 __all__ = [
     'Cancel', 'CancelFit', 'CancelEpoch', 'CancelTrain', 'CancelValidate', 'CancelBatch',
-    'CancelBackward', 'CancelStep', 'Callback'
+    'CancelBackward', 'CancelStep', 'Callback', 'named_callbacks', 'has_state'
 ]
 LEVELS: tuple[str, ...]
 STEPS: tuple[str, ...]
@@ -226,3 +226,12 @@ def one_callback(cb: Any) -> Any:
     Returns:
         a Callback or a class that needs no arguments
     """
+
+def named_callbacks(cbs: Any) -> Any:
+    """Callbacks by class name and occurrence
+
+    Returns:
+        dict: name -> callback
+    """
+
+def has_state(cb: Any) -> Any: ...

@@ -305,14 +305,18 @@ def param_names(opt:torch.optim.Optimizer, names): # list of lists of str
     return [[names.get(id(p), f'parameter {next(numbers)}') for p in group['params']]
             for group in opt.param_groups]
 
+def param_layouts(opt:torch.optim.Optimizer, names): # list of lists of [name, shape, strides]
+    "What an optimizer is one of, by group"
+    return [[[name, list(p.shape), list(p.stride())]
+             for name, p in zip(named, group['params'], strict=True)]
+            for named, group in zip(param_names(opt, names), opt.param_groups, strict=True)]
+
 def opt_state(opt:torch.optim.Optimizer,
               names=MappingProxyType({}), # id of a parameter -> name; else they are numbered
-             ): # dict: kind, params (name, shape and strides, by group), state_dict
+             ): # dict: kind, params (as from `param_layouts`), state_dict
     "What an optimizer says of itself, and what it is an optimizer of"
-    params = [[[name, list(p.shape), list(p.stride())]
-               for name, p in zip(named, group['params'], strict=True)]
-              for named, group in zip(param_names(opt, names), opt.param_groups, strict=True)]
-    return {'kind': type(opt).__name__, 'params': params, 'state_dict': opt.state_dict()}
+    return {'kind': type(opt).__name__, 'params': param_layouts(opt, names),
+            'state_dict': opt.state_dict()}
 
 # %% ../../nbs/components/02_optim.ipynb #b8729bac
 def check_opt_state(opt:torch.optim.Optimizer,
@@ -323,13 +327,12 @@ def check_opt_state(opt:torch.optim.Optimizer,
     if state['kind'] != type(opt).__name__:
         raise ValueError(f'the saved optimizer is {state["kind"]}, this one is '
                          f'{type(opt).__name__}: make it with the same opt_func')
-    have, need = [[len(group) for group in groups]
-                  for groups in (param_names(opt, names), state['params'])]
+    layouts = param_layouts(opt, names)
+    have, need = [[len(group) for group in groups] for groups in (layouts, state['params'])]
     if have != need:
         raise ValueError(f'the saved optimizer has groups of {need} parameters, this one has '
                          f'groups of {have}: the splitter or wd differs')
-    for saved, now in zip(state['params'], opt_state(opt, names)['params'], strict=True):
-        check_params(saved, now)
+    for saved, now in zip(state['params'], layouts, strict=True): check_params(saved, now)
     if type(opt).__module__ in MOMENTS_LIKE_PARAMS: check_moments(state)
 
 def check_params(saved, now): # lists of [name, shape, strides]

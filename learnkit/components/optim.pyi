@@ -257,6 +257,13 @@ def param_names(opt: torch.optim.Optimizer, names: Any) -> Any:
         list of lists of str
     """
 
+def param_layouts(opt: torch.optim.Optimizer, names: Any) -> Any:
+    """What an optimizer is one of, by group
+
+    Returns:
+        list of lists of [name, shape, strides]
+    """
+
 def opt_state(opt: torch.optim.Optimizer, names: Any = ...) -> Any:
     """What an optimizer says of itself, and what it is an optimizer of
 
@@ -264,7 +271,7 @@ def opt_state(opt: torch.optim.Optimizer, names: Any = ...) -> Any:
         names: id of a parameter -> name; else they are numbered
 
     Returns:
-        dict: kind, params (name, shape and strides, by group), state_dict
+        dict: kind, params (as from `param_layouts`), state_dict
     """
 
 def check_opt_state(opt: torch.optim.Optimizer, state: dict, names: Any = ...) -> None:

@@ -15,9 +15,9 @@ from ..base.devices import accelerator
 from ..files.tree import json_digest
 from ..components.metrics import Metric
 from .values import json_text
-from learnkit.fingerprint.inspection import (
-    find_variable, is_user_function, is_user_module, methods, name_of,
-    names_read, nested_code)
+from .inspection import (
+    find_variable, is_user_function, is_user_module,
+    methods, name_of, names_read, nested_code)
 
 # %% ../../nbs/fingerprint/02_code.ipynb #8807d51d
 def syntax_as_json(node): # JSON value

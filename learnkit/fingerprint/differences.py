@@ -9,7 +9,7 @@ __all__ = []
 import re
 from difflib import SequenceMatcher
 from .values import json_text
-from .inspection import MISSING
+from ..base.snapshots import MISSING
 from .words import as_text, node_kind, short_name, shorten
 
 # %% ../../nbs/fingerprint/11_differences.ipynb #45e23502

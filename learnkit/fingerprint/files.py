@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/fingerprint/06_files.ipynb #a066d803
-import hashlib, math, os, re
+import hashlib, os, re
 from pathlib import Path, PurePath
 from fastcore.basics import patch
 from ..files.tree import json_digest

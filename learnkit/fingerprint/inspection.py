@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from torch import nn
 from ..base.methods import full_name
+from ..base.snapshots import MISSING, closure_cells, closure_read
 
 # %% ../../nbs/fingerprint/00_inspection.ipynb #c22cb834
 def is_user_module(name:str): # bool
@@ -65,8 +66,6 @@ def names_read(code): # tuple of names, dotted where attributes follow
 GLOBAL_STEPS = frozenset(('LOAD_GLOBAL', 'LOAD_NAME', 'STORE_GLOBAL', 'DELETE_GLOBAL'))
 
 # %% ../../nbs/fingerprint/00_inspection.ipynb #eaddca0f
-MISSING = object()
-
 @dataclass(frozen=True)
 class Variable:
     "A name outside of a function, or an attribute of what stands there, with its value now"
@@ -90,19 +89,6 @@ def find_variable(func, path:str): # Variable; None where there is none
         if inner is MISSING: break
         holder, first, label, value = owner, name, f'{label}.{name}', inner
     return None if value is MISSING else Variable(holder, first, label, value)
-
-def closure_cells(func): # dict: name -> cell
-    return dict(zip(func.__code__.co_freevars, func.__closure__ or (), strict=True))
-
-def closure_read(func): # dict: name -> value
-    "The variables of the functions around it that a function names, as far as they have a value"
-    return {name: cell.cell_contents for name, cell in closure_cells(func).items()
-            if not is_empty(cell)}
-
-def is_empty(cell): # bool
-    "Whether a variable has no value yet"
-    try: return cell.cell_contents is cell
-    except ValueError: return True
 
 # %% ../../nbs/fingerprint/00_inspection.ipynb #b6ac6598
 def attribute_of(x, name): # (what holds it, value); MISSING where `x` has to be seen as a whole

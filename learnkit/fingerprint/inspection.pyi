@@ -55,7 +55,6 @@ def names_read(code: Any) -> Any:
         tuple of names, dotted where attributes follow
     """
 GLOBAL_STEPS: frozenset[str]
-MISSING: Any
 
 @dataclass(frozen=True)
 class Variable:
@@ -75,25 +74,6 @@ def find_variable(func: Any, path: str) -> Any:
 
     Returns:
         Variable; None where there is none
-    """
-
-def closure_cells(func: Any) -> Any:
-    """Returns:
-        dict: name -> cell
-    """
-
-def closure_read(func: Any) -> Any:
-    """The variables of the functions around it that a function names, as far as they have a value
-
-    Returns:
-        dict: name -> value
-    """
-
-def is_empty(cell: Any) -> bool:
-    """Whether a variable has no value yet
-
-    Returns:
-        bool
     """
 
 def attribute_of(x: Any, name: Any) -> Any:

@@ -20,7 +20,7 @@ from ..files.tree import json_digest
 from ..data.loaders import (
     DataLoaders, DatasetLoader, EpochLoader, TensorLoader, generators, length)
 from ..data.resumable import reading_without_trace
-from .values import UnfingerprintableError, Walk, describe, json_text
+from .values import Walk, describe, json_text
 from .inspection import Variable, attributes, name_of
 from .code import record_class
 from .objects import BY_LIBRARY
@@ -65,7 +65,7 @@ def describe_dataset_attributes(ds, walk): # dict: name -> JSON value
     found = {}
     for name, value in attributes(ds).items():
         if 'cache' in name.lower() and (value is None or isinstance(value, dict)): continue
-        worked, node = walk.try_describe_data_at(name, value)
+        worked, node = walk.try_describe_at(name, value, walk.describe_data_at)
         if not worked: node = {'$unknown': name_of(type(value))}
         found[name] = walk.without_changes(Variable(ds, name, name, value), node)
     return found
@@ -140,15 +140,6 @@ def seeded(rngs):
         for rng, state in zip(rngs, states, strict=True): set_generator_state(rng, state)
 
 # %% ../../nbs/fingerprint/09_loaders.ipynb #16732fe9
-@patch
-def try_describe_data_at(self:Walk, key, x): # (whether it worked, JSON value)
-    "The description of what data hold, where it can be had"
-    n = len(self.sampled)
-    try: return True, self.describe_data_at(key, x)
-    except UnfingerprintableError:
-        del self.sampled[n:]
-        return False, None
-
 @patch
 @contextmanager
 def reading_data(self:Walk):

@@ -9,7 +9,8 @@ __all__ = []
 import functools, types
 import torch
 from torch import nn
-from ..base.dtensors import FSDP_ATTRIBUTES, is_fsdp_hook, unsharded_class
+from ..base.dtensors import is_fsdp_hook, unsharded_class
+from ..base.snapshots import TORCH_SLOTS
 from ..files.tree import text_digest
 from .inspection import Variable, attributes, is_user_module, name_of
 from .values import SCALARS, describe, is_plain
@@ -62,7 +63,7 @@ def describe_settings(x, walk): # dict: name -> JSON value
                 found[name] = node if worked else {'$unknown': name_of(type(value))}
     return found
 
-TORCH_ATTRIBUTES = frozenset((*vars(nn.Module()), *FSDP_ATTRIBUTES)) | {
+TORCH_ATTRIBUTES = TORCH_SLOTS | {'training'} | {
     name for name in vars(nn.Module) if name[0] == '_'}
 
 # %% ../../nbs/fingerprint/08_modules.ipynb #4e287dbf

@@ -9,6 +9,7 @@ __all__ = []
 import io, logging, socket, subprocess, types
 from collections import deque
 from fastcore.basics import patch
+from ..base.snapshots import ACTING
 from .inspection import (
     Variable, class_attributes, defaults, is_generated, is_user_function, is_user_module, methods,
     name_of, nested_code, wrapped_functions)
@@ -50,12 +51,10 @@ def is_external(x): # bool
 
 EXTERNAL = (logging.Logger, logging.LoggerAdapter, logging.Handler, io.IOBase, socket.socket,
             subprocess.Popen)
-EXTERNAL_MODULES = frozenset((
-    '_thread', 'threading', 'multiprocessing.synchronize', 'multiprocessing.pool',
-    'multiprocessing.context', 'multiprocessing.process', 'concurrent', 'asyncio', 'sqlite3',
-    'tempfile', 'tqdm', 'IPython', 'ipykernel', 'matplotlib', 'rich', 'loguru', 'structlog',
-    'wandb', 'mlflow', 'tensorboard', 'tensorboardX', 'torch.utils.tensorboard.writer',
-    'comet_ml', 'neptune', 'aim', 'clearml'))
+EXTERNAL_MODULES = ACTING | {
+    'multiprocessing.synchronize', 'multiprocessing.pool', 'multiprocessing.context',
+    'multiprocessing.process', 'sqlite3', 'ipykernel', 'loguru', 'structlog', 'clearml',
+    'torch.utils.tensorboard.writer'}
 
 # %% ../../nbs/fingerprint/03_reads.ipynb #b4a3a601
 @described_by.register(Walk)

@@ -36,7 +36,7 @@ def is_external(x: Any) -> bool:
         bool
     """
 EXTERNAL: tuple[Any, ...]
-EXTERNAL_MODULES: frozenset[str]
+EXTERNAL_MODULES: Any
 
 def described_with_reads(walk: Any, describer: Any, x: Any) -> Any:
     """The description of an object; of the outermost one with what its code reads

@@ -283,10 +283,10 @@ def refuse(self:Walk, x, why=None, cause=None):
 
 # %% ../../nbs/fingerprint/01_values.ipynb #81af132a
 @patch
-def try_describe_at(self:Walk, key, x): # (whether it worked, JSON value)
-    "The description of what may be left out when it cannot be described"
+def try_describe_at(self:Walk, key, x, how=None): # (whether it worked, JSON value)
+    "The description of what may be left out when it cannot be described; how: a method for it"
     n = len(self.sampled)
-    try: return True, self.describe_at(key, x)
+    try: return True, (how or self.describe_at)(key, x)
     except UnfingerprintableError:
         del self.sampled[n:]
         return False, None

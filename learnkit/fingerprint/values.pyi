@@ -134,12 +134,6 @@ class Walk:
         Returns:
             JSON value
         """
-    def try_describe_data_at(self, key: Any, x: Any) -> Any:
-        """The description of what data hold, where it can be had
-
-        Returns:
-            (whether it worked, JSON value)
-        """
     def reading_data(self) -> AbstractContextManager[None]:
         """What differs inside the block, reading samples has changed: it counts as before"""
     def describe_reads(self) -> Any:
@@ -203,8 +197,8 @@ class Walk:
         """
     def refuse(self, x: Any, why: Any = None, cause: Any = None) -> None:
         """Raise the error for a value that cannot be described"""
-    def try_describe_at(self, key: Any, x: Any) -> Any:
-        """The description of what may be left out when it cannot be described
+    def try_describe_at(self, key: Any, x: Any, how: Any = None) -> Any:
+        """The description of what may be left out when it cannot be described; how: a method for it
 
         Returns:
             (whether it worked, JSON value)

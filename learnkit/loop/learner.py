@@ -22,8 +22,8 @@ from ..components.callback import STEPS, Callback, Callbacks, as_callbacks
 from ..components.metrics import Tally
 from ..components.optim import make_opt as new_opt
 from .interrupts import EndOnSignal, Interrupts, pending_signal
-from .observed import Origin
 from .loop import Loop, training_loop
+from .observed import Origin
 from .position import FitState, PassState
 from .progress import Progress
 from .recorder import Recorder

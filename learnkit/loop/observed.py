@@ -16,13 +16,14 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 from ..base.guard import assigned_names, is_learnkits
-from learnkit.base.snapshots import (
-    HELD, MISSING, HeldItems, NotPlainError, Reference, Scope, Snapshot, Unpacking, described, pack,
-    path_text)
+from ..base.snapshots import (
+    HELD, MISSING, HeldItems, NotPlainError, Reference,
+    Scope, Snapshot, Unpacking, described, pack, path_text)
 from ..files.errors import UnstorableError
 from ..files.tree import check_storable
 from ..fingerprint.inspection import is_user_module
-from ..components.callback import Callback
+from ..data.resumable import is_stateful
+from ..components.callback import Callback, has_state, named_callbacks
 from .position import PassState
 
 # %% ../../nbs/loop/04_observed.ipynb #41708dd6
@@ -32,15 +33,6 @@ def roots(learn): # dict: name -> object
     model = getattr(learn.model, '_orig_mod', learn.model)  # what torch.compile has wrapped
     return {'model': model, 'loss_func': learn.loss_func, 'opt': learn.opt, **callbacks,
             'metrics': learn.metrics, 'data': learn.dls, 'learner': learn}
-
-def named_callbacks(cbs): # dict: name -> callback
-    "Callbacks by class and occurrence"
-    named, seen = {}, {}
-    for cb in cbs:
-        name = type(cb).__name__
-        seen[name] = seen.get(name, -1) + 1
-        named[name if seen[name] == 0 else f'{name}.{seen[name]}'] = cb
-    return named
 
 def state_tensors(learn): # dict: name -> tensor
     "The weights and persistent buffers that the state of model and loss has"
@@ -56,10 +48,10 @@ def state_tensors(learn): # dict: name -> tensor
 # %% ../../nbs/loop/04_observed.ipynb #321e2960
 FUNCTIONS, OWN = (FunctionType, MethodType), 'state_dict()'
 
-def is_stateful(x, path): # bool
-    "Whether an object besides loaders, callbacks and modules has a state of its own"
-    if path[:1] == ('data',) or isinstance(x, (Callback, nn.Module, type)): return False
-    return all(callable(getattr(x, name, None)) for name in ('state_dict', 'load_state_dict'))
+def has_own_state(x): # bool
+    "Whether an object says by itself what must survive"
+    if isinstance(x, Callback): return has_state(x)
+    return not isinstance(x, nn.Module) and is_stateful(x)
 
 # %% ../../nbs/loop/04_observed.ipynb #a12bbb98
 class LearnerScope(Scope):
@@ -73,12 +65,15 @@ class LearnerScope(Scope):
         if x is self.learn: return added_attributes(x)
         found = super().slots(x, path)
         if isinstance(x, torch.optim.Optimizer): return found | self.opt_slots(x)
-        if is_stateful(x, path) and not self.exact: return found | {OWN: x.state_dict()}
         if isinstance(x, nn.Module): return self.module_slots(x, path, found)
-        if is_learnkits(type(x)) and type(x) is not Callback and not (
-                self.exact and isinstance(x, Callback) and not has_own_state(x)):
-            return {}
-        return found
+        if isinstance(x, Callback): return found if self.looks_into(x) else {}
+        if is_learnkits(type(x)): return {}
+        return found | {OWN: x.state_dict()} if has_own_state(x) and not self.exact else found
+
+    def looks_into(self, cb): # bool
+        "Whether a callback's attributes are its state; of learnkit's own only in memory"
+        return type(cb) is Callback or not is_learnkits(type(cb)) or (
+            self.exact and not has_own_state(cb))
 
     def children(self, x, path): # dict: name -> value
         "What learnkit's own objects were given by the user: functions, and objects of the user's"
@@ -119,7 +114,7 @@ def follows(self:LearnerScope, x, path): # bool
     if x is self.learn: return True
     if isinstance(x, Callback): return not (x.external or x.distributes or x.settings() is None)
     if isinstance(x, FUNCTIONS) and not self.functions: return False
-    if path[0] == 'data' and is_stateful(x, ()): return False  # it says where it is
+    if path[0] == 'data' and is_stateful(x): return False  # it says where it is
     if isinstance(x, Iterator) or hasattr(x, 'dls') and hasattr(x, 'model'): return False
     if isinstance(x, FunctionType) and is_learnkits(x): return False
     return Scope.follows(self, x, path)
@@ -170,11 +165,16 @@ class Baseline:
     def of(self, x): # dict: name -> held value; empty for an object that is new
         return self.known.get(id(x), (x, {}))[1]
 
-    def put_back(self, now:Snapshot, changes): # as from `Snapshot.changes`
-        "Let slots be as they were; what belongs to an object that is new stays"
+    def changes(self, now:Snapshot, given=()): # list of (path, name)
+        "What differs now, of callbacks given to a call alone, or of all else"
+        return [(path, name) for path, name in now.changes(self)
+                if bool(given) == (path[0] == 'given')]
+
+    def put(self, now:Snapshot, changes, held): # held: a Snapshot or Baseline
+        "Give slots what was held; what belongs to an object that is new stays"
         for path, name in changes:
             x = now.objects[path]
-            if id(x) in self.known: now.put_slot(x, name, self.of(x).get(name, MISSING))
+            if id(x) in self.known: now.put_slot(x, name, held.of(x).get(name, MISSING))
 
 # %% ../../nbs/loop/04_observed.ipynb #9bcac380
 class Origin:
@@ -187,20 +187,17 @@ class Origin:
         "Callbacks have begun: what they have made they will make again when the fit is taken up"
         if anew: self.made_again = []
         now = snapshot(learn)
-        self.made_again += [x for path, name in now.changes(self.baseline)
+        self.made_again += [x for path, name in self.baseline.changes(now)
                             for x in origins(now.values[path].get(name))]
 
 @contextmanager
 def as_built(learn):
     "Inside the block everything in reach is as it was when it came into reach"
     baseline, now = learn._origin.baseline, snapshot(learn)
-    changes = now.changes(baseline)
-    baseline.put_back(now, changes)
+    changes = baseline.changes(now)
+    baseline.put(now, changes, baseline)
     try: yield
-    finally:
-        for path, name in changes:
-            held = now.values[path].get(name, MISSING)
-            if id(x := now.objects[path]) in baseline.known: now.put_slot(x, name, held)
+    finally: baseline.put(now, changes, now)
 
 def origins(held, kinds=HELD): # list of objects
     "The objects that a held value refers to; those that are held in some ways"
@@ -214,11 +211,9 @@ def observed_state(learn,
                   ) -> dict: # 'model.n' -> {path, name, value, marks}; no value: it is gone
     "What training has changed besides what the state declares"
     origin, changed, found = learn._origin, {}, {}
-    if not origin.baseline.known: origin.baseline.add(learn)
     again = set() if to_record else {id(x) for x in origin.made_again}
     now = snapshot(learn, given)
-    for path, name in now.changes(origin.baseline):
-        if bool(given) == (path[0] == 'given'): changed.setdefault(path, []).append(name)
+    for path, name in origin.baseline.changes(now, given): changed.setdefault(path, []).append(name)
     for path, names in changed.items():
         x = now.objects[path]
         # What an object has made that says by itself what must survive is its own affair
@@ -248,11 +243,6 @@ def packed_slot(now, path, name, baseline, again, to_record): # dict; {}: gone; 
     return {'value': tree, 'marks': marks}
 
 # %% ../../nbs/loop/04_observed.ipynb #0b5e7fd1
-def has_own_state(x): # bool
-    "Whether an object says by itself what must survive"
-    if isinstance(x, Callback): return type(x).state_dict is not Callback.state_dict
-    return not isinstance(x, nn.Module) and callable(getattr(x, 'state_dict', None))
-
 def refusal(x, text, error): # str
     name = text.rpartition('.')[2]
     return (f'{text} has changed since the beginning, and cannot be stored: {error}. Give the '
@@ -274,19 +264,17 @@ def forget_changes(learn, given=()): # given: as for `observed_state`
     if not learn.levels: baseline.add(learn, given)
     now, again = snapshot(learn, given), learn._origin.made_again if learn.levels else ()
     again = set(map(id, again))
-    baseline.put_back(now, [(path, name) for path, name in now.changes(baseline)
-                            if bool(given) == (path[0] == 'given') and not again.intersection(
-                                map(id, origins(now.values[path].get(name))))])
+    changes = [(path, name) for path, name in baseline.changes(now, given)
+               if not again.intersection(map(id, origins(now.values[path].get(name))))]
+    baseline.put(now, changes, baseline)
 
 def load_observed(learn, saved:dict, given=()): # given: as for `observed_state`
     "Give what `observed_state` has found to objects that are as in the baseline"
     now = snapshot(learn, given)
     unpacking = Unpacking(now.objects.__getitem__, state_tensors(learn))
-    wanted = {(tuple(entry['path']), entry['name']): entry for entry in saved.values()}
-    for (path, name), entry in wanted.items():
-        x = now.objects[path]
-        if 'value' not in entry: value = MISSING
-        else:
+    for entry in saved.values():
+        path, name, value = tuple(entry['path']), entry['name'], MISSING
+        if 'value' in entry:
             current = now.followed_slots(path).get(name)
             value = unpacking.value(entry['value'], entry['marks'], current)
-        now.scope.set(x, name, value)
+        now.scope.set(now.objects[path], name, value)

@@ -16,13 +16,6 @@ def roots(learn: Learner) -> Any:
         dict: name -> object
     """
 
-def named_callbacks(cbs: Any) -> Any:
-    """Callbacks by class and occurrence
-
-    Returns:
-        dict: name -> callback
-    """
-
 def state_tensors(learn: Learner) -> Any:
     """The weights and persistent buffers that the state of model and loss has
 
@@ -32,8 +25,8 @@ def state_tensors(learn: Learner) -> Any:
 FUNCTIONS: tuple[Any, ...]
 OWN: str
 
-def is_stateful(x: Any, path: Any) -> bool:
-    """Whether an object besides loaders, callbacks and modules has a state of its own
+def has_own_state(x: Any) -> bool:
+    """Whether an object says by itself what must survive
 
     Returns:
         bool
@@ -54,6 +47,12 @@ class LearnerScope(Scope):
     def slots(self, x: Any, path: Any) -> Any:
         """Returns:
             dict: name -> value
+        """
+    def looks_into(self, cb: Any) -> bool:
+        """Whether a callback's attributes are its state; of learnkit's own only in memory
+
+        Returns:
+            bool
         """
     def children(self, x: Any, path: Any) -> Any:
         """What learnkit's own objects were given by the user: functions, and objects of the user's
@@ -130,11 +129,17 @@ class Baseline:
         """Returns:
             dict: name -> held value; empty for an object that is new
         """
-    def put_back(self, now: Snapshot, changes: Any) -> Any:
-        """Let slots be as they were; what belongs to an object that is new stays
+    def changes(self, now: Snapshot, given: Any = ()) -> Any:
+        """What differs now, of callbacks given to a call alone, or of all else
 
         Returns:
-            as from `Snapshot.changes`
+            list of (path, name)
+        """
+    def put(self, now: Snapshot, changes: Any, held: Any) -> Any:
+        """Give slots what was held; what belongs to an object that is new stays
+
+        Returns:
+            held: a Snapshot or Baseline
         """
 
 class Origin:
@@ -172,13 +177,6 @@ def packed_slot(now: Any, path: Any, name: Any, baseline: Any, again: Any, to_re
 
     Returns:
         dict; {}: gone; None: made again
-    """
-
-def has_own_state(x: Any) -> bool:
-    """Whether an object says by itself what must survive
-
-    Returns:
-        bool
     """
 
 def refusal(x: Any, text: Any, error: Any) -> str:

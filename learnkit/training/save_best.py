@@ -12,7 +12,7 @@ from fastcore.basics import patch
 from ..base.batches import map_tensors
 from ..base.dtensors import distribute_like, full_tensor
 from ..base.ranks import is_main, rank0_first
-from ..components.callback import Callback
+from ..components.callback import Callback, named_callbacks
 from ..components.optim import copy_like
 from ..files.errors import StoreError
 from ..files.tree import load_tree, save_tree
@@ -27,14 +27,9 @@ from .tracker import Tracker, is_higher_better
 # %% ../../nbs/training/07_save_best.ipynb #0aa5b281
 def weight_keepers(learn): # dict: name -> callback
     "The callbacks of the learner and its last fit that keep weights, by class and occurrence"
-    both, found, seen = [*learn.cbs], {}, {}
+    both = [*learn.cbs]
     both += [cb for cb in learn.fit_cbs if not any(cb is other for other in both)]
-    for cb in both:
-        if type(cb).weights is Callback.weights: continue
-        name = type(cb).__name__
-        seen[name] = seen.get(name, -1) + 1
-        found[name if seen[name] == 0 else f'{name}.{seen[name]}'] = cb
-    return found
+    return named_callbacks(cb for cb in both if type(cb).weights is not Callback.weights)
 
 # %% ../../nbs/training/07_save_best.ipynb #0b812ab4
 def optimizers_in(opt): # list of optimizers
