@@ -68,6 +68,7 @@ from .fingerprint import inspection as _inspection
 from .fingerprint.values import (
     Fingerprint, fingerprint, UnfingerprintableError,
 )
+from .fingerprint import by_name as _by_name
 from .fingerprint import code as _code
 from .fingerprint import reads as _reads
 from .fingerprint import tensors as _tensors

@@ -122,7 +122,8 @@ def described(self:Ledger, name, value, reads=True, after_call=False) -> Fingerp
 
 def digests_of(structure): return {name: found.digest for name, found in structure.items()}
 
-def as_json(found): return [found.tree, found.code, found.sampled, found.packages]
+def as_json(found): # list of the fields
+    return [found.tree, found.code, found.sampled, found.packages, found.unseen]
 
 # %% ../../nbs/checkpoints/05_ledger.ipynb #d64e0d63
 @dataclass(frozen=True)
@@ -345,6 +346,7 @@ def report_fetched(self:Ledger, node, record, call, differ=(), notes=()):
     notes = [*([f'it had begun with {names}'] if names else []), *notes]
     found = (call.arguments, *call.structure.values())
     notes += dict.fromkeys(each.sampled_text for each in found if each.sampled)
+    notes += dict.fromkeys(each.unseen_text for each in found if each.unseen)
     text = f' ({"; ".join(notes)})' if notes else ''
     self.show(fetched_text(node, record, self.store.folder) + text)
 

@@ -322,7 +322,10 @@ class Ledger:
 
 def digests_of(structure: Any) -> Any: ...
 
-def as_json(found: Any) -> Any: ...
+def as_json(found: Any) -> Any:
+    """Returns:
+        list of the fields
+    """
 
 @dataclass(frozen=True)
 class Call:

@@ -15,6 +15,8 @@ from ..base.devices import accelerator
 from ..files.tree import json_digest
 from ..components.metrics import Metric
 from .values import json_text
+from .by_name import (
+    dotted, imported_modules, last_name, modules_behind, places_by_name, read_by_name)
 from .inspection import (
     find_variable, is_user_function, is_user_module,
     methods, name_of, names_read, nested_code)
@@ -163,13 +165,6 @@ def uses_in(node): # iterator of (dotted name, 'stored', 'filled' or 'read')
         elif use == 'filled' and child is node.func: yield dotted(child.value), use
         else: yield from uses_in(child)
 
-def dotted(node): # str; None for anything else
-    "A name with attributes"
-    if isinstance(node, ast.Name): return node.id
-    if not isinstance(node, ast.Attribute): return None
-    begin = dotted(node.value)
-    return None if begin is None else f'{begin}.{node.attr}'
-
 def what_is_changed(node): # (node of what is only changed, how); (None, None)
     "The container that an item is put into: `x[i] = ...`, `x.append(...)`"
     if isinstance(node, ast.Subscript) and not isinstance(node.ctx, ast.Load):
@@ -197,9 +192,16 @@ def name_uses(code): # dict: dotted name -> 'stored', 'filled' or 'read'
 def stronger(one, other): # 'stored', 'filled' or 'read'
     return 'read' if 'read' in (one, other) else 'filled' if 'filled' in (one, other) else other
 
+@lru_cache(maxsize=4096)
+def names_by_value(code): # list, see `places_by_name`
+    node = function_node(code)
+    return [] if node is None else places_by_name(node)
+
 def variables_used(func): # list of (Variable, use)
     "The globals and outer variables of a function, as far as they exist"
     found = [(find_variable(func, name), use) for name, use in name_uses(func.__code__).items()]
+    by_name, _ = read_by_name(func, names_by_value(func.__code__))
+    found += [(variable, 'read') for variable in by_name]
     return [(variable, use) for variable, use in found
             if variable is not None and not is_made_anew(func, variable.label)]
 
@@ -273,8 +275,6 @@ def is_of_clock(node, names): # bool
     return bool(clocks or used & names) and all(
         each in clocks or JOINING.fullmatch(last_name(each.func)) for each in calls)
 
-def last_name(node): return getattr(node, 'attr', getattr(node, 'id', ''))
-
 CLOCKS = re.compile(
     r'(time\.)?(time|perf_counter|monotonic)(_ns)?|time\.strftime|(datetime\.)*(datetime\.now|'
     r'datetime\.utcnow|date(time)?\.today)|(pd\.)?Timestamp\.now|(uuid\.)?uuid[14]|'
@@ -321,6 +321,26 @@ def record_mentioned(func, walk):
     for variable, _ in variables_used(func):
         if isinstance(variable.value, types.ModuleType): walk.packages.add(variable.value.__name__)
         else: record_code(variable.value, walk)
+    walk.unseen.update(read_by_name(func, names_by_value(func.__code__))[1])
+    record_imports(func, walk)
+
+def record_imports(func, walk):
+    "Record the modules that a function imports when it runs, by their source"
+    names = names_imported(func.__code__, func.__globals__.get('__package__') or '')
+    walk.packages.update(names)
+    for name, file in modules_behind(names).items():
+        walk.code.setdefault(name, set()).add(text_code_digest(source_text(file)))
+
+@lru_cache(maxsize=4096)
+def names_imported(code, package): # list
+    node = function_node(code)
+    return [] if node is None else imported_modules(node, package)
+
+@lru_cache(maxsize=256)
+def text_code_digest(text:str): # 64 hex digits
+    "What a module does, by its source"
+    try: return json_digest(syntax_as_json(ast.parse(text).body))
+    except (SyntaxError, ValueError, RecursionError): return json_digest(text)
 
 # %% ../../nbs/fingerprint/02_code.ipynb #9f53bd79
 def versions(packages=()): # dict: name -> version

@@ -119,13 +119,6 @@ def uses_in(node: Any) -> Iterator[Any]:
         iterator of (dotted name, 'stored', 'filled' or 'read')
     """
 
-def dotted(node: Any) -> Any:
-    """A name with attributes
-
-    Returns:
-        str; None for anything else
-    """
-
 def what_is_changed(node: Any) -> Any:
     """The container that an item is put into: `x[i] = ...`, `x.append(...)`
 
@@ -145,6 +138,12 @@ def name_uses(code: Any) -> Any:
 def stronger(one: Any, other: Any) -> Any:
     """Returns:
         'stored', 'filled' or 'read'
+    """
+
+@lru_cache(maxsize=4096)
+def names_by_value(code: Any) -> Any:
+    """Returns:
+        list, see `places_by_name`
     """
 
 def variables_used(func: Any) -> Any:
@@ -204,8 +203,6 @@ def is_of_clock(node: Any, names: Any) -> bool:
     Returns:
         bool
     """
-
-def last_name(node: Any) -> Any: ...
 CLOCKS: Any
 JOINING: Any
 
@@ -220,6 +217,23 @@ def record_class(cls: Any, walk: Any) -> None:
 
 def record_mentioned(func: Any, walk: Any) -> None:
     """Record the functions and classes among the globals and outer variables of a function"""
+
+def record_imports(func: Any, walk: Any) -> None:
+    """Record the modules that a function imports when it runs, by their source"""
+
+@lru_cache(maxsize=4096)
+def names_imported(code: Any, package: Any) -> list:
+    """Returns:
+        list
+    """
+
+@lru_cache(maxsize=256)
+def text_code_digest(text: str) -> Any:
+    """What a module does, by its source
+
+    Returns:
+        64 hex digits
+    """
 
 def versions(packages: Any = ()) -> Any:
     """What else results depend on: python, torch, numpy, learnkit, packages, the accelerator if any

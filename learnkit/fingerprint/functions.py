@@ -9,6 +9,7 @@ __all__ = []
 import functools, inspect, types
 from functools import partial
 import numpy as np
+from ..base.snapshots import MISSING
 from .inspection import (
     defaults, flags, is_user_function, is_user_module, name_of)
 from .values import UnfingerprintableError, describe, fingerprint
@@ -53,7 +54,7 @@ def describe_closure(func, walk): # dict: name -> JSON value
         if is_left_out: continue
         with walk.within(outside='read', leave_out=name):
             found[variable.label] = walk.describe_changing(variable, walk.describe_at)
-    return found
+    return {name: node for name, node in found.items() if node is not MISSING}
 
 # %% ../../nbs/fingerprint/05_functions.ipynb #b8487f45
 @describe.register(types.MethodType)

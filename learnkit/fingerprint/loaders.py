@@ -16,6 +16,7 @@ from torch.utils.data import (
     ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate)
 from ..base.randomness import (
     generator_state, isolated_rng, seed_generator, set_generator_state)
+from ..base.snapshots import MISSING
 from ..files.tree import json_digest
 from ..data.loaders import (
     DataLoaders, DatasetLoader, EpochLoader, TensorLoader, generators, length)
@@ -68,7 +69,7 @@ def describe_dataset_attributes(ds, walk): # dict: name -> JSON value
         worked, node = walk.try_describe_at(name, value, walk.describe_data_at)
         if not worked: node = {'$unknown': name_of(type(value))}
         found[name] = walk.without_changes(Variable(ds, name, name, value), node)
-    return found
+    return {name: node for name, node in found.items() if node is not MISSING}
 
 def holds_samples(ds, described): # bool
     "Whether a dataset was described with all its samples, and not only by some"
@@ -206,6 +207,7 @@ def describe_sampler(key, sampler, dataset, walk): # JSON value
             else:
                 node = walk.describe_at(name, value)
                 found[name] = walk.without_changes(Variable(sampler, name, name, value), node)
+    found = {name: node for name, node in found.items() if node is not MISSING}
     return {'$object': name_of(type(sampler)), 'with': found,
             'given': [name for name in found if name[0] != '_']}
 

@@ -10,7 +10,7 @@ import functools, types
 import torch
 from torch import nn
 from ..base.dtensors import is_fsdp_hook, unsharded_class
-from ..base.snapshots import TORCH_SLOTS
+from ..base.snapshots import MISSING, TORCH_SLOTS
 from ..files.tree import text_digest
 from .inspection import Variable, attributes, is_user_module, name_of
 from .values import SCALARS, describe, is_plain
@@ -92,7 +92,7 @@ def describe_hooks(x, walk): # dict: kind -> list of JSON values
         hook = getattr(hook, 'hook', hook) # torch wraps some
         if is_fsdp_hook(hook) or getattr(hook, '__module__', '').startswith('learnkit.'): continue
         node = describe_hook(f'{kind} hook', without_owner(hook, x), walk)
-        found.setdefault(kind, []).append(node)
+        if node is not MISSING: found.setdefault(kind, []).append(node)
     return found
 
 def module_hooks(x): # iterator of (kind, function)

@@ -6,10 +6,10 @@
 __all__ = []
 
 # %% ../../nbs/fingerprint/03_reads.ipynb #a87a1d80
-import io, logging, socket, subprocess, types
+import io, logging, os, socket, subprocess, types
 from collections import deque
 from fastcore.basics import patch
-from ..base.snapshots import ACTING
+from ..base.snapshots import ACTING, MISSING
 from .inspection import (
     Variable, class_attributes, defaults, is_generated, is_user_function, is_user_module, methods,
     name_of, nested_code, wrapped_functions)
@@ -50,7 +50,7 @@ def is_external(x): # bool
     return isinstance(x, EXTERNAL) or bool((modules | tops) & EXTERNAL_MODULES)
 
 EXTERNAL = (logging.Logger, logging.LoggerAdapter, logging.Handler, io.IOBase, socket.socket,
-            subprocess.Popen)
+            subprocess.Popen, type(os.environ)) # of the environment single names count
 EXTERNAL_MODULES = ACTING | {
     'multiprocessing.synchronize', 'multiprocessing.pool', 'multiprocessing.context',
     'multiprocessing.process', 'sqlite3', 'ipykernel', 'loguru', 'structlog', 'clearml',
@@ -87,20 +87,21 @@ def describe_variable(self:Walk, place): # JSON value; None for what is left out
     around = {**reads.around[place], 'weights': True, 'outside': 'read', 'leave_out': name}
     with self.within(**around):
         describe_at = self.describe_data_at if 'loader' in self.around else self.describe_at
-        return self.describe_changing(variable, describe_at)
+        node = self.describe_changing(variable, describe_at)
+    return None if node is MISSING else node
 
 # %% ../../nbs/fingerprint/03_reads.ipynb #d87c90c1
 @patch
-def without_changes(self:Walk, variable, node): # JSON value
-    "The description of a variable as it was before the calls that have changed it"
+def without_changes(self:Walk, variable, node): # JSON value; MISSING for what was not there
+    "The description of a variable as it was before the calls that have changed or made it"
     key = 'variable', *variable.place
-    _, before, now = self.memo.get(key, (None, node, node))
+    _, before, now = self.memo.get(key, (None, MISSING if self.after_call else node, node))
     if node != now and not self.after_call: before = node
     self.memo[key] = variable.holder, before, node
     return before
 
 @patch
-def describe_changing(self:Walk, variable, describe_at): # JSON value
+def describe_changing(self:Walk, variable, describe_at): # JSON value, or MISSING
     "The description of a variable without changes by calls, be it to what has no description"
     try: node = describe_at(variable.label, variable.value)
     except UnfingerprintableError:

@@ -28,6 +28,7 @@ class Fingerprint:
     code: dict = field(default_factory=dict) # name of a user's function or class -> digest
     sampled: list = field(default_factory=list) # data read in part: [where, n, of, what]
     packages: list = field(default_factory=list) # whose code was met; see `versions`
+    unseen: list = field(default_factory=list) # reads by computed names: `loss of os.environ`
 
     @property
     def sampled_text(self) -> str: # empty where all was compared
@@ -35,6 +36,11 @@ class Fingerprint:
         texts = [f'{n} of {"?" if of is None else of} {what} of {where}'
                  for where, n, of, what in self.sampled]
         return f'{", ".join(texts)} compared' if texts else ''
+
+    @property
+    def unseen_text(self) -> str: # empty where all was seen
+        "What of the globals and the environment was not compared, as its name is computed"
+        return f'not compared: what {", ".join(self.unseen)} reads' if self.unseen else ''
 
     @property
     def digest(self) -> str: # 64 hex digits
@@ -61,7 +67,7 @@ def fingerprint(x, # a value; or arguments of a call by name
     if walk.named and 'cbs' in x and 'cbs' not in ignore: x = {**x, 'cbs': callback_list(x['cbs'])}
     tree = walk.describe(x)
     code = {name: combined_digest(digests) for name, digests in sorted(walk.code.items())}
-    return Fingerprint(tree, code, walk.sampled, package_names(walk.packages))
+    return Fingerprint(tree, code, walk.sampled, package_names(walk.packages), sorted(walk.unseen))
 
 # %% ../../nbs/fingerprint/01_values.ipynb #5125744f
 def package_names(modules): # sorted list of str
@@ -85,6 +91,7 @@ class Walk:
         self.code, self.recorded = {}, {} # name -> digests; functions and classes by id
         self.sampled = [] # see `add_sampled`
         self.packages = set() # modules of libraries
+        self.unseen = set() # what code reads by names that it computes
 
     def describe(self, x): # JSON value
         "The description of a value"

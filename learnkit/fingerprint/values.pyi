@@ -22,12 +22,21 @@ class Fingerprint:
     """data read in part: [where, n, of, what]"""
     packages: list = ...
     """whose code was met; see `versions`"""
+    unseen: list = ...
+    """reads by computed names: `loss of os.environ`"""
     @property
     def sampled_text(self) -> str:
         """How much of the data was compared: `8 of 96 samples of data.train compared`
 
         Returns:
             empty where all was compared
+        """
+    @property
+    def unseen_text(self) -> str:
+        """What of the globals and the environment was not compared, as its name is computed
+
+        Returns:
+            empty where all was seen
         """
     @property
     def digest(self) -> str:
@@ -93,6 +102,7 @@ class Walk:
     recorded: dict[Any, Any]
     sampled: list[Any]
     packages: Any
+    unseen: Any
     def __init__(
             self,
             where: Any,
@@ -149,16 +159,16 @@ class Walk:
             JSON value; None for what is left out
         """
     def without_changes(self, variable: Any, node: Any) -> Any:
-        """The description of a variable as it was before the calls that have changed it
+        """The description of a variable as it was before the calls that have changed or made it
 
         Returns:
-            JSON value
+            JSON value; MISSING for what was not there
         """
     def describe_changing(self, variable: Any, describe_at: Any) -> Any:
         """The description of a variable without changes by calls, be it to what has no description
 
         Returns:
-            JSON value
+            JSON value, or MISSING
         """
     def read_function(self, func: Any) -> None:
         """Take note of the globals that a function of the user's own reads"""
