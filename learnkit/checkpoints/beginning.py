@@ -73,9 +73,9 @@ def compare_beginning(ledger, node, digests): # (list of str, str: a line to sho
     seeds = then['seed'], now['seed']
     if seeds[0] != seeds[1] and all(map(is_set, seeds)):
         return [f'seed {seeds[0]} -> {seeds[1]}'], ''
-    parts = {part for part, _ in ledger.host.drawn_at_start()}
-    parts = [part for part in differing(node.start.digests, digests) if part in parts]
-    if not parts or is_known_state(ledger, {part: digests[part] for part in parts}): return [], ''
+    parts = dict.fromkeys(part for part, _ in ledger.host.drawn_at_start())
+    others = [part for part in differing(node.start.digests, digests) if part in parts]
+    if not others or is_known_state(ledger, {part: digests[part] for part in others}): return [], ''
     changed, some_same = compared_tensors(ledger, node, parts)
     names = shorten(', '.join(f'{part}.{name}' for part, name, _ in changed), 80)
     if not is_drawn_anew(ledger, then, now, changed, some_same):

@@ -19,8 +19,8 @@ from ..files.durable import file_digest
 from ..files.tree import check_storable
 from ..fingerprint.words import as_text
 from ..components.optim import opt_params
-from ..fingerprint.inspection import name_of
-from ..fingerprint.modules import Behaviour, parts_by_id
+from ..fingerprint.inspection import is_users_own, name_of
+from ..fingerprint.modules import Behaviour, parts_by_id, without_owner
 from ..loop.observed import (
     Baseline, as_built, forget_changes, has_own_state, load_observed, observed_state)
 from ..loop.position import FitState
@@ -104,8 +104,15 @@ def structure(self:LearnerHost) -> dict: # name -> value
     return {**{name: getattr(learn, name) for name in names},
             'metrics': fresh_metrics(learn.metrics),
             'cbs': [cb for cb in learn.cbs if cb is not learn.recorder],
-            'model': outline(learn.model), 'behaviour': Behaviour(learn.model), 'data': learn.dls,
+            'model': outline(learn.model), 'behaviour': behaviour(learn), 'data': learn.dls,
             'layers': {'frozen': frozen_params(learn), 'still': frozen_modules(learn)}}
+
+def behaviour(learn): # Behaviour
+    "What model, optimizer and scaler do, and functions put in the place of the learner's methods"
+    own = {name: without_owner(x, learn) for name, x in vars(learn).items()
+           if hasattr(type(learn), name)}
+    functions = {f'learn.{name}': x for name, x in own.items() if is_users_own(x)}
+    return Behaviour(learn.model, (type(learn.opt), type(learn.scaler)), functions)
 
 @patch
 def known_objects(self:LearnerHost) -> dict: # id of an object -> what to call it
@@ -356,6 +363,7 @@ def drawn_at_start(self:LearnerHost) -> dict: # (part of the state, name) -> 'pa
     found = {('model', name): 'buffer' for name, _ in model.named_buffers()}
     found |= {('model', name): 'parameter' for name, _ in model.named_parameters()}
     if isinstance(loss, nn.Module):
+        found |= {('loss_func', name): 'buffer' for name, _ in loss.named_buffers()}
         found |= {('loss_func', name): 'parameter' for name, _ in loss.named_parameters()}
     return {(part, name.replace('_orig_mod.', '')): kind for (part, name), kind in found.items()}
 

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from torch import nn
 from typing import Any
 from ..checkpoints.host import Host
+from ..fingerprint.modules import Behaviour
 from ..loop.learner import Learner
 __all__ = []
 MODEL_METHODS: tuple[str, ...]
@@ -130,6 +131,13 @@ def is_storable(x: Any) -> bool:
 
     Returns:
         bool
+    """
+
+def behaviour(learn: Learner) -> Behaviour:
+    """What model, optimizer and scaler do, and functions put in the place of the learner's methods
+
+    Returns:
+        Behaviour
     """
 
 def fresh_metrics(metrics: Any) -> Any:

@@ -7,12 +7,14 @@ __all__ = []
 
 # %% ../../nbs/fingerprint/08_modules.ipynb #0de3dfbb
 import functools, types
+from types import MappingProxyType
 import torch
 from torch import nn
 from ..base.dtensors import is_fsdp_hook, unsharded_class
 from ..base.snapshots import MISSING, TORCH_SLOTS
 from ..files.tree import text_digest
-from .inspection import Variable, attributes, is_user_module, name_of
+from .inspection import (
+    Variable, attributes, is_user_function, is_user_module, name_of)
 from .values import SCALARS, describe, is_plain
 from .code import record_class
 from .reads import is_external
@@ -131,7 +133,11 @@ def describe_hook(key, hook, walk): # JSON value
 # %% ../../nbs/fingerprint/08_modules.ipynb #687d9aad
 class Behaviour:
     "What a module does now, besides what its state and its attributes say"
-    def __init__(self, module): self.module = module
+    def __init__(self, module,
+                 classes=(), # of what works on it, as an optimizer does
+                 functions=MappingProxyType({}), # by name: what else was put somewhere
+                ):
+        self.module, self.classes, self.functions = module, classes, functions
 
 @describe.register(Behaviour)
 def describe_behaviour(x, walk):
@@ -142,7 +148,17 @@ def describe_behaviour(x, walk):
             nodes = {**functions_in(module, walk), 'hooks': describe_hooks(module, walk)}
             found |= {'.'.join(filter(None, (path, name))): node for name, node in nodes.items()
                       if node}
+        for cls in x.classes: record_class(cls, walk)
+        for name, func in {**x.functions, **replaced_functions()}.items():
+            found[name] = walk.describe_at(name, func)
     return {'$behaviour': name_of(unsharded_class(x.module)), 'with': found}
+
+def replaced_functions(): # dict: name -> function
+    "Functions of the user's own that were put in the place of torch's"
+    return {f'{home.__name__}.{name}': x for home in HOMES for name, x in vars(home).items()
+            if isinstance(x, types.FunctionType) and is_user_function(x)}
+
+HOMES = torch, torch.nn.functional, torch.nn.init, torch.Tensor
 
 def functions_in(module, walk): # dict: name -> JSON value
     "The functions that a module holds; what else it holds is looked through for what it reads"

@@ -84,9 +84,25 @@ def describe_hook(key: Any, hook: Any, walk: Any) -> Any:
 class Behaviour:
     """What a module does now, besides what its state and its attributes say"""
     module: Any
-    def __init__(self, module: Any) -> None: ...
+    classes: Any
+    functions: Any
+    def __init__(self, module: Any, classes: Any = (), functions: Any = ...) -> None:
+        """What a module does now, besides what its state and its attributes say
+
+        Args:
+            classes: of what works on it, as an optimizer does
+            functions: by name: what else was put somewhere
+        """
 
 def describe_behaviour(x: Any, walk: Any) -> Any: ...
+
+def replaced_functions() -> Any:
+    """Functions of the user's own that were put in the place of torch's
+
+    Returns:
+        dict: name -> function
+    """
+HOMES: tuple[Any, ...]
 
 def functions_in(module: Any, walk: Any) -> Any:
     """The functions that a module holds; what else it holds is looked through for what it reads

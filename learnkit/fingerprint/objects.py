@@ -18,7 +18,7 @@ from ..components.metrics import Metric
 from .values import (
     CONTAINERS, SCALARS, SelfDescribing, UnfingerprintableError, Walk, describe, json_text)
 from .inspection import (
-    attributes, holds_attributes_only, is_user_module, name_of)
+    attributes, holds_attributes_only, is_user_module, is_users_own, name_of)
 from .code import record_class, record_code
 from .reads import is_external
 from .tensors import describe_image, describe_number, describe_pandas
@@ -175,7 +175,14 @@ def describe_callback(cb, walk):
     at_default = [name for name, param in params.items() if name in described and
                   (described[name] == {'$tuple': []} or is_default(param, described[name], walk))]
     given = [name for name in described if name not in at_default]
+    described |= walk.describe_named(replaced_methods(cb, [*args, *kwargs.values()]))
     return {**found, 'with': described, 'given': given}
+
+def replaced_methods(cb, given): # dict: name -> function
+    "The functions that were put into an object in place of its methods"
+    return {name: getattr(x, '__func__', x) for name, x in vars(cb).items()
+            if hasattr(type(cb), name) and is_users_own(getattr(x, '__func__', x))
+            and not any(x is arg for arg in given)}
 
 @describe.register(Metric)
 def describe_metric(x, walk):

@@ -86,4 +86,11 @@ def describe_enum(x: Any, walk: Any) -> Any:
 
 def describe_callback(cb: Any, walk: Any) -> Any: ...
 
+def replaced_methods(cb: Any, given: Any) -> Any:
+    """The functions that were put into an object in place of its methods
+
+    Returns:
+        dict: name -> function
+    """
+
 def describe_metric(x: Any, walk: Any) -> Any: ...

@@ -11,7 +11,7 @@ from collections import deque
 from fastcore.basics import patch
 from ..base.snapshots import ACTING, MISSING
 from .inspection import (
-    Variable, class_attributes, defaults, is_generated, is_user_function, is_user_module, methods,
+    Variable, class_attributes, defaults, is_generated, is_user_function, is_user_module,
     name_of, nested_code, wrapped_functions)
 from .values import UnfingerprintableError, Walk, described_by
 from .code import variables_used
@@ -156,14 +156,25 @@ def variables_of(cls): # list of (Variable, use)
 # %% ../../nbs/fingerprint/03_reads.ipynb #3c524fa9
 def functions_behind(cls, method:str): # dict: name -> function
     "The functions of the user's own that a call of a method may run, itself among them"
-    of_user = [base for base in reversed(cls.__mro__) if is_user_module(base.__module__)]
-    own = {func.__name__: func for base in of_user for func in methods(base)}
-    inherited = {name for base in cls.__mro__ if base not in of_user for name in vars(base)}
+    own, of_library = own_methods(cls), [b for b in cls.__mro__ if not is_user_module(b.__module__)]
+    inherited = {name for base in of_library for name in vars(base)}
     todo = [method, *(name for name in own if name[0] == '_' or name in inherited)]
     found = {}
     while todo:
         name = todo.pop()
-        if name not in own or name in found: continue
-        found[name] = own[name]
-        todo += [inner for code in nested_code(own[name].__code__) for inner in code.co_names]
-    return dict(sorted(found.items()))
+        if name in found: continue
+        found[name] = own.get(name, [])
+        todo += [inner for func in found[name] for code in nested_code(func.__code__)
+                 for inner in code.co_names]
+    return {f'{name} ({i})' if i else name: func for name, funcs in sorted(found.items())
+            for i, func in enumerate(funcs)}
+
+def own_methods(cls): # dict: name -> list of functions
+    "The user's own methods of a class and its bases, and those put into a library's classes"
+    found = {}
+    for base in cls.__mro__:
+        for name, member in vars(base).items():
+            funcs = [func for func in wrapped_functions(member) if not is_generated(func)
+                     and (is_user_module(base.__module__) or is_user_function(func))]
+            if funcs: found.setdefault(name, []).extend(funcs)
+    return found

@@ -65,3 +65,10 @@ def functions_behind(cls: Any, method: str) -> Any:
     Returns:
         dict: name -> function
     """
+
+def own_methods(cls: Any) -> Any:
+    """The user's own methods of a class and its bases, and those put into a library's classes
+
+    Returns:
+        dict: name -> list of functions
+    """
