@@ -375,11 +375,12 @@ def fetch(self:Block, call, record, digests):
 def load(self:Block, call, record, with_state): # dict: result, callbacks, perhaps state and beside
     "Load state and callbacks of a recorded call; an error changes nothing"
     ledger, saved = self.ledger, record.after
-    roots = {'callbacks': record.callbacks}
+    is_as_recorded = record.method == call.method # else another way to the same structure
+    roots = {'callbacks': record.callbacks if is_as_recorded else []}
     if call.kind != 'structural': roots['result'] = record.result
     if with_state: roots |= {'state': saved.state, 'beside': saved.extra}
     tree = ledger.store.get(roots)
-    callbacks = ledger.matching_callbacks(call, tree['callbacks'])
+    callbacks = ledger.matching_callbacks(call, tree['callbacks']) if is_as_recorded else ()
     if with_state: self.load_state(tree, saved)
     for cb, (_, state) in zip(callbacks, tree['callbacks'], strict=True): cb.load_state_dict(state)
     return tree

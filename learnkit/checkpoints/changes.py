@@ -22,9 +22,10 @@ from .ledger import Ledger, arithmetic_differs, digests_of
 def call_differs(self:Ledger, node, k, call, digests) -> list: # of str
     "How a call differs from the recorded one with its number"
     record = node.call(k)
-    if record.method != call.method: return [f'{record.text} -> {call.text}']
-    texts = [f'{call.method}: {text}'
-             for text in differences(record.arguments, call.arguments.tree)]
+    is_other = record.method != call.method
+    if is_other and not self.has_same_effect(record, call): return [f'{record.text} -> {call.text}']
+    texts = [] if is_other else [f'{call.method}: {text}' for text in differences(
+        record.arguments, call.arguments.tree)]
     texts += self.structure_differs(node, record.structure, call.structure,
                                     self.gained(node, record.structure, call.structure))
     allowed = self.allowed_differences(node, k, digests)
@@ -33,6 +34,14 @@ def call_differs(self:Ledger, node, k, call, digests) -> list: # of str
         names = ', '.join(self.state_changes(node, k, other))
         texts.append(f'before {call.text} the learner was changed: {names}')
     return texts
+
+@patch
+def has_same_effect(self:Ledger, record, call) -> bool:
+    "Whether two structural calls put the object together alike, as `to_bf16` and `add_cb` may"
+    kinds = record.kind, call.kind
+    if not self.host.may_try or kinds != ('structural',) * 2 or not record.is_complete: return False
+    with self.direct_calls.allowed(), self.host.trying(call.method, call.args, call.kwargs):
+        return digests_of(self.structure()) == record.structure_after
 
 @patch
 def state_changes(self:Ledger, node, k, parts) -> list: # of str

@@ -75,6 +75,7 @@ class Host:
     implied_by = MappingProxyType({})  # structure -> other structure that differs wherever it does
     unused = MappingProxyType({})  # pure method -> parts of state and structure it does not need
     once_per_block = ()  # methods
+    may_try = False  # whether `trying` works, so that structural calls with one effect are alike
     ranks = None  # the processes that make each call together; None: a single one
     is_busy = False  # whether a call is running
     display_class = Display
@@ -139,7 +140,7 @@ def observe(self:Host,
     "Note how what has come into reach is"
 
 @patch
-def as_built(self:Host): # context manager
+def as_built(self:Host, arguments=None): # context manager; arguments: of a call, by name
     "Inside the block everything is as it was when it came into reach"
     return nullcontext()
 
@@ -158,6 +159,18 @@ def files_written(self:Host, arguments:dict) -> list: # of paths
 def restore_used(self:Host, state):
     "Load a state without the parts that pure methods do not need"
     self.restore(state, None)
+
+@patch
+def made(self:Host, method:str, args, kwargs): # (args, kwargs)
+    "Arguments with objects in place of classes that the call would make them of"
+    return args, kwargs
+
+@patch
+@contextmanager
+def trying(self:Host, method:str, args, kwargs):
+    "Inside the block the structure is as a structural call makes it"
+    raise NotImplementedError(f'{type(self).__name__} does not know how to undo {method}')
+    yield
 
 @patch
 def stateful_arguments(self:Host, arguments:dict) -> list:

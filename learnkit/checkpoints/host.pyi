@@ -84,6 +84,8 @@ class Host:
     """pure method -> parts of state and structure it does not need"""
     once_per_block: tuple[str, ...]
     """methods"""
+    may_try: bool
+    """whether `trying` works, so that structural calls with one effect are alike"""
     ranks: Any
     """the processes that make each call together; None: a single one"""
     is_busy: bool
@@ -159,11 +161,11 @@ class Host:
             arguments: of a call, by name
             anew: whether all that is now counts as the beginning
         """
-    def as_built(self) -> Any:
+    def as_built(self, arguments: Any = None) -> Any:
         """Inside the block everything is as it was when it came into reach
 
         Returns:
-            context manager
+            context manager; arguments: of a call, by name
         """
     def files_read(self, method: str, arguments: dict) -> dict:
         """The content of files that a call is to read
@@ -179,6 +181,14 @@ class Host:
         """
     def restore_used(self, state: Any) -> None:
         """Load a state without the parts that pure methods do not need"""
+    def made(self, method: str, args: Any, kwargs: Any) -> Any:
+        """Arguments with objects in place of classes that the call would make them of
+
+        Returns:
+            (args, kwargs)
+        """
+    def trying(self, method: str, args: Any, kwargs: Any) -> AbstractContextManager[None]:
+        """Inside the block the structure is as a structural call makes it"""
     def stateful_arguments(self, arguments: dict) -> list:
         """Arguments that a call changes: objects with `state_dict` and `load_state_dict`"""
     def call(self, method: str, args: Any, kwargs: Any) -> Any:

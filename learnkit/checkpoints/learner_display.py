@@ -46,7 +46,8 @@ def observed_text(entry): # str
     if 'value' not in entry: return 'not there'
     return shorten(repr(entry['value']), 40, placeholder=' ...')
 
-def given_callbacks(arguments): return callbacks_in(list(arguments.values())) # list
+def given_callbacks(arguments): # list, in the order they are run in
+    return sorted(callbacks_in(list(arguments.values())), key=lambda cb: cb.order)
 
 def callbacks_in(value): # list of callbacks
     "The callback objects in an argument"

@@ -38,7 +38,10 @@ def observed_text(entry: Any) -> str:
         str
     """
 
-def given_callbacks(arguments: Any) -> Any: ...
+def given_callbacks(arguments: Any) -> Any:
+    """Returns:
+        list, in the order they are run in
+    """
 
 def callbacks_in(value: Any) -> Any:
     """The callback objects in an argument

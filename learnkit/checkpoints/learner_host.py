@@ -18,7 +18,9 @@ from ..files.errors import UnstorableError
 from ..files.durable import file_digest
 from ..files.tree import check_storable
 from ..fingerprint.words import as_text
+from ..components.callback import without_classes
 from ..components.optim import opt_params
+from ..fingerprint.functions import signature_without_self
 from ..fingerprint.inspection import is_users_own, name_of
 from ..fingerprint.modules import Behaviour, parts_by_id, without_owner
 from ..loop.observed import (
@@ -48,6 +50,7 @@ class LearnerHost(Host):
     implied_by = MappingProxyType({'model': 'built_model'})
     unused = MappingProxyType({method: TRAINING_ONLY for method in MODEL_METHODS})
     once_per_block = ('setup',)
+    may_try = True
     display_class = LearnerDisplay
 
     def __init__(self, learn, construction, save_every='1 epoch'):
@@ -174,7 +177,8 @@ def observe(self:LearnerHost, arguments=None, anew=False):
     learn._origin.baseline.add(learn, given_callbacks(arguments or {}))
 
 @patch
-def as_built(self:LearnerHost): return as_built(self.object) # context manager
+def as_built(self:LearnerHost, arguments=None): # context manager
+    return as_built(self.object, given_callbacks(arguments or {}))
 
 @patch
 def files_read(self:LearnerHost, method, arguments) -> dict: # name -> digest
@@ -182,6 +186,14 @@ def files_read(self:LearnerHost, method, arguments) -> dict: # name -> digest
     if method != 'load': return {}
     path = save_path(self.object, arguments['name'])
     return {str(arguments['name']): file_digest(path) or 'no such file'}
+
+@patch
+def made(self:LearnerHost, method, args, kwargs): # (args, kwargs)
+    "Callbacks that are given as classes are made before the call, so that they have a state"
+    def made(name, value): return without_classes(value) if name == 'cbs' else value
+    names = list(signature_without_self(getattr(type(self.object), method)).parameters)
+    args = [*map(made, names, args), *args[len(names):]]
+    return tuple(args), {name: made(name, value) for name, value in kwargs.items()}
 
 @patch
 def call(self:LearnerHost, method, args, kwargs): # what it returns
@@ -245,19 +257,38 @@ def put_modules_back(modules):
 
 # %% ../../nbs/checkpoints/10_learner_host.ipynb #e9c702f8
 @patch
-@contextmanager
-def undone_on_error(self:LearnerHost):
-    "If the block fails, the learner is put together as it was, with its own optimizer"
+def way_back(self:LearnerHost): # function
+    "What puts the learner together as it is now, with its own optimizer"
     learn = self.object
-    attributes, structure = dict(vars(learn)), self.structure_objects()
-    schedulers = [(cb, dict(vars(cb))) for cb in torch_schedulers(learn.cbs)]
-    try: yield
-    except BaseException:
+    attributes, structure, cbs = dict(vars(learn)), self.structure_objects(), list(learn.cbs)
+    schedulers = [(cb, dict(vars(cb))) for cb in torch_schedulers(cbs)]
+    def go_back():
         self.put_together(structure)
         vars(learn).clear()
         vars(learn).update(attributes)
+        learn.cbs[:] = cbs
         for cb, before in schedulers: vars(cb).update(before)
+    return go_back
+
+@patch
+@contextmanager
+def undone_on_error(self:LearnerHost):
+    "If the block fails, the learner is put together as it was"
+    go_back = self.way_back()
+    try: yield
+    except BaseException:
+        go_back()
         raise
+
+@patch
+@contextmanager
+def trying(self:LearnerHost, method, args, kwargs):
+    "Inside the block the learner is put together as a structural call does it"
+    go_back = self.way_back()
+    try:
+        self.call(method, args, kwargs)
+        yield
+    finally: go_back()
 
 @patch
 @contextmanager
@@ -374,7 +405,8 @@ def gained(self:LearnerHost, part, then, now): # str, perhaps empty; None: more 
     if part == 'metrics':
         before, after = listed_metrics(then['metrics']), listed_metrics(now['metrics'])
         added = [as_text(one) for one in after if one not in before]
-        return f'without {", ".join(added)}' if all(one in after for one in before) else None
+        if not all(one in after for one in before): return None
+        return f'without {", ".join(added)}' if added else ''
     if part == 'data' and then['data'].get('with', {}).get('test', 0) is None:
         less = {**now['data'], 'with': {**now['data'].get('with', {}), 'test': None}}
         return '' if less == then['data'] else None

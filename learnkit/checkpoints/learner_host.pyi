@@ -41,12 +41,21 @@ class LearnerHost(Host):
         """
     def observe(self, arguments: Any = None, anew: Any = False) -> None:
         """Note how what has come into reach is"""
-    def as_built(self) -> Any: ...
+    def as_built(self, arguments: Any = None) -> Any:
+        """Returns:
+            context manager
+        """
     def files_read(self, method: Any, arguments: Any) -> dict:
         """The content of files that a call is to read
 
         Returns:
             name -> digest
+        """
+    def made(self, method: Any, args: Any, kwargs: Any) -> Any:
+        """Callbacks that are given as classes are made before the call, so that they have a state
+
+        Returns:
+            (args, kwargs)
         """
     def call(self, method: Any, args: Any, kwargs: Any) -> Any:
         """Call a method of the learner; a pure one leaves everything in reach as it was
@@ -70,8 +79,16 @@ class LearnerHost(Host):
         """
     def put_together(self, structure: Any) -> None:
         """Put the learner together as it was; an optimizer that was another one is made anew"""
+    def way_back(self) -> Any:
+        """What puts the learner together as it is now, with its own optimizer
+
+        Returns:
+            function
+        """
     def undone_on_error(self) -> AbstractContextManager[None]:
-        """If the block fails, the learner is put together as it was, with its own optimizer"""
+        """If the block fails, the learner is put together as it was"""
+    def trying(self, method: Any, args: Any, kwargs: Any) -> AbstractContextManager[None]:
+        """Inside the block the learner is put together as a structural call does it"""
     def unchanged(self) -> AbstractContextManager[None]:
         """Whatever happens inside, the learner is afterwards as it was before"""
     def restore(

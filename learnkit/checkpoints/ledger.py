@@ -142,13 +142,14 @@ class Call:
 def describe_call(self:Ledger, method:str, args, kwargs) -> Call:
     "A call with all that its result follows from, besides the state"
     cls, obj = type(self.host.object), self.host.object
+    args, kwargs = self.host.made(method, args, kwargs)
     values = call_arguments(getattr(cls, method).__get__(obj), args, kwargs)
     self.host.observe(values)
     def described():
         found = fingerprint(values, method, self.options.ignore, self.memo,
                             known=self.host.known_objects())
         return as_json(found), self.call_text(method, args, kwargs)
-    arguments, text = self.on_main(described)
+    with self.host.as_built(values): arguments, text = self.on_main(described)
     structure = self.structure() | self.describe(self.around_call(method, values))
     return Call(method, args, kwargs, method_kind(cls, method), values, Fingerprint(*arguments),
                 structure, text)

@@ -97,6 +97,8 @@ class Ledger:
         Returns:
             of str
         """
+    def has_same_effect(self, record: Any, call: Any) -> bool:
+        """Whether two structural calls put the object together alike, as `to_bf16` and `add_cb` may"""
     def state_changes(self, node: Any, k: Any, parts: Any) -> list:
         """What differs in parts of the state from the one recorded before call `k`
 

@@ -7,10 +7,12 @@ __all__ = ['Cancel', 'CancelFit', 'CancelEpoch', 'CancelTrain', 'CancelValidate'
            'Callback', 'named_callbacks', 'has_state']
 
 # %% ../../nbs/components/00_callback.ipynb #646a4fa1
-import difflib
+import difflib, functools
 from collections.abc import Iterable, MutableSequence
 import numpy as np
+import torch
 from fastcore.basics import patch
+from ..base.snapshots import MISSING, PLAIN
 
 # %% ../../nbs/components/00_callback.ipynb #de174d65
 LEVELS = ('fit', 'epoch', 'train', 'validate', 'batch')
@@ -81,6 +83,35 @@ def check_events(names, # method or keyword names
         raise TypeError(f'{where}: {name!r} is no event.{hint} '
                         f"An event of your own is declared with `events = ({name!r},)`.")
 
+# %% ../../nbs/components/00_callback.ipynb #5a1c07de
+class AsMade:
+    "What an object held when its constructor ended, to tell what was set on it since"
+    def __init__(self, x): self.held = {name: frozen(value) for name, value in vars(x).items()}
+
+    def set_since(self, x): # dict: name -> value
+        return {name: value for name, value in vars(x).items()
+                if value is not self and self.held.get(name, MISSING) != frozen(value)}
+
+def frozen(x, depth=0): # what tells a value from others, and from itself once it was changed
+    if isinstance(x, torch.Tensor): return frozen_tensor(x)
+    if isinstance(x, np.ndarray): return x.tobytes() if x.nbytes <= 2**16 else id(x)
+    if isinstance(x, dict) and len(x) <= 1000: return frozen(list(x.items()), depth + 1)
+    if isinstance(x, (list, tuple, set, frozenset)) and len(x) <= 1000 and depth < 10:
+        return type(x), [frozen(item, depth + 1) for item in x]
+    return x if isinstance(x, PLAIN) else id(x)
+
+def frozen_tensor(t): # bytes of a small one
+    if t.layout != torch.strided or t.device.type != 'cpu' or t.nbytes > 2**16: return id(t)
+    return t.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+def noting_what_is_made(init): # function
+    "A constructor that notes at its end what the object holds"
+    @functools.wraps(init)
+    def __init__(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self.as_made = AsMade(self)
+    return __init__
+
 # %% ../../nbs/components/00_callback.ipynb #41359f7b
 class Callback:
     "Methods named after events, called with the learner; or functions given by event name"
@@ -96,7 +127,7 @@ class Callback:
 
     def __new__(cls, *args, **kwargs):
         self = super().__new__(cls)
-        self.init_args = args, kwargs
+        self.init_args, self.as_made = (args, kwargs), None
         return self
 
     def __init__(self,
@@ -109,9 +140,11 @@ class Callback:
         if phases is None and funcs.keys() & set(STEPS): phases = (*self.phases, 'lr_find')
         if phases is not None: self.phases = tuple(phases)
         for name, func in funcs.items(): setattr(self, name, func)
+        self.as_made = AsMade(self)
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
+        if '__init__' in vars(cls): cls.__init__ = noting_what_is_made(cls.__init__)
         methods = [name for name in dir(cls) if callable(getattr(cls, name, None))]
         check_events(methods, cls.events, cls.__name__)
         defines_step = any(name in vars(cls) for name in STEPS)
@@ -153,6 +186,11 @@ def as_callbacks(cbs, # None, a Callback, a Callback class, or any nesting of it
         return [cb for item in cbs for cb in as_callbacks(item)]
     hint = f' For a function use Callback(after_batch={cbs!r}).' if callable(cbs) else ''
     raise TypeError(f'{cbs!r} is no Callback, but a {type(cbs).__name__}.{hint}')
+
+def without_classes(cbs): # the same, or a list where there were classes
+    "Callbacks as they were given, with objects in place of classes"
+    items = cbs if isinstance(cbs, (list, tuple)) else [cbs]
+    return as_callbacks(cbs) if any(isinstance(cb, type) for cb in items) else cbs
 
 # %% ../../nbs/components/00_callback.ipynb #306f89da
 class Bound(dict):

@@ -55,6 +55,32 @@ def check_events(names: Any, declared: Any, where: str, strict: Any = False) -> 
         strict: also refuse names that do not look like events
     """
 
+class AsMade:
+    """What an object held when its constructor ended, to tell what was set on it since"""
+    held: dict[Any, Any]
+    def __init__(self, x: Any) -> None: ...
+    def set_since(self, x: Any) -> Any:
+        """Returns:
+            dict: name -> value
+        """
+
+def frozen(x: Any, depth: Any = 0) -> Any:
+    """Returns:
+        what tells a value from others, and from itself once it was changed
+    """
+
+def frozen_tensor(t: Any) -> Any:
+    """Returns:
+        bytes of a small one
+    """
+
+def noting_what_is_made(init: Any) -> Any:
+    """A constructor that notes at its end what the object holds
+
+    Returns:
+        function
+    """
+
 class Callback:
     """Methods named after events, called with the learner; or functions given by event name"""
     order: int
@@ -75,6 +101,7 @@ class Callback:
     """whether it divides passes among the processes of its attribute `ranks`"""
     places_model: bool
     """whether it brings the model to the device itself, in `after_create`"""
+    as_made: AsMade
     def __init__(self, order: Any = None, phases: Any = None, **funcs: Any) -> None:
         """Methods named after events, called with the learner; or functions given by event name
 
@@ -163,6 +190,13 @@ def as_callbacks(cbs: Any) -> Any:
 
     Returns:
         list of callbacks
+    """
+
+def without_classes(cbs: Any) -> Any:
+    """Callbacks as they were given, with objects in place of classes
+
+    Returns:
+        the same, or a list where there were classes
     """
 
 class Bound(dict):

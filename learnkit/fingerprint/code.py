@@ -316,6 +316,7 @@ def record_class(cls, walk):
             if of_user: record_mentioned(func, walk)
             elif is_user_function(func): record_function(func, walk) # put in place of another
 
+# %% ../../nbs/fingerprint/02_code.ipynb #1e0c77aa
 def record_mentioned(func, walk):
     "Record the functions and classes among the globals and outer variables of a function"
     for variable, _ in variables_used(func):

@@ -160,6 +160,7 @@ def replaced_functions(): # dict: name -> function
 
 HOMES = torch, torch.nn.functional, torch.nn.init, torch.Tensor
 
+# %% ../../nbs/fingerprint/08_modules.ipynb #1e0c77ab
 def functions_in(module, walk): # dict: name -> JSON value
     "The functions that a module holds; what else it holds is looked through for what it reads"
     objects = {name: value for name, value in attributes(module).items()

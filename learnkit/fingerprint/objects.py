@@ -12,13 +12,15 @@ from collections.abc import Iterator
 from functools import lru_cache
 import numpy as np
 import torch
+from ..base.guard import is_learnkits
+from ..base.snapshots import MISSING
 from ..files.tree import text_digest
 from ..components.callback import Callback
 from ..components.metrics import Metric
 from .values import (
     CONTAINERS, SCALARS, SelfDescribing, UnfingerprintableError, Walk, describe, json_text)
 from .inspection import (
-    attributes, holds_attributes_only, is_user_module, is_users_own, name_of)
+    Variable, attributes, holds_attributes_only, is_user_module, name_of)
 from .code import record_class, record_code
 from .reads import is_external
 from .tensors import describe_image, describe_number, describe_pandas
@@ -169,20 +171,26 @@ def describe_callback(cb, walk):
     found, (args, kwargs) = {'$callback': name_of(type(cb))}, cb.init_args
     if cb.settings() is None: return {**found, 'with': {}, 'given': []}
     init = types.MethodType(type(cb).__init__, cb)
-    with walk.within(outside='given'):
-        described = walk.describe_named(call_arguments(init, args, kwargs))
+    arguments = call_arguments(init, args, kwargs)
+    if is_learnkits(type(cb)): # as it understands them itself
+        arguments |= {k: value for k, value in cb.settings().items() if k in arguments}
+    with walk.within(outside='given'): described = walk.describe_named(arguments)
     params = inspect.signature(init).parameters
     at_default = [name for name, param in params.items() if name in described and
                   (described[name] == {'$tuple': []} or is_default(param, described[name], walk))]
     given = [name for name in described if name not in at_default]
-    described |= walk.describe_named(replaced_methods(cb, [*args, *kwargs.values()]))
+    described |= describe_set_since(cb, described, walk)
     return {**found, 'with': described, 'given': given}
 
-def replaced_methods(cb, given): # dict: name -> function
-    "The functions that were put into an object in place of its methods"
-    return {name: getattr(x, '__func__', x) for name, x in vars(cb).items()
-            if hasattr(type(cb), name) and is_users_own(getattr(x, '__func__', x))
-            and not any(x is arg for arg in given)}
+def describe_set_since(cb, described, walk): # dict: name -> JSON value
+    "What was set on a callback after its constructor; of learnkit's own what it has arguments for"
+    changed = {} if cb.as_made is None else cb.as_made.set_since(cb)
+    if is_learnkits(type(cb)):
+        changed = {name: value for name, value in changed.items() if callable(value)
+                   or name in described and name not in cb.settings()}
+    nodes = {name: walk.describe_changing(Variable(cb, name, name, value), walk.describe_at)
+             for name, value in changed.items() if not walk.is_ignored(name)}
+    return {name: node for name, node in nodes.items() if node is not MISSING}
 
 @describe.register(Metric)
 def describe_metric(x, walk):

@@ -86,11 +86,11 @@ def describe_enum(x: Any, walk: Any) -> Any:
 
 def describe_callback(cb: Any, walk: Any) -> Any: ...
 
-def replaced_methods(cb: Any, given: Any) -> Any:
-    """The functions that were put into an object in place of its methods
+def describe_set_since(cb: Any, described: Any, walk: Any) -> Any:
+    """What was set on a callback after its constructor; of learnkit's own what it has arguments for
 
     Returns:
-        dict: name -> function
+        dict: name -> JSON value
     """
 
 def describe_metric(x: Any, walk: Any) -> Any: ...

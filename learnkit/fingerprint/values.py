@@ -256,10 +256,10 @@ def makes_no_difference(x): # bool
     return isinstance(x, Callback) and x.settings() is None
 
 def callback_list(x): # list of callbacks, or `x` if there is anything else in it
-    "One callback, several or none, given as objects or classes, as a list"
+    "One callback, several or none, given as objects or classes, in the order they are run in"
     flat = flatten(x)
     if not all(map(is_callback, flat)): return x
-    return [cb() if isinstance(cb, type) else cb for cb in flat]
+    return sorted([cb() if isinstance(cb, type) else cb for cb in flat], key=lambda cb: cb.order)
 
 def flatten(x): # list
     "A nesting of lists as one list"

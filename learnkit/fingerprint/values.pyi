@@ -324,7 +324,7 @@ def makes_no_difference(x: Any) -> bool:
     """
 
 def callback_list(x: Any) -> Any:
-    """One callback, several or none, given as objects or classes, as a list
+    """One callback, several or none, given as objects or classes, in the order they are run in
 
     Returns:
         list of callbacks, or `x` if there is anything else in it

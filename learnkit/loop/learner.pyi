@@ -432,10 +432,13 @@ class Learner(Loop):
             stop_div: stop when the loss diverges
             suggest: which suggestions to make
         """
+    @structural
     def to_bf16(self: _Self) -> _Self:
         """Compute in bfloat16 where that is safe"""
+    @structural
     def to_fp16(self: _Self) -> _Self:
         """Compute in float16 where that is safe, with scaled losses"""
+    @structural
     def to_fp32(self: _Self) -> _Self:
         """Compute in full precision"""
     def fit_one_cycle(

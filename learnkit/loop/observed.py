@@ -191,10 +191,10 @@ class Origin:
                             for x in origins(now.values[path].get(name))]
 
 @contextmanager
-def as_built(learn):
+def as_built(learn, given=()): # callbacks given to a call
     "Inside the block everything in reach is as it was when it came into reach"
-    baseline, now = learn._origin.baseline, snapshot(learn)
-    changes = baseline.changes(now)
+    baseline, now = learn._origin.baseline, snapshot(learn, given)
+    changes = now.changes(baseline)
     baseline.put(now, changes, baseline)
     try: yield
     finally: baseline.put(now, changes, now)

@@ -151,8 +151,12 @@ class Origin:
     def begin_fit(self, learn: Learner, anew: Any = False) -> None:
         """Callbacks have begun: what they have made they will make again when the fit is taken up"""
 
-def as_built(learn: Learner) -> AbstractContextManager[None]:
-    """Inside the block everything in reach is as it was when it came into reach"""
+def as_built(learn: Learner, given: Any = ()) -> AbstractContextManager[None]:
+    """Inside the block everything in reach is as it was when it came into reach
+
+    Returns:
+        callbacks given to a call
+    """
 
 def origins(held: Any, kinds: Any = ...) -> Any:
     """The objects that a held value refers to; those that are held in some ways

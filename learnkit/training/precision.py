@@ -11,7 +11,9 @@ from typing import Self
 import torch
 from fastcore.basics import patch
 from ..base.batches import map_tensors
+from ..base.devices import default_device
 from ..base.dtensors import split_by_dtensor
+from ..base.methods import structural
 from ..components.callback import Callback, CancelStep, PHASES
 from ..components.optim import needs_closure, opt_params
 from ..loop.learner import Learner
@@ -86,7 +88,10 @@ class MixedPrecision(Callback):
         self._grads_unscaled = False  # whether gradients were divided by the scale
         self._warned = False  # in this fit, of a scale that cannot fall any more
 
-    def settings(self): return {'class': type(self).__name__, 'dtype': str(self.dtype)}
+    def settings(self): # `to_bf16()` and all ways to write it are the same training
+        is_bf16 = self.dtype_on(default_device()) is torch.bfloat16
+        return {'class': type(self).__name__, 'dtype': 'bf16' if is_bf16 else 'fp16'}
+
     def dtype_on(self, device): return self.dtype or best_half_dtype(device)
     def uses_scaler(self, learn): return self.dtype_on(learn.device) is torch.float16
 
@@ -198,18 +203,21 @@ def set_precision(learn:Learner,
 
 # %% ../../nbs/training/10_precision.ipynb #e9da781f
 @patch
+@structural
 def to_bf16(self:Learner) -> Self:
     "Compute in bfloat16 where that is safe"
     return set_precision(self, 'bf16')
 
 # %% ../../nbs/training/10_precision.ipynb #98a7afce
 @patch
+@structural
 def to_fp16(self:Learner) -> Self:
     "Compute in float16 where that is safe, with scaled losses"
     return set_precision(self, 'fp16')
 
 # %% ../../nbs/training/10_precision.ipynb #3ab4ddd1
 @patch
+@structural
 def to_fp32(self:Learner) -> Self:
     "Compute in full precision"
     return set_precision(self, None)
