@@ -3,7 +3,7 @@ import importlib.util, json, sys, tempfile
 from pathlib import Path
 
 HEAD = '''
-import argparse, collections, functools, itertools, logging, random, threading, types
+import argparse, collections, functools, itertools, logging, os, random, sys, threading, types
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -91,6 +91,16 @@ READ = {
     'dataset': ('V = Data(20)', 'len(V)', '20', '21'),
     'generator': ('V = np.random.default_rng(1)', 'V', '(1)', '(2)'),
     'deque': ('V = collections.deque([1])', 'V', '[1]', '[2]'),
+    'environment variable': ('os.environ["K"] = "1"', 'os.environ["K"]', '"1"', '"2"'),
+    'getenv': ('os.environ["K"] = "1"', 'int(os.getenv("K", "0"))', '"1"', '"2"'),
+    'environ that was imported': ('from os import environ\nenviron["K"] = "1"',
+                                  'environ.get("K")', '"1"', '"2"'),
+    'entry of globals': ('V = 1.', 'globals()["V"]', '1.', '3.'),
+    'entry under a name among the globals': ('V1, NAME = 1., "V"', 'globals()[f"{NAME}1"]', '1.',
+                                             '3.'),
+    'entry of a module': ('V = 1.', 'vars(sys.modules[__name__])["V"]', '1.', '3.'),
+    'attribute by name': ('class C: k = 1.', 'getattr(C, "k")', '1.', '3.'),
+    'function by name': ('K = 1.\ndef V(): return K', 'globals().get("V")()', 'K = 1.', 'K = 3.'),
     'bound method': ('class C:\n    def __init__(self, k): self.k = k\n    def go(self): return 1\n'
                      'V = C(1).go', 'V()', 'C(1)', 'C(2)'),
 }
@@ -125,6 +135,26 @@ OTHERS = {
     'patched method': ('def a(self, x): return x\ndef b(self, x): return -x\n'
         'def value():\n    m = nn.ReLU()\n    m.forward = types.MethodType(a, m)\n    return m',
         'MethodType(a', 'MethodType(b'),
+    "function in place of torch's": ('def value(): return Behaviour(nn.ReLU())\n'
+        'def a(x): return x\ndef b(x): return -x\nF.relu_of_the_table = a', '= a', '= b'),
+    'overridden method that super reaches': ('K = 1.\nclass Base:\n'
+        '    def fit(self): return K\nclass Learn(Base):\n'
+        '    def fit(self): return super().fit()\n'
+        'def value(): return MethodCode(Learn, "fit")', 'K = 1.', 'K = 3.'),
+    'closure around a method': ('def around(k):\n    def with_k(f):\n'
+        '        @functools.wraps(f)\n        def g(self): return f(self) * k\n        return g\n'
+        '    return with_k\nclass Learn:\n    @around(1.)\n    def fit(self): return 1\n'
+        'def value(): return MethodCode(Learn, "fit")', '1.', '2.'),
+    **{f'{what} of a callback since it was made': (
+        'class Cb(Callback):\n    def __init__(self, k=0.):\n'
+        '        self.k, self._t, self._at = [k], torch.zeros(2), id(self)\n'
+        '    def after_loss(self, learn): return None\ndef a(learn): return 1\n'
+        f'def b(learn): return 2\ndef value():\n    cb = Cb()\n    cb.{change}\n'
+        '    return {"cbs": [cb]}', before, after)
+       for what, change, before, after in (
+           ('attribute', 'k = 1.', '1.', '2.'), ('item', 'k[0] = 1.', '1.', '2.'),
+           ('tensor', '_t[0] = 1.', '1.', '2.'), ('new attribute', 'new = 1.', '1.', '2.'),
+           ('function', 'after_loss = a', '= a', '= b'))},
     'method put into a class': ('def a(self): return 1\ndef b(self): return 2\n'
         'class Loss: pass\nLoss.go = a\ndef value(): return Loss()', 'go = a', 'go = b'),
     'parametrization': ('class P(nn.Module):\n    def __init__(self, k):\n'

@@ -1,5 +1,5 @@
 """Whether fetched or computed: random programs against training from scratch without a record"""
-import json, shutil, tempfile, warnings
+import json, linecache, shutil, sys, tempfile, types, warnings
 from functools import lru_cache, partial
 from pathlib import Path
 import numpy as np
@@ -183,3 +183,150 @@ def test_fetched_or_computed_is_the_same(blocks, crash, questions, keep, victim)
 @cases
 def test_fetched_or_computed_is_the_same_long(blocks, crash, questions, keep, victim):
     check(blocks, crash, questions, keep, victim)
+
+
+# What a result follows from, edited between runs and set between calls
+
+SOURCE = """
+FACTOR = {constant}
+def plain(x): return x
+def bent(x): return x + 0.1 * x.square()
+shape = {function}
+def scaled(x): return shape(x) * FACTOR + {code} * x.square()
+"""
+
+
+class Gain(nn.Module):
+    def __init__(self, k):
+        super().__init__()
+        self.k = k
+
+    def forward(self, x): return x * self.k
+
+
+class Loss:
+    def __init__(self, k, scaled): self.k, self.scaled = k, scaled
+
+    def __call__(self, pred, targ):
+        return nn.functional.cross_entropy(self.scaled(pred), targ) * self.k
+
+
+class Weigh(Callback):
+    def __init__(self, k=1.): self._k, self.n = [k], 0
+
+    def after_loss(self, learn):
+        self.n += 1
+        learn.loss = learn.loss + (self._k[0] + self.n / 100) * learn.pred.square().mean() / 10
+
+
+class Own(Learner):
+    k = 1.
+
+    def get_loss(self):
+        super().get_loss()
+        self.loss = self.loss * self.k
+
+
+class Recorded(CheckpointedLearner, Own): pass
+
+
+def weigh_of(learn): return next(cb for cb in learn.cbs if isinstance(cb, Weigh))
+
+
+KNOBS = {'seed': (0, 1), 'constant': (1., 1.2), 'function': ('plain', 'bent'), 'code': (0.1, 0.2),
+         'model': (1., 1.3), 'loss': (1., 0.7), 'callback': (1., 2.), 'learner': (1., 1.5),
+         'class': (1., 0.8)}
+SETS = {'model': lambda learn, x: setattr(learn.model[1], 'k', x),
+        'loss': lambda learn, x: setattr(learn.loss_func, 'k', x),
+        'callback': lambda learn, x: weigh_of(learn)._k.__setitem__(0, x),
+        'learner': lambda learn, x: setattr(learn, 'k', x)}
+world = st.fixed_dictionaries({name: st.sampled_from(values) for name, values in KNOBS.items()})
+edit = st.sampled_from([(name, x) for name, values in KNOBS.items() for x in values])
+step = st.one_of(st.tuples(st.just('fit'), st.integers(1, 2)),
+                 st.sampled_from([(name, x) for name in SETS for x in KNOBS[name]]))
+
+
+def module_of(world, folder): # what a script with these constants and functions would import
+    path = folder/'edited.py'
+    path.write_text(SOURCE.format(**world))
+    linecache.clearcache()
+    found = types.ModuleType('edited')
+    found.__file__ = str(path)
+    exec(compile(path.read_text(), str(path), 'exec'), vars(found))
+    return found
+
+
+def build(world, folder, cls=Own, **kwargs):
+    module = sys.modules['edited'] = module_of(world, folder)
+    set_seed(world['seed'])
+    net = nn.Sequential(nn.Linear(4, 6), Gain(world['model']), nn.Dropout(0.2), nn.Linear(6, 2))
+    weigh, Own.k = Weigh(), world['class']
+    weigh._k[0] = world['callback']
+    learn = cls(dls(), net, Loss(world['loss'], module.scaled), lr=1e-2, device='cpu', cbs=[weigh],
+                **kwargs)
+    learn.remove_cb(Progress)
+    if world['learner'] != 1.: learn.k = world['learner']
+    return learn
+
+
+def play(learn, line, through=None):
+    for name, x in line:
+        if name == 'fit': (through or learn).fit(x)
+        else: SETS[name](learn, x)
+    state = learn.state_dict()
+    state['observed'].pop('learner.k', None)  # a plain learner begins with what it was given
+    return tree_digest(state), weigh_of(learn).n, learn.k
+
+
+def edited(root, world, line, crash=None, **kwargs): # what is left, and how many fits were made
+    learn = build(world, root, Recorded, root=root/'ckpts', name='p', save_every='1 step', **kwargs)
+    if crash: learn.add_cb(Crash(crash))
+    fits = Callback(before_fit=lambda learn: made.append(1))
+    fits.settings, made = lambda: None, []
+    learn.add_cb(fits)
+    with learn.checkpoint(1) as cp: return play(learn, line, cp), len(made)
+
+
+def check_edits(first, line, edits, crash):
+    root = Path(tempfile.mkdtemp())
+    try:
+        with warnings.catch_warnings(), isolated_rng():
+            warnings.simplefilter('ignore')
+            strict, anew = dict(code='strict'), dict(on_change='rerun', code='rerun')
+            try: edited(root, first, line, crash)
+            except MemoryError: pass
+            truth = play(build(first, root), line)
+            assert edited(root, first, line)[0] == truth
+            assert edited(root, first, line, **strict) == (truth, 0)
+            for name, x in edits:
+                now = {**first, name: x}
+                if now == first:
+                    assert edited(root, now, line, **strict) == (truth, 0), name
+                    continue
+                with pytest.raises(StaleCheckpoint): edited(root, now, line, **strict)
+                truth = play(build(now, root), line)
+                assert edited(root, now, line, **anew)[0] == truth, name
+                assert edited(root, now, line, **strict) == (truth, 0), name
+                first = now
+    finally:
+        Own.k = 1.
+        sys.modules.pop('edited', None)
+        shutil.rmtree(root)
+
+
+edits = given(world, st.lists(step, min_size=1, max_size=4).filter(
+    lambda line: any(name == 'fit' for name, _ in line)),
+    st.lists(edit, min_size=1, max_size=4), st.integers(1, 12))
+
+
+@settings(max_examples=3, **quick)
+@edits
+def test_an_edit_is_noticed_and_what_is_unchanged_is_fetched(first, line, edits, crash):
+    check_edits(first, line, edits, crash)
+
+
+@pytest.mark.slow
+@settings(max_examples=150, **quick)
+@edits
+def test_an_edit_is_noticed_and_what_is_unchanged_is_fetched_long(first, line, edits, crash):
+    check_edits(first, line, edits, crash)

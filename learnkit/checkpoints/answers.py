@@ -46,6 +46,7 @@ def fetch_answer(self:Ledger, node, call, found):
     notes = self.check_code(node, found, call)
     for cb, (_, state) in zip(callbacks, tree['callbacks'], strict=True): cb.load_state_dict(state)
     self.report_fetched(node, found, call, notes=notes)
+    self.write_files_again(node, found)
     return self.unpack(call, found.returns_host, tree['result'])
 
 # %% ../../nbs/checkpoints/07_answers.ipynb #253717b4
@@ -58,10 +59,11 @@ def compute_answer(self:Ledger, node, call, key, folder=None):
         if call.kind != 'pure': raise
         self.report_unkept(call.method, error)
         return result
-    tree = {'result': packed, 'callbacks': states_of(callbacks)}
+    seals, files = self.written_files(node, call)
+    tree = {'result': packed, 'callbacks': states_of(callbacks), 'files': files}
     answer = {'key': key, 'method': call.method, 'text': call.text, 'kind': call.kind,
               'arguments': call.arguments.tree, 'code': self.code_of(call),
-              'versions': self.arithmetic_of(call)}
+              'versions': self.arithmetic_of(call), 'seals': seals}
     node.put_answer(answer | facts | self.store.put(tree)[0])
     self.store.write(node.json)
     return self.unpack(call, facts['returns_host'], packed, copy=True)

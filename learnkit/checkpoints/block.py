@@ -366,7 +366,7 @@ def fetch(self:Block, call, record, digests):
         record.structure_after = digests_of(now)
     if structural: return result
     ledger.report_fetched(self.node, record, call, differ, notes)
-    ledger.write_files_again(self.node, call, record)
+    ledger.write_files_again(self.node, record)
     host.display.show_report(record.report, host.stateful_arguments(call.values))
     return ledger.unpack(call, record.returns_host, tree['result'])
 

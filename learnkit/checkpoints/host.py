@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/checkpoints/02_host.ipynb #e0b64c30
 import copy, inspect
+from pathlib import Path
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import singledispatch
@@ -151,9 +152,12 @@ def files_read(self:Host, method:str, arguments:dict) -> dict: # name -> value
     return {}
 
 @patch
-def files_written(self:Host, arguments:dict) -> list: # of paths
+def files_written(self:Host, arguments:dict) -> list: # of names
     "The files that the last call, which had these arguments, has left behind"
     return []
+
+@patch
+def file_path(self:Host, name:str) -> Path: return Path(name)
 
 @patch
 def restore_used(self:Host, state):

@@ -5,6 +5,7 @@
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import singledispatch
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 __all__ = []
@@ -177,8 +178,9 @@ class Host:
         """The files that the last call, which had these arguments, has left behind
 
         Returns:
-            of paths
+            of names
         """
+    def file_path(self, name: str) -> Path: ...
     def restore_used(self, state: Any) -> None:
         """Load a state without the parts that pure methods do not need"""
     def made(self, method: str, args: Any, kwargs: Any) -> Any:

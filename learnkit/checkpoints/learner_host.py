@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/checkpoints/10_learner_host.ipynb #09f43a0c
 import copy, inspect
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from types import MappingProxyType
 from fastcore.basics import patch
 from torch import nn
@@ -173,7 +174,7 @@ def frozen_modules(learn): # list of names
 def observe(self:LearnerHost, arguments=None, anew=False):
     "Note how what has come into reach is"
     learn = self.object
-    if anew: learn._origin.baseline = Baseline()
+    if anew: learn._origin.baseline = Baseline(is_constructed=True)
     learn._origin.baseline.add(learn, given_callbacks(arguments or {}))
 
 @patch
@@ -199,6 +200,7 @@ def made(self:LearnerHost, method, args, kwargs): # (args, kwargs)
 def call(self:LearnerHost, method, args, kwargs): # what it returns
     "Call a method of the learner; a pure one leaves everything in reach as it was"
     learn = self.object
+    learn._origin.written = {}
     if method_kind(type(learn), method) != 'pure': return Host.call(self, method, args, kwargs)
     with unchanged_parts(learn): return Host.call(self, method, args, kwargs)
 
@@ -358,10 +360,16 @@ def param_groups(learn): return learn.opt.param_groups if learn.opt else ()
 
 # %% ../../nbs/checkpoints/10_learner_host.ipynb #3c5d90ea
 @patch
-def files_written(self:LearnerHost, arguments) -> list: # of paths
-    "The files of the callbacks, as far as their state says that there are any"
-    cbs = *self.object.cbs, *given_callbacks(arguments)
-    return [path for cb in cbs for path in cb.files_written(self.object)]
+def files_written(self:LearnerHost, arguments) -> list: # of names
+    "The files of the callbacks, by their state, and what the call has saved or exported"
+    learn, folder = self.object, self.object.path.absolute()
+    cbs = *learn.cbs, *given_callbacks(arguments)
+    paths = *(path for cb in cbs for path in cb.files_written(learn)), *learn._origin.written
+    found = dict.fromkeys(Path(path).absolute() for path in paths)
+    return [str(x.relative_to(folder) if x.is_relative_to(folder) else x) for x in found]
+
+@patch
+def file_path(self:LearnerHost, name) -> Path: return self.object.path / name
 
 # %% ../../nbs/checkpoints/10_learner_host.ipynb #fec07bec
 @patch

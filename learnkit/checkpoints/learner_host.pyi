@@ -4,6 +4,7 @@
 """What a record has to know of a learner"""
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 from torch import nn
 from typing import Any
 from ..checkpoints.host import Host
@@ -103,11 +104,12 @@ class LearnerHost(Host):
     def restore_used(self, state: Any) -> None:
         """Load what a prediction follows from, whatever the optimizer"""
     def files_written(self, arguments: Any) -> list:
-        """The files of the callbacks, as far as their state says that there are any
+        """The files of the callbacks, by their state, and what the call has saved or exported
 
         Returns:
-            of paths
+            of names
         """
+    def file_path(self, name: Any) -> Path: ...
     def stateful_arguments(self, arguments: Any) -> list:
         """The callbacks among the arguments
 

@@ -306,24 +306,21 @@ def report_unkept(self:Ledger, method, error):
 
 # %% ../../nbs/checkpoints/05_ledger.ipynb #ae0fa17b
 @patch
-def written_files(self:Ledger, node, call): # (seals, dict: seal -> content)
+def written_files(self:Ledger, node, call): # (dict: name -> seal, dict: seal -> content)
     "The files that a call has left behind, and the content of those that the record has not"
-    paths = self.host.files_written(call.values)
-    seals = self.on_main(lambda: list(map(file_seal, paths)))
-    new = [(path, seal) for path, seal in zip(paths, seals, strict=True)
-           if is_main() and seal is not None and seal not in node.files]  # process 0 stores them
-    return seals, {seal: file_content(path) for path, seal in new}
+    names = [] if call.kind == 'pure' else self.host.files_written(call.values)
+    def found(): return {name: file_seal(self.host.file_path(name)) for name in names}
+    seals = {name: seal for name, seal in self.on_main(found).items() if seal is not None}
+    new = [(name, seal) for name, seal in seals.items()
+           if is_main() and seal not in node.files]  # process 0 stores them
+    return seals, {seal: file_content(self.host.file_path(name)) for name, seal in new}
 
 @patch
-def write_files_again(self:Ledger, node, call, record):
+def write_files_again(self:Ledger, node, record):
     "Files that a recorded call left behind are there, as they were then"
-    paths, seals = self.host.files_written(call.values), record.seals
-    if len(paths) != len(seals):
-        raise StaleCheckpoint(f'{call.text} left {len(seals)} files behind, and the callbacks here '
-                              f'name {len(paths)}')
     def write(): # list of paths
-        lost = [(path, seal) for path, seal in zip(paths, seals, strict=True)
-                if seal is not None and file_seal(path) != seal]
+        files = [(self.host.file_path(name), seal) for name, seal in record.seals.items()]
+        lost = [(path, seal) for path, seal in files if file_seal(path) != seal]
         for path, seal in lost: write_content(path, self.local_store.get(node.files[seal]))
         return [str(path) for path, _ in lost]
     for path in self.on_main(write): self.show(f'{path} is written again')

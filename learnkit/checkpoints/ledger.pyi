@@ -294,9 +294,9 @@ class Ledger:
         """The files that a call has left behind, and the content of those that the record has not
 
         Returns:
-            (seals, dict: seal -> content)
+            (dict: name -> seal, dict: seal -> content)
         """
-    def write_files_again(self, node: Any, call: Any, record: Any) -> None:
+    def write_files_again(self, node: Any, record: Any) -> None:
         """Files that a recorded call left behind are there, as they were then"""
     def matching_callbacks(self, call: Any, states: Any) -> list:
         """The callbacks that were given; StaleCheckpoint unless the states are those of such"""

@@ -80,7 +80,7 @@ class CallRecord(View):
         return self.json.get('after') or self.json.get('left') or {}
 
     @property
-    def seals(self): return self.json.get('seals') or []  # of the files that it left behind
+    def seals(self): return self.json.get('seals') or {}  # name of a file it left behind -> seal
 
     @property
     def files(self): return self.json.get('files') or {}  # seal -> root of those first found here
@@ -202,7 +202,8 @@ def drop_calls(self:Node, n):
 @patch(as_prop=True)
 def files(self:Node): # dict: seal -> root
     "The content of files that the calls have left behind"
-    return {seal: root for call in self.calls for seal, root in call.files.items()}
+    calls = *self.calls, *self.answers
+    return {seal: root for call in calls for seal, root in call.files.items()}
 
 @patch
 def set_call(self:Node, k, record): self.json['calls'][k:k + 1] = [record.json]

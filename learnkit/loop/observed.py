@@ -153,13 +153,15 @@ def snapshot(learn, given=()): # Snapshot
 
 class Baseline:
     "How objects were when they came into reach"
-    def __init__(self): self.known = {}  # id -> (object, name of a slot -> held value)
+    def __init__(self, is_constructed=False): # whether the learner's constructor has ended
+        self.known = {}  # id -> (object, name of a slot -> held value)
+        self.is_constructed = is_constructed
 
     def add(self, learn, given=(), # callbacks given to a call
             constructed=False): # whether a subclass has given the learner all that it gives
         "Note how what has come into reach is"
         now = snapshot(learn, given)
-        if constructed: self.known.pop(id(learn), None)
+        if constructed and not self.is_constructed: self.known.pop(id(learn), None)
         for path, x in now.objects.items(): self.known.setdefault(id(x), (x, now.values[path]))
 
     def of(self, x): # dict: name -> held value; empty for an object that is new
@@ -182,6 +184,7 @@ class Origin:
     def __init__(self):
         self.baseline, self.state = Baseline(), None
         self.made_again = []  # what callbacks have made at the beginning of this fit
+        self.written = {}  # names of files that were saved or exported since a call has begun
 
     def begin_fit(self, learn, anew=False):
         "Callbacks have begun: what they have made they will make again when the fit is taken up"

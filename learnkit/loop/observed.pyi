@@ -115,7 +115,8 @@ def snapshot(learn: Learner, given: Any = ()) -> Snapshot:
 class Baseline:
     """How objects were when they came into reach"""
     known: dict[Any, Any]
-    def __init__(self) -> None: ...
+    is_constructed: Any
+    def __init__(self, is_constructed: Any = False) -> None: ...
     def add(self, learn: Learner, given: Any = (), constructed: Any = False) -> Any:
         """Note how what has come into reach is
 
@@ -147,6 +148,7 @@ class Origin:
     baseline: Baseline
     state: Any
     made_again: list[Any]
+    written: dict[Any, Any]
     def __init__(self) -> None: ...
     def begin_fit(self, learn: Learner, anew: Any = False) -> None:
         """Callbacks have begun: what they have made they will make again when the fit is taken up"""

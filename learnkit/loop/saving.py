@@ -98,6 +98,7 @@ def write_learner(learn, name, overwrite:bool): # Path
     path = save_path(learn, name)
     if is_main(): path.parent.mkdir(parents=True, exist_ok=True)
     tree = tree_for_file(learn, path=lambda: path)
+    if 'parts' not in tree: learn._origin.written[str(path)] = True # parts lie elsewhere
     if not is_main(): return path  # process 0 writes
     save_tree(tree, path, overwrite=overwrite)
     remove_shards(path, tree)
@@ -114,4 +115,5 @@ def read_learner(learn, name):
 def export_weights(learn, path): # Path
     "Write the weights alone"
     tensors = map_tensors(full_tensor, model_state(learn.model))
+    learn._origin.written[str(path)] = True
     return save_tensors(tensors, path) if is_main() else type(learn.path)(path)

@@ -11,7 +11,7 @@ from checkpoint_runs import data, make, digest, script, Own
 from counting import Fits
 from learnkit import (
     Callback, CheckpointedLearner, EMA, GradientClip, Progress, SaveBest, StaleCheckpoint,
-    accuracy)
+    MixedPrecision, accuracy)
 from learnkit.files.errors import StoreError
 
 
@@ -355,3 +355,82 @@ def test_what_cannot_change_a_training_is_no_difference(tmp_path, capsys, more, 
 def test_what_was_taken_away_or_changed_beside_is_a_difference(tmp_path, less):
     script(make(tmp_path, metrics=[accuracy]))
     with pytest.raises(StaleCheckpoint): script(make(tmp_path, **less))
+
+
+# One training, written in two ways
+
+SPELLINGS = {
+    'a method and its callback': (dict(), lambda cp: cp.to_bf16(),
+                                  dict(), lambda cp: cp.add_cb(MixedPrecision('bf16'))),
+    'its callback and a method': (dict(), lambda cp: cp.add_cb(MixedPrecision(torch.bfloat16)),
+                                  dict(), lambda cp: cp.to_bf16()),
+    'two names of a type': (dict(cbs=[MixedPrecision('bf16')]), None,
+                            dict(cbs=[MixedPrecision(dtype=torch.bfloat16)]), None),
+    'the type that is chosen': (dict(cbs=[MixedPrecision()]), None,
+                                dict(cbs=[MixedPrecision('bf16')]), None),
+    'the order of callbacks': (dict(cbs=[GradientClip(1.), MixedPrecision()]), None,
+                               dict(cbs=[MixedPrecision(), GradientClip(1.)]), None),
+    'a class and an object': (dict(), lambda cp: cp.add_cb(EMA),
+                              dict(), lambda cp: cp.add_cb(EMA())),
+    'freezing': (dict(splitter=lambda m: [list(m[0].parameters()), list(m[3].parameters())]),
+                 lambda cp: cp.freeze(), None, lambda cp: cp.freeze_to(-1))}
+
+
+@pytest.mark.parametrize('name', SPELLINGS)
+def test_one_training_in_two_spellings_is_fetched(tmp_path, name):
+    first, call, second, other_call = SPELLINGS[name]
+
+    def run(kwargs, call):
+        learn = make(tmp_path, **kwargs)
+        with learn.checkpoint(1) as cp:
+            if call: call(cp)
+            cp.fit(1, cbs=EMA if name != 'a class and an object' else None)
+        return learn
+
+    computed, Fits.n = run(first, call), 0
+    fetched = run(first if second is None else second, other_call)
+    assert not Fits.n and digest(computed) == digest(fetched)
+
+
+def test_two_structural_calls_of_other_effect_are_told_and_leave_no_trace(tmp_path):
+    def run(call):
+        learn = make(tmp_path)
+        with learn.checkpoint(1) as cp:
+            getattr(cp, call)(*([MixedPrecision('bf16')] if call == 'add_cb' else []))
+            cp.fit(1)
+    run('add_cb')
+    learn = make(tmp_path)
+    before = list(learn.cbs)
+    with pytest.raises(StaleCheckpoint, match=r'add_cb.* -> to_fp16\(\)'):
+        with learn.checkpoint(1) as cp: cp.to_fp16()
+    assert list(learn.cbs) == before
+    run('to_bf16')
+
+
+def test_a_buffer_of_the_loss_is_an_argument(tmp_path):
+    def run(weight):
+        learn = make(tmp_path, loss_func=nn.CrossEntropyLoss(weight=torch.tensor([1., weight])))
+        with learn.checkpoint(1) as cp: cp.fit(1)
+    run(2.)
+    run(2.)
+    with pytest.raises(StaleCheckpoint, match='loss_func.weight'): run(9.)
+
+
+@pytest.mark.parametrize('place', ['learner', 'its class', 'optimizer', 'torch'])
+def test_a_function_that_is_put_somewhere_is_told(tmp_path, monkeypatch, place):
+    def run():
+        learn = make(tmp_path)
+        if place == 'learner' and patched:
+            learn.get_loss = lambda: CheckpointedLearner.get_loss(learn)
+        with learn.checkpoint(1) as cp: cp.fit(1)
+    patched = False
+    run()
+    run()
+    patched, step, get_loss = True, torch.optim.AdamW.step, CheckpointedLearner.get_loss
+    if place == 'its class':
+        monkeypatch.setattr(CheckpointedLearner, 'get_loss', lambda self: get_loss(self))
+    if place == 'optimizer':
+        monkeypatch.setattr(torch.optim.AdamW, 'step', lambda self, closure=None: step(self))
+    if place == 'torch':
+        monkeypatch.setattr(torch.nn.functional, 'relu', lambda x, inplace=False: x.clamp(0))
+    with pytest.raises(StaleCheckpoint, match='get_loss|AdamW.step|functional.relu|method'): run()

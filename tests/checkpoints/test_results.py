@@ -456,3 +456,49 @@ def test_attributes_that_are_worth_a_text(tmp_path):
         assert type(model.name).__name__ == 'Name'
     for change in (False, True, False, True): run(change)
     assert Fits.n == 9 # three fits of three batches
+
+
+class Saves(CheckpointedLearner):
+    def keep(self, folder):
+        self.fit(1)
+        self.save('models/first')
+        self.fit(1)
+        self.export(folder/'weights.safetensors')
+
+
+@pytest.mark.parametrize('where', ['in a block', 'on a state'])
+def test_what_a_method_saves_and_exports_is_written_again(tmp_path, capsys, where):
+    paths = tmp_path/'models'/'first.safetensors', tmp_path/'weights.safetensors'
+
+    def run():
+        learn = make(tmp_path/'ckpts', cls=Saves, path=tmp_path)
+        learn.add_cb(Progress())
+        with learn.checkpoint(1) as cp:
+            if where == 'in a block': cp.keep(tmp_path)
+        if where == 'on a state': learn.cache(1).keep(tmp_path)
+        return [path.read_bytes() for path in paths]
+
+    first = run()
+    paths[0].unlink()
+    paths[1].write_bytes(b'other')
+    Fits.n = 0
+    capsys.readouterr()
+    assert run() == first and not Fits.n
+    assert capsys.readouterr().out.count('is written again') == 2
+    run()
+    assert 'is written again' not in capsys.readouterr().out
+
+
+def test_the_best_model_of_a_fit_on_a_state_is_written_again(tmp_path):
+    path = tmp_path/'best.safetensors'
+
+    def run():
+        learn = make(tmp_path/'ckpts')
+        with learn.checkpoint(1): pass
+        learn.cache(1).fit(1, cbs=SaveBest('valid_loss', path=path))
+        return path.read_bytes()
+
+    first = run()
+    path.unlink()
+    Fits.n = 0
+    assert run() == first and not Fits.n

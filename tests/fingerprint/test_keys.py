@@ -58,6 +58,57 @@ CALLS = {
                 '        return n\n    return f\nf = make()'}
 
 
+UNSEEN = {
+    'a computed name': 'import os\ndef f(x): return os.environ[x]\n',
+    'all of the environment': 'import os\ndef f(x): return dict(os.environ)\n',
+    'a computed global': 'def f(x): return globals()[x]\n',
+    'an expression': 'def f(x): return eval(x)\n'}
+
+
+@pytest.mark.parametrize('name', UNSEEN)
+def test_what_is_read_by_a_computed_name_is_told(load, name):
+    found = fingerprint(load(UNSEEN[name]).f)
+    assert found.unseen_text.startswith('not compared: what f of ') and 'reads' not in found.tree
+
+
+def test_where_a_process_runs_does_not_count(load, monkeypatch):
+    m = load('import os\ndef f(x): return os.environ["RANK"], os.environ.get("HOME")\n')
+    before = fingerprint(m.f)
+    monkeypatch.setenv('RANK', '1')
+    assert fingerprint(m.f).digest == before.digest and not before.unseen
+
+
+def test_all_that_a_module_of_the_users_holds_counts_under_a_computed_name(load):
+    load('_K = 1.\ndef scale(x): return x * _K\n', 'held')
+    m = load('import held\ndef f(x): return getattr(held, x)\n')
+    before = fingerprint(m.f).digest
+    m.held._K = 2.
+    assert fingerprint(m.f).digest != before
+
+
+def test_a_module_that_a_function_imports_is_in_the_record_of_code(tmp_path, monkeypatch, load):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path/'lazily.py').write_text('import lazily_too\nK = 1.\n')
+    (tmp_path/'lazily_too.py').write_text('L = 1.\n')
+    m = load('def f(x):\n    from lazily import K\n    return x * K\n')
+    before = fingerprint(m.f)
+    assert {'lazily', 'lazily_too'} <= set(before.code) and 'lazily' not in sys.modules
+    (tmp_path/'lazily_too.py').write_text('# a comment\nL = 1.\n')
+    assert fingerprint(m.f).code == before.code
+    (tmp_path/'lazily_too.py').write_text('L = 22.\n')
+    found = fingerprint(m.f)
+    assert found.digest == before.digest and found.code['lazily_too'] != before.code['lazily_too']
+
+
+def test_what_a_call_makes_does_not_count(load):
+    m, memo = load('def f(x):\n    global made\n    made = globals().get("made", 0) + x\n'
+                   '    return made\n'), {}
+    before = fingerprint(m.f, memo=memo).digest
+    m.f(1)
+    fingerprint(m.f, memo=memo, after_call=True)
+    assert fingerprint(m.f, memo=memo).digest == before
+
+
 ANEW = {
     'the time': 'import time\nSTART = time.time()\ndef f(x): return time.time() - START > x\n',
     'a folder with the date': 'import datetime\nfrom pathlib import Path\n'
