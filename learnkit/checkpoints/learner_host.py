@@ -292,6 +292,7 @@ def trying(self:LearnerHost, method, args, kwargs):
         yield
     finally: go_back()
 
+# %% ../../nbs/checkpoints/10_learner_host.ipynb #1e0c77ac
 @patch
 @contextmanager
 def unchanged(self:LearnerHost):
