@@ -79,6 +79,7 @@ from .fingerprint import loaders as _loaders
 from .fingerprint import words as _words
 from .fingerprint import differences as _differences
 from .fingerprint import arithmetic as _arithmetic
+from .fingerprint import beginning as _beginning
 from .loop.recorder import (
     Recorder,
 )
@@ -91,6 +92,7 @@ from .loop import observed as _observed
 from .loop import state as _state
 from .loop import saving as _saving
 from .loop import interrupts as _interrupts
+from .loop import provenance as _provenance
 from .loop.resume import (
     SaveState,
 )

@@ -7,10 +7,11 @@ __all__ = ['Cancel', 'CancelFit', 'CancelEpoch', 'CancelTrain', 'CancelValidate'
            'Callback', 'named_callbacks', 'has_state']
 
 # %% ../../nbs/components/00_callback.ipynb #646a4fa1
-import difflib
+import difflib, functools
 from collections.abc import Iterable, MutableSequence
 import numpy as np
 from fastcore.basics import patch
+from ..base.snapshots import slots_of_class
 
 # %% ../../nbs/components/00_callback.ipynb #de174d65
 LEVELS = ('fit', 'epoch', 'train', 'validate', 'batch')
@@ -66,6 +67,38 @@ class Interrupted(KeyboardInterrupt):
         super().__init__(f'signal {signum}')
         self.signum = signum
 
+# %% ../../nbs/components/00_callback.ipynb #b3286efc
+def noted(x, depth=0): # a copy of a container of few values; anything else itself
+    if depth == 4 or type(x) not in (list, tuple, dict) or len(x) > 1000: return x
+    if type(x) is dict: return {key: noted(value, depth + 1) for key, value in x.items()}
+    return type(x)(noted(item, depth + 1) for item in x)
+
+def is_as_noted(x, before): # bool
+    "Whether a value is still the one that was noted"
+    if x is before: return True
+    if type(x) is not type(before): return False
+    if type(x) is dict: x, before = list(x.items()), list(before.items())
+    if type(x) in (list, tuple): return len(x) == len(before) and all(map(is_as_noted, x, before))
+    return type(x) in (bool, int, float, str, bytes) and repr(x) == repr(before)
+
+def noting_attributes(init): # constructor
+    "A constructor that notes what it has set"
+    @functools.wraps(init)
+    def constructed(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self.attributes_made = {name: noted(value) for name, value in vars(self).items()
+                                if name != 'attributes_made'}
+    return constructed
+
+def attributes_set(cb): # dict: name -> value
+    "The attributes that were set between a callback's construction and its first use"
+    made, left_out = cb.attributes_made, slots_of_class(type(cb))[1]
+    if '' not in made:  # which is no name of an attribute
+        made = {'': {name: noted(value) for name, value in vars(cb).items() if name not in left_out
+                     and not (name in made and is_as_noted(value, made[name]))}}
+        cb.attributes_made = made
+    return made['']
+
 # %% ../../nbs/components/00_callback.ipynb #0b6d8122
 def check_events(names, # method or keyword names
                  declared, # names that are allowed besides the loop's events
@@ -94,11 +127,14 @@ class Callback:
     distributes = False  # whether it divides passes among the processes of its attribute `ranks`
     places_model = False # whether it brings the model to the device itself, in `after_create`
 
+    transient = ('attributes_made',)  # names of attributes whose changes do not matter
+
     def __new__(cls, *args, **kwargs):
         self = super().__new__(cls)
-        self.init_args = args, kwargs
+        self.init_args, self.attributes_made = (args, kwargs), {}
         return self
 
+    @noting_attributes
     def __init__(self,
                  order=None, # sorts callbacks; None: the class's
                  phases=None, # phases whose batch events are heard; None: the class's
@@ -112,6 +148,7 @@ class Callback:
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
+        if '__init__' in vars(cls): cls.__init__ = noting_attributes(cls.__init__)
         methods = [name for name in dir(cls) if callable(getattr(cls, name, None))]
         check_events(methods, cls.events, cls.__name__)
         defines_step = any(name in vars(cls) for name in STEPS)
@@ -203,6 +240,7 @@ class Callbacks(MutableSequence):
         if len(set(map(id, items))) < len(items):
             again = next(cb for i, cb in enumerate(items) if any(cb is c for c in items[:i]))
             raise ValueError(f'{again!r} is in the list already: it would hear each event twice')
+        for cb in items: attributes_set(cb)  # from now on the fits that use it may change them
         self.items, self.bound = items, Bound([*items, *self.inner.values()])
         self.distributed = next((cb for cb in items if cb.distributes), None)
 

@@ -45,6 +45,32 @@ class Interrupted(KeyboardInterrupt):
     signum: int
     def __init__(self, signum: int) -> None: ...
 
+def noted(x: Any, depth: Any = 0) -> Any:
+    """Returns:
+        a copy of a container of few values; anything else itself
+    """
+
+def is_as_noted(x: Any, before: Any) -> bool:
+    """Whether a value is still the one that was noted
+
+    Returns:
+        bool
+    """
+
+def noting_attributes(init: Any) -> Any:
+    """A constructor that notes what it has set
+
+    Returns:
+        constructor
+    """
+
+def attributes_set(cb: Any) -> Any:
+    """The attributes that were set between a callback's construction and its first use
+
+    Returns:
+        dict: name -> value
+    """
+
 def check_events(names: Any, declared: Any, where: str, strict: Any = False) -> None:
     """Raise TypeError for a name that looks like an event and is none
 
@@ -75,6 +101,8 @@ class Callback:
     """whether it divides passes among the processes of its attribute `ranks`"""
     places_model: bool
     """whether it brings the model to the device itself, in `after_create`"""
+    transient: tuple[str, ...]
+    """names of attributes whose changes do not matter"""
     def __init__(self, order: Any = None, phases: Any = None, **funcs: Any) -> None:
         """Methods named after events, called with the learner; or functions given by event name
 

@@ -32,7 +32,8 @@ def module_contents(x, walk): # JSON value
     found = {'$module': name_of(unsharded_class(x)), 'with': describe_settings(x, walk)}
     if state := {**x._parameters, **x._buffers}: found['state'] = describe_state(x, state, walk)
     buffers = {name: found['state'][name] for name in x._buffers}
-    found['given'] = non_default_names(x, {**found['with'], **buffers}, walk)
+    all_described = {**found['with'], **buffers}
+    found['given'] = non_default_names(unsharded_class(x), all_described, walk)
     mode = walk.around['training']
     if walk.weights and x.training != mode: found['training'] = mode = x.training
     with walk.within(training=mode): return {**found, **describe_children(x, walk)}

@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 from ..files.tree import text_digest
-from ..components.callback import Callback
+from ..components.callback import Callback, attributes_set
 from ..components.metrics import Metric
 from .values import (
     CONTAINERS, SCALARS, SelfDescribing, UnfingerprintableError, Walk, describe, json_text)
@@ -29,12 +29,12 @@ def describe_attributes(x, walk, values:dict): # JSON value
     "An object by its class and what it holds by name"
     record_class(type(x), walk)
     described = walk.describe_named(values)
-    given = non_default_names(x, described, walk)
+    given = non_default_names(type(x), described, walk)
     return {'$object': name_of(type(x)), 'with': described, 'given': given}
 
-def non_default_names(x, described:dict, walk): # list of names
+def non_default_names(cls, described:dict, walk): # list of names
     "The attributes that are arguments of the constructor, and not at their defaults"
-    try: params = constructor_parameters(type(x))
+    try: params = constructor_parameters(cls)
     except (TypeError, ValueError): return list(described)
     if not params.keys() & described.keys(): return [name for name in described if name[0] != '_']
     return [name for name, param in params.items()
@@ -175,7 +175,13 @@ def describe_callback(cb, walk):
     at_default = [name for name, param in params.items() if name in described and
                   (described[name] == {'$tuple': []} or is_default(param, described[name], walk))]
     given = [name for name in described if name not in at_default]
-    return {**found, 'with': described, 'given': given}
+    with walk.within(outside='given'): later = describe_set(cb, walk)
+    return {**found, 'with': {**described, **later}, 'given': list(dict.fromkeys([*given, *later]))}
+
+def describe_set(cb, walk): # dict: name -> JSON value
+    "The attributes that were set on a callback before its first use"
+    found = attributes_set(cb)
+    return walk.describe_named({name: x for name, x in found.items() if not is_external(x)})
 
 @describe.register(Metric)
 def describe_metric(x, walk):

@@ -14,7 +14,7 @@ def describe_attributes(x: Any, walk: Any, values: dict) -> Any:
         JSON value
     """
 
-def non_default_names(x: Any, described: dict, walk: Any) -> Any:
+def non_default_names(cls: Any, described: dict, walk: Any) -> Any:
     """The attributes that are arguments of the constructor, and not at their defaults
 
     Returns:
@@ -85,5 +85,12 @@ def describe_enum(x: Any, walk: Any) -> Any:
     """A member of an enumeration, by its name and value"""
 
 def describe_callback(cb: Any, walk: Any) -> Any: ...
+
+def describe_set(cb: Any, walk: Any) -> Any:
+    """The attributes that were set on a callback before its first use
+
+    Returns:
+        dict: name -> JSON value
+    """
 
 def describe_metric(x: Any, walk: Any) -> Any: ...

@@ -28,6 +28,7 @@ class Fingerprint:
     code: dict = field(default_factory=dict) # name of a user's function or class -> digest
     sampled: list = field(default_factory=list) # data read in part: [where, n, of, what]
     packages: list = field(default_factory=list) # whose code was met; see `versions`
+    changed: list = field(default_factory=list) # by a call: [Variable, description then, now]
 
     @property
     def sampled_text(self) -> str: # empty where all was compared
@@ -61,7 +62,7 @@ def fingerprint(x, # a value; or arguments of a call by name
     if walk.named and 'cbs' in x and 'cbs' not in ignore: x = {**x, 'cbs': callback_list(x['cbs'])}
     tree = walk.describe(x)
     code = {name: combined_digest(digests) for name, digests in sorted(walk.code.items())}
-    return Fingerprint(tree, code, walk.sampled, package_names(walk.packages))
+    return Fingerprint(tree, code, walk.sampled, package_names(walk.packages), walk.changed)
 
 # %% ../../nbs/fingerprint/01_values.ipynb #5125744f
 def package_names(modules): # sorted list of str
@@ -84,6 +85,7 @@ class Walk:
         self.around = {'weights': weights} # what encloses leaves for what is inside: see `within`
         self.code, self.recorded = {}, {} # name -> digests; functions and classes by id
         self.sampled = [] # see `add_sampled`
+        self.changed = [] # see `Fingerprint`
         self.packages = set() # modules of libraries
 
     def describe(self, x): # JSON value

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from inspect import get_annotations
 from functools import lru_cache, partial
+from textwrap import shorten
 from types import FunctionType, MethodType
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch import nn
 from ..base.guard import assigned_names, is_learnkits
 from ..base.snapshots import (
     HELD, MISSING, HeldItems, NotPlainError, Reference,
-    Scope, Snapshot, Unpacking, described, pack, path_text)
+    Scope, Snapshot, Unpacking, closure_cells, described, pack, path_text)
 from ..files.errors import UnstorableError
 from ..files.tree import check_storable
 from ..fingerprint.inspection import is_user_module
@@ -181,6 +182,7 @@ class Origin:
     "Where a learner came from: how things were, and its state before the first fit"
     def __init__(self):
         self.baseline, self.state = Baseline(), None
+        self.n_fits, self.memo = 0, {}  # fits that have begun; of `fingerprint`
         self.made_again = []  # what callbacks have made at the beginning of this fit
 
     def begin_fit(self, learn, anew=False):
@@ -189,6 +191,21 @@ class Origin:
         now = snapshot(learn)
         self.made_again += [x for path, name in self.baseline.changes(now)
                             for x in origins(now.values[path].get(name))]
+
+# %% ../../nbs/loop/04_observed.ipynb #c53a546b
+def ids_in_reach(learn, given=()): # set; given: callbacks of a call
+    "The ids of all whose changes a state holds"
+    now = snapshot(learn, given)
+    held = [one for values in now.values.values() for one in values.values()]
+    cells = [cell for x in now.objects.values() if isinstance(x, FunctionType)
+             for cell in closure_cells(x).values()]
+    return {id(x) for x in (*now.objects.values(), *cells, *whole_origins(held))}
+
+def whole_origins(held): # list of objects
+    "The objects that held values stand for, containers and what is inside of them"
+    found = [one.origin for one in held if isinstance(one, HELD)]
+    inner = [x for one in held if isinstance(one, HeldItems) for x in whole_origins(one.values)]
+    return found + inner
 
 @contextmanager
 def as_built(learn):
@@ -234,7 +251,7 @@ def packed_slot(now, path, name, baseline, again, to_record): # dict; {}: gone; 
             # An object that loads a state of its own finds the others by itself
             if id(inner) in baseline.known and not has_own_state(x): continue
             raise NotPlainError(f'{described(inner)} that is new')
-        tree, marks = pack(held)
+        tree, marks = pack(held, now.known_ids)
         check_storable(tree)
     except (NotPlainError, UnstorableError) as error:
         lenient = has_own_state(x) or isinstance(x, FUNCTIONS) and not to_record
@@ -243,6 +260,12 @@ def packed_slot(now, path, name, baseline, again, to_record): # dict; {}: gone; 
     return {'value': tree, 'marks': marks}
 
 # %% ../../nbs/loop/04_observed.ipynb #0b5e7fd1
+def observed_text(entry): # str; entry: of an observed state, or None
+    "A slot in short"
+    if entry is None: return 'as it was made'
+    if 'value' not in entry: return 'not there'
+    return shorten(repr(entry['value']), 40, placeholder=' ...')
+
 def refusal(x, text, error): # str
     name = text.rpartition('.')[2]
     return (f'{text} has changed since the beginning, and cannot be stored: {error}. Give the '

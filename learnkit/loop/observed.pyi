@@ -146,10 +146,26 @@ class Origin:
     """Where a learner came from: how things were, and its state before the first fit"""
     baseline: Baseline
     state: Any
+    n_fits: int
+    memo: dict[Any, Any]
     made_again: list[Any]
     def __init__(self) -> None: ...
     def begin_fit(self, learn: Learner, anew: Any = False) -> None:
         """Callbacks have begun: what they have made they will make again when the fit is taken up"""
+
+def ids_in_reach(learn: Learner, given: Any = ()) -> Any:
+    """The ids of all whose changes a state holds
+
+    Returns:
+        set; given: callbacks of a call
+    """
+
+def whole_origins(held: Any) -> Any:
+    """The objects that held values stand for, containers and what is inside of them
+
+    Returns:
+        list of objects
+    """
 
 def as_built(learn: Learner) -> AbstractContextManager[None]:
     """Inside the block everything in reach is as it was when it came into reach"""
@@ -177,6 +193,13 @@ def packed_slot(now: Any, path: Any, name: Any, baseline: Any, again: Any, to_re
 
     Returns:
         dict; {}: gone; None: made again
+    """
+
+def observed_text(entry: Any) -> Any:
+    """A slot in short
+
+    Returns:
+        str; entry: of an observed state, or None
     """
 
 def refusal(x: Any, text: Any, error: Any) -> str:
