@@ -127,6 +127,7 @@ def observe(self:LearnerHost, arguments=None, anew=False):
     "Note how what has come into reach is"
     learn = self.object
     if anew: learn._origin.baseline = Baseline()
+    learn._origin.is_recorded = True
     learn._origin.baseline.add(learn, given_callbacks(arguments or {}))
 
 @patch

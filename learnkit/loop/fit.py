@@ -90,7 +90,7 @@ def fit(self:Learner,
     point = self.cbs.inner[ResumePoint]
     if point.autosave: cbs, resume = point.autosave(cbs, resume)
     if self._origin.state is None:
-        self._origin.baseline.add(self, constructed=True)
+        self._origin.begin(self)
         self._origin.state = on_host(live_state(self))
     with interruptible(self), self.added_cbs(cbs), other_loaders(self, dls):
         if self.dls.train is None: raise ValueError('there is no training data: dls.train is None')

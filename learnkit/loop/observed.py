@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import nn
+from torch.utils.data import TensorDataset
 from ..base.guard import assigned_names, is_learnkits
 from ..base.snapshots import (
     HELD, MISSING, HeldItems, NotPlainError, Reference,
@@ -23,7 +24,7 @@ from ..base.snapshots import (
 from ..files.errors import UnstorableError
 from ..files.tree import check_storable
 from ..fingerprint.inspection import is_user_module
-from ..data.resumable import is_stateful
+from ..data.resumable import generators, is_stateful
 from ..components.callback import Callback, has_state, named_callbacks
 from .position import PassState
 
@@ -34,6 +35,11 @@ def roots(learn): # dict: name -> object
     model = getattr(learn.model, '_orig_mod', learn.model)  # what torch.compile has wrapped
     return {'model': model, 'loss_func': learn.loss_func, 'opt': learn.opt, **callbacks,
             'metrics': learn.metrics, 'data': learn.dls, 'learner': learn}
+
+def generators_of_data(learn): # dict: name -> generator
+    "Those of loaders and samplers, of which the state has a part of its own"
+    return {f'data.{name} {i}': rng for name in ('train', 'valid')
+            for i, rng in enumerate(generators(getattr(learn.dls, name)))}
 
 def state_tensors(learn): # dict: name -> tensor
     "The weights and persistent buffers that the state of model and loss has"
@@ -59,7 +65,7 @@ class LearnerScope(Scope):
     "What is looked into from a learner"
     def __init__(self, learn, exact=False, # optimizers whole, for a state in memory
                  functions=True): # whether functions are looked into
-        super().__init__(state_tensors(learn))
+        super().__init__({**state_tensors(learn), **generators_of_data(learn)})
         self.learn, self.exact, self.functions = learn, exact, functions
 
     def slots(self, x, path): # dict: name -> value
@@ -68,6 +74,7 @@ class LearnerScope(Scope):
         if isinstance(x, torch.optim.Optimizer): return found | self.opt_slots(x)
         if isinstance(x, nn.Module): return self.module_slots(x, path, found)
         if isinstance(x, Callback): return found if self.looks_into(x) else {}
+        if isinstance(x, TensorDataset): return {**found, 'tensors': None}  # data of any size
         if is_learnkits(type(x)): return {}
         return found | {OWN: x.state_dict()} if has_own_state(x) and not self.exact else found
 
@@ -80,7 +87,7 @@ class LearnerScope(Scope):
         "What learnkit's own objects were given by the user: functions, and objects of the user's"
         if not is_learnkits(type(x)) or type(x) is Callback or x is self.learn: return {}
         return {name: value for name, value in super().slots(x, path).items()
-                if name != 'init_args' and self.is_users(value)}
+                if name != 'init_args' and (path[0] == 'data' or self.is_users(value))}
 
 # %% ../../nbs/loop/04_observed.ipynb #7f0c2a55
 @patch
@@ -121,13 +128,14 @@ def follows(self:LearnerScope, x, path): # bool
     return Scope.follows(self, x, path)
 
 SMALL, FEW = 2**16, 1000  # bytes of an array and items of a list of a dataset that are followed
+OF_WORKERS = '_iterator', 'worker_init_fn'  # of a `DataLoader`; what they do is done elsewhere
 
 @patch
 def is_data(self:LearnerScope, x, path): # bool
     "Whether it is what a dataset gives out, rather than how it does that"
     if type(x).__module__.startswith('learnkit.processes.'): return True  # theirs to take away
     if path[0] != 'data': return False
-    if 'cache' in str(path[-1]).lower() or path[-1] == '_iterator': return True
+    if 'cache' in str(path[-1]).lower() or path[-1] in OF_WORKERS: return True
     if isinstance(x, (torch.Tensor, np.ndarray)): return x.nbytes > SMALL
     if isinstance(x, (list, tuple, dict, set, frozenset)):
         items = x.values() if isinstance(x, dict) else x
@@ -184,6 +192,11 @@ class Origin:
         self.baseline, self.state = Baseline(), None
         self.n_fits, self.memo = 0, {}  # fits that have begun; of `fingerprint`
         self.made_again = []  # what callbacks have made at the beginning of this fit
+        self.is_recorded = False  # whether a state that follows from the baseline is known
+
+    def begin(self, learn):
+        "The first fit begins: what a script has set until now is how the learner was made"
+        if not self.is_recorded: self.baseline.add(learn, constructed=True)
 
     def begin_fit(self, learn, anew=False):
         "Callbacks have begun: what they have made they will make again when the fit is taken up"

@@ -16,6 +16,13 @@ def roots(learn: Learner) -> Any:
         dict: name -> object
     """
 
+def generators_of_data(learn: Learner) -> Any:
+    """Those of loaders and samplers, of which the state has a part of its own
+
+    Returns:
+        dict: name -> generator
+    """
+
 def state_tensors(learn: Learner) -> Any:
     """The weights and persistent buffers that the state of model and loss has
 
@@ -89,6 +96,7 @@ class LearnerScope(Scope):
         """
 SMALL: Any
 FEW: int
+OF_WORKERS: tuple[str, ...]
 
 def added_attributes(learn: Learner) -> Any:
     """The attributes of a learner that a subclass or a script has given it
@@ -149,7 +157,10 @@ class Origin:
     n_fits: int
     memo: dict[Any, Any]
     made_again: list[Any]
+    is_recorded: bool
     def __init__(self) -> None: ...
+    def begin(self, learn: Learner) -> None:
+        """The first fit begins: what a script has set until now is how the learner was made"""
     def begin_fit(self, learn: Learner, anew: Any = False) -> None:
         """Callbacks have begun: what they have made they will make again when the fit is taken up"""
 

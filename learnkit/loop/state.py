@@ -164,6 +164,7 @@ def load_state(learn, state):
     "Go back to `state`: all of it, or, with an error, none"
     check_learner_state(learn, state)
     with undone_on_error(learn):
+        learn._origin.is_recorded = True
         forget_changes(learn)
         learn.cbs.load_state_dict(state['callbacks'])
         if learn.opt: load_opt_state(learn.opt, state['opt'], names_of_params(learn))
