@@ -93,6 +93,7 @@ from .loop import state as _state
 from .loop import saving as _saving
 from .loop import interrupts as _interrupts
 from .loop import provenance as _provenance
+from .loop import structure as _structure
 from .loop.resume import (
     SaveState,
 )

@@ -138,11 +138,13 @@ def slots(x): # dict: name -> value
     return found
 
 def module_slots(x): # dict: name -> value
-    "Parameters, whether they learn, gradients; buffers, and the modules inside"
+    "Parameters, whether they learn, gradients, attributes; buffers, and the modules inside"
     params = [(name, p) for name, p in x._parameters.items() if p is not None]
     flags = {f'{name}.requires_grad': p.requires_grad for name, p in params}
     grads = {f'{name}.grad': p.grad for name, p in params if p.grad is not None}
-    return {**x._parameters, **flags, **grads, **x._buffers, '_modules': x._modules}
+    added = {f'{name}.{attr}': value for name, p in params for attr, value in vars(p).items()
+             if isinstance(value, PLAIN)}
+    return {**x._parameters, **flags, **grads, **added, **x._buffers, '_modules': x._modules}
 
 @functools.lru_cache(maxsize=4096)
 def slots_of_class(cls): # (tuple, frozenset) of names: slots, and attributes to leave out
@@ -182,6 +184,7 @@ def set_slot(x, name, value):
     if isinstance(x, types.FunctionType) and name in x.__code__.co_freevars:
         closure_cells(x)[name].cell_contents = value
     elif isinstance(x, nn.Module): set_module_slot(x, name, value)
+    elif isinstance(x, type): delattr(x, name) if value is MISSING else setattr(x, name, value)
     elif value is MISSING: object.__delattr__(x, name)
     elif name in getattr(x, '__dict__', {}) or not slots_of_class(type(x))[0]:
         vars(x)[name] = value
@@ -191,7 +194,8 @@ def set_module_slot(x, name, value):
     param, _, flag = name.rpartition('.')
     if param in x._parameters:
         if flag == 'grad': x._parameters[param].grad = None if value is MISSING else value
-        elif value is not MISSING: x._parameters[param].requires_grad_(value)
+        elif value is not MISSING: setattr(x._parameters[param], flag, value)
+        elif flag != 'requires_grad': delattr(x._parameters[param], flag)
         return
     for held in (x._parameters, x._buffers, vars(x)):
         if name not in held: continue

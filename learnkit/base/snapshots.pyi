@@ -90,7 +90,7 @@ def slots(x: Any) -> Any:
     """
 
 def module_slots(x: Any) -> Any:
-    """Parameters, whether they learn, gradients; buffers, and the modules inside
+    """Parameters, whether they learn, gradients, attributes; buffers, and the modules inside
 
     Returns:
         dict: name -> value

@@ -89,12 +89,17 @@ def describe_shared(name, x, walk): # JSON value
 def describe_hooks(x, walk): # dict: kind -> list of JSON values
     "The hooks of a module and of its parameters"
     found = {}
-    for kind, hook in (*module_hooks(x), *parameter_hooks(x)):
-        hook = getattr(hook, 'hook', hook) # torch wraps some
-        if is_fsdp_hook(hook) or getattr(hook, '__module__', '').startswith('learnkit.'): continue
+    for kind, hook in hooks_of(x):
         node = describe_hook(f'{kind} hook', without_owner(hook, x), walk)
         found.setdefault(kind, []).append(node)
     return found
+
+def hooks_of(x): # iterator of (kind, function)
+    "The hooks of a module and of its parameters, but those of FSDP and of learnkit"
+    for kind, hook in (*module_hooks(x), *parameter_hooks(x)):
+        hook = getattr(hook, 'hook', hook) # torch wraps some
+        if is_fsdp_hook(hook) or getattr(hook, '__module__', '').startswith('learnkit.'): continue
+        yield kind, hook
 
 def module_hooks(x): # iterator of (kind, function)
     "The hooks of a module; a kind ends with how torch calls it"

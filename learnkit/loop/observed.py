@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 from ..base.guard import assigned_names, is_learnkits
 from ..base.snapshots import (
-    HELD, MISSING, HeldItems, NotPlainError, Reference,
+    HELD, MAPPINGS, MISSING, PLAIN, SEQUENCES, HeldItems, NotPlainError, Reference,
     Scope, Snapshot, Unpacking, closure_cells, described, pack, path_text)
 from ..files.errors import UnstorableError
 from ..files.tree import check_storable
@@ -70,6 +70,7 @@ class LearnerScope(Scope):
 
     def slots(self, x, path): # dict: name -> value
         if x is self.learn: return added_attributes(x)
+        if isinstance(x, type): return data_of_class(x)
         found = super().slots(x, path)
         if isinstance(x, torch.optim.Optimizer): return found | self.opt_slots(x)
         if isinstance(x, nn.Module): return self.module_slots(x, path, found)
@@ -84,7 +85,12 @@ class LearnerScope(Scope):
             self.exact and not has_own_state(cb))
 
     def children(self, x, path): # dict: name -> value
-        "What learnkit's own objects were given by the user: functions, and objects of the user's"
+        """What learnkit's own objects were given by the user: functions, and objects of the user's;
+        of these the classes"""
+        if isinstance(x, type): return {}
+        if is_user_module(type(x).__module__):
+            classes = [cls for cls in type(x).__mro__ if self.follows(cls, path)]
+            return {f'class {cls.__name__}': cls for cls in classes}
         if not is_learnkits(type(x)) or type(x) is Callback or x is self.learn: return {}
         return {name: value for name, value in super().slots(x, path).items()
                 if name != 'init_args' and (path[0] == 'data' or self.is_users(value))}
@@ -120,6 +126,7 @@ def set(self:LearnerScope, x, name, value):
 @patch
 def follows(self:LearnerScope, x, path): # bool
     if x is self.learn: return True
+    if isinstance(x, type): return is_user_module(x.__module__) and not is_learnkits(x)
     if isinstance(x, Callback): return not (x.external or x.distributes or x.settings() is None)
     if isinstance(x, FUNCTIONS) and not self.functions: return False
     if path[0] == 'data' and is_stateful(x): return False  # it says where it is
@@ -141,6 +148,12 @@ def is_data(self:LearnerScope, x, path): # bool
         items = x.values() if isinstance(x, dict) else x
         return len(x) > FEW or any(self.is_data(item, path) for item in items)
     return type(x).__module__.partition('.')[0] in ('pandas', 'polars', 'pyarrow', 'datasets')
+
+def data_of_class(cls): # dict: name -> value
+    "What a class keeps for all its objects, without what it defines"
+    kinds = (*PLAIN, *MAPPINGS, *SEQUENCES, torch.Tensor, np.ndarray)
+    return {name: value for name, value in vars(cls).items() if isinstance(value, kinds)
+            and name[:2] != '__' and name != 'transient' and not name.startswith('_abc_')}
 
 def added_attributes(learn): # dict: name -> value
     "The attributes of a learner that a subclass or a script has given it"
@@ -191,18 +204,24 @@ class Origin:
     def __init__(self):
         self.baseline, self.state = Baseline(), None
         self.n_fits, self.memo = 0, {}  # fits that have begun; of `fingerprint`
-        self.made_again = []  # what callbacks have made at the beginning of this fit
+        self.made_again, self.made_in = [], set()  # what callbacks make as a fit begins, and where
         self.is_recorded = False  # whether a state that follows from the baseline is known
 
     def begin(self, learn):
         "The first fit begins: what a script has set until now is how the learner was made"
         if not self.is_recorded: self.baseline.add(learn, constructed=True)
 
-    def begin_fit(self, learn, anew=False):
-        "Callbacks have begun: what they have made they will make again when the fit is taken up"
-        if anew: self.made_again = []
+    def begin_fit(self, learn):
+        "Callbacks begin: what they make now they make again when the fit is taken up"
+        self.made_again, self.made_in = [], set()
+        self.begin_epoch(learn, is_first=True)
+
+    def begin_epoch(self, learn, is_first):
+        "Only where something was made when the fit began is it made anew with an epoch"
         now = snapshot(learn)
-        self.made_again += [x for path, name in self.baseline.changes(now)
+        changes = self.baseline.changes(now)
+        if is_first: self.made_in.update(changes)
+        self.made_again += [x for path, name in changes if (path, name) in self.made_in
                             for x in origins(now.values[path].get(name))]
 
 # %% ../../nbs/loop/04_observed.ipynb #c53a546b

@@ -62,7 +62,8 @@ class LearnerScope(Scope):
             bool
         """
     def children(self, x: Any, path: Any) -> Any:
-        """What learnkit's own objects were given by the user: functions, and objects of the user's
+        """What learnkit's own objects were given by the user: functions, and objects of the user's;
+        of these the classes
 
         Returns:
             dict: name -> value
@@ -97,6 +98,13 @@ class LearnerScope(Scope):
 SMALL: Any
 FEW: int
 OF_WORKERS: tuple[str, ...]
+
+def data_of_class(cls: Any) -> Any:
+    """What a class keeps for all its objects, without what it defines
+
+    Returns:
+        dict: name -> value
+    """
 
 def added_attributes(learn: Learner) -> Any:
     """The attributes of a learner that a subclass or a script has given it
@@ -157,12 +165,15 @@ class Origin:
     n_fits: int
     memo: dict[Any, Any]
     made_again: list[Any]
+    made_in: Any
     is_recorded: bool
     def __init__(self) -> None: ...
     def begin(self, learn: Learner) -> None:
         """The first fit begins: what a script has set until now is how the learner was made"""
-    def begin_fit(self, learn: Learner, anew: Any = False) -> None:
-        """Callbacks have begun: what they have made they will make again when the fit is taken up"""
+    def begin_fit(self, learn: Learner) -> None:
+        """Callbacks begin: what they make now they make again when the fit is taken up"""
+    def begin_epoch(self, learn: Learner, is_first: Any) -> None:
+        """Only where something was made when the fit began is it made anew with an epoch"""
 
 def ids_in_reach(learn: Learner, given: Any = ()) -> Any:
     """The ids of all whose changes a state holds

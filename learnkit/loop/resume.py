@@ -30,6 +30,7 @@ from .saving import localized, main_first, save_path, tree_for_file, with_shards
 from .observed import observed_state
 from .provenance import (
     drawn_at_start, packed, provenance, provenance_differs, repeats_weights, unpacked)
+from .structure import FitStructure
 from .state import check_learner_state, live_state, load_state, names_of_params
 
 # %% ../../nbs/loop/08_resume.ipynb #f25425fb
@@ -381,24 +382,28 @@ class SaveState(Callback):
     def settings(self): return None  # how often is saved does not matter for what is computed
 
     def before_fit(self, learn):
-        learn._origin.begin_fit(learn, anew=True)
+        learn._origin.begin_fit(learn)
         check_resumable(learn.dls.train)
         folder, point = learn.path/self.saves_to, learn.cbs.inner[ResumePoint]
         if is_main(): folder.mkdir(parents=True, exist_ok=True)  # an error now, not after an epoch
         check_storable({'learner': map_tensors(local_part, live_state(learn))})
         self._is_first, self._time_was_up = point.saved is None, False
         self._is_checked, self._to_record = False, point.autosave is not None
+        self._structure = None  # as it is when callbacks have begun
         if self._is_first and is_main() and list_saves(folder) and not point.was_requested:
             warnings.warn(f'{folder} holds saves of an earlier fit, which go when this one saves; '
                           "fit(..., resume='latest') would have gone on with it",
                           stacklevel=caller_stacklevel())
         self._record_time(learn)
 
-    def before_train(self, learn): learn._origin.begin_fit(learn)
+    def before_train(self, learn):
+        learn._origin.begin_epoch(learn, is_first=self._structure is None)
+        if self._structure is None: self._structure = FitStructure(learn)
 
     def at_rest(self, learn):
         if not self._is_checked and learn.updates: self.check(learn)
         if not self.is_time_to_save(learn): return
+        if self._structure is not None: self._structure.check(learn)
         # Saves of an earlier fit go as soon as this one has its first
         keep, folder = 1 if self._is_first else self.keep, learn.path/self.saves_to
         tree = tree_for_file(learn, per_process=True, path=lambda: next_save_path(folder))
@@ -418,6 +423,7 @@ def is_time_to_save(self:SaveState, learn): # bool
 @patch
 def check(self:SaveState, learn):
     "What an update changes that cannot be stored is an error now, not after an epoch"
+    self._structure.check(learn)
     observed_state(learn, self._to_record)
     check_storable(map_tensors(local_part, {'callbacks': learn.cbs.state_dict()}))
     opt = opt_state(learn.opt)['state_dict'] if learn.opt else None

@@ -177,6 +177,11 @@ def place(where, first, change): # (arguments of the learner, learner -> value, 
                 if self.training: self.x = change(self.x)
                 super().get_pred()
         return {'cls': Own}, lambda learn: learn.x, None
+    if where == 'class':
+        class Shared(Callback):
+            x = first()
+            def after_batch(self, learn): Shared.x = change(Shared.x)
+        return {'cbs': Shared()}, lambda learn: Shared.x, None
     valid = TensorDataset(X[:9], Y[:9])
     if where == 'dataset':
         ds = Counted(first, change)
@@ -194,7 +199,8 @@ def place(where, first, change): # (arguments of the learner, learner -> value, 
 
 BASE = [Learner]
 PLACES = ('model', 'private', 'loss', 'loss module', 'callback', 'given callback', 'closure',
-          'optimizer', 'learner', 'dataset', 'transform', 'sampler')
+          'optimizer', 'learner', 'class', 'dataset', 'transform',
+          'sampler')
 
 
 def made(where, kind, base=Learner, **kwargs):
@@ -274,7 +280,7 @@ def test_pure_methods_and_reset_leave_no_trace(where, kind):
     before = seen(learn, value)
     learn.lr_find(num_it=12)
     assert seen(learn, value) == before
-    if where not in ('callback', 'closure'):
+    if where not in ('callback', 'closure', 'class'):
         learn.validate()
         learn.get_preds()
         assert seen(learn, value) == before
