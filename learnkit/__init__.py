@@ -80,6 +80,7 @@ from .fingerprint import loaders as _loaders
 from .fingerprint import words as _words
 from .fingerprint import differences as _differences
 from .fingerprint import arithmetic as _arithmetic
+from .fingerprint import beginning as _beginning
 from .loop.recorder import (
     Recorder,
 )
@@ -92,6 +93,8 @@ from .loop import observed as _observed
 from .loop import state as _state
 from .loop import saving as _saving
 from .loop import interrupts as _interrupts
+from .loop import provenance as _provenance
+from .loop import structure as _structure
 from .loop.resume import (
     SaveState,
 )

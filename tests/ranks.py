@@ -293,7 +293,7 @@ def saved(folder, stop=None, how=None, n_epoch=3, kind='tensors', **options):
     dls = DataLoaders.from_tensors(tensors(45), tensors(13, 1), bs=8,
                                    device='cpu') if kind == 'tensors' else foreign(4, 'shuffled')
     cbs = [Distributed(**options), GradientAccumulation(3), EMA(0.9), SaveBest('accuracy'),
-           SaveState(folder, '1 step'), Callback(after_batch=end)]
+           SaveState(folder, '1 step'), Beside(after_batch=end)]
     if stop is not None: cbs.append(Slow())
     set_seed(0)
     learn = learner(dls, nn.Sequential(*net(dropout=0.3),
@@ -301,6 +301,11 @@ def saved(folder, stop=None, how=None, n_epoch=3, kind='tensors', **options):
     learn.fit(n_epoch, resume='latest')
     return ({name: tree_digest(part) for name, part in learn.state_dict().items() if name != 'fit'},
             learn.recorder.df.drop(columns='time').to_dict('list'))
+
+
+class Beside(Callback):
+    "Functions for events that are no part of the fit"
+    def settings(self): return None
 
 
 class Slow(Callback):

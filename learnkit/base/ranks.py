@@ -66,6 +66,24 @@ def rank0_first()->Iterator[None]:
     finally:  # the others wait here, also when rank 0 has failed
         if group and main: dist.barrier()
 
+# %% ../../nbs/base/00_ranks.ipynb #c1c42d27
+def on_main(ranks, # the processes that call this together; None: a single one
+            function, # returns plain values
+            errors=(KeyError, ValueError, TypeError), # that are of the same class everywhere
+           ): # what it returns, on all processes
+    "Call a function on process 0; an error there is one everywhere"
+    if ranks is None: return function()
+    outcome = error = None
+    if ranks.rank == 0:
+        try: outcome = {'value': function()}
+        except Exception as raised:
+            error, outcome = raised, {'error': type(raised).__name__, 'text': str(raised)}
+    received = ranks.broadcast(outcome)
+    if error is not None: raise error
+    known = {cls.__name__: cls for cls in errors}
+    if 'error' in received: raise known.get(received['error'], RuntimeError)(received['text'])
+    return (outcome or received)['value']
+
 # %% ../../nbs/base/00_ranks.ipynb #f802d65f
 def sum_over_ranks(t:torch.Tensor)->torch.Tensor: # on the same device; `t` for a single process
     "The sum of `t` over all processes, on each of them; `t` stays as it is"

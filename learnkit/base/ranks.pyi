@@ -52,6 +52,18 @@ def rank0_only(f: T) -> T:
 def rank0_first() -> AbstractContextManager[None]:
     """Run the block on rank 0, then on the others, which wait for it"""
 
+def on_main(ranks: Any, function: Any, errors: Any = ...) -> Any:
+    """Call a function on process 0; an error there is one everywhere
+
+    Args:
+        ranks: the processes that call this together; None: a single one
+        function: returns plain values
+        errors: that are of the same class everywhere
+
+    Returns:
+        what it returns, on all processes
+    """
+
 def sum_over_ranks(t: torch.Tensor) -> torch.Tensor:
     """The sum of `t` over all processes, on each of them; `t` stays as it is
 

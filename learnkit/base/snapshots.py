@@ -115,7 +115,7 @@ def same_trees(a, b): # bool
     return a == b
 
 # %% ../../nbs/base/09_snapshots.ipynb #304c89cf
-TORCH_SLOTS = frozenset((*vars(nn.Module()), *FSDP_ATTRIBUTES)) - {'training'}
+TORCH_SLOTS = frozenset({*vars(nn.Module()), *FSDP_ATTRIBUTES, '_is_torch_compile'} - {'training'})
 # `step` is what a scheduler of torch has put around the optimizer's own
 OPTIMIZER_SLOTS = frozenset((
     'state', 'param_groups', 'defaults', 'step', *(f'_optimizer_{kind}_hooks' for kind in (
@@ -138,11 +138,13 @@ def slots(x): # dict: name -> value
     return found
 
 def module_slots(x): # dict: name -> value
-    "Parameters, whether they learn, gradients; buffers, and the modules inside"
+    "Parameters, whether they learn, gradients, attributes; buffers, and the modules inside"
     params = [(name, p) for name, p in x._parameters.items() if p is not None]
     flags = {f'{name}.requires_grad': p.requires_grad for name, p in params}
     grads = {f'{name}.grad': p.grad for name, p in params if p.grad is not None}
-    return {**x._parameters, **flags, **grads, **x._buffers, '_modules': x._modules}
+    added = {f'{name}.{attr}': value for name, p in params for attr, value in vars(p).items()
+             if isinstance(value, PLAIN)}
+    return {**x._parameters, **flags, **grads, **added, **x._buffers, '_modules': x._modules}
 
 @functools.lru_cache(maxsize=4096)
 def slots_of_class(cls): # (tuple, frozenset) of names: slots, and attributes to leave out
@@ -182,6 +184,7 @@ def set_slot(x, name, value):
     if isinstance(x, types.FunctionType) and name in x.__code__.co_freevars:
         closure_cells(x)[name].cell_contents = value
     elif isinstance(x, nn.Module): set_module_slot(x, name, value)
+    elif isinstance(x, type): delattr(x, name) if value is MISSING else setattr(x, name, value)
     elif value is MISSING: object.__delattr__(x, name)
     elif name in getattr(x, '__dict__', {}) or not slots_of_class(type(x))[0]:
         vars(x)[name] = value
@@ -191,7 +194,8 @@ def set_module_slot(x, name, value):
     param, _, flag = name.rpartition('.')
     if param in x._parameters:
         if flag == 'grad': x._parameters[param].grad = None if value is MISSING else value
-        elif value is not MISSING: x._parameters[param].requires_grad_(value)
+        elif value is not MISSING: setattr(x._parameters[param], flag, value)
+        elif flag != 'requires_grad': delattr(x._parameters[param], flag)
         return
     for held in (x._parameters, x._buffers, vars(x)):
         if name not in held: continue
@@ -212,11 +216,15 @@ NEVER_STATE = ACTING | {
 
 def acts_outside(x): # bool
     "Whether an object is a logger, a file, a bar, a thread or the like, by the module of its class"
-    module = type(x).__module__
+    return is_of_outside(type(x))
+
+@functools.lru_cache(maxsize=4096)
+def is_of_outside(cls): # bool
+    module = cls.__module__
     return module.partition('.')[0] in NEVER_STATE or (
         module.startswith(('torch.utils.tensorboard', 'torch.utils.hooks', 'torch.distributed.',
                            'torch._dynamo', 'torch._functorch', 'torch._inductor'))
-        and not isinstance(x, torch.Tensor))
+        and not issubclass(cls, torch.Tensor))
 
 class Scope:
     "What a snapshot looks into"
@@ -252,6 +260,12 @@ class Snapshot:
             self.values[path] = {name: self.hold(x, (*path, name)) for name, x in now.items()}
             inner = self.scope.children(self.objects[path], path)
             for name, x in inner.items(): self.hold(x, (*path, name))
+
+    @functools.cached_property
+    def known_ids(self): # dict: id -> [kind, what]
+        "What stands for the ids of weights and objects, as for `pack`"
+        return {**{id: ['object', list(path)] for id, path in self.paths.items()},
+                **{id: ['weight', name] for id, name in self.scope.elsewhere.items()}}
 
     def of(self, x): # dict: name -> held value; empty for an object that it has not met
         return self.values.get(self.paths.get(id(x)), {})
@@ -379,16 +393,18 @@ def write_back(x, copy):
 class NotPlainError(TypeError):
     "A value that no plain tree can stand for"
 
-def pack(held): # (plain tree, marks: list of [positions, kind, what])
+def pack(held,
+         ids=MappingProxyType({}), # id -> [kind, what], of objects whose ids may be keys
+        ): # (plain tree, marks: list of [positions, kind, what])
     "A held value as a tree that can be stored"
     marks = []
-    return packed(held, (), marks), marks
+    return packed(held, (), marks, ids), marks
 
-def packed(held, where, marks): # plain tree
+def packed(held, where, marks, ids): # plain tree
     def marked(kind, what=None, tree=None): # the tree
         marks.append([list(where), kind, what])
         return tree
-    if isinstance(held, HeldItems): return packed_items(held, where, marks)
+    if isinstance(held, HeldItems): return packed_items(held, where, marks, ids)
     if isinstance(held, HeldArray):
         device = held.copy.device.type if isinstance(held.copy, torch.Tensor) else 'cpu'
         return held.copy if device == 'cpu' else marked('device', device, held.copy)
@@ -399,9 +415,11 @@ def packed(held, where, marks): # plain tree
     if isinstance(held, (Opaque, HeldProgress)): raise NotPlainError(described(held.origin))
     return held
 
-def packed_items(held, where, marks): # container
+def packed_items(held, where, marks, ids): # container
+    known = [[i, *ids[key]] for i, key in enumerate(held.keys) if type(key) is int and key in ids]
+    if known and isinstance(held.origin, dict): marks.append([list(where), 'ids', known])
     n = len(marks)
-    inner = [packed(item, (*where, i), marks) for i, item in enumerate(held.values)]
+    inner = [packed(item, (*where, i), marks, ids) for i, item in enumerate(held.values)]
     if isinstance(held.origin, (set, frozenset)) and len(marks) > n:
         raise NotPlainError('a set that holds objects')
     return rebuilt(held.origin, held.keys, inner)
@@ -442,10 +460,19 @@ class Unpacking:
             set_generator_state(now, tree)
             return now
         if isinstance(tree, (torch.Tensor, np.ndarray)): return as_before(tree, now, what)
+        if kind == 'ids': tree = self.with_ids(tree, what)
         if isinstance(tree, (*MAPPINGS, *SEQUENCES)): return self.unpack_items(tree, where, now)
         return now if is_worth(now, tree) else tree
 
 # %% ../../nbs/base/09_snapshots.ipynb #3b1df44a
+@patch
+def with_ids(self:Unpacking, tree, known): # dict
+    "A dict in which the ids of objects are keys, with the ids that these objects have here"
+    keys = list(tree)
+    for i, kind, what in known:
+        keys[i] = id(self.weights[what] if kind == 'weight' else self.find(tuple(what)))
+    return rebuilt(tree, keys, tree.values())
+
 @patch
 def unpack_items(self:Unpacking, tree, where, now):
     keys = list(tree) if isinstance(tree, dict) else range(len(tree))
@@ -459,6 +486,7 @@ def unpack_items(self:Unpacking, tree, where, now):
         return now
     return rebuilt(tree, list(keys), items)
 
+# %% ../../nbs/base/09_snapshots.ipynb #8b96a74b
 def is_worth(now, x): # bool
     "Whether what is there is the same text or number, of a class of its own"
     return type(now) is not type(x) and isinstance(now, type(x)) and x is not None and now == x

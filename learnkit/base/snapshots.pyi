@@ -79,7 +79,7 @@ def same_trees(a: Any, b: Any) -> bool:
     Returns:
         bool
     """
-TORCH_SLOTS: Any
+TORCH_SLOTS: frozenset[Any]
 OPTIMIZER_SLOTS: frozenset[str]
 
 def slots(x: Any) -> Any:
@@ -90,7 +90,7 @@ def slots(x: Any) -> Any:
     """
 
 def module_slots(x: Any) -> Any:
-    """Parameters, whether they learn, gradients; buffers, and the modules inside
+    """Parameters, whether they learn, gradients, attributes; buffers, and the modules inside
 
     Returns:
         dict: name -> value
@@ -146,6 +146,12 @@ def acts_outside(x: Any) -> bool:
         bool
     """
 
+@functools.lru_cache(maxsize=4096)
+def is_of_outside(cls: Any) -> bool:
+    """Returns:
+        bool
+    """
+
 class Scope:
     """What a snapshot looks into"""
     elsewhere: dict[Any, Any]
@@ -175,6 +181,13 @@ class Snapshot:
         Args:
             roots: name -> object, from which others are reached
             scope: what is looked into; None: everything
+        """
+    @functools.cached_property
+    def known_ids(self) -> Any:
+        """What stands for the ids of weights and objects, as for `pack`
+
+        Returns:
+            dict: id -> [kind, what]
         """
     def of(self, x: Any) -> Any:
         """Returns:
@@ -259,19 +272,22 @@ def write_back(x: Any, copy: Any) -> None:
 class NotPlainError(TypeError):
     """A value that no plain tree can stand for"""
 
-def pack(held: Any) -> Any:
+def pack(held: Any, ids: Any = ...) -> Any:
     """A held value as a tree that can be stored
+
+    Args:
+        ids: id -> [kind, what], of objects whose ids may be keys
 
     Returns:
         (plain tree, marks: list of [positions, kind, what])
     """
 
-def packed(held: Any, where: Any, marks: Any) -> Any:
+def packed(held: Any, where: Any, marks: Any, ids: Any) -> Any:
     """Returns:
         plain tree
     """
 
-def packed_items(held: Any, where: Any, marks: Any) -> Any:
+def packed_items(held: Any, where: Any, marks: Any, ids: Any) -> Any:
     """Returns:
         container
     """
@@ -304,6 +320,12 @@ class Unpacking:
             what the slot is to hold
         """
     def unpack(self, tree: Any, where: Any, now: Any) -> Any: ...
+    def with_ids(self, tree: Any, known: Any) -> dict:
+        """A dict in which the ids of objects are keys, with the ids that these objects have here
+
+        Returns:
+            dict
+        """
     def unpack_items(self, tree: Any, where: Any, now: Any) -> Any: ...
 
 def is_worth(now: Any, x: Any) -> bool:

@@ -19,7 +19,7 @@ from .record import (
     running_call, state_at, state_before)
 from .host import method_kind
 from .digests import KnownDigests, by_part, joined
-from .ledger import digests_of
+from .ledger import ChangedGlobalError, digests_of
 from .beginning import beginning
 from .changes import PlanEnds, go_to_start
 from .answers import answer_key, forget_saves
@@ -247,6 +247,9 @@ def make(self:Block, call, record, folder):
     try: result, callbacks, facts = ledger.perform(call, folder.absolute())
     except KeyboardInterrupt:
         if ledger.host.ranks is None: self.note(record, left=ledger.state_digests())
+        raise
+    except ChangedGlobalError:
+        forget_saves(folder)  # going on from them would not show it again
         raise
     if call.kind == 'structural': ledger.host.observe()
     structure = ledger.structure()

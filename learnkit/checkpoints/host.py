@@ -141,6 +141,11 @@ def observe(self:Host,
     "Note how what has come into reach is"
 
 @patch
+def ids_in_reach(self:Host, arguments) -> set:
+    "The ids of all that the state of the object, or of arguments of a call, holds"
+    return set()
+
+@patch
 def as_built(self:Host, arguments=None): # context manager; arguments: of a call, by name
     "Inside the block everything is as it was when it came into reach"
     return nullcontext()

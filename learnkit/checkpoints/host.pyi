@@ -162,6 +162,8 @@ class Host:
             arguments: of a call, by name
             anew: whether all that is now counts as the beginning
         """
+    def ids_in_reach(self, arguments: Any) -> set:
+        """The ids of all that the state of the object, or of arguments of a call, holds"""
     def as_built(self, arguments: Any = None) -> Any:
         """Inside the block everything is as it was when it came into reach
 

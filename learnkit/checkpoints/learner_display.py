@@ -7,12 +7,11 @@ __all__ = []
 
 # %% ../../nbs/checkpoints/10_learner_display.ipynb #159baac3
 import math
-from textwrap import shorten
 from types import MappingProxyType
 from fastcore.basics import patch
 from ..files.tree import tree_digest
 from ..components.callback import Callback
-from ..loop.observed import observed_state
+from ..loop.observed import observed_state, observed_text
 from ..loop.progress import Progress, show_message
 from ..training.save_best import SaveBest
 from .host import Display
@@ -39,12 +38,6 @@ class LearnerDisplay(Display):
                   if tree_digest(saved.get(name)) != tree_digest(now.get(name))]
         return [f'{name} {observed_text(saved.get(name))} -> {observed_text(now.get(name))}'
                 for name in differ]
-
-def observed_text(entry): # str
-    "An entry of the observed state in short"
-    if entry is None: return 'as it was made'
-    if 'value' not in entry: return 'not there'
-    return shorten(repr(entry['value']), 40, placeholder=' ...')
 
 def given_callbacks(arguments): # list, in the order they are run in
     return sorted(callbacks_in(list(arguments.values())), key=lambda cb: cb.order)

@@ -31,13 +31,6 @@ class LearnerDisplay(Display):
     def show_report(self, report: Any, callbacks: Any) -> None:
         """Print the table again, and let the callbacks of the call be those of the last fit"""
 
-def observed_text(entry: Any) -> str:
-    """An entry of the observed state in short
-
-    Returns:
-        str
-    """
-
 def given_callbacks(arguments: Any) -> Any:
     """Returns:
         list, in the order they are run in

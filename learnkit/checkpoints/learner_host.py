@@ -13,20 +13,20 @@ from types import MappingProxyType
 from fastcore.basics import patch
 from torch import nn
 from ..base.dtensors import unsharded_class
-from ..base.guard import is_learnkits
 from ..base.randomness import set_rng_state
-from ..files.errors import UnstorableError
 from ..files.durable import file_digest
-from ..files.tree import check_storable
 from ..fingerprint.words import as_text
 from ..components.callback import without_classes
 from ..components.optim import opt_params
 from ..fingerprint.functions import signature_without_self
 from ..fingerprint.inspection import is_users_own, name_of
-from ..fingerprint.modules import Behaviour, parts_by_id, without_owner
+from ..fingerprint.modules import Behaviour, without_owner
 from ..loop.observed import (
-    Baseline, as_built, forget_changes, has_own_state, load_observed, observed_state)
+    Baseline, as_built, forget_changes, has_own_state, ids_in_reach, load_observed, observed_state)
 from ..loop.position import FitState
+from ..loop.provenance import (
+    WEIGHTS_IN_STATE, class_attributes, drawn_at_start, frozen_modules, is_of_library,
+    known_objects, named_params, structure)
 from ..loop.state import (
     check_loss_state, check_model_state, load_model_state, unchanged_parts)
 from ..loop.saving import localized, save_path
@@ -47,7 +47,7 @@ class LearnerHost(Host):
     may_differ_in_cache = ('data',)
     may_differ_in_rollback = ('data', 'metrics', 'n_inp')
     restored_structure = ('lr', 'layers')
-    weights_in_state = ('built_model', 'behaviour', 'loss_func', 'splitter', 'opt_func')
+    weights_in_state = ('built_model', 'behaviour', *WEIGHTS_IN_STATE)
     implied_by = MappingProxyType({'model': 'built_model'})
     unused = MappingProxyType({method: TRAINING_ONLY for method in MODEL_METHODS})
     once_per_block = ('setup',)
@@ -74,12 +74,6 @@ def root(self:LearnerHost) -> dict: # name -> value
             'class': class_attributes(cls),
             'constructor': added_arguments(cls, given.args, given.kwargs)}
 
-def class_attributes(cls): # dict: name -> value
-    "Plain values that a subclass gives all its learners"
-    added = [base for base in reversed(cls.__mro__) if not is_of_library(base)]
-    found = {name: value for base in added for name, value in vars(base).items() if name[0] != '_'}
-    return {name: value for name, value in found.items() if is_storable(value)}
-
 def added_arguments(cls, args, kwargs): # dict: name -> value
     "What a subclass's constructor has besides those of the learner"
     known = {name for base in cls.__mro__ if is_of_library(base)
@@ -91,25 +85,14 @@ def added_arguments(cls, args, kwargs): # dict: name -> value
     return {name: value for name, value in bound.arguments.items()
             if name not in known and kinds[name] not in variadic}
 
-def is_of_library(cls): return cls is object or is_learnkits(cls)
-
-def is_storable(x): # bool
-    "Whether a value is one that a file can hold"
-    try: check_storable(x)
-    except UnstorableError: return False
-    return True
 
 # %% ../../nbs/checkpoints/10_learner_host.ipynb #307a8217
 @patch
 def structure(self:LearnerHost) -> dict: # name -> value
     "What calls follow from besides state and arguments, as it is now"
     learn = self.object
-    names = ('loss_func', 'opt_func', 'lr', 'wd', 'splitter', 'n_inp')
-    return {**{name: getattr(learn, name) for name in names},
-            'metrics': fresh_metrics(learn.metrics),
-            'cbs': [cb for cb in learn.cbs if cb is not learn.recorder],
-            'model': outline(learn.model), 'behaviour': behaviour(learn), 'data': learn.dls,
-            'layers': {'frozen': frozen_params(learn), 'still': frozen_modules(learn)}}
+    return {**structure(learn), 'lr': learn.lr, 'metrics': fresh_metrics(learn.metrics),
+            'model': outline(learn.model), 'behaviour': behaviour(learn), 'data': learn.dls}
 
 def behaviour(learn): # Behaviour
     "What model, optimizer and scaler do, and functions put in the place of the learner's methods"
@@ -121,10 +104,7 @@ def behaviour(learn): # Behaviour
 @patch
 def known_objects(self:LearnerHost) -> dict: # id of an object -> what to call it
     "The learner and its parts, which code may read as globals"
-    learn = self.object
-    parts = {'learn': learn, 'opt': learn.opt, 'dls': learn.dls, 'loss_func': learn.loss_func}
-    return {id(part): name for name, part in parts.items() if part is not None} | parts_by_id(
-        'model', learn.model)
+    return known_objects(self.object)
 
 def fresh_metrics(metrics): # the same nesting
     "Metrics as they are before a pass: what they have gathered makes no difference"
@@ -152,30 +132,19 @@ def public_attributes(module): # dict
     return {name: value for name, value in vars(module).items()
             if name[0] != '_' and name != 'training'}
 
-# %% ../../nbs/checkpoints/10_learner_host.ipynb #c37c24b3
-def named_params(learn): # iterator of (name, parameter)
-    "The parameters of model and loss"
-    for part in ('model', 'loss_func'):
-        module = getattr(learn, part)
-        if isinstance(module, nn.Module):
-            for name, param in module.named_parameters(): yield f'{part}.{name}', param
-
-def frozen_params(learn): # list of names
-    "Parameters that do not learn"
-    return [name for name, param in named_params(learn) if not param.requires_grad]
-
-def frozen_modules(learn): # list of names
-    "Modules that are kept in evaluation mode"
-    return [name for name, module in learn.model.named_modules()
-            if any(module is frozen for frozen in learn.frozen_stats)]
-
 # %% ../../nbs/checkpoints/10_learner_host.ipynb #ef76a9c5
 @patch
 def observe(self:LearnerHost, arguments=None, anew=False):
     "Note how what has come into reach is"
     learn = self.object
-    if anew: learn._origin.baseline = Baseline(is_constructed=True)
+    if anew: learn._origin.baseline = Baseline()
+    learn._origin.is_recorded = True
     learn._origin.baseline.add(learn, given_callbacks(arguments or {}))
+
+@patch
+def ids_in_reach(self:LearnerHost, arguments) -> set:
+    "The ids of all that is observed, callbacks among the arguments too"
+    return ids_in_reach(self.object, given_callbacks(arguments))
 
 @patch
 def as_built(self:LearnerHost, arguments=None): # context manager
@@ -399,13 +368,7 @@ class FollowedCallback:
 @patch
 def drawn_at_start(self:LearnerHost) -> dict: # (part of the state, name) -> 'parameter' or 'buffer'
     "Tensors of model and loss that an unseeded start may draw"
-    model, loss = self.object.model, self.object.loss_func
-    found = {('model', name): 'buffer' for name, _ in model.named_buffers()}
-    found |= {('model', name): 'parameter' for name, _ in model.named_parameters()}
-    if isinstance(loss, nn.Module):
-        found |= {('loss_func', name): 'buffer' for name, _ in loss.named_buffers()}
-        found |= {('loss_func', name): 'parameter' for name, _ in loss.named_parameters()}
-    return {(part, name.replace('_orig_mod.', '')): kind for (part, name), kind in found.items()}
+    return drawn_at_start(self.object)
 
 # %% ../../nbs/checkpoints/10_learner_host.ipynb #9fea8721
 @patch

@@ -2,7 +2,6 @@
 # pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 # pyright: reportPrivateImportUsage=false
 """What a record has to know of a learner"""
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from torch import nn
@@ -42,6 +41,8 @@ class LearnerHost(Host):
         """
     def observe(self, arguments: Any = None, anew: Any = False) -> None:
         """Note how what has come into reach is"""
+    def ids_in_reach(self, arguments: Any) -> set:
+        """The ids of all that is observed, callbacks among the arguments too"""
     def as_built(self, arguments: Any = None) -> Any:
         """Returns:
             context manager
@@ -129,27 +130,11 @@ class LearnerHost(Host):
             str, perhaps empty; None: more has changed
         """
 
-def class_attributes(cls: Any) -> Any:
-    """Plain values that a subclass gives all its learners
-
-    Returns:
-        dict: name -> value
-    """
-
 def added_arguments(cls: Any, args: Any, kwargs: Any) -> Any:
     """What a subclass's constructor has besides those of the learner
 
     Returns:
         dict: name -> value
-    """
-
-def is_of_library(cls: Any) -> Any: ...
-
-def is_storable(x: Any) -> bool:
-    """Whether a value is one that a file can hold
-
-    Returns:
-        bool
     """
 
 def behaviour(learn: Learner) -> Behaviour:
@@ -178,27 +163,6 @@ def public_attributes(module: Any) -> dict:
 
     Returns:
         dict
-    """
-
-def named_params(learn: Learner) -> Iterator[Any]:
-    """The parameters of model and loss
-
-    Returns:
-        iterator of (name, parameter)
-    """
-
-def frozen_params(learn: Learner) -> Any:
-    """Parameters that do not learn
-
-    Returns:
-        list of names
-    """
-
-def frozen_modules(learn: Learner) -> Any:
-    """Modules that are kept in evaluation mode
-
-    Returns:
-        list of names
     """
 
 def fit_outcome(learn: Learner) -> Any: ...

@@ -23,6 +23,7 @@ from ..files.tree import json_digest
 from ..fingerprint.code import versions
 from ..fingerprint.values import Fingerprint, UnfingerprintableError, fingerprint
 from ..fingerprint.functions import MethodCode, call_arguments
+from ..fingerprint.reads import changed_outside
 from ..fingerprint.words import as_text
 from ..fingerprint.arithmetic import arithmetic
 from .results import classes_at_hand, return_hint, unkept_in
@@ -237,7 +238,8 @@ def perform(self:Ledger, call, folder=None): # (result, callbacks, dict: what is
     callbacks, report = host.stateful_arguments(call.values), host.display.begin_report()
     with nullcontext() if folder is None else host.saving_to(folder):
         try: result = self.make_call(call.method, call.args, call.kwargs)
-        finally: self.note_changes_of(call)
+        finally: changed = self.on_main(lambda: self.note_changes_of(call))
+    if changed: self.report_globals(call, changed)
     seconds, ended = time.perf_counter() - start, time.time()
     return result, callbacks, {'returns_host': result is host.object, 'seconds': seconds,
                                'ended': ended, 'report': report(callbacks)}
@@ -249,15 +251,27 @@ def make_call(self:Ledger, method, args, kwargs): # what it returns
 
 # %% ../../nbs/checkpoints/05_ledger.ipynb #5550ac10
 @patch
-def note_changes_of(self:Ledger, call):
-    "What code reads and a call has changed is described as it was before the call"
-    if self.host.ranks is not None and self.host.ranks.rank: return # process 0 describes
-    values = {**self.host.structure(), **self.around_call(call.method, call.values),
-              'arguments': call.values}
+def note_changes_of(self:Ledger, call) -> list: # of str
+    "What code reads and a call has changed is described as before; of it, what no state holds"
+    values, changed = {**self.host.structure(), 'arguments': call.values,
+                       **self.around_call(call.method, call.values)}, []
     for name, value in values.items():
         if name in self.options.ignore: continue
         with suppress(UnfingerprintableError): # the next call that is described will say so
-            self.described(name, value, after_call=True)
+            changed += self.described(name, value, after_call=True).changed
+    return changed_outside(changed, self.host.ids_in_reach(call.values)) if changed else []
+
+# %% ../../nbs/checkpoints/05_ledger.ipynb #1f64500a
+class ChangedGlobalError(RuntimeError):
+    "A call has changed what no state holds, where `code` is strict"
+
+@patch
+def report_globals(self:Ledger, call, changed): # list of str
+    "Tell of what a call has changed and a fetched one will not; an error if strict"
+    text = (f'{call.text} has changed what no state holds: {", ".join(changed)}. Where the call is '
+            'fetched that does not change: keep it as an attribute of the learner or of a callback')
+    if self.options.code == 'strict': raise ChangedGlobalError(text)
+    self.show(text)
 
 # %% ../../nbs/checkpoints/05_ledger.ipynb #6188ac60
 WAYS_TO_KEEP = ('return plain values, tensors, arrays or tables; name the class of an Enum, '

@@ -266,8 +266,18 @@ class Ledger:
         Returns:
             what it returns
         """
-    def note_changes_of(self, call: Any) -> None:
-        """What code reads and a call has changed is described as it was before the call"""
+    def note_changes_of(self, call: Any) -> list:
+        """What code reads and a call has changed is described as before; of it, what no state holds
+
+        Returns:
+            of str
+        """
+    def report_globals(self, call: Any, changed: Any) -> Any:
+        """Tell of what a call has changed and a fetched one will not; an error if strict
+
+        Returns:
+            list of str
+        """
     def at_hand(self, call: Any) -> Any:
         """The classes of which a call may return objects
 
@@ -366,4 +376,7 @@ def arithmetic_differs(then: Any, now: Any) -> Any:
     Returns:
         list of str
     """
+
+class ChangedGlobalError(RuntimeError):
+    """A call has changed what no state holds, where `code` is strict"""
 WAYS_TO_KEEP: str

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/checkpoints/07_renewal.ipynb #269ee572
-from .beginning import beginning, compare_beginning, has_repeated
+from .beginning import beginning, compare_beginning, begins_as_recorded
 
 # %% ../../nbs/checkpoints/07_renewal.ipynb #6ef0f34f
 def begin_anew(block, k, why):
@@ -41,7 +41,7 @@ def check_beginning(block):
             return node.json['begin']['parts'].update(digests)
         if ledger.is_worth_keeping(node): ledger.report_change(node, 0, problems)
         begin_anew(block, 0, '; '.join(problems))
-    elif has_repeated(ledger, node, digests):
+    elif begins_as_recorded(ledger, node, digests):
         block.findings['beginning'] = {**node.beginning, 'repeats': True}
 
 # %% ../../nbs/checkpoints/07_renewal.ipynb #e5a7c211

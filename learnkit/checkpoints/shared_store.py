@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../../nbs/checkpoints/03_shared_store.ipynb #3e25a1a1
 from contextlib import ExitStack, contextmanager
-from types import MappingProxyType
+from ..base.ranks import on_main as told_by_main
 from ..files.errors import DamagedError, UnstorableError
 from ..fingerprint.values import UnfingerprintableError
 from .record import StaleCheckpoint
@@ -17,20 +17,10 @@ def on_main(ranks, # the processes that call this together; None: a single one
             function,
            ): # what it returns, on all processes
     "Call a function on process 0; an error there is one everywhere"
-    if ranks is None: return function()
-    outcome = error = None
-    if ranks.rank == 0:
-        try: outcome = {'value': function()}
-        except Exception as raised:
-            error, outcome = raised, {'error': type(raised).__name__, 'text': str(raised)}
-    received = ranks.broadcast(outcome)
-    if error is not None: raise error
-    if 'error' in received: raise ERRORS.get(received['error'], RuntimeError)(received['text'])
-    return (outcome or received)['value']
+    return told_by_main(ranks, function, ERRORS)
 
-ERRORS = MappingProxyType({cls.__name__: cls for cls in (
-    StaleCheckpoint, DamagedError, UnstorableError, UnfingerprintableError,
-    KeyError, ValueError, TypeError)})
+ERRORS = (StaleCheckpoint, DamagedError, UnstorableError, UnfingerprintableError, KeyError,
+          ValueError, TypeError)
 
 # %% ../../nbs/checkpoints/03_shared_store.ipynb #f06a61a9
 class SharedStore:

@@ -3,7 +3,6 @@
 # pyright: reportPrivateImportUsage=false
 """Several processes that train together, one record"""
 from contextlib import AbstractContextManager
-from types import MappingProxyType
 from typing import Any, TypeVar
 _Self = TypeVar('_Self')
 __all__ = []
@@ -17,7 +16,7 @@ def on_main(ranks: Any, function: Any) -> Any:
     Returns:
         what it returns, on all processes
     """
-ERRORS: MappingProxyType
+ERRORS: tuple[Any, ...]
 
 class SharedStore:
     """A store for processes that train together: process 0 reads and writes"""

@@ -6,7 +6,7 @@
 __all__ = ['no_decay', 'param_groups', 'spread_lr']
 
 # %% ../../nbs/components/02_optim.ipynb #e810e359
-import inspect, itertools, math
+import enum, inspect, itertools, math
 from functools import lru_cache
 from numbers import Integral, Real
 from types import MappingProxyType
@@ -316,7 +316,26 @@ def opt_state(opt:torch.optim.Optimizer,
              ): # dict: kind, params (as from `param_layouts`), state_dict
     "What an optimizer says of itself, and what it is an optimizer of"
     return {'kind': type(opt).__name__, 'params': param_layouts(opt, names),
-            'state_dict': opt.state_dict()}
+            'state_dict': without_members(opt.state_dict())}
+
+def without_members(saved): # the same, if it is no dict as torch's are
+    "A state_dict with the values of members of enumerations among its hyper-parameters"
+    if not is_usual(saved): return saved
+    def value_of(x):
+        if isinstance(x, dict): return {key: value_of(value) for key, value in x.items()}
+        return x.value if isinstance(x, enum.Enum) else x
+    return {**saved, 'param_groups': list(map(value_of, saved['param_groups']))}
+
+def with_members(values:dict, now:dict): # dict
+    "Hyper-parameters with members of enumerations where these are now"
+    def member(x, here):
+        if isinstance(x, dict) and isinstance(here, dict): return with_members(x, here)
+        return type(here)(x) if isinstance(here, enum.Enum) else x
+    return {key: member(x, now.get(key)) for key, x in values.items()}
+
+def is_usual(saved): # bool
+    "Whether an optimizer's state_dict is laid out as torch's are"
+    return isinstance(saved, dict) and {'state', 'param_groups'} <= saved.keys()
 
 # %% ../../nbs/components/02_optim.ipynb #b8729bac
 def check_opt_state(opt:torch.optim.Optimizer,
@@ -381,10 +400,6 @@ def device_of(value, param): # a single number may stay on the host
     return param.device if value.ndim else value.device
 
 # %% ../../nbs/components/02_optim.ipynb #fc4b9880
-def is_usual(saved): # bool
-    "Whether an optimizer's state_dict is laid out as torch's are"
-    return isinstance(saved, dict) and {'state', 'param_groups'} <= saved.keys()
-
 def matched_params(opt, state, names): # list of lists of (key in what is saved, parameter, strides)
     "The parameters of an optimizer, by group, with the keys that a saved state has for them"
     saved, found = state['state_dict']['param_groups'], []
@@ -412,8 +427,9 @@ def load_opt_state(opt:torch.optim.Optimizer,
     new, values = map_tensors(torch.clone, {**saved, 'state': {}}), dict(saved['state'])
     for key, param, strides in itertools.chain(*matched):
         if key in values: values[key] = copy_like(param, values[key], strides)
-    for group, params in zip(new['param_groups'], matched, strict=True):
-        group['params'] = [key for key, *_ in params]
+    new['param_groups'] = [
+        {**with_members(group, now), 'params': [key for key, *_ in params]}
+        for group, now, params in zip(new['param_groups'], opt.param_groups, matched, strict=True)]
     opt.load_state_dict({**new, 'state': values})
     for key, param, _ in itertools.chain(*matched):
         if key in values: keep_dtypes(opt.state[param], values[key])

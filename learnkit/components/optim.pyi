@@ -274,6 +274,27 @@ def opt_state(opt: torch.optim.Optimizer, names: Any = ...) -> Any:
         dict: kind, params (as from `param_layouts`), state_dict
     """
 
+def without_members(saved: Any) -> Any:
+    """A state_dict with the values of members of enumerations among its hyper-parameters
+
+    Returns:
+        the same, if it is no dict as torch's are
+    """
+
+def with_members(values: dict, now: dict) -> dict:
+    """Hyper-parameters with members of enumerations where these are now
+
+    Returns:
+        dict
+    """
+
+def is_usual(saved: Any) -> bool:
+    """Whether an optimizer's state_dict is laid out as torch's are
+
+    Returns:
+        bool
+    """
+
 def check_opt_state(opt: torch.optim.Optimizer, state: dict, names: Any = ...) -> None:
     """Raise ValueError when `state` is that of another optimizer
 
@@ -308,13 +329,6 @@ def copy_like(param: Any, values: Any, strides: Any = None) -> Any:
 def device_of(value: Any, param: Any) -> Any:
     """Returns:
         a single number may stay on the host
-    """
-
-def is_usual(saved: Any) -> bool:
-    """Whether an optimizer's state_dict is laid out as torch's are
-
-    Returns:
-        bool
     """
 
 def matched_params(opt: Any, state: Any, names: Any) -> Any:

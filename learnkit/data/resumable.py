@@ -13,6 +13,8 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 from ..base.randomness import (
     generator_state, rng_state, set_generator_state, set_rng_state)
+from ..base.batches import map_tensors
+from ..files.tensors import tensor_digest
 from ..files.tree import tree_digest
 from .loaders import DatasetLoader, EpochLoader, describe, generators, loader_objects
 
@@ -56,6 +58,27 @@ def order_state(dl): # plain tree
     if known or is_stateful(dl): return order
     return {**order, 'rng': rng_state(), 'generators': list(map(generator_state, generators(dl)))}
 
+# %% ../../nbs/data/02_resumable.ipynb #acb111fe
+def tensors_in(batch): # list
+    found = []
+    map_tensors(found.append, batch)
+    return found
+
+def batch_digest(batch): # 64 hex digits; None for a batch without tensors
+    tensors = tensors_in(batch)
+    return tree_digest(list(map(tensor_digest, tensors))) if tensors else None
+
+class LastBatch:
+    "The batch that was read last"
+    def __init__(self, batch): self.batch, self.versions = batch, self.versions_of(batch)
+    def versions_of(self, batch): return [t._version for t in tensors_in(batch)]
+
+    @property
+    def digest(self): # None where it is not what was read any more
+        "The digest of the batch"
+        return batch_digest(self.batch) if self.versions_of(self.batch) == self.versions else None
+
+
 # %% ../../nbs/data/02_resumable.ipynb #d10fbc82
 def check_resumable(dl):
     "Raise ValueError for a loader whose batches cannot be come back to"
@@ -91,9 +114,10 @@ def resume_batches(dl, # the loader whose epoch was interrupted
     restore_epoch_start(dl, order)
     by_index = isinstance(dl, DataLoader) and not isinstance(dl.dataset, IterableDataset)
     if by_index and dl.num_workers and not exact: return iter(loader_from(dl, start))
-    if by_index and not dl.num_workers and (batches := skip_batches(dl, start)): return batches
+    last, in_process = order.get('last') if exact else None, by_index and not dl.num_workers
+    if in_process and (batches := skip_batches(dl, start, last)): return batches
     restore_epoch_start(dl, order)
-    return replay_batches(dl, start)
+    return replay_batches(dl, start, last)
 
 def restore_epoch_start(dl, order):
     "Bring all generators to where they were when the epoch began"
@@ -107,22 +131,35 @@ def restart_workers(dl):
     if isinstance(dl, DataLoader) and dl.persistent_workers: dl._iterator = None
 
 # %% ../../nbs/data/02_resumable.ipynb #ed99e99b
-def skip_batches(dl, start:int): # iterator; None when skipping would not give the same order
-    "The batches of a `DataLoader` without workers from `start` on; those before are not loaded"
+def skip_batches(dl, start:int, last=None): # iterator; None when skipping gives another order
+    "The batches of a `DataLoader` without workers from `start` on; at most one before is loaded"
     batches = iter(dl)
     if not start: return batches
-    batches._next_index()  # a sampler draws its order when it is first asked
+    indices = batches._next_index()  # a sampler draws its order when it is first asked
     before = tree_digest(rng_state())
-    for _ in range(start - 1): batches._next_index()
-    return batches if tree_digest(rng_state()) == before else None
+    for _ in range(start - 1): indices = batches._next_index()
+    if draws_since(before): return None
+    if last is None or batch_digest(batches._dataset_fetcher.fetch(indices)) == last: return batches
+    return batches if draws_since(before) else None
 
-def replay_batches(dl, start:int): # iterator
+def draws_since(before): # bool; before: a digest of `rng_state`
+    "Whether batches draw from generators that a model may draw from in between"
+    return tree_digest(rng_state()) != before
+
+# %% ../../nbs/data/02_resumable.ipynb #868be762
+def replay_batches(dl, start:int, last=None): # iterator
     "The batches from `start` on; those before are read and dropped"
-    batches = iter(dl)
+    batches, batch, before = iter(dl), None, None
     for number in range(start):
-        if next(batches, dl) is dl:
+        if (batch := next(batches, dl)) is dl:
             raise ValueError(f'{describe(dl)} ended after {number} batches; {start} were read '
                              'before the interruption, so the data is not the same')
+        if number == 0: before = tree_digest(rng_state())
+    if start and None is not last != batch_digest(batch) and not draws_since(before):
+        raise ValueError(f'{describe(dl)} does not repeat itself: batch {start - 1} is not the one '
+                         'that was read before the interruption. Let its order and its samples '
+                         'follow from the generators of torch, numpy or python, or from one that '
+                         "it holds; or go on inexactly by fit(..., resume_data='skip')")
     return batches
 
 class SamplerFrom:

@@ -39,6 +39,30 @@ def order_state(dl: Any) -> Any:
         plain tree
     """
 
+def tensors_in(batch: Any) -> list:
+    """Returns:
+        list
+    """
+
+def batch_digest(batch: Any) -> Any:
+    """Returns:
+        64 hex digits; None for a batch without tensors
+    """
+
+class LastBatch:
+    """The batch that was read last"""
+    batch: Any
+    versions: Any
+    def __init__(self, batch: Any) -> None: ...
+    def versions_of(self, batch: Any) -> Any: ...
+    @property
+    def digest(self) -> Any:
+        """The digest of the batch
+
+        Returns:
+            None where it is not what was read any more
+        """
+
 def check_resumable(dl: Any) -> None:
     """Raise ValueError for a loader whose batches cannot be come back to"""
 
@@ -64,14 +88,21 @@ def restore_epoch_start(dl: Any, order: Any) -> None:
 def restart_workers(dl: Any) -> None:
     """Let a `DataLoader` start new workers: persistent ones hold random states that cannot be saved"""
 
-def skip_batches(dl: Any, start: int) -> Any:
-    """The batches of a `DataLoader` without workers from `start` on; those before are not loaded
+def skip_batches(dl: Any, start: int, last: Any = None) -> Any:
+    """The batches of a `DataLoader` without workers from `start` on; at most one before is loaded
 
     Returns:
-        iterator; None when skipping would not give the same order
+        iterator; None when skipping gives another order
     """
 
-def replay_batches(dl: Any, start: int) -> Any:
+def draws_since(before: Any) -> Any:
+    """Whether batches draw from generators that a model may draw from in between
+
+    Returns:
+        bool; before: a digest of `rng_state`
+    """
+
+def replay_batches(dl: Any, start: int, last: Any = None) -> Any:
     """The batches from `start` on; those before are read and dropped
 
     Returns:

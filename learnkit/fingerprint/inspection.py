@@ -134,9 +134,10 @@ def methods(cls): # list of functions
     return [func for func in found if not is_generated(func)]
 
 def is_generated(func): # bool
-    "Whether a dataclass or a namedtuple has made a function"
+    "Whether a dataclass or a namedtuple has made a function, or learnkit put it around one"
     maker = func.__globals__.get('__name__', '')
-    return func.__code__.co_qualname.startswith('__create_fn__') or maker.startswith('namedtuple_')
+    return func.__code__.co_qualname.startswith('__create_fn__') or maker.startswith(
+        ('namedtuple_', 'learnkit.'))
 
 def wrapped_functions(member): # iterator
     "The functions behind a member of a class: of properties, class methods, decorated functions"

@@ -119,7 +119,7 @@ def methods(cls: Any) -> Any:
     """
 
 def is_generated(func: Any) -> bool:
-    """Whether a dataclass or a namedtuple has made a function
+    """Whether a dataclass or a namedtuple has made a function, or learnkit put it around one
 
     Returns:
         bool

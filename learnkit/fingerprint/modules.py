@@ -34,7 +34,8 @@ def module_contents(x, walk): # JSON value
     found = {'$module': name_of(unsharded_class(x)), 'with': describe_settings(x, walk)}
     if state := {**x._parameters, **x._buffers}: found['state'] = describe_state(x, state, walk)
     buffers = {name: found['state'][name] for name in x._buffers}
-    found['given'] = non_default_names(x, {**found['with'], **buffers}, walk)
+    all_described = {**found['with'], **buffers}
+    found['given'] = non_default_names(unsharded_class(x), all_described, walk)
     mode = walk.around['training']
     if walk.weights and x.training != mode: found['training'] = mode = x.training
     with walk.within(training=mode): return {**found, **describe_children(x, walk)}
@@ -90,12 +91,17 @@ def describe_shared(name, x, walk): # JSON value
 def describe_hooks(x, walk): # dict: kind -> list of JSON values
     "The hooks of a module and of its parameters"
     found = {}
-    for kind, hook in (*module_hooks(x), *parameter_hooks(x)):
-        hook = getattr(hook, 'hook', hook) # torch wraps some
-        if is_fsdp_hook(hook) or getattr(hook, '__module__', '').startswith('learnkit.'): continue
+    for kind, hook in hooks_of(x):
         node = describe_hook(f'{kind} hook', without_owner(hook, x), walk)
         if node is not MISSING: found.setdefault(kind, []).append(node)
     return found
+
+def hooks_of(x): # iterator of (kind, function)
+    "The hooks of a module and of its parameters, but those of FSDP and of learnkit"
+    for kind, hook in (*module_hooks(x), *parameter_hooks(x)):
+        hook = getattr(hook, 'hook', hook) # torch wraps some
+        if is_fsdp_hook(hook) or getattr(hook, '__module__', '').startswith('learnkit.'): continue
+        yield kind, hook
 
 def module_hooks(x): # iterator of (kind, function)
     "The hooks of a module; a kind ends with how torch calls it"

@@ -51,6 +51,13 @@ def describe_hooks(x: Any, walk: Any) -> Any:
         dict: kind -> list of JSON values
     """
 
+def hooks_of(x: Any) -> Iterator[Any]:
+    """The hooks of a module and of its parameters, but those of FSDP and of learnkit
+
+    Returns:
+        iterator of (kind, function)
+    """
+
 def module_hooks(x: Any) -> Iterator[Any]:
     """The hooks of a module; a kind ends with how torch calls it
 

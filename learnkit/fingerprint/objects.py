@@ -31,12 +31,12 @@ def describe_attributes(x, walk, values:dict): # JSON value
     "An object by its class and what it holds by name"
     record_class(type(x), walk)
     described = walk.describe_named(values)
-    given = non_default_names(x, described, walk)
+    given = non_default_names(type(x), described, walk)
     return {'$object': name_of(type(x)), 'with': described, 'given': given}
 
-def non_default_names(x, described:dict, walk): # list of names
+def non_default_names(cls, described:dict, walk): # list of names
     "The attributes that are arguments of the constructor, and not at their defaults"
-    try: params = constructor_parameters(type(x))
+    try: params = constructor_parameters(cls)
     except (TypeError, ValueError): return list(described)
     if not params.keys() & described.keys(): return [name for name in described if name[0] != '_']
     return [name for name, param in params.items()

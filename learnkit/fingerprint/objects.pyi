@@ -14,7 +14,7 @@ def describe_attributes(x: Any, walk: Any, values: dict) -> Any:
         JSON value
     """
 
-def non_default_names(x: Any, described: dict, walk: Any) -> Any:
+def non_default_names(cls: Any, described: dict, walk: Any) -> Any:
     """The attributes that are arguments of the constructor, and not at their defaults
 
     Returns:

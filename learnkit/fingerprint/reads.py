@@ -9,11 +9,14 @@ __all__ = []
 import io, logging, os, socket, subprocess, types
 from collections import deque
 from fastcore.basics import patch
+from ..base.randomness import generator_state
 from ..base.snapshots import ACTING, MISSING
+from ..files.tree import tree_digest
 from .inspection import (
     Variable, class_attributes, defaults, is_generated, is_user_function, is_user_module,
     name_of, nested_code, wrapped_functions)
-from .values import UnfingerprintableError, Walk, described_by
+from .values import (
+    PLAIN_TYPES, UnfingerprintableError, Walk, described_by)
 from .code import variables_used
 
 # %% ../../nbs/fingerprint/03_reads.ipynb #d5f89b7c
@@ -71,6 +74,8 @@ def describe_reads(self:Walk): # dict: name -> JSON value
     reads, found = self.around['reads'], {}
     while places := reads.pending():
         for place in places: reads.nodes[place] = self.describe_variable(place)
+    for place, variable in reads.variables.items():
+        if place not in reads.nodes: self.note_filled(variable)
     for place, node in reads.nodes.items():
         nodes = found.setdefault(reads.variables[place].label, [])
         if node is not None and node not in nodes: nodes.append(node)
@@ -108,7 +113,43 @@ def describe_changing(self:Walk, variable, describe_at): # JSON value, or MISSIN
         node = {'$unknown': name_of(type(variable.value))}
         known = self.memo.get(('variable', *variable.place), (None, None, None))
         if not self.after_call and known[-1] != node: raise
+    self.note_changed(variable, node)
+    if (state := generator_state(variable.value)) is not None: # it is described by its seed
+        self.note_mark(variable, [tree_digest(state)])
     return self.without_changes(variable, node)
+
+# %% ../../nbs/fingerprint/03_reads.ipynb #99d1f957
+@patch
+def note_changed(self:Walk, variable, node, kind='variable'):
+    "Note a variable that a call has changed since it was last described"
+    known = self.memo.get((kind, *variable.place))
+    if self.after_call and known is not None and known[-1] != node:
+        self.changed.append([variable, known[-1], node])
+
+@patch
+def note_filled(self:Walk, variable):
+    "Note the length of what code only adds to, or the value of a name that it only sets"
+    value = variable.value
+    if variable.label.partition('.')[0] in self.ignore: return
+    if type(value) in PLAIN_TYPES: self.note_mark(variable, value)
+    elif isinstance(value, (list, dict, set, deque, bytearray)):
+        self.note_mark(variable, len(value))
+
+@patch
+def note_mark(self:Walk, variable, mark):
+    "Note something of a variable that is no part of its description, and shows a change"
+    self.note_changed(variable, mark, 'mark')
+    self.memo['mark', *variable.place] = variable.holder, mark
+
+def changed_outside(changed, # of a `Fingerprint`
+                    in_reach, # ids of what is kept elsewhere
+                   ): # list of str
+    "The variables that a call has changed, without those that are kept"
+    texts = [variable.label + (f' ({before} -> {now})' if {type(before), type(now)} <= PLAIN_TYPES
+                               else '')
+             for variable, before, now in changed
+             if not {id(variable.holder), id(variable.value)} & in_reach]
+    return list(dict.fromkeys(texts))
 
 # %% ../../nbs/fingerprint/03_reads.ipynb #18e4182a
 @patch

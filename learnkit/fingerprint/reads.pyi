@@ -45,6 +45,17 @@ def described_with_reads(walk: Any, describer: Any, x: Any) -> Any:
         JSON value
     """
 
+def changed_outside(changed: Any, in_reach: Any) -> Any:
+    """The variables that a call has changed, without those that are kept
+
+    Args:
+        changed: of a `Fingerprint`
+        in_reach: ids of what is kept elsewhere
+
+    Returns:
+        list of str
+    """
+
 def is_outer(func: Any, variable: Any) -> bool:
     """Whether a variable belongs to a function around this one
 

@@ -29,6 +29,7 @@ class Fingerprint:
     sampled: list = field(default_factory=list) # data read in part: [where, n, of, what]
     packages: list = field(default_factory=list) # whose code was met; see `versions`
     unseen: list = field(default_factory=list) # reads by computed names: `loss of os.environ`
+    changed: list = field(default_factory=list) # by a call: [Variable, description then, now]
 
     @property
     def sampled_text(self) -> str: # empty where all was compared
@@ -67,7 +68,8 @@ def fingerprint(x, # a value; or arguments of a call by name
     if walk.named and 'cbs' in x and 'cbs' not in ignore: x = {**x, 'cbs': callback_list(x['cbs'])}
     tree = walk.describe(x)
     code = {name: combined_digest(digests) for name, digests in sorted(walk.code.items())}
-    return Fingerprint(tree, code, walk.sampled, package_names(walk.packages), sorted(walk.unseen))
+    return Fingerprint(tree, code, walk.sampled, package_names(walk.packages), sorted(walk.unseen),
+                       walk.changed)
 
 # %% ../../nbs/fingerprint/01_values.ipynb #5125744f
 def package_names(modules): # sorted list of str
@@ -90,6 +92,7 @@ class Walk:
         self.around = {'weights': weights} # what encloses leaves for what is inside: see `within`
         self.code, self.recorded = {}, {} # name -> digests; functions and classes by id
         self.sampled = [] # see `add_sampled`
+        self.changed = [] # see `Fingerprint`
         self.packages = set() # modules of libraries
         self.unseen = set() # what code reads by names that it computes
 

@@ -24,6 +24,8 @@ class Fingerprint:
     """whose code was met; see `versions`"""
     unseen: list = ...
     """reads by computed names: `loss of os.environ`"""
+    changed: list = ...
+    """by a call: [Variable, description then, now]"""
     @property
     def sampled_text(self) -> str:
         """How much of the data was compared: `8 of 96 samples of data.train compared`
@@ -101,6 +103,7 @@ class Walk:
     code: dict[Any, Any]
     recorded: dict[Any, Any]
     sampled: list[Any]
+    changed: list[Any]
     packages: Any
     unseen: Any
     def __init__(
@@ -170,6 +173,12 @@ class Walk:
         Returns:
             JSON value, or MISSING
         """
+    def note_changed(self, variable: Any, node: Any, kind: Any = 'variable') -> None:
+        """Note a variable that a call has changed since it was last described"""
+    def note_filled(self, variable: Any) -> None:
+        """Note the length of what code only adds to, or the value of a name that it only sets"""
+    def note_mark(self, variable: Any, mark: Any) -> None:
+        """Note something of a variable that is no part of its description, and shows a change"""
     def read_function(self, func: Any) -> None:
         """Take note of the globals that a function of the user's own reads"""
     def around_data(self) -> Any: ...

@@ -21,7 +21,9 @@ from .learner import Learner, as_dataloaders
 from .loop import Loop
 from .position import FitState
 from .progress import show_message
-from .resume import ResumePoint, describe_call, find_saved, take_over
+from .provenance import note_changes
+from .resume import (
+    ResumePoint, describe_call, find_saved, noted_provenance, take_over)
 from .state import live_state, on_host
 
 # %% ../../nbs/loop/11_fit.ipynb #d54a3329
@@ -88,11 +90,12 @@ def fit(self:Learner,
     point = self.cbs.inner[ResumePoint]
     if point.autosave: cbs, resume = point.autosave(cbs, resume)
     if self._origin.state is None:
-        self._origin.baseline.add(self, constructed=True)
+        self._origin.begin(self)
         self._origin.state = on_host(live_state(self))
     with interruptible(self), self.added_cbs(cbs), other_loaders(self, dls):
         if self.dls.train is None: raise ValueError('there is no training data: dls.train is None')
         self._origin.baseline.add(self)  # what was given to this fit
+        self._origin.n_fits += 1
         self.fit_cbs, self._fit = list(self.cbs), FitState(n_epoch, n_steps, length(self.dls.train))
         call, saved = self._plan(resume, lr, reset_opt)
         if saved and saved.complete: return take_over(self, saved)
@@ -112,6 +115,7 @@ def _plan(self:Learner, resume, lr, reset_opt): # (description of the call, Save
     try:
         call = describe_call(self, self._fit.n_epoch, self._fit.n_steps, lr, reset_opt)
         saved = find_saved(self, resume, call)
+        self._fit.provenance = noted_provenance(self, saved, call)
     except BaseException:
         self.opt = before
         raise
@@ -130,7 +134,9 @@ def _run_fit(self:Learner):
     except KeyboardInterrupt as stop:
         if not returns_after(self, stop): raise
         if is_main(): warn_interrupted(self)
-    finally: self.phase = fit.call = self.cbs.inner[ResumePoint].saved = None
+    finally:
+        self.phase = fit.call = self.cbs.inner[ResumePoint].saved = None
+        note_changes(self)
 
 def warn_interrupted(learn):
     last = max(learn._fit.batch - 1, 0)

@@ -232,6 +232,7 @@ def cbs(self:Learner, cbs): self._cbs = Callbacks(cbs, inner=self._cbs.inner.val
 def add_cb(self:Learner, cbs) -> None:
     "Add a callback, several, or a class that needs no arguments"
     self.cbs.extend(as_callbacks(cbs))
+    self._origin.baseline.add(self)  # what is set on them from now on counts
 
 @patch
 @structural

@@ -10,19 +10,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from inspect import get_annotations
 from functools import lru_cache, partial
+from textwrap import shorten
 from types import FunctionType, MethodType
 import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import nn
+from torch.utils.data import TensorDataset
 from ..base.guard import assigned_names, is_learnkits
 from ..base.snapshots import (
-    HELD, MISSING, HeldItems, NotPlainError, Reference,
-    Scope, Snapshot, Unpacking, described, pack, path_text)
+    HELD, MAPPINGS, MISSING, PLAIN, SEQUENCES, HeldItems, NotPlainError, Reference,
+    Scope, Snapshot, Unpacking, closure_cells, described, pack, path_text)
 from ..files.errors import UnstorableError
 from ..files.tree import check_storable
 from ..fingerprint.inspection import is_user_module
-from ..data.resumable import is_stateful
+from ..data.resumable import generators, is_stateful
 from ..components.callback import Callback, has_state, named_callbacks
 from .position import PassState
 
@@ -33,6 +35,11 @@ def roots(learn): # dict: name -> object
     model = getattr(learn.model, '_orig_mod', learn.model)  # what torch.compile has wrapped
     return {'model': model, 'loss_func': learn.loss_func, 'opt': learn.opt, **callbacks,
             'metrics': learn.metrics, 'data': learn.dls, 'learner': learn}
+
+def generators_of_data(learn): # dict: name -> generator
+    "Those of loaders and samplers, of which the state has a part of its own"
+    return {f'data.{name} {i}': rng for name in ('train', 'valid')
+            for i, rng in enumerate(generators(getattr(learn.dls, name)))}
 
 def state_tensors(learn): # dict: name -> tensor
     "The weights and persistent buffers that the state of model and loss has"
@@ -58,15 +65,17 @@ class LearnerScope(Scope):
     "What is looked into from a learner"
     def __init__(self, learn, exact=False, # optimizers whole, for a state in memory
                  functions=True): # whether functions are looked into
-        super().__init__(state_tensors(learn))
+        super().__init__({**state_tensors(learn), **generators_of_data(learn)})
         self.learn, self.exact, self.functions = learn, exact, functions
 
     def slots(self, x, path): # dict: name -> value
         if x is self.learn: return added_attributes(x)
+        if isinstance(x, type): return data_of_class(x)
         found = super().slots(x, path)
         if isinstance(x, torch.optim.Optimizer): return found | self.opt_slots(x)
         if isinstance(x, nn.Module): return self.module_slots(x, path, found)
         if isinstance(x, Callback): return found if self.looks_into(x) else {}
+        if isinstance(x, TensorDataset): return {**found, 'tensors': None}  # data of any size
         if is_learnkits(type(x)): return {}
         return found | {OWN: x.state_dict()} if has_own_state(x) and not self.exact else found
 
@@ -76,10 +85,15 @@ class LearnerScope(Scope):
             self.exact and not has_own_state(cb))
 
     def children(self, x, path): # dict: name -> value
-        "What learnkit's own objects were given by the user: functions, and objects of the user's"
+        """What learnkit's own objects were given by the user: functions, and objects of the user's;
+        of these the classes"""
+        if isinstance(x, type): return {}
+        if is_user_module(type(x).__module__):
+            classes = [cls for cls in type(x).__mro__ if self.follows(cls, path)]
+            return {f'class {cls.__name__}': cls for cls in classes}
         if not is_learnkits(type(x)) or type(x) is Callback or x is self.learn: return {}
         return {name: value for name, value in super().slots(x, path).items()
-                if name != 'init_args' and self.is_users(value)}
+                if name != 'init_args' and (path[0] == 'data' or self.is_users(value))}
 
 # %% ../../nbs/loop/04_observed.ipynb #7f0c2a55
 @patch
@@ -112,6 +126,7 @@ def set(self:LearnerScope, x, name, value):
 @patch
 def follows(self:LearnerScope, x, path): # bool
     if x is self.learn: return True
+    if isinstance(x, type): return is_user_module(x.__module__) and not is_learnkits(x)
     if isinstance(x, Callback): return not (x.external or x.distributes or x.settings() is None)
     if isinstance(x, FUNCTIONS) and not self.functions: return False
     if path[0] == 'data' and is_stateful(x): return False  # it says where it is
@@ -120,18 +135,25 @@ def follows(self:LearnerScope, x, path): # bool
     return Scope.follows(self, x, path)
 
 SMALL, FEW = 2**16, 1000  # bytes of an array and items of a list of a dataset that are followed
+OF_WORKERS = '_iterator', 'worker_init_fn'  # of a `DataLoader`; what they do is done elsewhere
 
 @patch
 def is_data(self:LearnerScope, x, path): # bool
     "Whether it is what a dataset gives out, rather than how it does that"
     if type(x).__module__.startswith('learnkit.processes.'): return True  # theirs to take away
     if path[0] != 'data': return False
-    if 'cache' in str(path[-1]).lower() or path[-1] == '_iterator': return True
+    if 'cache' in str(path[-1]).lower() or path[-1] in OF_WORKERS: return True
     if isinstance(x, (torch.Tensor, np.ndarray)): return x.nbytes > SMALL
     if isinstance(x, (list, tuple, dict, set, frozenset)):
         items = x.values() if isinstance(x, dict) else x
         return len(x) > FEW or any(self.is_data(item, path) for item in items)
     return type(x).__module__.partition('.')[0] in ('pandas', 'polars', 'pyarrow', 'datasets')
+
+def data_of_class(cls): # dict: name -> value
+    "What a class keeps for all its objects, without what it defines"
+    kinds = (*PLAIN, *MAPPINGS, *SEQUENCES, torch.Tensor, np.ndarray)
+    return {name: value for name, value in vars(cls).items() if isinstance(value, kinds)
+            and name[:2] != '__' and name != 'transient' and not name.startswith('_abc_')}
 
 def added_attributes(learn): # dict: name -> value
     "The attributes of a learner that a subclass or a script has given it"
@@ -153,15 +175,14 @@ def snapshot(learn, given=()): # Snapshot
 
 class Baseline:
     "How objects were when they came into reach"
-    def __init__(self, is_constructed=False): # whether the learner's constructor has ended
+    def __init__(self):
         self.known = {}  # id -> (object, name of a slot -> held value)
-        self.is_constructed = is_constructed
 
     def add(self, learn, given=(), # callbacks given to a call
             constructed=False): # whether a subclass has given the learner all that it gives
         "Note how what has come into reach is"
         now = snapshot(learn, given)
-        if constructed and not self.is_constructed: self.known.pop(id(learn), None)
+        if constructed: self.known.pop(id(learn), None)
         for path, x in now.objects.items(): self.known.setdefault(id(x), (x, now.values[path]))
 
     def of(self, x): # dict: name -> held value; empty for an object that is new
@@ -183,15 +204,42 @@ class Origin:
     "Where a learner came from: how things were, and its state before the first fit"
     def __init__(self):
         self.baseline, self.state = Baseline(), None
-        self.made_again = []  # what callbacks have made at the beginning of this fit
         self.written = {}  # names of files that were saved or exported since a call has begun
+        self.n_fits, self.memo = 0, {}  # fits that have begun; of `fingerprint`
+        self.made_again, self.made_in = [], set()  # what callbacks make as a fit begins, and where
+        self.is_recorded = False  # whether a state that follows from the baseline is known
 
-    def begin_fit(self, learn, anew=False):
-        "Callbacks have begun: what they have made they will make again when the fit is taken up"
-        if anew: self.made_again = []
+    def begin(self, learn):
+        "The first fit begins: what a script has set until now is how the learner was made"
+        if not self.is_recorded: self.baseline.add(learn, constructed=True)
+
+    def begin_fit(self, learn):
+        "Callbacks begin: what they make now they make again when the fit is taken up"
+        self.made_again, self.made_in = [], set()
+        self.begin_epoch(learn, is_first=True)
+
+    def begin_epoch(self, learn, is_first):
+        "Only where something was made when the fit began is it made anew with an epoch"
         now = snapshot(learn)
-        self.made_again += [x for path, name in self.baseline.changes(now)
+        changes = self.baseline.changes(now)
+        if is_first: self.made_in.update(changes)
+        self.made_again += [x for path, name in changes if (path, name) in self.made_in
                             for x in origins(now.values[path].get(name))]
+
+# %% ../../nbs/loop/04_observed.ipynb #c53a546b
+def ids_in_reach(learn, given=()): # set; given: callbacks of a call
+    "The ids of all whose changes a state holds"
+    now = snapshot(learn, given)
+    held = [one for values in now.values.values() for one in values.values()]
+    cells = [cell for x in now.objects.values() if isinstance(x, FunctionType)
+             for cell in closure_cells(x).values()]
+    return {id(x) for x in (*now.objects.values(), *cells, *whole_origins(held))}
+
+def whole_origins(held): # list of objects
+    "The objects that held values stand for, containers and what is inside of them"
+    found = [one.origin for one in held if isinstance(one, HELD)]
+    inner = [x for one in held if isinstance(one, HeldItems) for x in whole_origins(one.values)]
+    return found + inner
 
 @contextmanager
 def as_built(learn, given=()): # callbacks given to a call
@@ -237,7 +285,7 @@ def packed_slot(now, path, name, baseline, again, to_record): # dict; {}: gone; 
             # An object that loads a state of its own finds the others by itself
             if id(inner) in baseline.known and not has_own_state(x): continue
             raise NotPlainError(f'{described(inner)} that is new')
-        tree, marks = pack(held)
+        tree, marks = pack(held, now.known_ids)
         check_storable(tree)
     except (NotPlainError, UnstorableError) as error:
         lenient = has_own_state(x) or isinstance(x, FUNCTIONS) and not to_record
@@ -246,6 +294,12 @@ def packed_slot(now, path, name, baseline, again, to_record): # dict; {}: gone; 
     return {'value': tree, 'marks': marks}
 
 # %% ../../nbs/loop/04_observed.ipynb #0b5e7fd1
+def observed_text(entry): # str; entry: of an observed state, or None
+    "A slot in short"
+    if entry is None: return 'as it was made'
+    if 'value' not in entry: return 'not there'
+    return shorten(repr(entry['value']), 40, placeholder=' ...')
+
 def refusal(x, text, error): # str
     name = text.rpartition('.')[2]
     return (f'{text} has changed since the beginning, and cannot be stored: {error}. Give the '

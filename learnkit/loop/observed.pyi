@@ -16,6 +16,13 @@ def roots(learn: Learner) -> Any:
         dict: name -> object
     """
 
+def generators_of_data(learn: Learner) -> Any:
+    """Those of loaders and samplers, of which the state has a part of its own
+
+    Returns:
+        dict: name -> generator
+    """
+
 def state_tensors(learn: Learner) -> Any:
     """The weights and persistent buffers that the state of model and loss has
 
@@ -55,7 +62,8 @@ class LearnerScope(Scope):
             bool
         """
     def children(self, x: Any, path: Any) -> Any:
-        """What learnkit's own objects were given by the user: functions, and objects of the user's
+        """What learnkit's own objects were given by the user: functions, and objects of the user's;
+        of these the classes
 
         Returns:
             dict: name -> value
@@ -89,6 +97,14 @@ class LearnerScope(Scope):
         """
 SMALL: Any
 FEW: int
+OF_WORKERS: tuple[str, ...]
+
+def data_of_class(cls: Any) -> Any:
+    """What a class keeps for all its objects, without what it defines
+
+    Returns:
+        dict: name -> value
+    """
 
 def added_attributes(learn: Learner) -> Any:
     """The attributes of a learner that a subclass or a script has given it
@@ -115,8 +131,7 @@ def snapshot(learn: Learner, given: Any = ()) -> Snapshot:
 class Baseline:
     """How objects were when they came into reach"""
     known: dict[Any, Any]
-    is_constructed: Any
-    def __init__(self, is_constructed: Any = False) -> None: ...
+    def __init__(self) -> None: ...
     def add(self, learn: Learner, given: Any = (), constructed: Any = False) -> Any:
         """Note how what has come into reach is
 
@@ -147,11 +162,33 @@ class Origin:
     """Where a learner came from: how things were, and its state before the first fit"""
     baseline: Baseline
     state: Any
-    made_again: list[Any]
     written: dict[Any, Any]
+    n_fits: int
+    memo: dict[Any, Any]
+    made_again: list[Any]
+    made_in: Any
+    is_recorded: bool
     def __init__(self) -> None: ...
-    def begin_fit(self, learn: Learner, anew: Any = False) -> None:
-        """Callbacks have begun: what they have made they will make again when the fit is taken up"""
+    def begin(self, learn: Learner) -> None:
+        """The first fit begins: what a script has set until now is how the learner was made"""
+    def begin_fit(self, learn: Learner) -> None:
+        """Callbacks begin: what they make now they make again when the fit is taken up"""
+    def begin_epoch(self, learn: Learner, is_first: Any) -> None:
+        """Only where something was made when the fit began is it made anew with an epoch"""
+
+def ids_in_reach(learn: Learner, given: Any = ()) -> Any:
+    """The ids of all whose changes a state holds
+
+    Returns:
+        set; given: callbacks of a call
+    """
+
+def whole_origins(held: Any) -> Any:
+    """The objects that held values stand for, containers and what is inside of them
+
+    Returns:
+        list of objects
+    """
 
 def as_built(learn: Learner, given: Any = ()) -> AbstractContextManager[None]:
     """Inside the block everything in reach is as it was when it came into reach
@@ -183,6 +220,13 @@ def packed_slot(now: Any, path: Any, name: Any, baseline: Any, again: Any, to_re
 
     Returns:
         dict; {}: gone; None: made again
+    """
+
+def observed_text(entry: Any) -> Any:
+    """A slot in short
+
+    Returns:
+        str; entry: of an observed state, or None
     """
 
 def refusal(x: Any, text: Any, error: Any) -> str:

@@ -23,8 +23,10 @@ class FitState:
     batch: int = 0 # training batches of the epoch that are done
     updates: int = 0
     call: dict = None # the call of `fit`, described for comparison; None: no fit runs
+    provenance: bytes = None # what it follows from; None where nobody saves the fit
     order: dict = None # what the order of the epoch's batches follows from
     read_all: bool = True # whether the loader was read to its end
+    last_read: object = None # `LastBatch` of the epoch, where a save will tell of it
     at_rest: bool = False # whether nothing is half done
     complete: bool = False # whether all epochs are made, or a callback has ended the fit
     seconds: float = 0. # since the fit began
@@ -87,14 +89,16 @@ def no_progress(fit): # str
             'so the fit would never end; is every step cancelled, or nothing trainable?')
 
 # %% ../../nbs/loop/02_position.ipynb #b43af499
-SAVED = ('call', 'complete', 'at_rest', 'epoch', 'stage', 'batch', 'updates', 'order', 'read_all')
+SAVED = ('call', 'provenance', 'complete', 'at_rest', 'epoch', 'stage', 'batch', 'updates', 'order',
+         'read_all')
 
 @patch
 def saved(self:FitState) -> dict | None:
     "The running fit as a plain tree; None when no fit runs"
     if self.call is None: return None
     if self.complete:
-        return {'call': self.call, 'complete': True, 'epoch': self.epoch, 'updates': self.updates}
+        return {'call': self.call, 'provenance': self.provenance, 'complete': True,
+                'epoch': self.epoch, 'updates': self.updates}
     tree = {name: getattr(self, name) for name in SAVED}
     if self.stage == 'done': tree |= {'epoch': self.epoch + 1, 'stage': 'train'}
     if self.stage != 'train': tree['batch'] = 0

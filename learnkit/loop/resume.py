@@ -16,18 +16,21 @@ from ..base.batches import map_tensors
 from ..base.dtensors import local_part
 from ..base.ranks import is_main
 from ..base.text import as_seconds, caller_stacklevel, short_path
-from ..files.errors import DamagedError
+from ..files.errors import DamagedError, UnstorableError
 from ..files.saves import load_newest, next_save_path, quarantine_save, save_next, list_saves
 from ..files.tree import check_storable, load_tree
 from ..data.loaders import describe
 from ..data.resumable import (
-    check_resumable, check_same_loader, restart_workers, generator_states, is_stateful, order_state,
-    resume_batches, set_generator_states)
+    LastBatch, check_resumable, check_same_loader, restart_workers, generator_states, is_stateful,
+    order_state, resume_batches, set_generator_states)
 from ..components.callback import Callback, Interrupted, as_callbacks, plain_setting
 from ..components.optim import copy_like, opt_params, opt_state
 from .progress import show_message
 from .saving import localized, main_first, save_path, tree_for_file, with_shards
 from .observed import observed_state
+from .provenance import (
+    drawn_at_start, packed, provenance, provenance_differs, repeats_weights, unpacked)
+from .structure import FitStructure
 from .state import check_learner_state, live_state, load_state, names_of_params
 
 # %% ../../nbs/loop/08_resume.ipynb #f25425fb
@@ -183,6 +186,32 @@ def check_no_other_saves(learn, source):
                              f"which {cb} saves, holds saves: use resume='latest' to go on with "
                              'them, or leave resume out')
 
+# %% ../../nbs/loop/08_resume.ipynb #7db0b5f4
+def noted_provenance(learn, saved, call): # bytes; None where nobody saves, or a record compares
+    "What a fit follows from, as its saves will hold it; ValueError if it is not what a save says"
+    in_record = learn.cbs.inner[ResumePoint].autosave is not None
+    if in_record or saved is None and not is_saved(learn): return None
+    now = provenance(learn)
+    if saved is None: return packed(now)
+    if (before := saved.fit.get('provenance')) is None:
+        show_message(learn, f'{saved.source} does not say what model and data it is of: these '
+                     'are not compared')
+        return packed(now)
+    then, has_begun = unpacked(before), saved.fit['call']['run'] != call['run']
+    check_provenance(learn, saved, then, now, has_begun)
+    repeats = then['begin']['repeats'] or not has_begun and repeats_weights(then, now)
+    return packed({**then, 'begin': {**then['begin'], 'repeats': repeats}})
+
+def check_provenance(learn, saved, then, now, has_begun):
+    "Raise ValueError for a fit that follows from something else; what may differ is shown"
+    kinds = {'.'.join(path): kind for path, kind in drawn_at_start(learn).items()}
+    texts, lines = provenance_differs(then, now, kinds, has_begun)
+    if texts:
+        raise ValueError(f'{saved.source} is of another fit: {"; ".join(texts)}. Undo that to go '
+                         'on with it; give another fit a folder of its own, or leave resume out '
+                         'to begin anew')
+    for line in lines: show_message(learn, line)
+
 # %% ../../nbs/loop/08_resume.ipynb #02a2bcf6
 def take_over(learn, saved:Saved):
     "Go on from a saved state"
@@ -264,7 +293,10 @@ def batches(self:ResumePoint, learn): # (iterable, int)
         if is_saved(learn): restart_workers(learn.dl)
         fit.order = order_state(learn.dl)
         return watch_reading(learn, learn.dl), 0
-    fit.order, first = self.saved.fit['order'], self.saved.fit['batch']
+    fit.order, first = dict(self.saved.fit['order']), self.saved.fit['batch']
+    paths = [entry['path'] for entry in self.saved.state['observed'].values()]
+    if learn.ranks or any(path[0] == 'data' for path in paths):
+        fit.order.pop('last', None)  # of one process, or of data that has changed since
     batches = resume_batches(learn.dl, fit.order, first, self.exact)
     done = fit.is_over or first == learn.limit
     if done and 'own' in fit.order: next(batches, None)  # some move on only when read
@@ -274,12 +306,25 @@ def batches(self:ResumePoint, learn): # (iterable, int)
 # %% ../../nbs/loop/08_resume.ipynb #acc7630e
 def watch_reading(learn, batches): # iterable
     "`batches`; of a stateful loader it is recorded whether they are read to the end"
+    if is_replayed(learn): return kept(learn._fit, batches)
     if not is_stateful(learn.dl): return batches
     def watched():
         learn._fit.read_all = False
         yield from batches
         learn._fit.read_all = True
     return watched()
+
+def is_replayed(learn): # bool
+    "Whether a fit that goes on from a save will read batches again, and can compare the last one"
+    return is_saved(learn) and 'rng' in learn._fit.order and learn.ranks is None
+
+def kept(fit, batches): # iterator
+    "`batches`, of which the last one stays at hand"
+    try:
+        for batch in batches:
+            fit.last_read = LastBatch(batch)
+            yield batch
+    finally: fit.last_read = None
 
 def is_saved(learn): # bool
     "Whether a callback saves the fit"
@@ -337,24 +382,28 @@ class SaveState(Callback):
     def settings(self): return None  # how often is saved does not matter for what is computed
 
     def before_fit(self, learn):
-        learn._origin.begin_fit(learn, anew=True)
+        learn._origin.begin_fit(learn)
         check_resumable(learn.dls.train)
         folder, point = learn.path/self.saves_to, learn.cbs.inner[ResumePoint]
         if is_main(): folder.mkdir(parents=True, exist_ok=True)  # an error now, not after an epoch
         check_storable({'learner': map_tensors(local_part, live_state(learn))})
         self._is_first, self._time_was_up = point.saved is None, False
         self._is_checked, self._to_record = False, point.autosave is not None
+        self._structure = None  # as it is when callbacks have begun
         if self._is_first and is_main() and list_saves(folder) and not point.was_requested:
             warnings.warn(f'{folder} holds saves of an earlier fit, which go when this one saves; '
                           "fit(..., resume='latest') would have gone on with it",
                           stacklevel=caller_stacklevel())
         self._record_time(learn)
 
-    def before_train(self, learn): learn._origin.begin_fit(learn)
+    def before_train(self, learn):
+        learn._origin.begin_epoch(learn, is_first=self._structure is None)
+        if self._structure is None: self._structure = FitStructure(learn)
 
     def at_rest(self, learn):
         if not self._is_checked and learn.updates: self.check(learn)
         if not self.is_time_to_save(learn): return
+        if self._structure is not None: self._structure.check(learn)
         # Saves of an earlier fit go as soon as this one has its first
         keep, folder = 1 if self._is_first else self.keep, learn.path/self.saves_to
         tree = tree_for_file(learn, per_process=True, path=lambda: next_save_path(folder))
@@ -374,9 +423,15 @@ def is_time_to_save(self:SaveState, learn): # bool
 @patch
 def check(self:SaveState, learn):
     "What an update changes that cannot be stored is an error now, not after an epoch"
+    self._structure.check(learn)
     observed_state(learn, self._to_record)
+    check_storable(map_tensors(local_part, {'callbacks': learn.cbs.state_dict()}))
     opt = opt_state(learn.opt)['state_dict'] if learn.opt else None
-    check_storable(map_tensors(local_part, {'opt': opt, 'callbacks': learn.cbs.state_dict()}))
+    try: check_storable(map_tensors(local_part, {'opt': opt}))
+    except UnstorableError as error:
+        raise UnstorableError(f'{error}. A fit with this optimizer cannot be saved, unless its '
+                              'state_dict says that by tensors and plain values: give opt_func a '
+                              'subclass with state_dict and load_state_dict') from None
     self._is_checked = True
 
 @patch

@@ -2,6 +2,7 @@
 # pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 # pyright: reportPrivateImportUsage=false
 """Kill a fit anywhere, start it again: the same bits"""
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -95,6 +96,16 @@ def find_saved(learn: Learner, resume: Any, call: Any) -> Any:
 def check_no_other_saves(learn: Learner, source: Any) -> None:
     """Raise ValueError when the folder to go on from is empty, but that of a SaveState is not"""
 
+def noted_provenance(learn: Learner, saved: Any, call: Any) -> Any:
+    """What a fit follows from, as its saves will hold it; ValueError if it is not what a save says
+
+    Returns:
+        bytes; None where nobody saves, or a record compares
+    """
+
+def check_provenance(learn: Learner, saved: Any, then: Any, now: Any, has_begun: Any) -> None:
+    """Raise ValueError for a fit that follows from something else; what may differ is shown"""
+
 def take_over(learn: Learner, saved: Saved) -> None:
     """Go on from a saved state"""
 
@@ -134,6 +145,20 @@ def watch_reading(learn: Learner, batches: Any) -> Any:
 
     Returns:
         iterable
+    """
+
+def is_replayed(learn: Learner) -> bool:
+    """Whether a fit that goes on from a save will read batches again, and can compare the last one
+
+    Returns:
+        bool
+    """
+
+def kept(fit: Any, batches: Any) -> Iterator[Any]:
+    """`batches`, of which the last one stays at hand
+
+    Returns:
+        iterator
     """
 
 def is_saved(learn: Learner) -> bool:

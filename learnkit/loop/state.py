@@ -16,7 +16,8 @@ from ..base.dtensors import distribute_like, full_tensor, is_dtensor, unsharded_
 from ..base.randomness import isolated_rng, rng_state, set_rng_state
 from ..base.snapshots import Snapshot, write_back
 from ..components.optim import check_opt_state, load_opt_state, opt_params, opt_state
-from ..data.resumable import generator_states, is_stateful, set_generator_states
+from ..data.resumable import (
+    generator_states, is_stateful, set_generator_states)
 from .observed import (
     LearnerScope, check_observed, forget_changes,
     load_observed, observed_state, roots, state_tensors)
@@ -98,6 +99,8 @@ def fit_state(learn): # plain tree; None when no fit runs
     if tree is None or tree['complete']: return tree
     if tree['order'] and is_stateful(train):
         tree['order'] = {**tree['order'], 'own': train.state_dict()}
+    if (last := learn._fit.last_read) is not None:
+        tree['order'] = {**tree['order'], 'last': last.digest}
     names = names_of_params(learn)
     grads = {names.get(id(param), f'parameter {i}'): param.grad
              for i, param in enumerate(opt_params(learn.opt))} if learn.opt else {}
@@ -161,6 +164,7 @@ def load_state(learn, state):
     "Go back to `state`: all of it, or, with an error, none"
     check_learner_state(learn, state)
     with undone_on_error(learn):
+        learn._origin.is_recorded = True
         forget_changes(learn)
         learn.cbs.load_state_dict(state['callbacks'])
         if learn.opt: load_opt_state(learn.opt, state['opt'], names_of_params(learn))

@@ -7,6 +7,7 @@ import torch
 from grids import thinned
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
 from learnkit import *
 from learnkit.files.errors import UnstorableError
 from learnkit.files.tree import tree_digest
@@ -103,6 +104,38 @@ class Counts(Callback):
     def after_batch(self, learn): self.x = self.change(self.x)
 
 
+class Counted(torch.utils.data.Dataset):
+    def __init__(self, first, change): self.change, self.x = change, first()
+    def __len__(self): return len(X)
+    def __getitem__(self, i):
+        self.x = self.change(self.x)
+        return X[i], Y[i]
+
+
+class Jitter:
+    def __init__(self, first, change): self.change, self.x = change, first()
+    def __call__(self, sample):
+        self.x = self.change(self.x)
+        return sample
+
+
+class Transformed(torch.utils.data.Dataset):
+    def __init__(self, *transforms): self.transforms = transforms
+    def __len__(self): return len(X)
+    def __getitem__(self, i):
+        sample = X[i], Y[i]
+        for transform in self.transforms: sample = transform(sample)
+        return sample
+
+
+class Sampler(torch.utils.data.Sampler):
+    def __init__(self, first, change): self.change, self.x = change, first()
+    def __len__(self): return len(X)
+    def __iter__(self):
+        self.x = self.change(self.x)
+        return iter(range(len(X)))
+
+
 class Opt(torch.optim.SGD):
     first = change = None
     def __init__(self, params, lr):
@@ -144,12 +177,30 @@ def place(where, first, change): # (arguments of the learner, learner -> value, 
                 if self.training: self.x = change(self.x)
                 super().get_pred()
         return {'cls': Own}, lambda learn: learn.x, None
+    if where == 'class':
+        class Shared(Callback):
+            x = first()
+            def after_batch(self, learn): Shared.x = change(Shared.x)
+        return {'cbs': Shared()}, lambda learn: Shared.x, None
+    valid = TensorDataset(X[:9], Y[:9])
+    if where == 'dataset':
+        ds = Counted(first, change)
+        return {'dls': DataLoaders.from_datasets(ds, valid, bs=9)}, lambda learn: ds.x, None
+    if where == 'transform':
+        inner = Jitter(first, change)
+        train = DataLoader(ConcatDataset([Transformed(inner)]), 9, shuffle=True)
+        return {'dls': DataLoaders(train, DataLoader(valid, 9))}, lambda learn: inner.x, None
+    if where == 'sampler':
+        sampler = Sampler(first, change)
+        train = DataLoader(TensorDataset(X, Y), 9, sampler=sampler)
+        return {'dls': DataLoaders(train, DataLoader(valid, 9))}, lambda learn: sampler.x, None
     raise KeyError(where)
 
 
 BASE = [Learner]
 PLACES = ('model', 'private', 'loss', 'loss module', 'callback', 'given callback', 'closure',
-          'optimizer', 'learner')
+          'optimizer', 'learner', 'class', 'dataset', 'transform',
+          'sampler')
 
 
 def made(where, kind, base=Learner, **kwargs):
@@ -161,7 +212,8 @@ def made(where, kind, base=Learner, **kwargs):
              torch.optim.SGD, **given}
     cls, loss = given.pop('cls'), given.pop('loss_func')
     model = given.pop('model') or nn.Linear(4, 2)
-    dls = DataLoaders.from_tensors((X, Y), valid_pct=0.25, bs=9, device='cpu')
+    dls = given.pop('dls', None) or DataLoaders.from_tensors((X, Y), valid_pct=0.25, bs=9,
+                                                             device='cpu')
     learn = cls(dls, model, loss, lr=1e-2, device='cpu', **given, **kwargs)
     learn.remove_cb(Progress)
     return learn, value, cbs
@@ -228,7 +280,7 @@ def test_pure_methods_and_reset_leave_no_trace(where, kind):
     before = seen(learn, value)
     learn.lr_find(num_it=12)
     assert seen(learn, value) == before
-    if where not in ('callback', 'closure'):
+    if where not in ('callback', 'closure', 'class'):
         learn.validate()
         learn.get_preds()
         assert seen(learn, value) == before
