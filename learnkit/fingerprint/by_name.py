@@ -7,10 +7,8 @@ __all__ = []
 
 # %% ../../nbs/fingerprint/02_by_name.ipynb #90a6626d
 import ast, importlib, os, re, sys, types
-from functools import lru_cache
 from importlib.machinery import PathFinder
 from pathlib import Path
-from ..files.tree import json_digest
 from .inspection import (
     Variable, find_variable, is_installed, is_user_module, nested_code)
 

@@ -8,7 +8,6 @@ __all__ = []
 # %% ../../nbs/loop/07_provenance.ipynb #3fb1f725
 import json, zlib
 from contextlib import nullcontext
-from fastcore.basics import patch
 from torch import nn
 from ..base.dtensors import full_tensor
 from ..base.guard import is_learnkits
