@@ -34,6 +34,7 @@ from .files.tensors import (
 from .files.tree import (
     load_tree, save_tree, tree_digest,
 )
+from .files import apart as _apart
 from .files import sharded as _sharded
 from .files import saves as _saves
 from .files import ids as _ids

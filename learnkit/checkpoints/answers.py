@@ -139,7 +139,8 @@ def on_state_of(self:Ledger, node, method):
     n = node.n_calls
     saved, structure = state_after(self.read, node, n), self.structures.get((node.id, n))
     if saved.state is None: raise not_kept(node)
-    tree = self.store.get({'state': saved.state, 'beside': saved.extra})
+    tree = self.store.get({'state': saved.state, 'beside': saved.extra},
+                          self.host.known_tensors())
     state = joined(tree['state'])
     with self.host.unguarded(), self.host.unchanged():
         if structure is None and self.host.unused_by(method): self.host.restore_used(state)

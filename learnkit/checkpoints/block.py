@@ -243,7 +243,7 @@ def begin_call(self:Block, call, digests, saved, record) -> CallRecord:
 def make(self:Block, call, record, folder):
     "Make a call and record what came of it; if it fails the record says that it runs"
     ledger = self.ledger
-    ledger.known_digests, self.diverged, ledger.is_as_made = KnownDigests(), True, False
+    ledger.known_digests, self.diverged, ledger.is_as_made = ledger.no_digests(), True, False
     try: result, callbacks, facts = ledger.perform(call, folder.absolute())
     except KeyboardInterrupt:
         if ledger.host.ranks is None: self.note(record, left=ledger.state_digests())
@@ -378,7 +378,7 @@ def load(self:Block, call, record, with_state): # dict: result, callbacks, perha
     roots = {'callbacks': record.callbacks}
     if call.kind != 'structural': roots['result'] = record.result
     if with_state: roots |= {'state': saved.state, 'beside': saved.extra}
-    tree = ledger.store.get(roots)
+    tree = ledger.store.get(roots, ledger.host.known_tensors())
     callbacks = ledger.matching_callbacks(call, tree['callbacks'])
     if with_state: self.load_state(tree, saved)
     for cb, (_, state) in zip(callbacks, tree['callbacks'], strict=True): cb.load_state_dict(state)
@@ -388,11 +388,11 @@ def load(self:Block, call, record, with_state): # dict: result, callbacks, perha
 def load_state(self:Block, tree, saved):
     "Load a state, whose digests are known then"
     ledger, host = self.ledger, self.ledger.host
-    ledger.known_digests, ledger.is_as_made = KnownDigests(), False  # lets go of what was before
+    ledger.known_digests, ledger.is_as_made = ledger.no_digests(), False  # lets go of what was
     with host.unguarded(): host.restore(joined(tree['state']), tree['beside'])
     live = by_part(host.state())
     fixed = {part: value for part, value in live.items() if part not in host.may_drift}
-    ledger.known_digests = KnownDigests(fixed, saved.state)
+    ledger.known_digests = KnownDigests(fixed, saved.state, host.known_digest)
 
 # %% ../../nbs/checkpoints/08_block.ipynb #b1d751b1
 @patch

@@ -118,6 +118,16 @@ def part_changes(self:Host, part, saved) -> list: # of str; saved: None where it
     return [part]
 
 @patch
+def known_digest(self:Host, t): # 64 hex digits; None for any other tensor
+    "The digest of a tensor of the state that nobody writes to any more"
+    return None
+
+@patch
+def known_tensors(self:Host) -> dict: # digest -> tensor
+    "Such tensors, which need not be read when a state is loaded"
+    return {}
+
+@patch
 def as_built(self:Host): # context manager
     "Inside the block everything is as it was when it came into reach"
     return nullcontext()
@@ -168,7 +178,9 @@ def show_report(self:Host, report, stateful):
 def show(self:Host, text): print(text, flush=True)
 
 @patch
-def saving_to(self:Host, folder): # context manager
+def saving_to(self:Host, folder,
+              store, # that of the record, which holds parts of the state already
+             ): # context manager
     "A call inside saves to the folder, and goes on from what is there"
     return self.object.saving_to(folder, self.save_every)
 

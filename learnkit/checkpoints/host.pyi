@@ -133,6 +133,18 @@ class Host:
         Returns:
             of str; saved: None where it was not kept
         """
+    def known_digest(self, t: Any) -> Any:
+        """The digest of a tensor of the state that nobody writes to any more
+
+        Returns:
+            64 hex digits; None for any other tensor
+        """
+    def known_tensors(self) -> dict:
+        """Such tensors, which need not be read when a state is loaded
+
+        Returns:
+            digest -> tensor
+        """
     def as_built(self) -> Any:
         """Inside the block everything is as it was when it came into reach
 
@@ -175,8 +187,11 @@ class Host:
     def show_report(self, report: Any, stateful: Any) -> None:
         """Show of a call that was fetched what was shown when it was computed"""
     def show(self, text: Any) -> None: ...
-    def saving_to(self, folder: Any) -> Any:
+    def saving_to(self, folder: Any, store: Any) -> Any:
         """A call inside saves to the folder, and goes on from what is there
+
+        Args:
+            store: that of the record, which holds parts of the state already
 
         Returns:
             context manager

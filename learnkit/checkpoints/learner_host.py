@@ -30,7 +30,7 @@ from ..loop.progress import Progress, show_message
 from ..loop.state import (
     check_loss_state, check_model_state, load_model_state, unchanged_parts)
 from ..loop.saving import localized, save_path
-from ..loop.resume import as_period
+from ..loop.resume import as_period, autosaving
 from ..training.torch_schedulers import torch_schedulers
 from ..training.save_best import SaveBest
 from .host import Host, method_kind
@@ -188,6 +188,15 @@ def observed_text(entry): # str
     return shorten(repr(entry['value']), 40, placeholder=' ...')
 
 @patch
+def known_digest(self:LearnerHost, t): return self.object.recorder.digest(t)
+@patch
+def known_tensors(self:LearnerHost): return self.object.recorder.parts()
+
+@patch
+def saving_to(self:LearnerHost, folder, store): # context manager
+    return autosaving(self.object, folder, self.save_every, store)
+
+@patch
 def as_built(self:LearnerHost): return as_built(self.object) # context manager
 
 @patch
@@ -209,14 +218,15 @@ def call(self:LearnerHost, method, args, kwargs): # what it returns
 def extra_state(self:LearnerHost) -> dict: # plain tree
     "What belongs to a moment and is no part of the state"
     learn = self.object
-    return {'times': list(learn.recorder.times), 'lr': learn.lr, 'still': frozen_modules(learn),
+    return {'times': learn.recorder.times_state(), 'lr': learn.lr, 'still': frozen_modules(learn),
             'places': fit_outcome(learn)}
 
 @patch
 def load_extra_state(self:LearnerHost, tree):
     "Take over what `extra_state` returned"
     learn = self.object
-    learn.recorder.times, learn.lr = list(tree['times']), tree['lr']
+    learn.recorder.load_times(tree['times'])
+    learn.lr = tree['lr']
     for _, param in named_params(learn): param.grad = None
     modules = dict(learn.model.named_modules())
     learn.frozen_stats = [modules[name] for name in tree['still']]

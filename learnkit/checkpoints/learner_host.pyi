@@ -48,6 +48,12 @@ class LearnerHost(Host):
         Returns:
             of str
         """
+    def known_digest(self, t: Any) -> Any: ...
+    def known_tensors(self) -> Any: ...
+    def saving_to(self, folder: Any, store: Any) -> Any:
+        """Returns:
+            context manager
+        """
     def as_built(self) -> Any: ...
     def files_read(self, method: Any, arguments: Any) -> dict:
         """The content of files that a call is to read

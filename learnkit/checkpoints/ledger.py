@@ -70,7 +70,7 @@ class Ledger:
         self.unkept = set()  # methods that are known to return what cannot be kept
         self.memo = {}  # digests of large values, see `fingerprint`
         self.is_as_made = True  # whether the object was neither called nor brought anywhere
-        self.known_digests = KnownDigests()  # of large tensors of the state
+        self.known_digests = self.no_digests()  # of large tensors of the state
         self.root = self.describe(host.root(), reads=False)  # before anything is trained
 
     @property
@@ -171,6 +171,9 @@ def call_text(self:Ledger, method, args, kwargs) -> str:
 
 # %% ../../nbs/checkpoints/05_ledger.ipynb #d1f9ee57
 @patch
+def no_digests(self:Ledger): return KnownDigests(elsewhere=self.host.known_digest)
+
+@patch
 def state_digests(self:Ledger) -> dict: # part of the state -> digest
     "The digests of the state that the object is in"
     return self.store.digests_of(by_part(self.host.state()), self.known_digests.get)
@@ -181,7 +184,7 @@ def put_state(self:Ledger, result=None, callbacks=(), files=()): # (SavedState, 
     tree = {f'state/{part}': value for part, value in by_part(self.host.state()).items()}
     tree |= {'beside': self.host.extra_state(), 'result': result,
              'callbacks': states_of(callbacks), 'files': dict(files)}
-    try: root, digests = self.store.put(tree)
+    try: root, digests = self.store.put(tree, self.host.known_digest)
     except UnstorableError as error:
         raise UnstorableError(str(error).removeprefix('state/')) from None
     def of_state(found): # dict
@@ -198,7 +201,8 @@ def states_of(callbacks): # list of [class, state]
 @patch
 def restore(self:Ledger, saved:SavedState, structure=None, best=None, schedules=True):
     "Bring the object to a stored state: all of it or, with an error, none"
-    tree = self.store.get({'state': saved.state, 'beside': saved.extra, 'best': best})
+    tree = self.store.get({'state': saved.state, 'beside': saved.extra, 'best': best},
+                          self.host.known_tensors())
     self.is_as_made = False
     with self.host.unguarded():
         self.host.restore(joined(tree['state']), tree['beside'], structure, tree['best'], schedules)
@@ -229,7 +233,7 @@ def perform(self:Ledger, call, folder=None): # (result, callbacks, dict: what is
     "Make a call; with a folder it saves there while it runs"
     host, start = self.host, time.perf_counter()
     callbacks, report = host.stateful_arguments(call.values), host.begin_report()
-    with nullcontext() if folder is None else host.saving_to(folder):
+    with nullcontext() if folder is None else host.saving_to(folder, self.local_store):
         try: result = host.call(call.method, call.args, call.kwargs)
         finally: self.note_changes_of(call)
     seconds, ended = time.perf_counter() - start, time.time()

@@ -5,7 +5,6 @@
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
-from ..checkpoints.digests import KnownDigests
 from ..checkpoints.host import Host
 from ..checkpoints.record import Node, SavedState
 from ..fingerprint.values import Fingerprint
@@ -42,7 +41,7 @@ class Ledger:
     unkept: Any
     memo: dict[Any, Any]
     is_as_made: bool
-    known_digests: KnownDigests
+    known_digests: Any
     root: Any
     def __init__(self, host: Host, store: Any, options: Options) -> None: ...
     @property
@@ -223,6 +222,7 @@ class Ledger:
         """
     def call_text(self, method: Any, args: Any, kwargs: Any) -> str:
         """A call as it stands in a script"""
+    def no_digests(self) -> Any: ...
     def state_digests(self) -> dict:
         """The digests of the state that the object is in
 

@@ -28,7 +28,7 @@ class Store:
                  name:str=None, # of the run, to notice `digits` where `Digits` was made
                 ):
         self.folder, self.name, self.format = Path(folder), name, None
-        self.packs = {}  # path -> {digest: number of bytes}
+        self.packs, self.pack_names = {}, set()  # path -> {digest: number of bytes}
         self.pack_of = {}  # digest -> path
         self.unreadable = {}  # path of a pack -> error
         self.check_format()

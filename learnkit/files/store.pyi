@@ -17,6 +17,7 @@ class Store:
     name: str | None
     format: Any
     packs: dict[Any, Any]
+    pack_names: Any
     pack_of: dict[Any, Any]
     unreadable: dict[Any, Any]
     def __init__(self, folder: str | Path, name: str | None = None) -> None:
@@ -74,17 +75,22 @@ class Store:
         """Remove the store with all that is in it; other runs below its folder stay"""
     def refresh(self) -> None:
         """Find out which packs have come and gone"""
-    def add_tensors(self, tensors: list) -> Any:
-        """Write the tensors that are in no pack yet into a new one
+    def add_pack(self, path: Any) -> None:
+        """Note what a pack holds"""
+    def forget_packs(self, paths: Any) -> None:
+        """Some packs are gone; what they held may be in others as well"""
+    def add_tensors(self, tensors: list, digests: list) -> Any:
+        """Write the tensors that are in no pack yet into a new one; fills in the digests
 
         Returns:
-            list of digests
+            digests: None where it is not known
         """
-    def put(self, tree: Any) -> tuple[object, dict]:
+    def put(self, tree: Any, known: Callable | None = None) -> tuple[object, dict]:
         """Store a tree; what no pack holds yet goes into one new pack
 
         Args:
             tree: as for `save_tree`
+            known: tensor -> its digest if that is known, else None
 
         Returns:
             (root, digest of each key)
@@ -94,7 +100,7 @@ class Store:
 
         Args:
             tree: as for `save_tree`
-            known: tensor -> its digest if that is known, else None
+            known: as for `put`
 
         Returns:
             key -> digest
@@ -113,11 +119,12 @@ class Store:
         Returns:
             dict: digest -> tensor
         """
-    def get(self, root: Any) -> Any:
+    def get(self, root: Any, have: dict = ...) -> Any:
         """Read a state, exactly; DamagedError if a tensor is lost or not as it was written
 
         Args:
             root: what `put` returned, or JSON values made of such
+            have: digest -> tensor that need not be read
 
         Returns:
             the tree, its tensors on the cpu

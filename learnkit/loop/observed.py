@@ -24,6 +24,7 @@ from ..files.tree import check_storable
 from ..fingerprint.inspection import is_user_module
 from ..data.resumable import is_stateful
 from ..components.callback import Callback, has_state, named_callbacks
+from .recorder import Recorder
 from .position import PassState
 
 # %% ../../nbs/loop/04_observed.ipynb #41708dd6
@@ -77,7 +78,8 @@ class LearnerScope(Scope):
 
     def children(self, x, path): # dict: name -> value
         "What learnkit's own objects were given by the user: functions, and objects of the user's"
-        if not is_learnkits(type(x)) or type(x) is Callback or x is self.learn: return {}
+        if not is_learnkits(type(x)) or type(x) in (Callback, Recorder) or x is self.learn:
+            return {}
         return {name: value for name, value in super().slots(x, path).items()
                 if name != 'init_args' and self.is_users(value)}
 

@@ -17,8 +17,10 @@ from ..base.dtensors import local_part
 from ..base.ranks import is_main
 from ..base.text import as_seconds, caller_stacklevel, short_path
 from ..files.errors import DamagedError
+from ..files.apart import load_save
+from ..files.growing import GrowingList
 from ..files.saves import load_newest, next_save_path, quarantine_save, save_next, list_saves
-from ..files.tree import check_storable, load_tree
+from ..files.tree import check_storable
 from ..data.loaders import describe
 from ..data.resumable import (
     check_resumable, check_same_loader, restart_workers, generator_states, is_stateful, order_state,
@@ -57,9 +59,9 @@ def read_saved(learn,
               ): # Saved; None when there is none
     "What was saved last"
     if isinstance(resume, Saved): return resume
-    source = resume_source(learn, resume)
+    source, store = resume_source(learn, resume), learn.cbs.inner[ResumePoint].store
     with main_first(learn):  # who reads may quarantine a damaged file
-        found = (load_tree(source), source) if source.is_file() else load_newest(source)
+        found = (load_save(source), source) if source.is_file() else load_newest(source, store)
     if found is None: return None
     tree, path = found
     try: with_shards(learn, tree, path)
@@ -68,7 +70,7 @@ def read_saved(learn,
         with main_first(learn):
             if path.exists(): quarantine_save(path, error)
         return read_saved(learn, resume)
-    return Saved(tree['learner'], tree['times'], short_path(path))
+    return Saved(tree['learner'], GrowingList().items(tree['times']), short_path(path))
 
 def resume_source(learn, resume): # Path of a folder or file
     "Where a fit's saves are: a file, or the folder of a `SaveState`"
@@ -220,6 +222,7 @@ class ResumePoint(Callback):
         self.was_requested = False  # whether the fit was called with resume=
         self.exact = True  # whether batches are replayed whose workers drew random numbers
         self.autosave = None  # see `autosaving`
+        self.store = None  # likewise
         self.valid_rng = []  # of the generators of the validation data
 
     def settings(self): return None
@@ -358,7 +361,9 @@ class SaveState(Callback):
         # Saves of an earlier fit go as soon as this one has its first
         keep, folder = 1 if self._is_first else self.keep, learn.path/self.saves_to
         tree = tree_for_file(learn, per_process=True, path=lambda: next_save_path(folder))
-        if is_main(): save_next(tree, folder, keep=keep)
+        if is_main():
+            store = learn.cbs.inner[ResumePoint].store
+            save_next(tree, folder, keep, learn.recorder.digest, store)
         self._is_first, self._time_was_up = False, learn.time_is_up
         self._record_time(learn)
 
@@ -391,6 +396,7 @@ def progress_by_unit(learn): # dict: unit -> number
 def autosaving(learn,
                path, # folder, below the learner's `path`
                every, # as in `SaveState`
+               store=None, # `Store` that holds what the history was before
               ): # the learner
     "The fits in a `with` block save to numbered folders in `path`, and go on from what is there"
     path, numbers, point = learn.path/path, itertools.count(), learn.cbs.inner[ResumePoint]
@@ -402,10 +408,10 @@ def autosaving(learn,
         folder = path/str(next(numbers))
         cbs = [*as_callbacks(cbs), SaveState(folder, every)]
         return cbs, folder if list_saves(folder) else None
-    before = point.autosave, learn.on_interrupt
-    point.autosave, learn.on_interrupt = autosave, 'raise'
+    before = point.autosave, point.store, learn.on_interrupt
+    point.autosave, point.store, learn.on_interrupt = autosave, store, 'raise'
     try: yield learn
-    finally: point.autosave, learn.on_interrupt = before
+    finally: point.autosave, point.store, learn.on_interrupt = before
 
 @contextmanager
 def without_saving(learn):

@@ -110,6 +110,7 @@ class ResumePoint(Callback):
     was_requested: bool
     exact: bool
     autosave: Any
+    store: Any
     valid_rng: list[Any]
     def __init__(self) -> None: ...
     def settings(self) -> Any: ...
@@ -185,12 +186,18 @@ def progress_by_unit(learn: Learner) -> Any:
         dict: unit -> number
     """
 
-def autosaving(learn: Learner, path: Any, every: Any) -> AbstractContextManager[Any]:
+def autosaving(
+        learn: Learner,
+        path: Any,
+        every: Any,
+        store: Any = None,
+) -> AbstractContextManager[Any]:
     """The fits in a `with` block save to numbered folders in `path`, and go on from what is there
 
     Args:
         path: folder, below the learner's `path`
         every: as in `SaveState`
+        store: `Store` that holds what the history was before
 
     Returns:
         the learner
