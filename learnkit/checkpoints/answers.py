@@ -15,7 +15,8 @@ from ..files.durable import remove_path
 from ..files.errors import UnstorableError
 from ..files.ids import id_text
 from ..files.tree import json_digest
-from .record import Position, not_kept, state_after, structure_after
+from .record import (
+    CallRecord, Position, not_kept, state_after, structure_after)
 from .host import method_kind
 from .digests import joined
 from .ledger import Ledger, states_of
@@ -31,7 +32,8 @@ def answer_key(call, digests, structure:dict): # 64 hex digits
 @patch
 def find_answer(self:Ledger, node, key, call): # CallRecord; None
     "The record of an answer, unless its values are lost"
-    found = next((answer for answer in node.answers if answer.answer_key == key), None)
+    found = self.store.answer(node.id, key)
+    found = found and CallRecord(found)
     if found is None or self.store.holds([found.result, found.callbacks]):
         is_old = found and self.options.computes_changed_code and self.changed_code(found, call)
         return None if is_old else found
@@ -62,8 +64,7 @@ def compute_answer(self:Ledger, node, call, key, folder=None):
     answer = {'key': key, 'method': call.method, 'text': call.text, 'kind': call.kind,
               'arguments': call.arguments.tree, 'code': self.code_of(call),
               'versions': self.arithmetic_of(call)}
-    node.put_answer(answer | facts | self.store.put(tree)[0])
-    self.store.write(node.json)
+    self.store.write_answer(node.id, answer | facts | self.store.put(tree)[0])
     return self.unpack(call, facts['returns_host'], packed, copy=True)
 
 # %% ../../nbs/checkpoints/07_answers.ipynb #0177290c
@@ -173,12 +174,11 @@ class Cache:
 def forget_answers(self:Ledger, id, method):
     "Delete the answers of a method, or all"
     with self.store.writing():
-        node = self.node(id)
-        have = sorted({answer.method for answer in node.answers})
+        self.node(id)  # KeyError where there is none
+        answers = self.store.answers(id)
+        have = sorted({answer['method'] for answer in answers})
         if method is not None and method not in have:
             raise KeyError(f'checkpoint {id_text(id)} has no answers of {method!r}; it has those '
                            f'of: {", ".join(have) or "none"}')
-        node.drop_answers(method)
-        self.store.write(node.json)
-    if self.block is not None and self.block.id == id:
-        self.block.node.adopt_answers(node)
+        for answer in answers:
+            if method in (None, answer['method']): self.store.delete_answer(id, answer['key'])

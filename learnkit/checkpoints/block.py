@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/checkpoints/08_block.ipynb #475bdc6a
-import os, warnings
+import json, os, warnings
 from contextlib import ExitStack, contextmanager, suppress
 from fastcore.basics import patch
 from ..base.text import caller_stacklevel
@@ -38,6 +38,7 @@ class Block:
         self.has_adopted = False  # whether the record has taken over what was asked for
         self.has_compared = False  # whether the beginning of the run was compared
         self.findings = {'code_changed': []}  # what else is to be written into the node
+        self.written, self.described = None, set()  # what the record on disk says, see `write`
 
     def __repr__(self):
         made = ', '.join(call.text for call in self.made) or 'no call yet'
@@ -80,7 +81,6 @@ def acquire_lock(self:Block) -> bool:
     self.lock.enter_context(ledger.store.writing())
     self.is_locked = True
     stored, node = ledger.read(self.id), self.node
-    if stored is not None: node.adopt_answers(stored)  # they may grow beside the calls
     if content_text(stored) == self.known: return True
     n = len(self.made)
     follows = stored is not None and self.known == content_text(node) and (
@@ -121,10 +121,29 @@ def stored_state(self:Block, digests) -> SavedState:
 
 # %% ../../nbs/checkpoints/08_block.ipynb #e50d1a09
 @patch
+def write(self:Block, k=None): # number of the one call that has changed; None: write all
+    "Write the record; where all else is as it was written, the call alone"
+    node, store, head = self.node, self.ledger.store, head_text(self.node)
+    if k is None or head != self.written:
+        store.write(node.json)
+        self.written, self.described = head, set(node.descriptions)
+        return
+    new = {digest: node.descriptions[digest] for digest in node.descriptions.keys()
+           - self.described}
+    store.write_call(self.id, k, node.call(k).json, new)
+    self.described |= new.keys()
+
+def head_text(node): # str
+    "What a record says besides its calls and what they are made of"
+    rest = {name: value for name, value in node.json.items()
+            if name not in ('calls', 'described', 'history')}
+    return json.dumps([rest, [version['n'] for version in node.json['history']]])
+
+@patch
 def note(self:Block, record, **facts):
     "Note of a call that has failed what a next run may want to know"
     record.json.update(facts)
-    self.ledger.store.write(self.node.json)
+    self.write(len(self.made))
 
 @patch
 def note_findings(self:Block):
@@ -137,7 +156,7 @@ def note_findings(self:Block):
     def write(): # bool
         if not os.access(store.folder, os.W_OK): return False
         with suppress(LockedError), store.writing(wait=0.):
-            store.write(store.read(self.id) | self.findings)
+            store.write(store.read(self.id, answers=False) | self.findings)
             return True
         return False
     if self.is_locked or ledger.on_main(write): self.node.json.update(self.findings)
@@ -223,7 +242,7 @@ def compute(self:Block, call, digests, record):
     folder = ledger.store.work(self.id)/str(k)
     if record is None: forget_saves(folder)
     node.set_call(k, running)
-    ledger.store.write(node.json)
+    self.write(k)
     return self.make(call, running, folder)
 
 @patch
@@ -259,7 +278,7 @@ def make(self:Block, call, record, folder):
         raise
     record.complete(saved, structure_after=digests_of(structure), seals=seals, **roots, **facts)
     self.node.add_descriptions(structure)
-    ledger.store.write(self.node.json)
+    self.write(len(self.made))
     forget_saves(folder)
     self.diverged = False
     self.add_made(call)
@@ -299,7 +318,7 @@ def close(self:Block):
     if not self.acquire_lock(): return self.close()
     if last_only: self.node.drop_inner_states()
     self.node.closed = True
-    ledger.store.write(self.node.json)
+    self.write()
     if last_only: ledger.store.gc(False)
 
 # %% ../../nbs/checkpoints/08_block.ipynb #dbfc26de
@@ -436,7 +455,9 @@ def answer_pure_call(self:Block, call):
     if ledger.planning:
         raise PlanEnds(f'checkpoint {id_text(self.id)}: {call.text} would be computed')
     if not self.acquire_lock(): return self.answer_pure_call(call)
-    if not self.node.has_begun: self.record_start(recorded)
+    if not self.node.has_begun:
+        self.record_start(recorded)
+        self.write()
     if self.diverged or recorded != digests: self.go_before_call(len(self.made))
     return ledger.compute_answer(self.node, call, key)
 

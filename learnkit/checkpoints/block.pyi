@@ -21,6 +21,8 @@ class Block:
     has_adopted: bool
     has_compared: bool
     findings: dict[str, Any]
+    written: Any
+    described: Any
     def __init__(self, ledger: Any, node: Any, structure: Any, known: Any) -> None: ...
     def __repr__(self) -> str: ...
     def acquire_lock(self) -> bool:
@@ -31,6 +33,12 @@ class Block:
         """Whether the object has moved on from a recorded state, or what lies beside it was changed"""
     def stored_state(self, digests: Any) -> SavedState:
         """Store the state that the object is in"""
+    def write(self, k: Any = None) -> Any:
+        """Write the record; where all else is as it was written, the call alone
+
+        Returns:
+            number of the one call that has changed; None: write all
+        """
     def note(self, record: Any, **facts: Any) -> None:
         """Note of a call that has failed what a next run may want to know"""
     def note_findings(self) -> None:
@@ -89,6 +97,13 @@ def open_block(ledger: Any, id: Any, description: Any = '', parent: Any = None) 
 
     Returns:
         Block
+    """
+
+def head_text(node: Any) -> str:
+    """What a record says besides its calls and what they are made of
+
+    Returns:
+        str
     """
 
 class BlockProxy:

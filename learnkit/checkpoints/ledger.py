@@ -85,7 +85,7 @@ class Ledger:
 # %% ../../nbs/checkpoints/05_ledger.ipynb #e24c7e7f
 @patch
 def read(self:Ledger, id): # Node; None where there is none
-    found = self.store.read(id)
+    found = self.store.read(id, False)
     return None if found is None else Node(found)
 
 @patch

@@ -135,7 +135,8 @@ class Node(View):
     def call(self, k): return CallRecord(self.json['calls'][k])
 
     @property
-    def answers(self): return [CallRecord(answer) for answer in self.json['answers']]
+    def answers(self): # list of CallRecords, if they were read
+        return [CallRecord(answer) for answer in self.json.get('answers', [])]
 
     @property
     def has_begun(self): return self.json['begin'] is not None
@@ -149,7 +150,7 @@ class Node(View):
     @property
     def last_change(self): # seconds since 1970
         "When something was last computed"
-        entries = [*self.json['calls'], *self.json['answers']]
+        entries = [*self.json['calls'], *self.json.get('answers', [])]
         return max([self.created, *(one.get('ended', one.get('started', 0)) for one in entries)])
 
     @property
@@ -161,7 +162,7 @@ class Node(View):
 def new_node(id, description, host, # name of the class of the object whose calls are recorded
              position, # where it stands; None: at the beginning
              digest=None, # of the state there
-             old=None, # Node that is computed anew; its answers stay
+             old=None, # Node that is computed anew
             ): # Node
     "A checkpoint of which nothing is recorded yet"
     return Node({'id': id, 'parent': position and position.id,
@@ -170,8 +171,7 @@ def new_node(id, description, host, # name of the class of the object whose call
                  'created': old.created if old else time.time(), 'closed': False, 'begin': None,
                  'beginning': None, 'code_changed': [], 'described': {}, 'calls': [],
                  'accepting': None, 'accepted': old.json['accepted'] if old else [],
-                 'history': old.json['history'] if old else [],
-                 'answers': old.json['answers'] if old else []})
+                 'history': old.json['history'] if old else []})
 
 @patch
 def described_as(self:Node, description) -> Node:
@@ -226,22 +226,7 @@ def complete(self:CallRecord, saved, **facts):
     self.json.update(after=saved.digests, state=saved.state, beside=saved.extra, **facts,
                      status='complete')
 
-@patch
-def put_answer(self:Node, answer:dict):
-    "Put a row into the table of answers, in place of one with the same key"
-    self.json['answers'] = [*(old for old in self.json['answers'] if old['key'] != answer['key']),
-                            answer]
 
-@patch
-def adopt_answers(self:Node, other):
-    "Take over the table of answers of another node"
-    self.json['answers'] = other.json['answers']
-
-@patch
-def drop_answers(self:Node, method):
-    "Forget the answers of a method; None: all"
-    self.json['answers'] = [answer for answer in self.json['answers']
-                            if method not in (None, answer['method'])]
 
 # %% ../../nbs/checkpoints/01_record.ipynb #6ffa1bf4
 VERSION = ('parent', 'parent_call', 'parent_state', 'description', 'closed', 'begin', 'beginning',

@@ -154,7 +154,10 @@ class Node(View):
     def n_calls(self) -> Any: ...
     def call(self, k: Any) -> Any: ...
     @property
-    def answers(self) -> Any: ...
+    def answers(self) -> Any:
+        """Returns:
+            list of CallRecords, if they were read
+        """
     @property
     def has_begun(self) -> Any: ...
     @property
@@ -199,12 +202,6 @@ class Node(View):
     def set_call(self, k: Any, record: Any) -> None: ...
     def drop_inner_states(self) -> None:
         """Forget the states of all calls but the last"""
-    def put_answer(self, answer: dict) -> None:
-        """Put a row into the table of answers, in place of one with the same key"""
-    def adopt_answers(self, other: Any) -> None:
-        """Take over the table of answers of another node"""
-    def drop_answers(self, method: Any) -> None:
-        """Forget the answers of a method; None: all"""
     @property
     def is_finished(self) -> bool:
         """Whether the block has ended, with all of its calls"""
@@ -235,7 +232,7 @@ def new_node(
         id, description, host: name of the class of the object whose calls are recorded
         position: where it stands; None: at the beginning
         digest: of the state there
-        old: Node that is computed anew; its answers stay
+        old: Node that is computed anew
 
     Returns:
         Node

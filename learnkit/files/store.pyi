@@ -40,6 +40,12 @@ class Store:
         Returns:
             list of Paths
         """
+    def stale_answers(self, records: dict) -> Any:
+        """Answers of checkpoints that are gone
+
+        Returns:
+            list of Paths
+        """
     def left_over_files(self, stale: Any) -> Any:
         """Temporary files of processes that are no more, but for those in stale folders
 
@@ -193,11 +199,20 @@ class Store:
         """
     def ids(self) -> list:
         """The ids of all checkpoints, numbers first"""
-    def read(self, id: Any) -> dict | None:
+    def read(self, id: Any, answers: bool = True) -> dict | None:
         """The record of a checkpoint; DamagedError if it is not as it was written
+
+        Args:
+            answers: whether those of pure methods are read, too
 
         Returns:
             None where there is no such checkpoint
+        """
+    def read_record(self, path: Any, id: Any) -> Any:
+        """What is in a file of a checkpoint
+
+        Returns:
+            (dict, bytes)
         """
     def write(self, node: dict) -> None:
         """Write the record of a checkpoint, in place of an older one
@@ -209,4 +224,42 @@ class Store:
         """The folder for the saves of a running call"""
     def delete(self, id: Any) -> None:
         """Delete a checkpoint, and then the saves of its running call; `gc` frees its tensors"""
+    def calls_folder(self, id: Any) -> Path:
+        """Returns:
+            Path
+        """
+    def write_call(self, id: Any, k: int, call: dict, described: Any = ...) -> None:
+        """Write what has become of a call, beside the record
+
+        Args:
+            id, k: number of the call
+            call: JSON values
+            described: what the record does not describe yet, by digest
+        """
+    def add_calls(self, record: Any, digest: Any) -> Any:
+        """Put the calls that were written beside a record into it
+
+        Returns:
+            of the record
+        """
+    def answers_folder(self, id: Any) -> Path:
+        """Returns:
+            Path
+        """
+    def write_answer(self, id: Any, answer: dict) -> Any:
+        """Put an answer into the table, in place of one with the same key
+
+        Returns:
+            JSON values, 'key' among them
+        """
+    def answer(self, id: Any, key: Any) -> dict | None:
+        """An answer by its key
+
+        Returns:
+            None where there is none
+        """
+    def answers(self, id: Any) -> list:
+        """All answers of a checkpoint, the oldest first"""
+    def delete_answer(self, id: Any, key: Any) -> None:
+        """Take an answer out of the table"""
 SUBFOLDERS: tuple[str, ...]
