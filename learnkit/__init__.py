@@ -171,6 +171,7 @@ from .checkpoints import digests as _digests
 from .checkpoints import ledger as _ledger
 from .checkpoints import beginning as _beginning
 from .checkpoints import changes as _changes
+from .checkpoints import kept as _kept
 from .checkpoints import answers as _answers
 from .checkpoints import renewal as _renewal
 from .checkpoints import block as _block

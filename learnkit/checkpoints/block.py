@@ -6,25 +6,27 @@
 __all__ = []
 
 # %% ../../nbs/checkpoints/08_block.ipynb #475bdc6a
-import json, os, warnings
-from contextlib import ExitStack, contextmanager, suppress
+import warnings
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from fastcore.basics import patch
 from ..base.text import caller_stacklevel
-from ..files.errors import DamagedError, LockedError, UnstorableError
+from ..files.errors import DamagedError, UnstorableError
 from ..files.ids import id_text
 from ..files.tree import tree_digest
 from ..fingerprint.differences import differences
 from .record import (
-    CallRecord, Position, SavedState, StaleCheckpoint, content_text, differing,
+    CallRecord, Position, SavedState, StaleCheckpoint, content_text, differing, head_text,
     running_call, state_at, state_before)
-from .host import method_kind
+from .host import method_kind, same_objects
 from .digests import KnownDigests, by_part, joined
 from .ledger import digests_of
 from .beginning import beginning
 from .changes import PlanEnds, go_to_start
+from .kept import check_kept, drop_states, droppable_states, free_dropped
 from .answers import answer_key, forget_saves
 from .renewal import (
-    accept_code, begin_anew, check_beginning, must_compute, take_older)
+    accept_code, begin_anew, check_beginning, must_compute, note_findings, take_older)
 
 # %% ../../nbs/checkpoints/08_block.ipynb #39cdd6c5
 class Block:
@@ -97,8 +99,10 @@ def acquire_lock(self:Block) -> bool:
 def record_start(self:Block, digests):
     "Record where the checkpoint begins; its state is stored unless it is its parent's end"
     ledger, node, parent = self.ledger, self.node, self.node.parent_position
-    is_new = parent is None or parent.call == 'best' or self.has_left(
-        state_at(ledger.node, parent), digests)
+    is_new = parent is None or parent.call == 'best'
+    if not is_new:
+        end = state_at(ledger.node, parent)
+        is_new = self.has_left(end, digests) or bool(end.lacks) and not ledger.lacks
     start = self.stored_state(digests) if is_new else SavedState(digests, None, None)
     node.add_descriptions(self.structure)
     node.set_start(start, digests_of(self.structure))
@@ -110,7 +114,9 @@ def has_left(self:Block, saved, digests) -> bool:
     "Whether the object has moved on from a recorded state, or what lies beside it was changed"
     if saved.digests != digests: return True
     ledger, extra = self.ledger, self.ledger.host.extra_state()
-    def differs(): return tree_digest(ledger.local_store.get(saved.extra)) != tree_digest(extra)
+    def differs():
+        recorded = ledger.local_store.get(saved.extra, ledger.host.known_tensors())
+        return tree_digest(recorded) != tree_digest(extra)
     return ledger.on_main(differs)
 
 @patch
@@ -133,33 +139,12 @@ def write(self:Block, k=None): # number of the one call that has changed; None: 
     store.write_call(self.id, k, node.call(k).json, new)
     self.described |= new.keys()
 
-def head_text(node): # str
-    "What a record says besides its calls and what they are made of"
-    rest = {name: value for name, value in node.json.items()
-            if name not in ('calls', 'described', 'history')}
-    return json.dumps([rest, [version['n'] for version in node.json['history']]])
-
 @patch
 def note(self:Block, record, **facts):
     "Note of a call that has failed what a next run may want to know"
     record.json.update(facts)
     self.write(len(self.made))
 
-@patch
-def note_findings(self:Block):
-    "Write what was found out beside the calls, unless somebody else is writing just now"
-    ledger = self.ledger
-    node, store = ledger.read(self.id), ledger.local_store
-    if node is None or ledger.planning: return
-    self.findings['code_changed'] = sorted({*self.findings['code_changed']})
-    if all(node.json[name] == value for name, value in self.findings.items()): return
-    def write(): # bool
-        if not os.access(store.folder, os.W_OK): return False
-        with suppress(LockedError), store.writing(wait=0.):
-            store.write(store.read(self.id, answers=False) | self.findings)
-            return True
-        return False
-    if self.is_locked or ledger.on_main(write): self.node.json.update(self.findings)
 
 # %% ../../nbs/checkpoints/08_block.ipynb #cafa6c2f
 @patch
@@ -218,9 +203,10 @@ def state_digests(self:Block) -> dict: # part of the state -> digest
 @patch
 def add_made(self:Block, call):
     "A call is fetched or computed"
-    ledger = self.ledger
-    self.made.append(call)
-    ledger.structures[self.id, len(self.made)] = ledger.host.structure_objects()
+    ledger, n = self.ledger, len(self.made)
+    self.made.append(replace(call, values={}, arguments=None, structure={}))  # as recorded
+    now, before = ledger.host.structure_objects(), ledger.structures[self.id, n]
+    ledger.structures[self.id, n + 1] = before if same_objects(before, now) else now
 
 # %% ../../nbs/checkpoints/08_block.ipynb #3d268e7c
 @patch
@@ -238,6 +224,8 @@ def compute(self:Block, call, digests, record):
     if self.diverged or record and digests != saved.digests:
         self.go_before_call(k)
         digests = saved.digests
+    check_kept(ledger, node.parent if k == 0 and node.start.state is None else self.id, call,
+               ledger.lacks)
     running = self.begin_call(call, digests, saved, record)
     folder = ledger.store.work(self.id)/str(k)
     if record is None: forget_saves(folder)
@@ -263,6 +251,7 @@ def make(self:Block, call, record, folder):
     "Make a call and record what came of it; if it fails the record says that it runs"
     ledger = self.ledger
     ledger.known_digests, self.diverged, ledger.is_as_made = ledger.no_digests(), True, False
+    if call.kind != 'pure': ledger.lacks = {}
     try: result, callbacks, facts = ledger.perform(call, folder.absolute())
     except KeyboardInterrupt:
         if ledger.host.ranks is None: self.note(record, left=ledger.state_digests())
@@ -309,25 +298,19 @@ def close(self:Block):
         self.acquire_lock()
         self.node.drop_calls(n)
     if not n: self.record_bookmark()
-    self.note_findings()
+    note_findings(self)
     if self.node.accepted != (ledger.read(self.id) or self.node).accepted:
         self.node.accepting = None  # it was used
-    node, last_only = self.node, self.has_inner_states()
-    if ledger.read(self.id) == node and node.closed and not last_only: return
+    node, droppable = self.node, droppable_states(ledger, self.node)
+    if ledger.read(self.id) == node and node.closed and not droppable: return
     if ledger.planning: return
     if not self.acquire_lock(): return self.close()
-    if last_only: self.node.drop_inner_states()
+    drop_states(ledger, self.node)
     self.node.closed = True
     self.write()
-    if last_only: ledger.store.gc(False)
+    free_dropped(ledger)
 
 # %% ../../nbs/checkpoints/08_block.ipynb #dbfc26de
-@patch
-def has_inner_states(self:Block) -> bool:
-    "Whether states inside the block are to be forgotten"
-    inner = self.node.calls[:-1]
-    return self.ledger.options.keep == 'last' and any(call.after.state for call in inner)
-
 @patch
 def record_bookmark(self:Block):
     "Record the state as it stands"
@@ -412,6 +395,7 @@ def load_state(self:Block, tree, saved):
     live = by_part(host.state())
     fixed = {part: value for part, value in live.items() if part not in host.may_drift}
     ledger.known_digests = KnownDigests(fixed, saved.state, host.known_digest)
+    ledger.note_lacks(saved)
 
 # %% ../../nbs/checkpoints/08_block.ipynb #b1d751b1
 @patch
@@ -420,7 +404,7 @@ def go_before_call(self:Block, k):
     ledger, node, id = self.ledger, self.node, id_text(self.id)
     for j in range(k, -1, -1):
         saved = state_before(ledger.read, node, j)
-        if saved.state is None: continue
+        if saved.state is None or saved.lacks and j < k: continue
         try: ledger.restore(saved, ledger.structures.get((self.id, j)))
         except DamagedError as error: warnings.warn(f'{error}', stacklevel=caller_stacklevel())
         else: break
@@ -459,6 +443,7 @@ def answer_pure_call(self:Block, call):
         self.record_start(recorded)
         self.write()
     if self.diverged or recorded != digests: self.go_before_call(len(self.made))
+    check_kept(ledger, self.id, call, ledger.lacks)
     return ledger.compute_answer(self.node, call, key)
 
 @patch

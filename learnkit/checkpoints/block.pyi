@@ -41,8 +41,6 @@ class Block:
         """
     def note(self, record: Any, **facts: Any) -> None:
         """Note of a call that has failed what a next run may want to know"""
-    def note_findings(self) -> None:
-        """Write what was found out beside the calls, unless somebody else is writing just now"""
     def call(self, name: Any, args: Any, kwargs: Any) -> Any:
         """Fetch or compute a call"""
     def numbered_call(self, call: Any) -> Any:
@@ -65,8 +63,6 @@ class Block:
         """Raise RuntimeError when a call has changed what a run that fetches it would not change"""
     def close(self) -> Any:
         """The block ends: what is recorded beyond it is stale, and an empty block is a bookmark"""
-    def has_inner_states(self) -> bool:
-        """Whether states inside the block are to be forgotten"""
     def record_bookmark(self) -> Any:
         """Record the state as it stands"""
     def break_off(self) -> None:
@@ -97,13 +93,6 @@ def open_block(ledger: Any, id: Any, description: Any = '', parent: Any = None) 
 
     Returns:
         Block
-    """
-
-def head_text(node: Any) -> str:
-    """What a record says besides its calls and what they are made of
-
-    Returns:
-        str
     """
 
 class BlockProxy:

@@ -255,6 +255,9 @@ def roll_back(self:Ledger, position, schedules=True):
         self.check_put_together(node, structure_after(node, n), self.host.may_differ_in_rollback)
     best = best_root(node) if position.call == 'best' else None
     self.restore(saved, structure, best, schedules)
+    if self.lacks:
+        self.host.show(f"the moments of the optimizer at {position_text(position)} were not kept: "
+                       'outside of a block training goes on with new ones')
     self.position, self.ancestors = position, ancestors(self.read, node.id)
 
 @patch

@@ -87,6 +87,14 @@ def known_objects(self:Host) -> dict: # id of an object -> what to call it
 def structure_objects(self:Host): # live objects
     "What `restore` needs to give the object the structure that it has now"
 
+def same_objects(a, b): # bool
+    "Whether two nestings hold the same live objects"
+    if a is b or isinstance(a, int) and a == b: return True
+    if type(a) is not type(b) or not isinstance(a, (dict, list, tuple)) or len(a) != len(b):
+        return False
+    if not isinstance(a, dict): return all(map(same_objects, a, b))
+    return a.keys() == b.keys() and all(same_objects(a[key], b[key]) for key in a)
+
 @patch
 def restore(self:Host, state, extra,
             structure=None, # as from `structure_objects`; None: it stays as it is
@@ -147,6 +155,16 @@ def files_written(self:Host, arguments:dict) -> list: # of paths
 def unused_by(self:Host, method:str) -> tuple:
     "Parts of state and structure that a pure method does not follow from; see `restore_used`"
     return ()
+
+@patch
+def makes_anew(self:Host, call) -> tuple:
+    "Parts of the state that a call makes anew, whatever they were"
+    return ()
+
+@patch
+def without_moments(self:Host, state): # (root, parts that are not whole then)
+    "A stored state without what only matters where training goes on"
+    return state, ()
 
 @patch
 def restore_used(self:Host, state):

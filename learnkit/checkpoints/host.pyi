@@ -165,6 +165,14 @@ class Host:
         """
     def unused_by(self, method: str) -> tuple:
         """Parts of state and structure that a pure method does not follow from; see `restore_used`"""
+    def makes_anew(self, call: Any) -> tuple:
+        """Parts of the state that a call makes anew, whatever they were"""
+    def without_moments(self, state: Any) -> Any:
+        """A stored state without what only matters where training goes on
+
+        Returns:
+            (root, parts that are not whole then)
+        """
     def restore_used(self, state: Any) -> None:
         """Load a state without the parts that are unused"""
     def stateful_arguments(self, arguments: dict) -> list:
@@ -222,6 +230,13 @@ class Host:
         Returns:
             str, perhaps empty; None: more has changed
         """
+
+def same_objects(a: Any, b: Any) -> bool:
+    """Whether two nestings hold the same live objects
+
+    Returns:
+        bool
+    """
 
 @singledispatch
 def make_host(obj: Any, construction: Construction, save_every: str = '1 epoch') -> Host:

@@ -17,6 +17,7 @@ from ..base.guard import is_learnkits
 from ..base.randomness import set_rng_state
 from ..files.errors import UnstorableError
 from ..files.durable import file_digest
+from ..files.records import referenced_digests
 from ..files.tree import check_storable, tree_digest
 from ..components.callback import Callback
 from ..fingerprint.words import as_text
@@ -65,6 +66,19 @@ class LearnerHost(Host):
     def show(self, text): show_message(self.object, text)
     def state(self): return self.object.saved_tree(together=True)['learner']
     def unused_by(self, method): return TRAINING_ONLY if method in MODEL_METHODS else ()
+
+    def makes_anew(self, call):
+        values = call.values
+        has_new = values.get('reset_opt') is True or (
+            call.method == 'setup' and values.get('opt_func') is not None)
+        return ('opt',) if has_new else ()
+
+    def without_moments(self, state):
+        "Without what an optimizer keeps of each parameter, where it is laid out as torch's are"
+        opt = state.get('opt') or {}
+        inner = opt.get('state_dict') or {}
+        if not referenced_digests(inner.get('state')): return state, ()
+        return {**state, 'opt': {**opt, 'state_dict': {**inner, 'state': {}}}}, ('opt',)
 
 # %% ../../nbs/checkpoints/10_learner_host.ipynb #2645496b
 @patch

@@ -42,7 +42,8 @@ class Options:
     ignore: tuple = ()
 
     def __post_init__(self):
-        for option, choices in (('on_change', ('error', 'rerun')), ('keep', ('calls', 'last')),
+        for option, choices in (('on_change', ('error', 'rerun')),
+                                ('keep', ('calls', 'last', 'weights')),
                                 ('code', ('warn', 'strict', 'rerun'))):
             value = getattr(self, option)
             if value not in choices:
@@ -71,6 +72,8 @@ class Ledger:
         self.memo = {}  # digests of large values, see `fingerprint`
         self.is_as_made = True  # whether the object was neither called nor brought anywhere
         self.known_digests = self.no_digests()  # of large tensors of the state
+        self.lacks = {}  # part of the state -> (digest as it is, as it was recorded), see `kept`
+        self.dropped = 0  # bytes that were dropped and not freed yet
         self.root = self.describe(host.root(), reads=False)  # before anything is trained
 
     @property
@@ -176,7 +179,9 @@ def no_digests(self:Ledger): return KnownDigests(elsewhere=self.host.known_diges
 @patch
 def state_digests(self:Ledger) -> dict: # part of the state -> digest
     "The digests of the state that the object is in"
-    return self.store.digests_of(by_part(self.host.state()), self.known_digests.get)
+    found = self.store.digests_of(by_part(self.host.state()), self.known_digests.get)
+    return found | {part: recorded for part, (now, recorded) in self.lacks.items()
+                    if found[part] == now}
 
 @patch
 def put_state(self:Ledger, result=None, callbacks=(), files=()): # (SavedState, dict of roots)
@@ -199,6 +204,15 @@ def states_of(callbacks): # list of [class, state]
 
 # %% ../../nbs/checkpoints/05_ledger.ipynb #319bb469
 @patch
+def note_lacks(self:Ledger, saved:SavedState): # which the object is in now
+    "Note what the object lacks of a recorded state"
+    self.lacks = {}
+    if not saved.lacks: return
+    live = by_part(self.host.state())
+    now = self.store.digests_of({part: live[part] for part in saved.lacks})
+    self.lacks = {part: (now[part], saved.digests[part]) for part in saved.lacks}
+
+@patch
 def restore(self:Ledger, saved:SavedState, structure=None, best=None, schedules=True):
     "Bring the object to a stored state: all of it or, with an error, none"
     tree = self.store.get({'state': saved.state, 'beside': saved.extra, 'best': best},
@@ -206,6 +220,8 @@ def restore(self:Ledger, saved:SavedState, structure=None, best=None, schedules=
     self.is_as_made = False
     with self.host.unguarded():
         self.host.restore(joined(tree['state']), tree['beside'], structure, tree['best'], schedules)
+    if best is None: self.note_lacks(saved)
+    else: self.lacks = {}  # the best model comes with moments of its own
 
 
 # %% ../../nbs/checkpoints/05_ledger.ipynb #d014b1e1

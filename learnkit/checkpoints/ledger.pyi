@@ -42,6 +42,8 @@ class Ledger:
     memo: dict[Any, Any]
     is_as_made: bool
     known_digests: Any
+    lacks: dict[Any, Any]
+    dropped: int
     root: Any
     def __init__(self, host: Host, store: Any, options: Options) -> None: ...
     @property
@@ -234,6 +236,12 @@ class Ledger:
 
         Returns:
             (SavedState, dict of roots)
+        """
+    def note_lacks(self, saved: SavedState) -> Any:
+        """Note what the object lacks of a recorded state
+
+        Returns:
+            which the object is in now
         """
     def restore(
             self,

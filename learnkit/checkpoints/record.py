@@ -53,6 +53,7 @@ class SavedState:
     digests: dict # part of the state -> digest
     state: object # root of its tree in the store; None: it was not kept
     extra: object # root of what is stored beside it: times and the like, which are no part of it
+    lacks: tuple = () # parts of the state that were not kept whole
 
 # %% ../../nbs/checkpoints/01_record.ipynb #3fc4e67d
 class CallRecord(View):
@@ -102,7 +103,8 @@ def report(self:CallRecord) -> dict: # rows, epochs, fits, metrics, best; empty 
 @patch(as_prop=True)
 def after(self:CallRecord) -> SavedState:
     "The state that the call left behind"
-    return SavedState(self.json['after'], self.json['state'], self.json['beside'])
+    return SavedState(self.json['after'], self.json['state'], self.json['beside'],
+                      tuple(self.json.get('lacks', ())))
 
 @patch(as_prop=True)
 def start(self:CallRecord): # SavedState; None: the state that the call before it left behind
@@ -112,9 +114,11 @@ def start(self:CallRecord): # SavedState; None: the state that the call before i
 @patch(set_prop=True)
 def start(self:CallRecord, saved): self.json['begin'] = saved and state_json(saved)
 
-def saved_state(json): return SavedState(json['parts'], json['state'], json['beside'])
+def saved_state(json):
+    return SavedState(json['parts'], json['state'], json['beside'], tuple(json['lacks']))
 def state_json(saved): # dict
-    return {'parts': saved.digests, 'state': saved.state, 'beside': saved.extra}
+    return {'parts': saved.digests, 'state': saved.state, 'beside': saved.extra,
+            'lacks': list(saved.lacks)}
 
 # %% ../../nbs/checkpoints/01_record.ipynb #4223b343
 class Node(View):
@@ -186,7 +190,7 @@ def set_start(self:Node, saved, structure:dict):
 @patch
 def adopt_start(self:Node, saved):
     "Keep the state that the checkpoint began from, as its parent is deleted"
-    self.json['begin'] |= {'state': saved.state, 'beside': saved.extra}
+    self.json['begin'] |= {'state': saved.state, 'beside': saved.extra, 'lacks': list(saved.lacks)}
 
 @patch
 def add_descriptions(self:Node, structure:dict): # name -> Fingerprint
@@ -207,10 +211,7 @@ def files(self:Node): # dict: seal -> root
 @patch
 def set_call(self:Node, k, record): self.json['calls'][k:k + 1] = [record.json]
 
-@patch
-def drop_inner_states(self:Node):
-    "Forget the states of all calls but the last"
-    for call in self.json['calls'][:-1]: call['state'] = call['begin'] = None
+
 
 # %% ../../nbs/checkpoints/01_record.ipynb #2c47568f
 def running_call(method, text, kind, arguments, structure, before, code, versions): # CallRecord
@@ -339,9 +340,15 @@ def content_text(node): # str; None for a checkpoint that is not recorded
     if node is None or not node.has_begun: return None
     return json.dumps([node.json['calls'], node.json['begin']])
 
+def head_text(node): # str
+    "What a record says besides its calls and what they are made of"
+    rest = {name: value for name, value in node.json.items()
+            if name not in ('calls', 'described', 'history')}
+    return json.dumps([rest, [version['n'] for version in node.json['history']]])
+
 def not_kept(node): # LookupError
     return LookupError(f'the state of checkpoint {id_text(node.id)} there was not kept, as its run '
-                       "has keep='last'")
+                       "does not keep='calls'")
 
 def fetched_text(node, record, folder): # str
     "The line that is shown when a call is fetched"

@@ -49,6 +49,8 @@ class SavedState:
     """root of its tree in the store; None: it was not kept"""
     extra: Any
     """root of what is stored beside it: times and the like, which are no part of it"""
+    lacks: tuple = ...
+    """parts of the state that were not kept whole"""
 
 class CallRecord(View):
     """A recorded call, or an answer of a pure method"""
@@ -200,8 +202,6 @@ class Node(View):
             dict: seal -> root
         """
     def set_call(self, k: Any, record: Any) -> None: ...
-    def drop_inner_states(self) -> None:
-        """Forget the states of all calls but the last"""
     @property
     def is_finished(self) -> bool:
         """Whether the block has ended, with all of its calls"""
@@ -333,6 +333,13 @@ def content_text(node: Any) -> Any:
 
     Returns:
         str; None for a checkpoint that is not recorded
+    """
+
+def head_text(node: Any) -> str:
+    """What a record says besides its calls and what they are made of
+
+    Returns:
+        str
     """
 
 def not_kept(node: Any) -> LookupError:

@@ -69,14 +69,16 @@ def add_pack(self:Store, path):
     else:
         self.packs[path] = sizes
         self.pack_names.add(path.name)
+        self.total_bytes += sum(sizes.values())
         self.pack_of |= dict.fromkeys(sizes, path)
 
 @patch
 def forget_packs(self:Store, paths):
     "Some packs are gone; what they held may be in others as well"
-    gone = {digest: path for path in paths for digest in self.packs.pop(path)}
+    sizes = [self.packs.pop(path) for path in paths]
+    self.total_bytes -= sum(sum(each.values()) for each in sizes)
     self.pack_names -= {path.name for path in paths}
-    lost = {digest for digest in gone if self.pack_of[digest] not in self.packs}
+    lost = {digest for each in sizes for digest in each if self.pack_of[digest] not in self.packs}
     for digest in lost: del self.pack_of[digest]
     for other, sizes in self.packs.items() if lost else ():
         self.pack_of |= dict.fromkeys(lost & sizes.keys(), other)

@@ -31,6 +31,7 @@ class Store:
         self.folder, self.name, self.format = Path(folder), name, None
         self.packs, self.pack_names = {}, set()  # path -> {digest: number of bytes}
         self.pack_of = {}  # digest -> path
+        self.total_bytes = 0  # of the tensors in all packs
         self.unreadable = {}  # path of a pack -> error
         self.check_format()
 

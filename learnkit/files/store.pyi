@@ -19,6 +19,7 @@ class Store:
     packs: dict[Any, Any]
     pack_names: Any
     pack_of: dict[Any, Any]
+    total_bytes: int
     unreadable: dict[Any, Any]
     def __init__(self, folder: str | Path, name: str | None = None) -> None:
         """The folder of a run; reading needs no lock, writing does
