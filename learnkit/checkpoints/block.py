@@ -257,7 +257,7 @@ def make(self:Block, call, record, folder):
         if ledger.host.ranks is None: self.note(record, left=ledger.state_digests())
         raise
     if call.kind == 'structural': ledger.host.observe()
-    structure = ledger.structure()
+    structure = ledger.structure(still=call.kind != 'structural')
     try:
         if call.kind == 'changes': self.check_structure_kept(call, structure)
         packed, (seals, files) = ledger.pack(call, result), ledger.written_files(self.node, call)

@@ -100,9 +100,16 @@ def node(self:Ledger, id) -> Node:
 
 # %% ../../nbs/checkpoints/05_ledger.ipynb #d788051f
 @patch
-def structure(self:Ledger) -> dict: # name -> Fingerprint
+def structure(self:Ledger, still=False, # whether nothing has run since something was described
+              ) -> dict: # name -> Fingerprint
     "What the results of calls follow from, as it is now"
+    if not still: self.begin_moment()
     with self.host.as_built(): return self.describe(self.host.structure())
+
+@patch
+def begin_moment(self:Ledger):
+    "What was seen of arrays before may have changed; until the next moment nothing does"
+    self.memo['moment'] = object()
 
 @patch
 def describe(self:Ledger, values:dict, reads=True) -> dict: # name -> Fingerprint
@@ -142,12 +149,13 @@ def describe_call(self:Ledger, method:str, args, kwargs) -> Call:
     cls, obj = type(self.host.object), self.host.object
     values = call_arguments(getattr(cls, method).__get__(obj), args, kwargs)
     self.host.observe(values)
+    self.begin_moment()
     def described():
         found = fingerprint(values, method, self.options.ignore, self.memo,
                             known=self.host.known_objects())
         return as_json(found), self.call_text(method, args, kwargs)
     arguments, text = self.on_main(described)
-    structure = self.structure() | self.describe(self.around_call(method, values))
+    structure = self.structure(still=True) | self.describe(self.around_call(method, values))
     return Call(method, args, kwargs, method_kind(cls, method), values, Fingerprint(*arguments),
                 structure, text)
 
@@ -261,6 +269,7 @@ def perform(self:Ledger, call, folder=None): # (result, callbacks, dict: what is
 def note_changes_of(self:Ledger, call):
     "What code reads and a call has changed is described as it was before the call"
     if self.host.ranks is not None and self.host.ranks.rank: return # process 0 describes
+    self.begin_moment()
     values = {**self.host.structure(), **self.around_call(call.method, call.values),
               'arguments': call.values}
     for name, value in values.items():

@@ -131,6 +131,12 @@ class Ledger:
         """Which option says what is to be done: after a parent that other code has computed, `code`"""
     def is_worth_keeping(self, node: Any, first: Any = 0) -> bool:
         """Whether anything was computed in a checkpoint from a call on; one that failed at once is not"""
+    def ancestors_of(self, id: Any) -> tuple:
+        """Those of a checkpoint; on the way to where the object stands they are known
+
+        Returns:
+            of ids, as from `ancestors`
+        """
     def root_differs(self, node: Any) -> list:
         """How the object was made, compared with where the way to a checkpoint began
 
@@ -194,12 +200,17 @@ class Ledger:
         """
     def node(self, id: Any) -> Node:
         """What is recorded under an id; KeyError for one that is not there"""
-    def structure(self) -> dict:
+    def structure(self, still: Any = False) -> dict:
         """What the results of calls follow from, as it is now
+
+        Args:
+            still: whether nothing has run since something was described
 
         Returns:
             name -> Fingerprint
         """
+    def begin_moment(self) -> None:
+        """What was seen of arrays before may have changed; until the next moment nothing does"""
     def describe(self, values: dict, reads: Any = True) -> dict:
         """Values by name
 
