@@ -991,6 +991,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                        'learnkit/checkpoints/record.py'),
                                              'learnkit.checkpoints.record.SavedState': ( 'checkpoints/record.html#savedstate',
                                                                                          'learnkit/checkpoints/record.py'),
+                                             'learnkit.checkpoints.record.SavedState.is_whole': ( 'checkpoints/record.html#savedstate.is_whole',
+                                                                                                  'learnkit/checkpoints/record.py'),
                                              'learnkit.checkpoints.record.StaleCheckpoint': ( 'checkpoints/record.html#stalecheckpoint',
                                                                                               'learnkit/checkpoints/record.py'),
                                              'learnkit.checkpoints.record.View': ( 'checkpoints/record.html#view',

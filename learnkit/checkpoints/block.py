@@ -221,7 +221,7 @@ def compute(self:Block, call, digests, record):
     node = self.node
     if not node.has_begun: self.record_start(digests)
     saved = state_before(ledger.read, node, k)
-    if self.diverged or record and digests != saved.digests:
+    if self.diverged or record and digests != saved.digests or ledger.lacks and saved.is_whole:
         self.go_before_call(k)
         digests = saved.digests
     check_kept(ledger, node.parent if k == 0 and node.start.state is None else self.id, call,
@@ -442,7 +442,8 @@ def answer_pure_call(self:Block, call):
     if not self.node.has_begun:
         self.record_start(recorded)
         self.write()
-    if self.diverged or recorded != digests: self.go_before_call(len(self.made))
+    whole = ledger.lacks and state_before(ledger.read, self.node, len(self.made)).is_whole
+    if self.diverged or recorded != digests or whole: self.go_before_call(len(self.made))
     check_kept(ledger, self.id, call, ledger.lacks)
     return ledger.compute_answer(self.node, call, key)
 

@@ -55,6 +55,9 @@ class SavedState:
     extra: object # root of what is stored beside it: times and the like, which are no part of it
     lacks: tuple = () # parts of the state that were not kept whole
 
+    @property
+    def is_whole(self): return self.state is not None and not self.lacks
+
 # %% ../../nbs/checkpoints/01_record.ipynb #3fc4e67d
 class CallRecord(View):
     "A recorded call, or an answer of a pure method"
@@ -115,7 +118,8 @@ def start(self:CallRecord): # SavedState; None: the state that the call before i
 def start(self:CallRecord, saved): self.json['begin'] = saved and state_json(saved)
 
 def saved_state(json):
-    return SavedState(json['parts'], json['state'], json['beside'], tuple(json['lacks']))
+    return SavedState(json['parts'], json['state'], json['beside'], tuple(json.get('lacks', ())))
+
 def state_json(saved): # dict
     return {'parts': saved.digests, 'state': saved.state, 'beside': saved.extra,
             'lacks': list(saved.lacks)}
@@ -348,7 +352,7 @@ def head_text(node): # str
 
 def not_kept(node): # LookupError
     return LookupError(f'the state of checkpoint {id_text(node.id)} there was not kept, as its run '
-                       "does not keep='calls'")
+                       "has keep='last' or 'weights'")
 
 def fetched_text(node, record, folder): # str
     "The line that is shown when a call is fetched"

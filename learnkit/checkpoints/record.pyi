@@ -51,6 +51,8 @@ class SavedState:
     """root of what is stored beside it: times and the like, which are no part of it"""
     lacks: tuple = ...
     """parts of the state that were not kept whole"""
+    @property
+    def is_whole(self) -> Any: ...
 
 class CallRecord(View):
     """A recorded call, or an answer of a pure method"""

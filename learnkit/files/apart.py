@@ -13,7 +13,7 @@ from .tensors import host_tensor, open_safetensors, read_with_digests, save_name
 from .tree import load_tree, set_at
 
 # %% ../../nbs/files/04_apart.ipynb #8be64219
-LARGE = 2**14  # bytes from which on a file of its own pays
+LARGE = 2**12  # bytes from which on a file of its own pays
 
 def set_apart(tree, # dicts and lists; other containers keep what they hold
               known, # function: tensor -> its digest if that is known, else None
