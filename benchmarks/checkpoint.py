@@ -251,7 +251,8 @@ def seconds_of(calls):
         found.append(time.process_time() - start)
     return found
 
-def growth(folder, work, n): # (when computed, when fetched): median of the last tenth over the first
+def growth(folder, work, n): # (when computed, when fetched)
+    "Median of the last tenth over that of the first"
     ratios = []
     for _ in range(2):
         seconds = seconds_of(work(folder, n))[n // 20:]  # without what warms up
@@ -307,7 +308,8 @@ def growth_rows(): # rows of a report
     for what, work, n in WORK:
         computed, fetched = measured(growth, work, n)
         rows.append((f'{n} {what}: the last tenth over the first, computed; fetched',
-                     f'{computed:.2f}x; {fetched:.2f}x', 'at most 1.2x', max(computed, fetched) <= 1.2))
+                     f'{computed:.2f}x; {fetched:.2f}x', 'at most 1.2x',
+                     max(computed, fetched) <= 1.2))
     long, (array, read), share = (measured(long_history, 40), measured(large_array, 20),
                                   measured(observation))
     return [*rows,

@@ -67,18 +67,6 @@ class LearnerHost(Host):
     def state(self): return self.object.saved_tree(together=True)['learner']
     def unused_by(self, method): return TRAINING_ONLY if method in MODEL_METHODS else ()
 
-    def makes_anew(self, call):
-        values = call.values
-        has_new = values.get('reset_opt') is True or (
-            call.method == 'setup' and values.get('opt_func') is not None)
-        return ('opt',) if has_new else ()
-
-    def without_moments(self, state):
-        "Without what an optimizer keeps of each parameter, where it is laid out as torch's are"
-        opt = state.get('opt') or {}
-        inner = opt.get('state_dict') or {}
-        if not referenced_digests(inner.get('state')): return state, ()
-        return {**state, 'opt': {**opt, 'state_dict': {**inner, 'state': {}}}}, ('opt',)
 
 # %% ../../nbs/checkpoints/10_learner_host.ipynb #2645496b
 @patch
@@ -200,6 +188,23 @@ def observed_text(entry): # str
     if entry is None: return 'as it was made'
     if 'value' not in entry: return 'not there'
     return shorten(repr(entry['value']), 40, placeholder=' ...')
+
+# %% ../../nbs/checkpoints/10_learner_host.ipynb #6eec5856
+@patch
+def makes_anew(self:LearnerHost, call): # tuple of parts
+    "The optimizer, where a call resets it or gives another one"
+    values = call.values
+    has_new = values.get('reset_opt') is True or (
+        call.method == 'setup' and values.get('opt_func') is not None)
+    return ('opt',) if has_new else ()
+
+@patch
+def without_moments(self:LearnerHost, state): # (root, parts that are not whole then)
+    "Without what an optimizer keeps of each parameter, where it is laid out as torch's are"
+    opt = state.get('opt') or {}
+    inner = opt.get('state_dict') or {}
+    if not referenced_digests(inner.get('state')): return state, ()
+    return {**state, 'opt': {**opt, 'state_dict': {**inner, 'state': {}}}}, ('opt',)
 
 @patch
 def known_digest(self:LearnerHost, t): return self.object.recorder.digest(t)

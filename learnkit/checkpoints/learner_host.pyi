@@ -22,9 +22,6 @@ class LearnerHost(Host):
     def show(self, text: Any) -> None: ...
     def state(self) -> Any: ...
     def unused_by(self, method: Any) -> Any: ...
-    def makes_anew(self, call: Any) -> Any: ...
-    def without_moments(self, state: Any) -> Any:
-        """Without what an optimizer keeps of each parameter, where it is laid out as torch's are"""
     def root(self) -> dict:
         """What all calls follow from besides state and structure
 
@@ -50,6 +47,18 @@ class LearnerHost(Host):
 
         Returns:
             of str
+        """
+    def makes_anew(self, call: Any) -> Any:
+        """The optimizer, where a call resets it or gives another one
+
+        Returns:
+            tuple of parts
+        """
+    def without_moments(self, state: Any) -> Any:
+        """Without what an optimizer keeps of each parameter, where it is laid out as torch's are
+
+        Returns:
+            (root, parts that are not whole then)
         """
     def known_digest(self, t: Any) -> Any: ...
     def known_tensors(self) -> Any: ...

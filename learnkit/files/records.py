@@ -56,6 +56,7 @@ def parse_record_1(data): # dict
         raise ValueError('it is not as it was written')
     return strict_json(found[2])
 
+# %% ../../nbs/files/07_records.ipynb #7bca903c
 def checked_text(record:dict, what): # bytes
     "A record as it is written, read once; UnstorableError where JSON would change it"
     try:

@@ -83,6 +83,7 @@ def forget_packs(self:Store, paths):
     for other, sizes in self.packs.items() if lost else ():
         self.pack_of |= dict.fromkeys(lost & sizes.keys(), other)
 
+# %% ../../nbs/files/09_states.ipynb #8c11feb2
 @patch
 def add_tensors(self:Store, tensors:list, digests:list): # digests: None where it is not known
     "Write the tensors that are in no pack yet into a new one; fills in the digests"

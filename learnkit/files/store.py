@@ -170,6 +170,72 @@ def record_parser(self:Store): # function: bytes -> dict
     if self.format is None: self.check_format()
     return RECORD_PARSERS[self.format or FORMAT]
 
+# %% ../../nbs/files/08_store.ipynb #db7767eb
+@patch
+def calls_folder(self:Store, id): # Path
+    return self.subfolder('nodes')/f'{file_name(check_id(id))}.calls'
+
+@patch
+def write_call(self:Store, id, k:int, # number of the call
+               call:dict, # JSON values
+               described=MappingProxyType({}), # what the record does not describe yet, by digest
+              ):
+    "Write what has become of a call, beside the record"
+    self.check_locked('writing a call')
+    with open(self.record_path(id), 'rb') as file: follows = sealed_digest(file.read(100))
+    record = {'id': check_id(id), 'follows': follows, 'number': k, 'call': call,
+              'described': dict(described)}
+    text = checked_text(record, f'call {k} of checkpoint {id!r}')
+    make_folder(folder := self.calls_folder(id))
+    write_bytes(folder/f'{k:06}.json', text)
+
+@patch
+def add_calls(self:Store, record, digest): # of the record
+    "Put the calls that were written beside a record into it"
+    folder = self.calls_folder(record['id'])
+    for path in sorted(folder.glob('[0-9]*.json')):
+        try: found, _ = self.read_record(path, record['id'])
+        except FileNotFoundError: continue  # the record was written whole just now
+        if found['follows'] != digest: continue  # left over from an earlier record
+        k = found['number']
+        if k > len(record['calls']):
+            raise DamagedError(f'{folder} lacks call {len(record["calls"])}: put back a copy of '
+                               'the file, or remove those after it to compute them anew')
+        record['calls'][k:k + 1] = [found['call']]
+        record['described'] = record.get('described', {}) | found['described']
+
+# %% ../../nbs/files/08_store.ipynb #55736a2f
+@patch
+def answers_folder(self:Store, id): # Path
+    return self.subfolder('answers')/file_name(check_id(id))
+
+@patch
+def write_answer(self:Store, id, answer:dict): # JSON values, 'key' among them
+    "Put an answer into the table, in place of one with the same key"
+    self.check_locked('writing an answer')
+    text = checked_text({'id': check_id(id), 'answer': answer}, f'an answer of checkpoint {id!r}')
+    make_folder(folder := self.answers_folder(id))
+    write_bytes(folder/f'{answer["key"]}.json', text)
+
+@patch
+def answer(self:Store, id, key)->dict|None: # None where there is none
+    "An answer by its key"
+    try: return self.read_record(self.answers_folder(id)/f'{key}.json', id)[0]['answer']
+    except FileNotFoundError: return None
+
+@patch
+def answers(self:Store, id)->list:
+    "All answers of a checkpoint, the oldest first"
+    keys = [path.stem for path in self.answers_folder(id).glob('[0-9a-f]*.json')]
+    found = [answer for key in keys if (answer := self.answer(id, key))]
+    return sorted(found, key=lambda answer: (answer.get('ended', 0), answer['key']))
+
+@patch
+def delete_answer(self:Store, id, key):
+    "Take an answer out of the table"
+    self.check_locked('deleting an answer')
+    unlink(self.answers_folder(id)/f'{key}.json')
+
 # %% ../../nbs/files/08_store.ipynb #bcb88c1e
 @patch
 def ids(self:Store)->list:
@@ -237,69 +303,3 @@ def delete(self:Store, id)->None:
     unlink(path)
     sync_folder(path.parent)
     for folder in (self.calls_folder(id), self.work(id)): remove_path(folder)
-
-# %% ../../nbs/files/08_store.ipynb #db7767eb
-@patch
-def calls_folder(self:Store, id): # Path
-    return self.subfolder('nodes')/f'{file_name(check_id(id))}.calls'
-
-@patch
-def write_call(self:Store, id, k:int, # number of the call
-               call:dict, # JSON values
-               described=MappingProxyType({}), # what the record does not describe yet, by digest
-              ):
-    "Write what has become of a call, beside the record"
-    self.check_locked('writing a call')
-    with open(self.record_path(id), 'rb') as file: follows = sealed_digest(file.read(100))
-    record = {'id': check_id(id), 'follows': follows, 'number': k, 'call': call,
-              'described': dict(described)}
-    text = checked_text(record, f'call {k} of checkpoint {id!r}')
-    make_folder(folder := self.calls_folder(id))
-    write_bytes(folder/f'{k:06}.json', text)
-
-@patch
-def add_calls(self:Store, record, digest): # of the record
-    "Put the calls that were written beside a record into it"
-    folder = self.calls_folder(record['id'])
-    for path in sorted(folder.glob('[0-9]*.json')):
-        try: found, _ = self.read_record(path, record['id'])
-        except FileNotFoundError: continue  # the record was written whole just now
-        if found['follows'] != digest: continue  # left over from an earlier record
-        k = found['number']
-        if k > len(record['calls']):
-            raise DamagedError(f'{folder} lacks call {len(record["calls"])}: put back a copy of '
-                               'the file, or remove those after it to compute them anew')
-        record['calls'][k:k + 1] = [found['call']]
-        record['described'] = record.get('described', {}) | found['described']
-
-# %% ../../nbs/files/08_store.ipynb #55736a2f
-@patch
-def answers_folder(self:Store, id): # Path
-    return self.subfolder('answers')/file_name(check_id(id))
-
-@patch
-def write_answer(self:Store, id, answer:dict): # JSON values, 'key' among them
-    "Put an answer into the table, in place of one with the same key"
-    self.check_locked('writing an answer')
-    text = checked_text({'id': check_id(id), 'answer': answer}, f'an answer of checkpoint {id!r}')
-    make_folder(folder := self.answers_folder(id))
-    write_bytes(folder/f'{answer["key"]}.json', text)
-
-@patch
-def answer(self:Store, id, key)->dict|None: # None where there is none
-    "An answer by its key"
-    try: return self.read_record(self.answers_folder(id)/f'{key}.json', id)[0]['answer']
-    except FileNotFoundError: return None
-
-@patch
-def answers(self:Store, id)->list:
-    "All answers of a checkpoint, the oldest first"
-    keys = [path.stem for path in self.answers_folder(id).glob('[0-9a-f]*.json')]
-    found = [answer for key in keys if (answer := self.answer(id, key))]
-    return sorted(found, key=lambda answer: (answer.get('ended', 0), answer['key']))
-
-@patch
-def delete_answer(self:Store, id, key):
-    "Take an answer out of the table"
-    self.check_locked('deleting an answer')
-    unlink(self.answers_folder(id)/f'{key}.json')

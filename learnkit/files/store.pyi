@@ -198,33 +198,6 @@ class Store:
         Returns:
             function: bytes -> dict
         """
-    def ids(self) -> list:
-        """The ids of all checkpoints, numbers first"""
-    def read(self, id: Any, answers: bool = True) -> dict | None:
-        """The record of a checkpoint; DamagedError if it is not as it was written
-
-        Args:
-            answers: whether those of pure methods are read, too
-
-        Returns:
-            None where there is no such checkpoint
-        """
-    def read_record(self, path: Any, id: Any) -> Any:
-        """What is in a file of a checkpoint
-
-        Returns:
-            (dict, bytes)
-        """
-    def write(self, node: dict) -> None:
-        """Write the record of a checkpoint, in place of an older one
-
-        Args:
-            node: JSON values, 'id' among them
-        """
-    def work(self, id: Any) -> Path:
-        """The folder for the saves of a running call"""
-    def delete(self, id: Any) -> None:
-        """Delete a checkpoint, and then the saves of its running call; `gc` frees its tensors"""
     def calls_folder(self, id: Any) -> Path:
         """Returns:
             Path
@@ -263,4 +236,31 @@ class Store:
         """All answers of a checkpoint, the oldest first"""
     def delete_answer(self, id: Any, key: Any) -> None:
         """Take an answer out of the table"""
+    def ids(self) -> list:
+        """The ids of all checkpoints, numbers first"""
+    def read(self, id: Any, answers: bool = True) -> dict | None:
+        """The record of a checkpoint; DamagedError if it is not as it was written
+
+        Args:
+            answers: whether those of pure methods are read, too
+
+        Returns:
+            None where there is no such checkpoint
+        """
+    def read_record(self, path: Any, id: Any) -> Any:
+        """What is in a file of a checkpoint
+
+        Returns:
+            (dict, bytes)
+        """
+    def write(self, node: dict) -> None:
+        """Write the record of a checkpoint, in place of an older one
+
+        Args:
+            node: JSON values, 'id' among them
+        """
+    def work(self, id: Any) -> Path:
+        """The folder for the saves of a running call"""
+    def delete(self, id: Any) -> None:
+        """Delete a checkpoint, and then the saves of its running call; `gc` frees its tensors"""
 SUBFOLDERS: tuple[str, ...]

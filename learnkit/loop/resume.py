@@ -355,17 +355,18 @@ class SaveState(Callback):
 
     def before_train(self, learn): learn._origin.begin_fit(learn)
 
-    def at_rest(self, learn):
-        if not self._is_checked and learn.updates: self.check(learn)
-        if not self.is_time_to_save(learn): return
-        # Saves of an earlier fit go as soon as this one has its first
-        keep, folder = 1 if self._is_first else self.keep, learn.path/self.saves_to
-        tree = tree_for_file(learn, per_process=True, path=lambda: next_save_path(folder))
-        if is_main():
-            store = learn.cbs.inner[ResumePoint].store
-            save_next(tree, folder, keep, learn.recorder.digest, store)
-        self._is_first, self._time_was_up = False, learn.time_is_up
-        self._record_time(learn)
+# %% ../../nbs/loop/08_resume.ipynb #d5669ba0
+@patch
+def at_rest(self:SaveState, learn):
+    if not self._is_checked and learn.updates: self.check(learn)
+    if not self.is_time_to_save(learn): return
+    # Saves of an earlier fit go as soon as this one has its first
+    keep, folder = 1 if self._is_first else self.keep, learn.path/self.saves_to
+    tree = tree_for_file(learn, per_process=True, path=lambda: next_save_path(folder))
+    store, known = learn.cbs.inner[ResumePoint].store, learn.recorder.digest
+    if is_main(): save_next(tree, folder, keep, known, store)
+    self._is_first, self._time_was_up = False, learn.time_is_up
+    self._record_time(learn)
 
 # %% ../../nbs/loop/08_resume.ipynb #54784e70
 @patch
@@ -413,6 +414,7 @@ def autosaving(learn,
     try: yield learn
     finally: point.autosave, point.store, learn.on_interrupt = before
 
+# %% ../../nbs/loop/08_resume.ipynb #e9809fc0
 @contextmanager
 def without_saving(learn):
     "The fits in a `with` block leave no saves, also inside of `saving_to`"
