@@ -3024,6 +3024,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'learnkit.loop.resume.read_saved': ('loop/resume.html#read_saved', 'learnkit/loop/resume.py'),
                                       'learnkit.loop.resume.resume_source': ('loop/resume.html#resume_source', 'learnkit/loop/resume.py'),
                                       'learnkit.loop.resume.settings_text': ('loop/resume.html#settings_text', 'learnkit/loop/resume.py'),
+                                      'learnkit.loop.resume.store_of': ('loop/resume.html#store_of', 'learnkit/loop/resume.py'),
                                       'learnkit.loop.resume.take_over': ('loop/resume.html#take_over', 'learnkit/loop/resume.py'),
                                       'learnkit.loop.resume.watch_reading': ('loop/resume.html#watch_reading', 'learnkit/loop/resume.py'),
                                       'learnkit.loop.resume.without_saving': ( 'loop/resume.html#without_saving',

@@ -82,6 +82,8 @@ class Ledger:
         ranks = self.host.ranks
         return self.local_store if ranks is None else SharedStore(self.local_store, ranks)
 
+    def no_digests(self): return KnownDigests(elsewhere=self.host.known_digest)
+
     def on_main(self, function): # what it returns, on all processes
         return on_main(self.host.ranks, function)
 
@@ -181,9 +183,6 @@ def call_text(self:Ledger, method, args, kwargs) -> str:
     return f'{method}({", ".join(shown)})'
 
 # %% ../../nbs/checkpoints/05_ledger.ipynb #d1f9ee57
-@patch
-def no_digests(self:Ledger): return KnownDigests(elsewhere=self.host.known_digest)
-
 @patch
 def state_digests(self:Ledger) -> dict: # part of the state -> digest
     "The digests of the state that the object is in"

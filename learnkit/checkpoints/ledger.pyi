@@ -53,6 +53,7 @@ class Ledger:
         Returns:
             Store or SharedStore
         """
+    def no_digests(self) -> Any: ...
     def on_main(self, function: Any) -> Any:
         """Returns:
             what it returns, on all processes
@@ -235,7 +236,6 @@ class Ledger:
         """
     def call_text(self, method: Any, args: Any, kwargs: Any) -> str:
         """A call as it stands in a script"""
-    def no_digests(self) -> Any: ...
     def state_digests(self) -> dict:
         """The digests of the state that the object is in
 

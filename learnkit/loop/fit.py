@@ -21,7 +21,7 @@ from .learner import Learner, as_dataloaders
 from .loop import Loop
 from .position import FitState
 from .progress import show_message
-from .resume import ResumePoint, describe_call, find_saved, take_over
+from .resume import ResumePoint, describe_call, find_saved, store_of, take_over
 from .state import live_state, on_host
 
 # %% ../../nbs/loop/11_fit.ipynb #d54a3329
@@ -111,7 +111,7 @@ def _plan(self:Learner, resume, lr, reset_opt): # (description of the call, Save
     if reset_opt: self.make_opt()
     try:
         call = describe_call(self, self._fit.n_epoch, self._fit.n_steps, lr, reset_opt)
-        saved = find_saved(self, resume, call)
+        saved = find_saved(self, resume, call, store_of(self))
     except BaseException:
         self.opt = before
         raise

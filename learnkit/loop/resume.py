@@ -56,10 +56,11 @@ class Saved:
 # %% ../../nbs/loop/08_resume.ipynb #a5162ab0
 def read_saved(learn,
                resume, # as given to `fit`
+               store=None, # as for `autosaving`
               ): # Saved; None when there is none
     "What was saved last"
     if isinstance(resume, Saved): return resume
-    source, store = resume_source(learn, resume), learn.cbs.inner[ResumePoint].store
+    source = resume_source(learn, resume)
     with main_first(learn):  # who reads may quarantine a damaged file
         found = (load_save(source), source) if source.is_file() else load_newest(source, store)
     if found is None: return None
@@ -69,7 +70,7 @@ def read_saved(learn,
         if source.is_file(): raise
         with main_first(learn):
             if path.exists(): quarantine_save(path, error)
-        return read_saved(learn, resume)
+        return read_saved(learn, resume, store)
     return Saved(tree['learner'], GrowingList().items(tree['times']), short_path(path))
 
 def resume_source(learn, resume): # Path of a folder or file
@@ -157,10 +158,10 @@ def settings_text(settings): # str
     return f'{settings["class"]}({shorten(", ".join(given), 60, placeholder=" ...")})'
 
 # %% ../../nbs/loop/08_resume.ipynb #68dc0dc8
-def find_saved(learn, resume, call): # Saved; None when there is nothing to go on from
+def find_saved(learn, resume, call, store=None): # Saved; None when there is nothing to go on from
     "What `fit(resume=...)` is to go on from"
     if resume is None: return None
-    found = read_saved(learn, resume)
+    found = read_saved(learn, resume, store)
     if found is None:
         source = resume_source(learn, resume)
         check_no_other_saves(learn, source)
@@ -247,6 +248,8 @@ class ResumePoint(Callback):
     def before_train(self, learn): learn.batches, learn.first_batch = self.batches(learn)
 
 # %% ../../nbs/loop/08_resume.ipynb #8d42ff26
+def store_of(learn): return learn.cbs.inner[ResumePoint].store # Store of `autosaving`; None
+
 @patch
 def take_over_at(self:ResumePoint, learn, stage):
     "Take the save over if it was made at this stage of the epoch"
@@ -363,8 +366,7 @@ def at_rest(self:SaveState, learn):
     # Saves of an earlier fit go as soon as this one has its first
     keep, folder = 1 if self._is_first else self.keep, learn.path/self.saves_to
     tree = tree_for_file(learn, per_process=True, path=lambda: next_save_path(folder))
-    store, known = learn.cbs.inner[ResumePoint].store, learn.recorder.digest
-    if is_main(): save_next(tree, folder, keep, known, store)
+    if is_main(): save_next(tree, folder, keep, learn.recorder.digest, store_of(learn))
     self._is_first, self._time_was_up = False, learn.time_is_up
     self._record_time(learn)
 

@@ -31,11 +31,12 @@ class Saved:
             'epoch', 'train' or 'validate'; None where the fit is complete
         """
 
-def read_saved(learn: Learner, resume: Any) -> Any:
+def read_saved(learn: Learner, resume: Any, store: Any = None) -> Any:
     """What was saved last
 
     Args:
         resume: as given to `fit`
+        store: as for `autosaving`
 
     Returns:
         Saved; None when there is none
@@ -85,7 +86,7 @@ def settings_text(settings: Any) -> str:
         str
     """
 
-def find_saved(learn: Learner, resume: Any, call: Any) -> Any:
+def find_saved(learn: Learner, resume: Any, call: Any, store: Any = None) -> Any:
     """What `fit(resume=...)` is to go on from
 
     Returns:
@@ -129,6 +130,8 @@ class ResumePoint(Callback):
         """
     def before_validate(self, learn: Learner) -> None: ...
     def cleanup_epoch(self, learn: Learner) -> None: ...
+
+def store_of(learn: Learner) -> Any: ...
 
 def watch_reading(learn: Learner, batches: Any) -> Any:
     """`batches`; of a stateful loader it is recorded whether they are read to the end
