@@ -214,7 +214,7 @@ def small(folder, **kwargs):
     learn = CheckpointedLearner(dls, nn.Linear(20, 1), nn.MSELoss(), lr=1e-3, name='run',
                                 root=folder, path=folder, device='cpu', seed=0, **kwargs)
     learn.remove_cb(Progress)
-    learn.ledger.host.show = lambda text: None
+    learn.ledger.show = lambda text: None
     return learn
 
 def in_one_block(folder, n):

@@ -166,6 +166,7 @@ from .checkpoints.record import (
     BEGINNING, StaleCheckpoint,
 )
 from .checkpoints import host as _host
+from .checkpoints import direct_calls as _direct_calls
 from .checkpoints import shared_store as _shared_store
 from .checkpoints import digests as _digests
 from .checkpoints import ledger as _ledger
@@ -178,6 +179,7 @@ from .checkpoints import block as _block
 from .checkpoints.checkpointed import (
     Checkpointed,
 )
+from .checkpoints import learner_display as _learner_display
 from .checkpoints import learner_host as _learner_host
 from .checkpoints.learner import (
     CheckpointedLearner,

@@ -109,7 +109,7 @@ def run_unrecorded(self:Ledger, node, name, args, kwargs):
     n = node.n_calls
     if (node.id, n) not in self.structures:
         self.check_put_together(node, structure_after(node, n), self.host.may_differ_in_cache)
-    with self.on_state_of(node, name): return self.host.call(name, args, kwargs)
+    with self.on_state_of(node, name): return self.make_call(name, args, kwargs)
 
 def forget_saves(folder):
     "Remove the saves of a call that is complete, or is not to go on"
@@ -121,7 +121,7 @@ def forget_saves(folder):
 @patch
 def key_at(self:Ledger, node, call): # 64 hex digits
     "The key of an answer on the state of a checkpoint"
-    unused = self.host.unused_by(call.method)
+    unused = self.host.unused.get(call.method, ())
     digests = state_after(self.read, node, node.n_calls).digests
     used = {part: digest for part, digest in digests.items() if part not in unused}
     return answer_key(call, used, self.structure_for(node, call, unused))
@@ -145,8 +145,8 @@ def on_state_of(self:Ledger, node, method):
     tree = self.store.get({'state': saved.state, 'beside': saved.extra},
                           self.host.known_tensors())
     state = joined(tree['state'])
-    with self.host.unguarded(), self.host.unchanged():
-        if structure is None and self.host.unused_by(method): self.host.restore_used(state)
+    with self.direct_calls.allowed(), self.host.unchanged():
+        if structure is None and method in self.host.unused: self.host.restore_used(state)
         else: self.host.restore(state, tree['beside'], structure)
         yield
 

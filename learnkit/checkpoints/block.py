@@ -355,7 +355,7 @@ def fetch(self:Block, call, record, digests):
     self.findings['code_changed'] += ledger.changed_code(record, call)
     differ, result = ledger.allowed_differences(self.node, len(self.made), digests), None
     if structural:
-        result = host.call(call.method, call.args, call.kwargs)
+        result = ledger.make_call(call.method, call.args, call.kwargs)
         host.observe()
         self.diverged = self.diverged or ledger.state_digests() != record.after.digests
     has_state = record.after.state is not None
@@ -369,7 +369,7 @@ def fetch(self:Block, call, record, digests):
     if structural: return result
     ledger.report_fetched(self.node, record, call, differ, notes)
     ledger.write_files_again(self.node, call, record)
-    host.show_report(record.report, host.stateful_arguments(call.values))
+    host.display.show_report(record.report, host.stateful_arguments(call.values))
     return ledger.unpack(call, record.returns_host, tree['result'])
 
 # %% ../../nbs/checkpoints/08_block.ipynb #200584de
@@ -391,7 +391,7 @@ def load_state(self:Block, tree, saved):
     "Load a state, whose digests are known then"
     ledger, host = self.ledger, self.ledger.host
     ledger.known_digests, ledger.is_as_made = ledger.no_digests(), False  # lets go of what was
-    with host.unguarded(): host.restore(joined(tree['state']), tree['beside'])
+    with ledger.direct_calls.allowed(): host.restore(joined(tree['state']), tree['beside'])
     live = by_part(host.state())
     fixed = {part: value for part, value in live.items() if part not in host.may_drift}
     ledger.known_digests = KnownDigests(fixed, saved.state, host.known_digest)
@@ -418,10 +418,10 @@ def go_before_call(self:Block, k):
 @patch
 def make_again(self:Block, i):
     "Make a call whose state was not kept once more"
-    ledger, call, host = self.ledger, self.made[i], self.ledger.host
-    host.show(f'checkpoint {id_text(self.id)}: the state after {call.text} was not kept; '
+    ledger, call = self.ledger, self.made[i]
+    ledger.show(f'checkpoint {id_text(self.id)}: the state after {call.text} was not kept; '
               'computing it once more')
-    host.call(call.method, call.args, call.kwargs)
+    ledger.make_call(call.method, call.args, call.kwargs)
     if ledger.state_digests() != self.node.call(i).after.digests:
         warnings.warn(f'{call.text} gave another state than the one recorded: it is not '
                       'deterministic, or code or versions differ', stacklevel=caller_stacklevel())
@@ -463,7 +463,7 @@ class BlockProxy:
 
     def __getattr__(self, name):
         block, host = self._block, self._block.ledger.host
-        hidden = name in vars(host.object) and name not in host.guards
+        hidden = name in vars(host.object) and name not in block.ledger.direct_calls.errors
         if hidden or method_kind(type(host.object), name) is None: return getattr(host.object, name)
         def recorded(*args, **kwargs): return block.call(name, args, kwargs)
         recorded.__name__, recorded.__doc__ = name, getattr(type(host.object), name).__doc__
@@ -485,7 +485,7 @@ def recording(ledger, id, description='', parent=None): # BlockProxy
     "A block from its opening to its end"
     block = open_block(ledger, id, description, parent)
     try:
-        with ledger.host.guarded(refused_outside(block)): yield BlockProxy(block)
+        with ledger.direct_calls.refused(refused_outside(block)): yield BlockProxy(block)
         block.close()
         ledger.position = Position(id)
     except BaseException:

@@ -38,7 +38,7 @@ def call_differs(self:Ledger, node, k, call, digests) -> list: # of str
 def state_changes(self:Ledger, node, k, parts) -> list: # of str
     "What differs in parts of the state from the one recorded before call `k`"
     saved = state_before(self.read, node, k).state or {}
-    return [text for part in parts for text in self.host.part_changes(
+    return [text for part in parts for text in self.host.display.changes(
         part, self.store.get(saved[part]) if part in saved else None)]
 
 @patch
@@ -149,7 +149,7 @@ def report_change(self:Ledger, node, k, problems, # list of str
                               f'{ways_on(node, option, problems)}')
     self.reason = f'{text}, and {option} is rerun'
     if self.planning: raise PlanEnds(f'{text}; it would be computed anew from there')
-    self.host.show(f'{text}; computing anew from there')
+    self.show(f'{text}; computing anew from there')
 
 @patch
 def dependents_text(self:Ledger, node, k) -> str:
@@ -204,8 +204,8 @@ def accepts(self:Ledger, node, problems) -> bool:
     node.accepting = {'why': why, 'differences': [*earlier, *problems]}
     accepted = {'when': time.time(), **node.accepting}
     node.accepted = [*node.accepted[:len(node.accepted) - bool(earlier)], accepted]
-    self.host.show(f'checkpoint {id_text(node.id)}: accepted: {"; ".join(problems)}'
-                   + (f' ({why})' if why else ''))
+    self.show(f'checkpoint {id_text(node.id)}: accepted: {"; ".join(problems)}'
+              + (f' ({why})' if why else ''))
     return True
 
 @patch
@@ -262,7 +262,7 @@ def roll_back(self:Ledger, position, schedules=True):
     best = best_root(node) if position.call == 'best' else None
     self.restore(saved, structure, best, schedules)
     if self.lacks:
-        self.host.show(f"the moments of the optimizer at {position_text(position)} were not kept: "
+        self.show(f"the moments of the optimizer at {position_text(position)} were not kept: "
                        'outside of a block training goes on with new ones')
     self.position, self.ancestors = position, self.ancestors_of(node.id)
 
@@ -312,8 +312,8 @@ def go_to_recorded_parent(ledger, node):
         if ledger.options.on_change == 'rerun': return
         raise StaleCheckpoint(ledger.without_parent_text(node))
     ledger.roll_back(position)
-    ledger.host.show(f'checkpoint {id_text(node.id)} goes on from {position_text(position)}, from '
-                     'where it is recorded')
+    ledger.show(f'checkpoint {id_text(node.id)} goes on from {position_text(position)}, from '
+                'where it is recorded')
 
 def go_to_parent(ledger, id, node, parent):
     "Roll back to the parent that is asked for"

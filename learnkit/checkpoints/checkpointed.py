@@ -155,8 +155,8 @@ def plan(self:Checkpointed):
     ledger.planning = True
     try:
         yield self
-        ledger.host.show('plan: all of it is recorded')
-    except PlanEnds as end: ledger.host.show(f'plan: {end}')
+        ledger.show('plan: all of it is recorded')
+    except PlanEnds as end: ledger.show(f'plan: {end}')
     finally: ledger.planning = False
 
 # %% ../../nbs/checkpoints/09_checkpointed.ipynb #8407df34

@@ -31,6 +31,31 @@ def numbered_methods(cls): # list of names
     "The methods whose calls are numbered"
     return [name for name in dir(cls) if method_kind(cls, name) in ('changes', 'structural')]
 
+# %% ../../nbs/checkpoints/02_host.ipynb #e11fb405
+class Display:
+    "What is shown of an object and its calls"
+    part_names = MappingProxyType({})  # part of the state -> what people call it
+
+    def __init__(self, obj): self.object = obj
+
+    def show(self, text): print(text, flush=True)
+
+    def argument_text(self, value,
+                      text, # function: value -> str, for what is inside of it
+                     ): # str; None: as it is described
+        "An argument as it stands in a script"
+
+    def changes(self, part, saved) -> list: # of str; saved: None where it was not kept
+        "How a part of the state differs from a saved one, in words"
+        return [part]
+
+    def begin_report(self): # function: stateful arguments -> dict of plain values
+        "What will tell, after a call, what is worth knowing of it besides its result"
+        return lambda stateful: {}
+
+    def show_report(self, report, stateful):
+        "Show of a call that was fetched what was shown when it was computed"
+
 # %% ../../nbs/checkpoints/02_host.ipynb #9b7ca612
 @dataclass(frozen=True)
 class Construction:
@@ -48,14 +73,15 @@ class Host:
     restored_structure = ()  # structure that `restore` brings back
     weights_in_state = ()  # structure of which weights do not count, as they are in the state
     implied_by = MappingProxyType({})  # structure -> other structure that differs wherever it does
-    part_names = MappingProxyType({})  # part of the state -> what people call it
+    unused = MappingProxyType({})  # pure method -> parts of state and structure it does not need
     once_per_block = ()  # methods
     ranks = None  # the processes that make each call together; None: a single one
     is_busy = False  # whether a call is running
+    display_class = Display
 
     def __init__(self, obj, construction:Construction, save_every:str='1 epoch'):
         self.object, self.construction, self.save_every = obj, construction, save_every
-        self.guards = {}  # name -> function, in the object while a block is open
+        self.display = self.display_class(obj)
 
 # %% ../../nbs/checkpoints/02_host.ipynb #09ae3958
 @patch
@@ -121,11 +147,6 @@ def observe(self:Host,
     "Note how what has come into reach is"
 
 @patch
-def part_changes(self:Host, part, saved) -> list: # of str; saved: None where it was not kept
-    "How a part of the state differs from a saved one, in words"
-    return [part]
-
-@patch
 def known_digest(self:Host, t): # 64 hex digits; None for any other tensor
     "The digest of a tensor of the state that nobody writes to any more"
     return None
@@ -152,11 +173,6 @@ def files_written(self:Host, arguments:dict) -> list: # of paths
     return []
 
 @patch
-def unused_by(self:Host, method:str) -> tuple:
-    "Parts of state and structure that a pure method does not follow from; see `restore_used`"
-    return ()
-
-@patch
 def makes_anew(self:Host, call) -> tuple:
     "Parts of the state that a call makes anew, whatever they were"
     return ()
@@ -168,7 +184,7 @@ def without_moments(self:Host, state): # (root, parts that are not whole then)
 
 @patch
 def restore_used(self:Host, state):
-    "Load a state without the parts that are unused"
+    "Load a state without the parts that pure methods do not need"
     self.restore(state, None)
 
 @patch
@@ -176,24 +192,11 @@ def stateful_arguments(self:Host, arguments:dict) -> list:
     "Arguments that a call changes: objects with `state_dict` and `load_state_dict`"
     return []
 
-@patch
-def argument_text(self:Host, value,
-                  text, # function: value -> str, for what is inside of it
-                 ): # str; None: as it is described
-    "An argument as it stands in a script"
-
 # %% ../../nbs/checkpoints/02_host.ipynb #5f3bbce8
 @patch
-def begin_report(self:Host): # function: stateful arguments -> dict of plain values
-    "What will tell, after a call, what is worth knowing of it besides its result"
-    return lambda stateful: {}
-
-@patch
-def show_report(self:Host, report, stateful):
-    "Show of a call that was fetched what was shown when it was computed"
-
-@patch
-def show(self:Host, text): print(text, flush=True)
+def call(self:Host, method:str, args, kwargs): # what it returns
+    "Call a method of the object"
+    return getattr(self.object, method)(*args, **kwargs)
 
 @patch
 def saving_to(self:Host, folder,
@@ -207,39 +210,6 @@ def saving_to(self:Host, folder,
 def make_host(obj, construction:Construction, save_every:str='1 epoch') -> Host:
     "The host of an object, by its class"
     return Host(obj, construction, save_every)
-
-# %% ../../nbs/checkpoints/02_host.ipynb #57d9baf6
-@patch
-@contextmanager
-def guarded(self:Host, refuse): # function: name -> RuntimeError
-    "Direct calls of numbered methods raise an error"
-    def guard(name):
-        def refused(*args, **kwargs): raise refuse(name)
-        return refused
-    names = [name for name in numbered_methods(type(self.object)) if name not in vars(self.object)]
-    self.guards = {name: guard(name) for name in names}
-    vars(self.object).update(self.guards)
-    try: yield
-    finally:
-        for name in self.guards: vars(self.object).pop(name, None)
-        self.guards = {}
-
-# %% ../../nbs/checkpoints/02_host.ipynb #f685e4eb
-@patch
-@contextmanager
-def unguarded(self:Host):
-    "Inside a recorded call the object calls its own methods as ever"
-    guards, self.guards = self.guards, {}
-    for name in guards: vars(self.object).pop(name, None)
-    try: yield
-    finally:
-        vars(self.object).update(guards)
-        self.guards = guards
-
-@patch
-def call(self:Host, method:str, args, kwargs): # what it returns
-    "Call a method of the object"
-    with self.unguarded(): return getattr(self.object, method)(*args, **kwargs)
 
 # %% ../../nbs/checkpoints/02_host.ipynb #97314e06
 @patch

@@ -24,6 +24,37 @@ def numbered_methods(cls: Any) -> Any:
         list of names
     """
 
+class Display:
+    """What is shown of an object and its calls"""
+    part_names: MappingProxyType
+    """part of the state -> what people call it"""
+    object: Any
+    def __init__(self, obj: Any) -> None: ...
+    def show(self, text: Any) -> None: ...
+    def argument_text(self, value: Any, text: Any) -> Any:
+        """An argument as it stands in a script
+
+        Args:
+            text: function: value -> str, for what is inside of it
+
+        Returns:
+            str; None: as it is described
+        """
+    def changes(self, part: Any, saved: Any) -> list:
+        """How a part of the state differs from a saved one, in words
+
+        Returns:
+            of str; saved: None where it was not kept
+        """
+    def begin_report(self) -> Any:
+        """What will tell, after a call, what is worth knowing of it besides its result
+
+        Returns:
+            function: stateful arguments -> dict of plain values
+        """
+    def show_report(self, report: Any, stateful: Any) -> None:
+        """Show of a call that was fetched what was shown when it was computed"""
+
 @dataclass(frozen=True)
 class Construction:
     """How an object was made"""
@@ -49,18 +80,19 @@ class Host:
     """structure of which weights do not count, as they are in the state"""
     implied_by: MappingProxyType
     """structure -> other structure that differs wherever it does"""
-    part_names: MappingProxyType
-    """part of the state -> what people call it"""
+    unused: MappingProxyType
+    """pure method -> parts of state and structure it does not need"""
     once_per_block: tuple[str, ...]
     """methods"""
     ranks: Any
     """the processes that make each call together; None: a single one"""
     is_busy: bool
     """whether a call is running"""
+    display_class: Any
     object: Any
     construction: Construction
     save_every: str
-    guards: dict[Any, Any]
+    display: Any
     def __init__(
             self,
             obj: Any,
@@ -127,12 +159,6 @@ class Host:
             arguments: of a call, by name
             anew: whether all that is now counts as the beginning
         """
-    def part_changes(self, part: Any, saved: Any) -> list:
-        """How a part of the state differs from a saved one, in words
-
-        Returns:
-            of str; saved: None where it was not kept
-        """
     def known_digest(self, t: Any) -> Any:
         """The digest of a tensor of the state that nobody writes to any more
 
@@ -163,8 +189,6 @@ class Host:
         Returns:
             of paths
         """
-    def unused_by(self, method: str) -> tuple:
-        """Parts of state and structure that a pure method does not follow from; see `restore_used`"""
     def makes_anew(self, call: Any) -> tuple:
         """Parts of the state that a call makes anew, whatever they were"""
     def without_moments(self, state: Any) -> Any:
@@ -174,27 +198,15 @@ class Host:
             (root, parts that are not whole then)
         """
     def restore_used(self, state: Any) -> None:
-        """Load a state without the parts that are unused"""
+        """Load a state without the parts that pure methods do not need"""
     def stateful_arguments(self, arguments: dict) -> list:
         """Arguments that a call changes: objects with `state_dict` and `load_state_dict`"""
-    def argument_text(self, value: Any, text: Any) -> Any:
-        """An argument as it stands in a script
-
-        Args:
-            text: function: value -> str, for what is inside of it
+    def call(self, method: str, args: Any, kwargs: Any) -> Any:
+        """Call a method of the object
 
         Returns:
-            str; None: as it is described
+            what it returns
         """
-    def begin_report(self) -> Any:
-        """What will tell, after a call, what is worth knowing of it besides its result
-
-        Returns:
-            function: stateful arguments -> dict of plain values
-        """
-    def show_report(self, report: Any, stateful: Any) -> None:
-        """Show of a call that was fetched what was shown when it was computed"""
-    def show(self, text: Any) -> None: ...
     def saving_to(self, folder: Any, store: Any) -> Any:
         """A call inside saves to the folder, and goes on from what is there
 
@@ -203,20 +215,6 @@ class Host:
 
         Returns:
             context manager
-        """
-    def guarded(self, refuse: Any) -> AbstractContextManager[None]:
-        """Direct calls of numbered methods raise an error
-
-        Returns:
-            function: name -> RuntimeError
-        """
-    def unguarded(self) -> AbstractContextManager[None]:
-        """Inside a recorded call the object calls its own methods as ever"""
-    def call(self, method: str, args: Any, kwargs: Any) -> Any:
-        """Call a method of the object
-
-        Returns:
-            what it returns
         """
     def drawn_at_start(self) -> dict:
         """Tensors of the state that a constructor may have drawn at random; none of a plain object

@@ -41,7 +41,7 @@ def check_kept(ledger, id, call, # that is about to be made
               ):
     "Raise RuntimeError for a call that needs what was dropped from the state it is to begin from"
     host = ledger.host
-    unneeded = {*host.unused_by(call.method), *host.makes_anew(call)}
+    unneeded = {*host.unused.get(call.method, ()), *host.makes_anew(call)}
     if not {*lacks} - unneeded: return
     raise RuntimeError(
         f'{call.text} would go on from checkpoint {id_text(id)}, of which the weights are kept and '

@@ -6,9 +6,8 @@
 __all__ = []
 
 # %% ../../nbs/checkpoints/10_learner_host.ipynb #09f43a0c
-import copy, inspect, math
+import copy, inspect
 from contextlib import contextmanager, nullcontext
-from textwrap import shorten
 from types import MappingProxyType
 from fastcore.basics import patch
 from torch import nn
@@ -18,8 +17,7 @@ from ..base.randomness import set_rng_state
 from ..files.errors import UnstorableError
 from ..files.durable import file_digest
 from ..files.records import referenced_digests
-from ..files.tree import check_storable, tree_digest
-from ..components.callback import Callback
+from ..files.tree import check_storable
 from ..fingerprint.words import as_text
 from ..components.optim import opt_params
 from ..fingerprint.inspection import name_of
@@ -27,7 +25,6 @@ from ..fingerprint.modules import Behaviour, parts_by_id
 from ..loop.observed import (
     Baseline, as_built, forget_changes, has_own_state, load_observed, observed_state)
 from ..loop.position import FitState
-from ..loop.progress import Progress, show_message
 from ..loop.state import (
     check_loss_state, check_model_state, load_model_state, unchanged_parts)
 from ..loop.saving import localized, save_path
@@ -35,6 +32,7 @@ from ..loop.resume import as_period, autosaving
 from ..training.torch_schedulers import torch_schedulers
 from ..training.save_best import SaveBest
 from .host import Host, method_kind
+from .learner_display import LearnerDisplay, given_callbacks
 
 # %% ../../nbs/checkpoints/10_learner_host.ipynb #c0a496e9
 MODEL_METHODS = ('validate', 'test', 'get_preds', 'predict')  # these need no optimizer,
@@ -49,10 +47,9 @@ class LearnerHost(Host):
     restored_structure = ('lr', 'layers')
     weights_in_state = ('built_model', 'behaviour', 'loss_func', 'splitter', 'opt_func')
     implied_by = MappingProxyType({'model': 'built_model'})
-    part_names = MappingProxyType({'model': 'weights', 'rng': 'random numbers',
-                                   'observed': 'attributes',
-                                   'data': 'positions in the data', 'ranks': 'processes'})
+    unused = MappingProxyType({method: TRAINING_ONLY for method in MODEL_METHODS})
     once_per_block = ('setup',)
+    display_class = LearnerDisplay
 
     def __init__(self, learn, construction, save_every='1 epoch'):
         as_period(save_every)  # an error now
@@ -63,10 +60,7 @@ class LearnerHost(Host):
     @property
     def is_busy(self): return bool(self.object.levels)
 
-    def show(self, text): show_message(self.object, text)
     def state(self): return self.object.saved_tree(together=True)['learner']
-    def unused_by(self, method): return TRAINING_ONLY if method in MODEL_METHODS else ()
-
 
 # %% ../../nbs/checkpoints/10_learner_host.ipynb #2645496b
 @patch
@@ -173,23 +167,6 @@ def observe(self:LearnerHost, arguments=None, anew=False):
     if anew: learn._origin.baseline = Baseline()
     learn._origin.baseline.add(learn, given_callbacks(arguments or {}))
 
-@patch
-def part_changes(self:LearnerHost, part, saved) -> list: # of str
-    "How a part of the state differs from a saved one; of attributes their names and values"
-    if part != 'observed' or saved is None: return Host.part_changes(self, part, saved)
-    now = observed_state(self.object)
-    differ = [name for name in {**saved, **now}
-              if tree_digest(saved.get(name)) != tree_digest(now.get(name))]
-    return [f'{name} {observed_text(saved.get(name))} -> {observed_text(now.get(name))}'
-            for name in differ]
-
-def observed_text(entry): # str
-    "An entry of the observed state in short"
-    if entry is None: return 'as it was made'
-    if 'value' not in entry: return 'not there'
-    return shorten(repr(entry['value']), 40, placeholder=' ...')
-
-# %% ../../nbs/checkpoints/10_learner_host.ipynb #6eec5856
 @patch
 def makes_anew(self:LearnerHost, call): # tuple of parts
     "The optimizer, where a call resets it or gives another one"
@@ -369,14 +346,6 @@ def unchanged_schedules(learn):
 def param_groups(learn): return learn.opt.param_groups if learn.opt else ()
 
 # %% ../../nbs/checkpoints/10_learner_host.ipynb #3c5d90ea
-def given_callbacks(arguments): return callbacks_in(list(arguments.values())) # list
-
-def callbacks_in(value): # list of callbacks
-    "The callback objects in an argument"
-    if isinstance(value, Callback): return [value]
-    items = value if isinstance(value, (list, tuple)) else ()
-    return [cb for item in items for cb in callbacks_in(item)]
-
 @patch
 def files_written(self:LearnerHost, arguments) -> list: # of paths
     "The files of the callbacks, as far as their state says that there are any"
@@ -405,50 +374,6 @@ class FollowedCallback:
         forget_changes(self.learn, given=[self.callback])
         self.callback.load_state_dict(state['own'])
         load_observed(self.learn, state['observed'], given=[self.callback])
-
-@patch
-def argument_text(self:LearnerHost, value, text): # str; None: as it is described
-    "Callbacks as they were written"
-    if isinstance(value, Callback): return repr(value)
-    if type(value) is list and callbacks_in(value): return f'[{", ".join(map(text, value))}]'
-
-# %% ../../nbs/checkpoints/10_learner_host.ipynb #f6993627
-@patch
-def begin_report(self:LearnerHost): # function: callbacks -> dict
-    "What will tell the rows of the history that a call has made, and the best model it has seen"
-    recorder = self.object.recorder
-    n_rows, run = len(recorder.rows), recorder.run
-    def report(callbacks): # plain dict
-        made = recorder.rows[n_rows:]
-        last = {name: value for name, value in (made[-1] if made else {}).items()
-                if name not in ('run', 'epoch')}
-        return {'rows': [n_rows, len(recorder.rows)], 'epochs': len(made),
-                'fits': recorder.run - run,
-                'metrics': {name: finite(value) for name, value in last.items()},
-                'best': best_of(self.object, callbacks)}
-    return report
-
-def finite(x): # float; None for nan and infinities, which JSON has not
-    "A number that JSON can hold"
-    return x if isinstance(x, (int, float)) and math.isfinite(x) else None
-
-def best_of(learn, callbacks): # dict: name, value, higher, place; None
-    "The best model that a SaveBest of a call knows, and where its state lies in the record"
-    given = [(one.callback, ['callbacks', i, 1, 'own']) for i, one in enumerate(callbacks)]
-    kept = [(cb, ['state', 'callbacks', name]) for name, cb in learn.cbs.stateful().items()]
-    for cb, path in (*given, *kept):
-        if isinstance(cb, SaveBest) and cb.best is not None:
-            return {'name': cb.monitor, 'value': float(cb.best), 'higher': bool(cb.higher),
-                    'place': path}
-
-@patch
-def show_report(self:LearnerHost, report, callbacks):
-    "Print the table again, and let the callbacks of the call be those of the last fit"
-    learn, (first, end) = self.object, report['rows']
-    rows, times = learn.recorder.rows[first:end], learn.recorder.times[first:end]
-    for cb in learn.cbs:
-        if isinstance(cb, Progress) and len(rows) == end - first: cb.show_again(rows, times)
-    if report['fits']: learn.fit_cbs = [*learn.cbs, *(one.callback for one in callbacks)]
 
 # %% ../../nbs/checkpoints/10_learner_host.ipynb #62a76e12
 @patch

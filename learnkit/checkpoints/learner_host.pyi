@@ -19,9 +19,7 @@ class LearnerHost(Host):
     def ranks(self) -> Any: ...
     @property
     def is_busy(self) -> Any: ...
-    def show(self, text: Any) -> None: ...
     def state(self) -> Any: ...
-    def unused_by(self, method: Any) -> Any: ...
     def root(self) -> dict:
         """What all calls follow from besides state and structure
 
@@ -42,12 +40,6 @@ class LearnerHost(Host):
         """
     def observe(self, arguments: Any = None, anew: Any = False) -> None:
         """Note how what has come into reach is"""
-    def part_changes(self, part: Any, saved: Any) -> list:
-        """How a part of the state differs from a saved one; of attributes their names and values
-
-        Returns:
-            of str
-        """
     def makes_anew(self, call: Any) -> Any:
         """The optimizer, where a call resets it or gives another one
 
@@ -122,20 +114,6 @@ class LearnerHost(Host):
         Returns:
             of FollowedCallbacks
         """
-    def argument_text(self, value: Any, text: Any) -> Any:
-        """Callbacks as they were written
-
-        Returns:
-            str; None: as it is described
-        """
-    def begin_report(self) -> Any:
-        """What will tell the rows of the history that a call has made, and the best model it has seen
-
-        Returns:
-            function: callbacks -> dict
-        """
-    def show_report(self, report: Any, callbacks: Any) -> None:
-        """Print the table again, and let the callbacks of the call be those of the last fit"""
     def drawn_at_start(self) -> dict:
         """Tensors of model and loss that an unseeded start may draw
 
@@ -214,13 +192,6 @@ def frozen_modules(learn: Learner) -> Any:
         list of names
     """
 
-def observed_text(entry: Any) -> str:
-    """An entry of the observed state in short
-
-    Returns:
-        str
-    """
-
 def fit_outcome(learn: Learner) -> Any: ...
 
 def set_fit_outcome(learn: Learner, tree: Any) -> None: ...
@@ -237,15 +208,6 @@ def unchanged_schedules(learn: Learner) -> AbstractContextManager[None]:
 
 def param_groups(learn: Learner) -> Any: ...
 
-def given_callbacks(arguments: Any) -> Any: ...
-
-def callbacks_in(value: Any) -> Any:
-    """The callback objects in an argument
-
-    Returns:
-        list of callbacks
-    """
-
 class FollowedCallback:
     """A callback given to a call, with what it says of itself and what is observed of it"""
     learn: Any
@@ -255,20 +217,6 @@ class FollowedCallback:
     def name(self) -> Any: ...
     def state_dict(self) -> Any: ...
     def load_state_dict(self, state: Any) -> None: ...
-
-def finite(x: Any) -> Any:
-    """A number that JSON can hold
-
-    Returns:
-        float; None for nan and infinities, which JSON has not
-    """
-
-def best_of(learn: Learner, callbacks: Any) -> Any:
-    """The best model that a SaveBest of a call knows, and where its state lies in the record
-
-    Returns:
-        dict: name, value, higher, place; None
-    """
 
 def listed_metrics(tree: Any) -> Any:
     """The metrics of a learner as they are described: a single one, a list, a dict by name, none

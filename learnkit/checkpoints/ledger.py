@@ -29,6 +29,7 @@ from .results import classes_at_hand, return_hint, unkept_in
 from .record import (
     Node, Position, SavedState, StaleCheckpoint, differing, fetched_text, new_node, state_at)
 from .host import Host, method_kind
+from .direct_calls import DirectCalls
 from .digests import KnownDigests, by_part, joined
 from .shared_store import SharedStore, on_main
 
@@ -64,6 +65,7 @@ class Ledger:
         self.position = None  # Position of the object; None: at the beginning
         self.ancestors = ()  # ids of the checkpoints on the way there, the last one first
         self.block = None  # the open one
+        self.direct_calls = DirectCalls(host.object)  # refused while a block is open
         self.planning = False  # whether a call that would be computed ends the script
         self.reason = 'nothing was computed yet'  # why the last call was computed
         self.starts = {}  # id -> (SavedState, position, ancestors) of its beginning, if deleted too
@@ -86,6 +88,8 @@ class Ledger:
 
     def on_main(self, function): # what it returns, on all processes
         return on_main(self.host.ranks, function)
+
+    def show(self, text): self.host.display.show(text)
 
 # %% ../../nbs/checkpoints/05_ledger.ipynb #e24c7e7f
 @patch
@@ -175,7 +179,7 @@ def around_call(self:Ledger, method, values) -> dict: # name -> value
 def call_text(self:Ledger, method, args, kwargs) -> str:
     "A call as it stands in a script"
     def text(value):
-        found = self.host.argument_text(value, text)
+        found = self.host.display.argument_text(value, text)
         if found is not None: return found
         try: return as_text(fingerprint(value, method, memo=self.memo).tree)
         except UnfingerprintableError: return type(value).__name__  # one that is ignored
@@ -225,7 +229,7 @@ def restore(self:Ledger, saved:SavedState, structure=None, best=None, schedules=
     tree = self.store.get({'state': saved.state, 'beside': saved.extra, 'best': best},
                           self.host.known_tensors())
     self.is_as_made = False
-    with self.host.unguarded():
+    with self.direct_calls.allowed():
         self.host.restore(joined(tree['state']), tree['beside'], structure, tree['best'], schedules)
     if best is None: self.note_lacks(saved)
     else: self.lacks = {}  # the best model comes with moments of its own
@@ -255,13 +259,18 @@ def arithmetic_differs(then, now): # list of str
 def perform(self:Ledger, call, folder=None): # (result, callbacks, dict: what is known of it)
     "Make a call; with a folder it saves there while it runs"
     host, start = self.host, time.perf_counter()
-    callbacks, report = host.stateful_arguments(call.values), host.begin_report()
+    callbacks, report = host.stateful_arguments(call.values), host.display.begin_report()
     with nullcontext() if folder is None else host.saving_to(folder, self.local_store):
-        try: result = host.call(call.method, call.args, call.kwargs)
+        try: result = self.make_call(call.method, call.args, call.kwargs)
         finally: self.note_changes_of(call)
     seconds, ended = time.perf_counter() - start, time.time()
     return result, callbacks, {'returns_host': result is host.object, 'seconds': seconds,
                                'ended': ended, 'report': report(callbacks)}
+
+@patch
+def make_call(self:Ledger, method, args, kwargs): # what it returns
+    "A call of the object's method, inside of which it calls its own methods as ever"
+    with self.direct_calls.allowed(): return self.host.call(method, args, kwargs)
 
 # %% ../../nbs/checkpoints/05_ledger.ipynb #5550ac10
 @patch
@@ -318,7 +327,7 @@ def unpack(self:Ledger, call, returns_host, tree, copy=False): # result
 @patch
 def report_unkept(self:Ledger, method, error):
     "Show, once for each method, a line on a result that is computed on each run"
-    if method not in self.unkept: self.host.show(str(error))
+    if method not in self.unkept: self.show(str(error))
     self.unkept.add(method)
 
 # %% ../../nbs/checkpoints/05_ledger.ipynb #ae0fa17b
@@ -343,7 +352,7 @@ def write_files_again(self:Ledger, node, call, record):
                 if seal is not None and file_seal(path) != seal]
         for path, seal in lost: write_content(path, self.local_store.get(node.files[seal]))
         return [str(path) for path, _ in lost]
-    for path in self.on_main(write): self.host.show(f'{path} is written again')
+    for path in self.on_main(write): self.show(f'{path} is written again')
 
 # %% ../../nbs/checkpoints/05_ledger.ipynb #7e8dfc88
 @patch
@@ -359,13 +368,13 @@ def matching_callbacks(self:Ledger, call, states) -> list:
 def report_fetched(self:Ledger, node, record, call, differ=(), notes=()):
     "Show a line on a call that was fetched, in what it had begun otherwise, and what else to know"
     weights = {part for part, _ in self.host.drawn_at_start()}  # a line of their own tells of them
-    names = ', '.join(f'other {self.host.part_names.get(part, part)}' for part in differ
+    names = ', '.join(f'other {self.host.display.part_names.get(part, part)}' for part in differ
                       if part not in weights)
     notes = [*([f'it had begun with {names}'] if names else []), *notes]
     found = (call.arguments, *call.structure.values())
     notes += dict.fromkeys(each.sampled_text for each in found if each.sampled)
     text = f' ({"; ".join(notes)})' if notes else ''
-    self.host.show(fetched_text(node, record, self.store.folder) + text)
+    self.show(fetched_text(node, record, self.store.folder) + text)
 
 # %% ../../nbs/checkpoints/05_ledger.ipynb #fe88277a
 @patch

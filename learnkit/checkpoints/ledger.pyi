@@ -5,6 +5,7 @@
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
+from ..checkpoints.direct_calls import DirectCalls
 from ..checkpoints.host import Host
 from ..checkpoints.record import Node, SavedState
 from ..fingerprint.values import Fingerprint
@@ -34,6 +35,7 @@ class Ledger:
     position: Any
     ancestors: tuple[Any, ...]
     block: Any
+    direct_calls: DirectCalls
     planning: bool
     reason: str
     starts: dict[Any, Any]
@@ -58,6 +60,7 @@ class Ledger:
         """Returns:
             what it returns, on all processes
         """
+    def show(self, text: Any) -> None: ...
     def find_answer(self, node: Any, key: Any, call: Any) -> Any:
         """The record of an answer, unless its values are lost
 
@@ -273,6 +276,12 @@ class Ledger:
 
         Returns:
             (result, callbacks, dict: what is known of it)
+        """
+    def make_call(self, method: Any, args: Any, kwargs: Any) -> Any:
+        """A call of the object's method, inside of which it calls its own methods as ever
+
+        Returns:
+            what it returns
         """
     def note_changes_of(self, call: Any) -> None:
         """What code reads and a call has changed is described as it was before the call"""

@@ -35,7 +35,7 @@ def check_beginning(block):
     if block.has_compared or node.parent is not None or not node.has_begun: return
     block.has_compared, digests = True, block.state_digests()
     problems, line = compare_beginning(ledger, node, digests)
-    if line: ledger.host.show(line)
+    if line: ledger.show(line)
     if problems:
         def fits(older): return not compare_beginning(ledger, older, digests)[0]
         if take_older(block, 0, fits): return

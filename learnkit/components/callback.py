@@ -156,16 +156,20 @@ def as_callbacks(cbs, # None, a Callback, a Callback class, or any nesting of it
 
 # %% ../../nbs/components/00_callback.ipynb #306f89da
 class Bound(dict):
-    "(event or step, phase) -> tuple of methods, each entry made when first asked for"
+    "phase -> event or step -> tuple of methods, each entry made when first asked for"
     def __init__(self, cbs): self.cbs = sorted(cbs, key=lambda cb: cb.order)
 
-    def __missing__(self, key):
-        name, phase = key
+    def __missing__(self, phase): return self.setdefault(phase, BoundInPhase(self.cbs, phase))
+
+class BoundInPhase(dict):
+    "event or step -> tuple of methods"
+    def __init__(self, cbs, phase): self.cbs, self.phase = cbs, phase
+
+    def __missing__(self, name):
         by_phase = name in BATCH_EVENTS or name in STEPS
-        heard = [cb for cb in self.cbs if not by_phase or phase in cb.phases]
+        heard = [cb for cb in self.cbs if not by_phase or self.phase in cb.phases]
         methods = (getattr(cb, name, None) for cb in heard)
-        self[key] = tuple(method for method in methods if method is not None)
-        return self[key]
+        return self.setdefault(name, tuple(method for method in methods if method is not None))
 
 # %% ../../nbs/components/00_callback.ipynb #28e1bbf5
 class Callbacks(MutableSequence):

@@ -166,10 +166,17 @@ def as_callbacks(cbs: Any) -> Any:
     """
 
 class Bound(dict):
-    """(event or step, phase) -> tuple of methods, each entry made when first asked for"""
+    """phase -> event or step -> tuple of methods, each entry made when first asked for"""
     cbs: Any
     def __init__(self, cbs: Any) -> None: ...
-    def __missing__(self, key: Any) -> Any: ...
+    def __missing__(self, phase: Any) -> Any: ...
+
+class BoundInPhase(dict):
+    """event or step -> tuple of methods"""
+    cbs: Any
+    phase: Any
+    def __init__(self, cbs: Any, phase: Any) -> None: ...
+    def __missing__(self, name: Any) -> Any: ...
 
 class Callbacks(MutableSequence):
     """An editable list of callbacks that knows which methods answer an event, in order"""

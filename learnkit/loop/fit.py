@@ -50,7 +50,7 @@ def set_fit_lr(learn, lr):
 
 def check_trained(learn):
     "Raise ValueError for a trainable parameter in no optimizer group: it would never be trained"
-    if learn.cbs.bound['step', 'train'] or type(learn).step is not Loop.step: return
+    if learn.cbs.bound['train']['step'] or type(learn).step is not Loop.step: return
     held = {id(p) for p in opt_params(learn.opt)} if learn.opt else set()
     roots = [('model', learn.model), ('loss_func', learn.loss_func)]
     lost = [f'{root}.{name}' for root, module in roots if isinstance(module, nn.Module)

@@ -301,7 +301,7 @@ def no_logging(self:Learner):
 def show_training_loop(self:Learner) -> None:
     "Print the events and steps of a fit in order, with the callbacks that answer them"
     for depth, name in training_loop():
-        methods = self.cbs.bound[name, 'valid' if depth < 0 else 'train']
+        methods = self.cbs.bound['valid' if depth < 0 else 'train'][name]
         methods = [m for m in methods if not self.cbs.is_inner(getattr(m, '__self__', None))]
         owners = [owner_name(method) for method in methods]
         if name in STEPS: owners = [owners[-1]] if owners else [f'{type(self).__name__}.{name}']

@@ -183,7 +183,7 @@ def loss_of(pred): # the loss in a model's output
 # %% ../../nbs/loop/03_loop.ipynb #2c58789b
 @patch
 def _run_step(self:Loop, name):
-    methods = self._cbs.bound[name, self.phase]
+    methods = self._cbs.bound[self.phase][name]
     if not methods: return getattr(self, name)()
     try: methods[-1](self)
     except (Cancel, Interrupted): raise
@@ -198,7 +198,7 @@ def _evaluate_again(self:Loop): # the loss
 
 def overrides(learn, step:str): # bool
     "Whether a callback or a subclass does this step in its own way"
-    if learn._cbs.bound[step, learn.phase]: return True
+    if learn._cbs.bound[learn.phase][step]: return True
     return getattr(type(learn), step) is not getattr(Loop, step)
 
 def has_updates(learn): # bool
@@ -284,7 +284,7 @@ def training(self:Loop) -> bool:
 @patch
 def __call__(self:Loop, event:str):
     "Call the callbacks' methods for `event`"
-    for method in self._cbs.bound[event, self.phase]:
+    for method in self._cbs.bound[self.phase][event]:
         try: method(self)
         except (Cancel, Interrupted): raise
         except BaseException as error:
@@ -319,7 +319,7 @@ def is_meant_here(cancel, levels): # bool
 def _cleanup(self:Loop, level, error=None):
     "`cleanup_<level>` for every callback; of all that was raised the gravest surfaces"
     raised = [] if error is None else [error]
-    for method in self._cbs.bound[f'cleanup_{level}', self.phase]:
+    for method in self._cbs.bound[self.phase][f'cleanup_{level}']:
         try: method(self)
         except BaseException as new:
             is_cancel = isinstance(new, Cancel)

@@ -23,7 +23,7 @@ class Series:
 
     def append(self, value): # a number or a detached tensor of one element
         "Add the next value, without reading it"
-        value = torch.as_tensor(value)
+        if not isinstance(value, torch.Tensor): value = torch.as_tensor(value)
         self.unpacked.append(value.reshape(()) if value.ndim else value)
         if len(self.unpacked) == 1024: self._pack()
 

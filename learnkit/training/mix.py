@@ -31,7 +31,7 @@ def image_size(xb): # (height, width)
 # %% ../../nbs/training/14_mix.ipynb #4ad4b012
 def check_loss_func(mix, learn):
     "Raise unless the loss is a function of predictions and targets that can be called twice"
-    for method in learn.cbs.bound['get_loss', learn.phase]:
+    for method in learn.cbs.bound[learn.phase]['get_loss']:
         if method == mix.get_loss: continue
         owner = getattr(method, '__self__', method)
         raise ValueError(f'{mix}: {owner!r} computes the loss as well, so that it cannot be mixed; '

@@ -199,7 +199,7 @@ def test_training_does_not_go_on_without_moments_unless_it_is_told_to(tmp_path, 
         cp.setup(opt_func=torch.optim.SGD)
         cp.fit(1)
     shown = []
-    monkeypatch.setattr(learn.ledger.host, 'show', shown.append)
+    monkeypatch.setattr(learn.ledger, 'show', shown.append)
     learn.rollback(1)
     assert 'were not kept' in shown[0]
 

@@ -5,13 +5,14 @@ import pytest
 from checkpoint_runs import digest, make, script
 from counting import Fits
 from learnkit import Checkpointed, CheckpointedLearner
-from learnkit.checkpoints.host import Host
+from learnkit.checkpoints.host import Display, Host
+from learnkit.checkpoints.learner_display import LearnerDisplay
 from learnkit.checkpoints.learner_host import LearnerHost
 import learnkit
 
 PACKAGE = Path(learnkit.__file__).parent
-ROOMS = ['results', 'record', 'host', 'shared_store', 'digests', 'ledger', 'changes', 'answers',
-         'block', 'checkpointed']
+ROOMS = ['results', 'record', 'host', 'direct_calls', 'shared_store', 'digests', 'ledger',
+         'changes', 'answers', 'block', 'checkpointed']
 
 
 def imported(name): # set of module names
@@ -41,14 +42,16 @@ def reached(name): # set of module names
 def test_the_record_knows_no_learner(room):
     floors = {name.partition('.')[0] for name in reached(f'checkpoints.{room}')}
     assert not floors & {'loop', 'training', 'processes'}
-    assert not {'checkpoints.learner_host', 'checkpoints.learner'} & reached(f'checkpoints.{room}')
+    of_learners = {f'checkpoints.{name}' for name in ('learner_host', 'learner_display', 'learner')}
+    assert not of_learners & reached(f'checkpoints.{room}')
 
 
 def test_the_walk_sees_learners_where_they_are():
     assert {'loop.learner', 'loop.loop', 'training.save_best'} <= reached('checkpoints.learner')
 
 
-DECLARED = {name for cls in (Host, LearnerHost) for name in vars(cls) if name[0] != '_'}
+DECLARED = {name for cls in (Host, LearnerHost, Display, LearnerDisplay)
+            for name in vars(cls) if name[0] != '_'}
 OTHER = '''object construction guards host block position ancestors
     drifts unseeded laid trained once of_the_model of_training captured at line seen outside hosts
     _lay _root _beside _capture _live_state _structure _reads _best _kept _attributes _carriers
