@@ -192,6 +192,7 @@ def known_tensors(self:LearnerHost): return self.object.recorder.parts()
 def saving_to(self:LearnerHost, folder, store): # context manager
     return autosaving(self.object, folder, self.save_every, store)
 
+# %% ../../nbs/checkpoints/10_learner_host.ipynb #d167d74d
 @patch
 def as_built(self:LearnerHost): return as_built(self.object) # context manager
 
