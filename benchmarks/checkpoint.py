@@ -1,11 +1,13 @@
 "What checkpoints cost: a rerun, memory, time, bytes; of 20 million parameters under Adam, 240 MB"
-import random, subprocess, sys, tempfile, time
+import random, statistics, subprocess, sys, tempfile, time
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+import numpy as np
 from common import ratio, report, torch
 from loop import mnist_cnn
 from learnkit import *
-from learnkit.loop import resume
+from learnkit.loop import observed, resume
 from learnkit.checkpoints.learner import CheckpointedLearner
 from learnkit.files.store import Store
 from torch import nn
@@ -204,6 +206,122 @@ def forks(folder, layers=5): # (of forks over their parent, of heads over heads 
     return forked / parent, (packed(folder) - forked) / heads
 
 
+# Cost in step with work: the last hundred calls over the first, processor time
+
+def small(folder, **kwargs):
+    torch.manual_seed(0)
+    dls = DataLoaders.from_tensors((torch.randn(64, 20), torch.randn(64, 1)), bs=8, device='cpu')
+    learn = CheckpointedLearner(dls, nn.Linear(20, 1), nn.MSELoss(), lr=1e-3, name='run',
+                                root=folder, path=folder, device='cpu', seed=0, **kwargs)
+    learn.remove_cb(Progress)
+    learn.ledger.show = lambda text: None
+    return learn
+
+def in_one_block(folder, n):
+    "Calls of one block, computed or fetched"
+    learn = small(folder)
+    with learn.checkpoint(1) as cp:
+        for _ in range(n): yield partial(cp.fit, n_steps=1)
+
+def one_each(folder, n):
+    "A call in each of many checkpoints, one after the other"
+    learn = small(folder)
+    def block(id):
+        with learn.checkpoint(id) as cp: cp.fit(n_steps=1)
+    for id in range(n): yield partial(block, id)
+
+def chain_of_runs(folder, n):
+    "A learner made anew for each checkpoint, which goes on from the one before"
+    def run(id):
+        learn = small(folder)
+        with learn.checkpoint(id, parent=id - 1 if id else BEGINNING) as cp: cp.fit(n_steps=1)
+    for id in range(n): yield partial(run, id)
+
+def of_one_checkpoint(folder, n):
+    "Questions to one checkpoint"
+    learn = small(folder)
+    with learn.checkpoint(1) as cp: cp.fit(1)
+    for i in range(n): yield partial(learn.cache(1).predict, torch.full((1, 20), float(i)))
+
+def seconds_of(calls):
+    found = []
+    for call in calls:
+        start = time.process_time()
+        call()
+        found.append(time.process_time() - start)
+    return found
+
+def growth(folder, work, n): # (when computed, when fetched)
+    "Median of the last tenth over that of the first"
+    ratios = []
+    for _ in range(2):
+        seconds = seconds_of(work(folder, n))[n // 20:]  # without what warms up
+        first, last = seconds[:n // 10], seconds[-(n // 10):]
+        ratios.append(statistics.median(last) / statistics.median(first))
+    return ratios
+
+def long_history(folder, rounds, n=10**6): # ratio of the medians
+    "Calls of a learner that has made a million steps, over those of a new one, in turn"
+    learners = {'new': small(folder/'new'), 'long': small(folder/'long')}
+    steps = np.zeros((6, n))
+    steps[2], steps[5] = np.arange(n), np.random.default_rng(0).random(n)
+    learners['long'].recorder.growing['steps'].add(steps)
+    seconds = {name: [] for name in learners}
+    with ExitStack() as opened:
+        cps = {name: opened.enter_context(learn.checkpoint(1)) for name, learn in learners.items()}
+        for i in range(rounds + 2):
+            for name, cp in cps.items():
+                found = seconds_of([partial(cp.fit, n_steps=1)])
+                if i > 1: seconds[name] += found
+    return ratio(seconds, 'long', 'new')
+
+def large_array(folder, rounds): # (last calls over first, a call in readings of the array)
+    "Calls on data that are an array of 160 MB, which anybody may write to"
+    learn = small(folder)
+    learn.dls.train.extra = array = np.random.default_rng(0).random(20_000_000)
+    with learn.checkpoint(1) as cp:
+        seconds = seconds_of([partial(cp.fit, n_steps=1)] * rounds)[1:]
+    read = seconds_of([array.sum] * 5)
+    half = len(seconds) // 2
+    return (statistics.median(seconds[half:]) / statistics.median(seconds[:half]),
+            statistics.median(seconds) / statistics.median(read))
+
+def observation(folder): # share
+    "What looking for changes takes, of a fit with SaveState each epoch"
+    learn, n_epoch = mlp_fit(Learner, folder)
+    spent, inner = [], observed.snapshot
+    def timed_snapshot(*args):
+        start = time.process_time()
+        try: return inner(*args)
+        finally: spent.append(time.process_time() - start)
+    observed.snapshot = timed_snapshot
+    try: fit, = seconds_of([partial(learn.fit, n_epoch, cbs=SaveState('saves'))])
+    finally: observed.snapshot = inner
+    return sum(spent) / fit
+
+WORK = (('calls of a block', in_one_block, 1000), ('checkpoints', one_each, 1000),
+        ('runs, each a learner made anew', chain_of_runs, 400),
+        ('questions to a checkpoint', of_one_checkpoint, 1000))
+
+def growth_rows(): # rows of a report
+    rows = []
+    for what, work, n in WORK:
+        computed, fetched = measured(growth, work, n)
+        rows.append((f'{n} {what}: the last tenth over the first, computed; fetched',
+                     f'{computed:.2f}x; {fetched:.2f}x', 'at most 1.2x',
+                     max(computed, fetched) <= 1.2))
+    long, (array, read), share = (measured(long_history, 40), measured(large_array, 20),
+                                  measured(observation))
+    return [*rows,
+            ('a call after a million steps, over one of a new learner', f'{long:.2f}x',
+             'at most 1.2x', long <= 1.2),
+            ('a call on an array of 160 MB: the last ones over the first', f'{array:.2f}x',
+             'at most 1.2x', array <= 1.2),
+            ('such a call, in sums over the array', f'{read:.1f}', '', True),
+            ('looking for changes, of a fit with SaveState each epoch, 20-32-2 MLP',
+             f'{share:.2%}', 'below 1%', share < 0.01)]
+
+
 def measured(function, *args, **kwargs):
     with tempfile.TemporaryDirectory() as folder: return function(Path(folder), *args, **kwargs)
 
@@ -234,10 +352,12 @@ def main(rounds):
              ('bytes of ten heads trained with a frozen body, over heads with moments',
               f'{heads:.3f}x', 'at most 1.05x', heads <= 1.05)]
     report('Checkpoints', rows)
+    report('Cost in step with work', growth_rows())
 
 
 if __name__ == '__main__':
     if len(sys.argv) == 1: main(25)
+    elif sys.argv[1] == 'growth': report('Cost in step with work', growth_rows())
     elif sys.argv[1] in ('script', 'read', 'model'): print(*timed(sys.argv[1], Path(sys.argv[2])))
     else:
         print(memory(Path(sys.argv[2]), {'Learner': Learner}.get(sys.argv[1], CheckpointedLearner)))

@@ -34,6 +34,7 @@ from .files.tensors import (
 from .files.tree import (
     load_tree, save_tree, tree_digest,
 )
+from .files import apart as _apart
 from .files import sharded as _sharded
 from .files import saves as _saves
 from .files import ids as _ids
@@ -48,6 +49,7 @@ from .files.garbage import (
 from .files import tables as _tables
 from .files import objects as _objects
 from .files import written as _written
+from .files import growing as _growing
 from .data import order as _order
 from .data.loaders import (
     DataLoaders, DatasetLoader, TensorLoader,
@@ -174,6 +176,7 @@ from .checkpoints import digests as _digests
 from .checkpoints import ledger as _ledger
 from .checkpoints import beginning as _beginning
 from .checkpoints import changes as _changes
+from .checkpoints import kept as _kept
 from .checkpoints import answers as _answers
 from .checkpoints import renewal as _renewal
 from .checkpoints import block as _block

@@ -362,7 +362,7 @@ def test_two_processes_with_different_checkpoints_lose_none(tmp_path):
         for n in (4, 5): learn.cache(1).lr_find(num_it=n)
     assert ended(*pids, forked(asking), forked(asking)) == [0] * 5
     assert Store(tmp_path / 'run').ids() == [1, 'b', 'x', 'y', 'z']
-    answers = json.dumps(Store(tmp_path / 'run').read(1)['answers'])
+    answers = json.dumps(Store(tmp_path / 'run').answers(1))
     assert answers.count('"method": "lr_find"') == 2 and answers.count('"method": "validate"') == 1
     learn = make(tmp_path)
     for id in ('x', 'y', 'z'): learn.rollback(id)

@@ -357,7 +357,7 @@ def test_law_1_a_question_before_the_first_call_of_an_unseeded_run(tmp_path, ask
             cp.fit(1)
         return found, digest(learn)
     assert run('unseeded') == run('unseeded') == run('unseeded')
-    assert len(Store(tmp_path / 'run').read(1)['answers']) == 1
+    assert len(Store(tmp_path / 'run').answers(1)) == 1
 
 
 # Law 2: keys
@@ -1121,11 +1121,11 @@ def test_p8_slots_by_checkpoint_and_method_and_their_deletion(tmp_path):
     learn.cache(1).validate()
     learn.cache(1).delete('count')
     assert [answer['method']
-            for answer in Store(tmp_path / 'run').read(1)['answers']] == ['validate']
+            for answer in Store(tmp_path / 'run').answers(1)] == ['validate']
     assert ask() == [1, 2, 2, 4] and len(ASKED) == 6
     learn.cache(1).delete()
-    assert not Store(tmp_path / 'run').read(1)['answers']
-    assert Store(tmp_path / 'run').read(2)['answers']
+    assert not Store(tmp_path / 'run').answers(1)
+    assert Store(tmp_path / 'run').answers(2)
     with pytest.raises(KeyError): learn.cache(1).delete('count')
 
 

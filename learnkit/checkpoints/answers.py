@@ -15,11 +15,13 @@ from ..files.durable import remove_path
 from ..files.errors import UnstorableError
 from ..files.ids import id_text
 from ..files.tree import json_digest
-from .record import Position, not_kept, state_after, structure_after
+from .record import (
+    CallRecord, Position, not_kept, state_after, structure_after)
 from .host import method_kind
 from .digests import joined
 from .ledger import Ledger, states_of
 from .changes import PlanEnds
+from .kept import check_kept
 
 # %% ../../nbs/checkpoints/07_answers.ipynb #82a3c20d
 KEY_FORMAT = 1  # raised when the same call is described in another way
@@ -31,7 +33,8 @@ def answer_key(call, digests, structure:dict): # 64 hex digits
 @patch
 def find_answer(self:Ledger, node, key, call): # CallRecord; None
     "The record of an answer, unless its values are lost"
-    found = next((answer for answer in node.answers if answer.answer_key == key), None)
+    found = self.store.answer(node.id, key)
+    found = found and CallRecord(found)
     if found is None or self.store.holds([found.result, found.callbacks]):
         is_old = found and self.options.computes_changed_code and self.changed_code(found, call)
         return None if is_old else found
@@ -64,8 +67,7 @@ def compute_answer(self:Ledger, node, call, key, folder=None):
     answer = {'key': key, 'method': call.method, 'text': call.text, 'kind': call.kind,
               'arguments': call.arguments.tree, 'code': self.code_of(call),
               'versions': self.arithmetic_of(call), 'seals': seals}
-    node.put_answer(answer | facts | self.store.put(tree)[0])
-    self.store.write(node.json)
+    self.store.write_answer(node.id, answer | facts | self.store.put(tree)[0])
     return self.unpack(call, facts['returns_host'], packed, copy=True)
 
 # %% ../../nbs/checkpoints/07_answers.ipynb #0177290c
@@ -96,6 +98,7 @@ def compute_on(self:Ledger, node, call, key):
     folder = None
     if call.kind != 'pure':
         folder = (self.store.work(node.id)/f'answer-{key[:16]}').absolute()
+    check_kept(self, node.id, call, state_after(self.read, node, node.n_calls).lacks)
     with self.on_state_of(node, call.method):
         result = self.compute_answer(node, call, key, folder)
     if folder: forget_saves(folder)
@@ -141,7 +144,8 @@ def on_state_of(self:Ledger, node, method):
     n = node.n_calls
     saved, structure = state_after(self.read, node, n), self.structures.get((node.id, n))
     if saved.state is None: raise not_kept(node)
-    tree = self.store.get({'state': saved.state, 'beside': saved.extra})
+    tree = self.store.get({'state': saved.state, 'beside': saved.extra},
+                          self.host.known_tensors())
     state = joined(tree['state'])
     with self.direct_calls.allowed(), self.host.unchanged():
         if structure is None and method in self.host.unused: self.host.restore_used(state)
@@ -174,12 +178,11 @@ class Cache:
 def forget_answers(self:Ledger, id, method):
     "Delete the answers of a method, or all"
     with self.store.writing():
-        node = self.node(id)
-        have = sorted({answer.method for answer in node.answers})
+        self.node(id)  # KeyError where there is none
+        answers = self.store.answers(id)
+        have = sorted({answer['method'] for answer in answers})
         if method is not None and method not in have:
             raise KeyError(f'checkpoint {id_text(id)} has no answers of {method!r}; it has those '
                            f'of: {", ".join(have) or "none"}')
-        node.drop_answers(method)
-        self.store.write(node.json)
-    if self.block is not None and self.block.id == id:
-        self.block.node.adopt_answers(node)
+        for answer in answers:
+            if method in (None, answer['method']): self.store.delete_answer(id, answer['key'])

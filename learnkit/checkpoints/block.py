@@ -6,25 +6,27 @@
 __all__ = []
 
 # %% ../../nbs/checkpoints/08_block.ipynb #475bdc6a
-import os, warnings
-from contextlib import ExitStack, contextmanager, suppress
+import warnings
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from fastcore.basics import patch
 from ..base.text import caller_stacklevel
-from ..files.errors import DamagedError, LockedError, UnstorableError
+from ..files.errors import DamagedError, UnstorableError
 from ..files.ids import id_text
 from ..files.tree import tree_digest
 from ..fingerprint.differences import differences
 from .record import (
-    CallRecord, Position, SavedState, StaleCheckpoint, content_text, differing,
+    CallRecord, Position, SavedState, StaleCheckpoint, content_text, differing, head_text,
     running_call, state_at, state_before)
-from .host import method_kind
+from .host import method_kind, same_objects
 from .digests import KnownDigests, by_part, joined
 from .ledger import ChangedGlobalError, digests_of
 from .beginning import beginning
 from .changes import PlanEnds, go_to_start
+from .kept import check_kept, drop_states, droppable_states, free_dropped
 from .answers import answer_key, forget_saves
 from .renewal import (
-    accept_code, begin_anew, check_beginning, must_compute, take_older)
+    accept_code, begin_anew, check_beginning, must_compute, note_findings, take_older)
 
 # %% ../../nbs/checkpoints/08_block.ipynb #39cdd6c5
 class Block:
@@ -38,6 +40,7 @@ class Block:
         self.has_adopted = False  # whether the record has taken over what was asked for
         self.has_compared = False  # whether the beginning of the run was compared
         self.findings = {'code_changed': []}  # what else is to be written into the node
+        self.written, self.described = None, set()  # what the record on disk says, see `write`
 
     def __repr__(self):
         made = ', '.join(call.text for call in self.made) or 'no call yet'
@@ -80,7 +83,6 @@ def acquire_lock(self:Block) -> bool:
     self.lock.enter_context(ledger.store.writing())
     self.is_locked = True
     stored, node = ledger.read(self.id), self.node
-    if stored is not None: node.adopt_answers(stored)  # they may grow beside the calls
     if content_text(stored) == self.known: return True
     n = len(self.made)
     follows = stored is not None and self.known == content_text(node) and (
@@ -97,8 +99,10 @@ def acquire_lock(self:Block) -> bool:
 def record_start(self:Block, digests):
     "Record where the checkpoint begins; its state is stored unless it is its parent's end"
     ledger, node, parent = self.ledger, self.node, self.node.parent_position
-    is_new = parent is None or parent.call == 'best' or self.has_left(
-        state_at(ledger.node, parent), digests)
+    is_new = parent is None or parent.call == 'best'
+    if not is_new:
+        end = state_at(ledger.node, parent)
+        is_new = self.has_left(end, digests) or bool(end.lacks) and not ledger.lacks
     start = self.stored_state(digests) if is_new else SavedState(digests, None, None)
     node.add_descriptions(self.structure)
     node.set_start(start, digests_of(self.structure))
@@ -110,7 +114,9 @@ def has_left(self:Block, saved, digests) -> bool:
     "Whether the object has moved on from a recorded state, or what lies beside it was changed"
     if saved.digests != digests: return True
     ledger, extra = self.ledger, self.ledger.host.extra_state()
-    def differs(): return tree_digest(ledger.local_store.get(saved.extra)) != tree_digest(extra)
+    def differs():
+        recorded = ledger.local_store.get(saved.extra, ledger.host.known_tensors())
+        return tree_digest(recorded) != tree_digest(extra)
     return ledger.on_main(differs)
 
 @patch
@@ -121,26 +127,24 @@ def stored_state(self:Block, digests) -> SavedState:
 
 # %% ../../nbs/checkpoints/08_block.ipynb #e50d1a09
 @patch
+def write(self:Block, k=None): # number of the one call that has changed; None: write all
+    "Write the record; where all else is as it was written, the call alone"
+    node, store, head = self.node, self.ledger.store, head_text(self.node)
+    if k is None or head != self.written:
+        store.write(node.json)
+        self.written, self.described = head, set(node.descriptions)
+        return
+    new = {digest: node.descriptions[digest] for digest in node.descriptions.keys()
+           - self.described}
+    store.write_call(self.id, k, node.call(k).json, new)
+    self.described |= new.keys()
+
+@patch
 def note(self:Block, record, **facts):
     "Note of a call that has failed what a next run may want to know"
     record.json.update(facts)
-    self.ledger.store.write(self.node.json)
+    self.write(len(self.made))
 
-@patch
-def note_findings(self:Block):
-    "Write what was found out beside the calls, unless somebody else is writing just now"
-    ledger = self.ledger
-    node, store = ledger.read(self.id), ledger.local_store
-    if node is None or ledger.planning: return
-    self.findings['code_changed'] = sorted({*self.findings['code_changed']})
-    if all(node.json[name] == value for name, value in self.findings.items()): return
-    def write(): # bool
-        if not os.access(store.folder, os.W_OK): return False
-        with suppress(LockedError), store.writing(wait=0.):
-            store.write(store.read(self.id) | self.findings)
-            return True
-        return False
-    if self.is_locked or ledger.on_main(write): self.node.json.update(self.findings)
 
 # %% ../../nbs/checkpoints/08_block.ipynb #cafa6c2f
 @patch
@@ -199,9 +203,10 @@ def state_digests(self:Block) -> dict: # part of the state -> digest
 @patch
 def add_made(self:Block, call):
     "A call is fetched or computed"
-    ledger = self.ledger
-    self.made.append(call)
-    ledger.structures[self.id, len(self.made)] = ledger.host.structure_objects()
+    ledger, n = self.ledger, len(self.made)
+    self.made.append(replace(call, values={}, arguments=None, structure={}))  # as recorded
+    now, before = ledger.host.structure_objects(), ledger.structures[self.id, n]
+    ledger.structures[self.id, n + 1] = before if same_objects(before, now) else now
 
 # %% ../../nbs/checkpoints/08_block.ipynb #3d268e7c
 @patch
@@ -216,14 +221,16 @@ def compute(self:Block, call, digests, record):
     node = self.node
     if not node.has_begun: self.record_start(digests)
     saved = state_before(ledger.read, node, k)
-    if self.diverged or record and digests != saved.digests:
+    if self.diverged or record and digests != saved.digests or ledger.lacks and saved.is_whole:
         self.go_before_call(k)
         digests = saved.digests
+    check_kept(ledger, node.parent if k == 0 and node.start.state is None else self.id, call,
+               ledger.lacks)
     running = self.begin_call(call, digests, saved, record)
     folder = ledger.store.work(self.id)/str(k)
     if record is None: forget_saves(folder)
     node.set_call(k, running)
-    ledger.store.write(node.json)
+    self.write(k)
     return self.make(call, running, folder)
 
 @patch
@@ -243,7 +250,8 @@ def begin_call(self:Block, call, digests, saved, record) -> CallRecord:
 def make(self:Block, call, record, folder):
     "Make a call and record what came of it; if it fails the record says that it runs"
     ledger = self.ledger
-    ledger.known_digests, self.diverged, ledger.is_as_made = KnownDigests(), True, False
+    ledger.known_digests, self.diverged, ledger.is_as_made = ledger.no_digests(), True, False
+    if call.kind != 'pure': ledger.lacks = {}
     try: result, callbacks, facts = ledger.perform(call, folder.absolute())
     except KeyboardInterrupt:
         if ledger.host.ranks is None: self.note(record, left=ledger.state_digests())
@@ -252,7 +260,7 @@ def make(self:Block, call, record, folder):
         forget_saves(folder)  # going on from them would not show it again
         raise
     if call.kind == 'structural': ledger.host.observe()
-    structure = ledger.structure()
+    structure = ledger.structure(still=call.kind != 'structural')
     try:
         if call.kind == 'changes': self.check_structure_kept(call, structure)
         packed, (seals, files) = ledger.pack(call, result), ledger.written_files(self.node, call)
@@ -262,7 +270,7 @@ def make(self:Block, call, record, folder):
         raise
     record.complete(saved, structure_after=digests_of(structure), seals=seals, **roots, **facts)
     self.node.add_descriptions(structure)
-    ledger.store.write(self.node.json)
+    self.write(len(self.made))
     forget_saves(folder)
     self.diverged = False
     self.add_made(call)
@@ -293,25 +301,19 @@ def close(self:Block):
         self.acquire_lock()
         self.node.drop_calls(n)
     if not n: self.record_bookmark()
-    self.note_findings()
+    note_findings(self)
     if self.node.accepted != (ledger.read(self.id) or self.node).accepted:
         self.node.accepting = None  # it was used
-    node, last_only = self.node, self.has_inner_states()
-    if ledger.read(self.id) == node and node.closed and not last_only: return
+    node, droppable = self.node, droppable_states(ledger, self.node)
+    if ledger.read(self.id) == node and node.closed and not droppable: return
     if ledger.planning: return
     if not self.acquire_lock(): return self.close()
-    if last_only: self.node.drop_inner_states()
+    drop_states(ledger, self.node)
     self.node.closed = True
-    ledger.store.write(self.node.json)
-    if last_only: ledger.store.gc(False)
+    self.write()
+    free_dropped(ledger)
 
 # %% ../../nbs/checkpoints/08_block.ipynb #dbfc26de
-@patch
-def has_inner_states(self:Block) -> bool:
-    "Whether states inside the block are to be forgotten"
-    inner = self.node.calls[:-1]
-    return self.ledger.options.keep == 'last' and any(call.after.state for call in inner)
-
 @patch
 def record_bookmark(self:Block):
     "Record the state as it stands"
@@ -382,7 +384,7 @@ def load(self:Block, call, record, with_state): # dict: result, callbacks, perha
     roots = {'callbacks': record.callbacks if is_as_recorded else []}
     if call.kind != 'structural': roots['result'] = record.result
     if with_state: roots |= {'state': saved.state, 'beside': saved.extra}
-    tree = ledger.store.get(roots)
+    tree = ledger.store.get(roots, ledger.host.known_tensors())
     callbacks = ledger.matching_callbacks(call, tree['callbacks']) if is_as_recorded else ()
     if with_state: self.load_state(tree, saved)
     for cb, (_, state) in zip(callbacks, tree['callbacks'], strict=True): cb.load_state_dict(state)
@@ -392,11 +394,12 @@ def load(self:Block, call, record, with_state): # dict: result, callbacks, perha
 def load_state(self:Block, tree, saved):
     "Load a state, whose digests are known then"
     ledger, host = self.ledger, self.ledger.host
-    ledger.known_digests, ledger.is_as_made = KnownDigests(), False  # lets go of what was before
+    ledger.known_digests, ledger.is_as_made = ledger.no_digests(), False  # lets go of what was
     with ledger.direct_calls.allowed(): host.restore(joined(tree['state']), tree['beside'])
     live = by_part(host.state())
     fixed = {part: value for part, value in live.items() if part not in host.may_drift}
-    ledger.known_digests = KnownDigests(fixed, saved.state)
+    ledger.known_digests = KnownDigests(fixed, saved.state, host.known_digest)
+    ledger.note_lacks(saved)
 
 # %% ../../nbs/checkpoints/08_block.ipynb #b1d751b1
 @patch
@@ -405,7 +408,7 @@ def go_before_call(self:Block, k):
     ledger, node, id = self.ledger, self.node, id_text(self.id)
     for j in range(k, -1, -1):
         saved = state_before(ledger.read, node, j)
-        if saved.state is None: continue
+        if saved.state is None or saved.lacks and j < k: continue
         try: ledger.restore(saved, ledger.structures.get((self.id, j)))
         except DamagedError as error: warnings.warn(f'{error}', stacklevel=caller_stacklevel())
         else: break
@@ -440,8 +443,12 @@ def answer_pure_call(self:Block, call):
     if ledger.planning:
         raise PlanEnds(f'checkpoint {id_text(self.id)}: {call.text} would be computed')
     if not self.acquire_lock(): return self.answer_pure_call(call)
-    if not self.node.has_begun: self.record_start(recorded)
-    if self.diverged or recorded != digests: self.go_before_call(len(self.made))
+    if not self.node.has_begun:
+        self.record_start(recorded)
+        self.write()
+    whole = ledger.lacks and state_before(ledger.read, self.node, len(self.made)).is_whole
+    if self.diverged or recorded != digests or whole: self.go_before_call(len(self.made))
+    check_kept(ledger, self.id, call, ledger.lacks)
     return ledger.compute_answer(self.node, call, key)
 
 @patch

@@ -21,6 +21,8 @@ class Block:
     has_adopted: bool
     has_compared: bool
     findings: dict[str, Any]
+    written: Any
+    described: Any
     def __init__(self, ledger: Any, node: Any, structure: Any, known: Any) -> None: ...
     def __repr__(self) -> str: ...
     def acquire_lock(self) -> bool:
@@ -31,10 +33,14 @@ class Block:
         """Whether the object has moved on from a recorded state, or what lies beside it was changed"""
     def stored_state(self, digests: Any) -> SavedState:
         """Store the state that the object is in"""
+    def write(self, k: Any = None) -> Any:
+        """Write the record; where all else is as it was written, the call alone
+
+        Returns:
+            number of the one call that has changed; None: write all
+        """
     def note(self, record: Any, **facts: Any) -> None:
         """Note of a call that has failed what a next run may want to know"""
-    def note_findings(self) -> None:
-        """Write what was found out beside the calls, unless somebody else is writing just now"""
     def call(self, name: Any, args: Any, kwargs: Any) -> Any:
         """Fetch or compute a call"""
     def numbered_call(self, call: Any) -> Any:
@@ -57,8 +63,6 @@ class Block:
         """Raise RuntimeError when a call has changed what a run that fetches it would not change"""
     def close(self) -> Any:
         """The block ends: what is recorded beyond it is stale, and an empty block is a bookmark"""
-    def has_inner_states(self) -> bool:
-        """Whether states inside the block are to be forgotten"""
     def record_bookmark(self) -> Any:
         """Record the state as it stands"""
     def break_off(self) -> None:

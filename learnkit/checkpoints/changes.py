@@ -114,9 +114,15 @@ def is_worth_keeping(self:Ledger, node, first=0) -> bool:
     return self.on_main(lambda: any(path.is_file() for path in saves))
 
 @patch
+def ancestors_of(self:Ledger, id) -> tuple: # of ids, as from `ancestors`
+    "Those of a checkpoint; on the way to where the object stands they are known"
+    known = self.ancestors
+    return known[known.index(id):] if id in known else ancestors(self.read, id)
+
+@patch
 def root_differs(self:Ledger, node) -> list: # of str
     "How the object was made, compared with where the way to a checkpoint began"
-    first = self.read(ancestors(self.read, node.id)[-1])
+    first = self.read(self.ancestors_of(node.id)[-1])
     if first is None or not first.has_begun: return []  # it was deleted
     recorded = {name: first.start_structure[name] for name in self.root
                 if name in first.start_structure}
@@ -264,7 +270,10 @@ def roll_back(self:Ledger, position, schedules=True):
         self.check_put_together(node, structure_after(node, n), self.host.may_differ_in_rollback)
     best = best_root(node) if position.call == 'best' else None
     self.restore(saved, structure, best, schedules)
-    self.position, self.ancestors = position, ancestors(self.read, node.id)
+    if self.lacks:
+        self.show(f"the moments of the optimizer at {position_text(position)} were not kept: "
+                       'outside of a block training goes on with new ones')
+    self.position, self.ancestors = position, self.ancestors_of(node.id)
 
 @patch
 def n_calls_at(self:Ledger, node, position) -> int:

@@ -43,7 +43,8 @@ class Checkpointed:
                  root='ckpts', # folder of all runs
                  on_change:str='error', # or 'rerun': what has changed is computed anew
                  save_every:str='1 epoch', # how often a long call saves: '500 steps', '10 min'
-                 keep:str='calls', # the state after each of the 'calls', or after the 'last' one
+                 keep:str='calls', # the state after each of the 'calls', after the 'last' one, or
+                                   # of that one the 'weights', without moments of the optimizer
                  code:str='warn', # when code has changed, or 'strict': an error, 'rerun': anew
                  ignore=(), # names of arguments, or of the constructor's, that make no difference
                  **kwargs): # as the class beside it takes

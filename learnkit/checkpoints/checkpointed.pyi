@@ -34,7 +34,7 @@ class Checkpointed:
             root: folder of all runs
             on_change: or 'rerun': what has changed is computed anew
             save_every: how often a long call saves: '500 steps', '10 min'
-            keep: the state after each of the 'calls', or after the 'last' one
+            keep: the state after each of the 'calls', after the 'last' one, or
             code: when code has changed, or 'strict': an error, 'rerun': anew
             ignore: names of arguments, or of the constructor's, that make no difference
             kwargs: as the class beside it takes

@@ -22,8 +22,14 @@ def joined(by_name: dict) -> Any:
 
 class KnownDigests:
     """Digests of large tensors that were just fetched, while these are as they were"""
+    elsewhere: Any
     known: dict[Any, Any]
-    def __init__(self, state: Any = None, root: Any = None) -> None: ...
+    def __init__(self, state: Any = None, root: Any = None, elsewhere: Any = None) -> None:
+        """Digests of large tensors that were just fetched, while these are as they were
+
+        Args:
+            elsewhere: function: tensor -> its digest where others know it, else None
+        """
     def get(self, t: Any) -> Any:
         """The digest of a tensor that has not changed
 

@@ -115,6 +115,14 @@ def known_objects(self:Host) -> dict: # id of an object -> what to call it
 def structure_objects(self:Host): # live objects
     "What `restore` needs to give the object the structure that it has now"
 
+def same_objects(a, b): # bool
+    "Whether two nestings hold the same live objects"
+    if a is b or isinstance(a, int) and a == b: return True
+    if type(a) is not type(b) or not isinstance(a, (dict, list, tuple)) or len(a) != len(b):
+        return False
+    if not isinstance(a, dict): return all(map(same_objects, a, b))
+    return a.keys() == b.keys() and all(same_objects(a[key], b[key]) for key in a)
+
 @patch
 def restore(self:Host, state, extra,
             structure=None, # as from `structure_objects`; None: it stays as it is
@@ -141,6 +149,16 @@ def observe(self:Host,
     "Note how what has come into reach is"
 
 @patch
+def known_digest(self:Host, t): # 64 hex digits; None for any other tensor
+    "The digest of a tensor of the state that nobody writes to any more"
+    return None
+
+@patch
+def known_tensors(self:Host) -> dict: # digest -> tensor
+    "Such tensors, which need not be read when a state is loaded"
+    return {}
+
+@patch
 def ids_in_reach(self:Host, arguments) -> set:
     "The ids of all that the state of the object, or of arguments of a call, holds"
     return set()
@@ -163,6 +181,16 @@ def files_written(self:Host, arguments:dict) -> list: # of names
 
 @patch
 def file_path(self:Host, name:str) -> Path: return Path(name)
+
+@patch
+def makes_anew(self:Host, call) -> tuple:
+    "Parts of the state that a call makes anew, whatever they were"
+    return ()
+
+@patch
+def without_moments(self:Host, state): # (root, parts that are not whole then)
+    "A stored state without what only matters where training goes on"
+    return state, ()
 
 @patch
 def restore_used(self:Host, state):
@@ -193,7 +221,9 @@ def call(self:Host, method:str, args, kwargs): # what it returns
     return getattr(self.object, method)(*args, **kwargs)
 
 @patch
-def saving_to(self:Host, folder): # context manager
+def saving_to(self:Host, folder,
+              store, # that of the record, which holds parts of the state already
+             ): # context manager
     "A call inside saves to the folder, and goes on from what is there"
     return self.object.saving_to(folder, self.save_every)
 

@@ -162,6 +162,18 @@ class Host:
             arguments: of a call, by name
             anew: whether all that is now counts as the beginning
         """
+    def known_digest(self, t: Any) -> Any:
+        """The digest of a tensor of the state that nobody writes to any more
+
+        Returns:
+            64 hex digits; None for any other tensor
+        """
+    def known_tensors(self) -> dict:
+        """Such tensors, which need not be read when a state is loaded
+
+        Returns:
+            digest -> tensor
+        """
     def ids_in_reach(self, arguments: Any) -> set:
         """The ids of all that the state of the object, or of arguments of a call, holds"""
     def as_built(self, arguments: Any = None) -> Any:
@@ -183,6 +195,14 @@ class Host:
             of names
         """
     def file_path(self, name: str) -> Path: ...
+    def makes_anew(self, call: Any) -> tuple:
+        """Parts of the state that a call makes anew, whatever they were"""
+    def without_moments(self, state: Any) -> Any:
+        """A stored state without what only matters where training goes on
+
+        Returns:
+            (root, parts that are not whole then)
+        """
     def restore_used(self, state: Any) -> None:
         """Load a state without the parts that pure methods do not need"""
     def made(self, method: str, args: Any, kwargs: Any) -> Any:
@@ -201,8 +221,11 @@ class Host:
         Returns:
             what it returns
         """
-    def saving_to(self, folder: Any) -> Any:
+    def saving_to(self, folder: Any, store: Any) -> Any:
         """A call inside saves to the folder, and goes on from what is there
+
+        Args:
+            store: that of the record, which holds parts of the state already
 
         Returns:
             context manager
@@ -219,6 +242,13 @@ class Host:
         Returns:
             str, perhaps empty; None: more has changed
         """
+
+def same_objects(a: Any, b: Any) -> bool:
+    """Whether two nestings hold the same live objects
+
+    Returns:
+        bool
+    """
 
 @singledispatch
 def make_host(obj: Any, construction: Construction, save_every: str = '1 epoch') -> Host:

@@ -15,6 +15,7 @@ from torch import nn
 from ..base.dtensors import unsharded_class
 from ..base.randomness import set_rng_state
 from ..files.durable import file_digest
+from ..files.records import referenced_digests
 from ..fingerprint.words import as_text
 from ..components.callback import without_classes
 from ..components.optim import opt_params
@@ -30,7 +31,7 @@ from ..loop.provenance import (
 from ..loop.state import (
     check_loss_state, check_model_state, load_model_state, unchanged_parts)
 from ..loop.saving import localized, save_path
-from ..loop.resume import as_period
+from ..loop.resume import as_period, autosaving
 from ..training.torch_schedulers import torch_schedulers
 from ..training.save_best import SaveBest
 from .host import Host, method_kind
@@ -142,6 +143,32 @@ def observe(self:LearnerHost, arguments=None, anew=False):
     learn._origin.baseline.add(learn, given_callbacks(arguments or {}))
 
 @patch
+def makes_anew(self:LearnerHost, call): # tuple of parts
+    "The optimizer, where a call resets it or gives another one"
+    values = call.values
+    has_new = values.get('reset_opt') is True or (
+        call.method == 'setup' and values.get('opt_func') is not None)
+    return ('opt',) if has_new else ()
+
+@patch
+def without_moments(self:LearnerHost, state): # (root, parts that are not whole then)
+    "Without what an optimizer keeps of each parameter, where it is laid out as torch's are"
+    opt = state.get('opt') or {}
+    inner = opt.get('state_dict') or {}
+    if not referenced_digests(inner.get('state')): return state, ()
+    return {**state, 'opt': {**opt, 'state_dict': {**inner, 'state': {}}}}, ('opt',)
+
+@patch
+def known_digest(self:LearnerHost, t): return self.object.recorder.digest(t)
+@patch
+def known_tensors(self:LearnerHost): return self.object.recorder.parts()
+
+@patch
+def saving_to(self:LearnerHost, folder, store): # context manager
+    return autosaving(self.object, folder, self.save_every, store)
+
+# %% ../../nbs/checkpoints/10_learner_host.ipynb #d167d74d
+@patch
 def ids_in_reach(self:LearnerHost, arguments) -> set:
     "The ids of all that is observed, callbacks among the arguments too"
     return ids_in_reach(self.object, given_callbacks(arguments))
@@ -178,14 +205,15 @@ def call(self:LearnerHost, method, args, kwargs): # what it returns
 def extra_state(self:LearnerHost) -> dict: # plain tree
     "What belongs to a moment and is no part of the state"
     learn = self.object
-    return {'times': list(learn.recorder.times), 'lr': learn.lr, 'still': frozen_modules(learn),
+    return {'times': learn.recorder.times_state(), 'lr': learn.lr, 'still': frozen_modules(learn),
             'places': fit_outcome(learn)}
 
 @patch
 def load_extra_state(self:LearnerHost, tree):
     "Take over what `extra_state` returned"
     learn = self.object
-    learn.recorder.times, learn.lr = list(tree['times']), tree['lr']
+    learn.recorder.load_times(tree['times'])
+    learn.lr = tree['lr']
     for _, param in named_params(learn): param.grad = None
     modules = dict(learn.model.named_modules())
     learn.frozen_stats = [modules[name] for name in tree['still']]

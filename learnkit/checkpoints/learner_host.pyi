@@ -41,6 +41,24 @@ class LearnerHost(Host):
         """
     def observe(self, arguments: Any = None, anew: Any = False) -> None:
         """Note how what has come into reach is"""
+    def makes_anew(self, call: Any) -> Any:
+        """The optimizer, where a call resets it or gives another one
+
+        Returns:
+            tuple of parts
+        """
+    def without_moments(self, state: Any) -> Any:
+        """Without what an optimizer keeps of each parameter, where it is laid out as torch's are
+
+        Returns:
+            (root, parts that are not whole then)
+        """
+    def known_digest(self, t: Any) -> Any: ...
+    def known_tensors(self) -> Any: ...
+    def saving_to(self, folder: Any, store: Any) -> Any:
+        """Returns:
+            context manager
+        """
     def ids_in_reach(self, arguments: Any) -> set:
         """The ids of all that is observed, callbacks among the arguments too"""
     def as_built(self, arguments: Any = None) -> Any:

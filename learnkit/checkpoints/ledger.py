@@ -44,7 +44,8 @@ class Options:
     ignore: tuple = ()
 
     def __post_init__(self):
-        for option, choices in (('on_change', ('error', 'rerun')), ('keep', ('calls', 'last')),
+        for option, choices in (('on_change', ('error', 'rerun')),
+                                ('keep', ('calls', 'last', 'weights')),
                                 ('code', ('warn', 'strict', 'rerun'))):
             value = getattr(self, option)
             if value not in choices:
@@ -73,7 +74,9 @@ class Ledger:
         self.unkept = set()  # methods that are known to return what cannot be kept
         self.memo = {}  # digests of large values, see `fingerprint`
         self.is_as_made = True  # whether the object was neither called nor brought anywhere
-        self.known_digests = KnownDigests()  # of large tensors of the state
+        self.known_digests = self.no_digests()  # of large tensors of the state
+        self.lacks = {}  # part of the state -> (digest as it is, as it was recorded), see `kept`
+        self.dropped = 0  # bytes that were dropped and not freed yet
         self.root = self.describe(host.root(), reads=False)  # before anything is trained
 
     @property
@@ -81,6 +84,8 @@ class Ledger:
         "Where the record lies"
         ranks = self.host.ranks
         return self.local_store if ranks is None else SharedStore(self.local_store, ranks)
+
+    def no_digests(self): return KnownDigests(elsewhere=self.host.known_digest)
 
     def on_main(self, function): # what it returns, on all processes
         return on_main(self.host.ranks, function)
@@ -90,7 +95,7 @@ class Ledger:
 # %% ../../nbs/checkpoints/05_ledger.ipynb #e24c7e7f
 @patch
 def read(self:Ledger, id): # Node; None where there is none
-    found = self.store.read(id)
+    found = self.store.read(id, False)
     return None if found is None else Node(found)
 
 @patch
@@ -102,9 +107,16 @@ def node(self:Ledger, id) -> Node:
 
 # %% ../../nbs/checkpoints/05_ledger.ipynb #d788051f
 @patch
-def structure(self:Ledger) -> dict: # name -> Fingerprint
+def structure(self:Ledger, still=False, # whether nothing has run since something was described
+              ) -> dict: # name -> Fingerprint
     "What the results of calls follow from, as it is now"
+    if not still: self.begin_moment()
     with self.host.as_built(): return self.describe(self.host.structure())
+
+@patch
+def begin_moment(self:Ledger):
+    "What was seen of arrays before may have changed; until the next moment nothing does"
+    self.memo['moment'] = object()
 
 @patch
 def describe(self:Ledger, values:dict, reads=True) -> dict: # name -> Fingerprint
@@ -146,12 +158,13 @@ def describe_call(self:Ledger, method:str, args, kwargs) -> Call:
     args, kwargs = self.host.made(method, args, kwargs)
     values = call_arguments(getattr(cls, method).__get__(obj), args, kwargs)
     self.host.observe(values)
+    self.begin_moment()
     def described():
         found = fingerprint(values, method, self.options.ignore, self.memo,
                             known=self.host.known_objects())
         return as_json(found), self.call_text(method, args, kwargs)
     with self.host.as_built(values): arguments, text = self.on_main(described)
-    structure = self.structure() | self.describe(self.around_call(method, values))
+    structure = self.structure(still=True) | self.describe(self.around_call(method, values))
     return Call(method, args, kwargs, method_kind(cls, method), values, Fingerprint(*arguments),
                 structure, text)
 
@@ -180,7 +193,9 @@ def call_text(self:Ledger, method, args, kwargs) -> str:
 @patch
 def state_digests(self:Ledger) -> dict: # part of the state -> digest
     "The digests of the state that the object is in"
-    return self.store.digests_of(by_part(self.host.state()), self.known_digests.get)
+    found = self.store.digests_of(by_part(self.host.state()), self.known_digests.get)
+    return found | {part: recorded for part, (now, recorded) in self.lacks.items()
+                    if found[part] == now}
 
 @patch
 def put_state(self:Ledger, result=None, callbacks=(), files=()): # (SavedState, dict of roots)
@@ -188,7 +203,7 @@ def put_state(self:Ledger, result=None, callbacks=(), files=()): # (SavedState, 
     tree = {f'state/{part}': value for part, value in by_part(self.host.state()).items()}
     tree |= {'beside': self.host.extra_state(), 'result': result,
              'callbacks': states_of(callbacks), 'files': dict(files)}
-    try: root, digests = self.store.put(tree)
+    try: root, digests = self.store.put(tree, self.host.known_digest)
     except UnstorableError as error:
         raise UnstorableError(str(error).removeprefix('state/')) from None
     def of_state(found): # dict
@@ -203,12 +218,24 @@ def states_of(callbacks): # list of [class, state]
 
 # %% ../../nbs/checkpoints/05_ledger.ipynb #319bb469
 @patch
+def note_lacks(self:Ledger, saved:SavedState): # which the object is in now
+    "Note what the object lacks of a recorded state"
+    self.lacks = {}
+    if not saved.lacks: return
+    live = by_part(self.host.state())
+    now = self.store.digests_of({part: live[part] for part in saved.lacks})
+    self.lacks = {part: (now[part], saved.digests[part]) for part in saved.lacks}
+
+@patch
 def restore(self:Ledger, saved:SavedState, structure=None, best=None, schedules=True):
     "Bring the object to a stored state: all of it or, with an error, none"
-    tree = self.store.get({'state': saved.state, 'beside': saved.extra, 'best': best})
+    tree = self.store.get({'state': saved.state, 'beside': saved.extra, 'best': best},
+                          self.host.known_tensors())
     self.is_as_made = False
     with self.direct_calls.allowed():
         self.host.restore(joined(tree['state']), tree['beside'], structure, tree['best'], schedules)
+    if best is None: self.note_lacks(saved)
+    else: self.lacks = {}  # the best model comes with moments of its own
 
 
 # %% ../../nbs/checkpoints/05_ledger.ipynb #d014b1e1
@@ -236,7 +263,7 @@ def perform(self:Ledger, call, folder=None): # (result, callbacks, dict: what is
     "Make a call; with a folder it saves there while it runs"
     host, start = self.host, time.perf_counter()
     callbacks, report = host.stateful_arguments(call.values), host.display.begin_report()
-    with nullcontext() if folder is None else host.saving_to(folder):
+    with nullcontext() if folder is None else host.saving_to(folder, self.local_store):
         try: result = self.make_call(call.method, call.args, call.kwargs)
         finally: changed = self.on_main(lambda: self.note_changes_of(call))
     if changed: self.report_globals(call, changed)
@@ -253,6 +280,7 @@ def make_call(self:Ledger, method, args, kwargs): # what it returns
 @patch
 def note_changes_of(self:Ledger, call) -> list: # of str
     "What code reads and a call has changed is described as before; of it, what no state holds"
+    self.begin_moment()
     values, changed = {**self.host.structure(), 'arguments': call.values,
                        **self.around_call(call.method, call.values)}, []
     for name, value in values.items():

@@ -5,7 +5,6 @@
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
-from ..checkpoints.digests import KnownDigests
 from ..checkpoints.direct_calls import DirectCalls
 from ..checkpoints.host import Host
 from ..checkpoints.record import Node, SavedState
@@ -44,7 +43,9 @@ class Ledger:
     unkept: Any
     memo: dict[Any, Any]
     is_as_made: bool
-    known_digests: KnownDigests
+    known_digests: Any
+    lacks: dict[Any, Any]
+    dropped: int
     root: Any
     def __init__(self, host: Host, store: Any, options: Options) -> None: ...
     @property
@@ -54,6 +55,7 @@ class Ledger:
         Returns:
             Store or SharedStore
         """
+    def no_digests(self) -> Any: ...
     def on_main(self, function: Any) -> Any:
         """Returns:
             what it returns, on all processes
@@ -135,6 +137,12 @@ class Ledger:
         """Which option says what is to be done: after a parent that other code has computed, `code`"""
     def is_worth_keeping(self, node: Any, first: Any = 0) -> bool:
         """Whether anything was computed in a checkpoint from a call on; one that failed at once is not"""
+    def ancestors_of(self, id: Any) -> tuple:
+        """Those of a checkpoint; on the way to where the object stands they are known
+
+        Returns:
+            of ids, as from `ancestors`
+        """
     def root_differs(self, node: Any) -> list:
         """How the object was made, compared with where the way to a checkpoint began
 
@@ -198,12 +206,17 @@ class Ledger:
         """
     def node(self, id: Any) -> Node:
         """What is recorded under an id; KeyError for one that is not there"""
-    def structure(self) -> dict:
+    def structure(self, still: Any = False) -> dict:
         """What the results of calls follow from, as it is now
+
+        Args:
+            still: whether nothing has run since something was described
 
         Returns:
             name -> Fingerprint
         """
+    def begin_moment(self) -> None:
+        """What was seen of arrays before may have changed; until the next moment nothing does"""
     def describe(self, values: dict, reads: Any = True) -> dict:
         """Values by name
 
@@ -239,6 +252,12 @@ class Ledger:
 
         Returns:
             (SavedState, dict of roots)
+        """
+    def note_lacks(self, saved: SavedState) -> Any:
+        """Note what the object lacks of a recorded state
+
+        Returns:
+            which the object is in now
         """
     def restore(
             self,

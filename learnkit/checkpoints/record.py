@@ -53,6 +53,10 @@ class SavedState:
     digests: dict # part of the state -> digest
     state: object # root of its tree in the store; None: it was not kept
     extra: object # root of what is stored beside it: times and the like, which are no part of it
+    lacks: tuple = () # parts of the state that were not kept whole
+
+    @property
+    def is_whole(self): return self.state is not None and not self.lacks
 
 # %% ../../nbs/checkpoints/01_record.ipynb #3fc4e67d
 class CallRecord(View):
@@ -102,7 +106,8 @@ def report(self:CallRecord) -> dict: # rows, epochs, fits, metrics, best; empty 
 @patch(as_prop=True)
 def after(self:CallRecord) -> SavedState:
     "The state that the call left behind"
-    return SavedState(self.json['after'], self.json['state'], self.json['beside'])
+    return SavedState(self.json['after'], self.json['state'], self.json['beside'],
+                      tuple(self.json.get('lacks', ())))
 
 @patch(as_prop=True)
 def start(self:CallRecord): # SavedState; None: the state that the call before it left behind
@@ -112,9 +117,12 @@ def start(self:CallRecord): # SavedState; None: the state that the call before i
 @patch(set_prop=True)
 def start(self:CallRecord, saved): self.json['begin'] = saved and state_json(saved)
 
-def saved_state(json): return SavedState(json['parts'], json['state'], json['beside'])
+def saved_state(json):
+    return SavedState(json['parts'], json['state'], json['beside'], tuple(json.get('lacks', ())))
+
 def state_json(saved): # dict
-    return {'parts': saved.digests, 'state': saved.state, 'beside': saved.extra}
+    return {'parts': saved.digests, 'state': saved.state, 'beside': saved.extra,
+            'lacks': list(saved.lacks)}
 
 # %% ../../nbs/checkpoints/01_record.ipynb #4223b343
 class Node(View):
@@ -135,7 +143,8 @@ class Node(View):
     def call(self, k): return CallRecord(self.json['calls'][k])
 
     @property
-    def answers(self): return [CallRecord(answer) for answer in self.json['answers']]
+    def answers(self): # list of CallRecords, if they were read
+        return [CallRecord(answer) for answer in self.json.get('answers', [])]
 
     @property
     def has_begun(self): return self.json['begin'] is not None
@@ -149,7 +158,7 @@ class Node(View):
     @property
     def last_change(self): # seconds since 1970
         "When something was last computed"
-        entries = [*self.json['calls'], *self.json['answers']]
+        entries = [*self.json['calls'], *self.json.get('answers', [])]
         return max([self.created, *(one.get('ended', one.get('started', 0)) for one in entries)])
 
     @property
@@ -161,7 +170,7 @@ class Node(View):
 def new_node(id, description, host, # name of the class of the object whose calls are recorded
              position, # where it stands; None: at the beginning
              digest=None, # of the state there
-             old=None, # Node that is computed anew; its answers stay
+             old=None, # Node that is computed anew
             ): # Node
     "A checkpoint of which nothing is recorded yet"
     return Node({'id': id, 'parent': position and position.id,
@@ -170,8 +179,7 @@ def new_node(id, description, host, # name of the class of the object whose call
                  'created': old.created if old else time.time(), 'closed': False, 'begin': None,
                  'beginning': None, 'code_changed': [], 'described': {}, 'calls': [],
                  'accepting': None, 'accepted': old.json['accepted'] if old else [],
-                 'history': old.json['history'] if old else [],
-                 'answers': old.json['answers'] if old else []})
+                 'history': old.json['history'] if old else []})
 
 @patch
 def described_as(self:Node, description) -> Node:
@@ -186,7 +194,7 @@ def set_start(self:Node, saved, structure:dict):
 @patch
 def adopt_start(self:Node, saved):
     "Keep the state that the checkpoint began from, as its parent is deleted"
-    self.json['begin'] |= {'state': saved.state, 'beside': saved.extra}
+    self.json['begin'] |= {'state': saved.state, 'beside': saved.extra, 'lacks': list(saved.lacks)}
 
 @patch
 def add_descriptions(self:Node, structure:dict): # name -> Fingerprint
@@ -208,10 +216,7 @@ def files(self:Node): # dict: seal -> root
 @patch
 def set_call(self:Node, k, record): self.json['calls'][k:k + 1] = [record.json]
 
-@patch
-def drop_inner_states(self:Node):
-    "Forget the states of all calls but the last"
-    for call in self.json['calls'][:-1]: call['state'] = call['begin'] = None
+
 
 # %% ../../nbs/checkpoints/01_record.ipynb #2c47568f
 def running_call(method, text, kind, arguments, structure, before, code, versions): # CallRecord
@@ -227,22 +232,7 @@ def complete(self:CallRecord, saved, **facts):
     self.json.update(after=saved.digests, state=saved.state, beside=saved.extra, **facts,
                      status='complete')
 
-@patch
-def put_answer(self:Node, answer:dict):
-    "Put a row into the table of answers, in place of one with the same key"
-    self.json['answers'] = [*(old for old in self.json['answers'] if old['key'] != answer['key']),
-                            answer]
 
-@patch
-def adopt_answers(self:Node, other):
-    "Take over the table of answers of another node"
-    self.json['answers'] = other.json['answers']
-
-@patch
-def drop_answers(self:Node, method):
-    "Forget the answers of a method; None: all"
-    self.json['answers'] = [answer for answer in self.json['answers']
-                            if method not in (None, answer['method'])]
 
 # %% ../../nbs/checkpoints/01_record.ipynb #6ffa1bf4
 VERSION = ('parent', 'parent_call', 'parent_state', 'description', 'closed', 'begin', 'beginning',
@@ -355,9 +345,15 @@ def content_text(node): # str; None for a checkpoint that is not recorded
     if node is None or not node.has_begun: return None
     return json.dumps([node.json['calls'], node.json['begin']])
 
+def head_text(node): # str
+    "What a record says besides its calls and what they are made of"
+    rest = {name: value for name, value in node.json.items()
+            if name not in ('calls', 'described', 'history')}
+    return json.dumps([rest, [version['n'] for version in node.json['history']]])
+
 def not_kept(node): # LookupError
     return LookupError(f'the state of checkpoint {id_text(node.id)} there was not kept, as its run '
-                       "has keep='last'")
+                       "has keep='last' or 'weights'")
 
 def fetched_text(node, record, folder): # str
     "The line that is shown when a call is fetched"

@@ -49,6 +49,10 @@ class SavedState:
     """root of its tree in the store; None: it was not kept"""
     extra: Any
     """root of what is stored beside it: times and the like, which are no part of it"""
+    lacks: tuple = ...
+    """parts of the state that were not kept whole"""
+    @property
+    def is_whole(self) -> Any: ...
 
 class CallRecord(View):
     """A recorded call, or an answer of a pure method"""
@@ -154,7 +158,10 @@ class Node(View):
     def n_calls(self) -> Any: ...
     def call(self, k: Any) -> Any: ...
     @property
-    def answers(self) -> Any: ...
+    def answers(self) -> Any:
+        """Returns:
+            list of CallRecords, if they were read
+        """
     @property
     def has_begun(self) -> Any: ...
     @property
@@ -197,14 +204,6 @@ class Node(View):
             dict: seal -> root
         """
     def set_call(self, k: Any, record: Any) -> None: ...
-    def drop_inner_states(self) -> None:
-        """Forget the states of all calls but the last"""
-    def put_answer(self, answer: dict) -> None:
-        """Put a row into the table of answers, in place of one with the same key"""
-    def adopt_answers(self, other: Any) -> None:
-        """Take over the table of answers of another node"""
-    def drop_answers(self, method: Any) -> None:
-        """Forget the answers of a method; None: all"""
     @property
     def is_finished(self) -> bool:
         """Whether the block has ended, with all of its calls"""
@@ -235,7 +234,7 @@ def new_node(
         id, description, host: name of the class of the object whose calls are recorded
         position: where it stands; None: at the beginning
         digest: of the state there
-        old: Node that is computed anew; its answers stay
+        old: Node that is computed anew
 
     Returns:
         Node
@@ -336,6 +335,13 @@ def content_text(node: Any) -> Any:
 
     Returns:
         str; None for a checkpoint that is not recorded
+    """
+
+def head_text(node: Any) -> str:
+    """What a record says besides its calls and what they are made of
+
+    Returns:
+        str
     """
 
 def not_kept(node: Any) -> LookupError:

@@ -6,6 +6,9 @@
 __all__ = []
 
 # %% ../../nbs/checkpoints/07_renewal.ipynb #269ee572
+import os
+from contextlib import suppress
+from ..files.errors import LockedError
 from .beginning import beginning, compare_beginning, begins_as_recorded
 
 # %% ../../nbs/checkpoints/07_renewal.ipynb #6ef0f34f
@@ -69,3 +72,19 @@ def must_compute(block, record, call) -> bool:
     if ledger.is_worth_keeping(node, k): ledger.report_change(node, k, [text], option)
     begin_anew(block, k, text)
     return True
+
+# %% ../../nbs/checkpoints/07_renewal.ipynb #69bc2ba9
+def note_findings(block):
+    "Write what was found out beside the calls, unless somebody else is writing just now"
+    ledger = block.ledger
+    node, store = ledger.read(block.id), ledger.local_store
+    if node is None or ledger.planning: return
+    block.findings['code_changed'] = sorted({*block.findings['code_changed']})
+    if all(node.json[name] == value for name, value in block.findings.items()): return
+    def write(): # bool
+        if not os.access(store.folder, os.W_OK): return False
+        with suppress(LockedError), store.writing(wait=0.):
+            store.write(store.read(block.id, answers=False) | block.findings)
+            return True
+        return False
+    if block.is_locked or ledger.on_main(write): block.node.json.update(block.findings)

@@ -23,3 +23,6 @@ def accept_code(block: Any, record: Any, call: Any) -> bool:
 
 def must_compute(block: Any, record: Any, call: Any) -> bool:
     """Whether a recorded call is not to be used because of its code; StaleCheckpoint to be told so"""
+
+def note_findings(block: Any) -> None:
+    """Write what was found out beside the calls, unless somebody else is writing just now"""

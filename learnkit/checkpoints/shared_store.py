@@ -43,6 +43,13 @@ class SharedStore:
             node.clear()
             node.update(written)
 
+    def write_call(self, id, k, call, described):
+        "Write a call; times and the like are those of process 0"
+        written = on_main(self.ranks, lambda: self.local.write_call(id, k, call, described) or call)
+        if self.ranks.rank:
+            call.clear()
+            call.update(written)
+
     @contextmanager
     def writing(self):
         "Inside, process 0 holds the writer's lock"

@@ -32,6 +32,8 @@ class SharedStore:
     def work(self, id: Any) -> Any: ...
     def write(self, node: Any) -> None:
         """Write a node; times and the like are those of process 0"""
+    def write_call(self, id: Any, k: Any, call: Any, described: Any) -> None:
+        """Write a call; times and the like are those of process 0"""
     def writing(self: _Self) -> AbstractContextManager[_Self]:
         """Inside, process 0 holds the writer's lock"""
     def gc(self, dry_run: Any, needed: Any = None) -> Any:

@@ -71,6 +71,14 @@ def stale_saves(self:Store, records:dict): # list of Paths
 
 # %% ../../nbs/files/10_garbage.ipynb #79a71f04
 @patch
+def stale_answers(self:Store, records:dict): # list of Paths
+    "Answers of checkpoints that are gone"
+    folder = self.subfolder('answers')
+    paths = sorted(folder.iterdir()) if folder.exists() else []
+    return [path for path in paths if (id := id_from_file_name(path.name)) is not None
+            and id not in records]
+
+@patch
 def left_over_files(self:Store, stale): # list of Paths
     "Temporary files of processes that are no more, but for those in stale folders"
     hidden = chain(self.folder.glob('.*'),
@@ -89,7 +97,8 @@ def find_garbage(self:Store, needed=None): # (Garbage, what `unreferenced` retur
     "What no checkpoint needs"
     records = {id: record for id in self.ids() if (record := self.read(id))}
     if needed: records = {id: needed(record) for id, record in records.items()}
-    unreferenced, stale = self.unreferenced(records.values()), self.stale_saves(records)
+    unreferenced = self.unreferenced(records.values())
+    stale = [*self.stale_saves(records), *self.stale_answers(records)]
     damaged = sorted(self.subfolder('packs').glob('*.damaged'))
     lists = [list(unreferenced), stale, self.left_over_files(stale), damaged]
     size = sum(bytes_on_disk(path) for paths in lists[1:] for path in paths)
@@ -120,7 +129,8 @@ def gc(self:Store,
     if self.format is None: return Garbage(dry_run)
     if dry_run: return self.find_garbage(needed)[0]
     with self.writing():
-        for record in map(self.read, self.ids() if needed else []):
+        for id in self.ids() if needed else []:
+            record = self.read(id, answers=False)
             if (less := needed(record)) != record: self.write(less)
         garbage, unreferenced = self.find_garbage()
         made = set()  # a pack to be dropped may be made anew from an earlier one; then it stays

@@ -8,7 +8,7 @@ __all__ = []
 # %% ../../nbs/files/07_records.ipynb #e0c39fdb
 import hashlib, json, os, re, stat
 from pathlib import Path
-from .errors import DamagedError
+from .errors import DamagedError, UnstorableError
 
 # %% ../../nbs/files/07_records.ipynb #9a08f2a9
 MAX_TEXT = 100_000_000  # bytes of a record; more would not be read
@@ -56,8 +56,27 @@ def parse_record_1(data): # dict
         raise ValueError('it is not as it was written')
     return strict_json(found[2])
 
-# By format; a new one never replaces an old one. Format 2 says more of states and descriptions
-RECORD_PARSERS = {1: parse_record_1, 2: parse_record_1}
+# %% ../../nbs/files/07_records.ipynb #7bca903c
+def checked_text(record:dict, what): # bytes
+    "A record as it is written, read once; UnstorableError where JSON would change it"
+    try:
+        text = record_text(record)
+        exact = parse_record_1(text) == record and len(text) <= MAX_TEXT
+    except (ValueError, TypeError, RecursionError, UnicodeError) as error:
+        raise UnstorableError(f'{what}: {error}') from error
+    if exact: return text
+    raise UnstorableError(f'{what}: a record holds JSON values, that is keys of text, no tuples, '
+                          f'and at most {MAX_TEXT:,} bytes')
+
+def sealed_digest(data): # 64 hex digits
+    "The digest that stands at the head of a record"
+    return SEALED_HEAD.match(data)[1].decode()
+
+SEALED_HEAD = re.compile(rb'\{"sha256": "([0-9a-f]{64})"')
+
+# By format; a new one never replaces an old one. Format 2 said more of states and descriptions,
+# format 3 has answers and the calls of a running block in files of their own
+RECORD_PARSERS = {1: parse_record_1, 2: parse_record_1, 3: parse_record_1}
 
 # %% ../../nbs/files/07_records.ipynb #197903fa
 def referenced_digests(root): # set of digests

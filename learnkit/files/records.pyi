@@ -43,6 +43,21 @@ def parse_record_1(data: Any) -> dict:
     Returns:
         dict
     """
+
+def checked_text(record: dict, what: Any) -> bytes:
+    """A record as it is written, read once; UnstorableError where JSON would change it
+
+    Returns:
+        bytes
+    """
+
+def sealed_digest(data: Any) -> Any:
+    """The digest that stands at the head of a record
+
+    Returns:
+        64 hex digits
+    """
+SEALED_HEAD: Any
 RECORD_PARSERS: dict[int, Any]
 
 def referenced_digests(root: Any) -> Any:

@@ -10,8 +10,9 @@ import re, warnings
 from pathlib import Path
 from .errors import DamagedError
 from .durable import is_left_over, make_folder, remove_path, rename, unlink
-from .tree import load_tree, save_tree
+from .tree import save_tree
 from .sharded import remove_shards
+from .apart import load_save, remove_unneeded_parts, write_apart
 
 # %% ../../nbs/files/05_saves.ipynb #fdd723d3
 def list_saves(folder): # list of Paths, the newest first
@@ -31,6 +32,8 @@ def next_save_path(folder, older=None): # Path
 def save_next(tree, # as in `save_tree`
               folder, # made if it is not there; one process at a time writes to it
               keep:int=2, # how many saves remain, the new one included
+              known=None, # function: tensor that others share -> its digest, else None
+              store=None, # `Store` that may hold such tensors
              ): # Path of the new file
     "Write the next of the numbered saves, then remove what is too old"
     folder = Path(folder)
@@ -39,11 +42,13 @@ def save_next(tree, # as in `save_tree`
         if is_left_over(path): unlink(path)
     older = list_saves(folder)
     path = next_save_path(folder, older)
-    try: save_tree(tree, path, overwrite=False)
+    whole = tree if known is None else write_apart(tree, folder, known, store)
+    try: save_tree(whole, path, overwrite=False)
     except FileExistsError as error:
         text = 'another process saves to this folder too; give each run a folder of its own'
         raise FileExistsError(error.errno, text, str(path)) from error
     for old in [path, *older][keep:]: unlink(old)
+    remove_unneeded_parts(folder, [path, *older][:keep])
     remove_shards(path, tree)
     for shards in folder.glob('save-*.parts'):
         if not shards.with_suffix('.safetensors').exists(): remove_path(shards)
@@ -57,10 +62,10 @@ def quarantine_save(path, error):
     warnings.warn(f'{error}. It is set aside as {renamed.name}, and the save before it is used',
                   stacklevel=4)
 
-def load_newest(folder): # (tree, Path); None when there is no save
+def load_newest(folder, store=None): # (tree, Path); None when there is no save
     "The newest sound save in a folder; damaged ones are renamed, with a warning"
     for path in list_saves(folder):
-        try: return load_tree(path), path
+        try: return load_save(path, store), path
         except DamagedError as error: quarantine_save(path, error)
     if bad := sorted(Path(folder).glob('save-*.damaged')):
         names = ', '.join(path.name for path in bad)

@@ -20,13 +20,15 @@ def next_save_path(folder: Any, older: Any = None) -> Path:
         Path
     """
 
-def save_next(tree: Any, folder: Any, keep: int = 2) -> Any:
+def save_next(tree: Any, folder: Any, keep: int = 2, known: Any = None, store: Any = None) -> Any:
     """Write the next of the numbered saves, then remove what is too old
 
     Args:
         tree: as in `save_tree`
         folder: made if it is not there; one process at a time writes to it
         keep: how many saves remain, the new one included
+        known: function: tensor that others share -> its digest, else None
+        store: `Store` that may hold such tensors
 
     Returns:
         Path of the new file
@@ -35,7 +37,7 @@ def save_next(tree: Any, folder: Any, keep: int = 2) -> Any:
 def quarantine_save(path: Any, error: Any) -> None:
     """Rename a damaged save, and warn"""
 
-def load_newest(folder: Any) -> Any:
+def load_newest(folder: Any, store: Any = None) -> Any:
     """The newest sound save in a folder; damaged ones are renamed, with a warning
 
     Returns:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import chain
+from types import MappingProxyType
 from fastcore.basics import patch
 from .errors import DamagedError, LockedError, StoreError
 from .durable import atomic_write, make_folder, rename, sync_folder
@@ -50,33 +51,58 @@ def sound_tensors(path, names): # dict: name -> tensor
 @patch
 def refresh(self:Store):
     "Find out which packs have come and gone"
-    folder, known, self.packs = self.subfolder('packs'), self.packs, {}
-    entries = list(os.scandir(folder)) if folder.exists() else []
-    paths = sorted(folder/entry.name for entry in entries
-                   if entry.name.endswith('.safetensors') and entry.is_file())
-    for path in paths:
-        try: self.packs[path] = known.get(path) or pack_sizes(path)
-        except FileNotFoundError: pass  # removed by a `gc` at this moment
-        except DamagedError as error: self.unreadable[path] = error
-    self.unreadable = {path: error for path, error in self.unreadable.items() if path in paths}
-    self.pack_of = {digest: path for path, sizes in self.packs.items() for digest in sizes}
+    folder = self.subfolder('packs')
+    try: names = {name for name in os.listdir(folder) if name.endswith('.safetensors')}
+    except FileNotFoundError: names = set()
+    self.unreadable = {path: error for path, error in self.unreadable.items()
+                       if path.name in names}
+    self.forget_packs([folder/name for name in self.pack_names - names])
+    for name in sorted(names - self.pack_names): self.add_pack(folder/name)
 
 @patch
-def add_tensors(self:Store, tensors:list): # list of digests
-    "Write the tensors that are in no pack yet into a new one"
-    order, digests = sorted(range(len(tensors)), key=lambda i: -tensors[i].element_size()), {}
+def add_pack(self:Store, path):
+    "Note what a pack holds"
+    self.unreadable.pop(path, None)
+    try: sizes = pack_sizes(path)
+    except (FileNotFoundError, IsADirectoryError): return  # removed by a `gc` at this moment
+    except DamagedError as error: self.unreadable[path] = error
+    else:
+        self.packs[path] = sizes
+        self.pack_names.add(path.name)
+        self.total_bytes += sum(sizes.values())
+        self.pack_of |= dict.fromkeys(sizes, path)
+
+@patch
+def forget_packs(self:Store, paths):
+    "Some packs are gone; what they held may be in others as well"
+    sizes = [self.packs.pop(path) for path in paths]
+    self.total_bytes -= sum(sum(each.values()) for each in sizes)
+    self.pack_names -= {path.name for path in paths}
+    lost = {digest for each in sizes for digest in each if self.pack_of[digest] not in self.packs}
+    for digest in lost: del self.pack_of[digest]
+    for other, sizes in self.packs.items() if lost else ():
+        self.pack_of |= dict.fromkeys(lost & sizes.keys(), other)
+
+# %% ../../nbs/files/09_states.ipynb #8c11feb2
+@patch
+def add_tensors(self:Store, tensors:list, digests:list): # digests: None where it is not known
+    "Write the tensors that are in no pack yet into a new one; fills in the digests"
+    order = sorted(range(len(tensors)), key=lambda i: -tensors[i].element_size())
     def new():
         written = set()
-        for i, digest in zip(order, tensor_digests(tensors[i] for i in order), strict=True):
-            digests[i] = digest
-            if digest in self.pack_of or digest in written: continue
-            written.add(digest)
-            yield digest, tensors[i]
+        found = tensor_digests([tensors[i] for i in order if digests[i] is None])
+        for i in order:
+            if digests[i] is None: digests[i] = next(found)
+            if digests[i] in self.pack_of or digests[i] in written: continue
+            written.add(digests[i])
+            yield digests[i], tensors[i]
+        found.close()
     items, possible = new(), [(f'{i:064}', tensors[i]) for i in order]
     if sum(t.nbytes for t in tensors) < OVERLAP_FROM: items = iter(possible := list(items))
     first = next(items, None)
-    if first: write_pack(self.subfolder('packs'), chain([first], items), max_header_size(possible))
-    return [digests[i] for i in range(len(tensors))]
+    if first:
+        self.add_pack(write_pack(self.subfolder('packs'), chain([first], items),
+                                 max_header_size(possible)))
 
 # %% ../../nbs/files/09_states.ipynb #d380b230
 def key_digests(tree, canonical): # dict: key -> 64 hex digits
@@ -89,13 +115,15 @@ def key_digests(tree, canonical): # dict: key -> 64 hex digits
 @patch
 def put(self:Store,
         tree, # as for `save_tree`
+        known:Callable=None, # tensor -> its digest if that is known, else None
        )->tuple[object, dict]: # (root, digest of each key)
     "Store a tree; what no pack holds yet goes into one new pack"
     self.check_locked('storing a state')
     exact, canonical = Packer(), Packer(canonical=True)
     root, form = exact.pack(tree), canonical.pack(tree)
     self.refresh()
-    digests = self.add_tensors([host_tensor(each.tensor) for each in exact.found])
+    digests = [known(each.tensor) if known else None for each in exact.found]
+    self.add_tensors([host_tensor(each.tensor) for each in exact.found], digests)
     fill_in_names(exact.found, digests)
     fill_in_names(canonical.found, digests)
     return root, key_digests(tree, form)
@@ -103,7 +131,7 @@ def put(self:Store,
 @patch
 def digests_of(self:Store,
                tree, # as for `save_tree`
-               known:Callable=None, # tensor -> its digest if that is known, else None
+               known:Callable=None, # as for `put`
               )->dict: # key -> digest
     "The digests that `put` would return; nothing is stored"
     canonical = Packer(canonical=True)
@@ -152,9 +180,10 @@ def read_pack(self:Store, path, digests): # dict: digest -> tensor
 @patch
 def get(self:Store,
         root, # what `put` returned, or JSON values made of such
+        have:dict=MappingProxyType({}), # digest -> tensor that need not be read
        ): # the tree, its tensors on the cpu
     "Read a state, exactly; DamagedError if a tensor is lost or not as it was written"
-    wanted, tensors = referenced_digests(root), {}
+    wanted, tensors = referenced_digests(root), dict(have)
     try:
         while missing := wanted - tensors.keys():
             for path, digests in self.locate(missing).items():

@@ -10,15 +10,16 @@ import json, os, platform, time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
-from .errors import DamagedError, LockedError, StoreError, UnstorableError
+from .errors import DamagedError, LockedError, StoreError
 from .durable import (
     is_alive, is_left_over, make_folder, remove_path, sync_folder, unlink, write_bytes)
 from .tree import FORMAT
 from .ids import check_id, file_name, id_from_file_name, id_text, sort_ids
 from .records import (
-    MAX_TEXT, RECORD_PARSERS, parse_record_1, read_limited, record_text, strict_json)
+    RECORD_PARSERS, checked_text, read_limited, sealed_digest, strict_json)
 
 # %% ../../nbs/files/08_store.ipynb #eb0f53db
 class Store:
@@ -28,15 +29,16 @@ class Store:
                  name:str=None, # of the run, to notice `digits` where `Digits` was made
                 ):
         self.folder, self.name, self.format = Path(folder), name, None
-        self.packs = {}  # path -> {digest: number of bytes}
+        self.packs, self.pack_names = {}, set()  # path -> {digest: number of bytes}
         self.pack_of = {}  # digest -> path
+        self.total_bytes = 0  # of the tensors in all packs
         self.unreadable = {}  # path of a pack -> error
         self.check_format()
 
     def __repr__(self): return f'{type(self).__name__}({str(self.folder)!r})'
 
 # %% ../../nbs/files/08_store.ipynb #7c5f9deb
-SUBFOLDERS = 'nodes', 'packs', 'work'
+SUBFOLDERS = 'nodes', 'answers', 'packs', 'work'
 
 @patch
 def subfolder(self:Store, name): # Path
@@ -121,7 +123,8 @@ def holder(self:Store)->dict|None: # host, pid, since
 def begin_writing(self:Store):
     "Clear up after a process that died, make a new store, and write who holds the lock"
     for folder in (self.folder, self.subfolder('nodes'), self.subfolder('packs')):
-        for path in folder.glob('.learnkit-*'):
+        names = os.listdir(folder) if folder.exists() else []
+        for path in (folder/name for name in names if name.startswith('.learnkit-')):
             if is_left_over(path): unlink(path)
     self.check_format()
     if self.format is None:
@@ -167,6 +170,72 @@ def record_parser(self:Store): # function: bytes -> dict
     if self.format is None: self.check_format()
     return RECORD_PARSERS[self.format or FORMAT]
 
+# %% ../../nbs/files/08_store.ipynb #db7767eb
+@patch
+def calls_folder(self:Store, id): # Path
+    return self.subfolder('nodes')/f'{file_name(check_id(id))}.calls'
+
+@patch
+def write_call(self:Store, id, k:int, # number of the call
+               call:dict, # JSON values
+               described=MappingProxyType({}), # what the record does not describe yet, by digest
+              ):
+    "Write what has become of a call, beside the record"
+    self.check_locked('writing a call')
+    with open(self.record_path(id), 'rb') as file: follows = sealed_digest(file.read(100))
+    record = {'id': check_id(id), 'follows': follows, 'number': k, 'call': call,
+              'described': dict(described)}
+    text = checked_text(record, f'call {k} of checkpoint {id!r}')
+    make_folder(folder := self.calls_folder(id))
+    write_bytes(folder/f'{k:06}.json', text)
+
+@patch
+def add_calls(self:Store, record, digest): # of the record
+    "Put the calls that were written beside a record into it"
+    folder = self.calls_folder(record['id'])
+    for path in sorted(folder.glob('[0-9]*.json')):
+        try: found, _ = self.read_record(path, record['id'])
+        except FileNotFoundError: continue  # the record was written whole just now
+        if found['follows'] != digest: continue  # left over from an earlier record
+        k = found['number']
+        if k > len(record['calls']):
+            raise DamagedError(f'{folder} lacks call {len(record["calls"])}: put back a copy of '
+                               'the file, or remove those after it to compute them anew')
+        record['calls'][k:k + 1] = [found['call']]
+        record['described'] = record.get('described', {}) | found['described']
+
+# %% ../../nbs/files/08_store.ipynb #55736a2f
+@patch
+def answers_folder(self:Store, id): # Path
+    return self.subfolder('answers')/file_name(check_id(id))
+
+@patch
+def write_answer(self:Store, id, answer:dict): # JSON values, 'key' among them
+    "Put an answer into the table, in place of one with the same key"
+    self.check_locked('writing an answer')
+    text = checked_text({'id': check_id(id), 'answer': answer}, f'an answer of checkpoint {id!r}')
+    make_folder(folder := self.answers_folder(id))
+    write_bytes(folder/f'{answer["key"]}.json', text)
+
+@patch
+def answer(self:Store, id, key)->dict|None: # None where there is none
+    "An answer by its key"
+    try: return self.read_record(self.answers_folder(id)/f'{key}.json', id)[0]['answer']
+    except FileNotFoundError: return None
+
+@patch
+def answers(self:Store, id)->list:
+    "All answers of a checkpoint, the oldest first"
+    keys = [path.stem for path in self.answers_folder(id).glob('[0-9a-f]*.json')]
+    found = [answer for key in keys if (answer := self.answer(id, key))]
+    return sorted(found, key=lambda answer: (answer.get('ended', 0), answer['key']))
+
+@patch
+def delete_answer(self:Store, id, key):
+    "Take an answer out of the table"
+    self.check_locked('deleting an answer')
+    unlink(self.answers_folder(id)/f'{key}.json')
+
 # %% ../../nbs/files/08_store.ipynb #bcb88c1e
 @patch
 def ids(self:Store)->list:
@@ -182,19 +251,28 @@ def ids(self:Store)->list:
     return sort_ids(found.values())
 
 @patch
-def read(self:Store, id)->dict|None: # None where there is no such checkpoint
+def read(self:Store, id,
+         answers:bool=True, # whether those of pure methods are read, too
+        )->dict|None: # None where there is no such checkpoint
     "The record of a checkpoint; DamagedError if it is not as it was written"
-    path = self.record_path(id)
+    try: record, data = self.read_record(self.record_path(id), id)
+    except FileNotFoundError: return None
+    if self.calls_folder(id).exists(): self.add_calls(record, sealed_digest(data))
+    if not answers or not (found := self.answers(id)): return record
+    return {**record, 'answers': [*record.get('answers', []), *found]}
+
+@patch
+def read_record(self:Store, path, id): # (dict, bytes)
+    "What is in a file of a checkpoint"
     try:
-        record = self.record_parser()(read_limited(path))
+        record = self.record_parser()(data := read_limited(path))
         if type(record) is not dict or 'id' not in record: raise ValueError('it has no id')
         if record['id'] != check_id(id) or type(record['id']) is not type(check_id(id)):
             raise ValueError(f'it is that of checkpoint {record["id"]!r:.99} and was renamed')
-    except FileNotFoundError: return None
     except (ValueError, DamagedError) as error:
         raise DamagedError(f'{path} cannot be used: {error}. Put back a copy of the file, or '
                            'remove it to compute the checkpoint anew') from None
-    return record
+    return record, data
 
 # %% ../../nbs/files/08_store.ipynb #5616f7a6
 @patch
@@ -205,16 +283,10 @@ def write(self:Store,
     self.check_locked('writing a checkpoint')
     record = {**node, 'id': check_id(node['id'])}
     path = self.record_path(record['id'])
-    try:
-        text = record_text(record)
-        exact = parse_record_1(text) == record and len(text) <= MAX_TEXT
-    except (ValueError, TypeError, RecursionError, UnicodeError) as error:
-        raise UnstorableError(f'checkpoint {record["id"]!r}: {error}') from error
-    if not exact:
-        raise UnstorableError(f'checkpoint {record["id"]!r}: a record holds JSON values, that is '
-                              f'keys of text, no tuples, and at most {MAX_TEXT:,} bytes')
+    text = checked_text(record, f'checkpoint {record["id"]!r}')
     make_folder(path.parent)
     write_bytes(path, text)
+    remove_path(self.calls_folder(record['id']))
 
 @patch
 def work(self:Store, id)->Path:
@@ -227,6 +299,7 @@ def delete(self:Store, id)->None:
     self.check_locked('deleting a checkpoint')
     path = self.record_path(id)
     if not path.exists(): raise KeyError(f'there is no checkpoint {id_text(id)} in {self.folder}')
+    remove_path(self.answers_folder(id))
     unlink(path)
     sync_folder(path.parent)
-    remove_path(self.work(id))
+    for folder in (self.calls_folder(id), self.work(id)): remove_path(folder)

@@ -17,7 +17,9 @@ class Store:
     name: str | None
     format: Any
     packs: dict[Any, Any]
+    pack_names: Any
     pack_of: dict[Any, Any]
+    total_bytes: int
     unreadable: dict[Any, Any]
     def __init__(self, folder: str | Path, name: str | None = None) -> None:
         """The folder of a run; reading needs no lock, writing does
@@ -35,6 +37,12 @@ class Store:
         """
     def stale_saves(self, records: dict) -> Any:
         """Saves of calls that are done, or whose checkpoint is gone
+
+        Returns:
+            list of Paths
+        """
+    def stale_answers(self, records: dict) -> Any:
+        """Answers of checkpoints that are gone
 
         Returns:
             list of Paths
@@ -74,17 +82,22 @@ class Store:
         """Remove the store with all that is in it; other runs below its folder stay"""
     def refresh(self) -> None:
         """Find out which packs have come and gone"""
-    def add_tensors(self, tensors: list) -> Any:
-        """Write the tensors that are in no pack yet into a new one
+    def add_pack(self, path: Any) -> None:
+        """Note what a pack holds"""
+    def forget_packs(self, paths: Any) -> None:
+        """Some packs are gone; what they held may be in others as well"""
+    def add_tensors(self, tensors: list, digests: list) -> Any:
+        """Write the tensors that are in no pack yet into a new one; fills in the digests
 
         Returns:
-            list of digests
+            digests: None where it is not known
         """
-    def put(self, tree: Any) -> tuple[object, dict]:
+    def put(self, tree: Any, known: Callable | None = None) -> tuple[object, dict]:
         """Store a tree; what no pack holds yet goes into one new pack
 
         Args:
             tree: as for `save_tree`
+            known: tensor -> its digest if that is known, else None
 
         Returns:
             (root, digest of each key)
@@ -94,7 +107,7 @@ class Store:
 
         Args:
             tree: as for `save_tree`
-            known: tensor -> its digest if that is known, else None
+            known: as for `put`
 
         Returns:
             key -> digest
@@ -113,11 +126,12 @@ class Store:
         Returns:
             dict: digest -> tensor
         """
-    def get(self, root: Any) -> Any:
+    def get(self, root: Any, have: dict = ...) -> Any:
         """Read a state, exactly; DamagedError if a tensor is lost or not as it was written
 
         Args:
             root: what `put` returned, or JSON values made of such
+            have: digest -> tensor that need not be read
 
         Returns:
             the tree, its tensors on the cpu
@@ -184,13 +198,60 @@ class Store:
         Returns:
             function: bytes -> dict
         """
+    def calls_folder(self, id: Any) -> Path:
+        """Returns:
+            Path
+        """
+    def write_call(self, id: Any, k: int, call: dict, described: Any = ...) -> None:
+        """Write what has become of a call, beside the record
+
+        Args:
+            id, k: number of the call
+            call: JSON values
+            described: what the record does not describe yet, by digest
+        """
+    def add_calls(self, record: Any, digest: Any) -> Any:
+        """Put the calls that were written beside a record into it
+
+        Returns:
+            of the record
+        """
+    def answers_folder(self, id: Any) -> Path:
+        """Returns:
+            Path
+        """
+    def write_answer(self, id: Any, answer: dict) -> Any:
+        """Put an answer into the table, in place of one with the same key
+
+        Returns:
+            JSON values, 'key' among them
+        """
+    def answer(self, id: Any, key: Any) -> dict | None:
+        """An answer by its key
+
+        Returns:
+            None where there is none
+        """
+    def answers(self, id: Any) -> list:
+        """All answers of a checkpoint, the oldest first"""
+    def delete_answer(self, id: Any, key: Any) -> None:
+        """Take an answer out of the table"""
     def ids(self) -> list:
         """The ids of all checkpoints, numbers first"""
-    def read(self, id: Any) -> dict | None:
+    def read(self, id: Any, answers: bool = True) -> dict | None:
         """The record of a checkpoint; DamagedError if it is not as it was written
+
+        Args:
+            answers: whether those of pure methods are read, too
 
         Returns:
             None where there is no such checkpoint
+        """
+    def read_record(self, path: Any, id: Any) -> Any:
+        """What is in a file of a checkpoint
+
+        Returns:
+            (dict, bytes)
         """
     def write(self, node: dict) -> None:
         """Write the record of a checkpoint, in place of an older one

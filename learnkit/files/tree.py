@@ -354,7 +354,7 @@ def tree_digest(tree)->str: # 64 hex digits
     return json_digest(root)
 
 # %% ../../nbs/files/03_tree.ipynb #84129ef5
-FORMAT = 2  # to be raised when a file of today's learnkit could not be read by yesterday's
+FORMAT = 3  # to be raised when a file of today's learnkit could not be read by yesterday's
 
 def check_storable(tree):
     "Raise UnstorableError, naming the path, for a tree that `save_tree` would refuse"

@@ -31,6 +31,18 @@ def write_version(t: Any) -> Any:
     Returns:
         tuple; None for a tensor that is read each time
     """
+
+def is_shared(t: Any) -> bool:
+    """Whether numpy, too, may write to a tensor
+
+    Returns:
+        bool
+    """
+
+def memory_of(t: Any) -> Any:
+    """Returns:
+        array of bytes, not a copy
+    """
 CACHED_BYTES: int
 
 def content_digest(t: Any) -> Any:
@@ -40,10 +52,37 @@ def content_digest(t: Any) -> Any:
         64 hex digits
     """
 
+def digest_unless_written(x: Any, data: Any, memo: Any, digest: Any) -> Any:
+    """The digest of large memory that anybody may write to
+
+    Args:
+        x: array or tensor
+        data: its bytes, an array
+        memo: see `fingerprint`
+        digest: function that hashes
+
+    Returns:
+        64 hex digits
+    """
+
+def checksum(data: Any) -> Any:
+    """What differs when bytes do: a CRC, which sees an order, and a sum
+
+    Returns:
+        (int, int)
+    """
+
 def describe_array(x: Any, walk: Any) -> Any: ...
 
 def array_digest(x: Any, walk: Any) -> Any:
     """sha256 of type, shape and values
+
+    Returns:
+        64 hex digits
+    """
+
+def values_digest(x: Any) -> Any:
+    """sha256 of type, shape and values; all nans are equal
 
     Returns:
         64 hex digits

@@ -23,7 +23,7 @@ from .position import FitState
 from .progress import show_message
 from .provenance import note_changes
 from .resume import (
-    ResumePoint, describe_call, find_saved, noted_provenance, take_over)
+    ResumePoint, describe_call, find_saved, noted_provenance, store_of, take_over)
 from .state import live_state, on_host
 
 # %% ../../nbs/loop/11_fit.ipynb #d54a3329
@@ -114,7 +114,7 @@ def _plan(self:Learner, resume, lr, reset_opt): # (description of the call, Save
     if reset_opt: self.make_opt()
     try:
         call = describe_call(self, self._fit.n_epoch, self._fit.n_steps, lr, reset_opt)
-        saved = find_saved(self, resume, call)
+        saved = find_saved(self, resume, call, store_of(self))
         self._fit.provenance = noted_provenance(self, saved, call)
     except BaseException:
         self.opt = before

@@ -26,6 +26,7 @@ from ..files.tree import check_storable
 from ..fingerprint.inspection import is_user_module
 from ..data.resumable import generators, is_stateful
 from ..components.callback import Callback, has_state, named_callbacks
+from .recorder import Recorder
 from .position import PassState
 
 # %% ../../nbs/loop/04_observed.ipynb #41708dd6
@@ -91,7 +92,8 @@ class LearnerScope(Scope):
         if is_user_module(type(x).__module__):
             classes = [cls for cls in type(x).__mro__ if self.follows(cls, path)]
             return {f'class {cls.__name__}': cls for cls in classes}
-        if not is_learnkits(type(x)) or type(x) is Callback or x is self.learn: return {}
+        if not is_learnkits(type(x)) or type(x) in (Callback, Recorder) or x is self.learn:
+            return {}
         return {name: value for name, value in super().slots(x, path).items()
                 if name != 'init_args' and (path[0] == 'data' or self.is_users(value))}
 

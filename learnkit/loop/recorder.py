@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from fastcore.basics import patch
+from ..files.growing import GrowingList, GrowingTable
 from ..components.callback import Callback, Cancel, Interrupted
 from ..components.metrics import Mean, Tally
 from ..components.optim import get_hyper, hyper_key
@@ -58,7 +59,9 @@ class Recorder(Callback):
     order = -10
 
     def __init__(self):
-        self.run, self.epoch, self.rows, self.evals, self.times, self.chunks = -1, 0, [], [], [], []
+        self.run, self.epoch, self.rows, self.evals, self.times = -1, 0, [], [], []
+        self.growing = {name: GrowingList() for name in ('rows', 'evals', 'times')}
+        self.growing |= {name: GrowingTable() for name in ('steps', 'open')}  # 'open': this epoch's
         self.results, self.tracked, self.tally, self._cancelled = {}, {}, None, False
         self._start, self._epoch_results, self._updates, self._mom_key = None, {}, 0, None
         self._last_lr = None
@@ -147,19 +150,29 @@ def mean_over_ranks(found, # (losses, sizes) of each process, arrays (steps,)
     with np.errstate(invalid='ignore'): return losses.sum(0) / sizes.sum(0), sizes.sum(0)
 
 # %% ../../nbs/loop/00_recorder.ipynb #d90052a4
+STEPS = 'run', 'epoch', 'step', 'lr', 'mom', 'loss'
+OPEN = 'size', 'step', 'lr', 'mom', 'loss'
+
+@patch
+def gather_steps(self:Recorder): # GrowingTable: the columns of OPEN
+    "The steps of the running epoch, read from their device once"
+    if n := len(self._sizes):
+        self.growing['open'].add(np.stack([
+            as_floats(self._sizes, n), as_floats(self._steps, n), as_floats(self._lrs, n),
+            as_floats(self._moms, n), self._loss.read()]))
+        self._clear_steps()
+    return self.growing['open']
+
 @patch
 def flush(self:Recorder, ranks=None): # float: the mean loss of the steps
     "Add the steps of the running epoch to the history; `ranks`: with the losses of all processes"
-    n, loss = len(self._sizes), self._loss.read()
-    sizes = as_floats(self._sizes, n)
+    sizes, steps, lrs, moms, loss = self.gather_steps().array(len(OPEN))
     if ranks is not None: loss, sizes = mean_over_ranks(ranks.gather([loss, sizes]), ranks.rank)
-    if not n: return math.nan
-    self.chunks.append({
-        'run': np.full(n, self.run), 'epoch': np.full(n, self.epoch),
-        'step': np.array(self._steps, dtype=np.int64), 'lr': as_floats(self._lrs, n),
-        'mom': as_floats(self._moms, n), 'loss': loss})
-    self._last_lr = float(self.chunks[-1]['lr'][-1])  # schedules may have moved on since
-    self._clear_steps()
+    if not (n := len(steps)): return math.nan
+    run, epoch = np.full(n, self.run), np.full(n, self.epoch)
+    self.growing['steps'].add(np.stack([run, epoch, steps, lrs, moms, loss]))
+    self._last_lr = float(lrs[-1])  # schedules may have moved on since
+    self.growing['open'].parts = []
     counted = sizes > 0  # a batch without samples may well be nan
     return float(loss[counted] @ sizes[counted] / sizes.sum()) if counted.any() else math.nan
 
@@ -200,9 +213,9 @@ def df(self:Recorder): # DataFrame
 @patch
 def step_arrays(self:Recorder): # dict of arrays, (batches,) each
     "The columns of `steps`; batches of an epoch that is still running are not among them"
-    names = ('run', 'epoch', 'step', 'lr', 'mom', 'loss')
-    return {name: np.concatenate([np.empty(0, np.int64 if name in names[:3] else np.float64),
-                                  *(chunk[name] for chunk in self.chunks)]) for name in names}
+    columns = self.growing['steps'].array(len(STEPS))
+    return {name: values.astype(np.int64) if name in STEPS[:3] else values
+            for name, values in zip(STEPS, columns, strict=True)}
 
 @patch(as_prop=True)
 def steps(self:Recorder): # DataFrame
@@ -384,41 +397,54 @@ def plot_lr(self:Recorder,
 @patch
 def state_dict(self:Recorder): # dict: run, rows, evals, steps, open
     "All rows and steps, without times, and what the running epoch has gathered"
-    steps = {name: torch.from_numpy(values) for name, values in self.step_arrays().items()}
-    return {'run': self.run, 'rows': [dict(row) for row in self.rows],
-            'evals': [dict(row) for row in self.evals], 'steps': steps, 'open': self.open_state()}
+    lists = {name: self.growing[name].state(getattr(self, name)) for name in ('rows', 'evals')}
+    return {'run': self.run, **lists, 'steps': self.growing['steps'].state(),
+            'open': self.open_state()}
+
+@patch
+def times_state(self:Recorder): # dict: parts, rest
+    "The seconds of the rows, for `load_times`"
+    return self.growing['times'].state(self.times)
+
+@patch
+def load_times(self:Recorder, state): self.times = self.growing['times'].items(state)
+
+@patch
+def digest(self:Recorder, t): # 64 hex digits; None for any other tensor
+    "The digest of a part of the history, which is hashed once"
+    found = (growing.sealed.digest(t) for growing in self.growing.values())
+    return next((digest for digest in found if digest), None)
+
+@patch
+def parts(self:Recorder): # dict: digest -> tensor
+    "The parts of the history whose digests are known"
+    return {digest: t for growing in self.growing.values()
+            for digest, t in growing.sealed.tensors().items()}
 
 # %% ../../nbs/loop/00_recorder.ipynb #d16b1aa6
 @patch
 def open_state(self:Recorder): # plain tree; None between epochs
     "What the row of the running epoch will be made of"
-    n = len(self._sizes)
-    if not (n or self.tracked or self._epoch_results): return None
-    columns = {'size': as_floats(self._sizes, n), 'step': np.array(self._steps, np.int64),
-               'lr': as_floats(self._lrs, n), 'mom': as_floats(self._moms, n),
-               'loss': self._loss.read()}
+    steps = self.gather_steps().state()
+    if not (steps or self.tracked or self._epoch_results): return None
     return {'epoch': self.epoch, 'updates': self._updates, 'results': dict(self._epoch_results),
             'lr': self._last_lr,
             'tracked': {name: mean.state_dict() for name, mean in self.tracked.items()},
-            'steps': {name: torch.from_numpy(values.copy()) for name, values in columns.items()}}
+            'steps': steps}
 
 @patch
 def load_open_state(self:Recorder, state):
     "Take over what `open_state` returned"
     self._clear_steps()
     self.tracked, self._epoch_results = {}, {}
+    self.growing['open'].load(state['steps'] if state else [])
     if state is None: return
     self.epoch, self._updates, self._last_lr = state['epoch'], state['updates'], state['lr']
     self._epoch_results = dict(state['results'])
     for name, mean in state['tracked'].items():
         self.tracked[name] = Mean()
         self.tracked[name].load_state_dict(mean)
-    steps = state['steps']
-    self._sizes, self._steps = steps['size'].tolist(), steps['step'].tolist()
-    self._lrs, self._moms = [], []
-    for values, name in ((self._lrs, 'lr'), (self._moms, 'mom')):
-        if not steps[name].isnan().all(): values += steps[name].tolist()  # no lr without optimizer
-    if len(self._sizes): self._loss.packed = [steps['loss'].clone()]
+
 
 # %% ../../nbs/loop/00_recorder.ipynb #f8bf0c82
 @patch
@@ -428,12 +454,12 @@ def load_state_dict(self:Recorder,
                    ):
     "Take over a history"
     known = list(zip(self.rows, self.times, strict=False))
-    rows = [dict(row) for row in state['rows']]
+    rows = self.growing['rows'].items(state['rows'])
     if times is None:
         times = [known[i][1] if i < len(known) and known[i][0] == row else float('nan')
                  for i, row in enumerate(rows)]
     self.run, self.rows, self.times = state['run'], rows, list(times)
-    self.evals = [dict(row) for row in state['evals']]
-    self.chunks = [{name: values.numpy().copy() for name, values in state['steps'].items()}]
+    self.evals = self.growing['evals'].items(state['evals'])
+    self.growing['steps'].load(state['steps'])
     self.results = {}
     self.load_open_state(state['open'])

@@ -59,7 +59,7 @@ class Recorder(Callback):
     rows: list[Any]
     evals: list[Any]
     times: list[Any]
-    chunks: list[Any]
+    growing: dict[Any, Any]
     results: dict[Any, Any]
     tracked: dict[Any, Any]
     tally: Any
@@ -72,6 +72,12 @@ class Recorder(Callback):
     def after_cancel_batch(self, learn: Learner) -> None: ...
     def cleanup_batch(self, learn: Learner) -> None: ...
     def after_batch(self, learn: Learner) -> None: ...
+    def gather_steps(self) -> Any:
+        """The steps of the running epoch, read from their device once
+
+        Returns:
+            GrowingTable: the columns of OPEN
+        """
     def flush(self, ranks: Any = None) -> Any:
         """Add the steps of the running epoch to the history; `ranks`: with the losses of all processes
 
@@ -167,6 +173,25 @@ class Recorder(Callback):
         Returns:
             dict: run, rows, evals, steps, open
         """
+    def times_state(self) -> Any:
+        """The seconds of the rows, for `load_times`
+
+        Returns:
+            dict: parts, rest
+        """
+    def load_times(self, state: Any) -> None: ...
+    def digest(self, t: Any) -> Any:
+        """The digest of a part of the history, which is hashed once
+
+        Returns:
+            64 hex digits; None for any other tensor
+        """
+    def parts(self) -> Any:
+        """The parts of the history whose digests are known
+
+        Returns:
+            dict: digest -> tensor
+        """
     def open_state(self) -> Any:
         """What the row of the running epoch will be made of
 
@@ -200,6 +225,8 @@ def mean_over_ranks(found: Any, rank: int) -> Any:
     Returns:
         (losses, sizes) over all, arrays (steps,)
     """
+STEPS: tuple[str, ...]
+OPEN: tuple[str, ...]
 RESERVED: tuple[str, ...]
 
 class RunningMean:

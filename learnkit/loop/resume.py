@@ -17,8 +17,10 @@ from ..base.dtensors import local_part
 from ..base.ranks import is_main
 from ..base.text import as_seconds, caller_stacklevel, short_path
 from ..files.errors import DamagedError, UnstorableError
+from ..files.apart import load_save
+from ..files.growing import GrowingList
 from ..files.saves import load_newest, next_save_path, quarantine_save, save_next, list_saves
-from ..files.tree import check_storable, load_tree
+from ..files.tree import check_storable
 from ..data.loaders import describe
 from ..data.resumable import (
     LastBatch, check_resumable, check_same_loader, restart_workers, generator_states, is_stateful,
@@ -57,12 +59,13 @@ class Saved:
 # %% ../../nbs/loop/08_resume.ipynb #a5162ab0
 def read_saved(learn,
                resume, # as given to `fit`
+               store=None, # as for `autosaving`
               ): # Saved; None when there is none
     "What was saved last"
     if isinstance(resume, Saved): return resume
     source = resume_source(learn, resume)
     with main_first(learn):  # who reads may quarantine a damaged file
-        found = (load_tree(source), source) if source.is_file() else load_newest(source)
+        found = (load_save(source), source) if source.is_file() else load_newest(source, store)
     if found is None: return None
     tree, path = found
     try: with_shards(learn, tree, path)
@@ -70,8 +73,8 @@ def read_saved(learn,
         if source.is_file(): raise
         with main_first(learn):
             if path.exists(): quarantine_save(path, error)
-        return read_saved(learn, resume)
-    return Saved(tree['learner'], tree['times'], short_path(path))
+        return read_saved(learn, resume, store)
+    return Saved(tree['learner'], GrowingList().items(tree['times']), short_path(path))
 
 def resume_source(learn, resume): # Path of a folder or file
     "Where a fit's saves are: a file, or the folder of a `SaveState`"
@@ -158,10 +161,10 @@ def settings_text(settings): # str
     return f'{settings["class"]}({shorten(", ".join(given), 60, placeholder=" ...")})'
 
 # %% ../../nbs/loop/08_resume.ipynb #68dc0dc8
-def find_saved(learn, resume, call): # Saved; None when there is nothing to go on from
+def find_saved(learn, resume, call, store=None): # Saved; None when there is nothing to go on from
     "What `fit(resume=...)` is to go on from"
     if resume is None: return None
-    found = read_saved(learn, resume)
+    found = read_saved(learn, resume, store)
     if found is None:
         source = resume_source(learn, resume)
         check_no_other_saves(learn, source)
@@ -249,6 +252,7 @@ class ResumePoint(Callback):
         self.was_requested = False  # whether the fit was called with resume=
         self.exact = True  # whether batches are replayed whose workers drew random numbers
         self.autosave = None  # see `autosaving`
+        self.store = None  # likewise
         self.valid_rng = []  # of the generators of the validation data
 
     def settings(self): return None
@@ -273,6 +277,8 @@ class ResumePoint(Callback):
     def before_train(self, learn): learn.batches, learn.first_batch = self.batches(learn)
 
 # %% ../../nbs/loop/08_resume.ipynb #8d42ff26
+def store_of(learn): return learn.cbs.inner[ResumePoint].store # Store of `autosaving`; None
+
 @patch
 def take_over_at(self:ResumePoint, learn, stage):
     "Take the save over if it was made at this stage of the epoch"
@@ -400,16 +406,18 @@ class SaveState(Callback):
         learn._origin.begin_epoch(learn, is_first=self._structure is None)
         if self._structure is None: self._structure = FitStructure(learn)
 
-    def at_rest(self, learn):
-        if not self._is_checked and learn.updates: self.check(learn)
-        if not self.is_time_to_save(learn): return
-        if self._structure is not None: self._structure.check(learn)
-        # Saves of an earlier fit go as soon as this one has its first
-        keep, folder = 1 if self._is_first else self.keep, learn.path/self.saves_to
-        tree = tree_for_file(learn, per_process=True, path=lambda: next_save_path(folder))
-        if is_main(): save_next(tree, folder, keep=keep)
-        self._is_first, self._time_was_up = False, learn.time_is_up
-        self._record_time(learn)
+# %% ../../nbs/loop/08_resume.ipynb #d5669ba0
+@patch
+def at_rest(self:SaveState, learn):
+    if not self._is_checked and learn.updates: self.check(learn)
+    if not self.is_time_to_save(learn): return
+    if self._structure is not None: self._structure.check(learn)
+    # Saves of an earlier fit go as soon as this one has its first
+    keep, folder = 1 if self._is_first else self.keep, learn.path/self.saves_to
+    tree = tree_for_file(learn, per_process=True, path=lambda: next_save_path(folder))
+    if is_main(): save_next(tree, folder, keep, learn.recorder.digest, store_of(learn))
+    self._is_first, self._time_was_up = False, learn.time_is_up
+    self._record_time(learn)
 
 # %% ../../nbs/loop/08_resume.ipynb #54784e70
 @patch
@@ -446,6 +454,7 @@ def progress_by_unit(learn): # dict: unit -> number
 def autosaving(learn,
                path, # folder, below the learner's `path`
                every, # as in `SaveState`
+               store=None, # `Store` that holds what the history was before
               ): # the learner
     "The fits in a `with` block save to numbered folders in `path`, and go on from what is there"
     path, numbers, point = learn.path/path, itertools.count(), learn.cbs.inner[ResumePoint]
@@ -457,11 +466,12 @@ def autosaving(learn,
         folder = path/str(next(numbers))
         cbs = [*as_callbacks(cbs), SaveState(folder, every)]
         return cbs, folder if list_saves(folder) else None
-    before = point.autosave, learn.on_interrupt
-    point.autosave, learn.on_interrupt = autosave, 'raise'
+    before = point.autosave, point.store, learn.on_interrupt
+    point.autosave, point.store, learn.on_interrupt = autosave, store, 'raise'
     try: yield learn
-    finally: point.autosave, learn.on_interrupt = before
+    finally: point.autosave, point.store, learn.on_interrupt = before
 
+# %% ../../nbs/loop/08_resume.ipynb #e9809fc0
 @contextmanager
 def without_saving(learn):
     "The fits in a `with` block leave no saves, also inside of `saving_to`"

@@ -32,11 +32,12 @@ class Saved:
             'epoch', 'train' or 'validate'; None where the fit is complete
         """
 
-def read_saved(learn: Learner, resume: Any) -> Any:
+def read_saved(learn: Learner, resume: Any, store: Any = None) -> Any:
     """What was saved last
 
     Args:
         resume: as given to `fit`
+        store: as for `autosaving`
 
     Returns:
         Saved; None when there is none
@@ -86,7 +87,7 @@ def settings_text(settings: Any) -> str:
         str
     """
 
-def find_saved(learn: Learner, resume: Any, call: Any) -> Any:
+def find_saved(learn: Learner, resume: Any, call: Any, store: Any = None) -> Any:
     """What `fit(resume=...)` is to go on from
 
     Returns:
@@ -121,6 +122,7 @@ class ResumePoint(Callback):
     was_requested: bool
     exact: bool
     autosave: Any
+    store: Any
     valid_rng: list[Any]
     def __init__(self) -> None: ...
     def settings(self) -> Any: ...
@@ -139,6 +141,8 @@ class ResumePoint(Callback):
         """
     def before_validate(self, learn: Learner) -> None: ...
     def cleanup_epoch(self, learn: Learner) -> None: ...
+
+def store_of(learn: Learner) -> Any: ...
 
 def watch_reading(learn: Learner, batches: Any) -> Any:
     """`batches`; of a stateful loader it is recorded whether they are read to the end
@@ -210,12 +214,18 @@ def progress_by_unit(learn: Learner) -> Any:
         dict: unit -> number
     """
 
-def autosaving(learn: Learner, path: Any, every: Any) -> AbstractContextManager[Any]:
+def autosaving(
+        learn: Learner,
+        path: Any,
+        every: Any,
+        store: Any = None,
+) -> AbstractContextManager[Any]:
     """The fits in a `with` block save to numbered folders in `path`, and go on from what is there
 
     Args:
         path: folder, below the learner's `path`
         every: as in `SaveState`
+        store: `Store` that holds what the history was before
 
     Returns:
         the learner

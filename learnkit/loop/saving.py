@@ -11,9 +11,10 @@ from contextlib import nullcontext
 from ..base.batches import map_tensors
 from ..base.dtensors import full_tensor, is_dtensor, is_sharded
 from ..base.ranks import is_main, rank0_first
+from ..files.apart import load_save
 from ..files.sharded import load_shards, remove_shards, save_shards
 from ..files.tensors import save_tensors
-from ..files.tree import load_tree, save_tree, set_at, tree_digest, value_at
+from ..files.tree import save_tree, set_at, tree_digest, value_at
 from .state import gathered, live_state, load_state, model_state, n_bytes
 
 # %% ../../nbs/loop/06_saving.ipynb #5402c2f0
@@ -61,7 +62,7 @@ def tree_for_file(learn,
                   path=None, # function: the file, beside which shards may be written
                  ): # plain tree
     "What goes into a file: the state, and beside it the times, which are no part of it"
-    state, beside = live_state(learn), {'times': learn.recorder.times}
+    state, beside = live_state(learn), {'times': learn.recorder.times_state()}
     sharded = path is not None and learn.ranks and is_sharded(learn.model)
     if sharded and n_bytes(state) > learn.cbs.distributed.gather_up_to:
         state, beside['parts'] = save_shards(state, path(), learn.ranks)
@@ -108,9 +109,9 @@ def read_learner(learn, name):
     "Go back to the state in a file; an error changes nothing"
     path = save_path(learn, name)
     with main_first(learn):  # which has written it by then
-        tree = load_tree(path)
+        tree = load_save(path)
     load_state(learn, with_shards(learn, tree, path)['learner'])
-    learn.recorder.times = tree['times']
+    learn.recorder.load_times(tree['times'])
 
 def export_weights(learn, path): # Path
     "Write the weights alone"

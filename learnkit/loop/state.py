@@ -187,7 +187,7 @@ def undone_on_error(learn):
     copies = [(t, t.detach().clone()) for m in modules if loads_by_itself(m)
               for t in state_tensors(learn).values()]
     counters = {name: getattr(learn, name) for name in COUNTERS}
-    callbacks = copied_tree(learn.cbs.state_dict())
+    callbacks = copied_tree(learn.cbs.state_dict(), learn.recorder)
     scaler, rng = learn.scaler and copied_tree(learn.scaler.state_dict()), rng_state()
     before = Snapshot(roots(learn), LearnerScope(learn, exact=True))
     try: yield
@@ -208,7 +208,13 @@ def loads_by_itself(module): # bool
             or not cls._load_from_state_dict.__module__.startswith('torch.')
             or bool(module._load_state_dict_pre_hooks or module._load_state_dict_post_hooks))
 
-def copied_tree(tree): return copy.deepcopy(map_tensors(lambda t: t.detach().clone(), tree))
+def copied_tree(tree, recorder=None): # the same nesting
+    "A copy; what nobody writes to any more of a history stays the same tensors"
+    same = {}
+    def copied(t):
+        is_part = recorder is not None and recorder.digest(t) is not None
+        return same.setdefault(id(t), t) if is_part else t.detach().clone()
+    return copy.deepcopy(map_tensors(copied, tree), same)
 
 # %% ../../nbs/loop/05_state.ipynb #46173c15
 def load_scaler(learn, state):
@@ -235,7 +241,7 @@ def unchanged_learner(learn):
     "Whatever happens inside, the learner is afterwards as it was before"
     attributes, items = dict(vars(learn)), list(learn.cbs)
     inner = [(cb, dict(vars(cb))) for cb in learn.cbs.inner.values()]
-    states = [(part, copied_tree(part.state_dict())) for part in
+    states = [(part, copied_tree(part.state_dict(), learn.recorder)) for part in
               (*learn.cbs.stateful().values(), *([learn.scaler] if learn.scaler else []))]
     before = Snapshot(roots(learn), LearnerScope(learn, exact=True, functions=False))
     with isolated_rng(), unchanged_modules(learn):

@@ -116,7 +116,12 @@ def loads_by_itself(module: Any) -> bool:
         bool
     """
 
-def copied_tree(tree: Any) -> Any: ...
+def copied_tree(tree: Any, recorder: Any = None) -> Any:
+    """A copy; what nobody writes to any more of a history stays the same tensors
+
+    Returns:
+        the same nesting
+    """
 
 def load_scaler(learn: Learner, state: Any) -> None:
     """Give the learner the gradient scaler it had, or none"""

@@ -11,7 +11,7 @@ from numbers import Real
 from fastcore.basics import patch
 from ..components.callback import as_callbacks
 from ..loop.learner import Learner
-from ..loop.resume import read_saved
+from ..loop.resume import read_saved, store_of
 from .scheduled_fits import check_no_lr_owner
 
 # %% ../../nbs/training/03_fine_tune.ipynb #d893189a
@@ -65,7 +65,7 @@ def is_at_second_fit(learn:Learner, cbs,
                     ): # bool
     "Whether what was saved is of the second of the two fits; the first then counts as done"
     if resume is None: return False
-    with learn.added_cbs(cbs): saved = read_saved(learn, resume)
+    with learn.added_cbs(cbs): saved = read_saved(learn, resume, store_of(learn))
     first = learn.recorder.run + 1
     if saved is None or saved.fit is None or saved.fit['call']['run'] != first + 1: return False
     learn.recorder.run, learn.steps_done = first, saved.fit['call']['begun']  # as after the first

@@ -62,7 +62,7 @@ def test_other_arguments_are_a_miss_beside_the_first(tmp_path):
     learn.cache(1).ask(1)
     assert len(CALLS) == 6
     learn.cache(1).delete()
-    assert not learn.ledger.store.read(1)['answers']
+    assert not learn.ledger.store.answers(1)
     with pytest.raises(KeyError, match='no answers of'): learn.cache(1).delete('ask')
 
 

@@ -59,7 +59,7 @@ def test_plan_ends_at_the_first_call_that_would_be_computed(tmp_path, capsys):
     with learn.plan():
         script(make(tmp_path))
     with learn.plan(): learn.cache(3).validate()
-    assert not learn.ledger.store.read(3)['answers']
+    assert not learn.ledger.store.answers(3)
 
 
 def test_deleting(tmp_path):

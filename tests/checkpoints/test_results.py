@@ -250,7 +250,7 @@ def test_of_a_pure_call_it_is_returned_and_computed_on_each_run(tmp_path, capsys
             cp.fit(1)
             assert type(getattr(cp, method)()) is Unknown is type(getattr(cp, method)())
         assert type(getattr(learn.cache(1), method)()) is Unknown
-        assert len(CALLS) == 3 * run and not learn.ledger.node(1).answers
+        assert len(CALLS) == 3 * run and not learn.ledger.store.answers(1)
         text = capsys.readouterr().out
         assert text.count('returned what cannot be kept') == 1 and 'register_result' in text
 

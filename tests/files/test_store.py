@@ -69,7 +69,7 @@ def test_there_is_a_reader_and_a_fixture_for_each_format():
 
 
 @pytest.mark.parametrize('text, error', [
-    ('{"format": 3}', 'format 3, which a newer learnkit.*update learnkit'),
+    ('{"format": 4}', 'format 4, which a newer learnkit.*update learnkit'),
     ('{"format": 10000000000000000000000}', 'newer'), ('{"format": 0}', '0 is no format'),
     ('{"format": -1}', 'no format'),
     ('{"format": true}', 'True is no format'), ('{"format": 1.0}', 'no format'),
@@ -91,9 +91,9 @@ def test_formats_that_are_not_read(folder, text, error, late):
 def test_a_store_without_its_format(folder):
     filled(folder, a=1)
     (folder / 'format.json').unlink()
-    with pytest.raises(DamagedError, match='format.json is missing: put back {"format": 2}'):
+    with pytest.raises(DamagedError, match='format.json is missing: put back {"format": 3}'):
         Store(folder)
-    (folder / 'format.json').write_text('{"format": 2}')
+    (folder / 'format.json').write_text('{"format": 3}')
     assert state(Store(folder, 'any'), 'a') == 1
 
 

@@ -363,7 +363,7 @@ def rewritten(path, **changes):
 
 
 @pytest.mark.parametrize('changes, error', [
-    ({'learnkit': '3'}, 'format 3.*newer'), ({'learnkit': '3', 'sha256': 'f' * 64}, 'damaged'),
+    ({'learnkit': '4'}, 'format 4.*newer'), ({'learnkit': '4', 'sha256': 'f' * 64}, 'damaged'),
     ({'tree': '[1]', 'sha256': None}, 'damaged'),
     ({'tree': None}, 'damaged'), ({'tree': '{"$new": 1}'}, 'there is no new'),
     ({'tree': '{"$tensor": "b"}'}, 'damaged'), ({'tree': '[' * 10**5}, 'damaged'),
