@@ -24,6 +24,7 @@ from .base import text as _text
 from .base import signals as _signals
 from .base import guard as _guard
 from .base import snapshots as _snapshots
+from .base import packing as _packing
 from .files.errors import (
     DamagedError, LockedError, StoreError, UnstorableError,
 )
@@ -34,8 +35,8 @@ from .files.tensors import (
 from .files.tree import (
     load_tree, save_tree, tree_digest,
 )
-from .files import apart as _apart
 from .files import sharded as _sharded
+from .files import sidecars as _sidecars
 from .files import saves as _saves
 from .files import ids as _ids
 from .files import records as _records
@@ -176,7 +177,7 @@ from .checkpoints import digests as _digests
 from .checkpoints import ledger as _ledger
 from .checkpoints import beginning as _beginning
 from .checkpoints import changes as _changes
-from .checkpoints import kept as _kept
+from .checkpoints import retention as _retention
 from .checkpoints import answers as _answers
 from .checkpoints import renewal as _renewal
 from .checkpoints import block as _block

@@ -21,7 +21,7 @@ from .host import method_kind
 from .digests import joined
 from .ledger import Ledger, states_of
 from .changes import PlanEnds
-from .kept import check_kept
+from .retention import check_retained
 
 # %% ../../nbs/checkpoints/07_answers.ipynb #82a3c20d
 KEY_FORMAT = 1  # raised when the same call is described in another way
@@ -98,7 +98,7 @@ def compute_on(self:Ledger, node, call, key):
     folder = None
     if call.kind != 'pure':
         folder = (self.store.work(node.id)/f'answer-{key[:16]}').absolute()
-    check_kept(self, node.id, call, state_after(self.read, node, node.n_calls).lacks)
+    check_retained(self, node.id, call, state_after(self.read, node, node.n_calls).lacks)
     with self.on_state_of(node, call.method):
         result = self.compute_answer(node, call, key, folder)
     if folder: forget_saves(folder)

@@ -23,7 +23,8 @@ from .digests import KnownDigests, by_part, joined
 from .ledger import ChangedGlobalError, digests_of
 from .beginning import beginning
 from .changes import PlanEnds, go_to_start
-from .kept import check_kept, drop_states, droppable_states, free_dropped
+from .retention import (
+    check_retained, drop_states, droppable_states, reclaim_space)
 from .answers import answer_key, forget_saves
 from .renewal import (
     accept_code, begin_anew, check_beginning, must_compute, note_findings, take_older)
@@ -224,7 +225,7 @@ def compute(self:Block, call, digests, record):
     if self.diverged or record and digests != saved.digests or ledger.lacks and saved.is_whole:
         self.go_before_call(k)
         digests = saved.digests
-    check_kept(ledger, node.parent if k == 0 and node.start.state is None else self.id, call,
+    check_retained(ledger, node.parent if k == 0 and node.start.state is None else self.id, call,
                ledger.lacks)
     running = self.begin_call(call, digests, saved, record)
     folder = ledger.store.work(self.id)/str(k)
@@ -311,7 +312,7 @@ def close(self:Block):
     drop_states(ledger, self.node)
     self.node.closed = True
     self.write()
-    free_dropped(ledger)
+    reclaim_space(ledger)
 
 # %% ../../nbs/checkpoints/08_block.ipynb #dbfc26de
 @patch
@@ -448,7 +449,7 @@ def answer_pure_call(self:Block, call):
         self.write()
     whole = ledger.lacks and state_before(ledger.read, self.node, len(self.made)).is_whole
     if self.diverged or recorded != digests or whole: self.go_before_call(len(self.made))
-    check_kept(ledger, self.id, call, ledger.lacks)
+    check_retained(ledger, self.id, call, ledger.lacks)
     return ledger.compute_answer(self.node, call, key)
 
 @patch

@@ -12,7 +12,7 @@ from .errors import DamagedError
 from .durable import is_left_over, make_folder, remove_path, rename, unlink
 from .tree import save_tree
 from .sharded import remove_shards
-from .apart import load_save, remove_unneeded_parts, write_apart
+from .sidecars import load_save, remove_unneeded_sidecars, write_sidecars
 
 # %% ../../nbs/files/05_saves.ipynb #fdd723d3
 def list_saves(folder): # list of Paths, the newest first
@@ -42,13 +42,13 @@ def save_next(tree, # as in `save_tree`
         if is_left_over(path): unlink(path)
     older = list_saves(folder)
     path = next_save_path(folder, older)
-    whole = tree if known is None else write_apart(tree, folder, known, store)
+    whole = tree if known is None else write_sidecars(tree, folder, known, store)
     try: save_tree(whole, path, overwrite=False)
     except FileExistsError as error:
         text = 'another process saves to this folder too; give each run a folder of its own'
         raise FileExistsError(error.errno, text, str(path)) from error
     for old in [path, *older][keep:]: unlink(old)
-    remove_unneeded_parts(folder, [path, *older][:keep])
+    remove_unneeded_sidecars(folder, [path, *older][:keep])
     remove_shards(path, tree)
     for shards in folder.glob('save-*.parts'):
         if not shards.with_suffix('.safetensors').exists(): remove_path(shards)

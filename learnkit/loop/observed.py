@@ -19,8 +19,9 @@ from torch import nn
 from torch.utils.data import TensorDataset
 from ..base.guard import assigned_names, is_learnkits
 from ..base.snapshots import (
-    HELD, MAPPINGS, MISSING, PLAIN, SEQUENCES, HeldItems, NotPlainError, Reference,
-    Scope, Snapshot, Unpacking, closure_cells, described, pack, path_text)
+    HELD, MAPPINGS, MISSING, PLAIN, SEQUENCES, HeldItems, Reference, Scope, Snapshot,
+    closure_cells, path_text)
+from ..base.packing import NotPlainError, Unpacking, described, pack
 from ..files.errors import UnstorableError
 from ..files.tree import check_storable
 from ..fingerprint.inspection import is_user_module

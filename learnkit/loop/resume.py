@@ -17,7 +17,7 @@ from ..base.dtensors import local_part
 from ..base.ranks import is_main
 from ..base.text import as_seconds, caller_stacklevel, short_path
 from ..files.errors import DamagedError, UnstorableError
-from ..files.apart import load_save
+from ..files.sidecars import load_save
 from ..files.growing import GrowingList
 from ..files.saves import load_newest, next_save_path, quarantine_save, save_next, list_saves
 from ..files.tree import check_storable

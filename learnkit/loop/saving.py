@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from ..base.batches import map_tensors
 from ..base.dtensors import full_tensor, is_dtensor, is_sharded
 from ..base.ranks import is_main, rank0_first
-from ..files.apart import load_save
+from ..files.sidecars import load_save
 from ..files.sharded import load_shards, remove_shards, save_shards
 from ..files.tensors import save_tensors
 from ..files.tree import save_tree, set_at, tree_digest, value_at

@@ -15,10 +15,10 @@ def droppable_states(ledger: Any, node: Any) -> Any:
 def drop_states(ledger: Any, node: Any) -> None:
     """Forget states of a finished checkpoint, and free their space where it is much"""
 
-def free_dropped(ledger: Any) -> None:
+def reclaim_space(ledger: Any) -> None:
     """Remove what was dropped, if it is a quarter of all"""
 
-def check_kept(ledger: Any, id: Any, call: Any, lacks: Any) -> None:
+def check_retained(ledger: Any, id: Any, call: Any, lacks: Any) -> None:
     """Raise RuntimeError for a call that needs what was dropped from the state it is to begin from
 
     Args:
