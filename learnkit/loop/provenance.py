@@ -15,9 +15,9 @@ from ..base.ranks import on_main
 from ..data.loaders import DataLoaders
 from ..files.errors import UnstorableError
 from ..files.tree import check_storable, tree_digest
-from learnkit.fingerprint.beginning import (
-    beginning_now, changed_tensors, described_tensors, has_repeated, seeds_differ,
-    weights_differ)
+from ..fingerprint.beginning import (
+    beginning_now, changed_tensors,
+    described_tensors, has_repeated, seeds_differ, weights_differ)
 from ..fingerprint.differences import differences
 from ..fingerprint.functions import MethodCode
 from ..fingerprint.modules import parts_by_id
