@@ -11,6 +11,8 @@ EDITABLE := --config-settings editable_mode=compat --editable
 
 # More threads are slower on small models, and the last bits of a result depend on their number
 export OMP_NUM_THREADS := 1
+# Where it is set, each process compiles all modules and tests anew
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help train test test-slow export outputs readme docs bench clean
 .DEFAULT_GOAL := help
