@@ -1,5 +1,5 @@
 "Set before torch is imported: one thread, no bars, no windows"
-import multiprocessing, os, signal, sys, threading
+import gc, multiprocessing, os, signal, sys, threading
 from contextlib import ExitStack
 
 os.environ.update(OMP_NUM_THREADS='1', TQDM_DISABLE='1', MPLBACKEND='Agg')
@@ -11,10 +11,17 @@ from preloaded import python, serving
 
 def pytest_configure(config):
     "One server for all processes in which tests run; it costs nothing until it is asked"
+    gc.disable()  # until all is imported
     if hasattr(config, 'workerinput'): return be_fresh(config.workerinput['python'])
     stack = ExitStack()
     stack.enter_context(serving())
     config.add_cleanup(stack.close)
+
+
+def pytest_collection_finish():
+    "What is there by now is not looked through again at each collection of garbage"
+    gc.enable()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -46,3 +53,11 @@ def answers_to_ctrl_c():
     "A shell that starts the tests in the background has them ignore Ctrl-C, which some tests send"
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def ended(): # function that passes a loader through
+    "Workers that persist end with the test; the garbage collector would wait for them for seconds"
+    loaders = []
+    yield lambda loader: loaders.append(loader) or loader
+    for loader in loaders: loader._iterator = None

@@ -217,7 +217,8 @@ if 'fail' in sys.argv and learn.rank == 1: raise ValueError('on purpose')
 
 
 @pytest.mark.parametrize('python, args, code', [
-    (sys.executable, ['--x', '1'], 0), (preloaded.python(), ['fail'], 1)], ids=['fresh', 'fail'])
+    (preloaded.python(), ['--x', '1'], 0), (preloaded.python(), ['fail'], 1),
+    slow(sys.executable, ['--x', '1'], 0)], ids=['', 'fail', 'fresh'])
 def test_the_command_launches_a_script(tmp_path, python, args, code):
     (tmp_path / 'script.py').write_text(SCRIPT.format(folder=os.path.dirname(__file__)))
     done = subprocess.run([python, '-m', 'learnkit', 'launch', '-n', '2', tmp_path / 'script.py',
