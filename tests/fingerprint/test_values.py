@@ -68,13 +68,13 @@ def test_the_fingerprint_of_a_tree_is_another_one(trees):
             assert digest(value) != Fingerprint(value).digest, name
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(nest, nest)
 def test_digests_are_equal_when_values_are(a, b):
     assert same(a, b) == (key(a) == key(b))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(nest, max_size=4), st.randoms())
 def test_order_of_dicts_and_sets_does_not_count(values, rng):
     pairs = [(i, v) for i, v in enumerate(values)]
@@ -85,7 +85,7 @@ def test_order_of_dicts_and_sets_does_not_count(values, rng):
     assert same({0, 8, 16}, {16, 8, 0}) and same({'a': {0, 8}}, {'a': {8, 0}})
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(nest)
 def test_an_imitation_is_not_the_value(a):
     described = tree(a)
