@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope='session', autouse=True)
 def seeds_without_a_stack():
-    "torch notes the text of the whole stack with each seed, three times, for devices not in use yet"
+    "For devices not in use yet, torch keeps the text of the whole stack with each seed"
     import torch
     with pytest.MonkeyPatch.context() as patch:
         for device in (torch.cuda, torch.xpu, torch.mtia):

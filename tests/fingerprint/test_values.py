@@ -17,13 +17,8 @@ from learnkit.loop.progress import Progress
 from learnkit.training.averaging import EMA
 from learnkit.training.save_best import SaveBest
 from fingerprint_helpers import (
-    Bar, cases, digest, error, Focal, in_another_process, key, known, loss, make, MyDict, nest,
+    Bar, cases, digest, error, Focal, key, loss, make, MyDict, nest,
     nested, Plain, Quiet, same, Scale, sparse, tree)
-
-
-def test_two_processes_agree():
-    here, there = known(), in_another_process()
-    assert list(here) == list(there) and [name for name in here if here[name] != there[name]] == []
 
 
 def test_all_kinds_differ(trees):
