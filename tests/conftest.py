@@ -1,5 +1,5 @@
 "Set before torch is imported: one thread, no bars, no windows"
-import gc, multiprocessing, os, signal, sys, threading, types
+import gc, multiprocessing, os, signal, sys, threading
 from contextlib import ExitStack
 
 os.environ.update(OMP_NUM_THREADS='1', TQDM_DISABLE='1', MPLBACKEND='Agg')
@@ -46,16 +46,6 @@ LONGEST = 'test_distributed', 'test_notebooks', 'test_testing', 'test_crash'
 def pytest_collection_modifyitems(items):
     "The longest first, so that all workers end together"
     items.sort(key=lambda item: item.path.stem not in LONGEST)
-
-
-@pytest.fixture(scope='session', autouse=True)
-def seeds_without_a_stack():
-    "For devices not in use yet, torch keeps the text of the whole stack with each seed"
-    import torch
-    with pytest.MonkeyPatch.context() as patch:
-        for device in (torch.cuda, torch.xpu, torch.mtia):
-            patch.setattr(device, 'traceback', types.SimpleNamespace(format_stack=list))
-        yield
 
 
 @pytest.fixture(autouse=True)

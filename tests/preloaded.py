@@ -5,10 +5,10 @@ arguments of python and needs some milliseconds: one process has imported everyt
 started is a copy of it. A copy has its own session, directory, environment, open files, arguments
 and main module, ends as python does, and so do its own processes, which are copies as well.
 
-Two things differ from a fresh process: what python and torch read when they start (PYTHONHASHSEED,
-OMP_NUM_THREADS, options of python) is that of the tests, and with it the hashes of strings, which
-are alike in all copies. What depends on these is to be tested with `sys.executable`. The processes
-in which pytest-xdist runs tests are copies too."""
+Three things differ from a fresh process: what python and torch read when they start
+(PYTHONHASHSEED, OMP_NUM_THREADS, options of python) is that of the tests, and with it the hashes of
+strings, which are alike in all copies; and torch notes no stacks. What depends on these is to be
+tested with `sys.executable`. The processes in which pytest-xdist runs tests are copies too."""
 import atexit, gc, importlib, json, math, multiprocessing.spawn, os, selectors, shlex, signal
 import socket, subprocess, sys, tempfile, threading, time, types
 from contextlib import contextmanager, suppress
@@ -139,10 +139,21 @@ def kill(pid):
 
 def import_all():
     for name in MODULES: importlib.import_module(name)
+    leave_stacks_alone()
     gc.collect()
     gc.freeze()  # a collection in a copy would write to all pages, and so copy them
     threads = len(os.listdir('/proc/self/task'))
     assert threads == 1, f'{threads} threads run here; a copy has one of them'
+
+
+def leave_stacks_alone():
+    """Have torch not write out the whole stack, which takes milliseconds where it is deep: with
+    each seed, for devices not in use yet, and a dozen times in each launch, to name a function"""
+    import torch
+    from torch.distributed.elastic.rendezvous import dynamic_rendezvous
+    for device in (torch.cuda, torch.xpu, torch.mtia):
+        device.traceback = types.SimpleNamespace(format_stack=list)
+    dynamic_rendezvous.get_method_name = lambda depth=2: sys._getframe(depth).f_code.co_name
 
 
 # In a copy
