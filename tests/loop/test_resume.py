@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import (DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset,
                               WeightedRandomSampler)
+from grids import thinned
 from learnkit import *
 from learnkit.components.callback import Interrupted
 from learnkit.loop.resume import Saved
@@ -702,26 +703,25 @@ def test_a_forked_child_answers_signals_by_itself():
 
 # -- What users did to it
 
-def test_workers_live_through_a_signal_to_the_whole_group(tmp_path):
-    loaders = WORKERS['workers'], WORKERS['own workers']
-    cases = itertools.product(loaders, (signal.SIGINT, signal.SIGTERM))
-    for i, (loader, signum) in enumerate(cases):
-        folder = tmp_path / str(i)
-        def send(learn, signum=signum):
-            if learn.updates != 8: return
-            sender = os.fork()  # a worker takes it from its parent as a word to end
-            if sender == 0: os.killpg(os.getpgid(0), signum), os._exit(0)
-            os.waitpid(sender, 0)
-            time.sleep(0.3)  # long enough for the death of a worker to be noticed
-        def work(send=send, folder=folder, loader=loader):
-            os.setpgid(0, 0)
-            learn = train(cbs=[SaveState('run', '1 h'), On(before_batch=send)], path=folder,
-                          dls=DataLoaders(loader()))
-            os._exit(7 if learn.steps_done == 9 and not learn.fit_ended else 8)
-        assert os.waitstatus_to_exitcode(forked(work)) == (7 if signum == signal.SIGINT else 143)
-        whole = outcome(train(dls=DataLoaders(loader())))
-        assert outcome(train(cbs=[SaveState('run', '1 h')], path=folder, dls=DataLoaders(loader()),
-                             seed=2, resume='latest')) == whole
+@pytest.mark.parametrize('kind, signum', thinned(['workers', 'own workers'],
+                                                 [signal.SIGINT, signal.SIGTERM]))
+def test_workers_live_through_a_signal_to_the_whole_group(tmp_path, kind, signum):
+    loader = WORKERS[kind]
+    def send(learn):
+        if learn.updates != 8: return
+        sender = os.fork()  # a worker takes it from its parent as a word to end
+        if sender == 0: os.killpg(os.getpgid(0), signum), os._exit(0)
+        os.waitpid(sender, 0)
+        time.sleep(0.3)  # long enough for the death of a worker to be noticed
+    def work():
+        os.setpgid(0, 0)
+        learn = train(cbs=[SaveState('run', '1 h'), On(before_batch=send)], path=tmp_path,
+                      dls=DataLoaders(loader()))
+        os._exit(7 if learn.steps_done == 9 and not learn.fit_ended else 8)
+    assert os.waitstatus_to_exitcode(forked(work)) == (7 if signum == signal.SIGINT else 143)
+    whole = outcome(train(dls=DataLoaders(loader())))
+    assert outcome(train(cbs=[SaveState('run', '1 h')], path=tmp_path, dls=DataLoaders(loader()),
+                         seed=2, resume='latest')) == whole
 
 def two_fits(tmp_path, interrupt=None, seed=0):
     set_seed(seed)
