@@ -27,7 +27,9 @@ PYTEST = $(BIN)/python -m pytest -n 2 --dist worksteal $(if $(K),-k '$(K)')
 
 # In memory if there is room: a disk takes its time over each fsync
 ROOM := $(shell df -Pk /dev/shm 2> /dev/null | awk 'NR == 2 && $$4 > 4e6 { print "/dev/shm" }')
-test: export TMPDIR := $(or $(ROOM),$(TMPDIR),/tmp)
+ifneq ($(ROOM),)
+test: export TMPDIR := $(ROOM)
+endif
 test: $(VENV)/.dev ## run all tests and every notebook; a part of them: make test K=store
 	$(PYTEST)
 
