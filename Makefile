@@ -11,6 +11,8 @@ EDITABLE := --config-settings editable_mode=compat --editable
 
 # More threads are slower on small models, and the last bits of a result depend on their number
 export OMP_NUM_THREADS := 1
+# Where it is set, each process compiles all modules and tests anew
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help train test test-slow export outputs readme docs bench clean
 .DEFAULT_GOAL := help
@@ -23,6 +25,11 @@ train: $(VENV)/.dev ## train a small CNN on handwritten digits, ten to twenty se
 
 PYTEST = $(BIN)/python -m pytest -n 2 --dist worksteal $(if $(K),-k '$(K)')
 
+# In memory if there is room: a disk takes its time over each fsync
+ROOM := $(shell df -Pk /dev/shm 2> /dev/null | awk 'NR == 2 && $$4 > 4e6 { print "/dev/shm" }')
+ifneq ($(ROOM),)
+test: export TMPDIR := $(ROOM)
+endif
 test: $(VENV)/.dev ## run all tests and every notebook; a part of them: make test K=store
 	$(PYTEST)
 

@@ -1,20 +1,43 @@
 "Set before torch is imported: one thread, no bars, no windows"
-import os, signal, threading
+import gc, multiprocessing, os, signal, sys, threading
 from contextlib import ExitStack
 
 os.environ.update(OMP_NUM_THREADS='1', TQDM_DISABLE='1', MPLBACKEND='Agg')
 os.environ.pop('IN_TEST', None) # with it set, nbdev exports nothing
 
 import pytest
-from preloaded import serving
+from preloaded import python, serving
 
 
 def pytest_configure(config):
     "One server for all processes in which tests run; it costs nothing until it is asked"
-    if hasattr(config, 'workerinput'): return
+    gc.disable()  # until all is imported
+    if hasattr(config, 'workerinput'): return be_fresh(config.workerinput['python'])
     stack = ExitStack()
     stack.enter_context(serving())
     config.add_cleanup(stack.close)
+
+
+def pytest_collection_finish():
+    "What is there by now is not looked through again at each collection of garbage"
+    gc.enable()
+    gc.freeze()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(specs):
+    "The processes that run tests are copies too, as each would import all of it"
+    for spec in specs: spec.python = python()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node): node.workerinput['python'] = sys.executable
+
+
+def be_fresh(executable):
+    "Start what a fresh process would start, though this one is a copy"
+    sys.executable = executable
+    multiprocessing.set_executable(executable)
 
 
 LONGEST = 'test_distributed', 'test_notebooks', 'test_testing', 'test_crash'
@@ -30,3 +53,11 @@ def answers_to_ctrl_c():
     "A shell that starts the tests in the background has them ignore Ctrl-C, which some tests send"
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def ended(): # function that passes a loader through
+    "Workers that persist end with the test; the garbage collector would wait for them for seconds"
+    loaders = []
+    yield lambda loader: loaders.append(loader) or loader
+    for loader in loaders: loader._iterator = None

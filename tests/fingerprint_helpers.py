@@ -1,6 +1,6 @@
 "Values of every kind, and short names for questions about them"
-import collections, datetime, decimal, enum, functools, json, math, operator, os, random, re
-import subprocess, sys, threading, types, typing, uuid
+import collections, datetime, decimal, enum, functools, math, operator, random, re
+import threading, types, typing, uuid
 from collections import OrderedDict, defaultdict, namedtuple
 from dataclasses import dataclass
 from fractions import Fraction
@@ -359,15 +359,6 @@ def known(): # dict: name -> [digest, code]
     "What another process must find too"
     found = {name: fingerprint(value) for name, value in cases().items()}
     return {name: [f.digest, f.code, f.sampled] for name, f in found.items()}
-
-
-def in_another_process(): # what `known` returns there
-    code = 'import json, fingerprint_helpers as t; print(json.dumps(t.known()))'
-    env = {**os.environ, 'PYTHONHASHSEED': '1'}  # here it is another one
-    done = subprocess.run([sys.executable, '-c', code], cwd=Path(__file__).parent, env=env,
-        capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
 
 
 plain = st.one_of(st.none(), st.booleans(), st.integers(-2, 2), st.integers(-2**70, 2**70),

@@ -1,5 +1,5 @@
 "What a result follows from: a thing, where it lives, how it changes"
-import importlib.util, json, sys, tempfile
+import importlib.util, sys, tempfile
 from pathlib import Path
 
 HEAD = '''
@@ -241,6 +241,3 @@ def described_all(module:str, changed:bool): # dict: name -> digest
             text = source.replace(old, new) if changed else source
             found[name] = described(text, f'{module}{i}', folder)
     return found
-
-
-if __name__ == '__main__': print(json.dumps(described_all(sys.argv[1], sys.argv[2] == 'changed')))

@@ -5,11 +5,12 @@ arguments of python and needs some milliseconds: one process has imported everyt
 started is a copy of it. A copy has its own session, directory, environment, open files, arguments
 and main module, ends as python does, and so do its own processes, which are copies as well.
 
-Two things differ from a fresh process: what python and torch read when they start (PYTHONHASHSEED,
-OMP_NUM_THREADS, options of python) is that of the tests, and with it the hashes of strings, which
-are alike in all copies. What depends on these is to be tested with `sys.executable`."""
-import atexit, gc, importlib, json, multiprocessing.spawn, os, selectors, shlex, signal, socket
-import subprocess, sys, tempfile, threading, time, types
+Three things differ from a fresh process: what python and torch read when they start
+(PYTHONHASHSEED, OMP_NUM_THREADS, options of python) is that of the tests, and with it the hashes of
+strings, which are alike in all copies; and torch notes no stacks. What depends on these is to be
+tested with `sys.executable`. The processes in which pytest-xdist runs tests are copies too."""
+import atexit, gc, importlib, json, math, multiprocessing.spawn, os, selectors, shlex, signal
+import socket, subprocess, sys, tempfile, threading, time, types
 from contextlib import contextmanager, suppress
 from functools import partial
 from multiprocessing import resource_tracker
@@ -21,7 +22,7 @@ MODULES = ('ranks', 'learnkit.cli', 'learnkit.testing', 'nbdev.test', 'sklearn.d
            'matplotlib_inline.backend_inline', 'torch._dynamo', 'torch.distributed.checkpoint',
            'torch.distributed.fsdp', 'torch.distributed.launcher.api')
 LARGEST = 2**18  # bytes of a request
-SECONDS = 600  # no copy may run for longer
+SECONDS = 600  # no copy may run for longer, but for those that run tests
 
 
 def python(): return os.environ.get(VARIABLE, sys.executable) # a command
@@ -72,7 +73,7 @@ def spawning(command):
 class Server:
     "Copies this process for whoever asks, until the process that has started this one is gone"
     def __init__(self, listener, starter):
-        self.selector, self.copies = selectors.DefaultSelector(), {}  # pid: when it began
+        self.selector, self.copies = selectors.DefaultSelector(), {}  # pid: when it has to end
         self.watch(listener, self.begin)
         self.watch(starter, self.end)
 
@@ -84,17 +85,19 @@ class Server:
                 if key.fileobj not in self.selector.get_map(): continue  # its copy has just ended
                 request = key.data(key.fileobj)
                 if request: return request
-            for pid, begun in self.copies.items():
-                if time.monotonic() - begun > SECONDS: kill(pid)
+            for pid, end in self.copies.items():
+                if time.monotonic() > end: kill(pid)
 
     def begin(self, listener):
         asker, _ = listener.accept()
         request, files, _, _ = socket.recv_fds(asker, LARGEST, 250)
         if not request: return asker.close()  # gone before it could say what
+        request = json.loads(request)
         pid = os.fork()
-        if pid == 0: return json.loads(request), files
+        if pid == 0: return request, files
         for file in files: os.close(file)
-        self.copies[pid] = time.monotonic()
+        runs_tests = request['args'][0] == '-u'  # xdist's option
+        self.copies[pid] = math.inf if runs_tests else time.monotonic() + SECONDS
         self.watch(asker, partial(self.signal, pid))
         self.watch(os.pidfd_open(pid), partial(self.ended, pid, asker))
 
@@ -136,10 +139,21 @@ def kill(pid):
 
 def import_all():
     for name in MODULES: importlib.import_module(name)
+    leave_stacks_alone()
     gc.collect()
     gc.freeze()  # a collection in a copy would write to all pages, and so copy them
     threads = len(os.listdir('/proc/self/task'))
     assert threads == 1, f'{threads} threads run here; a copy has one of them'
+
+
+def leave_stacks_alone():
+    """Have torch not write out the whole stack, which takes milliseconds where it is deep: with
+    each seed, for devices not in use yet, and a dozen times in each launch, to name a function"""
+    import torch
+    from torch.distributed.elastic.rendezvous import dynamic_rendezvous
+    for device in (torch.cuda, torch.xpu, torch.mtia):
+        device.traceback = types.SimpleNamespace(format_stack=list)
+    dynamic_rendezvous.get_method_name = lambda depth=2: sys._getframe(depth).f_code.co_name
 
 
 # In a copy

@@ -148,7 +148,7 @@ def test_a_process_that_ends_at_an_operation_of_the_store(tmp_path, references):
     total = count_operations(tmp_path / 'count', 'plain')
     chosen = random.Random(0)
     cases = [(n, when) for n in range(1, total + 1) for when in ('before', 'middle', 'after')]
-    for n, when in chosen.sample(cases, 12): crash(tmp_path, 'plain', references['plain'], n, when)
+    for n, when in chosen.sample(cases, 6): crash(tmp_path, 'plain', references['plain'], n, when)
 
 
 class Snapshots:
@@ -228,7 +228,7 @@ def killed(tmp_path, references, wanted, seed):
 def first(references, kind): return references[kind]
 
 
-def test_kills_at_random_times(tmp_path, references): killed(tmp_path, references, 10, 0)
+def test_kills_at_random_times(tmp_path, references): killed(tmp_path, references, 5, 0)
 
 
 @pytest.mark.slow

@@ -1,9 +1,11 @@
 "Several processes: the numbers of one, and an end together"
 import math, multiprocessing, os, shutil, signal, socket, subprocess, sys, time
+from contextlib import contextmanager
 from functools import lru_cache
 import pytest
 import preloaded, ranks
 from learnkit.cli import main
+from learnkit.processes import launch as launching
 from learnkit.processes.launch import launch, time_limit
 from learnkit.files.tree import tree_digest
 
@@ -29,12 +31,21 @@ def limited(function):
 
 @pytest.fixture(scope='module', autouse=True)
 def processes_begin_as_copies():
-    with preloaded.spawning(preloaded.python()): yield
+    "The thread in which pytest-xdist listens is no reason against it"
+    with threads(1): yield
 
 
-def fresh_processes(): # context manager
+@contextmanager
+def threads(n):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launching, 'n_threads', lambda: n)
+        yield
+
+
+@contextmanager
+def fresh_processes():
     "Processes in which strings have other hashes, and nothing is imported"
-    return preloaded.spawning(sys.executable)
+    with preloaded.spawning(sys.executable), threads(2): yield
 
 
 @pytest.fixture(autouse=True)
@@ -198,7 +209,7 @@ def test_a_script_of_two_processes_that_was_broken_off_ends_with_the_same_bits(
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path):
-    with fresh_processes(), pytest.raises(
+    with pytest.raises(
         RuntimeError,
         match='RuntimeError: checkpoint called in one of 2 processes that do not know'):
         launch(ranks.apart, tmp_path, n=2)
@@ -217,7 +228,8 @@ if 'fail' in sys.argv and learn.rank == 1: raise ValueError('on purpose')
 
 
 @pytest.mark.parametrize('python, args, code', [
-    (sys.executable, ['--x', '1'], 0), (preloaded.python(), ['fail'], 1)], ids=['fresh', 'fail'])
+    (preloaded.python(), ['--x', '1'], 0), (preloaded.python(), ['fail'], 1),
+    slow(sys.executable, ['--x', '1'], 0)], ids=['', 'fail', 'fresh'])
 def test_the_command_launches_a_script(tmp_path, python, args, code):
     (tmp_path / 'script.py').write_text(SCRIPT.format(folder=os.path.dirname(__file__)))
     done = subprocess.run([python, '-m', 'learnkit', 'launch', '-n', '2', tmp_path / 'script.py',

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import ExponentialLR, StepLR
-from torch.utils.data import (ConcatDataset, DataLoader, Dataset, IterableDataset, Subset,
-                              TensorDataset, WeightedRandomSampler, random_split)
+from torch.utils.data import (BatchSampler, ConcatDataset, DataLoader, Dataset, IterableDataset,
+                              Subset, TensorDataset, WeightedRandomSampler, random_split)
 from counting import Fits
 from learnkit import *
 from learnkit.checkpoints.learner import CheckpointedLearner
@@ -1364,9 +1364,9 @@ def test_a_loss_with_parameters_of_its_own(tmp_path):
 def test_data_changed_in_place_between_blocks_is_not_silent(tmp_path):
     def run(change, size):
         x, y = tensors(size)
-        learn = block(make(tmp_path / str(size),
-                           dls=DataLoaders(DataLoader(TensorDataset(x, y), batch_size=size // 3)),
-                           metrics=None), 1, fit(1))
+        batches = BatchSampler(range(size), size // 3, False)
+        dls = DataLoaders(DataLoader(TensorDataset(x, y), sampler=batches, batch_size=None))
+        learn = block(make(tmp_path / str(size), dls=dls, metrics=None), 1, fit(1))
         change(x)
         return block(learn, 2, fit(1))
     for size in (36, 3 * 2**15):

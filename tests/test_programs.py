@@ -172,7 +172,7 @@ quick = dict(deadline=None, suppress_health_check=list(HealthCheck), derandomize
              phases=[Phase.explicit, Phase.generate])  # shrinking a failure would take minutes
 
 
-@settings(max_examples=12, **quick)
+@settings(max_examples=6, **quick)
 @cases
 def test_fetched_or_computed_is_the_same(blocks, crash, questions, keep, victim):
     check(blocks, crash, questions, keep, victim)

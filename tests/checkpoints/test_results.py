@@ -1,5 +1,5 @@
 "What calls returned comes back as it was, and is the same when computed as when fetched"
-import copy, enum, math
+import copy, enum, math, sys
 from collections import namedtuple
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -148,15 +148,19 @@ def same(a, b):
     return same_plain(a, b)
 
 
+def kind(name): # code that names KINDS would have all of it compared at each call
+    return vars(sys.modules[__name__])['KINDS'][name]
+
+
 class Maker(CheckpointedLearner):
     def make(self, name, place) -> 'Mode | Level | Colour | Right | Score | Key | list[Run]':
         CALLS.append(1)
-        return PLACES[place](copy.deepcopy(KINDS[name]))
+        return PLACES[place](copy.deepcopy(kind(name)))
 
     @pure
     def find(self, name, place) -> dict[Mode, 'Score | Run | Key'] | Level | Colour | Right:
         CALLS.append(1)
-        return PLACES[place](copy.deepcopy(KINDS[name]))
+        return PLACES[place](copy.deepcopy(kind(name)))
 
 
 class Giver(CheckpointedLearner):

@@ -15,7 +15,7 @@ from learnkit.files.store import Store
 store = Everywhere('files')
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(IDS, IDS)
 def test_file_names_never_collide(a, b):
     "Not even where case does not count; each leads back to its id, and is legal on Windows"
@@ -70,7 +70,7 @@ def test_order_of_ids():
     assert sort_ids(ids) == [-1, 1.5, 2, 10, float(2**59), 2**60 + 1, '10', '9', 'B', 'a', 'b']
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(IDS)
 def test_text_of_an_id_leads_back(id):
     id = check_id(id)

@@ -27,7 +27,7 @@ JSON = st.recursive(st.none() | st.booleans() | st.integers(-2**70, 2**70)
                                       inner, max_size=4), max_leaves=15)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(IDS, st.dictionaries(st.text(st.characters(exclude_categories=['Cs']), max_size=5), JSON,
                             max_size=5))
 def test_any_node_comes_back(tmp_path_factory, id, node):

@@ -19,7 +19,7 @@ store = Everywhere('files')
 
 # States
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(TREES, TREES, st.booleans())
 def test_any_tree_comes_back(tmp_path_factory, a, b, ahead):
     "Beside another that shares what is equal; by other processes too"
@@ -35,7 +35,7 @@ def test_any_tree_comes_back(tmp_path_factory, a, b, ahead):
         assert digests == run.digests_of(tree)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(TREES, TREES, st.randoms(use_true_random=False))
 def test_parts_are_the_digests_of_what_is_below(tmp_path_factory, a, b, rng):
     run = Store(tmp_path_factory.mktemp('digests'))

@@ -17,7 +17,7 @@ from learnkit.files.tree import (from_bytes, load_tree, rebuilt, save_tree, to_b
 store = Everywhere('files')
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(TREES)
 def test_any_tree_comes_back(tmp_path_factory, tree):
     path = tmp_path_factory.mktemp('trees') / 'tree.safetensors'
@@ -29,14 +29,14 @@ def test_any_tree_comes_back(tmp_path_factory, tree):
     assert path.read_bytes() == first # the same tree makes the same file
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(TREES, st.randoms(use_true_random=False))
 def test_digest_does_not_see_the_order_of_keys(tree, rng):
     nan_keys = any(key != key for key in tree) if isinstance(tree, dict) else False
     if not nan_keys: assert tree_digest(shuffled(tree, rng)) == tree_digest(tree)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(TREES, TREES)
 def test_digests_tell_trees_apart(a, b):
     if tree_digest(a) == tree_digest(b): assert same_set(a, b), (a, b)

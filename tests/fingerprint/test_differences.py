@@ -23,7 +23,7 @@ from fingerprint_helpers import (
     Scale, seeded, Squares, timed, tree)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(nest, nest)
 def test_differences_are_there_when_digests_differ(a, b):
     found = diff({'x': a, 'y': 1}, {'x': b, 'y': 1})

@@ -9,22 +9,37 @@ from keys_table import table
 from learnkit.base.randomness import rng_state
 from learnkit.files.tree import tree_digest
 from learnkit.fingerprint.values import fingerprint
-from fingerprint_helpers import error
+from fingerprint_helpers import error, known
+from preloaded import python
 
 HERE = Path(__file__).parent.parent
 
 
-def in_a_process(seed, *args): # what `keys_table` prints there
-    done = subprocess.run([sys.executable, 'keys_table.py', *args], cwd=HERE, capture_output=True,
-                          text=True, env={**os.environ, 'PYTHONHASHSEED': seed})
+def in_a_process(command, code): # what it is there
+    code = f'import json, fingerprint_helpers, keys_table; print(json.dumps({code}))'
+    done = subprocess.run([command, '-c', code], cwd=HERE, capture_output=True, text=True,
+                          env={**os.environ, 'PYTHONHASHSEED': '1'})
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 @pytest.fixture(scope='module')
-def digests(): # before in two processes and under two names of modules, and after the change
-    return (in_a_process('0', 'train', 'same'), in_a_process('1', 'other', 'same'),
-            in_a_process('2', 'train', 'changed'))
+def elsewhere():
+    "In a fresh process, where strings have other hashes, and under another name of the module"
+    return in_a_process(sys.executable, '[fingerprint_helpers.known(), '
+                                        'keys_table.described_all("other", False)]')
+
+
+def test_two_processes_agree(elsewhere):
+    here, there = known(), elsewhere[0]
+    assert list(here) == list(there) and [name for name in here if here[name] != there[name]] == []
+
+
+@pytest.fixture(scope='module')
+def digests(elsewhere): # before, again and after the change
+    before, changed = [in_a_process(python(), f'keys_table.described_all("train", {changed})')
+                       for changed in (False, True)]
+    return before, elsewhere[1], changed
 
 
 @pytest.mark.parametrize('name', table())

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import (DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset,
                               WeightedRandomSampler)
+from grids import thinned
 from learnkit import *
 from learnkit.components.callback import Interrupted
 from learnkit.loop.resume import Saved
@@ -195,11 +196,11 @@ def has_average(learn):
     try: return learn.ema_model is not None
     except (AttributeError, ValueError, RuntimeError): return False
 
-def resumes_everywhere(tmp_path, *names, every=1):
+def resumes_everywhere(tmp_path, *names, first=0, every=1):
     keep = Keep(tmp_path)
     whole = outcome(train(*names, cbs=[keep], path=tmp_path))
     assert len(keep.states) >= 5
-    for i, saved in enumerate(keep.states[::every]):
+    for i, saved in enumerate(keep.states[first::every]):
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             learn = train(*names, cbs=[Quiet()], drawn=100 + i, resume=saved, path=tmp_path)
@@ -207,11 +208,13 @@ def resumes_everywhere(tmp_path, *names, every=1):
         assert outcome(learn) == whole, f'from {place}'
 
 
-# An epoch has six batches and its end, so that steps of 3 or 5 come to each place in some epoch
-@pytest.mark.parametrize('every', [3, pytest.param(1, marks=pytest.mark.slow)])
+# An epoch has six batches and its end: steps of 5 come to most places in some epoch, and to the
+# others with another part
+@pytest.mark.parametrize('every', [5, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('name', PARTS)
 def test_each_part_resumes_at_any_batch(tmp_path, name, every):
-    resumes_everywhere(tmp_path, name, every=every)
+    first = list(PARTS).index(name) % every
+    resumes_everywhere(tmp_path, name, first=first, every=every)
 
 SAMPLE = [('dropout', 'data: torch'), ('norm', 'ema'), ('ema', 'accumulation'),
           ('accumulation', 'clip'), ('one cycle', 'plateau'),
@@ -238,18 +241,18 @@ def can_go_together(a, b):
 def test_all_pairs_resume_at_every_batch(tmp_path, names): resumes_everywhere(tmp_path, *names)
 
 @pytest.mark.parametrize('name', WORKERS)
-def test_workers_resume(tmp_path, name, monkeypatch):
-    monkeypatch.setitem(PARTS, name, {'loader': WORKERS[name]})
+def test_workers_resume(tmp_path, name, monkeypatch, ended):
+    monkeypatch.setitem(PARTS, name, {'loader': lambda: ended(WORKERS[name]())})
     resumes_everywhere(tmp_path, name, every=9)
 
 @pytest.mark.slow
 @pytest.mark.parametrize('part',
                          ['dropout', 'norm', 'ema', 'accumulation', 'one cycle', 'evaluations'])
 @pytest.mark.parametrize('name', WORKERS)
-def test_workers_resume_at_every_batch(tmp_path, name, part, monkeypatch):
+def test_workers_resume_at_every_batch(tmp_path, name, part, monkeypatch, ended):
     if (name, part) == ('streaming workers', 'one cycle'):
         pytest.skip('a schedule needs a loader with a length, or n_steps')
-    monkeypatch.setitem(PARTS, name, {'loader': WORKERS[name]})
+    monkeypatch.setitem(PARTS, name, {'loader': lambda: ended(WORKERS[name]())})
     resumes_everywhere(tmp_path, name, part)
 
 
@@ -709,26 +712,25 @@ def test_a_forked_child_answers_signals_by_itself():
 
 # -- What users did to it
 
-def test_workers_live_through_a_signal_to_the_whole_group(tmp_path):
-    loaders = WORKERS['workers'], WORKERS['own workers']
-    cases = itertools.product(loaders, (signal.SIGINT, signal.SIGTERM))
-    for i, (loader, signum) in enumerate(cases):
-        folder = tmp_path / str(i)
-        def send(learn, signum=signum):
-            if learn.updates != 8: return
-            sender = os.fork()  # a worker takes it from its parent as a word to end
-            if sender == 0: os.killpg(os.getpgid(0), signum), os._exit(0)
-            os.waitpid(sender, 0)
-            time.sleep(0.3)  # long enough for the death of a worker to be noticed
-        def work(send=send, folder=folder, loader=loader):
-            os.setpgid(0, 0)
-            learn = train(cbs=[SaveState('run', '1 h'), On(before_batch=send)], path=folder,
-                          dls=DataLoaders(loader()))
-            os._exit(7 if learn.steps_done == 9 and not learn.fit_ended else 8)
-        assert os.waitstatus_to_exitcode(forked(work)) == (7 if signum == signal.SIGINT else 143)
-        whole = outcome(train(dls=DataLoaders(loader())))
-        assert outcome(train(cbs=[SaveState('run', '1 h')], path=folder, dls=DataLoaders(loader()),
-                             drawn=2, resume='latest')) == whole
+@pytest.mark.parametrize('kind, signum', thinned(['workers', 'own workers'],
+                                                 [signal.SIGINT, signal.SIGTERM]))
+def test_workers_live_through_a_signal_to_the_whole_group(tmp_path, kind, signum):
+    loader = WORKERS[kind]
+    def send(learn):
+        if learn.updates != 8: return
+        sender = os.fork()  # a worker takes it from its parent as a word to end
+        if sender == 0: os.killpg(os.getpgid(0), signum), os._exit(0)
+        os.waitpid(sender, 0)
+        time.sleep(0.3)  # long enough for the death of a worker to be noticed
+    def work():
+        os.setpgid(0, 0)
+        learn = train(cbs=[SaveState('run', '1 h'), On(before_batch=send)], path=tmp_path,
+                      dls=DataLoaders(loader()))
+        os._exit(7 if learn.steps_done == 9 and not learn.fit_ended else 8)
+    assert os.waitstatus_to_exitcode(forked(work)) == (7 if signum == signal.SIGINT else 143)
+    whole = outcome(train(dls=DataLoaders(loader())))
+    assert outcome(train(cbs=[SaveState('run', '1 h')], path=tmp_path, dls=DataLoaders(loader()),
+                         drawn=2, resume='latest')) == whole
 
 def two_fits(tmp_path, interrupt=None, drawn=0):
     set_seed(0)

@@ -1,10 +1,11 @@
 "How launch starts processes, and what a copy of a process takes along"
-import atexit, multiprocessing, os, signal, subprocess, sys, threading, time
+import atexit, multiprocessing, os, signal, subprocess, threading, time
 import pytest
 import torch
 from learnkit.base.ranks import rank
 from learnkit.processes import launch as module
 from learnkit.processes.launch import can_fork, launch, start_method
+from preloaded import python
 
 
 @pytest.fixture
@@ -37,8 +38,7 @@ method = start_method(rank)
 torch.set_num_threads(2)
 print(method, (torch.ones(500, 500) @ torch.ones(500, 500)).exp().sum() and start_method(rank))
 """
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True,
-                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    done = subprocess.run([python(), '-c', code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ['fork', 'spawn']
 
 
@@ -122,7 +122,7 @@ def test_a_signal_ends_a_copy():
 
 def test_handlers_and_logs_come_back():
     handlers = [signal.getsignal(number) for number in module.SIGNALS]
-    launch(rank, n=2)
+    launch(lambda: rank(), n=2)
     assert [signal.getsignal(number) for number in module.SIGNALS] == handlers
     assert module.logging.root.manager.disable == module.logging.NOTSET
 
@@ -145,8 +145,7 @@ assert torch.get_num_threads() == 2
 
 def test_copies_compute_though_their_original_has_computed_with_threads(tmp_path):
     (tmp_path / 'script.py').write_text(SCRIPT)
-    subprocess.run([sys.executable, tmp_path / 'script.py'], check=True, timeout=120,
-                   env={**os.environ, 'OMP_NUM_THREADS': '2'})
+    subprocess.run([python(), tmp_path / 'script.py'], check=True, timeout=120)
 
 
 def test_a_process_that_was_killed_is_named_though_others_fail_too():
