@@ -143,9 +143,10 @@ def module_slots(x): # dict: name -> value
     flags = {f'{name}.requires_grad': p.requires_grad for name, p in params}
     grads = {f'{name}.grad': p.grad for name, p in params if p.grad is not None}
     added = {f'{name}.{attr}': value for name, p in params for attr, value in vars(p).items()
-             if isinstance(value, PLAIN)}
+             if isinstance(value, PLAIN) and attr[0] != '_'}  # those are torch's own
     return {**x._parameters, **flags, **grads, **added, **x._buffers, '_modules': x._modules}
 
+# %% ../../nbs/base/09_snapshots.ipynb #68caa5dd
 @functools.lru_cache(maxsize=4096)
 def slots_of_class(cls): # (tuple, frozenset) of names: slots, and attributes to leave out
     "What holds for all objects of a class"

@@ -101,7 +101,8 @@ def frozen(x, depth=0): # what tells a value from others, and from itself once i
     return x if isinstance(x, PLAIN) else id(x)
 
 def frozen_tensor(t): # bytes of a small one
-    if t.layout != torch.strided or t.device.type != 'cpu' or t.nbytes > 2**16: return id(t)
+    is_plain = type(t) in (torch.Tensor, torch.nn.Parameter) and t.layout == torch.strided
+    if not is_plain or t.device.type != 'cpu' or t.nbytes > 2**16: return id(t)
     return t.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 def noting_what_is_made(init): # function

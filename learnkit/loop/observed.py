@@ -152,6 +152,7 @@ def is_data(self:LearnerScope, x, path): # bool
         return len(x) > FEW or any(self.is_data(item, path) for item in items)
     return type(x).__module__.partition('.')[0] in ('pandas', 'polars', 'pyarrow', 'datasets')
 
+# %% ../../nbs/loop/04_observed.ipynb #fab2dd41
 def data_of_class(cls): # dict: name -> value
     "What a class keeps for all its objects, without what it defines"
     kinds = (*PLAIN, *MAPPINGS, *SEQUENCES, torch.Tensor, np.ndarray)

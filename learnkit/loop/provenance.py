@@ -80,6 +80,7 @@ def drawn_at_start(learn): # dict: (part of the state, name) -> 'parameter' or '
     found = {('model', name): 'buffer' for name, _ in model.named_buffers()}
     found |= {('model', name): 'parameter' for name, _ in model.named_parameters()}
     if isinstance(loss, nn.Module):
+        found |= {('loss_func', name): 'buffer' for name, _ in loss.named_buffers()}
         found |= {('loss_func', name): 'parameter' for name, _ in loss.named_parameters()}
     return {(part, name.replace('_orig_mod.', '')): kind for (part, name), kind in found.items()}
 

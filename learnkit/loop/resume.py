@@ -431,7 +431,7 @@ def is_time_to_save(self:SaveState, learn): # bool
 @patch
 def check(self:SaveState, learn):
     "What an update changes that cannot be stored is an error now, not after an epoch"
-    self._structure.check(learn)
+    if self._structure is not None: self._structure.check(learn)
     observed_state(learn, self._to_record)
     check_storable(map_tensors(local_part, {'callbacks': learn.cbs.state_dict()}))
     opt = opt_state(learn.opt)['state_dict'] if learn.opt else None

@@ -187,7 +187,8 @@ def test_what_is_given_as_cbs():
     assert of(SaveBest) == of(SaveBest()) == of([SaveBest()]) == of((SaveBest,)) == of([[SaveBest],
         Progress(), Bar, Quiet(1)])
     assert of(None) == of([]) == of(Progress()) == of([Bar])
-    assert of([SaveBest(), EMA(0.9)]) != of([EMA(0.9), SaveBest()])
+    assert of([EMA(0.8), EMA(0.9)]) != of([EMA(0.9), EMA(0.8)])
+    assert of([SaveBest(), EMA(0.9)]) == of([EMA(0.9), SaveBest()])  # as they are run
     assert digest({'metrics': SaveBest}) != digest({'metrics': SaveBest()})
 
 
