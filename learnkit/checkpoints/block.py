@@ -131,9 +131,10 @@ def stored_state(self:Block, digests) -> SavedState:
 def write(self:Block, k=None): # number of the one call that has changed; None: write all
     "Write the record; where all else is as it was written, the call alone"
     node, store, head = self.node, self.ledger.store, head_text(self.node)
-    if k is None or head != self.written:
+    # Times and the like may differ between processes, but all of them write the same
+    if self.ledger.on_main(lambda: k is None or head != self.written):
         store.write(node.json)
-        self.written, self.described = head, set(node.descriptions)
+        self.written, self.described = head_text(node), set(node.descriptions)
         return
     new = {digest: node.descriptions[digest] for digest in node.descriptions.keys()
            - self.described}
@@ -277,6 +278,7 @@ def make(self:Block, call, record, folder):
     self.add_made(call)
     return ledger.unpack(call, record.returns_host, packed, copy=True)
 
+# %% ../../nbs/checkpoints/08_block.ipynb #0ddcb1fc
 @patch
 def check_structure_kept(self:Block, call, after):
     "Raise RuntimeError when a call has changed what a run that fetches it would not change"

@@ -192,6 +192,7 @@ def without_moments(self:Host, state): # (root, parts that are not whole then)
     "A stored state without what only matters where training goes on"
     return state, ()
 
+# %% ../../nbs/checkpoints/02_host.ipynb #3251a70c
 @patch
 def restore_used(self:Host, state):
     "Load a state without the parts that pure methods do not need"

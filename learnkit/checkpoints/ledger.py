@@ -363,7 +363,8 @@ def write_files_again(self:Ledger, node, record):
     def write(): # list of paths
         files = [(self.host.file_path(name), seal) for name, seal in record.seals.items()]
         lost = [(path, seal) for path, seal in files if file_seal(path) != seal]
-        for path, seal in lost: write_content(path, self.local_store.get(node.files[seal]))
+        stored = node.files | record.json.get('files', {})
+        for path, seal in lost: write_content(path, self.local_store.get(stored[seal]))
         return [str(path) for path, _ in lost]
     for path in self.on_main(write): self.show(f'{path} is written again')
 

@@ -63,8 +63,9 @@ def refresh(self:Store):
 def add_pack(self:Store, path):
     "Note what a pack holds"
     self.unreadable.pop(path, None)
+    if not path.is_file(): return  # reading a pipe would not end
     try: sizes = pack_sizes(path)
-    except (FileNotFoundError, IsADirectoryError): return  # removed by a `gc` at this moment
+    except FileNotFoundError: return  # removed by a `gc` at this moment
     except DamagedError as error: self.unreadable[path] = error
     else:
         self.packs[path] = sizes

@@ -106,7 +106,7 @@ def test_saves_share_a_long_history(tmp_path):
     again.fit(600, cbs=SaveState('saves', every='50 epochs', keep=3), resume='latest')
     assert digest(again) == digest(learn)
     for path in parts: path.unlink()
-    with pytest.raises(DamagedError), pytest.warns(UserWarning, match='needs part-'):
+    with pytest.raises(DamagedError), pytest.warns(UserWarning, match='needs tensor-'):
         tiny(tmp_path).fit(600, cbs=SaveState('saves', every='50 epochs', keep=3), resume='latest')
 
 

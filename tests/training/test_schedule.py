@@ -11,6 +11,7 @@ from learnkit import *
 from learnkit.components.callback import Callback, CancelEpoch, CancelStep
 from learnkit.components.optim import freeze_layers, layer_table, make_opt
 from learnkit.files.tree import load_tree, save_tree, tree_digest
+from learnkit.loop.saving import tree_for_file
 
 X = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
 
@@ -351,8 +352,7 @@ def test_it_goes_on_exactly_inside_a_fit(name, per, tmp_path):
         order, saves_to = 100, 'saves'
         def at_rest(self, learn):
             if learn.steps_done not in (3, 10, 11): return
-            tree = {'learner': learn.state_dict(), 'times': learn.recorder.times}
-            save_tree(tree, tmp_path/f'{learn.steps_done}.safetensors')
+            save_tree(tree_for_file(learn), tmp_path/f'{learn.steps_done}.safetensors')
     def run(**kwargs):
         learn = scheduled(name, per, path=tmp_path)
         learn.fit(4, cbs=Save(), **kwargs)
