@@ -95,8 +95,10 @@ class LearnerScope(Scope):
             return {f'class {cls.__name__}': cls for cls in classes}
         if not is_learnkits(type(x)) or type(x) in (Callback, Recorder) or x is self.learn:
             return {}
+        of_loader = path[0] == 'data'  # of which a list of batches is what it gives out
         return {name: value for name, value in super().slots(x, path).items()
-                if name != 'init_args' and (path[0] == 'data' or self.is_users(value))}
+                if name != 'init_args' and (
+                    of_loader and not isinstance(value, SEQUENCES) or self.is_users(value))}
 
 # %% ../../nbs/loop/04_observed.ipynb #7f0c2a55
 @patch

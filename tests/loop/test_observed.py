@@ -9,8 +9,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
 from learnkit import *
+from learnkit.base import snapshots
 from learnkit.files.errors import UnstorableError
 from learnkit.files.tree import tree_digest
+from learnkit.loop.observed import observed_state
 
 GEN = torch.Generator().manual_seed(0)
 X, Y = torch.randn(48, 4, generator=GEN), torch.randint(2, (48,), generator=GEN)
@@ -460,3 +462,13 @@ def test_a_load_that_fails_on_the_way_changes_nothing(who):
         with pytest.raises(ZeroDivisionError): learn.load_state_dict(state)
     finally: REFUSING.clear()
     assert tree_digest(learn.state_dict()) == before
+
+
+def test_a_list_of_batches_is_data(monkeypatch):
+    learn = Learner(DataLoaders([(X.clone(), Y)] * 3), nn.Linear(4, 2), nn.CrossEntropyLoss(),
+                    device='cpu')
+    copied, inner = [], snapshots.copied
+    monkeypatch.setattr(snapshots, 'copied', lambda x: copied.append(x) or inner(x))
+    learn.dls.train[0][0].mul_(2)
+    assert observed_state(learn) == {}
+    assert not any(x is learn.dls.train[0][0] for x in copied)
