@@ -92,17 +92,22 @@ class AsMade:
         return {name: value for name, value in vars(x).items()
                 if value is not self and self.held.get(name, MISSING) != frozen(value)}
 
+class Identity:
+    "Equal for the same object alone, which it keeps: once that is gone another may have its id"
+    def __init__(self, x): self.x = x
+    def __eq__(self, other): return isinstance(other, Identity) and other.x is self.x
+
 def frozen(x, depth=0): # what tells a value from others, and from itself once it was changed
     if isinstance(x, torch.Tensor): return frozen_tensor(x)
-    if isinstance(x, np.ndarray): return x.tobytes() if x.nbytes <= 2**16 else id(x)
+    if isinstance(x, np.ndarray): return x.tobytes() if x.nbytes <= 2**16 else Identity(x)
     if isinstance(x, dict) and len(x) <= 1000: return frozen(list(x.items()), depth + 1)
     if isinstance(x, (list, tuple, set, frozenset)) and len(x) <= 1000 and depth < 10:
         return type(x), [frozen(item, depth + 1) for item in x]
-    return x if isinstance(x, PLAIN) else id(x)
+    return x if isinstance(x, PLAIN) else Identity(x)
 
 def frozen_tensor(t): # bytes of a small one
     is_plain = type(t) in (torch.Tensor, torch.nn.Parameter) and t.layout == torch.strided
-    if not is_plain or t.device.type != 'cpu' or t.nbytes > 2**16: return id(t)
+    if not is_plain or t.device.type != 'cpu' or t.nbytes > 2**16: return Identity(t)
     return t.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 def noting_what_is_made(init): # function

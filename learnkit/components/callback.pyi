@@ -64,6 +64,12 @@ class AsMade:
             dict: name -> value
         """
 
+class Identity:
+    """Equal for the same object alone, which it keeps: once that is gone another may have its id"""
+    x: Any
+    def __init__(self, x: Any) -> None: ...
+    def __eq__(self, other: Any) -> bool: ...
+
 def frozen(x: Any, depth: Any = 0) -> Any:
     """Returns:
         what tells a value from others, and from itself once it was changed
