@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from typing import Any
 __all__ = [
-    'map_tensors', 'to_device', 'detach', 'to_host', 'batch_size'
+    'map_tensors', 'tensors_in', 'to_device', 'detach', 'to_host', 'batch_size'
 ]
 
 def has_to_method(x: Any) -> bool:
@@ -33,6 +33,13 @@ def map_tensors(f: Callable, x: Any, movable: Callable | None = None) -> Any:
 
     Returns:
         the same nesting
+    """
+
+def tensors_in(x: Any) -> Any:
+    """The tensors in a nesting
+
+    Returns:
+        list of tensors
     """
 
 def move_tensors(x: Any, device: Any) -> Any:

@@ -114,6 +114,15 @@ def same_trees(a, b): # bool
         return len(a) == len(b) and all(map(same_trees, a, b))
     return a == b
 
+def same_objects(a, b): # bool
+    "Whether two nestings hold the same live objects, or equal numbers and texts"
+    if a is b: return True
+    if type(a) is not type(b): return False
+    if isinstance(a, (int, str)): return a == b
+    if not isinstance(a, (dict, list, tuple)) or len(a) != len(b): return False
+    if not isinstance(a, dict): return all(map(same_objects, a, b))
+    return a.keys() == b.keys() and all(same_objects(a[key], b[key]) for key in a)
+
 # %% ../../nbs/base/09_snapshots.ipynb #304c89cf
 TORCH_SLOTS = frozenset({*vars(nn.Module()), *FSDP_ATTRIBUTES, '_is_torch_compile'} - {'training'})
 # `step` is what a scheduler of torch has put around the optimizer's own

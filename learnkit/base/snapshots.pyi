@@ -79,6 +79,13 @@ def same_trees(a: Any, b: Any) -> bool:
     Returns:
         bool
     """
+
+def same_objects(a: Any, b: Any) -> bool:
+    """Whether two nestings hold the same live objects, or equal numbers and texts
+
+    Returns:
+        bool
+    """
 TORCH_SLOTS: frozenset[Any]
 OPTIMIZER_SLOTS: frozenset[str]
 

@@ -10,6 +10,7 @@ import warnings
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from fastcore.basics import patch
+from ..base.snapshots import same_objects
 from ..base.text import caller_stacklevel
 from ..files.errors import DamagedError, UnstorableError
 from ..files.ids import id_text
@@ -18,7 +19,7 @@ from ..fingerprint.differences import differences
 from .record import (
     CallRecord, Position, SavedState, StaleCheckpoint, content_text, differing, head_text,
     running_call, state_at, state_before)
-from .host import method_kind, same_objects
+from .host import method_kind
 from .digests import KnownDigests, by_part, joined
 from .ledger import ChangedGlobalError, digests_of
 from .beginning import beginning

@@ -115,14 +115,6 @@ def known_objects(self:Host) -> dict: # id of an object -> what to call it
 def structure_objects(self:Host): # live objects
     "What `restore` needs to give the object the structure that it has now"
 
-def same_objects(a, b): # bool
-    "Whether two nestings hold the same live objects"
-    if a is b or isinstance(a, int) and a == b: return True
-    if type(a) is not type(b) or not isinstance(a, (dict, list, tuple)) or len(a) != len(b):
-        return False
-    if not isinstance(a, dict): return all(map(same_objects, a, b))
-    return a.keys() == b.keys() and all(same_objects(a[key], b[key]) for key in a)
-
 @patch
 def restore(self:Host, state, extra,
             structure=None, # as from `structure_objects`; None: it stays as it is

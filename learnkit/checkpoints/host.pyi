@@ -243,13 +243,6 @@ class Host:
             str, perhaps empty; None: more has changed
         """
 
-def same_objects(a: Any, b: Any) -> bool:
-    """Whether two nestings hold the same live objects
-
-    Returns:
-        bool
-    """
-
 @singledispatch
 def make_host(obj: Any, construction: Construction, save_every: str = '1 epoch') -> Host:
     """The host of an object, by its class"""

@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../../nbs/checkpoints/03_shared_store.ipynb #3e25a1a1
 from contextlib import ExitStack, contextmanager
-from ..base.ranks import on_main as told_by_main
+from ..base.ranks import on_main as call_on_main
 from ..files.errors import DamagedError, UnstorableError
 from ..fingerprint.values import UnfingerprintableError
 from .record import StaleCheckpoint
@@ -17,7 +17,7 @@ def on_main(ranks, # the processes that call this together; None: a single one
             function,
            ): # what it returns, on all processes
     "Call a function on process 0; an error there is one everywhere"
-    return told_by_main(ranks, function, ERRORS)
+    return call_on_main(ranks, function, ERRORS)
 
 ERRORS = (StaleCheckpoint, DamagedError, UnstorableError, UnfingerprintableError, KeyError,
           ValueError, TypeError)

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 from ..base.randomness import (
     generator_state, rng_state, set_generator_state, set_rng_state)
-from ..base.batches import map_tensors
+from ..base.batches import tensors_in
 from ..files.tensors import tensor_digest
 from ..files.tree import tree_digest
 from .loaders import DatasetLoader, EpochLoader, describe, generators, loader_objects
@@ -59,10 +59,9 @@ def order_state(dl): # plain tree
     return {**order, 'rng': rng_state(), 'generators': list(map(generator_state, generators(dl)))}
 
 # %% ../../nbs/data/02_resumable.ipynb #acb111fe
-def tensors_in(batch): # list
-    found = []
-    map_tensors(found.append, batch)
-    return found
+def write_counts(tensors): # list of int, as far as torch counts
+    "How often tensors were written to"
+    return [t._version for t in tensors if not t.is_inference()]
 
 def batch_digest(batch): # 64 hex digits; None for a batch without tensors
     tensors = tensors_in(batch)
@@ -70,13 +69,13 @@ def batch_digest(batch): # 64 hex digits; None for a batch without tensors
 
 class LastBatch:
     "The batch that was read last"
-    def __init__(self, batch): self.batch, self.versions = batch, self.versions_of(batch)
-    def versions_of(self, batch): return [t._version for t in tensors_in(batch)]
+    def __init__(self, batch): self.batch, self.counts = batch, write_counts(tensors_in(batch))
+    def counts_now(self): return write_counts(tensors_in(self.batch))
 
     @property
     def digest(self): # None where it is not what was read any more
         "The digest of the batch"
-        return batch_digest(self.batch) if self.versions_of(self.batch) == self.versions else None
+        return batch_digest(self.batch) if self.counts_now() == self.counts else None
 
 
 # %% ../../nbs/data/02_resumable.ipynb #d10fbc82

@@ -39,9 +39,11 @@ def order_state(dl: Any) -> Any:
         plain tree
     """
 
-def tensors_in(batch: Any) -> list:
-    """Returns:
-        list
+def write_counts(tensors: Any) -> Any:
+    """How often tensors were written to
+
+    Returns:
+        list of int, as far as torch counts
     """
 
 def batch_digest(batch: Any) -> Any:
@@ -52,9 +54,9 @@ def batch_digest(batch: Any) -> Any:
 class LastBatch:
     """The batch that was read last"""
     batch: Any
-    versions: Any
+    counts: Any
     def __init__(self, batch: Any) -> None: ...
-    def versions_of(self, batch: Any) -> Any: ...
+    def counts_now(self) -> Any: ...
     @property
     def digest(self) -> Any:
         """The digest of the batch

@@ -226,6 +226,7 @@ class Origin:
 
     def begin_epoch(self, learn, is_first):
         "Only where something was made when the fit began is it made anew with an epoch"
+        if not is_first and not self.made_in: return
         now = snapshot(learn)
         changes = self.baseline.changes(now)
         if is_first: self.made_in.update(changes)

@@ -118,8 +118,8 @@ def provenance(learn): # plain tree; all processes call this
     begin = described_beginning(learn)
     return on_main(learn.ranks, lambda: {'structure': described_structure(learn), 'begin': begin})
 
-def packed(tree): return zlib.compress(json.dumps(tree).encode()) # bytes
-def unpacked(data): return json.loads(zlib.decompress(data))
+def compressed(tree): return zlib.compress(json.dumps(tree).encode()) # bytes
+def decompressed(data): return json.loads(zlib.decompress(data))
 
 # %% ../../nbs/loop/07_provenance.ipynb #3db24cc5
 def structure_differs(then, now): # (list of str, list of lines); both as from `described_structure`

@@ -31,7 +31,7 @@ from .progress import show_message
 from .saving import localized, main_first, save_path, tree_for_file, with_shards
 from .observed import observed_state
 from .provenance import (
-    drawn_at_start, packed, provenance, provenance_differs, repeats_weights, unpacked)
+    compressed, decompressed, drawn_at_start, provenance, provenance_differs, repeats_weights)
 from .structure import FitStructure
 from .state import check_learner_state, live_state, load_state, names_of_params
 
@@ -195,15 +195,15 @@ def noted_provenance(learn, saved, call): # bytes; None where nobody saves, or a
     in_record = learn.cbs.inner[ResumePoint].autosave is not None
     if in_record or saved is None and not is_saved(learn): return None
     now = provenance(learn)
-    if saved is None: return packed(now)
+    if saved is None: return compressed(now)
     if (before := saved.fit.get('provenance')) is None:
         show_message(learn, f'{saved.source} does not say what model and data it is of: these '
                      'are not compared')
-        return packed(now)
-    then, has_begun = unpacked(before), saved.fit['call']['run'] != call['run']
+        return compressed(now)
+    then, has_begun = decompressed(before), saved.fit['call']['run'] != call['run']
     check_provenance(learn, saved, then, now, has_begun)
     repeats = then['begin']['repeats'] or not has_begun and repeats_weights(then, now)
-    return packed({**then, 'begin': {**then['begin'], 'repeats': repeats}})
+    return compressed({**then, 'begin': {**then['begin'], 'repeats': repeats}})
 
 def check_provenance(learn, saved, then, now, has_begun):
     "Raise ValueError for a fit that follows from something else; what may differ is shown"

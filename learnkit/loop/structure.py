@@ -6,29 +6,30 @@
 __all__ = []
 
 # %% ../../nbs/loop/07_structure.ipynb #a9bb6baa
-from ..files.errors import UnstorableError
-from ..data.loaders import describe
-from ..fingerprint.modules import hooks_of
-from ..fingerprint.inspection import name_of
 from torch import nn
 from torch.utils.data import TensorDataset
+from ..base.snapshots import same_objects
+from ..files.errors import UnstorableError
+from ..data.loaders import describe
+from ..data.resumable import write_counts
+from ..fingerprint.modules import hooks_of
+from ..fingerprint.inspection import name_of
 
 # %% ../../nbs/loop/07_structure.ipynb #d0ad7769
-def structure(learn): # dict: name -> list of objects
+def objects_of_fit(learn): # dict: name -> list of objects
     "The objects that a fit is put together of, and that no state holds"
     loaders = {f'dls.{name}': getattr(learn.dls, name) for name in ('train', 'valid')}
     found = {'loss_func': learn.loss_func, 'model': learn.model, 'dls': learn.dls, **loaders,
              'class of the optimizer': type(learn.opt)}
     return {**{name: [x] for name, x in found.items()},
             'cbs': [cb for cb in learn.cbs if not cb.external and cb.settings() is not None],
-            **{f'data of {name}': versions(dl) for name, dl in loaders.items()}}
+            **{f'data of {name}': reading_of(dl) for name, dl in loaders.items()}}
 
-def versions(dl): # list of int and str
+def reading_of(dl): # list of str and int
     "What shows that a loader reads otherwise, or that its tensors were changed in place"
     dataset = getattr(dl, 'dataset', None)
     tensors = getattr(dataset if isinstance(dataset, TensorDataset) else dl, 'tensors', ())
-    return [describe(dl) if dl is not None else '',
-            *(t._version for t in tensors if not t.is_inference())]
+    return [describe(dl) if dl is not None else '', *write_counts(tensors)]
 
 def hooks(learn): # set of (path of a module, kind of hook, name of a function)
     "The hooks of model and loss"
@@ -40,13 +41,13 @@ def hooks(learn): # set of (path of a module, kind of hook, name of a function)
 # %% ../../nbs/loop/07_structure.ipynb #d2274b2f
 class FitStructure:
     "How a learner was put together when its fit began"
-    def __init__(self, learn): self.objects, self.hooks = structure(learn), hooks(learn)
+    def __init__(self, learn): self.objects, self.hooks = objects_of_fit(learn), hooks(learn)
 
     def check(self, learn):
         "Raise UnstorableError if the fit is put together otherwise by now"
-        now, replaced = structure(learn), []
-        for name, before in self.objects.items():
-            if not same_objects(before, now[name]): replaced.append(f'{name} was changed')
+        now = objects_of_fit(learn)
+        replaced = [f'{name} was changed' for name, before in self.objects.items()
+                    if not same_objects(before, now[name])]
         added = sorted(hooks(learn) - self.hooks)
         replaced += [f'{path} has got a {kind} hook, {name}' for path, kind, name in added]
         if not replaced: return
@@ -54,8 +55,3 @@ class FitStructure:
                               f'{learn.epoch}): a fit that is taken up from a save would not have '
                               'that. Do it in before_fit, which runs again then, or between two '
                               'fits')
-
-def same_objects(a, b): # bool
-    "Whether two lists hold the same objects, or equal numbers and texts"
-    return len(a) == len(b) and all(
-        x is y or isinstance(x, (int, str)) and x == y for x, y in zip(a, b, strict=True))

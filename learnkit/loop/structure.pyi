@@ -6,18 +6,18 @@ from typing import Any
 from ..loop.learner import Learner
 __all__ = []
 
-def structure(learn: Learner) -> Any:
+def objects_of_fit(learn: Learner) -> Any:
     """The objects that a fit is put together of, and that no state holds
 
     Returns:
         dict: name -> list of objects
     """
 
-def versions(dl: Any) -> Any:
+def reading_of(dl: Any) -> Any:
     """What shows that a loader reads otherwise, or that its tensors were changed in place
 
     Returns:
-        list of int and str
+        list of str and int
     """
 
 def hooks(learn: Learner) -> Any:
@@ -34,10 +34,3 @@ class FitStructure:
     def __init__(self, learn: Learner) -> None: ...
     def check(self, learn: Learner) -> None:
         """Raise UnstorableError if the fit is put together otherwise by now"""
-
-def same_objects(a: Any, b: Any) -> bool:
-    """Whether two lists hold the same objects, or equal numbers and texts
-
-    Returns:
-        bool
-    """

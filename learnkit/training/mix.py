@@ -9,17 +9,11 @@ __all__ = ['MixUp', 'CutMix']
 import math
 from numbers import Real
 import torch
-from ..base.batches import batch_size, map_tensors, only_tensors
+from ..base.batches import batch_size, map_tensors, only_tensors, tensors_in
 from ..components.callback import Callback
 from ..loop.learner import Learner
 
 # %% ../../nbs/training/14_mix.ipynb #030cb416
-def tensors_in(x): # list of tensors
-    "The tensors in a nesting"
-    found = []
-    map_tensors(found.append, x)
-    return found
-
 def image_size(xb): # (height, width)
     "That of all inputs; ValueError unless they are images of one size"
     shapes = [tuple(x.shape) for x in tensors_in(xb)]

@@ -10,13 +10,6 @@ __all__ = [
     'MixUp', 'CutMix'
 ]
 
-def tensors_in(x: Any) -> Any:
-    """The tensors in a nesting
-
-    Returns:
-        list of tensors
-    """
-
 def image_size(xb: Any) -> Any:
     """That of all inputs; ValueError unless they are images of one size
 

@@ -115,13 +115,18 @@ def test_a_module_that_a_function_imports_is_in_the_record_of_code(tmp_path, mon
     assert found.digest == before.digest and found.code['lazily_too'] != before.code['lazily_too']
 
 
-def test_what_a_call_makes_does_not_count(load):
-    m, memo = load('def f(x):\n    global made\n    made = globals().get("made", 0) + x\n'
-                   '    return made\n'), {}
+def assert_a_call_changes_nothing(m):
+    memo = {}
     before = fingerprint(m.f, memo=memo).digest
     m.f(1)
     fingerprint(m.f, memo=memo, after_call=True)
     assert fingerprint(m.f, memo=memo).digest == before
+
+
+def test_what_a_call_makes_does_not_count(load):
+    m = load('def f(x):\n    global made\n    made = globals().get("made", 0) + x\n'
+             '    return made\n')
+    assert_a_call_changes_nothing(m)
 
 
 ANEW = {
@@ -148,12 +153,9 @@ def test_what_is_made_with_the_time_among_others_counts(load):
 
 
 def test_what_can_not_be_described_after_a_call_is_what_it_was(load):
-    m, memo = load('source = None\ndef f(x):\n    global source\n'
-                   '    source = source or iter([x])\n'), {}
-    before = fingerprint(m.f, memo=memo).digest
-    m.f(1)
-    fingerprint(m.f, memo=memo, after_call=True)
-    assert fingerprint(m.f, memo=memo).digest == before
+    m = load('source = None\ndef f(x):\n    global source\n'
+             '    source = source or iter([x])\n')
+    assert_a_call_changes_nothing(m)
     assert 'source' in error({'f': m.f})
 
 
