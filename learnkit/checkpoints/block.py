@@ -70,9 +70,8 @@ def open_block(ledger, id, description='', parent=None): # Block
     node = node.described_as(description)
     if node.has_begun:
         start = state_before(ledger.read, node, 0)
-        ledger.starts[id] = start, ledger.position, ledger.ancestors
+        ledger.starts[id] = start, ledger.position
     ledger.structures[id, 0] = ledger.host.structure_objects()
-    ledger.ancestors = id, *ledger.ancestors
     ledger.block = Block(ledger, node, structure, known)
     return ledger.block
 
@@ -109,7 +108,7 @@ def record_start(self:Block, digests):
     node.add_descriptions(self.structure)
     node.set_start(start, digests_of(self.structure))
     if parent is None: node.beginning = beginning(ledger)
-    ledger.starts[self.id] = state_before(ledger.read, node, 0), parent, ledger.ancestors[1:]
+    ledger.starts[self.id] = state_before(ledger.read, node, 0), parent
 
 @patch
 def has_left(self:Block, saved, digests) -> bool:
@@ -343,7 +342,7 @@ def break_off(self:Block):
     "The block ends with an error: note where the object stands"
     ledger = self.ledger
     if self.diverged or self.made: ledger.position = Position(self.id, 'inside')
-    else: ledger.position, ledger.ancestors = self.node.parent_position, ledger.ancestors[1:]
+    else: ledger.position = self.node.parent_position
 
 @patch
 def release(self:Block):

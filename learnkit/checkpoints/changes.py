@@ -114,15 +114,24 @@ def is_worth_keeping(self:Ledger, node, first=0) -> bool:
     return self.on_main(lambda: any(path.is_file() for path in saves))
 
 @patch
-def ancestors_of(self:Ledger, id) -> tuple: # of ids, as from `ancestors`
-    "Those of a checkpoint; on the way to where the object stands they are known"
-    known = self.ancestors
-    return known[known.index(id):] if id in known else ancestors(self.read, id)
+def ancestors(self:Ledger) -> tuple: # of ids
+    "The checkpoint that the object stands on, the one that goes on from, and so on"
+    def parent_of(id):
+        if (node := self.read(id)) is not None: return node.parent
+        _, position = self.starts.get(id, (None, None))  # one that was deleted
+        return position and position.id
+    return ancestors(parent_of, self.position.id) if self.position else ()
+
+@patch
+def goes_on_from(self:Ledger, id) -> bool:
+    "Whether the object stands on a checkpoint, or on one that goes on from it"
+    is_known = id in self.starts or self.read(id) is not None  # others are on nobody's way
+    return is_known and id in self.ancestors()
 
 @patch
 def root_differs(self:Ledger, node) -> list: # of str
     "How the object was made, compared with where the way to a checkpoint began"
-    first = self.read(self.ancestors_of(node.id)[-1])
+    first = self.read(node.first)
     if first is None or not first.has_begun: return []  # it was deleted
     recorded = {name: first.start_structure[name] for name in self.root
                 if name in first.start_structure}
@@ -273,7 +282,7 @@ def roll_back(self:Ledger, position, schedules=True):
     if self.lacks:
         self.show(f"the moments of the optimizer at {position_text(position)} were not kept: "
                        'outside of a block training goes on with new ones')
-    self.position, self.ancestors = position, self.ancestors_of(node.id)
+    self.position = position
 
 @patch
 def n_calls_at(self:Ledger, node, position) -> int:
@@ -293,8 +302,8 @@ def n_calls_at(self:Ledger, node, position) -> int:
 @patch
 def go_to_beginning(self:Ledger):
     "Bring the object to where the first checkpoint on its way began; without one it stays there"
-    if not self.ancestors: return
-    first = self.ancestors[-1]
+    if self.position is None: return
+    first = self.ancestors()[-1]
     node, structure = self.read(first), self.structures.get((first, 0))
     start = self.starts[first][0] if node is None else state_before(self.read, node, 0)
     if node is not None and node.parent is not None:
@@ -304,14 +313,15 @@ def go_to_beginning(self:Ledger):
     if start.state is None: raise not_kept(node)
     if structure is None: self.check_put_together(node, node.start_structure)
     self.restore(start, structure)
-    self.position, self.ancestors = None, ()
+    self.position = None
 
 # %% ../../nbs/checkpoints/06_changes.ipynb #95a85f09
 def go_to_start(ledger, id, node, parent):
     "Bring the object to where the checkpoint is to begin"
     if parent is not None: go_to_parent(ledger, id, node, parent)
-    elif id in ledger.ancestors: go_back_to_start(ledger, id, node)
-    elif node is not None and node.parent_position != ledger.position:
+    elif node is not None and node.parent_position == ledger.position: return
+    elif ledger.goes_on_from(id): go_back_to_start(ledger, id, node)
+    elif node is not None:
         if ledger.is_worth_keeping(node): go_to_recorded_parent(ledger, node)
 
 def go_to_recorded_parent(ledger, node):
@@ -333,15 +343,13 @@ def go_to_parent(ledger, id, node, parent):
                               f'{position_text(recorded)}, not from {position_text(position)}.'
                               f'{ways_on(node)}')
     ledger.roll_back(position)
-    if id in ledger.ancestors:
+    if ledger.goes_on_from(id):
         raise ValueError(f'checkpoint {id_text(parent)} is, or goes on from, checkpoint '
                          f'{id_text(id)}, which so cannot go on from it: choose a new id')
 
 def go_back_to_start(ledger, id, node):
     "A block that runs again, as a notebook's cell does: back to where it began"
-    if node is None: start, position, above = ledger.starts[id]
-    else:
-        start, position = state_before(ledger.read, node, 0), node.parent_position
-        above = ledger.ancestors[ledger.ancestors.index(id) + 1:]
+    if node is None: start, position = ledger.starts[id]
+    else: start, position = state_before(ledger.read, node, 0), node.parent_position
     ledger.restore(start, ledger.structures.get((id, 0)))
-    ledger.position, ledger.ancestors = position, above
+    ledger.position = position

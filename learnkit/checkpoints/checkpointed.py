@@ -179,7 +179,7 @@ def delete_run(self:Checkpointed) -> None:
     ledger = self.ledger
     ledger.check_idle('delete_run')
     ledger.on_main(ledger.local_store.destroy)
-    ledger.position, ledger.ancestors = None, ()
+    ledger.position = None
     ledger.starts.clear()
 
 # %% ../../nbs/checkpoints/09_checkpointed.ipynb #e06f548c

@@ -64,12 +64,11 @@ class Ledger:
     def __init__(self, host:Host, store, options:Options):
         self.host, self.local_store, self.options = host, store, options
         self.position = None  # Position of the object; None: at the beginning
-        self.ancestors = ()  # ids of the checkpoints on the way there, the last one first
         self.block = None  # the open one
         self.direct_calls = DirectCalls(host.object)  # refused while a block is open
         self.planning = False  # whether a call that would be computed ends the script
         self.reason = 'nothing was computed yet'  # why the last call was computed
-        self.starts = {}  # id -> (SavedState, position, ancestors) of its beginning, if deleted too
+        self.starts = {}  # id -> (SavedState, position) of its beginning, if deleted too
         self.structures = {}  # (id, number of calls) -> live objects the host was made of then
         self.unkept = set()  # methods that are known to return what cannot be kept
         self.memo = {}  # digests of large values, see `fingerprint`
@@ -395,9 +394,10 @@ def report_fetched(self:Ledger, node, record, call, differ=(), notes=()):
 @patch
 def new_node(self:Ledger, id, description, old) -> Node:
     "A checkpoint that goes on from where the object stands"
-    position = self.position
-    digest = None if position is None else json_digest(state_at(self.node, position).digests)
-    return new_node(id, description, type(self.host.object).__name__, position, digest, old)
+    name, position = type(self.host.object).__name__, self.position
+    if position is None: return new_node(id, description, name, None, old=old)
+    digest = json_digest(state_at(self.node, position).digests)
+    return new_node(id, description, name, position, digest, self.node(position.id).first, old)
 
 @patch
 def check_finished(self:Ledger, position):

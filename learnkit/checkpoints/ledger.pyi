@@ -33,7 +33,6 @@ class Ledger:
     local_store: Any
     options: Options
     position: Any
-    ancestors: tuple[Any, ...]
     block: Any
     direct_calls: DirectCalls
     planning: bool
@@ -137,12 +136,14 @@ class Ledger:
         """Which option says what is to be done: after a parent that other code has computed, `code`"""
     def is_worth_keeping(self, node: Any, first: Any = 0) -> bool:
         """Whether anything was computed in a checkpoint from a call on; one that failed at once is not"""
-    def ancestors_of(self, id: Any) -> tuple:
-        """Those of a checkpoint; on the way to where the object stands they are known
+    def ancestors(self) -> tuple:
+        """The checkpoint that the object stands on, the one that goes on from, and so on
 
         Returns:
-            of ids, as from `ancestors`
+            of ids
         """
+    def goes_on_from(self, id: Any) -> bool:
+        """Whether the object stands on a checkpoint, or on one that goes on from it"""
     def root_differs(self, node: Any) -> list:
         """How the object was made, compared with where the way to a checkpoint began
 

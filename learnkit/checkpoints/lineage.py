@@ -49,7 +49,7 @@ def children(self:Lineage) -> dict: # id -> sorted list of ids
 @patch
 def ancestors(self:Lineage, id) -> list: # of ids
     "A checkpoint, the one it goes on from, and so on"
-    return list(ancestors(self.nodes.get, id))
+    return list(ancestors(self.parent, id))
 
 @patch(as_prop=True)
 def deleted(self:Lineage) -> list: # of ids

@@ -129,6 +129,7 @@ class Node(View):
     "What is recorded of a checkpoint"
     id, description, created, closed = key('id'), key('description'), key('created'), key('closed')
     parent, parent_digest = key('parent'), key('parent_state')  # id; digest of the parent's state
+    first = key('first')  # id of the checkpoint with which the way to it began; its own may be
     host = key('host')  # name of the class
     descriptions = key('described')  # digest -> description of what the object was made of
     code_changed = key('code_changed')  # names of what was otherwise when it was last fetched
@@ -170,10 +171,12 @@ class Node(View):
 def new_node(id, description, host, # name of the class of the object whose calls are recorded
              position, # where it stands; None: at the beginning
              digest=None, # of the state there
+             first=None, # id with which the way there began; None: with this one
              old=None, # Node that is computed anew
             ): # Node
     "A checkpoint of which nothing is recorded yet"
-    return Node({'id': id, 'parent': position and position.id,
+    return Node({'id': id, 'first': id if first is None else first,
+                 'parent': position and position.id,
                  'parent_call': position and position.call, 'parent_state': digest,
                  'description': description, 'host': host,
                  'created': old.created if old else time.time(), 'closed': False, 'begin': None,
@@ -235,8 +238,8 @@ def complete(self:CallRecord, saved, **facts):
 
 
 # %% ../../nbs/checkpoints/01_record.ipynb #6ffa1bf4
-VERSION = ('parent', 'parent_call', 'parent_state', 'description', 'closed', 'begin', 'beginning',
-           'code_changed', 'calls')
+VERSION = ('first', 'parent', 'parent_call', 'parent_state', 'description', 'closed', 'begin',
+           'beginning', 'code_changed', 'calls')
 
 @patch(as_prop=True)
 def is_finished(self:Node) -> bool:
@@ -292,12 +295,10 @@ def structure_after(node, n): # dict: name -> digest
     return node.call(n - 1).structure_after if n else node.start_structure
 
 # %% ../../nbs/checkpoints/01_record.ipynb #4ebf4a84
-def ancestors(read, id): # tuple of ids
+def ancestors(parent_of, id): # tuple of ids
     "A checkpoint, the one it goes on from, and so on"
     found = {}  # in order, and quick to look up
-    while id is not None and id not in found:
-        found[id] = node = read(id)
-        id = node and node.parent
+    while id is not None and id not in found: found[id], id = None, parent_of(id)
     return tuple(found)
 
 def descendants(nodes, id): # list of ids
@@ -309,7 +310,12 @@ def descendants(nodes, id): # list of ids
 
 def structural_calls(read, node): # list of texts
     "The structural calls on the way to the end of a checkpoint"
-    nodes = [read(id) for id in reversed(ancestors(read, node.id))]
+    found = {node.id: node}
+    def parent_of(id):
+        above = found[id] = found.get(id) or read(id)
+        return above and above.parent
+    ancestors(parent_of, node.id)
+    nodes = reversed(found.values())
     return [call.text for one in nodes if one is not None
             for call in one.calls if call.kind == 'structural']
 

@@ -140,6 +140,8 @@ class Node(View):
     """id; digest of the parent's state"""
     parent_digest: Any
     """id; digest of the parent's state"""
+    first: Any
+    """id of the checkpoint with which the way to it began; its own may be"""
     host: Any
     """name of the class"""
     descriptions: Any
@@ -226,6 +228,7 @@ def new_node(
         host: Any,
         position: Any,
         digest: Any = None,
+        first: Any = None,
         old: Any = None,
 ) -> Node:
     """A checkpoint of which nothing is recorded yet
@@ -234,6 +237,7 @@ def new_node(
         id, description, host: name of the class of the object whose calls are recorded
         position: where it stands; None: at the beginning
         digest: of the state there
+        first: id with which the way there began; None: with this one
         old: Node that is computed anew
 
     Returns:
@@ -285,7 +289,7 @@ def structure_after(node: Any, n: Any) -> Any:
         dict: name -> digest
     """
 
-def ancestors(read: Any, id: Any) -> Any:
+def ancestors(parent_of: Any, id: Any) -> Any:
     """A checkpoint, the one it goes on from, and so on
 
     Returns:
