@@ -343,7 +343,7 @@ def go_to_parent(ledger, id, node, parent):
                               f'{position_text(recorded)}, not from {position_text(position)}.'
                               f'{ways_on(node)}')
     ledger.roll_back(position)
-    if ledger.goes_on_from(id):
+    if recorded != position and ledger.goes_on_from(id):
         raise ValueError(f'checkpoint {id_text(parent)} is, or goes on from, checkpoint '
                          f'{id_text(id)}, which so cannot go on from it: choose a new id')
 
