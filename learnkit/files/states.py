@@ -201,8 +201,11 @@ def get(self:Store,
 @patch
 def holds(self:Store, root)->bool:
     "Whether each tensor of a state is in a pack; they are not read"
+    digests = referenced_digests(root)
+    known = {self.pack_of.get(digest) for digest in digests}
+    if all(path is not None and path.exists() for path in known): return True
     self.refresh()
-    return referenced_digests(root) <= self.pack_of.keys()
+    return digests <= self.pack_of.keys()
 
 @patch
 def nbytes(self:Store, *roots)->int:
