@@ -48,7 +48,8 @@ def node(id, parent=None, description='', calls=None, closed=True, answers=(), p
             record['after'] = {'model': f'{id}-{k}', 'opt': f'opt {id}-{k}', 'rng': 'r'}
     begin = begin or {'parts': {'model': 'b'}, 'state': None, 'beside': None, 'structure': {}}
     return {'id': id, 'first': id, 'parent': parent, 'parent_call': parent_call,
-            'parent_state': parent_state, 'description': description, 'created': NOW - 3600, 'host': 'CheckpointedLearner',
+            'parent_state': parent_state, 'description': description, 'created': NOW - 3600,
+            'host': 'CheckpointedLearner',
             'closed': closed, 'begin': begin, 'beginning': None, 'code_changed': [], 'history': [],
             'described': described or {}, 'accepting': None, 'accepted': [],
             'calls': calls,

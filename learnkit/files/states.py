@@ -15,8 +15,8 @@ from fastcore.basics import patch
 from .errors import DamagedError, LockedError, StoreError
 from .durable import atomic_write, make_folder, rename, sync_folder
 from .tensors import (
-    OVERLAP_FROM, host_tensor, max_header_size, open_safetensors, read_with_digests, slice_nbytes,
-    tensor_digests, widest_first, write_safetensors)
+    OVERLAP_FROM, host_tensor, max_header_size, open_safetensors, read_with_digests,
+    tensor_digests, tensor_sizes, widest_first, write_safetensors)
 from .tree import Packer, Unpacker, fill_in_names, json_digest, text_digest
 from .records import referenced_digests
 from .store import Store
@@ -34,8 +34,7 @@ def write_pack(folder, items, header_size): # Path
 
 def pack_sizes(path): # dict: digest -> number of bytes
     "The tensors of a pack, by its header"
-    with open_safetensors(path) as file:
-        sizes = {name: slice_nbytes(file.get_slice(name)) for name in file.offset_keys()}
+    sizes = tensor_sizes(path)
     if pack_name(sizes) == path.name: return sizes
     raise DamagedError(f'{path} is damaged: its header is not as it was written')
 

@@ -6,7 +6,7 @@
 __all__ = ['save_tensors']
 
 # %% ../../nbs/files/02_tensors.ipynb #bae29648
-import hashlib, json, math, os, struct
+import hashlib, json, os, struct
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import chain, islice
@@ -161,11 +161,23 @@ def read_with_digests(file, names): # (dict: name -> tensor, dict: name -> diges
     return tensors, dict(zip(tensors, digests, strict=True))
 
 # %% ../../nbs/files/02_tensors.ipynb #0204ed7e
-ITEM_SIZES = {code: dtype.itemsize for dtype, code in DTYPES.items()}
-
-def slice_nbytes(slice): # int; `slice` as from `get_slice` of an open file
-    "How many bytes a tensor of a file has, by the header"
-    return math.prod(slice.get_shape()) * ITEM_SIZES.get(slice.get_dtype(), 1)
+def tensor_sizes(path): # dict: name -> number of bytes
+    "What is in a safetensors file, by its header alone; DamagedError if it is none"
+    with open(path, 'rb', buffering=0) as file:
+        start = file.read(2**12)  # all of most headers
+        try:
+            size = 8 + struct.unpack('<Q', start[:8])[0]
+            if size > MAX_HEADER: raise ValueError(f'its header is to have {size:,} bytes')
+            entries = json.loads((start + file.read(max(size - len(start), 0)))[8:size])
+            spans = {name: entry['data_offsets'] for name, entry in entries.items()
+                     if name != '__metadata__'}
+            whole = size + max((end for _, end in spans.values()), default=0)
+            if os.fstat(file.fileno()).st_size != whole: raise ValueError('its length is another')
+            return {name: end - begin for name, (begin, end) in spans.items()}
+        except (struct.error, ValueError, KeyError, TypeError, AttributeError,
+                RecursionError) as error:
+            raise DamagedError(f'{path} is damaged: its header is not as it was written '
+                               f'({error})') from error
 
 # %% ../../nbs/files/02_tensors.ipynb #6cd4e27d
 def save_tensors(tensors:dict, # name -> tensor

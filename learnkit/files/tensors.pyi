@@ -125,13 +125,12 @@ def read_with_digests(file: Any, names: Any) -> Any:
     Returns:
         (dict: name -> tensor, dict: name -> digest)
     """
-ITEM_SIZES: dict[Any, Any]
 
-def slice_nbytes(slice: Any) -> Any:
-    """How many bytes a tensor of a file has, by the header
+def tensor_sizes(path: Any) -> Any:
+    """What is in a safetensors file, by its header alone; DamagedError if it is none
 
     Returns:
-        int; `slice` as from `get_slice` of an open file
+        dict: name -> number of bytes
     """
 
 def save_tensors(
