@@ -75,10 +75,12 @@ class GrowingList:
     def items(self, state): # list
         "What `state` was given"
         ours = {id(t): items for items, t in self.parts.values() if self.sealed.holds(t)}
-        found = []
+        found, parts = [], {}
         for t in state['parts']:
             items = ours.get(id(t)) or from_bytes(tensor_bytes(t))
+            parts[len(found), len(items)] = items, self.sealed.add(t)
             found += map(copied, items)
+        self.parts |= parts  # which need not be encoded again
         return [*found, *map(copied, state['rest'])]
 
 def copied(x): return dict(x) if type(x) is dict else x # a row, which somebody may write to
