@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from .dtensors import is_dtensor
 from .randomness import set_generator_state
 from .snapshots import (
-    MAPPINGS, SEQUENCES, Elsewhere, HeldArray, HeldGenerator, HeldItems, HeldProgress, Opaque,
+    CONTAINERS, Elsewhere, HeldArray, HeldGenerator, HeldItems, HeldProgress, Opaque,
     Reference, refill, write_back)
 
 # %% ../../nbs/base/10_packing.ipynb #997807b8
@@ -90,7 +90,7 @@ class Unpacking:
             return now
         if isinstance(tree, (torch.Tensor, np.ndarray)): return as_before(tree, now, what)
         if kind == 'ids': tree = self.with_ids(tree, what)
-        if isinstance(tree, (*MAPPINGS, *SEQUENCES)): return self.unpack_items(tree, where, now)
+        if isinstance(tree, CONTAINERS): return self.unpack_items(tree, where, now)
         return now if is_worth(now, tree) else tree
 
 # %% ../../nbs/base/10_packing.ipynb #3b1df44a

@@ -25,6 +25,7 @@ PLAIN = (type(None), bool, int, float, complex, str, bytes, range, slice, enum.E
          decimal.Decimal, fractions.Fraction, uuid.UUID, np.generic, np.dtype, torch.dtype,
          torch.device, torch.layout, torch.memory_format, torch.Size)
 MAPPINGS, SEQUENCES = (dict, types.MappingProxyType), (list, tuple, deque, set, frozenset)
+CONTAINERS = MAPPINGS + SEQUENCES
 
 @dataclass(eq=False)
 class HeldItems:
@@ -74,6 +75,7 @@ HELD = HeldItems, HeldArray, HeldGenerator, HeldProgress, Reference, Opaque, Els
 # %% ../../nbs/base/09_snapshots.ipynb #5bf48faa
 def is_same(a, b): # bool
     "Whether two held values are alike to the bit"
+    if a is b: return True
     if type(a) is not type(b): return False
     if isinstance(a, float): return a.hex() == b.hex()
     if isinstance(a, HeldItems): return same_items(a, b)
@@ -82,7 +84,7 @@ def is_same(a, b): # bool
     if isinstance(a, HeldProgress): return a.origin is b.origin and same_progress(a.state, b.state)
     if isinstance(a, Elsewhere): return True
     if isinstance(a, (Reference, Opaque)): return a.origin is b.origin
-    return a is b or (repr(a) == repr(b) if isinstance(a, (complex, np.generic)) else a == b)
+    return repr(a) == repr(b) if isinstance(a, (complex, np.generic)) else a == b
 
 def same_items(a, b): # bool
     if type(a.origin) is not type(b.origin) or len(a.keys) != len(b.keys): return False
@@ -293,8 +295,8 @@ def hold(self:Snapshot, x, path): # held value
     if isinstance(x, PLAIN): return x
     if id(x) in self.scope.elsewhere: return Elsewhere(x, self.scope.elsewhere[id(x)])
     if isinstance(x, (torch.Tensor, np.ndarray)): return HeldArray(x, copied(x))
+    if isinstance(x, CONTAINERS): return self.hold_items(x, path)
     if (state := generator_state(x)) is not None: return HeldGenerator(x, state)
-    if isinstance(x, (*MAPPINGS, *SEQUENCES)): return self.hold_items(x, path)
     if (state := progress(x)) is not None: return HeldProgress(x, state)
     return self.refer(x, path) if self.scope.follows(x, path) else Opaque(x)
 

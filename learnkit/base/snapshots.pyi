@@ -9,6 +9,7 @@ __all__ = []
 PLAIN: tuple[Any, ...]
 MAPPINGS: tuple[Any, ...]
 SEQUENCES: tuple[Any, ...]
+CONTAINERS: Any
 
 @dataclass(eq=False)
 class HeldItems:

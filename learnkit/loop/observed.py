@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 from ..base.guard import assigned_names, is_learnkits
 from ..base.snapshots import (
-    HELD, MAPPINGS, MISSING, PLAIN, SEQUENCES, HeldItems, Reference, Scope, Snapshot,
+    CONTAINERS, HELD, MISSING, PLAIN, SEQUENCES, HeldItems, Reference, Scope, Snapshot,
     closure_cells, path_text)
 from ..base.packing import NotPlainError, Unpacking, described, pack
 from ..files.errors import UnstorableError
@@ -119,6 +119,7 @@ def opt_slots(self:LearnerScope, opt): # dict: name -> value
 def is_users(self:LearnerScope, x): # bool
     "Whether something in an object of learnkit's was given by the user"
     if isinstance(x, (list, tuple, dict)):
+        if len(x) > FEW: return False  # they are data
         return any(map(self.is_users, x.values() if isinstance(x, dict) else x))
     return isinstance(x, (*FUNCTIONS, partial)) or is_user_module(type(x).__module__)
 
@@ -157,7 +158,7 @@ def is_data(self:LearnerScope, x, path): # bool
 # %% ../../nbs/loop/04_observed.ipynb #fab2dd41
 def data_of_class(cls): # dict: name -> value
     "What a class keeps for all its objects, without what it defines"
-    kinds = (*PLAIN, *MAPPINGS, *SEQUENCES, torch.Tensor, np.ndarray)
+    kinds = (*PLAIN, *CONTAINERS, torch.Tensor, np.ndarray)
     return {name: value for name, value in vars(cls).items() if isinstance(value, kinds)
             and name[:2] != '__' and name != 'transient' and not name.startswith('_abc_')}
 
