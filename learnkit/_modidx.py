@@ -2270,6 +2270,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                    'learnkit/fingerprint/inspection.py'),
                                                  'learnkit.fingerprint.inspection.attributes': ( 'fingerprint/inspection.html#attributes',
                                                                                                  'learnkit/fingerprint/inspection.py'),
+                                                 'learnkit.fingerprint.inspection.bases_of': ( 'fingerprint/inspection.html#bases_of',
+                                                                                               'learnkit/fingerprint/inspection.py'),
                                                  'learnkit.fingerprint.inspection.class_attributes': ( 'fingerprint/inspection.html#class_attributes',
                                                                                                        'learnkit/fingerprint/inspection.py'),
                                                  'learnkit.fingerprint.inspection.defaults': ( 'fingerprint/inspection.html#defaults',

@@ -35,6 +35,22 @@ LIVES = {
                'def value(): return nn.Sequential(Net())',
     'base class of a model': 'class Base(nn.Module):\n    def forward(self, x): return READ\n'
                              'class Net(Base): pass\ndef value(): return Net()',
+    'descriptor':
+        'class K:\n    def __get__(self, x, cls=None): return READ\n'
+        'class Loss:\n    k = K()\n    def forward(self): return self.k\n'
+        'def value(): return Loss()',
+    'metaclass':
+        'class Meta(type):\n    def __call__(cls):\n        x = super().__call__()\n'
+        '        x.f = lambda: READ\n        return x\n'
+        'class Loss(metaclass=Meta):\n    def forward(self): return self.f()\n'
+        'def value(): return [Loss]',
+    'method by type':
+        'import functools\nclass Loss:\n    @functools.singledispatchmethod\n'
+        '    def forward(self, x): return x\n    @forward.register\n'
+        '    def _(self, x:int): return x * READ\ndef value(): return Loss()',
+    'partial method':
+        'import functools\nclass Loss:\n    def f(self, a): return a * READ\n'
+        '    forward = functools.partialmethod(f, 3)\ndef value(): return Loss()',
     'property': 'class Loss:\n    @property\n    def k(self): return READ\n'
                 '    def __call__(self, p, y): return self.k\ndef value(): return Loss()',
     'static method': 'class Loss:\n    @staticmethod\n    def k(): return READ\n'

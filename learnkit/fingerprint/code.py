@@ -18,7 +18,7 @@ from .values import json_text
 from .by_name import (
     dotted, imported_modules, last_name, modules_behind, places_by_name, read_by_name)
 from .inspection import (
-    find_variable, is_user_function, is_user_module,
+    bases_of, find_variable, is_user_function, is_user_module,
     methods, name_of, names_read, nested_code)
 
 # %% ../../nbs/fingerprint/02_code.ipynb #8807d51d
@@ -306,7 +306,7 @@ def record_class(cls, walk):
     "Record a class of the user's own, with its bases and what its methods mention"
     walk.read_class(cls)
     if id(cls) in walk.recorded: return
-    for base in cls.__mro__:
+    for base in bases_of(cls):
         if id(base) in walk.recorded: continue
         walk.recorded[id(base)] = base
         of_user = is_user_module(base.__module__)

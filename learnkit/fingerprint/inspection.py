@@ -113,8 +113,12 @@ def class_attributes(cls): # dict: name -> value
     is_made = issubclass(cls, enum.Enum) or issubclass(cls, tuple) and hasattr(cls, '_fields')
     if is_made or not is_user_module(cls.__module__): return {}
     return {name: value for name, value in vars(cls).items()
-            if not (name[:1] == '_' and name[-1:] == '_') and not hasattr(type(value), '__get__')
-            and name != '_abc_impl'}
+            if not (name[:1] == '_' and name[-1:] == '_') and name != '_abc_impl'
+            and (not hasattr(type(value), '__get__') or is_user_module(type(value).__module__))}
+
+def bases_of(cls): # list of classes
+    "A class, its bases, and the user's own metaclasses"
+    return [*cls.__mro__, *(meta for meta in type(cls).__mro__ if is_user_module(meta.__module__))]
 
 # %% ../../nbs/fingerprint/00_inspection.ipynb #bf7440b7
 def defaults(func): # dict: name -> value
@@ -141,8 +145,9 @@ def is_generated(func): # bool
 
 def wrapped_functions(member): # iterator
     "The functions behind a member of a class: of properties, class methods, decorated functions"
-    of_property = isinstance(member, property)
-    for func in [member.fget, member.fset, member.fdel] if of_property else [member]:
+    several = {property: lambda: [member.fget, member.fset, member.fdel],
+               functools.singledispatchmethod: lambda: member.dispatcher.registry.values()}
+    for func in several.get(type(member), lambda: [member])():
         while func is not None:
             func = getattr(func, '__func__', getattr(func, 'func', func))
             if isinstance(func, types.FunctionType): yield func

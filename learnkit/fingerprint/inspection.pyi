@@ -97,6 +97,13 @@ def class_attributes(cls: Any) -> Any:
         dict: name -> value
     """
 
+def bases_of(cls: Any) -> Any:
+    """A class, its bases, and the user's own metaclasses
+
+    Returns:
+        list of classes
+    """
+
 def defaults(func: Any) -> Any:
     """The defaults of a function's parameters
 

@@ -13,7 +13,7 @@ from ..base.randomness import generator_state
 from ..base.snapshots import ACTING, MISSING
 from ..files.tree import tree_digest
 from .inspection import (
-    Variable, class_attributes, defaults, is_generated, is_user_function, is_user_module,
+    Variable, bases_of, class_attributes, defaults, is_generated, is_user_function, is_user_module,
     name_of, nested_code, wrapped_functions)
 from .values import (
     PLAIN_TYPES, UnfingerprintableError, Walk, described_by)
@@ -173,7 +173,7 @@ def read_class(self:Walk, cls):
     "Take note of what the methods of a class read, and of the values in its body"
     reads = self.around.get('reads')
     if reads is None or id(cls) in reads.met: return
-    for base in cls.__mro__:
+    for base in bases_of(cls):
         if id(base) in reads.met: continue
         reads.met[id(base)] = base
         for variable, use in variables_of(base): reads.add(variable, use, self.around_data())
