@@ -12,10 +12,11 @@ from ..files.ids import check_id, id_text
 from ..files.tree import json_digest
 from ..fingerprint.values import fingerprint
 from ..fingerprint.differences import differences
+from ..fingerprint.arithmetic import arithmetic_differs
 from .record import (
     BEGINNING, Node, Position, StaleCheckpoint, ancestors, best_root, descendants, differing,
     not_kept, position_text, state_after, state_at, state_before, structural_calls, structure_after)
-from .ledger import Ledger, arithmetic_differs, digests_of
+from .ledger import Ledger, digests_of
 
 # %% ../../nbs/checkpoints/06_changes.ipynb #9dbe905e
 @patch
@@ -113,6 +114,7 @@ def is_worth_keeping(self:Ledger, node, first=0) -> bool:
     saves = (path for k in range(first, len(calls)) for path in (work/str(k)).rglob('*'))
     return self.on_main(lambda: any(path.is_file() for path in saves))
 
+# %% ../../nbs/checkpoints/06_changes.ipynb #ed51375b
 @patch
 def ancestors(self:Ledger) -> tuple: # of ids
     "The checkpoint that the object stands on, the one that goes on from, and so on"

@@ -9,7 +9,6 @@ __all__ = []
 import inspect, time
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from itertools import chain
 from fastcore.basics import patch
 from ..base.batches import map_tensors
 from ..base.dtensors import full_tensor
@@ -20,7 +19,6 @@ from ..files.ids import check_id, id_text
 from ..files.written import file_content, file_seal, write_content
 from ..files.objects import as_tree, from_tree
 from ..files.tree import json_digest
-from ..fingerprint.code import versions
 from ..fingerprint.values import Fingerprint, UnfingerprintableError, fingerprint
 from ..fingerprint.functions import MethodCode, call_arguments
 from ..fingerprint.reads import changed_outside
@@ -28,7 +26,7 @@ from ..fingerprint.words import as_text
 from ..fingerprint.arithmetic import arithmetic
 from .results import classes_at_hand, return_hint, unkept_in
 from .record import (
-    Node, Position, SavedState, StaleCheckpoint, differing, fetched_text, new_node, state_at)
+    Node, Position, SavedState, StaleCheckpoint, fetched_text, new_node, state_at)
 from .host import Host, method_kind
 from .direct_calls import DirectCalls
 from .digests import KnownDigests, by_part, joined
@@ -243,18 +241,7 @@ def arithmetic_of(self:Ledger, call) -> dict: # name -> plain value
     "Versions and switches that the digits of a result follow from"
     found = [call.arguments, *call.structure.values(), *self.root.values()]
     packages = sorted({name for one in found for name in one.packages})
-    return self.on_main(lambda: {**versions(packages), **flattened(arithmetic())})
-
-def flattened(tree): # dict
-    "A dict of values, and of dicts of values, as one of values"
-    items = [((f'{name} {key}', inner) for key, inner in value.items())
-             if isinstance(value, dict) else [(name, value)] for name, value in tree.items()]
-    return dict(chain.from_iterable(items))
-
-def arithmetic_differs(then, now): # list of str
-    "What the digits of a result followed from, and what they would now"
-    return [f'{name} {then.get(name, "none")} -> {now.get(name, "none")}'
-            for name in differing(then, now)]
+    return self.on_main(lambda: arithmetic(packages))
 
 # %% ../../nbs/checkpoints/05_ledger.ipynb #88f6f1b6
 @patch
@@ -394,11 +381,12 @@ def report_fetched(self:Ledger, node, record, call, differ=(), notes=()):
 @patch
 def new_node(self:Ledger, id, description, old) -> Node:
     "A checkpoint that goes on from where the object stands"
-    name, position = type(self.host.object).__name__, self.position
-    if position is None: return new_node(id, description, name, None, old=old)
-    digest = json_digest(state_at(self.node, position).digests)
-    return new_node(id, description, name, position, digest, self.node(position.id).first, old)
+    name, at = type(self.host.object).__name__, self.position
+    if at is None: return new_node(id, description, name, at, old=old)
+    digest, first = json_digest(state_at(self.node, at).digests), self.node(at.id).first
+    return new_node(id, description, name, at, digest, first, old)
 
+# %% ../../nbs/checkpoints/05_ledger.ipynb #78d77230
 @patch
 def check_finished(self:Ledger, position):
     "Raise RuntimeError unless others can go on from a position"

@@ -383,20 +383,6 @@ def states_of(callbacks: Any) -> Any:
         list of [class, state]
     """
 
-def flattened(tree: Any) -> dict:
-    """A dict of values, and of dicts of values, as one of values
-
-    Returns:
-        dict
-    """
-
-def arithmetic_differs(then: Any, now: Any) -> Any:
-    """What the digits of a result followed from, and what they would now
-
-    Returns:
-        list of str
-    """
-
 class ChangedGlobalError(RuntimeError):
     """A call has changed what no state holds, where `code` is strict"""
 WAYS_TO_KEEP: str

@@ -129,8 +129,7 @@ class Node(View):
     "What is recorded of a checkpoint"
     id, description, created, closed = key('id'), key('description'), key('created'), key('closed')
     parent, parent_digest = key('parent'), key('parent_state')  # id; digest of the parent's state
-    first = key('first')  # id of the checkpoint with which the way to it began; its own may be
-    host = key('host')  # name of the class
+    host, first = key('host'), key('first')  # name of the class; id with which the way here began
     descriptions = key('described')  # digest -> description of what the object was made of
     code_changed = key('code_changed')  # names of what was otherwise when it was last fetched
     accepting, accepted = key('accepting'), key('accepted')  # see `accept`

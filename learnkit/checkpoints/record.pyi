@@ -140,10 +140,10 @@ class Node(View):
     """id; digest of the parent's state"""
     parent_digest: Any
     """id; digest of the parent's state"""
-    first: Any
-    """id of the checkpoint with which the way to it began; its own may be"""
     host: Any
-    """name of the class"""
+    """name of the class; id with which the way here began"""
+    first: Any
+    """name of the class; id with which the way here began"""
     descriptions: Any
     """digest -> description of what the object was made of"""
     code_changed: Any

@@ -15,6 +15,7 @@ from ..base.ranks import on_main
 from ..data.loaders import DataLoaders
 from ..files.errors import UnstorableError
 from ..files.tree import check_storable, tree_digest
+from ..fingerprint.arithmetic import arithmetic, arithmetic_differs
 from ..fingerprint.beginning import (
     beginning_now, changed_tensors,
     described_tensors, has_repeated, seeds_differ, weights_differ)
@@ -91,8 +92,8 @@ def fit_structure(learn): # dict: name -> value
     return {'model': learn.model, 'data': DataLoaders(dls.train, dls.valid), **structure(learn),
             'class': class_attributes(type(learn)), **({'method': code} if code.functions else {})}
 
-def described_structure(learn, after_call=False): # dict: name -> {tree, code, sampled}, or {error}
-    "The parts of a fit, as they were when they came into reach"
+def described_structure(learn, after_call=False): # dict: name -> dict
+    "Parts of a fit as they came into reach: tree, code, packages and notes of each, or an error"
     known = known_objects(learn)
     def described(name, value):
         weights = name not in ('model', *WEIGHTS_IN_STATE)
@@ -100,7 +101,9 @@ def described_structure(learn, after_call=False): # dict: name -> {tree, code, s
                                  weights=weights, known=known, after_call=after_call)
         except UnfingerprintableError as error: return {'error': str(error)}
         more = {'changed': found.changed} if after_call else {}
-        return {'tree': found.tree, 'code': found.code, 'sampled': found.sampled_text, **more}
+        notes = [text for text in (found.sampled_text, found.unseen_text) if text]
+        return {'tree': found.tree, 'code': found.code, 'packages': found.packages,
+                'notes': notes, **more}
     with nullcontext() if after_call else as_built(learn):
         return {name: described(name, value) for name, value in fit_structure(learn).items()}
 
@@ -116,7 +119,11 @@ def described_beginning(learn): # plain tree; all processes call this
 def provenance(learn): # plain tree; all processes call this
     "What a fit that begins follows from"
     begin = described_beginning(learn)
-    return on_main(learn.ranks, lambda: {'structure': described_structure(learn), 'begin': begin})
+    def described(): # dict
+        parts = described_structure(learn)
+        packages = {name for part in parts.values() for name in part.get('packages', ())}
+        return {'structure': parts, 'begin': begin, 'arithmetic': arithmetic(sorted(packages))}
+    return on_main(learn.ranks, described)
 
 def compressed(tree): return zlib.compress(json.dumps(tree).encode()) # bytes
 def decompressed(data): return json.loads(zlib.decompress(data))
@@ -133,7 +140,7 @@ def structure_differs(then, now): # (list of str, list of lines); both as from `
         texts += differences(before['tree'], after['tree'])
         changed += [key for key, digest in before['code'].items()
                     if after['code'].get(key, digest) != digest]
-        if after.get('sampled'): lines.append(after['sampled'])
+        lines += after.get('notes', ())
     if changed:
         lines.append(f'the code of {", ".join(dict.fromkeys(changed))} has changed since the save')
     return texts, lines
@@ -165,6 +172,8 @@ def provenance_differs(then, now, kinds, # dict: name -> kind, of what may be dr
                       ): # (list of str, list of lines)
     "How a fit differs from the one that was saved, and what to say if it goes on"
     texts, lines = structure_differs(then['structure'], now['structure'])
+    if other := arithmetic_differs(then['arithmetic'], now['arithmetic']):
+        lines.append(f'the save was made with other arithmetic: {", ".join(other)}')
     if has_begun: return texts, lines
     others, more = beginning_differs(then['begin'], now['begin'], kinds)
     return others + texts, lines + more

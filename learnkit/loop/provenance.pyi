@@ -74,10 +74,10 @@ def fit_structure(learn: Learner) -> Any:
     """
 
 def described_structure(learn: Learner, after_call: Any = False) -> Any:
-    """The parts of a fit, as they were when they came into reach
+    """Parts of a fit as they came into reach: tree, code, packages and notes of each, or an error
 
     Returns:
-        dict: name -> {tree, code, sampled}, or {error}
+        dict: name -> dict
     """
 
 def described_beginning(learn: Learner) -> Any:

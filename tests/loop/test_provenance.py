@@ -146,6 +146,20 @@ def test_code_that_has_changed_is_told(tmp_path, capsys):
     assert 'the code of loss has changed since the save' in capsys.readouterr().out
 
 
+def test_other_arithmetic_and_what_was_not_seen_are_told(tmp_path, capsys):
+    fit(make(tmp_path, loss=loss_by_name), cut=4)
+    torch.set_float32_matmul_precision('high')
+    try: fit(make(tmp_path, loss=loss_by_name))
+    finally: torch.set_float32_matmul_precision('highest')
+    out = capsys.readouterr().out
+    assert 'the save was made with other arithmetic: ' in out
+    assert 'float32 matmul none -> tf32' in out
+    assert 'not compared: what loss_by_name of ' in out
+
+
+def loss_by_name(pred, targ): return eval('F').mse_loss(pred, targ)
+
+
 def test_after_ctrl_c_the_same_learner_goes_on_and_its_changes_count(tmp_path):
     whole = fit(make(tmp_path / 'whole'))
     learn = make(tmp_path)
