@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/checkpoints/04_digests.ipynb #40ee177e
 import torch
+from ..files.tensors import checksum, memory_of
 from ..files.tree import Packer, json_digest
 
 # %% ../../nbs/checkpoints/04_digests.ipynb #2d0dfa0c
@@ -26,7 +27,7 @@ class KnownDigests:
                  elsewhere=None): # function: tensor -> its digest where others know it, else None
         found = [] if root is None else with_digests(state, root)
         self.elsewhere = elsewhere or (lambda t: None)
-        self.known = {t.data_ptr(): (checksum(t), t, digest)
+        self.known = {t.data_ptr(): (mark(t), t, digest)
                       for t, digest in found if is_large(t) and not self.elsewhere(t)}
 
     def get(self, t): # 64 hex digits; None for any other tensor
@@ -34,17 +35,13 @@ class KnownDigests:
         if (digest := self.elsewhere(t)) is not None: return digest
         if not is_large(t) or t.data_ptr() not in self.known: return None
         before, _, digest = self.known[t.data_ptr()]
-        return digest if checksum(t) == before else None
+        return digest if mark(t) == before else None
 
 def is_large(t): return t.nbytes >= 2**20 and t.is_contiguous() and t.device.type == 'cpu'
 
-def checksum(t): # tuple
-    "What shows that a tensor was written to: torch's counter, and sums that see other ways too"
-    data = t.detach().view(-1).view(torch.uint8)
-    rows = data[:data.numel() // 4096 * 4096].view(torch.int64).view(-1, 512).sum(1)
-    tail = data[rows.numel() * 4096:].sum(dtype=torch.int64)
-    weighted = rows * torch.arange(1, len(rows) + 1)  # sees values that change places
-    return t._version, t.dtype, t.shape, int(rows.sum() + tail), int(weighted.sum())
+def mark(t): # tuple
+    "What shows that a tensor was written to: torch's counter, and a sum that sees other ways too"
+    return t._version, t.dtype, t.shape, checksum(memory_of(t))
 
 def with_digests(live, root): # iterator of (tensor, digest)
     "The tensors of a state beside their names in its record"

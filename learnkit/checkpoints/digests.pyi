@@ -39,8 +39,8 @@ class KnownDigests:
 
 def is_large(t: Any) -> Any: ...
 
-def checksum(t: Any) -> tuple:
-    """What shows that a tensor was written to: torch's counter, and sums that see other ways too
+def mark(t: Any) -> tuple:
+    """What shows that a tensor was written to: torch's counter, and a sum that sees other ways too
 
     Returns:
         tuple

@@ -6,13 +6,13 @@
 __all__ = []
 
 # %% ../../nbs/fingerprint/04_tensors.ipynb #28783e32
-import ctypes, hashlib, math, random, weakref, zlib
+import hashlib, math, random, weakref
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 from ..base.randomness import generator_state
-from ..files.tensors import host_tensor
+from ..files.tensors import checksum, host_tensor, memory_of
 from ..files.tree import json_digest
 from .inspection import name_of
 from .values import DATES, describe
@@ -55,7 +55,8 @@ def cached_digest(t, plain, memo): # 64 hex digits
     "The digest of the values of a tensor, computed once for a large one"
     version = write_version(t)
     if version is None and is_shared(t) and t.nbytes >= CACHED_BYTES and t.is_contiguous():
-        return digest_unless_written(t, memory_of(plain), memo, lambda: content_digest(plain))
+        data = np.ctypeslib.as_array(memory_of(plain))
+        return digest_unless_written(t, data, memo, lambda: content_digest(plain))
     if version is None: return content_digest(plain)
     ref, before, digest = memo.get(('tensor', id(t)), (lambda: None, None, None))
     if ref() is t and before == version: return digest
@@ -73,9 +74,6 @@ def is_shared(t): # bool
     "Whether numpy, too, may write to a tensor"
     return t.device.type == 'cpu' and not t.untyped_storage().resizable()
 
-def memory_of(t): # array of bytes, not a copy
-    return np.ctypeslib.as_array((ctypes.c_ubyte * t.nbytes).from_address(t.data_ptr()))
-
 CACHED_BYTES = 2**20 # from which on digests are remembered
 
 def content_digest(t): # 64 hex digits
@@ -85,8 +83,7 @@ def content_digest(t): # 64 hex digits
     if t.is_floating_point() and t.element_size() > 1 and (nans := t.isnan()).any():
         t = t.masked_fill(nans, math.nan)
     sha = hashlib.sha256(f'{t.dtype}{list(t.shape)}'.encode())
-    # t.numpy() would mark the memory as shared with numpy
-    if t.nbytes: sha.update((ctypes.c_ubyte * t.nbytes).from_address(t.data_ptr()))
+    if t.nbytes: sha.update(memory_of(t))
     return sha.hexdigest()
 
 # %% ../../nbs/fingerprint/04_tensors.ipynb #f434b569
@@ -99,15 +96,11 @@ def digest_unless_written(x, # array or tensor
     place, moment = ('memory', data.ctypes.data, str(x.dtype), tuple(x.shape)), memo.get('moment')
     ref, then, before, known = memo.get(place, (lambda: None, None, None, None))
     if then is not None and then is moment and ref() is x: return known
-    now = checksum(data)
+    now = checksum(data.data)
     known = known if now == before else digest()
     memo[place] = weakref.ref(x), moment, now, known
     return known
 
-def checksum(data): # (int, int)
-    "What differs when bytes do: a CRC, which sees an order, and a sum"
-    whole = data[:data.size // 8 * 8].view(np.uint64)
-    return zlib.crc32(data.data), int(whole.sum())
 
 # %% ../../nbs/fingerprint/04_tensors.ipynb #84ca8b5d
 @describe.register(np.ndarray)

@@ -38,11 +38,6 @@ def is_shared(t: Any) -> bool:
     Returns:
         bool
     """
-
-def memory_of(t: Any) -> Any:
-    """Returns:
-        array of bytes, not a copy
-    """
 CACHED_BYTES: int
 
 def content_digest(t: Any) -> Any:
@@ -63,13 +58,6 @@ def digest_unless_written(x: Any, data: Any, memo: Any, digest: Any) -> Any:
 
     Returns:
         64 hex digits
-    """
-
-def checksum(data: Any) -> Any:
-    """What differs when bytes do: a CRC, which sees an order, and a sum
-
-    Returns:
-        (int, int)
     """
 
 def describe_array(x: Any, walk: Any) -> Any: ...
