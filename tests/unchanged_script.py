@@ -99,6 +99,14 @@ def run(root): # number of batches
     return len(losses)
 
 
+def as_notebook(root):
+    "The script in cells"
+    from IPython.core.interactiveshell import InteractiveShell
+    shell = InteractiveShell.instance()
+    for cell in [*Path(__file__).read_text().split('\n\n\n')[:-1], f'print(run({root!r}))']:
+        shell.run_cell(cell).raise_error()
+
+
 if __name__ == '__main__':
     for change in sys.argv[2:]: exec(change)
     print(run(sys.argv[1]))

@@ -9,6 +9,7 @@ __all__ = ['Cancel', 'CancelFit', 'CancelEpoch', 'CancelTrain', 'CancelValidate'
 # %% ../../nbs/components/00_callback.ipynb #646a4fa1
 import difflib, functools
 from collections.abc import Iterable, MutableSequence
+from types import FunctionType
 import numpy as np
 import torch
 from fastcore.basics import patch
@@ -171,7 +172,8 @@ def plain_setting(x): # plain values as they are, anything else as the name of i
 @patch
 def __repr__(self:Callback) -> str:
     args, kwargs = self.init_args
-    given = [*map(repr, args), *(f'{name}={value!r}' for name, value in kwargs.items())]
+    def text(x): return x.__name__ if isinstance(x, (FunctionType, type)) else repr(x)
+    given = [*map(text, args), *(f'{name}={text(value)}' for name, value in kwargs.items())]
     return f'{type(self).__name__}({", ".join(given)})'
 
 @patch

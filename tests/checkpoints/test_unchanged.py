@@ -29,6 +29,8 @@ def test_it_is_fetched_in_each_process_and_as_a_module_too(root):
     assert '8 of 96 samples' in found
     found = run(root, code=f'import unchanged_script as s; print(s.run({str(root)!r}))')
     assert found.endswith('\n0') and 'has changed' not in found
+    found = run(root, code=f'import unchanged_script as s; s.as_notebook({str(root)!r})')
+    assert found.endswith('\n0') and 'has changed' not in found
 
 
 @pytest.mark.parametrize('change, said', [
