@@ -41,7 +41,9 @@ def serving():
             try: yield
             finally:
                 del os.environ[VARIABLE]
-                server.communicate()  # without its standard input it ends, and with it all copies
+                # What it is told ends it, and with it all copies; its input may not: a process
+                # that was forked off here and outlives its test holds it open
+                server.communicate(b'end')
 
 
 def listening(folder): # socket
