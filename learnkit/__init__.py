@@ -185,6 +185,10 @@ from .checkpoints.checkpointed import (
     Checkpointed,
 )
 from .checkpoints import learner_display as _learner_display
+from .checkpoints import learner_files as _learner_files
+from .checkpoints import learner_reach as _learner_reach
+from .checkpoints import learner_rules as _learner_rules
+from .checkpoints import learner_structure as _learner_structure
 from .checkpoints import learner_host as _learner_host
 from .checkpoints.learner import (
     CheckpointedLearner,

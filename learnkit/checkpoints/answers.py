@@ -110,7 +110,7 @@ def run_unrecorded(self:Ledger, node, name, args, kwargs):
     "A call that is not recorded, on the state of a checkpoint"
     n = node.n_calls
     if (node.id, n) not in self.structures:
-        self.check_put_together(node, structure_after(node, n), self.host.may_differ_in_cache)
+        self.check_put_together(node, structure_after(node, n), self.host.rules.may_differ_in_cache)
     with self.on_state_of(node, name): return self.make_call(name, args, kwargs)
 
 def forget_saves(folder):
@@ -123,16 +123,16 @@ def forget_saves(folder):
 @patch
 def key_at(self:Ledger, node, call): # 64 hex digits
     "The key of an answer on the state of a checkpoint"
-    unused = self.host.unused.get(call.method, ())
+    unneeded = self.host.rules.unneeded_by.get(call.method, ())
     digests = state_after(self.read, node, node.n_calls).digests
-    used = {part: digest for part, digest in digests.items() if part not in unused}
-    return answer_key(call, used, self.structure_for(node, call, unused))
+    used = {part: digest for part, digest in digests.items() if part not in unneeded}
+    return answer_key(call, used, self.structure_for(node, call, unneeded))
 
 @patch
-def structure_for(self:Ledger, node, call, unused=()) -> dict: # name -> digest
+def structure_for(self:Ledger, node, call, unneeded=()) -> dict: # name -> digest
     "The structure of a checkpoint, over the data and constants that are here now"
-    n, now, current = node.n_calls, call.structure, self.host.may_differ_in_cache
-    recorded, ignore = structure_after(node, n), (*current, *unused)
+    n, now, current = node.n_calls, call.structure, self.host.rules.may_differ_in_cache
+    recorded, ignore = structure_after(node, n), (*current, *unneeded)
     if (node.id, n) not in self.structures: self.check_put_together(node, recorded, ignore)
     kept = {name: recorded[name] for name in now if name in recorded and name not in ignore}
     return kept | {name: now[name].digest for name in (*current, 'method') if name in now}
@@ -145,10 +145,11 @@ def on_state_of(self:Ledger, node, method):
     saved, structure = state_after(self.read, node, n), self.structures.get((node.id, n))
     if saved.state is None: raise not_kept(node)
     tree = self.store.get({'state': saved.state, 'beside': saved.extra},
-                          self.host.known_tensors())
+                          self.host.reach.known_tensors())
     state = joined(tree['state'])
     with self.direct_calls.allowed(), self.host.unchanged():
-        if structure is None and method in self.host.unused: self.host.restore_used(state)
+        if structure is None and method in self.host.rules.unneeded_by:
+            self.host.restore_needed(state)
         else: self.host.restore(state, tree['beside'], structure)
         yield
 

@@ -45,7 +45,7 @@ def compare_beginning(ledger, node, digests): # (list of str, str: a line to sho
     "How seed and first weights differ from those recorded; and what to say of weights laid back"
     then, now = node.beginning, beginning(ledger)
     if texts := seeds_differ(then, now): return texts, ''
-    kinds = ledger.host.drawn_at_start()
+    kinds = ledger.host.rules.drawn_at_start()
     parts = dict.fromkeys(part for part, _ in kinds)
     others = [part for part in differing(node.start.digests, digests) if part in parts]
     if not others or is_known_state(ledger, {part: digests[part] for part in others}): return [], ''
@@ -58,6 +58,6 @@ def compare_beginning(ledger, node, digests): # (list of str, str: a line to sho
 # %% ../../nbs/checkpoints/06_beginning.ipynb #be7458a2
 def begins_as_recorded(ledger, node, digests): # bool
     "Whether the first weights came out as they did in another process"
-    parts = {part for part, _ in ledger.host.drawn_at_start()}
+    parts = {part for part, _ in ledger.host.rules.drawn_at_start()}
     same = not parts & set(differing(node.start.digests, digests))
     return ledger.is_as_made and same and has_repeated(node.beginning, beginning(ledger))

@@ -51,7 +51,7 @@ class Block:
 # %% ../../nbs/checkpoints/08_block.ipynb #33eaf665
 def open_block(ledger, id, description='', parent=None): # Block
     "Bring the object to where a checkpoint begins, and compare with what is recorded"
-    ledger.host.observe()
+    ledger.host.reach.observe()
     ledger.local_store.check_current()
     node = ledger.read(id)
     go_to_start(ledger, id, node, parent)
@@ -116,7 +116,7 @@ def has_left(self:Block, saved, digests) -> bool:
     if saved.digests != digests: return True
     ledger, extra = self.ledger, self.ledger.host.extra_state()
     def differs():
-        recorded = ledger.local_store.get(saved.extra, ledger.host.known_tensors())
+        recorded = ledger.local_store.get(saved.extra, ledger.host.reach.known_tensors())
         return tree_digest(recorded) != tree_digest(extra)
     return ledger.on_main(differs)
 
@@ -160,7 +160,7 @@ def call(self:Block, name, args, kwargs):
     call = ledger.describe_call(name, args, kwargs)
     if not self.made: check_beginning(self)
     if call.kind == 'pure': return self.answer_pure_call(call)
-    if name in ledger.host.once_per_block and any(made.method == name for made in self.made):
+    if name in ledger.host.rules.once_per_block and any(made.method == name for made in self.made):
         raise RuntimeError(f'{name} was called in this block already: a block has one {name}, '
                            'which changes all that is to be changed; open another checkpoint for '
                            'the next')
@@ -261,7 +261,7 @@ def make(self:Block, call, record, folder):
     except ChangedGlobalError:
         forget_saves(folder)  # going on from them would not show it again
         raise
-    if call.kind == 'structural': ledger.host.observe()
+    if call.kind == 'structural': ledger.host.reach.observe()
     structure = ledger.structure(still=call.kind != 'structural')
     try:
         if call.kind == 'changes': self.check_structure_kept(call, structure)
@@ -283,7 +283,7 @@ def make(self:Block, call, record, folder):
 def check_structure_kept(self:Block, call, after):
     "Raise RuntimeError when a call has changed what a run that fetches it would not change"
     texts = [text for name, now in after.items()
-             if name not in self.ledger.host.restored_structure
+             if name not in self.ledger.host.rules.restored_structure
              for text in differences(call.structure[name].tree, now.tree)]
     if texts:
         raise RuntimeError(
@@ -362,7 +362,7 @@ def fetch(self:Block, call, record, digests):
     differ, result = ledger.allowed_differences(self.node, len(self.made), digests), None
     if structural:
         result = ledger.make_call(call.method, call.args, call.kwargs)
-        host.observe()
+        host.reach.observe()
         self.diverged = self.diverged or ledger.state_digests() != record.after.digests
     has_state = record.after.state is not None
     tree = self.load(call, record, has_state and (self.diverged or not structural))
@@ -387,7 +387,7 @@ def load(self:Block, call, record, with_state): # dict: result, callbacks, perha
     roots = {'callbacks': record.callbacks if is_as_recorded else []}
     if call.kind != 'structural': roots['result'] = record.result
     if with_state: roots |= {'state': saved.state, 'beside': saved.extra}
-    tree = ledger.store.get(roots, ledger.host.known_tensors())
+    tree = ledger.store.get(roots, ledger.host.reach.known_tensors())
     callbacks = ledger.matching_callbacks(call, tree['callbacks']) if is_as_recorded else ()
     if with_state: self.load_state(tree, saved)
     for cb, (_, state) in zip(callbacks, tree['callbacks'], strict=True): cb.load_state_dict(state)
@@ -400,8 +400,8 @@ def load_state(self:Block, tree, saved):
     ledger.known_digests, ledger.is_as_made = ledger.no_digests(), False  # lets go of what was
     with ledger.direct_calls.allowed(): host.restore(joined(tree['state']), tree['beside'])
     live = by_part(host.state())
-    fixed = {part: value for part, value in live.items() if part not in host.may_drift}
-    ledger.known_digests = KnownDigests(fixed, saved.state, host.known_digest)
+    fixed = {part: value for part, value in live.items() if part not in host.rules.may_drift}
+    ledger.known_digests = KnownDigests(fixed, saved.state, host.reach.known_digest)
     ledger.note_lacks(saved)
 
 # %% ../../nbs/checkpoints/08_block.ipynb #b1d751b1

@@ -40,7 +40,8 @@ def call_differs(self:Ledger, node, k, call, digests) -> list: # of str
 def has_same_effect(self:Ledger, record, call) -> bool:
     "Whether two structural calls put the object together alike, as `to_bf16` and `add_cb` may"
     kinds = record.kind, call.kind
-    if not self.host.may_try or kinds != ('structural',) * 2 or not record.is_complete: return False
+    if not self.host.rules.may_try or kinds != ('structural',) * 2: return False
+    if not record.is_complete: return False
     with self.direct_calls.allowed(), self.host.trying(call.method, call.args, call.kwargs):
         return digests_of(self.structure()) == record.structure_after
 
@@ -55,7 +56,7 @@ def state_changes(self:Ledger, node, k, parts) -> list: # of str
 def allowed_differences(self:Ledger, node, k, digests) -> list: # parts of the state
     "Parts of the state that stand elsewhere than recorded before call `k`, and may"
     is_first = k == 0 and node.parent is None
-    allowed = self.host.may_differ_at_start if is_first else self.host.may_drift
+    allowed = self.host.rules.may_differ_at_start if is_first else self.host.rules.may_drift
     before = state_before(self.read, node, k).digests
     return [part for part in differing(before, digests) if part in allowed]
 
@@ -63,7 +64,7 @@ def allowed_differences(self:Ledger, node, k, digests) -> list: # parts of the s
 @patch
 def gained(self:Ledger, node, recorded, now) -> dict: # name of a part -> text
     "Parts of the structure that have only gained what cannot change a result"
-    found = {name: self.host.gained(name, node.descriptions[digest], now[name].tree)
+    found = {name: self.host.rules.harmless_gain(name, node.descriptions[digest], now[name].tree)
              for name, digest in recorded.items() if name in now and now[name].digest != digest}
     return {name: text for name, text in found.items() if text is not None}
 
@@ -74,7 +75,7 @@ def structure_differs(self:Ledger, node, recorded, now, ignore=()) -> list: # of
     differ = [name for name in names if name not in now or recorded.get(name) != now[name].digest]
     texts = []
     for name in differ:
-        if self.host.implied_by.get(name) in differ: continue
+        if self.host.rules.implied_by.get(name) in differ: continue
         if name not in now or name not in recorded: texts.append(f'{name} is not part of both')
         else: texts += differences(node.descriptions[recorded[name]], now[name].tree)
     return [f'{type(self.host.object).__name__}: {text}' for text in texts]
@@ -145,8 +146,8 @@ def check_put_together(self:Ledger, node, recorded, ignore=()):
     "Raise StaleCheckpoint when the object is put together otherwise than the checkpoint was"
     now = self.structure()
     both = [name for name in now if name in recorded and name not in ignore]
-    texts = self.structure_differs(node, {name: recorded[name] for name in both},
-                                   {name: now[name] for name in both}, self.host.restored_structure)
+    then, now = ({name: of[name] for name in both} for of in (recorded, now))
+    texts = self.structure_differs(node, then, now, self.host.rules.restored_structure)
     texts = list(dict.fromkeys([*self.root_differs(node), *texts]))
     if not texts: return
     calls = [f'learn.{call}' for call in structural_calls(self.read, node)]
@@ -278,7 +279,8 @@ def roll_back(self:Ledger, position, schedules=True):
     saved, structure = state_after(self.read, node, n), self.structures.get((position.id, n))
     if saved.state is None: raise not_kept(node)
     if structure is None:
-        self.check_put_together(node, structure_after(node, n), self.host.may_differ_in_rollback)
+        current = self.host.rules.may_differ_in_rollback
+        self.check_put_together(node, structure_after(node, n), current)
     best = best_root(node) if position.call == 'best' else None
     self.restore(saved, structure, best, schedules)
     if self.lacks:

@@ -56,7 +56,7 @@ class Checkpointed:
         super().__init__(*args, **kwargs)
         construction = Construction(given.args, given.kwargs, arguments)
         self.ledger = Ledger(make_host(self, construction, save_every), store, options)
-        self.ledger.host.observe(anew=True)
+        self.ledger.host.reach.observe(anew=True)
 
 # %% ../../nbs/checkpoints/09_checkpointed.ipynb #9aac66e4
 @dataclass
@@ -74,7 +74,7 @@ def observed_after(init): # constructor
     @functools.wraps(init)
     def constructed(self, *args, **kwargs):
         init(self, *args, **kwargs)
-        self.ledger.host.observe(anew=True)
+        self.ledger.host.reach.observe(anew=True)
     return constructed
 
 def check_names(cls):

@@ -33,11 +33,13 @@ def numbered_methods(cls): # list of names
     return [name for name in dir(cls) if method_kind(cls, name) in ('changes', 'structural')]
 
 # %% ../../nbs/checkpoints/02_host.ipynb #e11fb405
-class Display:
+class HostPart:
+    "What a host leaves to an object of its own"
+    def __init__(self, obj): self.object = obj
+
+class Display(HostPart):
     "What is shown of an object and its calls"
     part_names = MappingProxyType({})  # part of the state -> what people call it
-
-    def __init__(self, obj): self.object = obj
 
     def show(self, text): print(text, flush=True)
 
@@ -58,6 +60,77 @@ class Display:
         "Show of a call that was fetched what was shown when it was computed"
 
 # %% ../../nbs/checkpoints/02_host.ipynb #9b7ca612
+class Reach(HostPart):
+    "What belongs to an object, and how it was when it came into reach"
+    def observe(self, arguments=None, # of a call, by name
+                anew:bool=False, # whether all that is now counts as the beginning
+               ):
+        "Note how what has come into reach is"
+
+    def as_built(self, arguments=None): # context manager; arguments: of a call, by name
+        "Inside the block everything is as it was when it came into reach"
+        return nullcontext()
+
+    def ids(self, arguments) -> set:
+        "The ids of all that the state of the object, or of arguments of a call, holds"
+        return set()
+
+    def known_objects(self) -> dict: # id of an object -> what to call it
+        "Objects of the state or the structure, which code that reads them needs not describe"
+        return {id(self.object): 'itself'}
+
+    def known_digest(self, t): # 64 hex digits; None for any other tensor
+        "The digest of a tensor of the state that nobody writes to any more"
+        return None
+
+    def known_tensors(self) -> dict: # digest -> tensor
+        "Such tensors, which need not be read when a state is loaded"
+        return {}
+
+# %% ../../nbs/checkpoints/02_host.ipynb #09ae3958
+class Files(HostPart):
+    "The files that calls read and leave behind"
+    folder = Path()  # the names below are relative to it
+
+    def read_by(self, method:str, arguments:dict) -> dict: # name -> value
+        "The content of files that a call is to read"
+        return {}
+
+    def written_by(self, arguments:dict) -> list: # of names
+        "The files that the last call, which had these arguments, has left behind"
+        return []
+
+# %% ../../nbs/checkpoints/02_host.ipynb #156b092e
+class Rules(HostPart):
+    "What may differ from a record, and what of it need not be kept"
+    may_drift = ()  # parts of the state that may stand elsewhere when a call is fetched
+    may_differ_at_start = ()  # likewise, where nothing is recorded before
+    may_differ_in_cache = ()  # structure that a call on a checkpoint's state takes as it is now
+    may_differ_in_rollback = ()  # structure that a state does not depend on
+    restored_structure = ()  # structure that `Host.restore` brings back
+    weights_in_state = ()  # structure of which weights do not count, as they are in the state
+    implied_by = MappingProxyType({})  # structure -> other structure that differs wherever it does
+    unneeded_by = MappingProxyType({})  # pure method -> parts of state and structure
+    once_per_block = ()  # methods
+    may_try = False  # whether `Host.trying` works: structural calls with one effect are alike then
+
+    def harmless_gain(self, part, then, now): # str, perhaps empty; None: more has changed
+        "What a part of the structure has only gained, and which cannot change what calls do"
+        return None
+
+    def drawn_at_start(self) -> dict: # (part of the state, name) -> 'parameter' or 'buffer'
+        "Tensors of the state that a constructor may have drawn at random"
+        return {}
+
+    def parts_made_anew(self, call) -> tuple:
+        "Parts of the state that a call makes anew, whatever they were"
+        return ()
+
+    def without_moments(self, state): # (root, parts that are not whole then)
+        "A stored state without what only matters where training goes on"
+        return state, ()
+
+# %% ../../nbs/checkpoints/02_host.ipynb #1c4aea66
 @dataclass(frozen=True)
 class Construction:
     "How an object was made"
@@ -67,25 +140,16 @@ class Construction:
 
 class Host:
     "What a record has to know of an object whose calls it records"
-    may_drift = ()  # parts of the state that may stand elsewhere when a call is fetched
-    may_differ_at_start = ()  # likewise, where nothing is recorded before
-    may_differ_in_cache = ()  # structure that a call on a checkpoint's state takes as it is now
-    may_differ_in_rollback = ()  # structure that a state does not depend on
-    restored_structure = ()  # structure that `restore` brings back
-    weights_in_state = ()  # structure of which weights do not count, as they are in the state
-    implied_by = MappingProxyType({})  # structure -> other structure that differs wherever it does
-    unused = MappingProxyType({})  # pure method -> parts of state and structure it does not need
-    once_per_block = ()  # methods
-    may_try = False  # whether `trying` works, so that structural calls with one effect are alike
+    display_class, reach_class, files_class, rules_class = Display, Reach, Files, Rules
     ranks = None  # the processes that make each call together; None: a single one
     is_busy = False  # whether a call is running
-    display_class = Display
 
     def __init__(self, obj, construction:Construction, save_every:str='1 epoch'):
         self.object, self.construction, self.save_every = obj, construction, save_every
-        self.display = self.display_class(obj)
+        self.display, self.reach = self.display_class(obj), self.reach_class(obj)
+        self.files, self.rules = self.files_class(obj), self.rules_class(obj)
 
-# %% ../../nbs/checkpoints/02_host.ipynb #09ae3958
+# %% ../../nbs/checkpoints/02_host.ipynb #101b6620
 @patch
 def state(self:Host): # tree
     "The state, not a copy: a dict by parts where possible"
@@ -106,15 +170,10 @@ def structure(self:Host) -> dict: # name -> value
     return {}
 
 @patch
-def known_objects(self:Host) -> dict: # id of an object -> what to call it
-    "Objects that are in the state or the structure, and need no description where code reads them"
-    return {id(self.object): 'itself'}
-
-# %% ../../nbs/checkpoints/02_host.ipynb #c12cf1c8
-@patch
 def structure_objects(self:Host): # live objects
     "What `restore` needs to give the object the structure that it has now"
 
+# %% ../../nbs/checkpoints/02_host.ipynb #13503e96
 @patch
 def restore(self:Host, state, extra,
             structure=None, # as from `structure_objects`; None: it stays as it is
@@ -125,6 +184,11 @@ def restore(self:Host, state, extra,
     self.object.load_state_dict(state)
 
 @patch
+def restore_needed(self:Host, state):
+    "Load a state without the parts that pure methods do not need"
+    self.restore(state, None)
+
+@patch
 @contextmanager
 def unchanged(self:Host):
     "Whatever happens inside, the object is afterwards as it was before"
@@ -132,68 +196,21 @@ def unchanged(self:Host):
     try: yield
     finally: self.object.load_state_dict(before)
 
-# %% ../../nbs/checkpoints/02_host.ipynb #156b092e
-@patch
-def observe(self:Host,
-            arguments=None, # of a call, by name
-            anew:bool=False, # whether all that is now counts as the beginning
-           ):
-    "Note how what has come into reach is"
-
-@patch
-def known_digest(self:Host, t): # 64 hex digits; None for any other tensor
-    "The digest of a tensor of the state that nobody writes to any more"
-    return None
-
-@patch
-def known_tensors(self:Host) -> dict: # digest -> tensor
-    "Such tensors, which need not be read when a state is loaded"
-    return {}
-
-@patch
-def ids_in_reach(self:Host, arguments) -> set:
-    "The ids of all that the state of the object, or of arguments of a call, holds"
-    return set()
-
-@patch
-def as_built(self:Host, arguments=None): # context manager; arguments: of a call, by name
-    "Inside the block everything is as it was when it came into reach"
-    return nullcontext()
-
 # %% ../../nbs/checkpoints/02_host.ipynb #cd00aad8
 @patch
-def files_read(self:Host, method:str, arguments:dict) -> dict: # name -> value
-    "The content of files that a call is to read"
-    return {}
+def instantiated(self:Host, method:str, args, kwargs): # (args, kwargs)
+    "Arguments with objects in place of classes that the call would make them of"
+    return args, kwargs
 
 @patch
-def files_written(self:Host, arguments:dict) -> list: # of names
-    "The files that the last call, which had these arguments, has left behind"
+def stateful_arguments(self:Host, arguments:dict) -> list:
+    "Arguments that a call changes: objects with `state_dict` and `load_state_dict`"
     return []
 
 @patch
-def file_path(self:Host, name:str) -> Path: return Path(name)
-
-@patch
-def makes_anew(self:Host, call) -> tuple:
-    "Parts of the state that a call makes anew, whatever they were"
-    return ()
-
-@patch
-def without_moments(self:Host, state): # (root, parts that are not whole then)
-    "A stored state without what only matters where training goes on"
-    return state, ()
-
-# %% ../../nbs/checkpoints/02_host.ipynb #3251a70c
-@patch
-def restore_used(self:Host, state):
-    "Load a state without the parts that pure methods do not need"
-    self.restore(state, None)
-
-@patch
-def made(self:Host, method:str, args, kwargs): # (args, kwargs)
-    "Arguments with objects in place of classes that the call would make them of"
-    return args, kwargs
+def call(self:Host, method:str, args, kwargs): # what it returns
+    "Call a method of the object"
+    return getattr(self.object, method)(*args, **kwargs)
 
 @patch
 @contextmanager
@@ -201,17 +218,6 @@ def trying(self:Host, method:str, args, kwargs):
     "Inside the block the structure is as a structural call makes it"
     raise NotImplementedError(f'{type(self).__name__} does not know how to undo {method}')
     yield
-
-@patch
-def stateful_arguments(self:Host, arguments:dict) -> list:
-    "Arguments that a call changes: objects with `state_dict` and `load_state_dict`"
-    return []
-
-# %% ../../nbs/checkpoints/02_host.ipynb #5f3bbce8
-@patch
-def call(self:Host, method:str, args, kwargs): # what it returns
-    "Call a method of the object"
-    return getattr(self.object, method)(*args, **kwargs)
 
 @patch
 def saving_to(self:Host, folder,
@@ -225,14 +231,3 @@ def saving_to(self:Host, folder,
 def make_host(obj, construction:Construction, save_every:str='1 epoch') -> Host:
     "The host of an object, by its class"
     return Host(obj, construction, save_every)
-
-# %% ../../nbs/checkpoints/02_host.ipynb #97314e06
-@patch
-def drawn_at_start(self:Host) -> dict: # (part of the state, name) -> 'parameter' or 'buffer'
-    "Tensors of the state that a constructor may have drawn at random; none of a plain object"
-    return {}
-
-@patch
-def gained(self:Host, part, then, now): # str, perhaps empty; None: more has changed
-    "What a part of the structure has only gained, and which cannot change what calls do"
-    return None

@@ -25,12 +25,15 @@ def numbered_methods(cls: Any) -> Any:
         list of names
     """
 
-class Display:
+class HostPart:
+    """What a host leaves to an object of its own"""
+    object: Any
+    def __init__(self, obj: Any) -> None: ...
+
+class Display(HostPart):
     """What is shown of an object and its calls"""
     part_names: MappingProxyType
     """part of the state -> what people call it"""
-    object: Any
-    def __init__(self, obj: Any) -> None: ...
     def show(self, text: Any) -> None: ...
     def argument_text(self, value: Any, text: Any) -> Any:
         """An argument as it stands in a script
@@ -56,6 +59,102 @@ class Display:
     def show_report(self, report: Any, stateful: Any) -> None:
         """Show of a call that was fetched what was shown when it was computed"""
 
+class Reach(HostPart):
+    """What belongs to an object, and how it was when it came into reach"""
+    def observe(self, arguments: Any = None, anew: bool = False) -> None:
+        """Note how what has come into reach is
+
+        Args:
+            arguments: of a call, by name
+            anew: whether all that is now counts as the beginning
+        """
+    def as_built(self, arguments: Any = None) -> Any:
+        """Inside the block everything is as it was when it came into reach
+
+        Returns:
+            context manager; arguments: of a call, by name
+        """
+    def ids(self, arguments: Any) -> set:
+        """The ids of all that the state of the object, or of arguments of a call, holds"""
+    def known_objects(self) -> dict:
+        """Objects of the state or the structure, which code that reads them needs not describe
+
+        Returns:
+            id of an object -> what to call it
+        """
+    def known_digest(self, t: Any) -> Any:
+        """The digest of a tensor of the state that nobody writes to any more
+
+        Returns:
+            64 hex digits; None for any other tensor
+        """
+    def known_tensors(self) -> dict:
+        """Such tensors, which need not be read when a state is loaded
+
+        Returns:
+            digest -> tensor
+        """
+
+class Files(HostPart):
+    """The files that calls read and leave behind"""
+    folder: Path
+    """the names below are relative to it"""
+    def read_by(self, method: str, arguments: dict) -> dict:
+        """The content of files that a call is to read
+
+        Returns:
+            name -> value
+        """
+    def written_by(self, arguments: dict) -> list:
+        """The files that the last call, which had these arguments, has left behind
+
+        Returns:
+            of names
+        """
+
+class Rules(HostPart):
+    """What may differ from a record, and what of it need not be kept"""
+    may_drift: tuple[str, ...]
+    """parts of the state that may stand elsewhere when a call is fetched"""
+    may_differ_at_start: tuple[Any, ...]
+    """likewise, where nothing is recorded before"""
+    may_differ_in_cache: tuple[str, ...]
+    """structure that a call on a checkpoint's state takes as it is now"""
+    may_differ_in_rollback: tuple[str, ...]
+    """structure that a state does not depend on"""
+    restored_structure: tuple[str, ...]
+    """structure that `Host.restore` brings back"""
+    weights_in_state: tuple[str, ...]
+    """structure of which weights do not count, as they are in the state"""
+    implied_by: MappingProxyType
+    """structure -> other structure that differs wherever it does"""
+    unneeded_by: MappingProxyType
+    """pure method -> parts of state and structure"""
+    once_per_block: tuple[str, ...]
+    """methods"""
+    may_try: bool
+    """whether `Host.trying` works: structural calls with one effect are alike then"""
+    def harmless_gain(self, part: Any, then: Any, now: Any) -> Any:
+        """What a part of the structure has only gained, and which cannot change what calls do
+
+        Returns:
+            str, perhaps empty; None: more has changed
+        """
+    def drawn_at_start(self) -> dict:
+        """Tensors of the state that a constructor may have drawn at random
+
+        Returns:
+            (part of the state, name) -> 'parameter' or 'buffer'
+        """
+    def parts_made_anew(self, call: Any) -> tuple:
+        """Parts of the state that a call makes anew, whatever they were"""
+    def without_moments(self, state: Any) -> Any:
+        """A stored state without what only matters where training goes on
+
+        Returns:
+            (root, parts that are not whole then)
+        """
+
 @dataclass(frozen=True)
 class Construction:
     """How an object was made"""
@@ -67,35 +166,21 @@ class Construction:
 
 class Host:
     """What a record has to know of an object whose calls it records"""
-    may_drift: tuple[str, ...]
-    """parts of the state that may stand elsewhere when a call is fetched"""
-    may_differ_at_start: tuple[Any, ...]
-    """likewise, where nothing is recorded before"""
-    may_differ_in_cache: tuple[str, ...]
-    """structure that a call on a checkpoint's state takes as it is now"""
-    may_differ_in_rollback: tuple[str, ...]
-    """structure that a state does not depend on"""
-    restored_structure: tuple[str, ...]
-    """structure that `restore` brings back"""
-    weights_in_state: tuple[str, ...]
-    """structure of which weights do not count, as they are in the state"""
-    implied_by: MappingProxyType
-    """structure -> other structure that differs wherever it does"""
-    unused: MappingProxyType
-    """pure method -> parts of state and structure it does not need"""
-    once_per_block: tuple[str, ...]
-    """methods"""
-    may_try: bool
-    """whether `trying` works, so that structural calls with one effect are alike"""
+    display_class: Any
+    reach_class: Any
+    files_class: Any
+    rules_class: Any
     ranks: Any
     """the processes that make each call together; None: a single one"""
     is_busy: bool
     """whether a call is running"""
-    display_class: Any
     object: Any
     construction: Construction
     save_every: str
     display: Any
+    reach: Any
+    files: Any
+    rules: Any
     def __init__(
             self,
             obj: Any,
@@ -126,12 +211,6 @@ class Host:
         Returns:
             name -> value
         """
-    def known_objects(self) -> dict:
-        """Objects that are in the state or the structure, and need no description where code reads them
-
-        Returns:
-            id of an object -> what to call it
-        """
     def structure_objects(self) -> Any:
         """What `restore` needs to give the object the structure that it has now
 
@@ -153,66 +232,16 @@ class Host:
             best: a state to load on top: that of the best model
             schedules: False: schedules stay as they are
         """
+    def restore_needed(self, state: Any) -> None:
+        """Load a state without the parts that pure methods do not need"""
     def unchanged(self) -> AbstractContextManager[None]:
         """Whatever happens inside, the object is afterwards as it was before"""
-    def observe(self, arguments: Any = None, anew: bool = False) -> None:
-        """Note how what has come into reach is
-
-        Args:
-            arguments: of a call, by name
-            anew: whether all that is now counts as the beginning
-        """
-    def known_digest(self, t: Any) -> Any:
-        """The digest of a tensor of the state that nobody writes to any more
-
-        Returns:
-            64 hex digits; None for any other tensor
-        """
-    def known_tensors(self) -> dict:
-        """Such tensors, which need not be read when a state is loaded
-
-        Returns:
-            digest -> tensor
-        """
-    def ids_in_reach(self, arguments: Any) -> set:
-        """The ids of all that the state of the object, or of arguments of a call, holds"""
-    def as_built(self, arguments: Any = None) -> Any:
-        """Inside the block everything is as it was when it came into reach
-
-        Returns:
-            context manager; arguments: of a call, by name
-        """
-    def files_read(self, method: str, arguments: dict) -> dict:
-        """The content of files that a call is to read
-
-        Returns:
-            name -> value
-        """
-    def files_written(self, arguments: dict) -> list:
-        """The files that the last call, which had these arguments, has left behind
-
-        Returns:
-            of names
-        """
-    def file_path(self, name: str) -> Path: ...
-    def makes_anew(self, call: Any) -> tuple:
-        """Parts of the state that a call makes anew, whatever they were"""
-    def without_moments(self, state: Any) -> Any:
-        """A stored state without what only matters where training goes on
-
-        Returns:
-            (root, parts that are not whole then)
-        """
-    def restore_used(self, state: Any) -> None:
-        """Load a state without the parts that pure methods do not need"""
-    def made(self, method: str, args: Any, kwargs: Any) -> Any:
+    def instantiated(self, method: str, args: Any, kwargs: Any) -> Any:
         """Arguments with objects in place of classes that the call would make them of
 
         Returns:
             (args, kwargs)
         """
-    def trying(self, method: str, args: Any, kwargs: Any) -> AbstractContextManager[None]:
-        """Inside the block the structure is as a structural call makes it"""
     def stateful_arguments(self, arguments: dict) -> list:
         """Arguments that a call changes: objects with `state_dict` and `load_state_dict`"""
     def call(self, method: str, args: Any, kwargs: Any) -> Any:
@@ -221,6 +250,8 @@ class Host:
         Returns:
             what it returns
         """
+    def trying(self, method: str, args: Any, kwargs: Any) -> AbstractContextManager[None]:
+        """Inside the block the structure is as a structural call makes it"""
     def saving_to(self, folder: Any, store: Any) -> Any:
         """A call inside saves to the folder, and goes on from what is there
 
@@ -229,18 +260,6 @@ class Host:
 
         Returns:
             context manager
-        """
-    def drawn_at_start(self) -> dict:
-        """Tensors of the state that a constructor may have drawn at random; none of a plain object
-
-        Returns:
-            (part of the state, name) -> 'parameter' or 'buffer'
-        """
-    def gained(self, part: Any, then: Any, now: Any) -> Any:
-        """What a part of the structure has only gained, and which cannot change what calls do
-
-        Returns:
-            str, perhaps empty; None: more has changed
         """
 
 @singledispatch

@@ -6,54 +6,35 @@
 __all__ = []
 
 # %% ../../nbs/checkpoints/10_learner_host.ipynb #09f43a0c
-import copy, inspect
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
-from types import MappingProxyType
 from fastcore.basics import patch
-from torch import nn
-from ..base.dtensors import unsharded_class
 from ..base.randomness import set_rng_state
-from ..files.durable import file_digest
-from ..files.records import referenced_digests
-from ..fingerprint.words import as_text
 from ..components.callback import without_classes
-from ..components.optim import opt_params
 from ..fingerprint.functions import signature_without_self
-from ..fingerprint.inspection import is_users_own, name_of
-from ..fingerprint.modules import Behaviour, without_owner
 from ..loop.observed import (
-    Baseline, as_built, forget_changes, has_own_state, ids_in_reach, load_observed, observed_state)
+    forget_changes, has_own_state, load_observed, observed_state)
 from ..loop.position import FitState
-from ..loop.provenance import (
-    WEIGHTS_IN_STATE, class_attributes, drawn_at_start, frozen_modules, is_of_library,
-    known_objects, named_params, structure)
+from ..loop.provenance import class_attributes, frozen_modules, named_params
 from ..loop.state import (
     check_loss_state, check_model_state, load_model_state, unchanged_parts)
-from ..loop.saving import localized, save_path
+from ..loop.saving import localized
 from ..loop.resume import as_period, autosaving
 from ..training.torch_schedulers import torch_schedulers
 from ..training.save_best import SaveBest
 from .host import Host, method_kind
 from .learner_display import LearnerDisplay, given_callbacks
+from .learner_files import LearnerFiles
+from .learner_reach import LearnerReach
+from .learner_rules import LearnerRules
+from learnkit.checkpoints.learner_structure import (
+    added_arguments, learner_structure, put_modules_back, put_together, structure_objects,
+    undone_on_error, way_back)
 
 # %% ../../nbs/checkpoints/10_learner_host.ipynb #c0a496e9
-MODEL_METHODS = ('validate', 'test', 'get_preds', 'predict')  # these need no optimizer,
-TRAINING_ONLY = ('opt', 'scaler', 'counters', 'opt_func', 'lr', 'wd', 'splitter', 'layers')
-
 class LearnerHost(Host):
     "What a record has to know of a learner"
-    may_drift = ('rng', 'data', 'ranks')
-    may_differ_at_start = ('model', 'loss_func', *may_drift)
-    may_differ_in_cache = ('data',)
-    may_differ_in_rollback = ('data', 'metrics', 'n_inp')
-    restored_structure = ('lr', 'layers')
-    weights_in_state = ('built_model', 'behaviour', *WEIGHTS_IN_STATE)
-    implied_by = MappingProxyType({'model': 'built_model'})
-    unused = MappingProxyType({method: TRAINING_ONLY for method in MODEL_METHODS})
-    once_per_block = ('setup',)
-    may_try = True
-    display_class = LearnerDisplay
+    display_class, reach_class = LearnerDisplay, LearnerReach
+    files_class, rules_class = LearnerFiles, LearnerRules
 
     def __init__(self, learn, construction, save_every='1 epoch'):
         as_period(save_every)  # an error now
@@ -75,117 +56,19 @@ def root(self:LearnerHost) -> dict: # name -> value
             'class': class_attributes(cls),
             'constructor': added_arguments(cls, given.args, given.kwargs)}
 
-def added_arguments(cls, args, kwargs): # dict: name -> value
-    "What a subclass's constructor has besides those of the learner"
-    known = {name for base in cls.__mro__ if is_of_library(base)
-             for name in inspect.signature(base.__init__).parameters}
-    bound = inspect.signature(cls.__init__).bind(None, *args, **kwargs)
-    bound.apply_defaults()
-    kinds = {name: param.kind for name, param in bound.signature.parameters.items()}
-    variadic = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
-    return {name: value for name, value in bound.arguments.items()
-            if name not in known and kinds[name] not in variadic}
-
-
-# %% ../../nbs/checkpoints/10_learner_host.ipynb #307a8217
 @patch
 def structure(self:LearnerHost) -> dict: # name -> value
     "What calls follow from besides state and arguments, as it is now"
-    learn = self.object
-    return {**structure(learn), 'lr': learn.lr, 'metrics': fresh_metrics(learn.metrics),
-            'model': outline(learn.model), 'behaviour': behaviour(learn), 'data': learn.dls}
-
-def behaviour(learn): # Behaviour
-    "What model, optimizer and scaler do, and functions put in the place of the learner's methods"
-    own = {name: without_owner(x, learn) for name, x in vars(learn).items()
-           if hasattr(type(learn), name)}
-    functions = {f'learn.{name}': x for name, x in own.items() if is_users_own(x)}
-    return Behaviour(learn.model, (type(learn.opt), type(learn.scaler)), functions)
+    return learner_structure(self.object)
 
 @patch
-def known_objects(self:LearnerHost) -> dict: # id of an object -> what to call it
-    "The learner and its parts, which code may read as globals"
-    return known_objects(self.object)
+def structure_objects(self:LearnerHost) -> dict: # of live objects
+    "Everything the learner is put together from, but not the state of its optimizer"
+    return structure_objects(self.object)
 
-def fresh_metrics(metrics): # the same nesting
-    "Metrics as they are before a pass: what they have gathered makes no difference"
-    if isinstance(metrics, (list, tuple)): return list(map(fresh_metrics, metrics))
-    if isinstance(metrics, dict): return {name: fresh_metrics(m) for name, m in metrics.items()}
-    if not callable(getattr(metrics, 'reset', None)) or isinstance(metrics, type): return metrics
-    metrics = copy.deepcopy(metrics)
-    metrics.reset()
-    return metrics
-
-# %% ../../nbs/checkpoints/10_learner_host.ipynb #31d9c985
-def outline(model:nn.Module): # dict: path -> [class, shapes, attributes of torch's own classes]
-    "What a model consists of, without its values and without what it may count for itself"
-    def of(module):
-        params = module._parameters.items()
-        shapes = {name: f'{p.dtype}{list(p.shape)}' for name, p in params if p is not None}
-        is_torchs = unsharded_class(module).__module__.startswith('torch.')
-        plain = {name: value for name, value in public_attributes(module).items()
-                 if is_torchs and isinstance(value, (bool, int, float, str, tuple))}
-        return [name_of(unsharded_class(module)), shapes, plain]
-    return {name: of(module) for name, module in model.named_modules()}
-
-def public_attributes(module): # dict
-    "The attributes of a module that are not torch's own bookkeeping"
-    return {name: value for name, value in vars(module).items()
-            if name[0] != '_' and name != 'training'}
-
-# %% ../../nbs/checkpoints/10_learner_host.ipynb #ef76a9c5
+# %% ../../nbs/checkpoints/10_learner_host.ipynb #307a8217
 @patch
-def observe(self:LearnerHost, arguments=None, anew=False):
-    "Note how what has come into reach is"
-    learn = self.object
-    if anew: learn._origin.baseline = Baseline()
-    learn._origin.is_recorded = True
-    learn._origin.baseline.add(learn, given_callbacks(arguments or {}))
-
-@patch
-def makes_anew(self:LearnerHost, call): # tuple of parts
-    "The optimizer, where a call resets it or gives another one"
-    values = call.values
-    has_new = values.get('reset_opt') is True or (
-        call.method == 'setup' and values.get('opt_func') is not None)
-    return ('opt',) if has_new else ()
-
-@patch
-def without_moments(self:LearnerHost, state): # (root, parts that are not whole then)
-    "Without what an optimizer keeps of each parameter, where it is laid out as torch's are"
-    opt = state.get('opt') or {}
-    inner = opt.get('state_dict') or {}
-    if not referenced_digests(inner.get('state')): return state, ()
-    return {**state, 'opt': {**opt, 'state_dict': {**inner, 'state': {}}}}, ('opt',)
-
-@patch
-def known_digest(self:LearnerHost, t): return self.object.recorder.digest(t)
-@patch
-def known_tensors(self:LearnerHost): return self.object.recorder.parts()
-
-@patch
-def saving_to(self:LearnerHost, folder, store): # context manager
-    return autosaving(self.object, folder, self.save_every, store)
-
-# %% ../../nbs/checkpoints/10_learner_host.ipynb #d167d74d
-@patch
-def ids_in_reach(self:LearnerHost, arguments) -> set:
-    "The ids of all that is observed, callbacks among the arguments too"
-    return ids_in_reach(self.object, given_callbacks(arguments))
-
-@patch
-def as_built(self:LearnerHost, arguments=None): # context manager
-    return as_built(self.object, given_callbacks(arguments or {}))
-
-@patch
-def files_read(self:LearnerHost, method, arguments) -> dict: # name -> digest
-    "The content of files that a call is to read"
-    if method != 'load': return {}
-    path = save_path(self.object, arguments['name'])
-    return {str(arguments['name']): file_digest(path) or 'no such file'}
-
-@patch
-def made(self:LearnerHost, method, args, kwargs): # (args, kwargs)
+def instantiated(self:LearnerHost, method, args, kwargs): # (args, kwargs)
     "Callbacks that are given as classes are made before the call, so that they have a state"
     def made(name, value): return without_classes(value) if name == 'cbs' else value
     names = list(signature_without_self(getattr(type(self.object), method)).parameters)
@@ -200,174 +83,19 @@ def call(self:LearnerHost, method, args, kwargs): # what it returns
     if method_kind(type(learn), method) != 'pure': return Host.call(self, method, args, kwargs)
     with unchanged_parts(learn): return Host.call(self, method, args, kwargs)
 
-# %% ../../nbs/checkpoints/10_learner_host.ipynb #085fdcc5
-@patch
-def extra_state(self:LearnerHost) -> dict: # plain tree
-    "What belongs to a moment and is no part of the state"
-    learn = self.object
-    return {'times': learn.recorder.times_state(), 'lr': learn.lr, 'still': frozen_modules(learn),
-            'places': fit_outcome(learn)}
-
-@patch
-def load_extra_state(self:LearnerHost, tree):
-    "Take over what `extra_state` returned"
-    learn = self.object
-    learn.recorder.load_times(tree['times'])
-    learn.lr = tree['lr']
-    for _, param in named_params(learn): param.grad = None
-    modules = dict(learn.model.named_modules())
-    learn.frozen_stats = [modules[name] for name in tree['still']]
-    set_fit_outcome(learn, tree['places'])
-
-def fit_outcome(learn): return learn._fit.outcome() # dict
-def set_fit_outcome(learn, tree): learn._fit = FitState(**tree)
-
-# %% ../../nbs/checkpoints/10_learner_host.ipynb #4164956c
-OBJECTS = ('loss_func', 'opt_func', 'lr', 'wd', 'splitter', 'metrics', 'n_inp', 'model', 'compiled')
-
-@patch
-def structure_objects(self:LearnerHost) -> dict: # of live objects
-    "Everything the learner is put together from, but not the state of its optimizer"
-    learn = self.object
-    return {'attributes': {name: getattr(learn, name) for name in OBJECTS},
-            'cbs': [cb for cb in learn.cbs if not cb.distributes],
-            'modules': [(m, dict(m._modules), public_attributes(m)) for m in learn.model.modules()],
-            'opt': (learn.opt_func, learn.wd, learn.splitter, type(learn.opt),
-                    [id(p) for p in opt_params(learn.opt)] if learn.opt else [])}
-
-@patch
-def put_together(self:LearnerHost, structure):
-    "Put the learner together as it was; an optimizer that was another one is made anew"
-    learn, is_new = self.object, self.structure_objects()['opt'] != structure['opt']
-    vars(learn).update(structure['attributes'])
-    put_modules_back(structure['modules'])
-    learn.cbs = [*structure['cbs'], *(cb for cb in learn.cbs if cb.distributes)]
-    if not is_new: return
-    learn.make_opt()
-    for cb in torch_schedulers(learn.cbs): cb.forget()
-
-def put_modules_back(modules):
-    "Give modules the children and attributes they had"
-    for module, children, attributes in modules:
-        module._modules.clear()
-        module._modules.update(children)
-        for name in public_attributes(module).keys() - attributes.keys(): delattr(module, name)
-        vars(module).update(attributes)
-
-# %% ../../nbs/checkpoints/10_learner_host.ipynb #e9c702f8
-@patch
-def way_back(self:LearnerHost): # function
-    "What puts the learner together as it is now, with its own optimizer"
-    learn = self.object
-    attributes, structure, cbs = dict(vars(learn)), self.structure_objects(), list(learn.cbs)
-    schedulers = [(cb, dict(vars(cb))) for cb in torch_schedulers(cbs)]
-    def go_back():
-        self.put_together(structure)
-        vars(learn).clear()
-        vars(learn).update(attributes)
-        learn.cbs[:] = cbs
-        for cb, before in schedulers: vars(cb).update(before)
-    return go_back
-
-@patch
-@contextmanager
-def undone_on_error(self:LearnerHost):
-    "If the block fails, the learner is put together as it was"
-    go_back = self.way_back()
-    try: yield
-    except BaseException:
-        go_back()
-        raise
-
 @patch
 @contextmanager
 def trying(self:LearnerHost, method, args, kwargs):
     "Inside the block the learner is put together as a structural call does it"
-    go_back = self.way_back()
+    go_back = way_back(self.object)
     try:
         self.call(method, args, kwargs)
         yield
     finally: go_back()
 
-# %% ../../nbs/checkpoints/10_learner_host.ipynb #1e0c77ac
 @patch
-@contextmanager
-def unchanged(self:LearnerHost):
-    "Whatever happens inside, the learner is afterwards as it was before"
-    learn, extra, modules = self.object, self.extra_state(), self.structure_objects()['modules']
-    schedulers = [(cb, dict(vars(cb))) for cb in torch_schedulers(learn.cbs)]
-    try:
-        with learn.no_trace():
-            try: yield
-            finally: put_modules_back(modules)
-    finally:
-        for cb, before in schedulers: vars(cb).update(before)
-        self.load_extra_state(extra)
-
-# %% ../../nbs/checkpoints/10_learner_host.ipynb #2a22ad96
-@patch
-def restore(self:LearnerHost, state, extra, structure=None, best=None, schedules=True):
-    "Load a state, after putting the learner together where a structure is given; all or nothing"
-    learn = self.object
-    state = localized(state, learn.ranks)
-    with nullcontext() if schedules else unchanged_schedules(learn):
-        with self.undone_on_error():
-            if structure is not None: self.put_together(structure)
-            learn.check_state(state)
-            before = None if best is None else learn.state_dict()
-            learn.load_state_dict(state)
-            if best is not None: load_best(learn, best, before)
-        self.load_extra_state(extra)
-
-def load_best(learn, best, before):
-    "Load the model that the state of a SaveBest holds; with an error `before` is loaded"
-    try:
-        saver = SaveBest(best['monitor'])
-        saver.load_state_dict(best)
-        saver.load_best(learn)
-    except BaseException:
-        learn.load_state_dict(before)
-        raise
-
-# %% ../../nbs/checkpoints/10_learner_host.ipynb #d1aa6682
-@patch
-def restore_used(self:LearnerHost, state):
-    "Load what a prediction follows from, whatever the optimizer"
-    learn = self.object
-    check_model_state(learn.model, state['model'])
-    check_loss_state(learn.loss_func, state['loss_func'])
-    forget_changes(learn)
-    learn.cbs.load_state_dict(state['callbacks'])
-    load_model_state(learn.model, state['model'])
-    if state['loss_func']: load_model_state(learn.loss_func, state['loss_func'])
-    load_observed(learn, {text: entry for text, entry in state['observed'].items()
-                          if entry['path'][0] != 'opt'})
-    set_rng_state(state['rng'])
-
-@contextmanager
-def unchanged_schedules(learn):
-    "Rates, momenta and torch's schedulers are afterwards as they were before"
-    states = [(cb, cb.state_dict()) for cb in torch_schedulers(learn.cbs)]
-    groups = [{name: value for name, value in group.items() if name != 'params'}
-              for group in param_groups(learn)]
-    yield
-    for group, before in zip(param_groups(learn), groups, strict=False): group.update(before)
-    for cb, state in states: cb.load_state_dict(state)
-
-def param_groups(learn): return learn.opt.param_groups if learn.opt else ()
-
-# %% ../../nbs/checkpoints/10_learner_host.ipynb #3c5d90ea
-@patch
-def files_written(self:LearnerHost, arguments) -> list: # of names
-    "The files of the callbacks, by their state, and what the call has saved or exported"
-    learn, folder = self.object, self.object.path.absolute()
-    cbs = *learn.cbs, *given_callbacks(arguments)
-    paths = *(path for cb in cbs for path in cb.files_written(learn)), *learn._origin.written
-    found = dict.fromkeys(Path(path).absolute() for path in paths)
-    return [str(x.relative_to(folder) if x.is_relative_to(folder) else x) for x in found]
-
-@patch
-def file_path(self:LearnerHost, name) -> Path: return self.object.path / name
+def saving_to(self:LearnerHost, folder, store): # context manager
+    return autosaving(self.object, folder, self.save_every, store)
 
 # %% ../../nbs/checkpoints/10_learner_host.ipynb #fec07bec
 @patch
@@ -392,29 +120,87 @@ class FollowedCallback:
         self.callback.load_state_dict(state['own'])
         load_observed(self.learn, state['observed'], given=[self.callback])
 
-# %% ../../nbs/checkpoints/10_learner_host.ipynb #62a76e12
+# %% ../../nbs/checkpoints/10_learner_host.ipynb #085fdcc5
 @patch
-def drawn_at_start(self:LearnerHost) -> dict: # (part of the state, name) -> 'parameter' or 'buffer'
-    "Tensors of model and loss that an unseeded start may draw"
-    return drawn_at_start(self.object)
+def extra_state(self:LearnerHost) -> dict: # plain tree
+    "What belongs to a moment and is no part of the state"
+    learn = self.object
+    return {'times': learn.recorder.times_state(), 'lr': learn.lr, 'still': frozen_modules(learn),
+            'places': learn._fit.outcome()}
 
-# %% ../../nbs/checkpoints/10_learner_host.ipynb #9fea8721
+def load_extra_state(learn, tree):
+    "Take over what `LearnerHost.extra_state` returned"
+    learn.recorder.load_times(tree['times'])
+    learn.lr = tree['lr']
+    for _, param in named_params(learn): param.grad = None
+    modules = dict(learn.model.named_modules())
+    learn.frozen_stats = [modules[name] for name in tree['still']]
+    learn._fit = FitState(**tree['places'])
+
+# %% ../../nbs/checkpoints/10_learner_host.ipynb #4164956c
 @patch
-def gained(self:LearnerHost, part, then, now): # str, perhaps empty; None: more has changed
-    "What was only added to the metrics, or a test set, which no training follows from"
-    if part == 'metrics':
-        before, after = listed_metrics(then['metrics']), listed_metrics(now['metrics'])
-        added = [as_text(one) for one in after if one not in before]
-        if not all(one in after for one in before): return None
-        return f'without {", ".join(added)}' if added else ''
-    if part == 'data' and then['data'].get('with', {}).get('test', 0) is None:
-        less = {**now['data'], 'with': {**now['data'].get('with', {}), 'test': None}}
-        return '' if less == then['data'] else None
-    return None
+@contextmanager
+def unchanged(self:LearnerHost):
+    "Whatever happens inside, the learner is afterwards as it was before"
+    learn, extra = self.object, self.extra_state()
+    modules = structure_objects(learn)['modules']
+    schedulers = [(cb, dict(vars(cb))) for cb in torch_schedulers(learn.cbs)]
+    try:
+        with learn.no_trace():
+            try: yield
+            finally: put_modules_back(modules)
+    finally:
+        for cb, before in schedulers: vars(cb).update(before)
+        load_extra_state(learn, extra)
 
-def listed_metrics(tree): # list of descriptions
-    "The metrics of a learner as they are described: a single one, a list, a dict by name, none"
-    if isinstance(tree, list): return tree
-    if tree is None: return []
-    is_named = not any(key.startswith('$') for key in tree)
-    return [[name, one] for name, one in tree.items()] if is_named else [tree]
+# %% ../../nbs/checkpoints/10_learner_host.ipynb #1e0c77ac
+@patch
+def restore(self:LearnerHost, state, extra, structure=None, best=None, schedules=True):
+    "Load a state, after putting the learner together where a structure is given; all or nothing"
+    learn = self.object
+    state = localized(state, learn.ranks)
+    with nullcontext() if schedules else unchanged_schedules(learn):
+        with undone_on_error(learn):
+            if structure is not None: put_together(learn, structure)
+            learn.check_state(state)
+            before = None if best is None else learn.state_dict()
+            learn.load_state_dict(state)
+            if best is not None: load_best(learn, best, before)
+        load_extra_state(learn, extra)
+
+def load_best(learn, best, before):
+    "Load the model that the state of a SaveBest holds; with an error `before` is loaded"
+    try:
+        saver = SaveBest(best['monitor'])
+        saver.load_state_dict(best)
+        saver.load_best(learn)
+    except BaseException:
+        learn.load_state_dict(before)
+        raise
+
+# %% ../../nbs/checkpoints/10_learner_host.ipynb #a7e01cb7
+@patch
+def restore_needed(self:LearnerHost, state):
+    "Load what a prediction follows from, whatever the optimizer"
+    learn = self.object
+    check_model_state(learn.model, state['model'])
+    check_loss_state(learn.loss_func, state['loss_func'])
+    forget_changes(learn)
+    learn.cbs.load_state_dict(state['callbacks'])
+    load_model_state(learn.model, state['model'])
+    if state['loss_func']: load_model_state(learn.loss_func, state['loss_func'])
+    load_observed(learn, {text: entry for text, entry in state['observed'].items()
+                          if entry['path'][0] != 'opt'})
+    set_rng_state(state['rng'])
+
+@contextmanager
+def unchanged_schedules(learn):
+    "Rates, momenta and torch's schedulers are afterwards as they were before"
+    states = [(cb, cb.state_dict()) for cb in torch_schedulers(learn.cbs)]
+    groups = [{name: value for name, value in group.items() if name != 'params'}
+              for group in param_groups(learn)]
+    yield
+    for group, before in zip(param_groups(learn), groups, strict=False): group.update(before)
+    for cb, state in states: cb.load_state_dict(state)
+
+def param_groups(learn): return learn.opt.param_groups if learn.opt else ()

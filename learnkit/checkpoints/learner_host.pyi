@@ -3,15 +3,10 @@
 # pyright: reportPrivateImportUsage=false
 """What a record has to know of a learner"""
 from contextlib import AbstractContextManager
-from pathlib import Path
-from torch import nn
 from typing import Any
 from ..checkpoints.host import Host
-from ..fingerprint.modules import Behaviour
 from ..loop.learner import Learner
 __all__ = []
-MODEL_METHODS: tuple[str, ...]
-TRAINING_ONLY: tuple[str, ...]
 
 class LearnerHost(Host):
     """What a record has to know of a learner"""
@@ -33,45 +28,13 @@ class LearnerHost(Host):
         Returns:
             name -> value
         """
-    def known_objects(self) -> dict:
-        """The learner and its parts, which code may read as globals
+    def structure_objects(self) -> dict:
+        """Everything the learner is put together from, but not the state of its optimizer
 
         Returns:
-            id of an object -> what to call it
+            of live objects
         """
-    def observe(self, arguments: Any = None, anew: Any = False) -> None:
-        """Note how what has come into reach is"""
-    def makes_anew(self, call: Any) -> Any:
-        """The optimizer, where a call resets it or gives another one
-
-        Returns:
-            tuple of parts
-        """
-    def without_moments(self, state: Any) -> Any:
-        """Without what an optimizer keeps of each parameter, where it is laid out as torch's are
-
-        Returns:
-            (root, parts that are not whole then)
-        """
-    def known_digest(self, t: Any) -> Any: ...
-    def known_tensors(self) -> Any: ...
-    def saving_to(self, folder: Any, store: Any) -> Any:
-        """Returns:
-            context manager
-        """
-    def ids_in_reach(self, arguments: Any) -> set:
-        """The ids of all that is observed, callbacks among the arguments too"""
-    def as_built(self, arguments: Any = None) -> Any:
-        """Returns:
-            context manager
-        """
-    def files_read(self, method: Any, arguments: Any) -> dict:
-        """The content of files that a call is to read
-
-        Returns:
-            name -> digest
-        """
-    def made(self, method: Any, args: Any, kwargs: Any) -> Any:
+    def instantiated(self, method: Any, args: Any, kwargs: Any) -> Any:
         """Callbacks that are given as classes are made before the call, so that they have a state
 
         Returns:
@@ -83,32 +46,24 @@ class LearnerHost(Host):
         Returns:
             what it returns
         """
+    def trying(self, method: Any, args: Any, kwargs: Any) -> AbstractContextManager[None]:
+        """Inside the block the learner is put together as a structural call does it"""
+    def saving_to(self, folder: Any, store: Any) -> Any:
+        """Returns:
+            context manager
+        """
+    def stateful_arguments(self, arguments: Any) -> list:
+        """The callbacks among the arguments
+
+        Returns:
+            of FollowedCallbacks
+        """
     def extra_state(self) -> dict:
         """What belongs to a moment and is no part of the state
 
         Returns:
             plain tree
         """
-    def load_extra_state(self, tree: Any) -> None:
-        """Take over what `extra_state` returned"""
-    def structure_objects(self) -> dict:
-        """Everything the learner is put together from, but not the state of its optimizer
-
-        Returns:
-            of live objects
-        """
-    def put_together(self, structure: Any) -> None:
-        """Put the learner together as it was; an optimizer that was another one is made anew"""
-    def way_back(self) -> Any:
-        """What puts the learner together as it is now, with its own optimizer
-
-        Returns:
-            function
-        """
-    def undone_on_error(self) -> AbstractContextManager[None]:
-        """If the block fails, the learner is put together as it was"""
-    def trying(self, method: Any, args: Any, kwargs: Any) -> AbstractContextManager[None]:
-        """Inside the block the learner is put together as a structural call does it"""
     def unchanged(self) -> AbstractContextManager[None]:
         """Whatever happens inside, the learner is afterwards as it was before"""
     def restore(
@@ -120,84 +75,8 @@ class LearnerHost(Host):
             schedules: Any = True,
     ) -> None:
         """Load a state, after putting the learner together where a structure is given; all or nothing"""
-    def restore_used(self, state: Any) -> None:
+    def restore_needed(self, state: Any) -> None:
         """Load what a prediction follows from, whatever the optimizer"""
-    def files_written(self, arguments: Any) -> list:
-        """The files of the callbacks, by their state, and what the call has saved or exported
-
-        Returns:
-            of names
-        """
-    def file_path(self, name: Any) -> Path: ...
-    def stateful_arguments(self, arguments: Any) -> list:
-        """The callbacks among the arguments
-
-        Returns:
-            of FollowedCallbacks
-        """
-    def drawn_at_start(self) -> dict:
-        """Tensors of model and loss that an unseeded start may draw
-
-        Returns:
-            (part of the state, name) -> 'parameter' or 'buffer'
-        """
-    def gained(self, part: Any, then: Any, now: Any) -> Any:
-        """What was only added to the metrics, or a test set, which no training follows from
-
-        Returns:
-            str, perhaps empty; None: more has changed
-        """
-
-def added_arguments(cls: Any, args: Any, kwargs: Any) -> Any:
-    """What a subclass's constructor has besides those of the learner
-
-    Returns:
-        dict: name -> value
-    """
-
-def behaviour(learn: Learner) -> Behaviour:
-    """What model, optimizer and scaler do, and functions put in the place of the learner's methods
-
-    Returns:
-        Behaviour
-    """
-
-def fresh_metrics(metrics: Any) -> Any:
-    """Metrics as they are before a pass: what they have gathered makes no difference
-
-    Returns:
-        the same nesting
-    """
-
-def outline(model: nn.Module) -> Any:
-    """What a model consists of, without its values and without what it may count for itself
-
-    Returns:
-        dict: path -> [class, shapes, attributes of torch's own classes]
-    """
-
-def public_attributes(module: Any) -> dict:
-    """The attributes of a module that are not torch's own bookkeeping
-
-    Returns:
-        dict
-    """
-
-def fit_outcome(learn: Learner) -> Any: ...
-
-def set_fit_outcome(learn: Learner, tree: Any) -> None: ...
-OBJECTS: tuple[str, ...]
-
-def put_modules_back(modules: Any) -> None:
-    """Give modules the children and attributes they had"""
-
-def load_best(learn: Learner, best: Any, before: Any) -> None:
-    """Load the model that the state of a SaveBest holds; with an error `before` is loaded"""
-
-def unchanged_schedules(learn: Learner) -> AbstractContextManager[None]:
-    """Rates, momenta and torch's schedulers are afterwards as they were before"""
-
-def param_groups(learn: Learner) -> Any: ...
 
 class FollowedCallback:
     """A callback given to a call, with what it says of itself and what is observed of it"""
@@ -209,9 +88,13 @@ class FollowedCallback:
     def state_dict(self) -> Any: ...
     def load_state_dict(self, state: Any) -> None: ...
 
-def listed_metrics(tree: Any) -> Any:
-    """The metrics of a learner as they are described: a single one, a list, a dict by name, none
+def load_extra_state(learn: Learner, tree: Any) -> None:
+    """Take over what `LearnerHost.extra_state` returned"""
 
-    Returns:
-        list of descriptions
-    """
+def load_best(learn: Learner, best: Any, before: Any) -> None:
+    """Load the model that the state of a SaveBest holds; with an error `before` is loaded"""
+
+def unchanged_schedules(learn: Learner) -> AbstractContextManager[None]:
+    """Rates, momenta and torch's schedulers are afterwards as they were before"""
+
+def param_groups(learn: Learner) -> Any: ...

@@ -82,7 +82,7 @@ class Ledger:
         ranks = self.host.ranks
         return self.local_store if ranks is None else SharedStore(self.local_store, ranks)
 
-    def no_digests(self): return KnownDigests(elsewhere=self.host.known_digest)
+    def no_digests(self): return KnownDigests(elsewhere=self.host.reach.known_digest)
 
     def on_main(self, function): # what it returns, on all processes
         return on_main(self.host.ranks, function)
@@ -108,7 +108,7 @@ def structure(self:Ledger, still=False, # whether nothing has run since somethin
               ) -> dict: # name -> Fingerprint
     "What the results of calls follow from, as it is now"
     if not still: self.begin_moment()
-    with self.host.as_built(): return self.describe(self.host.structure())
+    with self.host.reach.as_built(): return self.describe(self.host.structure())
 
 @patch
 def begin_moment(self:Ledger):
@@ -126,9 +126,9 @@ def describe(self:Ledger, values:dict, reads=True) -> dict: # name -> Fingerprin
 @patch
 def described(self:Ledger, name, value, reads=True, after_call=False) -> Fingerprint:
     "One value; of models whose weights are in the state, the layout alone"
-    counts = name not in self.host.weights_in_state
+    counts = name not in self.host.rules.weights_in_state
     return fingerprint({name: value}, type(self.host.object).__name__, self.options.ignore,
-                       self.memo, counts, reads, self.host.known_objects(), after_call)
+                       self.memo, counts, reads, self.host.reach.known_objects(), after_call)
 
 def digests_of(structure): return {name: found.digest for name, found in structure.items()}
 
@@ -152,15 +152,15 @@ class Call:
 def describe_call(self:Ledger, method:str, args, kwargs) -> Call:
     "A call with all that its result follows from, besides the state"
     cls, obj = type(self.host.object), self.host.object
-    args, kwargs = self.host.made(method, args, kwargs)
+    args, kwargs = self.host.instantiated(method, args, kwargs)
     values = call_arguments(getattr(cls, method).__get__(obj), args, kwargs)
-    self.host.observe(values)
+    self.host.reach.observe(values)
     self.begin_moment()
     def described():
         found = fingerprint(values, method, self.options.ignore, self.memo,
-                            known=self.host.known_objects())
+                            known=self.host.reach.known_objects())
         return as_json(found), self.call_text(method, args, kwargs)
-    with self.host.as_built(values): arguments, text = self.on_main(described)
+    with self.host.reach.as_built(values): arguments, text = self.on_main(described)
     structure = self.structure(still=True) | self.describe(self.around_call(method, values))
     return Call(method, args, kwargs, method_kind(cls, method), values, Fingerprint(*arguments),
                 structure, text)
@@ -170,7 +170,7 @@ def describe_call(self:Ledger, method:str, args, kwargs) -> Call:
 def around_call(self:Ledger, method, values) -> dict: # name -> value
     "What a call follows from that others do not: its code, and files that it reads"
     code = MethodCode(type(self.host.object), method)
-    files = self.host.files_read(method, values)
+    files = self.host.files.read_by(method, values)
     return {name: x for name, x, is_used in (
         ('method', code, code.functions), ('files', files, files)) if is_used}
 
@@ -200,7 +200,7 @@ def put_state(self:Ledger, result=None, callbacks=(), files=()): # (SavedState, 
     tree = {f'state/{part}': value for part, value in by_part(self.host.state()).items()}
     tree |= {'beside': self.host.extra_state(), 'result': result,
              'callbacks': states_of(callbacks), 'files': dict(files)}
-    try: root, digests = self.store.put(tree, self.host.known_digest)
+    try: root, digests = self.store.put(tree, self.host.reach.known_digest)
     except UnstorableError as error:
         raise UnstorableError(str(error).removeprefix('state/')) from None
     def of_state(found): # dict
@@ -227,7 +227,7 @@ def note_lacks(self:Ledger, saved:SavedState): # which the object is in now
 def restore(self:Ledger, saved:SavedState, structure=None, best=None, schedules=True):
     "Bring the object to a stored state: all of it or, with an error, none"
     tree = self.store.get({'state': saved.state, 'beside': saved.extra, 'best': best},
-                          self.host.known_tensors())
+                          self.host.reach.known_tensors())
     self.is_as_made = False
     with self.direct_calls.allowed():
         self.host.restore(joined(tree['state']), tree['beside'], structure, tree['best'], schedules)
@@ -273,7 +273,7 @@ def note_changes_of(self:Ledger, call) -> list: # of str
         if name in self.options.ignore: continue
         with suppress(UnfingerprintableError): # the next call that is described will say so
             changed += self.described(name, value, after_call=True).changed
-    return changed_outside(changed, self.host.ids_in_reach(call.values)) if changed else []
+    return changed_outside(changed, self.host.reach.ids(call.values)) if changed else []
 
 # %% ../../nbs/checkpoints/05_ledger.ipynb #1f64500a
 class ChangedGlobalError(RuntimeError):
@@ -336,18 +336,18 @@ def report_unkept(self:Ledger, method, error):
 @patch
 def written_files(self:Ledger, node, call): # (dict: name -> seal, dict: seal -> content)
     "The files that a call has left behind, and the content of those that the record has not"
-    names = [] if call.kind == 'pure' else self.host.files_written(call.values)
-    def found(): return {name: file_seal(self.host.file_path(name)) for name in names}
+    names = [] if call.kind == 'pure' else self.host.files.written_by(call.values)
+    def found(): return {name: file_seal(self.host.files.folder / name) for name in names}
     seals = {name: seal for name, seal in self.on_main(found).items() if seal is not None}
     new = [(name, seal) for name, seal in seals.items()
            if is_main() and seal not in node.files]  # process 0 stores them
-    return seals, {seal: file_content(self.host.file_path(name)) for name, seal in new}
+    return seals, {seal: file_content(self.host.files.folder / name) for name, seal in new}
 
 @patch
 def write_files_again(self:Ledger, node, record):
     "Files that a recorded call left behind are there, as they were then"
     def write(): # list of paths
-        files = [(self.host.file_path(name), seal) for name, seal in record.seals.items()]
+        files = [(self.host.files.folder / name, seal) for name, seal in record.seals.items()]
         lost = [(path, seal) for path, seal in files if file_seal(path) != seal]
         stored = node.files | record.json.get('files', {})
         for path, seal in lost: write_content(path, self.local_store.get(stored[seal]))
@@ -367,7 +367,7 @@ def matching_callbacks(self:Ledger, call, states) -> list:
 @patch
 def report_fetched(self:Ledger, node, record, call, differ=(), notes=()):
     "Show a line on a call that was fetched, in what it had begun otherwise, and what else to know"
-    weights = {part for part, _ in self.host.drawn_at_start()}  # a line of their own tells of them
+    weights = {part for part, _ in self.host.rules.drawn_at_start()}  # have a line of their own
     names = ', '.join(f'other {self.host.display.part_names.get(part, part)}' for part in differ
                       if part not in weights)
     notes = [*([f'it had begun with {names}'] if names else []), *notes]

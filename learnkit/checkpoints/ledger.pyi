@@ -82,7 +82,7 @@ class Ledger:
         Returns:
             64 hex digits
         """
-    def structure_for(self, node: Any, call: Any, unused: Any = ()) -> dict:
+    def structure_for(self, node: Any, call: Any, unneeded: Any = ()) -> dict:
         """The structure of a checkpoint, over the data and constants that are here now
 
         Returns:

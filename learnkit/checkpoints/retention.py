@@ -16,7 +16,7 @@ def droppable_states(ledger, node): # list of (dict of the record, what remains 
     found = [(call, (None, ())) for call in calls[:-1]]
     found += [(call['begin'], (None, ())) for call in calls if call['begin']]
     if ledger.options.keep == 'weights':
-        found += [(one, ledger.host.without_moments(one['state']))
+        found += [(one, ledger.host.rules.without_moments(one['state']))
                   for one in (node.json['begin'], *calls[-1:]) if one['state']]
     return [(one, less) for one, less in found if one['state'] not in (None, less[0])]
 
@@ -41,7 +41,7 @@ def check_retained(ledger, id, call, # that is about to be made
               ):
     "Raise RuntimeError for a call that needs what was dropped from the state it is to begin from"
     host = ledger.host
-    unneeded = {*host.unused.get(call.method, ()), *host.makes_anew(call)}
+    unneeded = {*host.rules.unneeded_by.get(call.method, ()), *host.rules.parts_made_anew(call)}
     if not {*lacks} - unneeded: return
     raise RuntimeError(
         f'{call.text} would go on from checkpoint {id_text(id)}, of which the weights are kept and '

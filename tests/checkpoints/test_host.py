@@ -1,13 +1,16 @@
 "What a record knows of its object lies in a host, not in the object's class"
-import ast
+import ast, inspect
 from pathlib import Path
 import pytest
 from checkpoint_runs import digest, make, script
 from counting import Fits
 from learnkit import Checkpointed, CheckpointedLearner
-from learnkit.checkpoints.host import Display, Host
+from learnkit.checkpoints.host import Display, Files, Host, Reach, Rules
 from learnkit.checkpoints.learner_display import LearnerDisplay
+from learnkit.checkpoints.learner_files import LearnerFiles
 from learnkit.checkpoints.learner_host import LearnerHost
+from learnkit.checkpoints.learner_reach import LearnerReach
+from learnkit.checkpoints.learner_rules import LearnerRules
 import learnkit
 
 PACKAGE = Path(learnkit.__file__).parent
@@ -42,17 +45,33 @@ def reached(name): # set of module names
 def test_the_record_knows_no_learner(room):
     floors = {name.partition('.')[0] for name in reached(f'checkpoints.{room}')}
     assert not floors & {'loop', 'training', 'processes'}
-    of_learners = {f'checkpoints.{name}' for name in ('learner_host', 'learner_display', 'learner')}
-    assert not of_learners & reached(f'checkpoints.{room}')
+    of_learners = {f'checkpoints.{path.stem}' for path in PACKAGE.glob('checkpoints/learner*.py')}
+    assert of_learners and not of_learners & reached(f'checkpoints.{room}')
 
 
 def test_the_walk_sees_learners_where_they_are():
     assert {'loop.learner', 'loop.loop', 'training.save_best'} <= reached('checkpoints.learner')
 
 
-DECLARED = {name for cls in (Host, LearnerHost, Display, LearnerDisplay)
-            for name in vars(cls) if name[0] != '_'}
-OTHER = '''object construction guards host block position ancestors
+PARTS = {Display: LearnerDisplay, Reach: LearnerReach, Files: LearnerFiles, Rules: LearnerRules}
+KINDS = {Host: LearnerHost, **PARTS}
+
+
+def declared(cls): return {name for name in vars(cls) if name[0] != '_'} # set of names
+
+
+@pytest.mark.parametrize(('cls', 'most'), [(Host, 14), *((part, 8) for part in PARTS)])
+def test_the_protocol_is_small(cls, most):
+    assert len([name for name in declared(cls) if inspect.isfunction(vars(cls)[name])]) <= most
+
+
+@pytest.mark.parametrize('cls', KINDS)
+def test_learners_answer_the_protocol_and_nothing_else(cls):
+    assert KINDS[cls].__bases__ == (cls,) and declared(KINDS[cls]) <= declared(cls)
+
+
+DECLARED = {name for pair in KINDS.items() for cls in pair for name in declared(cls)}
+OTHER = '''object construction display reach files rules guards host block position ancestors
     drifts unseeded laid trained once of_the_model of_training captured at line seen outside hosts
     _lay _root _beside _capture _live_state _structure _reads _best _kept _attributes _carriers
     _mark _report _fetched _say _is_busy _ranks'''.split()
