@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/base/08_guard.ipynb #a5d85390
 import dis, inspect
+from functools import lru_cache
 
 # %% ../../nbs/base/08_guard.ipynb #ca33ea70
 class Guarded:
@@ -14,9 +15,9 @@ class Guarded:
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         reserved = private_names(cls)
-        for base in cls.__mro__:
+        for base in (base for base in cls.__mro__ if not is_learnkits(base)):
             clash = reserved & (vars(base).keys() | assigned_names(base))
-            if clash and not is_learnkits(base): raise TypeError(clash_text(base, cls, min(clash)))
+            if clash: raise TypeError(clash_text(base, cls, min(clash)))
 
 def private_names(cls): # set of str
     "The private names that learnkit's classes need"
@@ -44,13 +45,15 @@ def assigned_names(cls): # set of str
     return {name for function in functions if function.__code__.co_argcount
             for name in assigned_in(function.__code__, function.__code__.co_varnames[0])}
 
-def assigned_in(code, self:str): # iterator of str
+@lru_cache(maxsize=4096)
+def assigned_in(code, self:str): # frozenset of str
     "The attributes of the variable `self` that a function assigns, in functions inside it too"
     steps = list(dis.get_instructions(code))
-    for i, step in enumerate(steps):
-        if step.opname == 'STORE_ATTR' and is_attribute_of(self, steps[:i]): yield step.argval
-    for inner in code.co_consts:
-        if inspect.iscode(inner) and self in inner.co_freevars: yield from assigned_in(inner, self)
+    found = (step.argval for i, step in enumerate(steps)
+             if step.opname == 'STORE_ATTR' and is_attribute_of(self, steps[:i]))
+    return frozenset(found).union(*(
+        assigned_in(inner, self) for inner in code.co_consts
+        if inspect.iscode(inner) and self in inner.co_freevars))
 
 def is_attribute_of(self, steps): # bool
     "Whether the object that an attribute is assigned to is the variable `self`"

@@ -2,7 +2,7 @@
 # pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 # pyright: reportPrivateImportUsage=false
 """A subclass cannot break its base by chance"""
-from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 __all__ = []
 
@@ -35,11 +35,12 @@ def assigned_names(cls: Any) -> Any:
         set of str
     """
 
-def assigned_in(code: Any, self: str) -> Iterator[Any]:
+@lru_cache(maxsize=4096)
+def assigned_in(code: Any, self: str) -> Any:
     """The attributes of the variable `self` that a function assigns, in functions inside it too
 
     Returns:
-        iterator of str
+        frozenset of str
     """
 
 def is_attribute_of(self: Any, steps: Any) -> bool:
