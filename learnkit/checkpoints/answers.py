@@ -65,7 +65,7 @@ def compute_answer(self:Ledger, node, call, key, folder=None):
     seals, files = self.written_files(node, call)
     tree = {'result': packed, 'callbacks': states_of(callbacks), 'files': files}
     answer = {'key': key, 'method': call.method, 'text': call.text, 'kind': call.kind,
-              'arguments': call.arguments.tree, 'code': self.code_of(call),
+              'arguments': call.arguments.tree, 'code': call.code,
               'versions': self.arithmetic_of(call), 'seals': seals}
     self.store.write_answer(node.id, answer | facts | self.store.put(tree)[0])
     return self.unpack(call, facts['returns_host'], packed, copy=True)

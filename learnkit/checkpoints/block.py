@@ -23,7 +23,7 @@ from .host import method_kind
 from .digests import KnownDigests, by_part, joined
 from .ledger import ChangedGlobalError, digests_of
 from .beginning import beginning
-from .changes import PlanEnds, go_to_start
+from .changes import PlanEnds, changed_code, go_to_start
 from .retention import (
     check_retained, drop_states, droppable_states, reclaim_space)
 from .answers import answer_key, forget_saves
@@ -239,7 +239,7 @@ def compute(self:Block, call, digests, record):
 def begin_call(self:Block, call, digests, saved, record) -> CallRecord:
     "The record of a call that is about to run"
     running = running_call(call.method, call.text, call.kind, call.arguments.tree,
-                           digests_of(call.structure), digests, self.ledger.code_of(call),
+                           digests_of(call.structure), digests, call.code,
                            self.ledger.arithmetic_of(call))
     if self.has_left(saved, digests): running.start = self.stored_state(digests)
     elif record: running.start = record.start
@@ -358,7 +358,7 @@ def fetch(self:Block, call, record, digests):
     notes = ledger.check_code(self.node, record, call)
     gained = ledger.gained(self.node, record.structure, call.structure)
     notes += [text for text in gained.values() if text]
-    self.findings['code_changed'] += ledger.changed_code(record, call)
+    self.findings['code_changed'] += changed_code(record, call)
     differ, result = ledger.allowed_differences(self.node, len(self.made), digests), None
     if structural:
         result = ledger.make_call(call.method, call.args, call.kwargs)

@@ -10,7 +10,6 @@ import re, time
 from fastcore.basics import patch
 from ..files.ids import check_id, id_text
 from ..files.tree import json_digest
-from ..fingerprint.values import fingerprint
 from ..fingerprint.differences import differences
 from ..fingerprint.arithmetic import arithmetic_differs
 from .record import (
@@ -243,26 +242,17 @@ def adopt_call(self:Ledger, node, record, call, digests):
     node.add_descriptions(call.structure)
     record.arguments, record.text = call.arguments.tree, call.text
     record.structure, record.before = digests_of(call.structure), digests
-    record.code = self.code_of(call)
+    record.code = call.code
 
 # %% ../../nbs/checkpoints/06_changes.ipynb #532796c9
-@patch
-def code_of(self:Ledger, call) -> dict: # name -> digest
-    "The code that a call refers to, as far as it is a user's own"
-    found = [fingerprint(type(self.host.object)), call.arguments, *call.structure.values(),
-             *self.root.values()]
-    return {name: digest for one in found for name, digest in one.code.items()}
-
-@patch
-def changed_code(self:Ledger, record, call) -> list: # of names
+def changed_code(record, call): # list of names
     "What of the code behind a recorded call is no longer what it was"
-    now = self.code_of(call)
-    return [name for name, digest in record.code.items() if now.get(name, digest) != digest]
+    return [name for name, digest in record.code.items() if call.code.get(name, digest) != digest]
 
 @patch
 def check_code(self:Ledger, node, record, call) -> list: # of str
     "What to say of a call that is used although code or arithmetic have changed; or an error"
-    changed = self.changed_code(record, call)
+    changed = changed_code(record, call)
     texts = [f'the code of {", ".join(changed)} has changed since'] if changed else []
     texts += arithmetic_differs(record.versions, self.arithmetic_of(call))
     if texts and self.options.code == 'strict':

@@ -18,6 +18,13 @@ def ways_on(node: Any, option: Any = 'on_change', problems: Any = ()) -> str:
         str
     """
 
+def changed_code(record: Any, call: Any) -> Any:
+    """What of the code behind a recorded call is no longer what it was
+
+    Returns:
+        list of names
+    """
+
 def go_to_start(ledger: Any, id: Any, node: Any, parent: Any) -> None:
     """Bring the object to where the checkpoint is to begin"""
 

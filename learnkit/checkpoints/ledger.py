@@ -146,6 +146,7 @@ class Call:
     values: dict # argument -> value, defaults filled in
     arguments: Fingerprint # of the values
     structure: dict # name -> Fingerprint, what it follows from besides state and arguments
+    code: dict # name -> digest, of the user's own that it refers to
     text: str # as in a script
 
 @patch
@@ -162,8 +163,11 @@ def describe_call(self:Ledger, method:str, args, kwargs) -> Call:
         return as_json(found), self.call_text(method, args, kwargs)
     with self.host.reach.as_built(values): arguments, text = self.on_main(described)
     structure = self.structure(still=True) | self.describe(self.around_call(method, values))
-    return Call(method, args, kwargs, method_kind(cls, method), values, Fingerprint(*arguments),
-                structure, text)
+    found = [fingerprint(cls, reads=False), arguments := Fingerprint(*arguments),
+             *structure.values(), *self.root.values()]
+    code = {name: digest for one in found for name, digest in one.code.items()}
+    return Call(method, args, kwargs, method_kind(cls, method), values, arguments, structure, code,
+                text)
 
 # %% ../../nbs/checkpoints/05_ledger.ipynb #86d52d02
 @patch

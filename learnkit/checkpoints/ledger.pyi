@@ -177,18 +177,6 @@ class Ledger:
         """Let a checkpoint begin as an object does that is made of this"""
     def adopt_call(self, node: Any, record: Any, call: Any, digests: Any) -> None:
         """Let a recorded call be the one that is asked for"""
-    def code_of(self, call: Any) -> dict:
-        """The code that a call refers to, as far as it is a user's own
-
-        Returns:
-            name -> digest
-        """
-    def changed_code(self, record: Any, call: Any) -> list:
-        """What of the code behind a recorded call is no longer what it was
-
-        Returns:
-            of names
-        """
     def check_code(self, node: Any, record: Any, call: Any) -> list:
         """What to say of a call that is used although code or arithmetic have changed; or an error
 
@@ -373,6 +361,8 @@ class Call:
     """of the values"""
     structure: dict
     """name -> Fingerprint, what it follows from besides state and arguments"""
+    code: dict
+    """name -> digest, of the user's own that it refers to"""
     text: str
     """as in a script"""
 

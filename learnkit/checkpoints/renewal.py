@@ -10,6 +10,7 @@ import os
 from contextlib import suppress
 from ..files.errors import LockedError
 from .beginning import beginning, compare_beginning, begins_as_recorded
+from .changes import changed_code
 
 # %% ../../nbs/checkpoints/07_renewal.ipynb #6ef0f34f
 def begin_anew(block, k, why):
@@ -51,16 +52,16 @@ def check_beginning(block):
 def accept_code(block, record, call) -> bool:
     "Take over changed code, where it is accepted"
     ledger, node = block.ledger, block.node
-    changed = ledger.changed_code(record, call) if record.is_complete else []
+    changed = changed_code(record, call) if record.is_complete else []
     texts = [f'{call.text}: the code of {", ".join(changed)}'] if changed else []
     if not ledger.accepts(node, texts): return False
-    record.code = ledger.code_of(call)
+    record.code = call.code
     return True
 
 def must_compute(block, record, call) -> bool:
     "Whether a recorded call is not to be used because of its code; StaleCheckpoint to be told so"
     ledger, node, k = block.ledger, block.node, len(block.made)
-    changed = ledger.changed_code(record, call)
+    changed = changed_code(record, call)
     is_anew = ledger.options.computes_changed_code
     may_go_on = record.json.get('was_made')  # only what it returned was refused
     if not changed or record.is_complete and not is_anew or may_go_on: return False

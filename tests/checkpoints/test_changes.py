@@ -39,6 +39,22 @@ def test_a_changed_constructor_argument_is_stale(tmp_path, change, text):
     assert 'on_change' in str(caught.value) and 'checkpoint 2' in str(caught.value)
 
 
+def test_what_other_methods_read_is_no_part_of_a_call(tmp_path):
+    "A global that has no description is refused where a call reads it, and there alone"
+    drawn = (i for i in range(3))
+    class Drawing(CheckpointedLearner):
+        def train(self): self.fit(1)
+        def draw(self): return next(drawn)
+    for _ in range(2): script_of_one(make(tmp_path, cls=Drawing), 'train')
+    assert Fits.n == 3
+    with pytest.raises(TypeError, match='this generator is an iterator'):
+        script_of_one(make(tmp_path / 'other', cls=Drawing), 'draw')
+
+
+def script_of_one(learn, method):
+    with learn.checkpoint(1) as cp: getattr(cp, method)()
+
+
 def test_a_changed_argument_is_stale_and_says_what_depends_on_it(tmp_path):
     script(make(tmp_path))
     with pytest.raises(StaleCheckpoint) as caught: script(make(tmp_path), n=3)
