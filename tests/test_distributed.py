@@ -1,11 +1,11 @@
 "Several processes: the numbers of one, and an end together"
 import math, multiprocessing, os, shutil, signal, socket, subprocess, sys, time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 import pytest
 import preloaded, ranks
 from learnkit.cli import main
-from learnkit.processes import launch as launching
+from learnkit.processes import failure, launch as launching
 from learnkit.processes.launch import launch, time_limit
 from learnkit.files.tree import tree_digest
 
@@ -31,8 +31,14 @@ def limited(function):
 
 @pytest.fixture(scope='module', autouse=True)
 def processes_begin_as_copies():
-    "The thread in which pytest-xdist listens is no reason against it"
-    with threads(1): yield
+    """The thread in which pytest-xdist listens is no reason against it. Who ends after another
+    does so soon, as on a machine of one's own"""
+    with threads(1), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(failure, 'GRACE', GRACE)
+        yield
+
+
+GRACE = 2
 
 
 @contextmanager
@@ -148,16 +154,17 @@ def whole(tmp_path_factory):
                                          None, None, 3, kind, n=2))
 
 
-@pytest.mark.parametrize('stop, how, end, kind', [
-    (3, 'SIGKILL', 'SIGKILL', 'foreign'), slow(4, 'SIGTERM', 'exit code 143', 'tensors'),
-    slow(8, 'fail', 'on purpose', 'tensors'),
-    slow(8, 'fail', 'on purpose', 'foreign'), slow(3, 'SIGKILL', 'SIGKILL', 'tensors'),
-    slow(4, 'SIGTERM', 'exit code 143', 'foreign')])
-def test_what_was_broken_off_goes_on_with_the_same_bits(tmp_path, whole, stop, how, end, kind):
+@pytest.mark.parametrize('stop, how, end, kind, fresh', [
+    (3, 'SIGKILL', 'SIGKILL', 'foreign', False), *(slow(*values, True) for values in [
+        (3, 'SIGKILL', 'SIGKILL', 'foreign'), (4, 'SIGTERM', 'exit code 143', 'tensors'),
+        (8, 'fail', 'on purpose', 'tensors'), (8, 'fail', 'on purpose', 'foreign'),
+        (3, 'SIGKILL', 'SIGKILL', 'tensors'), (4, 'SIGTERM', 'exit code 143', 'foreign')])])
+def test_what_was_broken_off_goes_on_with_the_same_bits(tmp_path, whole, stop, how, end, kind,
+                                                        fresh):
     with pytest.raises(RuntimeError, match=end):
         launch(ranks.saved, tmp_path / 'run', stop, how, 3, kind, n=2)
     assert list((tmp_path / 'run').glob('*.safetensors'))
-    with fresh_processes():
+    with fresh_processes() if fresh else nullcontext():
         again = launch(ranks.saved, tmp_path / 'run', None, None, 3, kind, n=2)
     for (a, rows_a), (b, rows_b) in zip(whole(kind), again, strict=True):
         assert rows_a == rows_b and [name for name in a if a[name] != b[name]] == []
@@ -331,15 +338,21 @@ def test_damaged_parts_are_told_and_the_save_before_is_used(tmp_path):
 
 @pytest.mark.parametrize('run', [ranks.recorded_in_parts, slow(ranks.recorded_whole)])
 def test_checkpoints_of_a_model_in_parts(tmp_path, run):
+    first = launch(run, tmp_path, n=2)
+    found, n, _ = ranks.recorded(tmp_path)
+    assert n == 0
+    assert [step[0]['model'] for step in found] == [step[0]['model'] for step in first[0][0]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('run', [ranks.recorded_in_parts, ranks.recorded_whole])
+def test_checkpoints_of_a_model_in_parts_that_were_broken_off(tmp_path, run):
     first = launch(run, tmp_path / 'whole', n=2)
     with pytest.raises(RuntimeError, match='SIGKILL'):
         launch(run, tmp_path / 'broken', 15, 'SIGKILL', n=2)
     for (found, _, _), (other, n, status) in zip(first, launch(run, tmp_path / 'broken', n=2),
                                                  strict=True):
         assert other == found and 0 < n < 30 and status == ['complete'] * 3
-    found, n, _ = ranks.recorded(tmp_path / 'whole')
-    assert n == 0
-    assert [step[0]['model'] for step in found] == [step[0]['model'] for step in first[0][0]]
 
 
 RESTARTED = '''
@@ -418,7 +431,8 @@ def test_an_error_of_all_can_be_caught():
 
 @pytest.mark.parametrize('where', ['between', slow('before')])
 def test_an_error_between_fits_ends_all_and_is_shown_once(tmp_path, where):
-    (tmp_path / 'script.py').write_text(BETWEEN.format(folder=os.path.dirname(__file__)))
+    (tmp_path / 'script.py').write_text(BETWEEN.format(folder=os.path.dirname(__file__),
+                                                       grace=GRACE))
     start = time.monotonic()
     done = subprocess.run([preloaded.python(), '-m', 'learnkit', 'launch', '-n', '2',
                            tmp_path / 'script.py', where], capture_output=True, text=True,
@@ -431,6 +445,8 @@ BETWEEN = '''
 import sys
 sys.path.insert(0, {folder!r})
 import ranks
+from learnkit.processes import failure
+failure.GRACE = {grace}
 learn = ranks.learner(cbs=ranks.Distributed())
 for where in ('before', 'between'):
     if where in sys.argv and learn.rank == 1: raise ZeroDivisionError('on purpose')
@@ -447,7 +463,6 @@ def test_a_signal_to_the_launcher_ends_all_with_a_save(tmp_path, signum, code):
                                preexec_fn=lambda: signal.signal(signal.SIGINT,
                                                                 signal.default_int_handler))
     assert started.stdout.readline() == 'begun\n'
-    time.sleep(2)
     started.send_signal(signum)
     out, err = started.communicate(timeout=60)
     assert started.returncode == code and 'Traceback' not in err, (started.returncode, err)
@@ -459,9 +474,10 @@ import sys, time
 sys.path.insert(0, {folder!r})
 import ranks
 from learnkit import *
-slow = Callback(after_batch=lambda learn: time.sleep(0.02))
-learn = ranks.learner(cbs=[Distributed(), SaveState('run', '1 h'), slow])
-learn.print('begun', flush=True)
+def slow(learn):
+    if learn.updates == 5: learn.print('begun', flush=True)
+    time.sleep(0.02)
+learn = ranks.learner(cbs=[Distributed(), SaveState('run', '1 h'), Callback(after_step=slow)])
 learn.fit(200)
 '''
 
