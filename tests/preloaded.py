@@ -29,13 +29,13 @@ def python(): return os.environ.get(VARIABLE, sys.executable) # a command
 
 
 @contextmanager
-def serving():
+def serving(modules=MODULES): # what is imported besides torch
     "Let `python()` start copies, here and in all processes that are started from here"
     if sys.platform != 'linux': yield  # it starts fresh processes
     else:
         with tempfile.TemporaryDirectory() as folder, listening(folder) as listener:
-            server = subprocess.Popen([sys.executable, __file__, str(listener.fileno()), folder],
-                                      stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
+            server = subprocess.Popen([sys.executable, __file__, str(listener.fileno()), folder,
+                                       *modules], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
                                       pass_fds=[listener.fileno()])
             os.environ[VARIABLE] = write_command(folder)
             try: yield
@@ -139,8 +139,8 @@ def kill(pid):
         with suppress(ProcessLookupError): end(pid, signal.SIGKILL)
 
 
-def import_all():
-    for name in MODULES: importlib.import_module(name)
+def import_all(modules):
+    for name in modules: importlib.import_module(name)
     leave_stacks_alone()
     leave_operators_alone()
     draw_once()
@@ -231,11 +231,11 @@ def end_quickly():
     os._exit(0)
 
 
-def main(listener, folder):
+def main(listener, folder, *modules):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     listener = socket.socket(fileno=int(listener))
     if not is_asked(listener, sys.stdin): return
-    import_all()
+    import_all(modules)
     sys.executable = f'{folder}/python'
     multiprocessing.set_executable(sys.executable)
     request, files = Server(listener, sys.stdin).serve()

@@ -89,7 +89,7 @@ def test_copies_end_with_the_tests(tmp_path):
         import os, subprocess, sys, time
         sys.path.insert(0, {os.path.dirname(__file__)!r})
         from preloaded import python, serving
-        with serving():
+        with serving(['torch']):
             copy = subprocess.Popen([python(), '-c', {WAITS!r}])
             time.sleep(60)'''
     (tmp_path / 'script.py').write_text('if True:' + code)
