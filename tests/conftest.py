@@ -53,11 +53,3 @@ def answers_to_ctrl_c():
     "A shell that starts the tests in the background has them ignore Ctrl-C, which some tests send"
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-@pytest.fixture
-def ended(): # function that passes a loader through
-    "Workers that persist end with the test; the garbage collector would wait for them for seconds"
-    loaders = []
-    yield lambda loader: loaders.append(loader) or loader
-    for loader in loaders: loader._iterator = None

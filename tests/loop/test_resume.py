@@ -246,18 +246,18 @@ def can_go_together(a, b):
 def test_all_pairs_resume_at_every_batch(tmp_path, names): resumes_everywhere(tmp_path, *names)
 
 @pytest.mark.parametrize('name', WORKERS)
-def test_workers_resume(tmp_path, name, monkeypatch, ended):
-    monkeypatch.setitem(PARTS, name, {'loader': lambda: ended(WORKERS[name]())})
+def test_workers_resume(tmp_path, name, monkeypatch):
+    monkeypatch.setitem(PARTS, name, {'loader': WORKERS[name]})
     resumes_everywhere(tmp_path, name, every=9)
 
 @pytest.mark.slow
 @pytest.mark.parametrize('part',
                          ['dropout', 'norm', 'ema', 'accumulation', 'one cycle', 'evaluations'])
 @pytest.mark.parametrize('name', WORKERS)
-def test_workers_resume_at_every_batch(tmp_path, name, part, monkeypatch, ended):
+def test_workers_resume_at_every_batch(tmp_path, name, part, monkeypatch):
     if (name, part) == ('streaming workers', 'one cycle'):
         pytest.skip('a schedule needs a loader with a length, or n_steps')
-    monkeypatch.setitem(PARTS, name, {'loader': lambda: ended(WORKERS[name]())})
+    monkeypatch.setitem(PARTS, name, {'loader': WORKERS[name]})
     resumes_everywhere(tmp_path, name, part)
 
 

@@ -86,10 +86,9 @@ KINDS = ['tensors', 'DataLoader', 'generator', 'persistent']
                  marks=pytest.mark.slow if kind == 'persistent' and case != 'a full sweep' else ())
     for kind in KINDS for case in CASES])
 @pytest.mark.parametrize('trained', [False, True])
-def test_no_trace(kind, case, trained, ended):
+def test_no_trace(kind, case, trained):
     error, raised = CASES[case]
     learn = make(kind)
-    ended(learn.dls.train)
     if trained:
         learn.fit(1)
         learn.model.body[1].eval()
@@ -106,10 +105,9 @@ def test_no_trace(kind, case, trained, ended):
     assert [id(t) for t in (*learn.model.parameters(), *learn.model.buffers())] == objects
 
 @pytest.mark.parametrize('kind', KINDS)
-def test_training_after_it_is_the_same_to_the_bit(kind, ended):
+def test_training_after_it_is_the_same_to_the_bit(kind):
     def run(sweep):
         learn = make(kind)
-        ended(learn.dls.train)
         for _ in range(2):
             if sweep: learn.lr_find(num_it=10)
             learn.fit(1)
