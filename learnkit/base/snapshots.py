@@ -253,7 +253,7 @@ class Scope:
         if isinstance(x, (types.FunctionType, types.MethodType, functools.partial)): return True
         return hasattr(x, '__dict__') or bool(slots_of_class(type(x))[0])
 
-    def is_data(self, x, path): return False # bool; data is not followed
+    def is_data(self, x, path, owner): return False # bool; data is not followed
 
 # %% ../../nbs/base/09_snapshots.ipynb #3c3603da
 class Snapshot:
@@ -264,7 +264,7 @@ class Snapshot:
                 ):
         self.scope, self.objects, self.paths = scope or Scope(), {}, {}
         self.values = {}  # path of an object -> name of a slot -> held value
-        self.open, self.within = deque(), set()
+        self.open, self.within, self.data = deque(), set(), {}
         for name, x in roots.items(): self.hold(x, (name,))
         while self.open:
             path = self.open.popleft()
@@ -286,7 +286,13 @@ class Snapshot:
         "What an object keeps, without what acts on the world and what is data"
         found = self.scope.slots(self.objects[path], path)
         return {name: x for name, x in found.items()
-                if not acts_outside(x) and not self.scope.is_data(x, (*path, name))}
+                if not acts_outside(x) and not self.is_left_out(path, name, x)}
+
+    def is_left_out(self, path, name, x): # bool
+        "Whether a slot holds data, which are only noted"
+        if not self.scope.is_data(x, (*path, name), self.objects[path]): return False
+        self.data[*path, name] = x
+        return True
 
 # %% ../../nbs/base/09_snapshots.ipynb #668ff612
 @patch

@@ -173,7 +173,7 @@ class Scope:
         Returns:
             bool
         """
-    def is_data(self, x: Any, path: Any) -> Any: ...
+    def is_data(self, x: Any, path: Any, owner: Any) -> Any: ...
 
 class Snapshot:
     """What objects hold at a moment"""
@@ -183,6 +183,7 @@ class Snapshot:
     values: dict[Any, Any]
     open: Any
     within: Any
+    data: dict[Any, Any]
     def __init__(self, roots: dict, scope: Scope | None = None) -> None:
         """What objects hold at a moment
 
@@ -206,6 +207,12 @@ class Snapshot:
 
         Returns:
             dict: name -> value, as it is now
+        """
+    def is_left_out(self, path: Any, name: Any, x: Any) -> bool:
+        """Whether a slot holds data, which are only noted
+
+        Returns:
+            bool
         """
     def hold(self, x: Any, path: Any) -> Any:
         """A value, with a copy of what may change in it

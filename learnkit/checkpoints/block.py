@@ -254,6 +254,7 @@ def make(self:Block, call, record, folder):
     ledger = self.ledger
     ledger.known_digests, self.diverged, ledger.is_as_made = ledger.no_digests(), True, False
     if call.kind != 'pure': ledger.lacks = {}
+    data = ledger.host.reach.data_marks()
     try: result, callbacks, facts = ledger.perform(call, folder.absolute())
     except KeyboardInterrupt:
         if ledger.host.ranks is None: self.note(record, left=ledger.state_digests())
@@ -264,7 +265,7 @@ def make(self:Block, call, record, folder):
     if call.kind == 'structural': ledger.host.reach.observe()
     structure = ledger.structure(still=call.kind != 'structural')
     try:
-        if call.kind == 'changes': self.check_structure_kept(call, structure)
+        if call.kind == 'changes': self.check_structure_kept(call, structure, data)
         packed, (seals, files) = ledger.pack(call, result), ledger.written_files(self.node, call)
         saved, roots = ledger.put_state(packed, callbacks, files)
     except (RuntimeError, UnstorableError):
@@ -280,11 +281,14 @@ def make(self:Block, call, record, folder):
 
 # %% ../../nbs/checkpoints/08_block.ipynb #0ddcb1fc
 @patch
-def check_structure_kept(self:Block, call, after):
+def check_structure_kept(self:Block, call, after, data): # data: marks from before the call
     "Raise RuntimeError when a call has changed what a run that fetches it would not change"
-    texts = [text for name, now in after.items()
-             if name not in self.ledger.host.rules.restored_structure
-             for text in differences(call.structure[name].tree, now.tree)]
+    now = self.ledger.host.reach.data_marks()
+    texts = [f'{name} has other values' for name in data
+             if name in now and data[name].differs(now[name])]
+    texts += [text for name, found in after.items()
+              if name not in self.ledger.host.rules.restored_structure
+              for text in differences(call.structure[name].tree, found.tree)]
     if texts:
         raise RuntimeError(
             f'{call.text} has changed how the learner is put together ({"; ".join(texts)}), which '

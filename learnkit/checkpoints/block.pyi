@@ -59,8 +59,12 @@ class Block:
         """The record of a call that is about to run"""
     def make(self, call: Any, record: Any, folder: Any) -> Any:
         """Make a call and record what came of it; if it fails the record says that it runs"""
-    def check_structure_kept(self, call: Any, after: Any) -> None:
-        """Raise RuntimeError when a call has changed what a run that fetches it would not change"""
+    def check_structure_kept(self, call: Any, after: Any, data: Any) -> Any:
+        """Raise RuntimeError when a call has changed what a run that fetches it would not change
+
+        Returns:
+            data: marks from before the call
+        """
     def close(self) -> Any:
         """The block ends: what is recorded beyond it is stale, and an empty block is a bookmark"""
     def record_bookmark(self) -> Any:

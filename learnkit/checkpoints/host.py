@@ -75,6 +75,10 @@ class Reach(HostPart):
         "The ids of all that the state of the object, or of arguments of a call, holds"
         return set()
 
+    def data_marks(self) -> dict: # name -> DataMark
+        "What shows that data that no state holds were changed"
+        return {}
+
     def known_objects(self) -> dict: # id of an object -> what to call it
         "Objects of the state or the structure, which code that reads them needs not describe"
         return {id(self.object): 'itself'}
@@ -167,6 +171,11 @@ def root(self:Host) -> dict: # name -> value
 @patch
 def structure(self:Host) -> dict: # name -> value
     "What calls follow from besides state and arguments, as it is now"
+    return {}
+
+@patch
+def arithmetic(self:Host) -> dict: # name -> plain value
+    "What else the digits of a result follow from, and is told when different"
     return {}
 
 @patch

@@ -76,6 +76,12 @@ class Reach(HostPart):
         """
     def ids(self, arguments: Any) -> set:
         """The ids of all that the state of the object, or of arguments of a call, holds"""
+    def data_marks(self) -> dict:
+        """What shows that data that no state holds were changed
+
+        Returns:
+            name -> DataMark
+        """
     def known_objects(self) -> dict:
         """Objects of the state or the structure, which code that reads them needs not describe
 
@@ -210,6 +216,12 @@ class Host:
 
         Returns:
             name -> value
+        """
+    def arithmetic(self) -> dict:
+        """What else the digits of a result follow from, and is told when different
+
+        Returns:
+            name -> plain value
         """
     def structure_objects(self) -> Any:
         """What `restore` needs to give the object the structure that it has now

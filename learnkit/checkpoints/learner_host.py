@@ -14,7 +14,7 @@ from ..fingerprint.functions import signature_without_self
 from ..loop.observed import (
     forget_changes, has_own_state, load_observed, observed_state)
 from ..loop.position import FitState
-from ..loop.provenance import class_attributes, frozen_modules, named_params
+from ..loop.provenance import class_attributes, frozen_modules, named_params, workers
 from ..loop.state import (
     check_loss_state, check_model_state, load_model_state, unchanged_parts)
 from ..loop.saving import localized
@@ -26,9 +26,9 @@ from .learner_display import LearnerDisplay, given_callbacks
 from .learner_files import LearnerFiles
 from .learner_reach import LearnerReach
 from .learner_rules import LearnerRules
-from learnkit.checkpoints.learner_structure import (
-    added_arguments, learner_structure, put_modules_back, put_together, structure_objects,
-    undone_on_error, way_back)
+from .learner_structure import (
+    added_arguments, arguments_of_bases, learner_structure, put_modules_back, put_together,
+    structure_objects, undone_on_error, way_back)
 
 # %% ../../nbs/checkpoints/10_learner_host.ipynb #c0a496e9
 class LearnerHost(Host):
@@ -52,9 +52,14 @@ class LearnerHost(Host):
 def root(self:LearnerHost) -> dict: # name -> value
     "What all calls follow from besides state and structure"
     given, cls = self.construction, type(self.object)
-    return {'seed': given.arguments['seed'], 'built_model': self.object.model,
+    by_name = {**given.kwargs, **given.arguments}
+    return {'seed': by_name.get('seed'), 'built_model': self.object.model,
             'class': class_attributes(cls),
-            'constructor': added_arguments(cls, given.args, given.kwargs)}
+            'constructor': {**arguments_of_bases(cls, by_name),
+                            **added_arguments(cls, given.args, given.kwargs)}}
+
+@patch
+def arithmetic(self:LearnerHost) -> dict: return workers(self.object)
 
 @patch
 def structure(self:LearnerHost) -> dict: # name -> value

@@ -22,6 +22,7 @@ class LearnerHost(Host):
         Returns:
             name -> value
         """
+    def arithmetic(self) -> dict: ...
     def structure(self) -> dict:
         """What calls follow from besides state and arguments, as it is now
 

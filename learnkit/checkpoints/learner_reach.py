@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/checkpoints/09_learner_reach.ipynb #c48ddb83
-from ..loop.observed import Baseline, as_built, ids_in_reach
+from ..loop.observed import Baseline, as_built, data_marks, ids_in_reach
 from ..loop.provenance import known_objects
 from .host import Reach
 from .learner_display import given_callbacks
@@ -19,7 +19,7 @@ class LearnerReach(Reach):
         learn = self.object
         if anew: learn._origin.baseline = Baseline()
         learn._origin.is_recorded = True
-        learn._origin.baseline.add(learn, given_callbacks(arguments or {}))
+        learn._origin.baseline.take_objects(learn, given_callbacks(arguments or {}))
 
     def as_built(self, arguments=None): # context manager
         "Inside the block everything is as it was when it came into reach"
@@ -28,6 +28,10 @@ class LearnerReach(Reach):
     def ids(self, arguments) -> set:
         "The ids of all that is observed, callbacks among the arguments too"
         return ids_in_reach(self.object, given_callbacks(arguments))
+
+    def data_marks(self) -> dict: # path as text -> DataMark
+        "What shows that data that no state holds were changed"
+        return data_marks(self.object)
 
     def known_objects(self) -> dict: # id of an object -> what to call it
         "The learner and its parts, which code may read as globals"

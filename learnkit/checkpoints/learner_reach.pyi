@@ -18,6 +18,12 @@ class LearnerReach(Reach):
         """
     def ids(self, arguments: Any) -> set:
         """The ids of all that is observed, callbacks among the arguments too"""
+    def data_marks(self) -> dict:
+        """What shows that data that no state holds were changed
+
+        Returns:
+            path as text -> DataMark
+        """
     def known_objects(self) -> dict:
         """The learner and its parts, which code may read as globals
 

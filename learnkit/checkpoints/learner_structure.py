@@ -13,20 +13,36 @@ from ..base.dtensors import unsharded_class
 from ..components.optim import opt_params
 from ..fingerprint.inspection import is_users_own, name_of
 from ..fingerprint.modules import Behaviour, without_owner
+from ..loop.observed import added_attributes
 from ..loop.provenance import is_of_library, structure
 from ..training.torch_schedulers import torch_schedulers
 
 # %% ../../nbs/checkpoints/09_learner_structure.ipynb #b5c2d3f2
+def arguments_of_learner(cls): # set of names
+    "The arguments that the library's own constructors of a class have"
+    return {name for base in cls.__mro__ if is_of_library(base)
+            for name in inspect.signature(base.__init__).parameters}
+
+def arguments_of_bases(cls, given): # dict: name -> value; given: likewise
+    "What the constructors of a user's classes beside the record were given, or have as default"
+    params = {name: param for base in reversed(cls.__mro__)
+              if not is_of_library(base) and '__init__' in vars(base)
+              for name, param in inspect.signature(base.__init__).parameters.items()
+              if param.kind not in VARIADIC}
+    names = params.keys() - arguments_of_learner(cls)
+    found = {name: given.get(name, params[name].default) for name in params if name in names}
+    return {name: value for name, value in found.items() if value is not inspect.Parameter.empty}
+
 def added_arguments(cls, args, kwargs): # dict: name -> value
     "What a subclass's constructor has besides those of the learner"
-    known = {name for base in cls.__mro__ if is_of_library(base)
-             for name in inspect.signature(base.__init__).parameters}
+    known = arguments_of_learner(cls)
     bound = inspect.signature(cls.__init__).bind(None, *args, **kwargs)
     bound.apply_defaults()
     kinds = {name: param.kind for name, param in bound.signature.parameters.items()}
-    variadic = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
     return {name: value for name, value in bound.arguments.items()
-            if name not in known and kinds[name] not in variadic}
+            if name not in known and kinds[name] not in VARIADIC}
+
+VARIADIC = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
 
 # %% ../../nbs/checkpoints/09_learner_structure.ipynb #5d04f324
 def outline(model:nn.Module): # dict: path -> [class, shapes, attributes of torch's own classes]
@@ -56,7 +72,10 @@ def behaviour(learn): # Behaviour
     own = {name: without_owner(x, learn) for name, x in vars(learn).items()
            if hasattr(type(learn), name)}
     functions = {f'learn.{name}': x for name, x in own.items() if is_users_own(x)}
-    return Behaviour(learn.model, (type(learn.opt), type(learn.scaler)), functions)
+    built, modules = learn._origin.baseline.built, learn.model.named_modules()
+    added = {f'learn.{name}': x for name, x in added_attributes(learn).items()}
+    added |= {f'model.{name}': x for name, x in modules if id(x) not in built}
+    return Behaviour(learn.model, (type(learn.opt), type(learn.scaler)), functions, added)
 
 def fresh_metrics(metrics): # the same nesting
     "Metrics as they are before a pass: what they have gathered makes no difference"
@@ -83,6 +102,7 @@ def put_together(learn, objects):
     is_new = structure_objects(learn)['opt'] != objects['opt']
     vars(learn).update(objects['attributes'])
     put_modules_back(objects['modules'])
+    learn._origin.baseline.take_objects(learn)
     learn.cbs = [*objects['cbs'], *(cb for cb in learn.cbs if cb.distributes)]
     if not is_new: return
     learn.make_opt()

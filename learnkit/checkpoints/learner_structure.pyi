@@ -9,12 +9,27 @@ from ..fingerprint.modules import Behaviour
 from ..loop.learner import Learner
 __all__ = []
 
+def arguments_of_learner(cls: Any) -> Any:
+    """The arguments that the library's own constructors of a class have
+
+    Returns:
+        set of names
+    """
+
+def arguments_of_bases(cls: Any, given: Any) -> Any:
+    """What the constructors of a user's classes beside the record were given, or have as default
+
+    Returns:
+        dict: name -> value; given: likewise
+    """
+
 def added_arguments(cls: Any, args: Any, kwargs: Any) -> Any:
     """What a subclass's constructor has besides those of the learner
 
     Returns:
         dict: name -> value
     """
+VARIADIC: tuple[Any, ...]
 
 def outline(model: nn.Module) -> Any:
     """What a model consists of, without its values and without what it may count for itself

@@ -245,7 +245,7 @@ def arithmetic_of(self:Ledger, call) -> dict: # name -> plain value
     "Versions and switches that the digits of a result follow from"
     found = [call.arguments, *call.structure.values(), *self.root.values()]
     packages = sorted({name for one in found for name in one.packages})
-    return self.on_main(lambda: arithmetic(packages))
+    return self.on_main(lambda: {**arithmetic(packages), **self.host.arithmetic()})
 
 # %% ../../nbs/checkpoints/05_ledger.ipynb #88f6f1b6
 @patch

@@ -9,12 +9,13 @@ __all__ = []
 import copy, itertools, signal, weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 from ..base.randomness import (
     generator_state, rng_state, set_generator_state, set_rng_state)
 from ..base.batches import tensors_in
-from ..files.tensors import tensor_digest
+from ..files.tensors import checksum, tensor_digest
 from ..files.tree import tree_digest
 from .loaders import DatasetLoader, EpochLoader, describe, generators, loader_objects
 
@@ -77,6 +78,59 @@ class LastBatch:
         "The digest of the batch"
         return batch_digest(self.batch) if self.counts_now() == self.counts else None
 
+
+# %% ../../nbs/data/02_resumable.ipynb #dfa3e0a0
+SMALL, FEW = 2**16, 1000  # bytes of an array and items of a list of a dataset that are followed
+
+def is_large(x): # bool
+    "Whether a value of a dataset is too large to be followed"
+    if isinstance(x, (torch.Tensor, np.ndarray)): return x.nbytes > SMALL
+    if isinstance(x, (list, tuple, dict, set, frozenset)):
+        items = x.values() if isinstance(x, dict) else x
+        return len(x) > FEW or any(map(is_large, items))
+    return type(x).__module__.partition('.')[0] in ('pandas', 'polars', 'pyarrow', 'datasets')
+
+# %% ../../nbs/data/02_resumable.ipynb #f4dec881
+class DataMark:
+    "Tells data in memory from what they were, but for items filled in where nothing was"
+    def __init__(self, x):
+        self.held = copy.copy(x) if isinstance(x, (list, dict)) else x  # no id is given again
+        self.mark = mark_of(x)
+
+    def differs(self, now): # bool
+        then, now = self.mark, now.mark
+        if type(then) is not type(now): return True
+        if isinstance(then, dict):
+            return any(key not in now or not is_filled(one, now[key]) for key, one in then.items())
+        return len(then) != len(now) or not all(map(is_filled, then, now))
+
+def is_filled(then, now): return then is None or then == now # bool
+
+def mark_of(x): # list or dict: what shows a change, without a copy of numbers
+    if isinstance(x, dict): return {key: item_mark(item) for key, item in x.items()}
+    if isinstance(x, (list, tuple)): return list(map(item_mark, x))
+    if isinstance(x, np.ndarray): return array_mark(x) if x.flags.writeable else [id(x)]
+    if isinstance(x, torch.Tensor): return tensor_mark(x)
+    is_pandas = type(x).__module__.partition('.')[0] == 'pandas'
+    return table_mark(x) if is_pandas and hasattr(x, 'iloc') else [id(x)]
+
+def item_mark(x): # plain value, or list; None for what is not there yet
+    if isinstance(x, torch.Tensor): return [id(x), *write_counts([x])]
+    return x if isinstance(x, (int, float, str, bytes, type(None))) else [id(x)]
+
+def tensor_mark(t): # list
+    "Writes are counted by torch, unless numpy may write as well"
+    counts = [id(t), *write_counts([t])]
+    is_shared = t.device.type == 'cpu' and not t.untyped_storage().resizable()
+    return [*counts, *array_mark(t.detach().numpy())] if is_shared else counts
+
+def array_mark(x): # list
+    if x.dtype.hasobject: return [str(x.dtype), list(map(item_mark, x.flatten().tolist()))]
+    return [str(x.dtype), list(x.shape), checksum(np.ascontiguousarray(x).data)]
+
+def table_mark(x): # list
+    columns = [x] if x.ndim == 1 else [x.iloc[:, i] for i in range(x.shape[1])]
+    return [array_mark(column.to_numpy()) for column in columns]
 
 # %% ../../nbs/data/02_resumable.ipynb #d10fbc82
 def check_resumable(dl):

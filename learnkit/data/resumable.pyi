@@ -64,6 +64,54 @@ class LastBatch:
         Returns:
             None where it is not what was read any more
         """
+SMALL: Any
+FEW: int
+
+def is_large(x: Any) -> bool:
+    """Whether a value of a dataset is too large to be followed
+
+    Returns:
+        bool
+    """
+
+class DataMark:
+    """Tells data in memory from what they were, but for items filled in where nothing was"""
+    held: Any
+    mark: Any
+    def __init__(self, x: Any) -> None: ...
+    def differs(self, now: Any) -> bool:
+        """Returns:
+            bool
+        """
+
+def is_filled(then: Any, now: Any) -> Any: ...
+
+def mark_of(x: Any) -> Any:
+    """Returns:
+        list or dict: what shows a change, without a copy of numbers
+    """
+
+def item_mark(x: Any) -> Any:
+    """Returns:
+        plain value, or list; None for what is not there yet
+    """
+
+def tensor_mark(t: Any) -> list:
+    """Writes are counted by torch, unless numpy may write as well
+
+    Returns:
+        list
+    """
+
+def array_mark(x: Any) -> list:
+    """Returns:
+        list
+    """
+
+def table_mark(x: Any) -> list:
+    """Returns:
+        list
+    """
 
 def check_resumable(dl: Any) -> None:
     """Raise ValueError for a loader whose batches cannot be come back to"""

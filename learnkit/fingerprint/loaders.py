@@ -16,11 +16,11 @@ from torch.utils.data import (
     ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate)
 from ..base.randomness import (
     generator_state, isolated_rng, seed_generator, set_generator_state)
-from ..base.snapshots import MISSING
+from ..base.snapshots import MISSING, Scope, Snapshot
 from ..files.tree import json_digest
 from ..data.loaders import (
     DataLoaders, DatasetLoader, EpochLoader, TensorLoader, generators, length)
-from ..data.resumable import reading_without_trace
+from ..data.resumable import is_large, reading_without_trace
 from .values import Walk, describe, json_text
 from .inspection import Variable, attributes, name_of
 from .code import record_class
@@ -117,11 +117,20 @@ def samples_digest(ds, n:int, walk): # digest; None for samples that cannot be d
 
 def read_samples(ds, picks, walk): # list
     "Samples by index; random generators and the dataset are left as they were"
+    before = Snapshot({'data': ds}, DataScope())
     with isolated_rng(0), reading_without_trace(ds), seeded(generators_met(ds, walk)):
         try: return [ds[i] for i in picks]
         except Exception as error:
             walk.refuse(ds, f'reading samples {picks} raised {type(error).__name__}: {error}; mend '
                             'that, or give the dataset a method __fingerprint__', error)
+        finally: before.put_back()
+
+# %% ../../nbs/fingerprint/09_loaders.ipynb #26bc4468
+class DataScope(Scope):
+    "What reading samples may change: the attributes of a dataset and of its transforms"
+    def is_data(self, x, path, owner): return isinstance(x, torch.nn.Module) or is_large(x)
+    def follows(self, x, path):
+        return not hasattr(x, 'dls') and Scope.follows(self, x, path)
 
 # %% ../../nbs/fingerprint/09_loaders.ipynb #186c451b
 def generators_met(ds, walk): # list of random generators, always in the same order

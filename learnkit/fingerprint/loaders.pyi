@@ -4,6 +4,7 @@
 """By content where it is at hand, else by samples"""
 from contextlib import AbstractContextManager
 from typing import Any
+from ..base.snapshots import Scope
 __all__ = []
 
 def describe_dataset(ds: Any, walk: Any) -> Any: ...
@@ -71,6 +72,11 @@ def read_samples(ds: Any, picks: Any, walk: Any) -> list:
     Returns:
         list
     """
+
+class DataScope(Scope):
+    """What reading samples may change: the attributes of a dataset and of its transforms"""
+    def is_data(self, x: Any, path: Any, owner: Any) -> Any: ...
+    def follows(self, x: Any, path: Any) -> Any: ...
 
 def generators_met(ds: Any, walk: Any) -> Any:
     """The generators in a dataset, in its transforms, and among the globals of their functions

@@ -142,8 +142,10 @@ class Behaviour:
     def __init__(self, module,
                  classes=(), # of what works on it, as an optimizer does
                  functions=MappingProxyType({}), # by name: what else was put somewhere
+                 attributes=MappingProxyType({}), # by name: of what holds the module
                 ):
-        self.module, self.classes, self.functions = module, classes, functions
+        self.module, self.classes = module, classes
+        self.functions, self.attributes = functions, attributes
 
 @describe.register(Behaviour)
 def describe_behaviour(x, walk):
@@ -151,9 +153,11 @@ def describe_behaviour(x, walk):
     with walk.within(weights=False):
         for path, module in x.module.named_modules():
             record_class(unsharded_class(module), walk)
-            nodes = {**functions_in(module, walk), 'hooks': describe_hooks(module, walk)}
+            nodes = {**objects_in(attributes(module), walk, module),
+                     'hooks': describe_hooks(module, walk)}
             found |= {'.'.join(filter(None, (path, name))): node for name, node in nodes.items()
                       if node}
+        found |= objects_in(x.attributes, walk)
         for cls in x.classes: record_class(cls, walk)
         for name, func in {**x.functions, **replaced_functions()}.items():
             found[name] = walk.describe_at(name, func)
@@ -167,19 +171,15 @@ def replaced_functions(): # dict: name -> function
 HOMES = torch, torch.nn.functional, torch.nn.init, torch.Tensor
 
 # %% ../../nbs/fingerprint/08_modules.ipynb #1e0c77ab
-def functions_in(module, walk): # dict: name -> JSON value
-    "The functions that a module holds; what else it holds is looked through for what it reads"
-    objects = {name: value for name, value in attributes(module).items()
+def objects_in(values:dict, walk, owner=None): # dict: name -> JSON value
+    "The functions and objects among attributes, as far as they can be described"
+    objects = {name: value for name, value in values.items()
                if name not in TORCH_ATTRIBUTES and name[:2] != '__'
                and name not in walk.ignore and not is_plain(value)
                and not isinstance(value, torch.Tensor) and not is_external(value)}
-    found = {}
-    for name, value in objects.items():
-        worked, node = walk.try_describe_at(name, without_owner(value, module))
-        if worked and isinstance(value, FUNCTIONS): found[name] = node
-    return found
-
-FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
+    tried = {name: walk.try_describe_at(name, without_owner(value, owner))
+             for name, value in objects.items()}
+    return {name: node for name, (worked, node) in tried.items() if worked}
 
 def parts_by_id(name, module): # dict: id -> path
     "A model, with all modules and tensors in it"

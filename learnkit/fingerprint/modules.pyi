@@ -93,12 +93,20 @@ class Behaviour:
     module: Any
     classes: Any
     functions: Any
-    def __init__(self, module: Any, classes: Any = (), functions: Any = ...) -> None:
+    attributes: Any
+    def __init__(
+            self,
+            module: Any,
+            classes: Any = (),
+            functions: Any = ...,
+            attributes: Any = ...,
+    ) -> None:
         """What a module does now, besides what its state and its attributes say
 
         Args:
             classes: of what works on it, as an optimizer does
             functions: by name: what else was put somewhere
+            attributes: by name: of what holds the module
         """
 
 def describe_behaviour(x: Any, walk: Any) -> Any: ...
@@ -111,13 +119,12 @@ def replaced_functions() -> Any:
     """
 HOMES: tuple[Any, ...]
 
-def functions_in(module: Any, walk: Any) -> Any:
-    """The functions that a module holds; what else it holds is looked through for what it reads
+def objects_in(values: dict, walk: Any, owner: Any = None) -> Any:
+    """The functions and objects among attributes, as far as they can be described
 
     Returns:
         dict: name -> JSON value
     """
-FUNCTIONS: tuple[Any, ...]
 
 def parts_by_id(name: Any, module: Any) -> Any:
     """A model, with all modules and tensors in it

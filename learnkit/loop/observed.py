@@ -19,13 +19,13 @@ from torch import nn
 from torch.utils.data import TensorDataset
 from ..base.guard import assigned_names, is_learnkits
 from ..base.snapshots import (
-    CONTAINERS, HELD, MISSING, PLAIN, SEQUENCES, HeldItems, Reference, Scope, Snapshot,
+    CONTAINERS, HELD, MISSING, PLAIN, SEQUENCES, HeldItems, Opaque, Reference, Scope, Snapshot,
     closure_cells, path_text)
 from ..base.packing import NotPlainError, Unpacking, described, pack
 from ..files.errors import UnstorableError
 from ..files.tree import check_storable
 from ..fingerprint.inspection import is_user_module
-from ..data.resumable import generators, is_stateful
+from ..data.resumable import FEW, DataMark, generators, is_large, is_stateful
 from ..components.callback import Callback, has_state, named_callbacks
 from .recorder import Recorder
 from .position import PassState
@@ -74,6 +74,7 @@ class LearnerScope(Scope):
         if x is self.learn: return added_attributes(x)
         if isinstance(x, type): return data_of_class(x)
         found = super().slots(x, path)
+        if path[0] == 'data': found = self.without_loaded(x, found)
         if isinstance(x, torch.optim.Optimizer): return found | self.opt_slots(x)
         if isinstance(x, nn.Module): return self.module_slots(x, path, found)
         if isinstance(x, Callback): return found if self.looks_into(x) else {}
@@ -140,20 +141,24 @@ def follows(self:LearnerScope, x, path): # bool
     if isinstance(x, FunctionType) and is_learnkits(x): return False
     return Scope.follows(self, x, path)
 
-SMALL, FEW = 2**16, 1000  # bytes of an array and items of a list of a dataset that are followed
 OF_WORKERS = '_iterator', 'worker_init_fn'  # of a `DataLoader`; what they do is done elsewhere
 
 @patch
-def is_data(self:LearnerScope, x, path): # bool
+def is_data(self:LearnerScope, x, path, owner): # bool
     "Whether it is what a dataset gives out, rather than how it does that"
     if type(x).__module__.startswith('learnkit.processes.'): return True  # theirs to take away
     if path[0] != 'data': return False
-    if 'cache' in str(path[-1]).lower() or path[-1] in OF_WORKERS: return True
-    if isinstance(x, (torch.Tensor, np.ndarray)): return x.nbytes > SMALL
-    if isinstance(x, (list, tuple, dict, set, frozenset)):
-        items = x.values() if isinstance(x, dict) else x
-        return len(x) > FEW or any(self.is_data(item, path) for item in items)
-    return type(x).__module__.partition('.')[0] in ('pandas', 'polars', 'pyarrow', 'datasets')
+    if is_cache(path): return True
+    return path[-1] not in self.learn._origin.baseline.of(owner) and is_large(x)
+
+@patch
+def without_loaded(self:LearnerScope, x, found): # dict: name -> value
+    "The slots of an object with none of the data that it has loaded when it was first asked"
+    before = self.learn._origin.baseline.of(x)
+    return {name: None if before.get(name, MISSING) is None and is_large(value) else value
+            for name, value in found.items()}
+
+def is_cache(path): return 'cache' in str(path[-1]).lower() or path[-1] in OF_WORKERS # bool
 
 # %% ../../nbs/loop/04_observed.ipynb #fab2dd41
 def data_of_class(cls): # dict: name -> value
@@ -180,16 +185,29 @@ def snapshot(learn, given=()): # Snapshot
     "Everything in reach as it is now; `given`: callbacks that are given to a call"
     return Snapshot({**roots(learn), 'given': named_callbacks(given)}, LearnerScope(learn))
 
+def data_marks(learn): # dict: path as text -> DataMark
+    "What shows that data that a state does not hold were changed"
+    data = snapshot(learn).data
+    return {path_text(path[:-1], path[-1]): DataMark(x) for path, x in data.items()
+            if path[0] == 'data' and not is_cache(path) and x is not None}
+
+# %% ../../nbs/loop/04_observed.ipynb #eeca1f74
 class Baseline:
     "How objects were when they came into reach"
     def __init__(self):
         self.known = {}  # id -> (object, name of a slot -> held value)
+        self.built = {}  # id -> module, of those that were there at first
 
     def add(self, learn, given=(), # callbacks given to a call
             constructed=False): # whether a subclass has given the learner all that it gives
         "Note how what has come into reach is"
         now = snapshot(learn, given)
         if constructed: self.known.pop(id(learn), None)
+        self.note(now)
+
+    def note(self, now:Snapshot):
+        if not self.known:
+            self.built = {id(x): x for x in now.objects.values() if isinstance(x, nn.Module)}
         for path, x in now.objects.items(): self.known.setdefault(id(x), (x, now.values[path]))
 
     def of(self, x): # dict: name -> held value; empty for an object that is new
@@ -205,6 +223,27 @@ class Baseline:
         for path, name in changes:
             x = now.objects[path]
             if id(x) in self.known: now.put_slot(x, name, held.of(x).get(name, MISSING))
+
+# %% ../../nbs/loop/04_observed.ipynb #ca542b9c
+@patch
+def take_objects(self:Baseline, learn, given=()): # given: as for `add`
+    "Modules and objects that a script has put somewhere are how the learner is put together"
+    now = snapshot(learn, given)
+    new = {id(x) for x in now.objects.values()} - self.known.keys()
+    for path, name in now.changes(self):
+        x, held = now.objects[path], now.values[path].get(name, MISSING)
+        before = self.of(x).get(name, MISSING)
+        if id(x) in new or not (name == '_modules' or holds_new(held, before, new)): continue
+        self.known[id(x)] = x, {**self.of(x), name: held}
+        for gone in origins(before, Reference):
+            if id(gone) not in now.paths: self.known.pop(id(gone), None)  # it may come back
+    self.note(now)
+
+def holds_new(held, before, new): # bool; new: ids
+    "Whether a slot holds an object, a function or a class that has come into reach just now"
+    known = {id(x) for x in origins(before, Opaque)}
+    return any(id(x) in new for x in origins(held, Reference)) or any(
+        id(x) not in known for x in origins(held, Opaque))
 
 # %% ../../nbs/loop/04_observed.ipynb #9bcac380
 class Origin:

@@ -122,8 +122,13 @@ def provenance(learn): # plain tree; all processes call this
     def described(): # dict
         parts = described_structure(learn)
         packages = {name for part in parts.values() for name in part.get('packages', ())}
-        return {'structure': parts, 'begin': begin, 'arithmetic': arithmetic(sorted(packages))}
+        digits = {**arithmetic(sorted(packages)), **workers(learn)}
+        return {'structure': parts, 'begin': begin, 'arithmetic': digits}
     return on_main(learn.ranks, described)
+
+def workers(learn): # dict: how many processes load batches, from which what they draw follows
+    n = getattr(getattr(learn.dls.train, 'loader', learn.dls.train), 'num_workers', 0)
+    return {'workers': n} if n else {}
 
 def compressed(tree): return zlib.compress(json.dumps(tree).encode()) # bytes
 def decompressed(data): return json.loads(zlib.decompress(data))

@@ -94,6 +94,11 @@ def provenance(learn: Learner) -> Any:
         plain tree; all processes call this
     """
 
+def workers(learn: Learner) -> Any:
+    """Returns:
+        dict: how many processes load batches, from which what they draw follows
+    """
+
 def compressed(tree: Any) -> Any: ...
 
 def decompressed(data: Any) -> Any: ...

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 from ..base.snapshots import same_objects
 from ..files.errors import UnstorableError
+from .observed import data_marks
 from ..data.loaders import describe
 from ..data.resumable import write_counts
 from ..fingerprint.modules import hooks_of
@@ -41,13 +42,19 @@ def hooks(learn): # set of (path of a module, kind of hook, name of a function)
 # %% ../../nbs/loop/07_structure.ipynb #d2274b2f
 class FitStructure:
     "How a learner was put together when its fit began"
-    def __init__(self, learn): self.objects, self.hooks = objects_of_fit(learn), hooks(learn)
+    def __init__(self, learn):
+        self.objects, self.hooks = objects_of_fit(learn), hooks(learn)
+        self.data = data_marks(learn)
 
     def check(self, learn):
         "Raise UnstorableError if the fit is put together otherwise by now"
         now = objects_of_fit(learn)
         replaced = [f'{name} was changed' for name, before in self.objects.items()
                     if not same_objects(before, now[name])]
+        data = data_marks(learn)
+        replaced += [f'{name} was changed (if it only keeps what was read, call it a cache)'
+                     for name, mark in self.data.items()
+                     if name in data and mark.differs(data[name])]
         added = sorted(hooks(learn) - self.hooks)
         replaced += [f'{path} has got a {kind} hook, {name}' for path, kind, name in added]
         if not replaced: return

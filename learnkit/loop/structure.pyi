@@ -31,6 +31,7 @@ class FitStructure:
     """How a learner was put together when its fit began"""
     objects: Any
     hooks: Any
+    data: Any
     def __init__(self, learn: Learner) -> None: ...
     def check(self, learn: Learner) -> None:
         """Raise UnstorableError if the fit is put together otherwise by now"""
