@@ -77,7 +77,7 @@ class LearnerScope(Scope):
         if path[0] == 'data': found = self.without_loaded(x, found)
         if isinstance(x, torch.optim.Optimizer): return found | self.opt_slots(x)
         if isinstance(x, nn.Module): return self.module_slots(x, path, found)
-        if isinstance(x, Callback): return found if self.looks_into(x) else {}
+        if isinstance(x, Callback): return arguments_last(found) if self.looks_into(x) else {}
         if isinstance(x, TensorDataset): return {**found, 'tensors': None}  # data of any size
         if is_learnkits(type(x)): return {}
         return found | {OWN: x.state_dict()} if has_own_state(x) and not self.exact else found
@@ -128,6 +128,10 @@ def is_users(self:LearnerScope, x): # bool
 def set(self:LearnerScope, x, name, value):
     if name == OWN: x.load_state_dict(value)
     else: Scope.set(self, x, name, value)
+
+def arguments_last(found): # dict: name -> value
+    "What a callback calls something goes before what its constructor was given"
+    return dict(sorted(found.items(), key=lambda slot: slot[0] == 'init_args'))
 
 # %% ../../nbs/loop/04_observed.ipynb #3c3195db
 @patch

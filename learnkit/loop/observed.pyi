@@ -101,6 +101,13 @@ class LearnerScope(Scope):
         Returns:
             dict: name -> value
         """
+
+def arguments_last(found: Any) -> Any:
+    """What a callback calls something goes before what its constructor was given
+
+    Returns:
+        dict: name -> value
+    """
 OF_WORKERS: tuple[str, ...]
 
 def is_cache(path: Any) -> Any: ...
