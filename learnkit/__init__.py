@@ -109,7 +109,8 @@ from .loop import fit as _fit
 from .loop import methods as _methods
 from .training import arguments as _arguments
 from .training.schedule import (
-    combine_scheds, sched_const, sched_cos, sched_exp, sched_lin, sched_poly, sched_warmup,
+    combine_scheds, const, exponential, half_cosine, line, one_after_another, power_of, sched_const,
+    sched_cos, sched_exp, sched_lin, sched_poly, sched_warmup, warmed_up,
 )
 from .training.scheduled_fits import (
     ParamScheduler,
@@ -216,7 +217,8 @@ __all__ = [
     'error_rate', 'mae', 'Metric', 'metric', 'mse', 'perplexity', 'rmse', 'sklearn_metric',
     'top_k_accuracy', 'no_decay', 'param_groups', 'spread_lr', 'Fingerprint', 'fingerprint',
     'UnfingerprintableError', 'Recorder', 'Progress', 'SaveState', 'Learner', 'combine_scheds',
-    'sched_const', 'sched_cos', 'sched_exp', 'sched_lin', 'sched_poly', 'sched_warmup',
+    'const', 'exponential', 'half_cosine', 'line', 'one_after_another', 'power_of', 'sched_const',
+    'sched_cos', 'sched_exp', 'sched_lin', 'sched_poly', 'sched_warmup', 'warmed_up',
     'ParamScheduler', 'TorchScheduler', 'LRFinderResult', 'SaveBest', 'AskToContinue',
     'EarlyStopping', 'StopOnNaN', 'ReduceLROnPlateau', 'MixedPrecision', 'GradientAccumulation',
     'GradientClip', 'EMA', 'SWA', 'ShortEpoch', 'StageFuncs', 'ValidateEvery', 'CutMix', 'MixUp',

@@ -71,12 +71,19 @@ from .loop.progress import Progress as Progress
 from .loop.resume import SaveState as SaveState
 from .loop.learner import Learner as Learner
 from .training.schedule import combine_scheds as combine_scheds
+from .training.schedule import const as const
+from .training.schedule import exponential as exponential
+from .training.schedule import half_cosine as half_cosine
+from .training.schedule import line as line
+from .training.schedule import one_after_another as one_after_another
+from .training.schedule import power_of as power_of
 from .training.schedule import sched_const as sched_const
 from .training.schedule import sched_cos as sched_cos
 from .training.schedule import sched_exp as sched_exp
 from .training.schedule import sched_lin as sched_lin
 from .training.schedule import sched_poly as sched_poly
 from .training.schedule import sched_warmup as sched_warmup
+from .training.schedule import warmed_up as warmed_up
 from .training.scheduled_fits import ParamScheduler as ParamScheduler
 from .training.torch_schedulers import TorchScheduler as TorchScheduler
 from .training.lr_find import LRFinderResult as LRFinderResult
@@ -121,11 +128,12 @@ __all__ = [
     'binary_accuracy', 'error_rate', 'mae', 'Metric', 'metric', 'mse', 'perplexity', 'rmse',
     'sklearn_metric', 'top_k_accuracy', 'no_decay', 'param_groups', 'spread_lr', 'Fingerprint',
     'fingerprint', 'UnfingerprintableError', 'Recorder', 'Progress', 'SaveState', 'Learner',
-    'combine_scheds', 'sched_const', 'sched_cos', 'sched_exp', 'sched_lin', 'sched_poly',
-    'sched_warmup', 'ParamScheduler', 'TorchScheduler', 'LRFinderResult', 'SaveBest',
-    'AskToContinue', 'EarlyStopping', 'StopOnNaN', 'ReduceLROnPlateau', 'MixedPrecision',
-    'GradientAccumulation', 'GradientClip', 'EMA', 'SWA', 'ShortEpoch', 'StageFuncs',
-    'ValidateEvery', 'CutMix', 'MixUp', 'OverfitResult', 'ChannelsLast', 'launch', 'Ranks',
-    'Distributed', 'BEGINNING', 'StaleCheckpoint', 'Checkpointed', 'CheckpointedLearner',
-    'checkpoints_table', 'tree_text', 'plot_tree', 'explain_text'
+    'combine_scheds', 'const', 'exponential', 'half_cosine', 'line', 'one_after_another',
+    'power_of', 'sched_const', 'sched_cos', 'sched_exp', 'sched_lin', 'sched_poly',
+    'sched_warmup', 'warmed_up', 'ParamScheduler', 'TorchScheduler', 'LRFinderResult',
+    'SaveBest', 'AskToContinue', 'EarlyStopping', 'StopOnNaN', 'ReduceLROnPlateau',
+    'MixedPrecision', 'GradientAccumulation', 'GradientClip', 'EMA', 'SWA', 'ShortEpoch',
+    'StageFuncs', 'ValidateEvery', 'CutMix', 'MixUp', 'OverfitResult', 'ChannelsLast', 'launch',
+    'Ranks', 'Distributed', 'BEGINNING', 'StaleCheckpoint', 'Checkpointed',
+    'CheckpointedLearner', 'checkpoints_table', 'tree_text', 'plot_tree', 'explain_text'
 ]

@@ -43,13 +43,17 @@ def set_python_rng_state(state, rng=random):
 def arrays_to_tensors(state): # the same nesting of dicts
     "A state of numpy with tensors for arrays, and python's integers for numpy's"
     if isinstance(state, dict): return {key: arrays_to_tensors(x) for key, x in state.items()}
-    if isinstance(state, np.ndarray): return torch.from_numpy(state.copy())
+    # As signed numbers: torch cannot pickle others
+    if isinstance(state, np.ndarray): return torch.from_numpy(state.view(signed(state)).copy())
     return int(state) if isinstance(state, np.integer) else state
 
 def tensors_to_arrays(state): # the same nesting of dicts
     "The inverse of `arrays_to_tensors`"
     if isinstance(state, dict): return {key: tensors_to_arrays(x) for key, x in state.items()}
-    return state.numpy() if isinstance(state, torch.Tensor) else state
+    if not isinstance(state, torch.Tensor): return state
+    return state.numpy().view(f'u{state.element_size()}')
+
+def signed(array): return f'i{array.dtype.itemsize}' # of the same size
 
 # %% ../../nbs/base/02_randomness.ipynb #40ec9b75
 def numpy_rng_state(rng=np.random): # dict: bit_generator, state, has_gauss, gauss

@@ -40,6 +40,8 @@ def tensors_to_arrays(state: Any) -> Any:
         the same nesting of dicts
     """
 
+def signed(array: Any) -> str: ...
+
 def numpy_rng_state(rng: Any = ...) -> Any:
     """The state of numpy's global generator or of a `RandomState`, whatever bit generator it runs on
 

@@ -76,6 +76,9 @@ class Ledger:
         self.dropped = 0  # bytes that were dropped and not freed yet
         self.root = self.describe(host.root(), reads=False)  # before anything is trained
 
+    # What was seen of modules and of memory belongs to this process
+    def __getstate__(self): return {**vars(self), 'memo': {}, 'known_digests': self.no_digests()}
+
     @property
     def store(self): # Store or SharedStore
         "Where the record lies"

@@ -47,6 +47,7 @@ class Ledger:
     dropped: int
     root: Any
     def __init__(self, host: Host, store: Any, options: Options) -> None: ...
+    def __getstate__(self) -> Any: ...
     @property
     def store(self) -> Any:
         """Where the record lies

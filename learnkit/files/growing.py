@@ -27,6 +27,9 @@ class Sealed:
     "Tensors that are not to be written to any more, each hashed once"
     def __init__(self): self.known = {}  # id -> (tensor, its count of writes, digest or None)
 
+    def __getstate__(self): return [known[0] for known in self.known.values()]
+    def __setstate__(self, tensors): self.known = {id(t): (t, t._version, None) for t in tensors}
+
     def add(self, t): # the tensor
         if not self.holds(t): self.known[id(t)] = t, t._version, None
         return t

@@ -17,6 +17,7 @@ from ..base.dtensors import unsharded_class
 from ..base.devices import default_device
 from ..base.methods import structural, unrecorded
 from ..base.randomness import set_seed
+from ..base.snapshots import slots
 from ..data.loaders import DataLoaders
 from ..components.callback import STEPS, Callback, Callbacks, as_callbacks
 from ..components.metrics import Tally
@@ -313,3 +314,14 @@ def owner_name(method): # str
     "The callback a bound method belongs to, or the function's own name"
     owner = getattr(method, '__self__', None)
     return getattr(method, '__name__', repr(method)) if owner is None else type(owner).__name__
+
+# %% ../../nbs/loop/10_learner.ipynb #f9d7b4ef
+@patch
+def __getstate__(self:Learner): # dict
+    return vars(self) | {'beside opt': slots(self.opt) if self.opt else {}}
+
+@patch
+def __setstate__(self:Learner, state):
+    beside = state.pop('beside opt')
+    vars(self).update(state)
+    if self.opt: vars(self.opt).update(beside)

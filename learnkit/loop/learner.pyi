@@ -199,6 +199,11 @@ class Learner(Loop):
         """Neither bars nor tables for the time of a `with` block"""
     def show_training_loop(self) -> None:
         """Print the events and steps of a fit in order, with the callbacks that answer them"""
+    def __getstate__(self) -> dict:
+        """Returns:
+            dict
+        """
+    def __setstate__(self, state: Any) -> None: ...
     @pure
     def validate(self, dl: Any = None) -> dict[str, float]:
         """Loss and metrics over `dl`, exact means over its samples; changes nothing

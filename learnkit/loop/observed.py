@@ -214,6 +214,9 @@ class Baseline:
             self.built = {id(x): x for x in now.objects.values() if isinstance(x, nn.Module)}
         for path, x in now.objects.items(): self.known.setdefault(id(x), (x, now.values[path]))
 
+    def __getstate__(self): return list(self.known.values())
+    def __setstate__(self, known): self.known = {id(x): (x, values) for x, values in known}
+
     def of(self, x): # dict: name -> held value; empty for an object that is new
         return self.known.get(id(x), (x, {}))[1]
 
@@ -258,6 +261,9 @@ class Origin:
         self.n_fits, self.memo = 0, {}  # fits that have begun; of `fingerprint`
         self.made_again, self.made_in = [], set()  # what callbacks make as a fit begins, and where
         self.is_recorded = False  # whether a state that follows from the baseline is known
+
+    # What was seen of modules belongs to this process
+    def __getstate__(self): return {**vars(self), 'memo': {}}
 
     def begin(self, learn):
         "The first fit begins: what a script has set until now is how the learner was made"

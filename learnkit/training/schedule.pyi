@@ -4,8 +4,9 @@
 """Functions of progress"""
 from typing import Any
 __all__ = [
-    'sched_const', 'sched_lin', 'sched_cos', 'sched_exp', 'sched_poly', 'combine_scheds',
-    'sched_warmup'
+    'sched_const', 'const', 'sched_lin', 'line', 'sched_cos', 'half_cosine', 'sched_exp',
+    'exponential', 'sched_poly', 'power_of', 'combine_scheds', 'one_after_another',
+    'sched_warmup', 'warmed_up'
 ]
 
 def sched_const(value: Any) -> Any:
@@ -15,12 +16,16 @@ def sched_const(value: Any) -> Any:
         function of position
     """
 
+def const(value: Any, pos: Any) -> Any: ...
+
 def sched_lin(start: Any, end: Any) -> Any:
     """A straight line
 
     Returns:
         function of position
     """
+
+def line(start: Any, end: Any, pos: Any) -> Any: ...
 
 def sched_cos(start: Any, end: Any) -> Any:
     """Half a cosine: flat at both ends (Loshchilov & Hutter 2017, SGDR)
@@ -29,6 +34,8 @@ def sched_cos(start: Any, end: Any) -> Any:
         function of position
     """
 
+def half_cosine(start: Any, end: Any, pos: Any) -> Any: ...
+
 def sched_exp(start: Any, end: Any) -> Any:
     """A constant factor per step; both ends must have the same sign and not be 0
 
@@ -36,12 +43,16 @@ def sched_exp(start: Any, end: Any) -> Any:
         function of position
     """
 
+def exponential(start: Any, end: Any, pos: Any) -> Any: ...
+
 def sched_poly(start: Any, end: Any, power: Any) -> Any:
     """Like a line, with the position raised to `power`
 
     Returns:
         function of position
     """
+
+def power_of(start: Any, end: Any, power: Any, pos: Any) -> Any: ...
 
 def combine_scheds(pcts: Any, scheds: Any) -> Any:
     """One schedule after another
@@ -52,6 +63,11 @@ def combine_scheds(pcts: Any, scheds: Any) -> Any:
 
     Returns:
         function of position
+    """
+
+def one_after_another(spans: Any, ends: Any, pos: Any) -> Any:
+    """Returns:
+        (share, schedule) of each, and where each ends
     """
 
 def sched_warmup(sched: Any, share: float, start: float = 0.) -> Any:
@@ -65,3 +81,5 @@ def sched_warmup(sched: Any, share: float, start: float = 0.) -> Any:
     Returns:
         function of position
     """
+
+def warmed_up(sched: Any, share: Any, start: Any, pos: Any) -> Any: ...
