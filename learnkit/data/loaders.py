@@ -356,9 +356,13 @@ def length(x): # int or None
 
 # %% ../../nbs/data/01_loaders.ipynb #718e62e3
 def set_epoch(dl, epoch:int):
-    "Call `set_epoch` of a loader and of its samplers, where there is one"
-    for item in (dl, getattr(dl, 'sampler', None), getattr(dl, 'batch_sampler', None)):
+    "Call `set_epoch` of a loader, its samplers and its dataset, and of what these go around"
+    items, seen = [dl], []
+    for item in items:  # which grows
+        if item is None or any(item is one for one in seen): continue
+        seen.append(item)
         if callable(getattr(item, 'set_epoch', None)): item.set_epoch(epoch)
+        items += [getattr(item, name, None) for name in ('sampler', 'batch_sampler', 'dataset')]
 
 # %% ../../nbs/data/01_loaders.ipynb #8de3b615
 def n_samples(dl): # int or None

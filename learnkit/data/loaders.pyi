@@ -322,7 +322,7 @@ def length(x: Any) -> int | None:
     """
 
 def set_epoch(dl: Any, epoch: int) -> None:
-    """Call `set_epoch` of a loader and of its samplers, where there is one"""
+    """Call `set_epoch` of a loader, its samplers and its dataset, and of what these go around"""
 
 def n_samples(dl: Any) -> int | None:
     """How many samples a loader will give, as far as it tells

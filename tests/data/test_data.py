@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch.utils.data import (BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler,
                               SubsetRandomSampler, WeightedRandomSampler, get_worker_info)
+from learnkit import Callback, Learner, Progress, SaveState
 from learnkit.data.loaders import DataLoaders, DatasetLoader, TensorLoader
 from learnkit.data.order import epoch_order, epoch_seed, split_samples
 from learnkit.data.resumable import reading_without_trace
@@ -316,3 +317,39 @@ def test_parts_of_a_batch_draw_other_numbers():
                         whole.shared(Share(1, 2, True)))]
     assert [batch[:2] for batch in draws[0]] == draws[1] and draws[2] == draws[3]
     assert not {n for batch in draws[0] for n in batch} & {n for batch in draws[2] for n in batch}
+
+
+class ByEpoch(IterableDataset):
+    "Numbers in an order that follows from the epoch, as streams of Hugging Face's are shuffled"
+    def __init__(self): self.epoch, self.first = None, []
+    def set_epoch(self, epoch): self.epoch = epoch
+
+    def __iter__(self):
+        order = np.random.default_rng(self.epoch).permutation(24)
+        self.first.append(int(order[0]))
+        yield from ((torch.full((1,), float(i)), torch.zeros(1)) for i in order)
+
+
+class Around(IterableDataset):
+    def __init__(self, dataset): self.dataset = dataset
+    def __iter__(self): return iter(self.dataset)
+
+
+@pytest.mark.parametrize('wrap', [lambda x: x, Around])
+def test_a_dataset_is_told_the_epoch_whatever_is_around_it(tmp_path, wrap):
+    def fit(cbs=(), **kwargs):
+        data = ByEpoch()
+        learn = Learner(DataLoaders(DataLoader(wrap(data), batch_size=8)), torch.nn.Linear(1, 1),
+                        torch.nn.functional.mse_loss, device='cpu', path=tmp_path)
+        learn.remove_cb(Progress)
+        learn.fit(3, cbs=cbs, **kwargs)
+        return data.first
+    class Stop(Callback):
+        def settings(self): return None
+        def before_step(self, learn):
+            if learn.epoch == 1: raise RuntimeError('a power cut')
+    wanted = [int(np.random.default_rng(epoch).permutation(24)[0]) for epoch in range(3)]
+    assert fit() == wanted and len(set(wanted)) == 3
+    with pytest.raises(RuntimeError, match='a power cut'): fit([SaveState('run', '1 step'), Stop()])
+    # The save lies at the end of epoch 0, which is read again and left out
+    assert fit(SaveState('run', '1 step'), resume='latest') == wanted
