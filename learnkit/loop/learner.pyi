@@ -381,7 +381,7 @@ class Learner(Loop):
         """How many processes train together"""
     @property
     def ema_model(self) -> nn.Module:
-        """A copy of the model, in evaluation mode, with the average of `EMA` or `SWA` in it"""
+        """A copy of the model, in evaluation mode, with the average in it that evaluations see"""
     @structural
     def to_channels_last(self: _Self) -> _Self:
         """Lay out weights, the optimizer's state and all image batches with channels side by side"""

@@ -17,7 +17,6 @@ from ..components.callback import Callback
 from ..loop.learner import Learner
 from ..loop.progress import show_message
 from .arguments import check_whole
-from .precision import check_only_one
 
 # %% ../../nbs/training/12_averaging.ipynb #128c8bf8
 def tensor_locations(model:nn.Module): # dict: plain name -> (dict of a module, key)
@@ -39,16 +38,23 @@ def tensors_at(locations:dict): # dict: name -> live tensor, without its graph
     return {name: tensors[key].data for name, (tensors, key) in locations.items()}
 
 # %% ../../nbs/training/12_averaging.ipynb #6efe494d
+OF_LOSS = 'loss_func: '  # begins the names of its tensors
+RUNNING = 'running_mean', 'running_var'  # as torch's norm layers call them, and others after them
+
+def locations_of(learn): # dict, as from `tensor_locations`
+    "Where the model and the loss keep the tensors of their states"
+    found, loss = tensor_locations(learn.model), learn.loss_func
+    if not isinstance(loss, nn.Module): return found
+    return {**found, **{OF_LOSS + name: at for name, at in tensor_locations(loss).items()}}
+
 def can_average(tensor): # bool
-    "Whether a mean of such tensors has a meaning"
+    "Whether there is a mean of such tensors"
     return tensor.is_floating_point() or tensor.is_complex()
 
 def names_to_copy(locations:dict): # set of names
     "The tensors that are copied rather than averaged"
-    params = {name for name, (tensors, key) in locations.items()
-              if isinstance(tensors[key], nn.Parameter)}
-    return {name for name, tensor in tensors_at(locations).items()
-            if not can_average(tensor) or name not in params and not tensor.isfinite().all()}
+    return {name for name, (tensors, key) in locations.items() if not can_average(tensors[key])
+            or key not in RUNNING and not isinstance(tensors[key], nn.Parameter)}
 
 def average_dtype(tensor): # torch.dtype
     "That of its average: float32 at least"
@@ -77,9 +83,9 @@ class Average(Callback):
     "Keeps an average of the weights, which evaluations see"
     order, phases = 10, ('train',)
 
-    def __init__(self, every):
+    def __init__(self, every, evaluate):
         check_whole(type(self).__name__, 'every', every)
-        self.every, self.average, self.count = every, None, 0
+        self.every, self.evaluate, self.average, self.count = every, evaluate, None, 0
         self._locations, self._copied_names, self._raw, self._depth = None, None, None, 0
 
     def state_dict(self): return {'average': self.average, 'count': self.count}
@@ -92,11 +98,35 @@ class Average(Callback):
     def weights(self): return self.average
     def drop_weights(self): self.average, self.count = None, 0
 
+    def model(self, learn) -> nn.Module:
+        "A copy of the model, in evaluation mode, with this average in it"
+        if self.average is None: raise ValueError(f'{self} has averaged nothing yet')
+        if is_sharded(learn.model):
+            raise RuntimeError('this would be a copy of the whole model, which lies in parts: read '
+                               'it after the block of learn.distributed, or load a save in a '
+                               'single process')
+        model = copy.deepcopy(learn.model).eval()
+        tensors = tensors_at(tensor_locations(model))
+        if [*tensors] != [name for name in self.average if not name.startswith(OF_LOSS)]:
+            raise ValueError(f'{self} holds the average of another model than the learner has now')
+        copy_into(self.average, tensors)
+        return model
+
 # %% ../../nbs/training/12_averaging.ipynb #df5ab401
+def averages(learn): # list of Averages, those of the last fit too
+    return [cb for cb in dict.fromkeys((*learn.cbs, *learn.fit_cbs)) if isinstance(cb, Average)]
+
+def check_one_is_evaluated(learn):
+    "Raise ValueError unless it is clear which average evaluations see"
+    found = [cb for cb in learn.cbs if isinstance(cb, Average) and cb.evaluate]
+    if len(found) > 1:
+        raise ValueError(f'{found[0]} and {found[1]} exclude each other: evaluations can see only '
+                         'one average, so give the others evaluate=False')
+
 @patch
 def before_fit(self:Average, learn):
-    check_only_one(learn, Average, 'evaluations can see only one average')
-    self._locations, self._copied_names = tensor_locations(learn.model), None
+    check_one_is_evaluated(learn)
+    self._locations, self._copied_names = locations_of(learn), None
     if self.average is not None and self._first_difference():
         show_message(learn, f'{self}: the model has changed, so the average starts anew')
         self.average, self.count = None, 0
@@ -104,8 +134,8 @@ def before_fit(self:Average, learn):
 
 @patch
 def before_validate(self:Average, learn):
-    check_only_one(learn, Average, 'evaluations can see only one average')
-    if self.average is None or self._raw is not None: return
+    check_one_is_evaluated(learn)
+    if not self.evaluate or self.average is None or self._raw is not None: return
     reshard(learn.model)
     self._match(learn)
     live = tensors_at(self._locations)
@@ -131,7 +161,7 @@ def _first_difference(self:Average): # str, or None
 @patch
 def _match(self:Average, learn):
     "Find the model's tensors, and bring the average to them; ValueError if it is of another model"
-    self._locations = tensor_locations(learn.model)
+    self._locations = locations_of(learn)
     if name := self._first_difference():
         raise ValueError(f'{self} holds the average of another model, {name!r} differs: '
                          'a fit starts a new one, or remove the callback')
@@ -141,7 +171,7 @@ def _match(self:Average, learn):
 @patch
 def _start(self:Average, learn):
     "The average of the weights as they are now alone"
-    self._locations = tensor_locations(learn.model)
+    self._locations = locations_of(learn)
     live = tensors_at(self._locations)
     self.average = {name: as_average(tensor) for name, tensor in live.items()}
 
@@ -164,11 +194,13 @@ class EMA(Average):
     def __init__(self,
                  decay:float=0.999, # weight of the past, 0 <= decay < 1
                  every:int=1, # updates from one change of the average to the next
+                 warmup:bool=None, # let the first weights go quickly; None: in short fits
+                 evaluate:bool=True, # whether evaluations see it; of several averages one
                 ):
         if isinstance(decay, bool) or not isinstance(decay, Real) or not 0 <= decay < 1:
             raise ValueError(f'EMA(decay={decay!r}): must be at least 0 and below 1')
-        super().__init__(every)
-        self.decay = decay
+        super().__init__(every, evaluate)
+        self.decay, self.warmup, self.is_warm = decay, warmup, False
 
     def before_fit(self, learn):
         super().before_fit(learn)
@@ -177,27 +209,37 @@ class EMA(Average):
     def after_step(self, learn):
         if self.average is None: self._start(learn)  # added during a fit
         self.count += 1
-        if self.count % self.every == 0: self._add(learn, 1 - self.decay)
+        n, remainder = divmod(self.count, self.every)
+        if not remainder: self._add(learn, 1 - min(self.decay, self.longest_decay(n)))
+
+    def longest_decay(self, n): # float
+        "What the decay may be at the n-th change: 0.37 at the first, 0.8 at the tenth"
+        return 1 - (1 + n) ** (-2 / 3) if self.is_warm else 1.
+
+# %% ../../nbs/training/12_averaging.ipynb #c0d8a41f
+@patch
+def _start(self:EMA, learn):
+    "A new average; if a fit is short it is a warm one"
+    Average._start(self, learn)
+    n, needed = learn.n_updates, 10 / (1 - self.decay) * self.every
+    self.is_warm = self.warmup if self.warmup is not None else n is None or n < needed
+
+@patch
+def state_dict(self:EMA): return {**Average.state_dict(self), 'is_warm': self.is_warm}
+
+@patch
+def load_state_dict(self:EMA, state):
+    Average.load_state_dict(self, state)
+    self.is_warm = state['is_warm']
 
 # %% ../../nbs/training/12_averaging.ipynb #d6ccd257
 @patch(as_prop=True)
 def ema_model(self:Learner) -> nn.Module:
-    "A copy of the model, in evaluation mode, with the average of `EMA` or `SWA` in it"
-    both = (*self.cbs, *self.fit_cbs)
-    owner = next((cb for cb in both if isinstance(cb, Average)), None)
-    if owner is None:
+    "A copy of the model, in evaluation mode, with the average in it that evaluations see"
+    found = averages(self)
+    if not found:
         raise ValueError('there is no average of the weights: train with EMA() or SWA() in cbs')
-    if owner.average is None: raise ValueError(f'{owner} has averaged nothing yet')
-    if is_sharded(self.model):
-        raise RuntimeError('ema_model is a copy of the whole model, which lies in parts: read it '
-                           'after the block of learn.distributed, or load a save in a single '
-                           'process')
-    model = copy.deepcopy(self.model).eval()
-    tensors = tensors_at(tensor_locations(model))
-    if [*tensors] != [*owner.average]:
-        raise ValueError(f'{owner} holds the average of another model than the learner has now')
-    copy_into(owner.average, tensors)
-    return model
+    return next((cb for cb in found if cb.evaluate), found[0]).model(self)
 
 # %% ../../nbs/training/12_averaging.ipynb #cfd5ef56
 def share_of_fit_done(learn:Learner): # float
@@ -211,10 +253,11 @@ class SWA(Average):
     def __init__(self,
                  start:float=0.75, # share of the fit after which it begins, 0 <= start < 1
                  every:int=1, # updates from one entry to the next
+                 evaluate:bool=True, # whether evaluations see it; of several averages one
                 ):
         if isinstance(start, bool) or not isinstance(start, Real) or not 0 <= start < 1:
             raise ValueError(f'SWA(start={start!r}): must be at least 0 and below 1')
-        super().__init__(every)
+        super().__init__(every, evaluate)
         self.start = start
 
     def before_fit(self, learn):

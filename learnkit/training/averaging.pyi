@@ -23,9 +23,18 @@ def tensors_at(locations: dict) -> Any:
     Returns:
         dict: name -> live tensor, without its graph
     """
+OF_LOSS: str
+RUNNING: tuple[str, ...]
+
+def locations_of(learn: Learner) -> Any:
+    """Where the model and the loss keep the tensors of their states
+
+    Returns:
+        dict, as from `tensor_locations`
+    """
 
 def can_average(tensor: Any) -> bool:
-    """Whether a mean of such tensors has a meaning
+    """Whether there is a mean of such tensors
 
     Returns:
         bool
@@ -70,29 +79,58 @@ def copy_into(values: dict, tensors: dict) -> None:
 class Average(Callback):
     """Keeps an average of the weights, which evaluations see"""
     every: Any
+    evaluate: Any
     average: dict[Any, Any] | None
     count: int
-    def __init__(self, every: Any) -> None: ...
+    def __init__(self, every: Any, evaluate: Any) -> None: ...
     def state_dict(self) -> Any: ...
     def load_state_dict(self, state: Any) -> None: ...
     def weights(self) -> Any: ...
     def drop_weights(self) -> None: ...
+    def model(self, learn: Learner) -> nn.Module:
+        """A copy of the model, in evaluation mode, with this average in it"""
     def before_fit(self, learn: Learner) -> None: ...
     def before_validate(self, learn: Learner) -> None: ...
     def cleanup_validate(self, learn: Learner) -> None: ...
 
+def averages(learn: Learner) -> Any:
+    """Returns:
+        list of Averages, those of the last fit too
+    """
+
+def check_one_is_evaluated(learn: Learner) -> None:
+    """Raise ValueError unless it is clear which average evaluations see"""
+
 class EMA(Average):
     """An exponential moving average of the weights, which evaluations see"""
     decay: float
-    def __init__(self, decay: float = 0.999, every: int = 1) -> None:
+    warmup: bool | None
+    is_warm: bool
+    def __init__(
+            self,
+            decay: float = 0.999,
+            every: int = 1,
+            warmup: bool | None = None,
+            evaluate: bool = True,
+    ) -> None:
         """An exponential moving average of the weights, which evaluations see
 
         Args:
             decay: weight of the past, 0 <= decay < 1
             every: updates from one change of the average to the next
+            warmup: let the first weights go quickly; None: in short fits
+            evaluate: whether evaluations see it; of several averages one
         """
     def before_fit(self, learn: Learner) -> None: ...
     def after_step(self, learn: Learner) -> None: ...
+    def longest_decay(self, n: Any) -> float:
+        """What the decay may be at the n-th change: 0.37 at the first, 0.8 at the tenth
+
+        Returns:
+            float
+        """
+    def state_dict(self) -> Any: ...
+    def load_state_dict(self, state: Any) -> None: ...
 
 def share_of_fit_done(learn: Learner) -> float:
     """The part of the fit that came before this update, by epochs where their number is unknown
@@ -104,12 +142,13 @@ def share_of_fit_done(learn: Learner) -> float:
 class SWA(Average):
     """The mean of the weights over the last part of a fit, which evaluations see"""
     start: float
-    def __init__(self, start: float = 0.75, every: int = 1) -> None:
+    def __init__(self, start: float = 0.75, every: int = 1, evaluate: bool = True) -> None:
         """The mean of the weights over the last part of a fit, which evaluations see
 
         Args:
             start: share of the fit after which it begins, 0 <= start < 1
             every: updates from one entry to the next
+            evaluate: whether evaluations see it; of several averages one
         """
     def before_fit(self, learn: Learner) -> None: ...
     def after_step(self, learn: Learner) -> None: ...
