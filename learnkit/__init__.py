@@ -61,8 +61,8 @@ from .components.callback import (
     CancelValidate, has_state, named_callbacks,
 )
 from .components.metrics import (
-    accuracy, binary_accuracy, error_rate, mae, Metric, metric, mse, perplexity, rmse,
-    sklearn_metric, top_k_accuracy,
+    accuracy, binary_accuracy, error_rate, mae, mean_and_weight, Metric, metric, mse, perplexity,
+    rmse, sklearn_metric, top_k_accuracy,
 )
 from .components.optim import (
     no_decay, param_groups, spread_lr,
@@ -214,12 +214,12 @@ __all__ = [
     'tree_digest', 'Store', 'Garbage', 'DataLoaders', 'DatasetLoader', 'TensorLoader', 'Callback',
     'Cancel', 'CancelBackward', 'CancelBatch', 'CancelEpoch', 'CancelFit', 'CancelStep',
     'CancelTrain', 'CancelValidate', 'has_state', 'named_callbacks', 'accuracy', 'binary_accuracy',
-    'error_rate', 'mae', 'Metric', 'metric', 'mse', 'perplexity', 'rmse', 'sklearn_metric',
-    'top_k_accuracy', 'no_decay', 'param_groups', 'spread_lr', 'Fingerprint', 'fingerprint',
-    'UnfingerprintableError', 'Recorder', 'Progress', 'SaveState', 'Learner', 'combine_scheds',
-    'const', 'exponential', 'half_cosine', 'line', 'one_after_another', 'power_of', 'sched_const',
-    'sched_cos', 'sched_exp', 'sched_lin', 'sched_poly', 'sched_warmup', 'warmed_up',
-    'ParamScheduler', 'TorchScheduler', 'LRFinderResult', 'SaveBest', 'AskToContinue',
+    'error_rate', 'mae', 'mean_and_weight', 'Metric', 'metric', 'mse', 'perplexity', 'rmse',
+    'sklearn_metric', 'top_k_accuracy', 'no_decay', 'param_groups', 'spread_lr', 'Fingerprint',
+    'fingerprint', 'UnfingerprintableError', 'Recorder', 'Progress', 'SaveState', 'Learner',
+    'combine_scheds', 'const', 'exponential', 'half_cosine', 'line', 'one_after_another',
+    'power_of', 'sched_const', 'sched_cos', 'sched_exp', 'sched_lin', 'sched_poly', 'sched_warmup',
+    'warmed_up', 'ParamScheduler', 'TorchScheduler', 'LRFinderResult', 'SaveBest', 'AskToContinue',
     'EarlyStopping', 'StopOnNaN', 'ReduceLROnPlateau', 'MixedPrecision', 'GradientAccumulation',
     'GradientClip', 'EMA', 'SWA', 'ShortEpoch', 'StageFuncs', 'ValidateEvery', 'CutMix', 'MixUp',
     'OverfitResult', 'ChannelsLast', 'launch', 'Ranks', 'Distributed', 'BEGINNING',

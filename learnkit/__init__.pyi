@@ -53,6 +53,7 @@ from .components.metrics import accuracy as accuracy
 from .components.metrics import binary_accuracy as binary_accuracy
 from .components.metrics import error_rate as error_rate
 from .components.metrics import mae as mae
+from .components.metrics import mean_and_weight as mean_and_weight
 from .components.metrics import Metric as Metric
 from .components.metrics import metric as metric
 from .components.metrics import mse as mse
@@ -125,15 +126,16 @@ __all__ = [
     'tree_digest', 'Store', 'Garbage', 'DataLoaders', 'DatasetLoader', 'TensorLoader',
     'Callback', 'Cancel', 'CancelBackward', 'CancelBatch', 'CancelEpoch', 'CancelFit',
     'CancelStep', 'CancelTrain', 'CancelValidate', 'has_state', 'named_callbacks', 'accuracy',
-    'binary_accuracy', 'error_rate', 'mae', 'Metric', 'metric', 'mse', 'perplexity', 'rmse',
-    'sklearn_metric', 'top_k_accuracy', 'no_decay', 'param_groups', 'spread_lr', 'Fingerprint',
-    'fingerprint', 'UnfingerprintableError', 'Recorder', 'Progress', 'SaveState', 'Learner',
-    'combine_scheds', 'const', 'exponential', 'half_cosine', 'line', 'one_after_another',
-    'power_of', 'sched_const', 'sched_cos', 'sched_exp', 'sched_lin', 'sched_poly',
-    'sched_warmup', 'warmed_up', 'ParamScheduler', 'TorchScheduler', 'LRFinderResult',
-    'SaveBest', 'AskToContinue', 'EarlyStopping', 'StopOnNaN', 'ReduceLROnPlateau',
-    'MixedPrecision', 'GradientAccumulation', 'GradientClip', 'EMA', 'SWA', 'ShortEpoch',
-    'StageFuncs', 'ValidateEvery', 'CutMix', 'MixUp', 'OverfitResult', 'ChannelsLast', 'launch',
-    'Ranks', 'Distributed', 'BEGINNING', 'StaleCheckpoint', 'Checkpointed',
-    'CheckpointedLearner', 'checkpoints_table', 'tree_text', 'plot_tree', 'explain_text'
+    'binary_accuracy', 'error_rate', 'mae', 'mean_and_weight', 'Metric', 'metric', 'mse',
+    'perplexity', 'rmse', 'sklearn_metric', 'top_k_accuracy', 'no_decay', 'param_groups',
+    'spread_lr', 'Fingerprint', 'fingerprint', 'UnfingerprintableError', 'Recorder', 'Progress',
+    'SaveState', 'Learner', 'combine_scheds', 'const', 'exponential', 'half_cosine', 'line',
+    'one_after_another', 'power_of', 'sched_const', 'sched_cos', 'sched_exp', 'sched_lin',
+    'sched_poly', 'sched_warmup', 'warmed_up', 'ParamScheduler', 'TorchScheduler',
+    'LRFinderResult', 'SaveBest', 'AskToContinue', 'EarlyStopping', 'StopOnNaN',
+    'ReduceLROnPlateau', 'MixedPrecision', 'GradientAccumulation', 'GradientClip', 'EMA', 'SWA',
+    'ShortEpoch', 'StageFuncs', 'ValidateEvery', 'CutMix', 'MixUp', 'OverfitResult',
+    'ChannelsLast', 'launch', 'Ranks', 'Distributed', 'BEGINNING', 'StaleCheckpoint',
+    'Checkpointed', 'CheckpointedLearner', 'checkpoints_table', 'tree_text', 'plot_tree',
+    'explain_text'
 ]

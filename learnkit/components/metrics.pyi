@@ -6,8 +6,8 @@ from collections.abc import Callable
 import torch
 from typing import Any, Protocol, runtime_checkable
 __all__ = [
-    'Metric', 'metric', 'accuracy', 'error_rate', 'top_k_accuracy', 'binary_accuracy', 'mse',
-    'mae', 'rmse', 'perplexity', 'sklearn_metric'
+    'Metric', 'mean_and_weight', 'metric', 'accuracy', 'error_rate', 'top_k_accuracy',
+    'binary_accuracy', 'mse', 'mae', 'rmse', 'perplexity', 'sklearn_metric'
 ]
 
 class Mean:
@@ -67,7 +67,7 @@ class Metric:
         """A function of (pred, targ) with a name and a direction; `batch` gives the mean over a batch
 
         Args:
-            func: (pred, targ, ...) -> 0-d tensor, the mean over the samples of a batch
+            func: (pred, targ, ...) -> the mean over a batch, or (mean, over how many)
             higher_is_better: None: unknown
             name: None: the function's
             finish: 0-d tensor -> 0-d tensor: makes the value of the overall mean
@@ -77,6 +77,17 @@ class Metric:
             0-d tensor
         """
     def __repr__(self) -> str: ...
+
+def mean_and_weight(found: Any, n: Any = None) -> Any:
+    """The mean over a batch, and over how many it is: `n` where the function does not say
+
+    Args:
+        found: what a metric's function gave
+        n: samples in the batch; of 0 nothing counts
+
+    Returns:
+        (mean, weight)
+    """
 
 def metric(
         higher_is_better: bool | None = None,
@@ -109,21 +120,29 @@ def fraction_true(hits: Any) -> Any:
         bool tensor -> 0-d tensor
     """
 
+def fraction_of_counted(hits: Any, targ: Any, ignore_index: Any) -> Any:
+    """The part that is true where targets count; nan if none does
+
+    Returns:
+        (0-d tensor, 0-d tensor: how many)
+    """
+
 @metric(higher_is_better=True)
-def accuracy(pred: Any, targ: Any, axis: int = -1) -> Any:
+def accuracy(pred: Any, targ: Any, axis: int = -1, ignore_index: int = -100) -> Any:
     """Part of the targets that have the highest score
 
     Args:
         pred: scores, (batch, ..., classes)
         targ: classes, (batch, ...)
         axis: of the classes
+        ignore_index: targets that do not count
 
     Returns:
         0-d tensor
     """
 
 @metric(higher_is_better=False)
-def error_rate(pred: Any, targ: Any, axis: int = -1) -> Any:
+def error_rate(pred: Any, targ: Any, axis: int = -1, ignore_index: int = -100) -> Any:
     """1 - accuracy
 
     Returns:
@@ -131,12 +150,13 @@ def error_rate(pred: Any, targ: Any, axis: int = -1) -> Any:
     """
 
 @metric(higher_is_better=True)
-def top_k_accuracy(pred: Any, targ: Any, k: int = 5) -> Any:
+def top_k_accuracy(pred: Any, targ: Any, k: int = 5, ignore_index: int = -100) -> Any:
     """Part of the targets that are among the `k` highest scores
 
     Args:
         pred: scores, (batch, ..., classes)
         targ: classes, (batch, ...)
+        ignore_index: targets that do not count
 
     Returns:
         0-d tensor
@@ -192,12 +212,13 @@ def rmse(pred: Any, targ: Any) -> Any:
     """
 
 @metric(higher_is_better=False, finish=torch.exp)
-def perplexity(pred: Any, targ: Any) -> Any:
-    """exp of the mean cross entropy (natural logarithm) over all samples
+def perplexity(pred: Any, targ: Any, ignore_index: int = -100) -> Any:
+    """exp of the mean cross entropy (natural logarithm) over all targets that count
 
     Args:
         pred: logits, (batch, ..., classes)
-        targ: classes, (batch, ...); -100: left out
+        targ: classes, (batch, ...)
+        ignore_index: targets that do not count
 
     Returns:
         0-d tensor

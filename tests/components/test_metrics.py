@@ -8,6 +8,7 @@ import torchmetrics
 from hypothesis import given, settings, strategies as st
 from sklearn import metrics as sk
 from torch import nn
+from torch.nn import functional as F
 from learnkit.components.metrics import (
     Mean, Tally, accuracy, binary_accuracy, error_rate, higher_is_better, mae, metric_name, mse,
     perplexity, rmse, sklearn_metric, top_k_accuracy)
@@ -187,3 +188,59 @@ def test_values_of_low_precision():
     pred = torch.full((4,), 300.).half()
     assert mse(pred, torch.zeros(4).half()).item() == 90000
     assert rmse(pred.bfloat16(), torch.zeros(4)).dtype == torch.float32
+
+
+# Means that know over how much they are
+
+LENGTHS = torch.tensor([7, 2, 1, 4, 0, 6, 3])
+
+def padded():
+    gen = torch.Generator().manual_seed(0)
+    logits, words = torch.randn(7, 7, 11, generator=gen), torch.randint(11, (7, 7), generator=gen)
+    words[torch.arange(7) >= LENGTHS[:, None]] = -100
+    return logits, words
+
+
+def over_batches(metric, bs, logits, words):
+    tally = Tally({'m': metric})
+    for pred, targ in zip(logits.split(bs), words.split(bs), strict=True):
+        tally.add(pred, (targ,), None, len(targ))
+    return tally.compute()['m']
+
+
+@pytest.mark.parametrize('bs', [1, 2, 3, 7])
+@pytest.mark.parametrize('metric, wanted', [
+    (accuracy, lambda p, t: (p.argmax(-1) == t).double().mean()),
+    (error_rate, lambda p, t: (p.argmax(-1) != t).double().mean()),
+    (partial(top_k_accuracy, k=3),
+     lambda p, t: (p.topk(3).indices == t[:, None]).any(1).double().mean()),
+    (perplexity, lambda p, t: F.cross_entropy(p, t).exp())])
+def test_padding_is_left_out_and_any_cut_gives_the_same(metric, wanted, bs):
+    logits, words = padded()
+    real = words != -100
+    right = wanted(logits[real], words[real]).item()
+    assert over_batches(metric, bs, logits, words) == pytest.approx(right, rel=1e-6)
+    assert metric(logits, words).item() == pytest.approx(right, rel=1e-6)
+    words[~real] = 10
+    other = partial(metric, ignore_index=10)
+    kept = words != 10
+    assert over_batches(other, bs, logits, words) == pytest.approx(
+        wanted(logits[kept], words[kept]).item(), rel=1e-6)
+
+
+def test_a_mean_over_nothing_counts_for_nothing():
+    logits, words = padded()
+    words[:] = -100
+    assert math.isnan(over_batches(accuracy, 2, logits, words))
+    tally = Tally(accuracy)
+    tally.add(logits, (torch.zeros(7, 7, dtype=torch.long),), None, 0)  # a batch that is none
+    assert math.isnan(tally.compute()['accuracy'])
+
+
+@pytest.mark.parametrize('weight', [3, torch.tensor(3.), torch.tensor([3])])
+def test_a_metric_of_a_users_may_say_how_much_it_counts(weight):
+    def half(pred, targ): return pred.sum(), weight
+    tally = Tally(half)
+    tally.add(torch.ones(1), (0,), None, 10)
+    tally.add(torch.ones(5), (0,), None, 10)
+    assert tally.compute() == {'loss': pytest.approx(math.nan, nan_ok=True), 'half': 3.}
