@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from fastcore.basics import noop, patch
 from torch.utils.data import (
-    DataLoader, Dataset, IterableDataset, default_collate, get_worker_info)
+    BatchSampler, DataLoader, Dataset, IterableDataset, default_collate, get_worker_info)
 from ..base.devices import default_device
 from ..base.randomness import generator_state, seed_generator
 from .order import Share, epoch_order, epoch_seed, split_samples
@@ -369,3 +369,12 @@ def n_samples(dl): # int or None
     "How many samples a loader will give, as far as it tells"
     n = getattr(dl, 'n_samples', None)
     return n if n is not None or not isinstance(dl, DataLoader) else length(dl.dataset)
+
+def n_samples_of_batch(dl, number:int): # int or None
+    "How many samples a loader draws for a batch, as far as it tells"
+    if isinstance(dl, EpochLoader): n, bs = dl.n_samples, dl.bs
+    elif not isinstance(dl, DataLoader) or isinstance(dl.dataset, IterableDataset): return None
+    elif type(dl.batch_sampler) is not BatchSampler: return None
+    else: n, bs = length(dl.batch_sampler.sampler), dl.batch_sampler.batch_size
+    left = 0 if n is None else n - number * bs
+    return min(bs, left) if left > 0 else None

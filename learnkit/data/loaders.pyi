@@ -330,3 +330,10 @@ def n_samples(dl: Any) -> int | None:
     Returns:
         int or None
     """
+
+def n_samples_of_batch(dl: Any, number: int) -> int | None:
+    """How many samples a loader draws for a batch, as far as it tells
+
+    Returns:
+        int or None
+    """

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch.utils.data import (BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler,
                               SubsetRandomSampler, WeightedRandomSampler, get_worker_info)
-from learnkit import Callback, Learner, Progress, SaveState
+from learnkit import Callback, Learner, Progress, SaveState, set_seed
 from learnkit.data.loaders import DataLoaders, DatasetLoader, TensorLoader
 from learnkit.data.order import epoch_order, epoch_seed, split_samples
 from learnkit.data.resumable import reading_without_trace
@@ -338,6 +338,7 @@ class Around(IterableDataset):
 @pytest.mark.parametrize('wrap', [lambda x: x, Around])
 def test_a_dataset_is_told_the_epoch_whatever_is_around_it(tmp_path, wrap):
     def fit(cbs=(), **kwargs):
+        set_seed(0)
         data = ByEpoch()
         learn = Learner(DataLoaders(DataLoader(wrap(data), batch_size=8)), torch.nn.Linear(1, 1),
                         torch.nn.functional.mse_loss, device='cpu', path=tmp_path)
