@@ -214,8 +214,12 @@ class Baseline:
             self.built = {id(x): x for x in now.objects.values() if isinstance(x, nn.Module)}
         for path, x in now.objects.items(): self.known.setdefault(id(x), (x, now.values[path]))
 
-    def __getstate__(self): return list(self.known.values())
-    def __setstate__(self, known): self.known = {id(x): (x, values) for x, values in known}
+    def __getstate__(self): return list(self.known.values()), list(self.built.values())
+
+    def __setstate__(self, state): # with other ids
+        known, built = state
+        self.known = {id(x): (x, values) for x, values in known}
+        self.built = {id(x): x for x in built}
 
     def of(self, x): # dict: name -> held value; empty for an object that is new
         return self.known.get(id(x), (x, {}))[1]

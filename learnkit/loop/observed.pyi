@@ -89,15 +89,28 @@ class LearnerScope(Scope):
         """Returns:
             bool
         """
-    def is_data(self, x: Any, path: Any) -> bool:
+    def is_data(self, x: Any, path: Any, owner: Any) -> bool:
         """Whether it is what a dataset gives out, rather than how it does that
 
         Returns:
             bool
         """
-SMALL: Any
-FEW: int
+    def without_loaded(self, x: Any, found: Any) -> Any:
+        """The slots of an object with none of the data that it has loaded when it was first asked
+
+        Returns:
+            dict: name -> value
+        """
+
+def arguments_last(found: Any) -> Any:
+    """What a callback calls something goes before what its constructor was given
+
+    Returns:
+        dict: name -> value
+    """
 OF_WORKERS: tuple[str, ...]
+
+def is_cache(path: Any) -> Any: ...
 
 def data_of_class(cls: Any) -> Any:
     """What a class keeps for all its objects, without what it defines
@@ -128,9 +141,17 @@ def snapshot(learn: Learner, given: Any = ()) -> Snapshot:
         Snapshot
     """
 
+def data_marks(learn: Learner) -> Any:
+    """What shows that data that a state does not hold were changed
+
+    Returns:
+        dict: path as text -> DataMark
+    """
+
 class Baseline:
     """How objects were when they came into reach"""
     known: dict[Any, Any]
+    built: dict[Any, Any]
     def __init__(self) -> None: ...
     def add(self, learn: Learner, given: Any = (), constructed: Any = False) -> Any:
         """Note how what has come into reach is
@@ -141,8 +162,12 @@ class Baseline:
         Returns:
             whether a subclass has given the learner all that it gives
         """
+    def note(self, now: Snapshot) -> None: ...
     def __getstate__(self) -> Any: ...
-    def __setstate__(self, known: Any) -> None: ...
+    def __setstate__(self, state: Any) -> Any:
+        """Returns:
+            with other ids
+        """
     def of(self, x: Any) -> Any:
         """Returns:
             dict: name -> held value; empty for an object that is new
@@ -159,6 +184,19 @@ class Baseline:
         Returns:
             held: a Snapshot or Baseline
         """
+    def take_objects(self, learn: Learner, given: Any = ()) -> Any:
+        """Modules and objects that a script has put somewhere are how the learner is put together
+
+        Returns:
+            given: as for `add`
+        """
+
+def holds_new(held: Any, before: Any, new: Any) -> Any:
+    """Whether a slot holds an object, a function or a class that has come into reach just now
+
+    Returns:
+        bool; new: ids
+    """
 
 class Origin:
     """Where a learner came from: how things were, and its state before the first fit"""
