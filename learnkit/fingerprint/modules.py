@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/fingerprint/08_modules.ipynb #0de3dfbb
-import functools, types
+import types
 from types import MappingProxyType
 import torch
 from torch import nn
