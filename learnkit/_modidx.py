@@ -1656,6 +1656,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'learnkit/data/resumable.py'),
                                          'learnkit.data.resumable.generator_states': ( 'data/resumable.html#generator_states',
                                                                                        'learnkit/data/resumable.py'),
+                                         'learnkit.data.resumable.hold_while': ( 'data/resumable.html#hold_while',
+                                                                                 'learnkit/data/resumable.py'),
                                          'learnkit.data.resumable.ignore_first': ( 'data/resumable.html#ignore_first',
                                                                                    'learnkit/data/resumable.py'),
                                          'learnkit.data.resumable.is_filled': ( 'data/resumable.html#is_filled',

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/data/02_resumable.ipynb #f57a9bcd
-import copy, itertools, signal
+import copy, itertools, signal, weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 import numpy as np
@@ -250,10 +250,18 @@ def workers_outlive_signals(dl):
     if not isinstance(loader, DataLoader) or not loader.num_workers:
         yield
         return
-    before = loader.worker_init_fn
+    before, persisting = loader.worker_init_fn, loader._iterator
     loader.worker_init_fn = IgnoreSignals(before)
     try: yield
-    finally: loader.worker_init_fn = before
+    finally:
+        loader.worker_init_fn = before
+        if loader._iterator is not persisting: hold_while(loader, loader._iterator)
+
+def hold_while(owner, x):
+    """Keep an iterator with workers for as long as the loader that owns it. Where a cycle is
+    collected python takes the queues of an iterator in it down first, and torch then waits for
+    5 seconds for each worker, as these are never told to end"""
+    weakref.finalize(owner, [x].clear)
 
 # %% ../../nbs/data/02_resumable.ipynb #575d0a46
 def generator_states(dl): # list of [class name, state]

@@ -185,6 +185,12 @@ def ignore_first(number: Any, frame: Any) -> None:
 def workers_outlive_signals(dl: Any) -> AbstractContextManager[None]:
     """Workers started inside live through a signal that is sent to all processes of a group"""
 
+def hold_while(owner: Any, x: Any) -> None:
+    """Keep an iterator with workers for as long as the loader that owns it. Where a cycle is
+    collected python takes the queues of an iterator in it down first, and torch then waits for
+    5 seconds for each worker, as these are never told to end
+    """
+
 def generator_states(dl: Any) -> Any:
     """The states of the random generators that a loader holds
 
