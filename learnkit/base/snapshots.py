@@ -271,7 +271,8 @@ class Snapshot:
             now = self.followed_slots(path)
             self.values[path] = {name: self.hold(x, (*path, name)) for name, x in now.items()}
             inner = self.scope.children(self.objects[path], path)
-            for name, x in inner.items(): self.hold(x, (*path, name))
+            for name, x in inner.items():
+                if not self.is_left_out(path, name, x): self.hold(x, (*path, name))
 
     @functools.cached_property
     def known_ids(self): # dict: id -> [kind, what]

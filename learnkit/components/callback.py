@@ -7,7 +7,7 @@ __all__ = ['Cancel', 'CancelFit', 'CancelEpoch', 'CancelTrain', 'CancelValidate'
            'Callback', 'named_callbacks', 'has_state']
 
 # %% ../../nbs/components/00_callback.ipynb #646a4fa1
-import difflib, functools
+import difflib, functools, re
 from collections.abc import Iterable, MutableSequence
 from types import FunctionType
 import numpy as np
@@ -69,6 +69,26 @@ class Interrupted(KeyboardInterrupt):
         super().__init__(f'signal {signum}')
         self.signum = signum
 
+# %% ../../nbs/components/00_callback.ipynb #70fe7b86
+PARTS_ELSEWHERE = {'fit': 'fit', 'train': 'fit', 'epoch': 'epoch', 'train_epoch': 'epoch',
+                   'batch': 'batch', **{f'{part}_batch': 'batch' for part in (
+                       'train', 'validation', 'test', 'predict')},
+                   **{part: 'validate' for part in ('validation', 'validation_epoch', 'test',
+                                                    'test_epoch', 'predict', 'predict_epoch')}}
+ELSEWHERE = {
+    'on_before_backward': "'before_backward'", 'on_after_backward': "'after_backward'",
+    'on_before_optimizer_step': "'before_step'", 'on_before_zero_grad': "'after_step'",
+    'on_save_checkpoint': "'state_dict'", 'on_load_checkpoint': "'load_state_dict'",
+    'configure_optimizers': "opt_func, an argument of Learner",
+    'training_step': "'get_pred' and 'get_loss', or use StageFuncs(train_step=...)",
+    'validation_step': "'get_pred' and 'get_loss', or use StageFuncs(valid_step=...)"}
+
+def name_here(name): # str, or None for a name that Lightning and Keras do not have
+    "What an event of Lightning or Keras is called here"
+    found = re.fullmatch('on_(.+)_(start|begin|end)', name)
+    if found is None or found[1] not in PARTS_ELSEWHERE: return ELSEWHERE.get(name)
+    return f"'{'after' if found[2] == 'end' else 'before'}_{PARTS_ELSEWHERE[found[1]]}'"
+
 # %% ../../nbs/components/00_callback.ipynb #0b6d8122
 def check_events(names, # method or keyword names
                  declared, # names that are allowed besides the loop's events
@@ -77,8 +97,12 @@ def check_events(names, # method or keyword names
                 ):
     "Raise TypeError for a name that looks like an event and is none"
     for name in names:
+        if name in declared: continue
+        if ours := name_here(name):
+            raise TypeError(f'{where}: {name!r} is what other frameworks call it, and nothing here '
+                            f'would call that. Name it {ours}')
         is_meant = strict or name.startswith(('before_', 'after_', 'cleanup_'))
-        if not is_meant or name in EVENTS or name in declared: continue
+        if not is_meant or name in EVENTS: continue
         near = difflib.get_close_matches(name, (*EVENTS, *declared), n=1)
         hint = f' Did you mean {near[0]!r}?' if near else ''
         raise TypeError(f'{where}: {name!r} is no event.{hint} '

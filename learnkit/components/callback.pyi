@@ -44,6 +44,15 @@ class Interrupted(KeyboardInterrupt):
     """A signal has ended the run after its batch; `signum` is its number"""
     signum: int
     def __init__(self, signum: int) -> None: ...
+PARTS_ELSEWHERE: dict[str, Any]
+ELSEWHERE: dict[str, Any]
+
+def name_here(name: Any) -> Any:
+    """What an event of Lightning or Keras is called here
+
+    Returns:
+        str, or None for a name that Lightning and Keras do not have
+    """
 
 def check_events(names: Any, declared: Any, where: str, strict: Any = False) -> None:
     """Raise TypeError for a name that looks like an event and is none

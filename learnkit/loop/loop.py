@@ -163,8 +163,10 @@ def backward(self:Loop):
 @unrecorded
 def step(self:Loop):
     "Updates the parameters"
-    if needs_closure(self.opt): self.opt.step(self._evaluate_again)
-    else: self.opt.step()
+    if not needs_closure(self.opt): return self.opt.step()
+    before = self.pred, self.loss  # what the update began from is what is recorded
+    try: self.opt.step(self._evaluate_again)
+    finally: self.pred, self.loss = before
 
 @patch
 @unrecorded

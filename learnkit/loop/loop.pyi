@@ -21,7 +21,7 @@ class Loop(Guarded):
         """Sets `loss`: `loss_func(pred, *targets)`, or the loss in the model's own output"""
     def backward(self) -> None:
         """Adds the gradients of `loss` to the parameters"""
-    def step(self) -> None:
+    def step(self) -> Any:
         """Updates the parameters"""
     def zero_grad(self) -> None:
         """Forgets the gradients"""

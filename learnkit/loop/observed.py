@@ -191,8 +191,13 @@ def snapshot(learn, given=()): # Snapshot
 
 def data_marks(learn): # dict: path as text -> DataMark
     "What shows that data that a state does not hold were changed"
-    data = snapshot(learn).data
-    return {path_text(path[:-1], path[-1]): DataMark(x) for path, x in data.items()
+    # Most have none, and looking at the loaders alone costs little
+    if not watched(Snapshot({'data': learn.dls}, LearnerScope(learn))): return {}
+    return {path_text(path[:-1], path[-1]): DataMark(x)
+            for path, x in watched(snapshot(learn)).items()}
+
+def watched(now:Snapshot): # dict: path -> data
+    return {path: x for path, x in now.data.items()
             if path[0] == 'data' and not is_cache(path) and x is not None}
 
 # %% ../../nbs/loop/04_observed.ipynb #eeca1f74

@@ -148,6 +148,11 @@ def data_marks(learn: Learner) -> Any:
         dict: path as text -> DataMark
     """
 
+def watched(now: Snapshot) -> Any:
+    """Returns:
+        dict: path -> data
+    """
+
 class Baseline:
     """How objects were when they came into reach"""
     known: dict[Any, Any]

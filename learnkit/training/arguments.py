@@ -24,7 +24,8 @@ def check_number(owner:str, name:str, value, # as for `check_choice`
     "Raise ValueError unless `value` is a finite number, not below `least`"
     is_number = isinstance(value, Real) and not isinstance(value, bool)
     if is_number and least <= value < math.inf: return
-    raise ValueError(f'{owner}({name}={value!r}): must be a number, at least {least}')
+    limit = f', at least {least}' if least > -math.inf else ''
+    raise ValueError(f'{owner}({name}={value!r}): must be a finite number{limit}')
 
 def check_whole(owner:str, name:str, value, # as for `check_choice`
                 least:int=1):

@@ -13,8 +13,8 @@ from ..components.callback import Callback
 from ..components.optim import get_hyper
 from ..loop.progress import show_message
 from ..loop.recorder import detached
-from .arguments import check_whole
-from .tracker import Tracker
+from .arguments import check_number, check_whole
+from .tracker import Tracker, is_as_good
 
 # %% ../../nbs/training/08_stopping.ipynb #db44c080
 class EarlyStopping(Tracker):
@@ -27,10 +27,17 @@ class EarlyStopping(Tracker):
                  patience:int=5, # values in a row without improvement that end the fit
                  min_delta:float=0., # an improvement is larger than this
                  mode:str=None, # 'min', 'max', or None: as the metric says
+                 relative:bool=False, # whether `min_delta` is a share of the best value
+                 min_epochs:int=1, # epochs that a fit makes at least
+                 stop_at:float=None, # a value that is good enough to end the fit
+                 check_finite:bool=False, # whether a value that is nan or infinite ends the fit
                 ):
-        super().__init__(monitor, mode, min_delta)
+        super().__init__(monitor, mode, min_delta, relative)
         check_whole('EarlyStopping', 'patience', patience)
-        self.patience = patience
+        check_whole('EarlyStopping', 'min_epochs', min_epochs)
+        if stop_at is not None: check_number('EarlyStopping', 'stop_at', stop_at, -math.inf)
+        self.patience, self.min_epochs = patience, min_epochs
+        self.stop_at, self.check_finite = stop_at, check_finite
 
     def reset(self):
         "Begin to count anew"
@@ -39,12 +46,20 @@ class EarlyStopping(Tracker):
 
     def act(self, learn, row, improved):
         self.count = 0 if improved else self.count + 1
-        if self.count < self.patience: return
-        why = 'was never a number' if self.best is None else f'was not better than {self.best:.6g}'
-        times = f'{self.patience} look{"s" * (self.patience > 1)}'
+        why = self.why_enough(row[self.monitor])
+        if why is None or learn.epoch + 1 < self.min_epochs: return
         show_message(learn, f'{self.title}: stopped in epoch {row["epoch"]}, as {self.monitor} '
-                            f'{why} in {times}')
+                            f'{why}')
         learn.stop()
+
+    def why_enough(self, value): # str; None: the fit goes on
+        "Why a fit is to end, in words"
+        if self.check_finite and not math.isfinite(value): return f'is {value}'
+        if self.stop_at is not None and is_as_good(value, self.stop_at, self.higher):
+            return f'has reached {value:.6g}'
+        if self.count < self.patience: return None
+        why = 'was never a number' if self.best is None else f'was not better than {self.best:.6g}'
+        return f'{why} in {self.patience} look{"s" * (self.patience > 1)}'
 
 # %% ../../nbs/training/08_stopping.ipynb #086502d0
 class StopOnNaN(Callback):

@@ -13,6 +13,9 @@ __all__ = [
 class EarlyStopping(Tracker):
     """Ends a fit that no longer gets better"""
     patience: int
+    min_epochs: int
+    stop_at: float | None
+    check_finite: bool
     count: Any
     def __init__(
             self,
@@ -20,6 +23,10 @@ class EarlyStopping(Tracker):
             patience: int = 5,
             min_delta: float = 0.,
             mode: str | None = None,
+            relative: bool = False,
+            min_epochs: int = 1,
+            stop_at: float | None = None,
+            check_finite: bool = False,
     ) -> None:
         """Ends a fit that no longer gets better
 
@@ -28,10 +35,20 @@ class EarlyStopping(Tracker):
             patience: values in a row without improvement that end the fit
             min_delta: an improvement is larger than this
             mode: 'min', 'max', or None: as the metric says
+            relative: whether `min_delta` is a share of the best value
+            min_epochs: epochs that a fit makes at least
+            stop_at: a value that is good enough to end the fit
+            check_finite: whether a value that is nan or infinite ends the fit
         """
     def reset(self) -> None:
         """Begin to count anew"""
     def act(self, learn: Learner, row: Any, improved: Any) -> None: ...
+    def why_enough(self, value: Any) -> Any:
+        """Why a fit is to end, in words
+
+        Returns:
+            str; None: the fit goes on
+        """
 
 class StopOnNaN(Callback):
     """Ends a fit whose loss is nan or infinite, before the update if it is seen at once"""

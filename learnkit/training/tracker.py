@@ -67,10 +67,14 @@ def is_better(value:float,
               best, # float; None: there is none yet
               higher:bool, # whether higher is better
               min_delta:float=0., # by how much
+             relative:bool=False, # whether that is a share of the best
              ): # bool
     "Whether `value` is better than `best`"
-    if higher: return value > (-math.inf if best is None else best + min_delta)
-    return value < (math.inf if best is None else best - min_delta)
+    if best is None: return value > -math.inf if higher else value < math.inf
+    by = min_delta * abs(best) if relative else min_delta
+    return value > best + by if higher else value < best - by
+
+def is_as_good(value, goal, higher): return value >= goal if higher else value <= goal # bool
 
 # %% ../../nbs/training/06_tracker.ipynb #97402f35
 class Tracker(Callback):
@@ -83,8 +87,10 @@ class Tracker(Callback):
                  monitor:str, # column of the history
                  mode, # 'min', 'max', or None: as the metric says
                  min_delta:float, # an improvement is larger than this
+                 relative:bool=False, # whether that is a share of the best value
                 ):
         self.monitor, self.mode, self.min_delta, self.higher = monitor, mode, min_delta, None
+        self.relative = relative
         if isinstance(monitor, torch.optim.Optimizer):
             raise TypeError(f"this {type(self).__name__} is learnkit's callback; import torch's "
                             'own as `from torch.optim import lr_scheduler` for a TorchScheduler')
@@ -139,7 +145,7 @@ def after_epoch(self:Tracker, learn):
 @patch
 def compare(self:Tracker, learn, row):
     "Compare a row's value with the best, and act on it"
-    improved = is_better(row[self.monitor], self.best, self.higher, self.min_delta)
+    improved = is_better(row[self.monitor], self.best, self.higher, self.min_delta, self.relative)
     self.n_values += 1
     self.act(learn, row, improved)
     if improved: self.best = row[self.monitor]

@@ -39,17 +39,26 @@ def is_higher_better(tracker: Any, learn: Learner) -> bool:
         bool
     """
 
-def is_better(value: float, best: Any, higher: bool, min_delta: float = 0.) -> bool:
+def is_better(
+        value: float,
+        best: Any,
+        higher: bool,
+        min_delta: float = 0.,
+        relative: bool = False,
+) -> bool:
     """Whether `value` is better than `best`
 
     Args:
         best: float; None: there is none yet
         higher: whether higher is better
         min_delta: by how much
+        relative: whether that is a share of the best
 
     Returns:
         bool
     """
+
+def is_as_good(value: Any, goal: Any, higher: Any) -> Any: ...
 
 class Tracker(Callback):
     """Follows one number of the history, after each epoch and at evaluations inside it"""
@@ -58,16 +67,18 @@ class Tracker(Callback):
     mode: Any
     min_delta: float
     higher: Any
+    relative: bool
     best: Any
     n_values: int
     epoch_cut_short: bool
-    def __init__(self, monitor: str, mode: Any, min_delta: float) -> None:
+    def __init__(self, monitor: str, mode: Any, min_delta: float, relative: bool = False) -> None:
         """Follows one number of the history, after each epoch and at evaluations inside it
 
         Args:
             monitor: column of the history
             mode: 'min', 'max', or None: as the metric says
             min_delta: an improvement is larger than this
+            relative: whether that is a share of the best value
         """
     @property
     def title(self) -> str: ...
