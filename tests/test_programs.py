@@ -303,8 +303,9 @@ def check_edits(first, line, edits, crash):
                 if now == first:
                     assert edited(root, now, line, **strict) == (truth, 0), name
                     continue
-                with pytest.raises(StaleCheckpoint): edited(root, now, line, **strict)
-                truth = play(build(now, root), line)
+                before, truth = truth, play(build(now, root), line)
+                if truth != before:  # else the program sets itself what was edited
+                    with pytest.raises(StaleCheckpoint): edited(root, now, line, **strict)
                 assert edited(root, now, line, **anew)[0] == truth, name
                 assert edited(root, now, line, **strict) == (truth, 0), name
                 first = now

@@ -66,13 +66,13 @@ class GrowingList:
             start += size
         self.sealed.keep(parts)
         self.parts = {key: part for key, part in self.parts.items() if self.sealed.holds(part[1])}
-        return {'parts': parts, 'rest': list(map(copied, items[start:]))}
+        return {'parts': parts, 'rest': copied(items[start:])}
 
     def part(self, start, items): # tensor
         before, t = self.parts.get((start, len(items)), (None, None))
         if before != items or not self.sealed.holds(t):
             t = torch.frombuffer(bytearray(to_bytes(items)), dtype=torch.uint8)
-            self.parts[start, len(items)] = list(map(copied, items)), self.sealed.add(t)
+            self.parts[start, len(items)] = copied(items), self.sealed.add(t)
         return t
 
     def items(self, state): # list
@@ -82,11 +82,12 @@ class GrowingList:
         for t in state['parts']:
             items = ours.get(id(t)) or from_bytes(tensor_bytes(t))
             parts[len(found), len(items)] = items, self.sealed.add(t)
-            found += map(copied, items)
+            found += copied(items)
         self.parts |= parts  # which need not be encoded again
-        return [*found, *map(copied, state['rest'])]
+        return [*found, *copied(state['rest'])]
 
-def copied(x): return dict(x) if type(x) is dict else x # a row, which somebody may write to
+def copied(items): # list, of rows that somebody may write to
+    return [x.copy() if type(x) is dict else x for x in items]
 
 # %% ../../nbs/files/14_growing.ipynb #59b57dca
 class GrowingTable:

@@ -67,7 +67,10 @@ class GrowingList:
             list
         """
 
-def copied(x: Any) -> Any: ...
+def copied(items: Any) -> Any:
+    """Returns:
+        list, of rows that somebody may write to
+    """
 
 class GrowingTable:
     """Columns of numbers that mostly grow"""

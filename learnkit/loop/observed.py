@@ -12,15 +12,14 @@ from inspect import get_annotations
 from functools import lru_cache, partial
 from textwrap import shorten
 from types import FunctionType, MethodType
-import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import nn
 from torch.utils.data import TensorDataset
 from ..base.guard import assigned_names, is_learnkits
-from ..base.snapshots import (
-    CONTAINERS, HELD, MISSING, PLAIN, SEQUENCES, HeldItems, Opaque, Reference, Scope, Snapshot,
-    closure_cells, path_text)
+from learnkit.base.snapshots import (
+    HELD, MISSING, SEQUENCES, HeldItems, Opaque, Reference, Scope, Snapshot, closure_cells,
+    path_text)
 from ..base.packing import NotPlainError, Unpacking, described, pack
 from ..files.errors import UnstorableError
 from ..files.tree import check_storable
@@ -167,8 +166,8 @@ def is_cache(path): return 'cache' in str(path[-1]).lower() or path[-1] in OF_WO
 # %% ../../nbs/loop/04_observed.ipynb #fab2dd41
 def data_of_class(cls): # dict: name -> value
     "What a class keeps for all its objects, without what it defines"
-    kinds = (*PLAIN, *CONTAINERS, torch.Tensor, np.ndarray)
-    return {name: value for name, value in vars(cls).items() if isinstance(value, kinds)
+    return {name: value for name, value in vars(cls).items()
+            if not isinstance(value, type) and not hasattr(type(value), '__get__')
             and name[:2] != '__' and name != 'transient' and not name.startswith('_abc_')}
 
 def added_attributes(learn): # dict: name -> value
