@@ -8,6 +8,7 @@ __all__ = ['EarlyStopping', 'StopOnNaN', 'AskToContinue']
 # %% ../../nbs/training/08_stopping.ipynb #21c42322
 import math, warnings
 import torch
+from fastcore.basics import patch
 from ..base.ranks import is_main, sum_over_ranks, world_size
 from ..components.callback import Callback
 from ..components.optim import get_hyper
@@ -52,14 +53,16 @@ class EarlyStopping(Tracker):
                             f'{why}')
         learn.stop()
 
-    def why_enough(self, value): # str; None: the fit goes on
-        "Why a fit is to end, in words"
-        if self.check_finite and not math.isfinite(value): return f'is {value}'
-        if self.stop_at is not None and is_as_good(value, self.stop_at, self.higher):
-            return f'has reached {value:.6g}'
-        if self.count < self.patience: return None
-        why = 'was never a number' if self.best is None else f'was not better than {self.best:.6g}'
-        return f'{why} in {self.patience} look{"s" * (self.patience > 1)}'
+# %% ../../nbs/training/08_stopping.ipynb #bd7ffc33
+@patch
+def why_enough(self:EarlyStopping, value): # str; None: the fit goes on
+    "Why a fit is to end, in words"
+    if self.check_finite and not math.isfinite(value): return f'is {value}'
+    if self.stop_at is not None and is_as_good(value, self.stop_at, self.higher):
+        return f'has reached {value:.6g}'
+    if self.count < self.patience: return None
+    why = 'was never a number' if self.best is None else f'was not better than {self.best:.6g}'
+    return f'{why} in {self.patience} look{"s" * (self.patience > 1)}'
 
 # %% ../../nbs/training/08_stopping.ipynb #086502d0
 class StopOnNaN(Callback):
