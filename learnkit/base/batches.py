@@ -69,6 +69,14 @@ def to_device(x, # any nesting
     return type(x)([item if isinstance(item, torch.Tensor) and item.device == device
                     else move_tensors(item, device) for item in x])
 
+# %% ../../nbs/base/03_batches.ipynb #dbbbdeca
+def kind(x): # str
+    "Dtype and shape of a tensor, what is in a list or dict, the type of anything else"
+    if isinstance(x, torch.Tensor): return f'{str(x.dtype).removeprefix("torch.")}{list(x.shape)}'
+    if type(x) in (list, tuple) and x: return f'[{kind(x[0])}{", ..." if len(x) > 1 else ""}]'
+    if type(x) is dict: return '{' + ', '.join(f'{key}: {kind(x[key])}' for key in x) + '}'
+    return type(x).__name__
+
 # %% ../../nbs/base/03_batches.ipynb #fceaf0d4
 def detach(x): # the same nesting
     "Cut every tensor of `x` off its graph"

@@ -59,6 +59,13 @@ def to_device(x: Any, device: torch.device | str) -> Any:
         the same nesting
     """
 
+def kind(x: Any) -> str:
+    """Dtype and shape of a tensor, what is in a list or dict, the type of anything else
+
+    Returns:
+        str
+    """
+
 def detach(x: Any) -> Any:
     """Cut every tensor of `x` off its graph
 

@@ -49,7 +49,7 @@ class Learner(Loop):
                  seed=None, # seeds all generators once, here; None: nothing is seeded
                  on_interrupt='return', # 'return' to the caller on Ctrl-C during a fit, or 'raise'
                 ):
-        check_arguments(model, on_interrupt)
+        check_arguments(model, loss_func, on_interrupt)
         if seed is not None: set_seed(seed)
         model, cbs = made_model(model), as_callbacks(cbs)
         self.dls, self.metrics, self.n_inp = as_dataloaders(dls), metrics, n_inp
@@ -85,13 +85,18 @@ def _begin(self:Learner, cbs):
     self._fit = FitState()
     vars(self).update(vars(PassState()))
 
-def check_arguments(model, on_interrupt):
-    "Raise for a model that is none, and for an unknown way to act on Ctrl-C"
+def check_arguments(model, loss_func, on_interrupt):
+    "Raise for a model or a loss that is none, and for an unknown way to act on Ctrl-C"
     if on_interrupt not in ('return', 'raise'):
         raise ValueError(f"on_interrupt={on_interrupt!r}: must be 'return' or 'raise'")
     if not isinstance(model, nn.Module) and not callable(model):
         raise TypeError(f'model is a {type(model).__name__}, not an nn.Module; the order is '
                         'Learner(dls, model, loss_func)')
+    if isinstance(loss_func, type):
+        raise TypeError(f'loss_func is the class {loss_func.__name__}: give an instance, as '
+                        f'{loss_func.__name__}()')
+    if loss_func is not None and not callable(loss_func):
+        raise TypeError(f'loss_func={loss_func!r} is no function of (pred, *targets)')
 
 def made_model(model): # nn.Module
     "A model as it is, or what a function makes"

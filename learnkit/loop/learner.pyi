@@ -578,8 +578,8 @@ class Learner(Loop):
             lr: as in `fit`
         """
 
-def check_arguments(model: Any, on_interrupt: Any) -> None:
-    """Raise for a model that is none, and for an unknown way to act on Ctrl-C"""
+def check_arguments(model: Any, loss_func: Any, on_interrupt: Any) -> None:
+    """Raise for a model or a loss that is none, and for an unknown way to act on Ctrl-C"""
 
 def made_model(model: Any) -> Any:
     """A model as it is, or what a function makes

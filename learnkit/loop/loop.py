@@ -12,7 +12,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
-from ..base.batches import batch_size, n_rows, to_device
+from ..base.batches import batch_size, kind, n_rows, to_device
 from ..base.guard import Guarded
 from ..base.methods import unrecorded
 from ..base.randomness import isolated_rng
@@ -189,11 +189,11 @@ def loss_of(pred): # the loss in a model's output
 @patch
 def _run_step(self:Loop, name):
     methods = self._cbs.bound[self.phase][name]
-    if not methods: return getattr(self, name)()
-    try: methods[-1](self)
+    try: methods[-1](self) if methods else getattr(self, name)()
     except (Cancel, Interrupted): raise
     except BaseException as error:
-        add_origin(self, error, methods[-1], name)
+        if methods: add_origin(self, error, methods[-1], name)
+        else: add_step(self, error, name)
         raise
 
 @patch
@@ -334,6 +334,29 @@ def add_origin(learn, error, method, event):
     name = getattr(method, '__qualname__', repr(method)) if owner is None else repr(owner)
     batch = f', batch {learn.iter}' if learn.iter >= 0 else ''
     error.add_note(f'(raised by {name} in {event}, epoch {learn._fit.epoch}{batch})')
+
+# %% ../../nbs/loop/03_loop.ipynb #9d706129
+def add_step(learn, error, name):
+    "Note in an exception which step it comes from, and what that had to do with; once"
+    if any(note.startswith('(in ') for note in getattr(error, '__notes__', ())): return
+    error.add_note(f'(in {name}{what_a_step_does(learn, name)})')
+
+def what_a_step_does(learn, name): # str
+    n_x, n_all = len(learn.xb), len(learn.xb) + len(learn.yb)
+    n = f'; n_inp={learn.n_inp}: {n_x} of {n_all} items are inputs'
+    match name:
+        case 'get_pred': return f': {called(learn.model)}({kinds(learn.xb)}){n}'
+        case 'get_loss' if learn.loss_func is not None:
+            return f': {called(learn.loss_func)}({kinds((learn.pred, *learn.yb))}){n}'
+        case 'get_loss': return f': the model gave {kind(learn.pred)}'
+        case 'backward': return f': the loss is {kind(learn.loss)}'
+    return f': {called(learn.opt)}'
+
+def kinds(items): return ', '.join(map(kind, items)) # str
+
+def called(x): # str
+    "What a function or an object goes by"
+    return getattr(getattr(x, 'func', x), '__name__', type(x).__name__)
 
 # %% ../../nbs/loop/03_loop.ipynb #22ba0efc
 @patch

@@ -114,6 +114,23 @@ def samples_of_batch(learn: Learner, rows: Any = None) -> Any:
 def add_origin(learn: Learner, error: Any, method: Any, event: Any) -> None:
     """Note in an exception which callback raised it, and when"""
 
+def add_step(learn: Learner, error: Any, name: Any) -> None:
+    """Note in an exception which step it comes from, and what that had to do with; once"""
+
+def what_a_step_does(learn: Learner, name: Any) -> str:
+    """Returns:
+        str
+    """
+
+def kinds(items: Any) -> Any: ...
+
+def called(x: Any) -> str:
+    """What a function or an object goes by
+
+    Returns:
+        str
+    """
+
 def is_meant_here(cancel: Any, levels: Any) -> bool:
     """Whether a Cancel ends the innermost open level: its own, or the last one if that is not open
 

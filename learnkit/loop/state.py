@@ -11,7 +11,7 @@ from collections import OrderedDict
 from contextlib import contextmanager
 import torch
 from torch import nn
-from ..base.batches import map_tensors
+from ..base.batches import kind, map_tensors
 from ..base.dtensors import distribute_like, full_tensor, is_dtensor, unsharded_class
 from ..base.randomness import isolated_rng, rng_state, set_rng_state
 from ..base.snapshots import Snapshot, write_back
@@ -42,11 +42,6 @@ def load_model_state(model:nn.Module, state):
     model.load_state_dict(weights)
 
 # %% ../../nbs/loop/05_state.ipynb #e5a5d702
-def kind(value): # str
-    "Shape and dtype of a tensor, the type of anything else"
-    if not isinstance(value, torch.Tensor): return type(value).__name__
-    return f'{str(value.dtype).removeprefix("torch.")}{list(value.shape)}'
-
 def check_model_state(model:nn.Module,
                       state:dict, # what `model.state_dict()` returned
                      ):

@@ -25,13 +25,6 @@ def model_state(model: nn.Module) -> Any:
 def load_model_state(model: nn.Module, state: Any) -> None:
     """Load what `model_state` returned"""
 
-def kind(value: Any) -> str:
-    """Shape and dtype of a tensor, the type of anything else
-
-    Returns:
-        str
-    """
-
 def check_model_state(model: nn.Module, state: dict) -> None:
     """Raise ValueError naming the first keys that differ when `state` is that of another model
 
