@@ -6,8 +6,10 @@
 __all__ = []
 
 # %% ../../nbs/loop/03_loop.ipynb #99402ff6
-import warnings
+import inspect, warnings
+from collections.abc import Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 import torch
 from fastcore.basics import patch
 from torch import nn
@@ -143,8 +145,9 @@ def _count_epoch(self:Loop): self.epochs_done, self._fit.stage = self.epochs_don
 @patch
 @unrecorded
 def get_pred(self:Loop):
-    "Sets `pred`: the model's output for the inputs"
-    self.pred = (self.model if self.compiled is None else self.compiled)(*self.xb)
+    "Sets `pred`: the model's output for the inputs, by their names if it takes them so"
+    model = self.model if self.compiled is None else self.compiled
+    self.pred = model(**self.xb[0]) if are_by_name(self.model, self.xb) else model(*self.xb)
 
 @patch
 @unrecorded
@@ -175,6 +178,21 @@ def zero_grad(self:Loop):
     if self.opt:  # what Optimizer.zero_grad does, at a tenth of its cost
         for group in self.opt.param_groups:
             for param in group['params']: param.grad = None
+
+# %% ../../nbs/loop/03_loop.ipynb #ec8b5bb2
+def are_by_name(model, xb): # bool
+    "Whether inputs are a dict whose keys are arguments of the model, as Hugging Face has it"
+    if len(xb) != 1 or type(xb[0]) is torch.Tensor or not isinstance(xb[0], Mapping): return False
+    return takes_names(type(model), tuple(xb[0]))
+
+@lru_cache(maxsize=256)
+def takes_names(cls, names): # bool
+    "Whether `forward` of a class takes all names, and no dict as its first argument instead"
+    params = [*inspect.signature(cls.forward).parameters.values()][1:]
+    if not all(isinstance(name, str) for name in names): return False
+    named = {p.name for p in params if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    takes_others = any(p.kind is p.VAR_KEYWORD for p in params)
+    return (takes_others or named >= {*names}) and (not named or bool(named & {*names}))
 
 # %% ../../nbs/loop/03_loop.ipynb #992edc23
 def loss_of(pred): # the loss in a model's output

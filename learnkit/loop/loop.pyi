@@ -2,6 +2,7 @@
 # pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 # pyright: reportPrivateImportUsage=false
 """Fit, epoch, batch: levels, their events, five steps"""
+from functools import lru_cache
 from typing import Any
 from ..base.guard import Guarded
 from ..loop.learner import Learner
@@ -16,7 +17,7 @@ class Loop(Guarded):
     epochs_done: Any
     can_update: Any
     def get_pred(self) -> None:
-        """Sets `pred`: the model's output for the inputs"""
+        """Sets `pred`: the model's output for the inputs, by their names if it takes them so"""
     def get_loss(self) -> None:
         """Sets `loss`: `loss_func(pred, *targets)`, or the loss in the model's own output"""
     def backward(self) -> None:
@@ -48,6 +49,21 @@ def training_loop() -> Any:
 
     Returns:
         list of (depth, event or step); depth is negative in validation
+    """
+
+def are_by_name(model: Any, xb: Any) -> bool:
+    """Whether inputs are a dict whose keys are arguments of the model, as Hugging Face has it
+
+    Returns:
+        bool
+    """
+
+@lru_cache(maxsize=256)
+def takes_names(cls: Any, names: Any) -> bool:
+    """Whether `forward` of a class takes all names, and no dict as its first argument instead
+
+    Returns:
+        bool
     """
 
 def loss_of(pred: Any) -> Any:

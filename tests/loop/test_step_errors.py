@@ -13,7 +13,8 @@ def notes(loss_func, y, opt_func=None, model=None, **kwargs):
     learn = Learner(DataLoaders([(X, y)]), model or nn.Linear(3, 2), loss_func, opt_func,
                     device='cpu', **kwargs)
     learn.remove_cb(Progress)
-    with pytest.raises((AttributeError, RuntimeError, TypeError, ValueError)) as caught: learn.fit(1)
+    errors = AttributeError, RuntimeError, TypeError, ValueError
+    with pytest.raises(errors) as caught: learn.fit(1)
     return caught.value.__notes__
 
 
