@@ -95,14 +95,18 @@ def structure_objects(learn) -> dict: # of live objects
             'cbs': [cb for cb in learn.cbs if not cb.distributes],
             'modules': [(m, dict(m._modules), public_attributes(m)) for m in learn.model.modules()],
             'opt': (learn.opt_func, learn.wd, learn.splitter, type(learn.opt),
-                    [id(p) for p in opt_params(learn.opt)] if learn.opt else [])}
+                    [id(p) for p in opt_params(learn.opt)] if learn.opt else []),
+            'swaps': learn._origin.baseline.swaps}
 
 def put_together(learn, objects):
     "Put a learner together as it was; an optimizer that was another one is made anew"
     is_new = structure_objects(learn)['opt'] != objects['opt']
+    baseline = learn._origin.baseline
+    baseline.take_objects(learn)  # what a script has put somewhere until now
+    baseline.undo_swaps(learn, objects['swaps'])
     vars(learn).update(objects['attributes'])
     put_modules_back(objects['modules'])
-    learn._origin.baseline.take_objects(learn)
+    baseline.take_objects(learn)
     learn.cbs = [*objects['cbs'], *(cb for cb in learn.cbs if cb.distributes)]
     if not is_new: return
     learn.make_opt()

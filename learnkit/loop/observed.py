@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/loop/04_observed.ipynb #74b5b305
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from inspect import get_annotations
 from functools import lru_cache, partial
 from textwrap import shorten
@@ -205,6 +206,7 @@ class Baseline:
     def __init__(self):
         self.known = {}  # id -> (object, name of a slot -> held value)
         self.built = {}  # id -> module, of those that were there at first
+        self.swaps = ()  # Swaps, as a script has made them one after the other
 
     def add(self, learn, given=(), # callbacks given to a call
             constructed=False): # whether a subclass has given the learner all that it gives
@@ -218,10 +220,10 @@ class Baseline:
             self.built = {id(x): x for x in now.objects.values() if isinstance(x, nn.Module)}
         for path, x in now.objects.items(): self.known.setdefault(id(x), (x, now.values[path]))
 
-    def __getstate__(self): return list(self.known.values()), list(self.built.values())
+    def __getstate__(self): return list(self.known.values()), list(self.built.values()), self.swaps
 
     def __setstate__(self, state): # with other ids
-        known, built = state
+        known, built, self.swaps = state
         self.known = {id(x): (x, values) for x, values in known}
         self.built = {id(x): x for x in built}
 
@@ -249,10 +251,40 @@ def take_objects(self:Baseline, learn, given=()): # given: as for `add`
         x, held = now.objects[path], now.values[path].get(name, MISSING)
         before = self.of(x).get(name, MISSING)
         if id(x) in new or not (name == '_modules' or holds_new(held, before, new)): continue
+        gone = [one for one in origins(before, Reference) if id(one) not in now.paths]
+        gone = [self.known.pop(id(one)) for one in gone if id(one) in self.known]
         self.known[id(x)] = x, {**self.of(x), name: held}
-        for gone in origins(before, Reference):
-            if id(gone) not in now.paths: self.known.pop(id(gone), None)  # it may come back
+        self.swaps = *self.swaps, Swap(x, name, before, held, gone)
     self.note(now)
+
+@dataclass(eq=False)
+class Swap:
+    "What a script has put in the place of something"
+    owner: object
+    name: str # of the slot
+    before: object # what was held there
+    after: object
+    gone: list # of (object, held values), of what was only in reach by that
+
+@patch
+def undo_swaps(self:Baseline, learn, swaps): # Swaps, as they were at another time
+    "Let the objects that a script has put somewhere be there that were there then"
+    put, same = Snapshot({}, LearnerScope(learn)).put_slot, 0
+    while same < min(len(swaps), len(self.swaps)) and swaps[same] is self.swaps[same]: same += 1
+    for swap in reversed(self.swaps[same:]):
+        put(swap.owner, swap.name, swap.before)
+        self.hold_there(swap, swap.before)
+        self.known |= {id(x): (x, values) for x, values in swap.gone}
+    for swap in swaps[same:]:
+        put(swap.owner, swap.name, swap.after)
+        self.hold_there(swap, swap.after)
+    self.swaps = swaps
+
+@patch
+def hold_there(self:Baseline, swap, held):
+    values = {**self.of(swap.owner), swap.name: held}
+    if held is MISSING: del values[swap.name]
+    self.known[id(swap.owner)] = swap.owner, values
 
 def holds_new(held, before, new): # bool; new: ids
     "Whether a slot holds an object, a function or a class that has come into reach just now"

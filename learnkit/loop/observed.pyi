@@ -3,6 +3,7 @@
 # pyright: reportPrivateImportUsage=false
 """What training changes and no `state_dict` says"""
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 from ..base.snapshots import Scope, Snapshot
@@ -157,6 +158,7 @@ class Baseline:
     """How objects were when they came into reach"""
     known: dict[Any, Any]
     built: dict[Any, Any]
+    swaps: tuple[Any, ...]
     def __init__(self) -> None: ...
     def add(self, learn: Learner, given: Any = (), constructed: Any = False) -> Any:
         """Note how what has come into reach is
@@ -195,6 +197,25 @@ class Baseline:
         Returns:
             given: as for `add`
         """
+    def undo_swaps(self, learn: Learner, swaps: Any) -> Any:
+        """Let the objects that a script has put somewhere be there that were there then
+
+        Returns:
+            Swaps, as they were at another time
+        """
+    def hold_there(self, swap: Any, held: Any) -> None: ...
+
+@dataclass(eq=False)
+class Swap:
+    """What a script has put in the place of something"""
+    owner: Any
+    name: str
+    """of the slot"""
+    before: Any
+    """what was held there"""
+    after: Any
+    gone: list
+    """of (object, held values), of what was only in reach by that"""
 
 def holds_new(held: Any, before: Any, new: Any) -> Any:
     """Whether a slot holds an object, a function or a class that has come into reach just now
