@@ -241,22 +241,7 @@ class Baseline:
             x = now.objects[path]
             if id(x) in self.known: now.put_slot(x, name, held.of(x).get(name, MISSING))
 
-# %% ../../nbs/loop/04_observed.ipynb #ca542b9c
-@patch
-def take_objects(self:Baseline, learn, given=()): # given: as for `add`
-    "Modules and objects that a script has put somewhere are how the learner is put together"
-    now = snapshot(learn, given)
-    new = {id(x) for x in now.objects.values()} - self.known.keys()
-    for path, name in now.changes(self):
-        x, held = now.objects[path], now.values[path].get(name, MISSING)
-        before = self.of(x).get(name, MISSING)
-        if id(x) in new or not (name == '_modules' or holds_new(held, before, new)): continue
-        gone = [one for one in origins(before, Reference) if id(one) not in now.paths]
-        gone = [self.known.pop(id(one)) for one in gone if id(one) in self.known]
-        self.known[id(x)] = x, {**self.of(x), name: held}
-        self.swaps = *self.swaps, Swap(x, name, before, held, gone)
-    self.note(now)
-
+# %% ../../nbs/loop/04_observed.ipynb #0ce4a071
 @dataclass(eq=False)
 class Swap:
     "What a script has put in the place of something"
@@ -285,6 +270,22 @@ def hold_there(self:Baseline, swap, held):
     values = {**self.of(swap.owner), swap.name: held}
     if held is MISSING: del values[swap.name]
     self.known[id(swap.owner)] = swap.owner, values
+
+# %% ../../nbs/loop/04_observed.ipynb #ca542b9c
+@patch
+def take_objects(self:Baseline, learn, given=()): # given: as for `add`
+    "Modules and objects that a script has put somewhere are how the learner is put together"
+    now = snapshot(learn, given)
+    new = {id(x) for x in now.objects.values()} - self.known.keys()
+    for path, name in now.changes(self):
+        x, held = now.objects[path], now.values[path].get(name, MISSING)
+        before = self.of(x).get(name, MISSING)
+        if id(x) in new or not (name == '_modules' or holds_new(held, before, new)): continue
+        gone = [one for one in origins(before, Reference) if id(one) not in now.paths]
+        gone = [self.known.pop(id(one)) for one in gone if id(one) in self.known]
+        self.known[id(x)] = x, {**self.of(x), name: held}
+        self.swaps = *self.swaps, Swap(x, name, before, held, gone)
+    self.note(now)
 
 def holds_new(held, before, new): # bool; new: ids
     "Whether a slot holds an object, a function or a class that has come into reach just now"

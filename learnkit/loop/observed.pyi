@@ -191,12 +191,6 @@ class Baseline:
         Returns:
             held: a Snapshot or Baseline
         """
-    def take_objects(self, learn: Learner, given: Any = ()) -> Any:
-        """Modules and objects that a script has put somewhere are how the learner is put together
-
-        Returns:
-            given: as for `add`
-        """
     def undo_swaps(self, learn: Learner, swaps: Any) -> Any:
         """Let the objects that a script has put somewhere be there that were there then
 
@@ -204,6 +198,12 @@ class Baseline:
             Swaps, as they were at another time
         """
     def hold_there(self, swap: Any, held: Any) -> None: ...
+    def take_objects(self, learn: Learner, given: Any = ()) -> Any:
+        """Modules and objects that a script has put somewhere are how the learner is put together
+
+        Returns:
+            given: as for `add`
+        """
 
 @dataclass(eq=False)
 class Swap:
