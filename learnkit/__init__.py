@@ -14,7 +14,7 @@ from .base.randomness import (
     isolated_rng, rng_state, set_rng_state, set_seed,
 )
 from .base.batches import (
-    batch_size, detach, map_tensors, tensors_in, to_device, to_host,
+    batch_size, detach, map_tensors, to_device, to_host,
 )
 from .base import dtensors as _dtensors
 from .base.methods import (
@@ -61,8 +61,8 @@ from .components.callback import (
     CancelValidate, has_state, named_callbacks,
 )
 from .components.metrics import (
-    accuracy, binary_accuracy, error_rate, mae, mean_and_weight, Metric, metric, mse, perplexity,
-    rmse, sklearn_metric, top_k_accuracy,
+    accuracy, binary_accuracy, error_rate, mae, Metric, metric, mse, perplexity, rmse,
+    sklearn_metric, top_k_accuracy,
 )
 from .components.optim import (
     no_decay, param_groups, spread_lr,
@@ -109,8 +109,7 @@ from .loop import fit as _fit
 from .loop import methods as _methods
 from .training import arguments as _arguments
 from .training.schedule import (
-    combine_scheds, const, exponential, half_cosine, line, one_after_another, power_of, sched_const,
-    sched_cos, sched_exp, sched_lin, sched_poly, sched_warmup, warmed_up,
+    combine_scheds, sched_const, sched_cos, sched_exp, sched_lin, sched_poly, sched_warmup,
 )
 from .training.scheduled_fits import (
     ParamScheduler,
@@ -208,21 +207,19 @@ from .checkpoints.comparison import (
 __all__ = [
     'is_main', 'rank', 'rank0_first', 'rank0_only', 'sum_over_ranks', 'world_size',
     'default_device', 'isolated_rng', 'rng_state', 'set_rng_state', 'set_seed', 'batch_size',
-    'detach', 'map_tensors', 'tensors_in', 'to_device', 'to_host', 'field_values',
-    'from_field_values', 'pure', 'register_result', 'result', 'structural', 'DamagedError',
-    'LockedError', 'StoreError', 'UnstorableError', 'save_tensors', 'load_tree', 'save_tree',
-    'tree_digest', 'Store', 'Garbage', 'DataLoaders', 'DatasetLoader', 'TensorLoader', 'Callback',
-    'Cancel', 'CancelBackward', 'CancelBatch', 'CancelEpoch', 'CancelFit', 'CancelStep',
-    'CancelTrain', 'CancelValidate', 'has_state', 'named_callbacks', 'accuracy', 'binary_accuracy',
-    'error_rate', 'mae', 'mean_and_weight', 'Metric', 'metric', 'mse', 'perplexity', 'rmse',
-    'sklearn_metric', 'top_k_accuracy', 'no_decay', 'param_groups', 'spread_lr', 'Fingerprint',
-    'fingerprint', 'UnfingerprintableError', 'Recorder', 'Progress', 'SaveState', 'Learner',
-    'combine_scheds', 'const', 'exponential', 'half_cosine', 'line', 'one_after_another',
-    'power_of', 'sched_const', 'sched_cos', 'sched_exp', 'sched_lin', 'sched_poly', 'sched_warmup',
-    'warmed_up', 'ParamScheduler', 'TorchScheduler', 'LRFinderResult', 'SaveBest', 'AskToContinue',
-    'EarlyStopping', 'StopOnNaN', 'ReduceLROnPlateau', 'MixedPrecision', 'GradientAccumulation',
-    'GradientClip', 'EMA', 'SWA', 'ShortEpoch', 'StageFuncs', 'ValidateEvery', 'CutMix', 'MixUp',
-    'OverfitResult', 'ChannelsLast', 'launch', 'Ranks', 'Distributed', 'BEGINNING',
-    'StaleCheckpoint', 'Checkpointed', 'CheckpointedLearner', 'checkpoints_table', 'tree_text',
-    'plot_tree', 'explain_text',
+    'detach', 'map_tensors', 'to_device', 'to_host', 'field_values', 'from_field_values', 'pure',
+    'register_result', 'result', 'structural', 'DamagedError', 'LockedError', 'StoreError',
+    'UnstorableError', 'save_tensors', 'load_tree', 'save_tree', 'tree_digest', 'Store', 'Garbage',
+    'DataLoaders', 'DatasetLoader', 'TensorLoader', 'Callback', 'Cancel', 'CancelBackward',
+    'CancelBatch', 'CancelEpoch', 'CancelFit', 'CancelStep', 'CancelTrain', 'CancelValidate',
+    'has_state', 'named_callbacks', 'accuracy', 'binary_accuracy', 'error_rate', 'mae', 'Metric',
+    'metric', 'mse', 'perplexity', 'rmse', 'sklearn_metric', 'top_k_accuracy', 'no_decay',
+    'param_groups', 'spread_lr', 'Fingerprint', 'fingerprint', 'UnfingerprintableError', 'Recorder',
+    'Progress', 'SaveState', 'Learner', 'combine_scheds', 'sched_const', 'sched_cos', 'sched_exp',
+    'sched_lin', 'sched_poly', 'sched_warmup', 'ParamScheduler', 'TorchScheduler', 'LRFinderResult',
+    'SaveBest', 'AskToContinue', 'EarlyStopping', 'StopOnNaN', 'ReduceLROnPlateau',
+    'MixedPrecision', 'GradientAccumulation', 'GradientClip', 'EMA', 'SWA', 'ShortEpoch',
+    'StageFuncs', 'ValidateEvery', 'CutMix', 'MixUp', 'OverfitResult', 'ChannelsLast', 'launch',
+    'Ranks', 'Distributed', 'BEGINNING', 'StaleCheckpoint', 'Checkpointed', 'CheckpointedLearner',
+    'checkpoints_table', 'tree_text', 'plot_tree', 'explain_text',
 ]

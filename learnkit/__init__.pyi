@@ -16,7 +16,6 @@ from .base.randomness import set_seed as set_seed
 from .base.batches import batch_size as batch_size
 from .base.batches import detach as detach
 from .base.batches import map_tensors as map_tensors
-from .base.batches import tensors_in as tensors_in
 from .base.batches import to_device as to_device
 from .base.batches import to_host as to_host
 from .base.methods import field_values as field_values
@@ -53,7 +52,6 @@ from .components.metrics import accuracy as accuracy
 from .components.metrics import binary_accuracy as binary_accuracy
 from .components.metrics import error_rate as error_rate
 from .components.metrics import mae as mae
-from .components.metrics import mean_and_weight as mean_and_weight
 from .components.metrics import Metric as Metric
 from .components.metrics import metric as metric
 from .components.metrics import mse as mse
@@ -72,19 +70,12 @@ from .loop.progress import Progress as Progress
 from .loop.resume import SaveState as SaveState
 from .loop.learner import Learner as Learner
 from .training.schedule import combine_scheds as combine_scheds
-from .training.schedule import const as const
-from .training.schedule import exponential as exponential
-from .training.schedule import half_cosine as half_cosine
-from .training.schedule import line as line
-from .training.schedule import one_after_another as one_after_another
-from .training.schedule import power_of as power_of
 from .training.schedule import sched_const as sched_const
 from .training.schedule import sched_cos as sched_cos
 from .training.schedule import sched_exp as sched_exp
 from .training.schedule import sched_lin as sched_lin
 from .training.schedule import sched_poly as sched_poly
 from .training.schedule import sched_warmup as sched_warmup
-from .training.schedule import warmed_up as warmed_up
 from .training.scheduled_fits import ParamScheduler as ParamScheduler
 from .training.torch_schedulers import TorchScheduler as TorchScheduler
 from .training.lr_find import LRFinderResult as LRFinderResult
@@ -120,22 +111,20 @@ __version__: str
 __all__ = [
     'is_main', 'rank', 'rank0_first', 'rank0_only', 'sum_over_ranks', 'world_size',
     'default_device', 'isolated_rng', 'rng_state', 'set_rng_state', 'set_seed', 'batch_size',
-    'detach', 'map_tensors', 'tensors_in', 'to_device', 'to_host', 'field_values',
-    'from_field_values', 'pure', 'register_result', 'result', 'structural', 'DamagedError',
-    'LockedError', 'StoreError', 'UnstorableError', 'save_tensors', 'load_tree', 'save_tree',
-    'tree_digest', 'Store', 'Garbage', 'DataLoaders', 'DatasetLoader', 'TensorLoader',
-    'Callback', 'Cancel', 'CancelBackward', 'CancelBatch', 'CancelEpoch', 'CancelFit',
-    'CancelStep', 'CancelTrain', 'CancelValidate', 'has_state', 'named_callbacks', 'accuracy',
-    'binary_accuracy', 'error_rate', 'mae', 'mean_and_weight', 'Metric', 'metric', 'mse',
-    'perplexity', 'rmse', 'sklearn_metric', 'top_k_accuracy', 'no_decay', 'param_groups',
-    'spread_lr', 'Fingerprint', 'fingerprint', 'UnfingerprintableError', 'Recorder', 'Progress',
-    'SaveState', 'Learner', 'combine_scheds', 'const', 'exponential', 'half_cosine', 'line',
-    'one_after_another', 'power_of', 'sched_const', 'sched_cos', 'sched_exp', 'sched_lin',
-    'sched_poly', 'sched_warmup', 'warmed_up', 'ParamScheduler', 'TorchScheduler',
-    'LRFinderResult', 'SaveBest', 'AskToContinue', 'EarlyStopping', 'StopOnNaN',
-    'ReduceLROnPlateau', 'MixedPrecision', 'GradientAccumulation', 'GradientClip', 'EMA', 'SWA',
-    'ShortEpoch', 'StageFuncs', 'ValidateEvery', 'CutMix', 'MixUp', 'OverfitResult',
-    'ChannelsLast', 'launch', 'Ranks', 'Distributed', 'BEGINNING', 'StaleCheckpoint',
-    'Checkpointed', 'CheckpointedLearner', 'checkpoints_table', 'tree_text', 'plot_tree',
-    'explain_text'
+    'detach', 'map_tensors', 'to_device', 'to_host', 'field_values', 'from_field_values',
+    'pure', 'register_result', 'result', 'structural', 'DamagedError', 'LockedError',
+    'StoreError', 'UnstorableError', 'save_tensors', 'load_tree', 'save_tree', 'tree_digest',
+    'Store', 'Garbage', 'DataLoaders', 'DatasetLoader', 'TensorLoader', 'Callback', 'Cancel',
+    'CancelBackward', 'CancelBatch', 'CancelEpoch', 'CancelFit', 'CancelStep', 'CancelTrain',
+    'CancelValidate', 'has_state', 'named_callbacks', 'accuracy', 'binary_accuracy',
+    'error_rate', 'mae', 'Metric', 'metric', 'mse', 'perplexity', 'rmse', 'sklearn_metric',
+    'top_k_accuracy', 'no_decay', 'param_groups', 'spread_lr', 'Fingerprint', 'fingerprint',
+    'UnfingerprintableError', 'Recorder', 'Progress', 'SaveState', 'Learner', 'combine_scheds',
+    'sched_const', 'sched_cos', 'sched_exp', 'sched_lin', 'sched_poly', 'sched_warmup',
+    'ParamScheduler', 'TorchScheduler', 'LRFinderResult', 'SaveBest', 'AskToContinue',
+    'EarlyStopping', 'StopOnNaN', 'ReduceLROnPlateau', 'MixedPrecision', 'GradientAccumulation',
+    'GradientClip', 'EMA', 'SWA', 'ShortEpoch', 'StageFuncs', 'ValidateEvery', 'CutMix',
+    'MixUp', 'OverfitResult', 'ChannelsLast', 'launch', 'Ranks', 'Distributed', 'BEGINNING',
+    'StaleCheckpoint', 'Checkpointed', 'CheckpointedLearner', 'checkpoints_table', 'tree_text',
+    'plot_tree', 'explain_text'
 ]

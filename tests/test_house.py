@@ -217,3 +217,10 @@ def test_star_gives_the_public_names():
 
 
 def test_is_typed(): assert (LIB / 'py.typed').exists()
+
+
+def test_each_public_name_is_documented():
+    "A helper that became public by the cell it stands in would shadow names of a user's"
+    package = importlib.import_module(LIB.name)
+    names = [name for name in package.__all__ if not getattr(package, name).__doc__]
+    assert names == []

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from typing import Any
 __all__ = [
-    'map_tensors', 'tensors_in', 'to_device', 'detach', 'to_host', 'batch_size'
+    'map_tensors', 'to_device', 'detach', 'to_host', 'batch_size'
 ]
 
 def has_to_method(x: Any) -> bool:

@@ -327,7 +327,9 @@ def named_callbacks(cbs): # dict: name -> callback
         named[name if seen[name] == 0 else f'{name}.{seen[name]}'] = cb
     return named
 
-def has_state(cb): return type(cb).state_dict is not Callback.state_dict # bool
+def has_state(cb): # bool
+    "Whether a callback says by itself what of it must survive"
+    return type(cb).state_dict is not Callback.state_dict
 
 @patch
 def stateful(self:Callbacks): # dict: name -> callback

@@ -290,4 +290,9 @@ def named_callbacks(cbs: Any) -> Any:
         dict: name -> callback
     """
 
-def has_state(cb: Any) -> Any: ...
+def has_state(cb: Any) -> bool:
+    """Whether a callback says by itself what of it must survive
+
+    Returns:
+        bool
+    """

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import torch
 from typing import Any, Protocol, runtime_checkable
 __all__ = [
-    'Metric', 'mean_and_weight', 'metric', 'accuracy', 'error_rate', 'top_k_accuracy',
-    'binary_accuracy', 'mse', 'mae', 'rmse', 'perplexity', 'sklearn_metric'
+    'Metric', 'metric', 'accuracy', 'error_rate', 'top_k_accuracy', 'binary_accuracy', 'mse',
+    'mae', 'rmse', 'perplexity', 'sklearn_metric'
 ]
 
 class Mean:

@@ -4,9 +4,8 @@
 """Functions of progress"""
 from typing import Any
 __all__ = [
-    'sched_const', 'const', 'sched_lin', 'line', 'sched_cos', 'half_cosine', 'sched_exp',
-    'exponential', 'sched_poly', 'power_of', 'combine_scheds', 'one_after_another',
-    'sched_warmup', 'warmed_up'
+    'sched_const', 'sched_lin', 'sched_cos', 'sched_exp', 'sched_poly', 'combine_scheds',
+    'sched_warmup'
 ]
 
 def sched_const(value: Any) -> Any:
