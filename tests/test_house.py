@@ -224,3 +224,10 @@ def test_each_public_name_is_documented():
     package = importlib.import_module(LIB.name)
     names = [name for name in package.__all__ if not getattr(package, name).__doc__]
     assert names == []
+
+
+def test_modules_import_each_other_by_their_place():
+    "An absolute import in a copy of the package under another name would read this one"
+    own = [path for path in LIB.rglob('*.py') if path.name != '__main__.py'
+           and re.search(rf'^from {LIB.name}\.', path.read_text(), re.M)]
+    assert own == []

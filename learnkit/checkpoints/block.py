@@ -254,7 +254,7 @@ def make(self:Block, call, record, folder):
     ledger = self.ledger
     ledger.known_digests, self.diverged, ledger.is_as_made = ledger.no_digests(), True, False
     if call.kind != 'pure': ledger.lacks = {}
-    data = ledger.host.reach.data_marks()
+    data = ledger.host.reach.data_marks() if call.kind == 'changes' else {}
     try: result, callbacks, facts = ledger.perform(call, folder.absolute())
     except KeyboardInterrupt:
         if ledger.host.ranks is None: self.note(record, left=ledger.state_digests())

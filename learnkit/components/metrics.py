@@ -108,16 +108,15 @@ def check_same_shape(pred, targ, # tensors
         raise ValueError(f'{what}: predictions of shape {tuple(pred.shape)} do not match '
                          f'targets of shape {tuple(targ.shape)}')
 
-def fraction_true(hits): # bool tensor -> 0-d tensor
-    "The part that is true, in float64 where the device has it"
-    return hits.mean(dtype=torch.float32 if hits.device.type == 'mps' else torch.float64)
+def float_type(t): # torch.dtype
+    "That of exact fractions: float64 where the device has it"
+    return torch.float32 if t.device.type == 'mps' else torch.float64
 
 def fraction_of_counted(hits, targ, ignore_index): # (0-d tensor, 0-d tensor: how many)
     "The part that is true where targets count; nan if none does"
     counted = targ != ignore_index
     n = counted.sum()
-    dtype = torch.float32 if hits.device.type == 'mps' else torch.float64
-    return (hits & counted).sum(dtype=dtype) / n, n
+    return (hits & counted).sum(dtype=float_type(hits)) / n, n
 
 # %% ../../nbs/components/01_metrics.ipynb #70fa8e1e
 @metric(higher_is_better=True)
@@ -161,7 +160,7 @@ def binary_accuracy(pred, # logits, any shape; probabilities with from_logits=Fa
     "Part of the entries on the right side of the threshold"
     check_same_shape(pred, targ, 'binary_accuracy')
     prob = pred.sigmoid() if from_logits else pred
-    return fraction_true((prob > thresh) == (targ > 0.5))
+    return ((prob > thresh) == (targ > 0.5)).mean(dtype=float_type(prob))
 
 # %% ../../nbs/components/01_metrics.ipynb #6d13fa8e
 def float_difference(pred, targ, # tensors of one shape

@@ -113,11 +113,11 @@ def check_same_shape(pred: Any, targ: Any, what: str) -> None:
         what: what is compared, for the error
     """
 
-def fraction_true(hits: Any) -> Any:
-    """The part that is true, in float64 where the device has it
+def float_type(t: Any) -> Any:
+    """That of exact fractions: float64 where the device has it
 
     Returns:
-        bool tensor -> 0-d tensor
+        torch.dtype
     """
 
 def fraction_of_counted(hits: Any, targ: Any, ignore_index: Any) -> Any:

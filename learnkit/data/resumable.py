@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from ..base.randomness import (
     generator_state, rng_state, set_generator_state, set_rng_state)
 from ..base.batches import tensors_in
-from ..files.tensors import checksum, tensor_digest
+from ..files.tensors import checksum, is_shared, tensor_digest
 from ..files.tree import tree_digest
 from .loaders import DatasetLoader, EpochLoader, describe, generators, loader_objects
 
@@ -121,8 +121,7 @@ def item_mark(x): # plain value, or list; None for what is not there yet
 def tensor_mark(t): # list
     "Writes are counted by torch, unless numpy may write as well"
     counts = [id(t), *write_counts([t])]
-    is_shared = t.device.type == 'cpu' and not t.untyped_storage().resizable()
-    return [*counts, *array_mark(t.detach().numpy())] if is_shared else counts
+    return [*counts, *array_mark(t.detach().numpy())] if is_shared(t) else counts
 
 def array_mark(x): # list
     if x.dtype.hasobject: return [str(x.dtype), list(map(item_mark, x.flatten().tolist()))]

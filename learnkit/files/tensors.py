@@ -60,6 +60,10 @@ def memory_of(t:torch.Tensor): # array of bytes, not a copy; `t` must be contigu
     "The memory of a tensor; `numpy()` would mark it as shared with numpy"
     return (ctypes.c_ubyte * t.nbytes).from_address(t.data_ptr())
 
+def is_shared(t): # bool
+    "Whether numpy, too, may write to a tensor"
+    return t.device.type == 'cpu' and not t.untyped_storage().resizable()
+
 def checksum(data): # int; data: anything with a buffer
     "What differs when bytes do, at a tenth of the cost of a digest, unless made alike on purpose"
     return xxhash.xxh3_64_intdigest(data)

@@ -47,6 +47,13 @@ def memory_of(t: torch.Tensor) -> Any:
         array of bytes, not a copy; `t` must be contiguous, on the cpu
     """
 
+def is_shared(t: Any) -> bool:
+    """Whether numpy, too, may write to a tensor
+
+    Returns:
+        bool
+    """
+
 def checksum(data: Any) -> Any:
     """What differs when bytes do, at a tenth of the cost of a digest, unless made alike on purpose
 

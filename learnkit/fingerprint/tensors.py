@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 from ..base.randomness import generator_state
-from ..files.tensors import checksum, host_tensor, memory_of
+from ..files.tensors import checksum, host_tensor, is_shared, memory_of
 from ..files.tree import json_digest
 from .inspection import name_of
 from .values import DATES, describe
@@ -70,10 +70,6 @@ def write_version(t): # tuple; None for a tensor that is read each time
     if is_shared(t): return None
     return t._version, t.data_ptr(), t.dtype, tuple(t.shape), t.stride(), t.is_conj(), t.is_neg()
 
-def is_shared(t): # bool
-    "Whether numpy, too, may write to a tensor"
-    return t.device.type == 'cpu' and not t.untyped_storage().resizable()
-
 CACHED_BYTES = 2**20 # from which on digests are remembered
 
 def content_digest(t): # 64 hex digits
@@ -100,7 +96,6 @@ def digest_unless_written(x, # array or tensor
     known = known if now == before else digest()
     memo[place] = weakref.ref(x), moment, now, known
     return known
-
 
 # %% ../../nbs/fingerprint/04_tensors.ipynb #84ca8b5d
 @describe.register(np.ndarray)

@@ -31,13 +31,6 @@ def write_version(t: Any) -> Any:
     Returns:
         tuple; None for a tensor that is read each time
     """
-
-def is_shared(t: Any) -> bool:
-    """Whether numpy, too, may write to a tensor
-
-    Returns:
-        bool
-    """
 CACHED_BYTES: int
 
 def content_digest(t: Any) -> Any:

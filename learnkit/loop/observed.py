@@ -18,9 +18,9 @@ from fastcore.basics import patch
 from torch import nn
 from torch.utils.data import TensorDataset
 from ..base.guard import assigned_names, is_learnkits
-from learnkit.base.snapshots import (
-    HELD, MISSING, SEQUENCES, HeldItems, Opaque, Reference, Scope, Snapshot, closure_cells,
-    path_text)
+from ..base.snapshots import (
+    HELD, MISSING, SEQUENCES, HeldItems, Opaque, Reference, Scope,
+    Snapshot, closure_cells, path_text)
 from ..base.packing import NotPlainError, Unpacking, described, pack
 from ..files.errors import UnstorableError
 from ..files.tree import check_storable
