@@ -67,6 +67,7 @@ from .components.metrics import (
 from .components.optim import (
     no_decay, param_groups, spread_lr,
 )
+from .components import loss_weight as _loss_weight
 from .fingerprint import inspection as _inspection
 from .fingerprint.values import (
     Fingerprint, fingerprint, UnfingerprintableError,
@@ -94,6 +95,7 @@ from .loop import position as _position
 from .loop import loop as _loop
 from .loop import observed as _observed
 from .loop import state as _state
+from .loop import reduction as _reduction
 from .loop import saving as _saving
 from .loop import interrupts as _interrupts
 from .loop import provenance as _provenance
@@ -162,6 +164,7 @@ from .processes import failure as _failure
 from .processes import agreement as _agreement
 from .processes import shares as _shares
 from .processes import ddp as _ddp
+from .processes import weights as _weights
 from .processes import fsdp as _fsdp
 from .processes.distributed import (
     Distributed,

@@ -386,9 +386,10 @@ def add(self:Tally,
         yb:tuple, # targets
         loss, # mean over the batch, tensor of one element or number; None: there is none
         n, # samples in the batch
+        loss_weight=None, # over how much the loss is the mean; None: `n`
        ):
     "Take in a batch, without waiting for the device"
-    if loss is not None: self.loss.add(loss, n)
+    if loss is not None: self.loss.add(loss, n if loss_weight is None else loss_weight)
     if not self.passes: return
     try:
         with torch.no_grad():

@@ -399,7 +399,7 @@ class Tally:
         Returns:
             str
         """
-    def add(self, pred: Any, yb: tuple, loss: Any, n: Any) -> None:
+    def add(self, pred: Any, yb: tuple, loss: Any, n: Any, loss_weight: Any = None) -> None:
         """Take in a batch, without waiting for the device
 
         Args:
@@ -407,6 +407,7 @@ class Tally:
             yb: targets
             loss: mean over the batch, tensor of one element or number; None: there is none
             n: samples in the batch
+            loss_weight: over how much the loss is the mean; None: `n`
         """
     def compute(self) -> Any:
         """The values over all batches, of all processes, read from the device now

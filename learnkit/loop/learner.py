@@ -28,6 +28,7 @@ from .observed import Origin
 from .position import FitState, PassState
 from .progress import Progress
 from .recorder import Recorder
+from .reduction import find_reduction
 from .resume import ResumePoint
 
 # %% ../../nbs/loop/10_learner.ipynb #158e3d77
@@ -218,11 +219,20 @@ def ranks(self:Learner): # Ranks, or None
     return None if self._cbs.distributed is None else self._cbs.distributed.join()
 
 @patch(as_prop=True)
-def n_items_all(self:Learner) -> int:
-    "The weight of this batch on all processes together"
+def loss_weight_all(self:Learner): # number or 0-d tensor
+    "What `loss_weight` is on all processes together"
     distributed = self._cbs.distributed
-    n = distributed.n_items_all if distributed is not None and self.training else None
-    return self.n_items if n is None else n
+    weight = distributed.loss_weight_all if distributed is not None and self.training else None
+    return self.loss_weight if weight is None else weight
+
+@patch(as_prop=True)
+def loss_is_sum(self:Learner) -> bool:
+    "Whether the loss is the sum over a batch, as the first one has shown, rather than the mean"
+    if self.levels[:1] != ['fit']:
+        if self._is_sum is None: self._is_sum = find_reduction(self)
+        return self._is_sum
+    if self._fit.loss_is_sum is None: self._fit.loss_is_sum = find_reduction(self)
+    return self._fit.loss_is_sum
 
 # %% ../../nbs/loop/10_learner.ipynb #66f37d59
 @patch(as_prop=True)

@@ -176,8 +176,15 @@ class Learner(Loop):
             Ranks, or None
         """
     @property
-    def n_items_all(self) -> int:
-        """The weight of this batch on all processes together"""
+    def loss_weight_all(self) -> Any:
+        """What `loss_weight` is on all processes together
+
+        Returns:
+            number or 0-d tensor
+        """
+    @property
+    def loss_is_sum(self) -> bool:
+        """Whether the loss is the sum over a batch, as the first one has shown, rather than the mean"""
     @property
     def cbs(self) -> Callbacks:
         """The callbacks, an editable list: changes take effect at the next event; may be assigned"""

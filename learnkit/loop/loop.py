@@ -21,6 +21,7 @@ from ..base.randomness import isolated_rng
 from ..base.text import caller_stacklevel
 from ..components.callback import (
     Callbacks, Cancel, CancelBackward, CancelFit, CancelStep, Interrupted)
+from ..components.loss_weight import LossCalls, divisor_in_graph
 from ..components.optim import needs_closure, opt_params
 from ..data.loaders import length, n_samples_of_batch, set_epoch
 from ..data.resumable import workers_outlive_signals
@@ -70,7 +71,7 @@ def _all_batches(self:Loop):
     batches = self.dl if self.batches is None else self.batches
     for self.iter, batch in enumerate(batches, self.first_batch):
         self.batch = to_device(batch, self.device)
-        self.pred = self.loss = self._n_items = None
+        self.pred = self.loss = self._n_items = self._loss_weight = None
         self._level('batch', self._one_batch)
         if self.phase == 'train': self._count_batch()
         if self.iter + 1 == self.limit or self.phase == 'train' and self._fit.is_over: break
@@ -83,6 +84,7 @@ def _one_batch(self:Loop):
     self('after_pred')
     if not self.has_loss: return
     self._run_step('get_loss')
+    self._weigh_loss()
     self('after_loss')
     if self.can_update: self._update()
 
@@ -207,7 +209,11 @@ def loss_of(pred): # the loss in a model's output
 @patch
 def _run_step(self:Loop, name):
     methods = self._cbs.bound[self.phase][name]
-    try: methods[-1](self) if methods else getattr(self, name)()
+    try:
+        if name == self._heard:
+            with self._loss_calls: methods[-1](self) if methods else getattr(self, name)()
+        elif methods: methods[-1](self)
+        else: getattr(self, name)()
     except (Cancel, Interrupted): raise
     except BaseException as error:
         if methods: add_origin(self, error, methods[-1], name)
@@ -240,6 +246,7 @@ def _pass(self:Loop, phase, dl):
     try:
         if self.levels[:1] == ['fit']: set_epoch(dl, self.epochs_done)
         self.can_update = self.training and has_updates(self)
+        if not self.training: self._loss_calls, self._heard = LossCalls(), step_of_loss(self)
         set_modes(self)
         for module in self.frozen_stats: module.training = False
         with torch.set_grad_enabled(self.training), workers_outlive_signals(dl): yield
@@ -298,6 +305,12 @@ def n_items(self:Loop) -> int:
 def n_items(self:Loop, n): self._n_items = n
 
 @patch(as_prop=True)
+def loss_weight(self:Loop): # number or 0-d tensor
+    "Over how much the loss is the mean: its targets, or what `n_items` is"
+    if self._n_items is not None or self._loss_weight is None: return self.n_items
+    return self._loss_weight
+
+@patch(as_prop=True)
 def training(self:Loop) -> bool:
     "Whether weights are being changed"
     return self.phase in ('train', 'lr_find')
@@ -333,6 +346,27 @@ def samples_of_batch(learn, rows=None): # int; rows: as from `rows_of_both`
                       f'as {n} in means and accumulated gradients; assign learn.n_items in '
                       'before_batch to say otherwise', stacklevel=caller_stacklevel())
     return n
+
+# %% ../../nbs/loop/03_loop.ipynb #bd66afe7
+@patch
+def _weigh_loss(self:Loop):
+    if self._heard is None: weight = divisor_in_graph(self.loss)
+    else:
+        weight = self._loss_calls.divisor()
+        if weight is None: self._heard = None  # nor will the next batches have one
+    if weight is not None: self._loss_weight = as_weight(weight)
+
+def step_of_loss(learn): # 'get_pred' or 'get_loss'; None: it is compiled
+    "The step in which the loss is computed"
+    at_once = learn.loss_func is None
+    part = learn.model if at_once else learn.loss_func
+    is_compiled = hasattr(part, '_orig_mod') or hasattr(part, '_torchdynamo_orig_callable')
+    if is_compiled or at_once and learn.compiled is not None: return None
+    return 'get_pred' if at_once else 'get_loss'
+
+def as_weight(weight): # number, where reading it is free; on an accelerator a 0-d tensor
+    is_free = isinstance(weight, torch.Tensor) and weight.device.type == 'cpu'
+    return weight.item() if is_free else weight
 
 # %% ../../nbs/loop/03_loop.ipynb #e4d2c1a2
 @patch

@@ -37,6 +37,13 @@ class Loop(Guarded):
     @n_items.setter
     def n_items(self, n: Any) -> None: ...
     @property
+    def loss_weight(self) -> Any:
+        """Over how much the loss is the mean: its targets, or what `n_items` is
+
+        Returns:
+            number or 0-d tensor
+        """
+    @property
     def training(self) -> bool:
         """Whether weights are being changed"""
     def __call__(self, event: str) -> None:
@@ -125,6 +132,18 @@ def samples_of_batch(learn: Learner, rows: Any = None) -> Any:
 
     Returns:
         int; rows: as from `rows_of_both`
+    """
+
+def step_of_loss(learn: Learner) -> Any:
+    """The step in which the loss is computed
+
+    Returns:
+        'get_pred' or 'get_loss'; None: it is compiled
+    """
+
+def as_weight(weight: Any) -> Any:
+    """Returns:
+        number, where reading it is free; on an accelerator a 0-d tensor
     """
 
 def add_origin(learn: Learner, error: Any, method: Any, event: Any) -> None:

@@ -9,6 +9,7 @@ __all__ = []
 import itertools, math
 from dataclasses import dataclass
 from fastcore.basics import patch
+from ..components.loss_weight import LossCalls
 
 # %% ../../nbs/loop/02_position.ipynb #60cdbbde
 @dataclass
@@ -26,6 +27,7 @@ class FitState:
     provenance: bytes = None # what it follows from; None where nobody saves the fit
     order: dict = None # what the order of the epoch's batches follows from
     read_all: bool = True # whether the loader was read to its end
+    loss_is_sum: bool = None # whether the loss is the sum over a batch; None: not known yet
     last_read: object = None # `LastBatch` of the epoch, where a save will tell of it
     at_rest: bool = False # whether nothing is half done
     complete: bool = False # whether all epochs are made, or a callback has ended the fit
@@ -90,7 +92,7 @@ def no_progress(fit): # str
 
 # %% ../../nbs/loop/02_position.ipynb #b43af499
 SAVED = ('call', 'provenance', 'complete', 'at_rest', 'epoch', 'stage', 'batch', 'updates', 'order',
-         'read_all')
+         'read_all', 'loss_is_sum')
 
 @patch
 def saved(self:FitState) -> dict | None:
@@ -131,4 +133,8 @@ class PassState:
     yb: tuple = () # targets
     pred: object = None
     loss: object = None
-    _n_items: int = None # the batch's weight in every mean, if it was assigned
+    _is_sum: bool = None # as `FitState.loss_is_sum`, of a pass that belongs to no fit
+    _loss_calls: LossCalls = None # hears what the loss averages over, where there is no graph
+    _heard: str = None # the step in which that is
+    _n_items: float = None # the batch's weight in every mean, if it was assigned
+    _loss_weight: object = None # its weight in the mean of the loss, if the loss has told

@@ -23,13 +23,16 @@ class Series:
 
     def append(self, value): # a number or a detached tensor of one element
         "Add the next value, without reading it"
-        if not isinstance(value, torch.Tensor): value = torch.as_tensor(value)
-        self.unpacked.append(value.reshape(()) if value.ndim else value)
+        self.unpacked.append(value)
         if len(self.unpacked) == 1024: self._pack()
 
     def _pack(self):
-        self.packed.append(torch.stack(self.unpacked))
-        self.unpacked = []
+        values, self.unpacked = self.unpacked, []
+        device = next((t.device for t in values if isinstance(t, torch.Tensor)), None)
+        if device is None: return self.packed.append(torch.tensor(values, dtype=torch.float64))
+        self.packed.append(torch.stack([
+            t if isinstance(t, torch.Tensor) and not t.ndim
+            else torch.as_tensor(t, device=device).reshape(()) for t in values]))
 
     def read(self): # float64 array, (steps,)
         "All values, in one transfer"
@@ -64,11 +67,12 @@ class Recorder(Callback):
         self.growing |= {name: GrowingTable() for name in ('steps', 'open')}  # 'open': this epoch's
         self.results, self.tracked, self.tally, self._cancelled = {}, {}, None, False
         self._start, self._epoch_results, self._updates, self._mom_key = None, {}, 0, None
-        self._last_lr = None
+        self._last_lr = self._is_sum = None
         self._clear_steps()
 
     def _clear_steps(self):
-        self._loss, self._sizes, self._steps, self._lrs, self._moms = Series(), [], [], [], []
+        self._loss, self._weights = Series(), Series()
+        self._steps, self._lrs, self._moms = [], [], []
 
     def before_fit(self, learn):
         self.flush()  # steps of an epoch that a state was saved in
@@ -105,11 +109,12 @@ def means(tracked:dict, ranks=None): # dict by name
 def before_train(self:Recorder, learn):
     group = learn.opt.param_groups[-1] if learn.opt else {}
     self._mom_key, self._updates = hyper_key(group, 'mom'), learn.steps_done
+    self._is_sum = None
 
 @patch
 def before_validate(self:Recorder, learn):
     if learn.phase == 'predict': return
-    self.tally = Tally(learn.metrics)
+    self.tally, self._is_sum = Tally(learn.metrics), None
     self.tally.reset(learn.device, learn.ranks)
 
 @patch
@@ -122,14 +127,16 @@ def cleanup_batch(self:Recorder, learn): self._cancelled = False
 def after_batch(self:Recorder, learn):
     step, self._updates = self._updates, learn.steps_done
     if self._cancelled or learn.loss is None: return
-    loss, size = detached(learn.loss), learn.n_items
-    if learn.phase == 'train': self._add_step(learn, step, loss, size)
-    elif self.tally: self.tally.add(learn.pred, learn.yb, loss, size)
+    loss, weight = detached(learn.loss), learn.loss_weight
+    if self._is_sum is None: self._is_sum = learn.loss_is_sum
+    if self._is_sum: loss = loss / weight
+    if learn.phase == 'train': self._add_step(learn, step, loss, weight)
+    elif self.tally: self.tally.add(learn.pred, learn.yb, loss, learn.n_items, weight)
 
 @patch
-def _add_step(self:Recorder, learn, step, loss, size):
+def _add_step(self:Recorder, learn, step, loss, weight):
     self._loss.append(loss)
-    self._sizes.append(size)
+    self._weights.append(weight)
     self._steps.append(step)
     if learn.opt is None: return
     group = learn.opt.param_groups[-1]  # the head's
@@ -140,25 +147,25 @@ def _add_step(self:Recorder, learn, step, loss, size):
     self._moms.append(mom[0] if type(mom) is tuple else mom)
 
 # %% ../../nbs/loop/00_recorder.ipynb #5086cd36
-def mean_over_ranks(found, # (losses, sizes) of each process, arrays (steps,)
+def mean_over_ranks(found, # (losses, their weights) of each process, arrays (steps,)
                     rank:int, # of this process
-                   ): # (losses, sizes) over all, arrays (steps,)
+                   ): # (losses, weights) over all, arrays (steps,)
     "The mean loss of each step; this process's alone where the others have made other steps"
     if len({len(loss) for loss, _ in found}) > 1: return found[rank]
-    sizes = np.stack([sizes for _, sizes in found])
-    losses = np.stack([np.where(size > 0, loss * size, 0) for loss, size in found])
-    with np.errstate(invalid='ignore'): return losses.sum(0) / sizes.sum(0), sizes.sum(0)
+    total = sum(weights for _, weights in found)
+    losses = sum(np.where(weights > 0, loss * weights, 0) for loss, weights in found)
+    with np.errstate(invalid='ignore'): return losses / total, total
 
 # %% ../../nbs/loop/00_recorder.ipynb #d90052a4
 STEPS = 'run', 'epoch', 'step', 'lr', 'mom', 'loss'
-OPEN = 'size', 'step', 'lr', 'mom', 'loss'
+OPEN = 'weight', 'step', 'lr', 'mom', 'loss'
 
 @patch
 def gather_steps(self:Recorder): # GrowingTable: the columns of OPEN
     "The steps of the running epoch, read from their device once"
-    if n := len(self._sizes):
+    if n := len(self._steps):
         self.growing['open'].add(np.stack([
-            as_floats(self._sizes, n), as_floats(self._steps, n), as_floats(self._lrs, n),
+            self._weights.read(), as_floats(self._steps, n), as_floats(self._lrs, n),
             as_floats(self._moms, n), self._loss.read()]))
         self._clear_steps()
     return self.growing['open']
@@ -166,15 +173,15 @@ def gather_steps(self:Recorder): # GrowingTable: the columns of OPEN
 @patch
 def flush(self:Recorder, ranks=None): # float: the mean loss of the steps
     "Add the steps of the running epoch to the history; `ranks`: with the losses of all processes"
-    sizes, steps, lrs, moms, loss = self.gather_steps().array(len(OPEN))
-    if ranks is not None: loss, sizes = mean_over_ranks(ranks.gather([loss, sizes]), ranks.rank)
+    weights, steps, lrs, moms, loss = self.gather_steps().array(len(OPEN))
+    if ranks is not None: loss, weights = mean_over_ranks(ranks.gather([loss, weights]), ranks.rank)
     if not (n := len(steps)): return math.nan
     run, epoch = np.full(n, self.run), np.full(n, self.epoch)
     self.growing['steps'].add(np.stack([run, epoch, steps, lrs, moms, loss]))
     self._last_lr = float(lrs[-1])  # schedules may have moved on since
     self.growing['open'].parts = []
-    counted = sizes > 0  # a batch without samples may well be nan
-    return float(loss[counted] @ sizes[counted] / sizes.sum()) if counted.any() else math.nan
+    counted = weights > 0  # a mean over nothing may well be nan
+    return float(loss[counted] @ weights[counted] / weights.sum()) if counted.any() else math.nan
 
 # %% ../../nbs/loop/00_recorder.ipynb #cc7fdddf
 @patch
@@ -255,10 +262,10 @@ def check_names(self:Recorder,
 @contextmanager
 def paused(self:Recorder):
     "Whatever is recorded inside does not count for the epoch that is going on"
-    before = self.tally, self.tracked, self._cancelled, self._updates
+    before = self.tally, self.tracked, self._cancelled, self._updates, self._is_sum
     self.tally, self.tracked, self._cancelled = None, {}, False
     try: yield
-    finally: self.tally, self.tracked, self._cancelled, self._updates = before
+    finally: self.tally, self.tracked, self._cancelled, self._updates, self._is_sum = before
 
 # %% ../../nbs/loop/00_recorder.ipynb #9e3938cf
 class RunningMean:

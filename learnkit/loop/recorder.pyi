@@ -219,11 +219,11 @@ def mean_over_ranks(found: Any, rank: int) -> Any:
     """The mean loss of each step; this process's alone where the others have made other steps
 
     Args:
-        found: (losses, sizes) of each process, arrays (steps,)
+        found: (losses, their weights) of each process, arrays (steps,)
         rank: of this process
 
     Returns:
-        (losses, sizes) over all, arrays (steps,)
+        (losses, weights) over all, arrays (steps,)
     """
 STEPS: tuple[str, ...]
 OPEN: tuple[str, ...]

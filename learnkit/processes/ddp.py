@@ -68,9 +68,7 @@ def check_can_share(learn):
     if learn.opt and needs_closure(learn.opt):
         raise ValueError(f'{type(learn.opt).__name__} evaluates the loss by itself, which '
                          'processes cannot do together: train on a single process')
-    if getattr(learn.loss_func, 'reduction', None) == 'sum':
-        raise ValueError("the loss has reduction='sum', and the sums of parts of a batch cannot be "
-                         "weighted: use reduction='mean'")
+
 
 # %% ../../nbs/processes/05_ddp.ipynb #a5f0c567
 def sync_batch_norms(model, device): # function that undoes it

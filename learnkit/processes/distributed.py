@@ -25,6 +25,7 @@ from ..components.optim import opt_params
 from ..loop.progress import show_message
 from ..loop.learner import Learner
 from ..loop.predict import Collect
+from ..loop.reduction import check_is_mean
 from ..loop.state import live_state, n_bytes
 from ..training.lr_find import CycledBatches
 from ..training.trials import RepeatedBatches
@@ -36,6 +37,7 @@ from .shares import (
     batch_numbers, gather_batches, shared_loader)
 from .ddp import (
     average_gradients, check_can_share, exchange_gradients, loss_params, sync_batch_norms)
+from .weights import BatchWeights
 from .fsdp import ShardedModel, move_to_device
 
 # %% ../../nbs/processes/07_distributed.ipynb #9e1dd462
@@ -60,8 +62,8 @@ class Distributed(Callback):
         self._synced_model = None  # whose values are those of process 0
         self._sharded = None  # a `ShardedModel`
         self._block_cbs = None  # of all fits in a `with` block: they may keep parts of a model
-        self._undo, self._shares, self._loss_factor = [], {}, 1.
-        self.n_items_all = None  # samples of the training batch, on all processes
+        self._undo, self._shares, self._weights = [], {}, BatchWeights()
+        self.loss_weight_all = None  # of the training batch, on all processes
         self._loader_rng = LoaderRng()
 
     def settings(self): return None  # the numbers are the same on any number of processes
@@ -193,14 +195,14 @@ def before_batch(self:Distributed, learn):
     if not self.ranks: return
     self._loader_rng.give_back(self.ranks)
     if not learn.training: return
-    here, all_together = learn.dl.batch_weights(learn.iter)
-    if not here: learn.n_items = 0
-    self.n_items_all = all_together
-    self._loss_factor = self.ranks.size * here / all_together
+    self._weights.rows = learn.dl.batch_weights(learn.iter)
 
 @patch
 def before_backward(self:Distributed, learn):
-    if self.ranks and self._loss_factor != 1: learn.loss = learn.loss * self._loss_factor
+    if not self.ranks: return
+    check_is_mean(learn, 'Distributed')
+    learn.loss = self._weights.share_of_loss(learn, self.ranks)
+    self.loss_weight_all = self._weights.together
 
 @patch
 def before_step(self:Distributed, learn):

@@ -18,7 +18,7 @@ class Distributed(Callback):
     gather_up_to: int
     options: Any
     ranks: Ranks | None
-    n_items_all: Any
+    loss_weight_all: Any
     def __init__(
             self,
             sync_bn: bool = False,

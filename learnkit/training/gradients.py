@@ -13,9 +13,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 from ..base.batches import map_tensors
-from ..base.dtensors import full_tensor, split_by_dtensor
+from ..base.dtensors import full_tensor, local_part, split_by_dtensor
 from ..components.callback import Callback, CancelStep
 from ..components.optim import opt_params
+from ..loop.loop import as_weight
+from ..loop.reduction import check_is_mean
 from .arguments import check_whole
 from .precision import check_only_one, check_optimizer, has_gradients
 
@@ -55,7 +57,8 @@ class GradientAccumulation(Callback):
     def _reset(self): self.count, self.first_weight, self.total_weight = 0, 0., 0.
     def settings(self): return {'class': type(self).__name__, 'n': int(self.n)}
     def state_dict(self):
-        return {'count': self.count, 'first': self.first_weight, 'total': self.total_weight}
+        return {'count': self.count, 'first': float(self.first_weight),
+                'total': float(self.total_weight)}
 
     def load_state_dict(self, state):
         self.count = state['count']
@@ -63,13 +66,22 @@ class GradientAccumulation(Callback):
 
     def before_fit(self, learn):
         check_whole('GradientAccumulation', 'n', self.n)
-        if getattr(learn.loss_func, 'reduction', None) == 'sum':
-            raise ValueError("GradientAccumulation: the loss has reduction='sum', and sums cannot "
-                             "be weighted by samples; use reduction='mean'")
         check_only_one(learn, GradientAccumulation, 'change n of the one')
         check_optimizer(learn, self)
         learn.batches_per_update = self.n
         self._reset()
+
+# %% ../../nbs/training/11_gradients.ipynb #26693127
+# A weight is a number, or on an accelerator a tensor, which is not read: nothing waits for it
+def is_zero(weight): return not isinstance(weight, torch.Tensor) and weight == 0 # bool
+
+def is_same(a, b): # bool
+    "Whether two weights are known to be equal"
+    return not (isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor)) and a == b
+
+def above_zero(weight): # number or tensor
+    "A weight that can be divided by"
+    return torch.where(weight > 0, weight, 1) if isinstance(weight, torch.Tensor) else weight or 1
 
 # %% ../../nbs/training/11_gradients.ipynb #9de64e05
 @patch
@@ -80,25 +92,27 @@ def before_batch(self:GradientAccumulation, learn):
 
 @patch
 def before_backward(self:GradientAccumulation, learn):
-    self.weight = float(learn.n_items_all)
-    if self.weight == 0: learn.loss = zero_loss(learn.pred)
-    elif self.first_weight not in (0, self.weight):
+    check_is_mean(learn, 'GradientAccumulation')
+    self.weight = as_weight(learn.loss_weight_all)
+    if is_zero(self.weight): learn.loss = zero_loss(learn.pred)
+    elif not (is_zero(self.first_weight) or is_same(self.first_weight, self.weight)):
         learn.loss = learn.loss * (self.weight / self.first_weight)
 
 @patch
 def after_backward(self:GradientAccumulation, learn):
-    self.first_weight = self.first_weight or self.weight
+    if is_zero(self.first_weight) and not is_zero(self.weight):
+        self.first_weight = above_zero(self.weight)
     self.count, self.total_weight = self.count + 1, self.total_weight + self.weight
 
 @patch
 def before_step(self:GradientAccumulation, learn):
     if not self.is_last: raise CancelStep
-    if self.total_weight == 0:  # there was no sample
+    if is_zero(self.total_weight):  # there was no sample
         learn._run_step('zero_grad')
         raise CancelStep
-    if self.total_weight != self.first_weight:
-        scale = self.first_weight / self.total_weight
-        for grads, in split_by_dtensor(gradients(learn.opt)): torch._foreach_mul_(grads, scale)
+    if not is_same(self.total_weight, self.first_weight):
+        scale = self.first_weight / above_zero(self.total_weight)
+        torch._foreach_mul_([local_part(grad) for grad in gradients(learn.opt)], scale)
     self.first_weight = self.total_weight  # if the step is cancelled, later batches join in so
 
 @patch

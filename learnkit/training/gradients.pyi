@@ -61,6 +61,22 @@ class GradientAccumulation(Callback):
     def cleanup_train(self, learn: Learner) -> None: ...
     def cleanup_fit(self, learn: Learner) -> None: ...
 
+def is_zero(weight: Any) -> Any: ...
+
+def is_same(a: Any, b: Any) -> bool:
+    """Whether two weights are known to be equal
+
+    Returns:
+        bool
+    """
+
+def above_zero(weight: Any) -> Any:
+    """A weight that can be divided by
+
+    Returns:
+        number or tensor
+    """
+
 def check_bound(name: str, value: Any) -> None:
     """Raise ValueError unless `value` is a number above 0, or None
 

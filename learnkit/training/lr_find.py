@@ -128,7 +128,7 @@ class RateSweep(Callback):
         if learn.loss is None: return  # the batch was cancelled
         self.lrs.append(self.rates[learn.iter])
         loss = float(detached(learn.loss))
-        if learn.ranks: loss = learn.ranks.mean(loss, learn.n_items)
+        if learn.ranks: loss = learn.ranks.mean(loss, float(learn.loss_weight))
         smoothed = self.mean.add(loss)
         self.losses.append(smoothed)
         self.best = min(self.best, smoothed)

@@ -84,7 +84,7 @@ class StopOnNaN(Callback):
     def check_loss(self, learn):
         "Stop the fit unless the loss of this batch is a finite number on every rank"
         loss = detached(learn.loss)
-        is_mean = loss is not None and learn.n_items > 0  # a mean over nothing is nan
+        is_mean = loss is not None and learn.loss_weight > 0  # a mean over nothing is nan
         bad = float(is_mean and not all_finite(loss))
         if not sum_over_ranks(torch.tensor(bad)): return
         lr = f', lr {float(get_hyper(learn.opt.param_groups[-1], "lr")):.3g}' if learn.opt else ''
