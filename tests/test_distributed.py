@@ -81,7 +81,7 @@ def test_every_size_gives_the_numbers_of_one_process(n, strategy, samples):
 
 @pytest.mark.parametrize('strategy, names', [
     ('ddp', tuple(ranks.CASES)), slow('fsdp', tuple(ranks.CASES)),
-    ('fsdp', ('leftover', 'ema', 'best', 'fp16', 'frozen', 'loss'))], ids=label)
+    ('fsdp', ('leftover', 'ema', 'best', 'fp16', 'frozen', 'loss', 'text in groups'))], ids=label)
 def test_callbacks_and_loaders_give_the_numbers_of_one_process(strategy, names):
     one = ranks.cases(names)
     for found in launch(ranks.cases, names, strategy, n=2):

@@ -5,7 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from learnkit import Callback, CheckpointedLearner, DataLoaders, GradientAccumulation, Learner, MixUp, SaveState
+from learnkit import (
+    Callback, CheckpointedLearner, DataLoaders, GradientAccumulation, Learner, MixUp, SaveState)
 
 N, T, V = 22, 7, 11
 CLASS_WEIGHT = torch.linspace(0.2, 3., V)
@@ -29,7 +30,8 @@ class LastAxis(nn.CrossEntropyLoss):
 
 
 class OwnNLL(nn.Module):
-    def forward(self, pred, targ): return F.nll_loss(pred.log_softmax(-1).flatten(0, 1), targ.flatten())
+    def forward(self, pred, targ):
+        return F.nll_loss(pred.log_softmax(-1).flatten(0, 1), targ.flatten())
 
 
 LOSSES = {
@@ -151,7 +153,8 @@ MEANS = {
 }
 
 
-def regression(): return torch.randn(20, 4, generator=torch.Generator().manual_seed(0)), torch.ones(20, 3)
+def regression():
+    return torch.randn(20, 4, generator=torch.Generator().manual_seed(0)), torch.ones(20, 3)
 
 
 @pytest.mark.parametrize('name', SUMS)
@@ -226,8 +229,8 @@ def test_mixup_weighs_by_samples():
     x, y = torch.randn(20, 4), torch.randint(3, (20,))
     learn = learner(nn.CrossEntropyLoss(), 8, (x, y), nn.Linear(4, 3))
     weights = []
-    with learn.no_logging():
-        learn.fit(1, cbs=[MixUp(), Callback(after_batch=lambda learn: weights.append(learn.loss_weight))])
+    keep = Callback(after_batch=lambda learn: weights.append(learn.loss_weight))
+    with learn.no_logging(): learn.fit(1, cbs=[MixUp(), keep])
     assert weights[:3] == [8, 8, 4]
 
 
