@@ -9,7 +9,7 @@ __all__ = ['Cancel', 'CancelFit', 'CancelEpoch', 'CancelTrain', 'CancelValidate'
 # %% ../../nbs/components/00_callback.ipynb #646a4fa1
 import difflib, functools, re
 from collections.abc import Iterable, MutableSequence
-from types import FunctionType
+from types import FunctionType, MappingProxyType
 import numpy as np
 import torch
 from fastcore.basics import patch
@@ -18,7 +18,7 @@ from ..base.snapshots import MISSING, PLAIN
 # %% ../../nbs/components/00_callback.ipynb #de174d65
 LEVELS = ('fit', 'epoch', 'train', 'validate', 'batch')
 STEPS = ('get_pred', 'get_loss', 'backward', 'step', 'zero_grad')
-PHASES = ('train', 'valid', 'test', 'predict')
+PHASES = ('train', 'valid', 'test', 'predict', 'lr_find')
 
 BATCH_EVENTS = frozenset((
     'before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_backward',
@@ -147,11 +147,11 @@ def noting_what_is_made(init): # function
 class Callback:
     "Methods named after events, called with the learner; or functions given by event name"
     order = 0        # sorts callbacks; the default ones are -10 (Recorder) and 90 (Progress)
-    phases = PHASES  # phases whose batch events and steps this callback takes part in
+    phases = PHASES  # phases whose batch events and steps it takes part in; trials are 'lr_find'
     events = ()      # names of events of its own that start with before_, after_ or cleanup_
     tracks = ()      # columns it adds to the history; None: unknown before they come
     owns_lr = False  # whether it keeps the learning rate from fit to fit, so that no fit sets it
-    external = False # whether it writes outside the learner; such are left out of dry runs
+    external = False # whether it writes outside the learner; such are left out of trials
     saves_to = None  # folder in which it keeps saves that a fit can go on from
     distributes = False  # whether it divides passes among the processes of its attribute `ranks`
     places_model = False # whether it brings the model to the device itself, in `after_create`
@@ -168,7 +168,6 @@ class Callback:
                 ):
         check_events(funcs, (*self.events, *STEPS), f'Callback({", ".join(funcs)})', strict=True)
         if order is not None: self.order = order
-        if phases is None and funcs.keys() & set(STEPS): phases = (*self.phases, 'lr_find')
         if phases is not None: self.phases = tuple(phases)
         for name, func in funcs.items(): setattr(self, name, func)
         self.as_made = AsMade(self)
@@ -178,9 +177,6 @@ class Callback:
         if '__init__' in vars(cls): cls.__init__ = noting_what_is_made(cls.__init__)
         methods = [name for name in dir(cls) if callable(getattr(cls, name, None))]
         check_events(methods, cls.events, cls.__name__)
-        defines_step = any(name in vars(cls) for name in STEPS)
-        if defines_step and 'phases' not in vars(cls) and 'lr_find' not in cls.phases:
-            cls.phases = (*cls.phases, 'lr_find')
 
 # %% ../../nbs/components/00_callback.ipynb #437a8ef1
 def plain_setting(x): # plain values as they are, anything else as the name of its type
@@ -224,6 +220,17 @@ def without_classes(cbs): # the same, or a list where there were classes
     items = cbs if isinstance(cbs, (list, tuple)) else [cbs]
     return as_callbacks(cbs) if any(isinstance(cb, type) for cb in items) else cbs
 
+# %% ../../nbs/components/00_callback.ipynb #b14c7b1e
+IN_TRIALS = MappingProxyType({
+    'before_lr_find': ('before_fit', 'before_epoch', 'before_train'),
+    'after_lr_find': ('after_fit',),
+    'cleanup_lr_find': ('cleanup_train', 'cleanup_epoch', 'cleanup_fit')})
+
+def events_in_trial(cb, name): # names of events
+    "What a callback answers at the ends of a trial: as in a fit, if it has no word on trials"
+    if any(hasattr(cb, event) for event in IN_TRIALS): return [name]
+    return IN_TRIALS[name] if takes_part(cb, 'lr_find') else []
+
 # %% ../../nbs/components/00_callback.ipynb #306f89da
 class Bound(dict):
     "phase -> event or step -> tuple of methods, each entry made when first asked for"
@@ -237,9 +244,16 @@ class BoundInPhase(dict):
 
     def __missing__(self, name):
         by_phase = name in BATCH_EVENTS or name in STEPS
-        heard = [cb for cb in self.cbs if not by_phase or self.phase in cb.phases]
-        methods = (getattr(cb, name, None) for cb in heard)
+        heard = [cb for cb in self.cbs if not by_phase or takes_part(cb, self.phase)]
+        named = [(cb, name) for cb in heard]
+        if name in IN_TRIALS:
+            named = [(cb, event) for cb in heard for event in events_in_trial(cb, name)]
+        methods = (getattr(cb, event, None) for cb, event in named)
         return self.setdefault(name, tuple(method for method in methods if method is not None))
+
+def takes_part(cb, phase): # bool
+    "Whether a callback hears a phase; a trial, which is to leave no trace, not if it writes"
+    return phase in cb.phases and not (phase == 'lr_find' and cb.external)
 
 # %% ../../nbs/components/00_callback.ipynb #28e1bbf5
 class Callbacks(MutableSequence):

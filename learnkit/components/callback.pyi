@@ -3,6 +3,7 @@
 # pyright: reportPrivateImportUsage=false
 """What happens at each event of the loop"""
 from collections.abc import MutableSequence
+from types import MappingProxyType
 from typing import Any
 from ..loop.learner import Learner
 __all__ = [
@@ -101,7 +102,7 @@ class Callback:
     order: int
     """sorts callbacks; the default ones are -10 (Recorder) and 90 (Progress)"""
     phases: tuple[str, ...]
-    """phases whose batch events and steps this callback takes part in"""
+    """phases whose batch events and steps it takes part in; trials are 'lr_find'"""
     events: tuple[str, ...]
     """names of events of its own that start with before_, after_ or cleanup_"""
     tracks: tuple[str, ...] | None
@@ -109,7 +110,7 @@ class Callback:
     owns_lr: bool
     """whether it keeps the learning rate from fit to fit, so that no fit sets it"""
     external: bool
-    """whether it writes outside the learner; such are left out of dry runs"""
+    """whether it writes outside the learner; such are left out of trials"""
     saves_to: Any
     """folder in which it keeps saves that a fit can go on from"""
     distributes: bool
@@ -213,6 +214,14 @@ def without_classes(cbs: Any) -> Any:
     Returns:
         the same, or a list where there were classes
     """
+IN_TRIALS: MappingProxyType
+
+def events_in_trial(cb: Any, name: Any) -> Any:
+    """What a callback answers at the ends of a trial: as in a fit, if it has no word on trials
+
+    Returns:
+        names of events
+    """
 
 class Bound(dict):
     """phase -> event or step -> tuple of methods, each entry made when first asked for"""
@@ -226,6 +235,13 @@ class BoundInPhase(dict):
     phase: Any
     def __init__(self, cbs: Any, phase: Any) -> None: ...
     def __missing__(self, name: Any) -> Any: ...
+
+def takes_part(cb: Any, phase: Any) -> bool:
+    """Whether a callback hears a phase; a trial, which is to leave no trace, not if it writes
+
+    Returns:
+        bool
+    """
 
 class Callbacks(MutableSequence):
     """An editable list of callbacks that knows which methods answer an event, in order"""

@@ -138,12 +138,17 @@ def arguments_last(found): # dict: name -> value
 def follows(self:LearnerScope, x, path): # bool
     if x is self.learn: return True
     if isinstance(x, type): return is_user_module(x.__module__) and not is_learnkits(x)
-    if isinstance(x, Callback): return not (x.external or x.distributes or x.settings() is None)
+    if isinstance(x, Callback):
+        return not (x.external or x.distributes or looks_at_trials(x) or x.settings() is None)
     if isinstance(x, FUNCTIONS) and not self.functions: return False
     if path[0] == 'data' and is_stateful(x): return False  # it says where it is
     if isinstance(x, Iterator) or hasattr(x, 'dls') and hasattr(x, 'model'): return False
     if isinstance(x, FunctionType) and is_learnkits(x): return False
     return Scope.follows(self, x, path)
+
+def looks_at_trials(cb): # bool
+    "Whether it is functions that are called in trials alone: what they collect is to be seen"
+    return type(cb) is Callback and tuple(cb.phases) == ('lr_find',)
 
 OF_WORKERS = '_iterator', 'worker_init_fn'  # of a `DataLoader`; what they do is done elsewhere
 

@@ -109,6 +109,13 @@ def arguments_last(found: Any) -> Any:
     Returns:
         dict: name -> value
     """
+
+def looks_at_trials(cb: Any) -> bool:
+    """Whether it is functions that are called in trials alone: what they collect is to be seen
+
+    Returns:
+        bool
+    """
 OF_WORKERS: tuple[str, ...]
 
 def is_cache(path: Any) -> Any: ...

@@ -59,7 +59,7 @@ def current_lr(opt): # float; nan without an optimizer
 # %% ../../nbs/loop/00_recorder.ipynb #89f4cd4d
 class Recorder(Callback):
     "Keeps a row for each epoch and a line for each step, over all fits of a learner"
-    order = -10
+    order, phases = -10, ('train', 'valid', 'test')
 
     def __init__(self):
         self.run, self.epoch, self.rows, self.evals, self.times = -1, 0, [], [], []

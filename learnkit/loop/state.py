@@ -238,7 +238,7 @@ def unchanged_learner(learn):
     inner = [(cb, dict(vars(cb))) for cb in learn.cbs.inner.values()]
     states = [(part, copied_tree(part.state_dict(), learn.recorder)) for part in
               (*learn.cbs.stateful().values(), *([learn.scaler] if learn.scaler else []))]
-    before = Snapshot(roots(learn), LearnerScope(learn, exact=True, functions=False))
+    before = Snapshot(roots(learn), LearnerScope(learn, exact=True))
     with isolated_rng(), unchanged_modules(learn):
         learn._fit, learn._origin = copy.copy(learn._fit), copy.copy(learn._origin)
         try: yield
@@ -254,15 +254,16 @@ def unchanged_learner(learn):
 def unchanged_by_a_pass(learn): # context manager
     "What evaluating changes in model, loss, metrics and data is afterwards as it was before"
     names = 'model', 'loss_func', 'metrics', 'data'
-    return unchanged_parts(learn, names)
+    return unchanged_parts(learn, names, functions=False)
 
 @contextmanager
-def unchanged_parts(learn, names=None): # of `roots`; None: all
+def unchanged_parts(learn, names=None, # of `roots`; None: all
+                    functions=True): # whether what functions keep counts
     "What is reached from parts of a learner is afterwards as it was before; weights do not count"
     parts = {name: part for name, part in roots(learn).items() if names is None or name in names}
     buffers = [(t, t.clone()) for part in (learn.model, learn.loss_func)
                if isinstance(part, nn.Module) for t in part.buffers() if 0 not in t.stride()]
-    before = Snapshot(parts, LearnerScope(learn, exact=True, functions=names is None))
+    before = Snapshot(parts, LearnerScope(learn, exact=True, functions=functions))
     try: yield
     finally:
         before.put_back()

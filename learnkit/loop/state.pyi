@@ -132,11 +132,18 @@ def unchanged_by_a_pass(learn: Learner) -> Any:
         context manager
     """
 
-def unchanged_parts(learn: Learner, names: Any = None) -> AbstractContextManager[None]:
+def unchanged_parts(
+        learn: Learner,
+        names: Any = None,
+        functions: Any = True,
+) -> AbstractContextManager[None]:
     """What is reached from parts of a learner is afterwards as it was before; weights do not count
 
+    Args:
+        learn, names: of `roots`; None: all
+
     Returns:
-        of `roots`; None: all
+        whether what functions keep counts
     """
 
 def unchanged_modules(learn: Learner) -> AbstractContextManager[None]:

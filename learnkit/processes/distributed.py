@@ -43,7 +43,7 @@ from .fsdp import ShardedModel, move_to_device
 # %% ../../nbs/processes/07_distributed.ipynb #9e1dd462
 class Distributed(Callback):
     "Trains on all processes that a launcher has started; on a single one it does nothing"
-    order, distributes, phases = -100, True, (*PHASES, 'lr_find')
+    order, distributes, phases = -100, True, PHASES
 
     def __init__(self,
                  sync_bn:bool=False, # batch norm over the samples of all; accelerators only

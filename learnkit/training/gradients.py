@@ -45,7 +45,7 @@ def set_gradient_sync(model:nn.Module,
 # %% ../../nbs/training/11_gradients.ipynb #8ac30c3f
 class GradientAccumulation(Callback):
     "One update for every `n` batches, with the gradients of one big batch"
-    order, phases = -50, ('train',)  # a search for a learning rate steps on every batch
+    order, phases = -50, ('train', 'lr_find')
 
     def __init__(self,
                  n:int, # batches to an update
@@ -70,6 +70,8 @@ class GradientAccumulation(Callback):
         check_optimizer(learn, self)
         learn.batches_per_update = self.n
         self._reset()
+
+    before_lr_find = before_fit
 
 # %% ../../nbs/training/11_gradients.ipynb #26693127
 # A weight is a number, or on an accelerator a tensor, which is not read: nothing waits for it
@@ -142,6 +144,9 @@ def cleanup_fit(self:GradientAccumulation, learn):
     self._reset()
     learn.sync_grads = True
     set_gradient_sync(learn.model, True)
+
+@patch
+def cleanup_lr_find(self:GradientAccumulation, learn): self.cleanup_fit(learn)
 
 # %% ../../nbs/training/11_gradients.ipynb #d396ca27
 def check_bound(name:str, # of the argument

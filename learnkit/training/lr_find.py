@@ -20,6 +20,7 @@ from ..loop.recorder import RunningMean, detached, plot_axes
 from ..loop.learner import Learner
 from ..loop.interrupts import interruptible
 from ..loop.loop import has_updates
+from ..loop.position import FitState
 
 # %% ../../nbs/training/05_lr_find.ipynb #2942d7a8
 def longest_descent(values): # list of indices
@@ -108,6 +109,18 @@ def plot(self:LRFinderResult,
 SMOOTHING = 0.9  # of the losses, as in `RunningMean`
 MIN_RATES = 10  # that a suggestion can be read from
 
+# %% ../../nbs/training/05_lr_find.ipynb #a251b6c7
+def loss_over_ranks(learn): # (float, float)
+    "The loss of a batch on all processes, and what it weighs"
+    loss, weight = float(detached(learn.loss)), float(learn.loss_weight)
+    return (learn.ranks.mean(loss, weight) if learn.ranks else loss), float(learn.loss_weight_all)
+
+def weighted_mean(pairs): # float; pairs of (value, weight)
+    if len(pairs) == 1: return pairs[0][0]
+    counted = [(value, weight) for value, weight in pairs if weight]
+    total = sum(weight for _, weight in counted)
+    return sum(value * weight for value, weight in counted) / total if counted else math.nan
+
 # %% ../../nbs/training/05_lr_find.ipynb #bd78bb55
 class RateSweep(Callback):
     "Raises the learning rate batch by batch and keeps the losses"
@@ -119,17 +132,23 @@ class RateSweep(Callback):
                 ):
         self.rates, self.stop_div = lrs, stop_div
         self.lrs, self.losses, self.best = [], [], math.inf  # the losses are smoothed
+        self.group = []  # (loss, weight) of the batches of an update
         self.mean = RunningMean(SMOOTHING)
 
+    def before_lr_find(self, learn): # after other callbacks, which may let several make an update
+        learn.dl.n = learn.n_iter = len(self.rates) * learn.batches_per_update
+
     def before_batch(self, learn):
-        for group in learn.opt.param_groups: set_hyper(group, 'lr', float(self.rates[learn.iter]))
+        lr = float(self.rates[learn.iter // learn.batches_per_update])
+        for group in learn.opt.param_groups: set_hyper(group, 'lr', lr)
 
     def after_batch(self, learn):
-        if learn.loss is None: return  # the batch was cancelled
-        self.lrs.append(self.rates[learn.iter])
-        loss = float(detached(learn.loss))
-        if learn.ranks: loss = learn.ranks.mean(loss, float(learn.loss_weight))
-        smoothed = self.mean.add(loss)
+        if learn.loss is not None: self.group.append(loss_over_ranks(learn))  # not cancelled
+        number, batch = divmod(learn.iter + 1, learn.batches_per_update)
+        if batch or not self.group: return
+        smoothed = self.mean.add(weighted_mean(self.group))
+        self.group = []
+        self.lrs.append(self.rates[number - 1])
         self.losses.append(smoothed)
         self.best = min(self.best, smoothed)
         if self.stop_div and not smoothed <= 4 * self.best: learn.stop()  # nan is not <= either
@@ -172,6 +191,7 @@ def lr_find(self:Learner,
     sweep = RateSweep(rates, stop_div)
     with interruptible(self), reading_without_trace(self.dls.train) as dl, self.no_trace():
         self.add_cb(sweep)
+        self._fit = FitState(n_steps=num_it)
         with self._pass('lr_find', CycledBatches(dl, num_it, self.epochs_done)):
             self._level('lr_find', self._all_batches)
     return make_result(np.array(sweep.lrs), np.array(sweep.losses), suggest)

@@ -78,6 +78,18 @@ SUGGESTIONS: MappingProxyType
 SMOOTHING: float
 MIN_RATES: int
 
+def loss_over_ranks(learn: Learner) -> Any:
+    """The loss of a batch on all processes, and what it weighs
+
+    Returns:
+        (float, float)
+    """
+
+def weighted_mean(pairs: Any) -> Any:
+    """Returns:
+        float; pairs of (value, weight)
+    """
+
 class RateSweep(Callback):
     """Raises the learning rate batch by batch and keeps the losses"""
     rates: Any
@@ -85,6 +97,7 @@ class RateSweep(Callback):
     lrs: list[Any]
     losses: list[Any]
     best: Any
+    group: list[Any]
     mean: RunningMean
     def __init__(self, lrs: Any, stop_div: bool) -> None:
         """Raises the learning rate batch by batch and keeps the losses
@@ -92,6 +105,10 @@ class RateSweep(Callback):
         Args:
             lrs: rate of each batch, (n,)
             stop_div: end the pass when the loss diverges
+        """
+    def before_lr_find(self, learn: Learner) -> Any:
+        """Returns:
+            after other callbacks, which may let several make an update
         """
     def before_batch(self, learn: Learner) -> None: ...
     def after_batch(self, learn: Learner) -> None: ...

@@ -78,7 +78,7 @@ def check_weights(learn:Learner):
 # %% ../../nbs/training/10_precision.ipynb #e94e22ff
 class MixedPrecision(Callback):
     "Computes model and loss in 16 bits where that is safe, and scales the loss for fp16"
-    order, phases = -40, (*PHASES, 'lr_find')
+    order, phases = -40, PHASES
 
     def __init__(self,
                  dtype=None, # 'bf16', 'fp16' or the torch type; None: bf16 where the device has it

@@ -182,7 +182,7 @@ def is_last_of_pass(learn): # bool
 # %% ../../nbs/training/13_steps.ipynb #fd479f21
 class ShortEpoch(Callback):
     "Trains, and validates inside a fit, on the first batches of an epoch only"
-    order = -60
+    order, phases = -60, ('train',)
 
     def __init__(self,
                  n, # number of batches, or their share as a float between 0 and 1

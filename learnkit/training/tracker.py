@@ -79,7 +79,7 @@ def is_as_good(value, goal, higher): return value >= goal if higher else value <
 # %% ../../nbs/training/06_tracker.ipynb #97402f35
 class Tracker(Callback):
     "Follows one number of the history, after each epoch and at evaluations inside it"
-    events = ('after_evaluation',)
+    events, phases = ('after_evaluation',), ('train',)
     # What the state consists of: attribute -> key
     saved_as = {'best': 'best', 'n_values': 'looks', 'epoch_cut_short': 'cut'}
 

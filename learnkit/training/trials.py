@@ -21,9 +21,11 @@ from ..data.resumable import reading_without_trace
 from ..loop.interrupts import interruptible
 from ..loop.learner import Learner
 from ..loop.loop import has_updates
+from ..loop.position import FitState
 from ..loop.progress import Progress
 from ..loop.recorder import Recorder, detached, plot_axes
 from .arguments import check_whole
+from .gradients import GradientAccumulation
 from .mix import Mix
 from .steps import ShortEpoch
 
@@ -67,7 +69,7 @@ def dry_run(self:Learner,
     check_whole('dry_run', 'steps', steps)
     with (interruptible(self), reading_without_trace(self.dls.train) as train,
           reading_without_trace(self.dls.valid) as valid,
-          self.added_cbs(cbs), self.no_trace(), restored_attributes(self.cbs)):
+          self.no_trace(), self.added_cbs(cbs), restored_attributes(self.cbs)):
         self.recorder, self.on_interrupt = Recorder(), 'raise'
         others = [cb for cb in silent_cbs(self.cbs) if not isinstance(cb, Recorder)]
         self.cbs[:] = [self.recorder, *others]
@@ -139,7 +141,9 @@ def overfit(self:Learner,
     with interruptible(self), reading_without_trace(self.dls.train) as dl, self.no_trace():
         set_epoch(dl, self.epochs_done)
         few = RepeatedBatches(itertools.islice(dl, batches), n_steps)
-        self.cbs[:] = [*(cb for cb in silent_cbs(self.cbs) if not isinstance(cb, Mix)), losses]
+        others = [cb for cb in silent_cbs(self.cbs)
+                  if not isinstance(cb, (GradientAccumulation, Mix))]
+        self.cbs[:], self._fit = [*others, losses], FitState(n_steps=n_steps)
         if lr is None and not any(cb.owns_lr for cb in self.cbs): lr = self.lr
         if self.opt and lr is not None: set_lr(self.opt, lr)
         with self._pass('lr_find', few): self._level('lr_find', self._all_batches)

@@ -75,14 +75,14 @@ def test_events_of_get_preds(learn):
     expected = ['before_validate', *PREDICT_BATCH, 'after_validate', 'cleanup_validate']
     assert spied(learn, Spy(), lambda learn: learn.get_preds()) == expected
 
-def test_lr_find_is_not_heard_unless_asked(learn):
-    assert (spied(learn, Spy(), lambda learn: learn.lr_find(num_it=3))
+def test_lr_find_is_not_heard_by_who_says_so(learn):
+    spy = Spy()
+    spy.phases = ('train', 'valid')
+    assert (spied(learn, spy, lambda learn: learn.lr_find(num_it=3))
             == ['before_lr_find', 'after_lr_find', 'cleanup_lr_find'])
 
-def test_lr_find_batches_are_heard_when_asked(learn):
-    spy = Spy()
-    spy.phases = ('lr_find',)
-    trace = spied(learn, spy, lambda learn: learn.lr_find(num_it=2, start_lr=1e-4, end_lr=1e-3))
+def test_lr_find_batches_are_heard(learn):
+    trace = spied(learn, Spy(), lambda learn: learn.lr_find(num_it=2, start_lr=1e-4, end_lr=1e-3))
     assert [event for event in trace if 'lr_find' not in event] == TRAIN_BATCH * 2
 
 def test_two_callbacks_are_called_event_by_event(learn):

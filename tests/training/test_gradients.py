@@ -273,12 +273,17 @@ def test_gradients_dropped_in_a_group_take_their_weight_along():
     theirs.fit(1, cbs=GradientAccumulation(2))
     close(ours, theirs)
 
-def test_a_search_for_a_rate_steps_on_every_batch():
-    learn = make_learner(cbs=GradientAccumulation(4))
-    before, losses = tree_digest(learn.state_dict()), learn.lr_find(num_it=12).losses
-    assert tree_digest(learn.state_dict()) == before
-    learn.remove_cb(GradientAccumulation)
-    assert losses.tolist() == learn.lr_find(num_it=12).losses.tolist()
+@pytest.mark.parametrize('n', [2, 3])
+def test_a_search_for_a_rate_accumulates_as_a_fit_does(n):
+    def search(sizes, *cbs):
+        learn = make_learner(sizes, cbs=cbs)
+        before = tree_digest(learn.state_dict())
+        found = learn.lr_find(num_it=12)
+        assert tree_digest(learn.state_dict()) == before
+        return found
+    small, big = search([4] * 6 * n, GradientAccumulation(n)), search([4 * n] * 6)
+    assert len(small.lrs) == 12
+    assert small.losses.tolist() == pytest.approx(big.losses.tolist(), rel=1e-5)
 
 
 # clipping

@@ -859,7 +859,10 @@ def test_moments_and_inputs_have_the_layout_of_the_weights():
     x, y = torch.rand(12, 3, 6, 6), torch.arange(12) % 2
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(64, 2))
     look = Callback(order=99, before_batch=lambda learn: seen.append(is_last(learn.xb[0])),
-                    phases=('train', 'valid', 'predict', 'lr_find'))
+                    phases=('train', 'valid', 'predict'))
+    in_trial = []
+    trial = Callback(order=99, before_batch=lambda learn: in_trial.append(is_last(learn.xb[0])),
+                     phases=('lr_find',))
     learn = make(model=model, dls=DataLoaders.from_tensors((x, y), valid=(x, y), bs=6),
                  cbs=[MixUp(), look])
     learn.remove_cb(look)
@@ -867,13 +870,13 @@ def test_moments_and_inputs_have_the_layout_of_the_weights():
     moments = [t for t in learn.opt.state[model[0].weight].values() if t.ndim == 4]
     assert not any(map(is_last, [model[0].weight, *moments]))
     learn.to_channels_last()
-    learn.add_cb(look)
+    learn.add_cb([look, trial])
     moments = [t for t in learn.opt.state[model[0].weight].values() if t.ndim == 4]
     assert moments and all(map(is_last, [model[0].weight, *moments]))
     for call in (lambda: learn.fit(1), learn.validate, learn.get_preds,
                  lambda: learn.lr_find(num_it=11)):
         call()
-    assert len(seen) > 10 and all(seen)
+    assert len(seen) == 8 and len(in_trial) == 11 and all(seen + in_trial)
     learn.load_state_dict(learn.state_dict())
     assert all(map(is_last, [t for t in learn.opt.state[model[0].weight].values() if t.ndim == 4]))
 
