@@ -159,7 +159,7 @@ def make_opt(model:nn.Module,
 def freeze_layers(model:nn.Module,
                   opt:torch.optim.Optimizer,
                   n:int, # first group of layers that is trained; negative: from the end; 0: all are
-                  train_bn:bool=True, # False: norm layers of the frozen groups are frozen as well
+                  train_bn:bool=True, # False: norms and statistics of frozen groups stay, too
                  ): # list of modules whose running statistics should not change
     "Train the groups of layers from `n` on, and only those; gradients of the frozen are dropped"
     first = first_trainable(opt, n)
@@ -201,13 +201,12 @@ def frozen_stats(model:nn.Module,
                  layers:dict, # as from `param_layers`
                  first:int, # first group of layers that is trained
                 ): # list of modules
-    "The modules with running statistics that lie wholly below group `first`"
+    "The modules with statistics or other buffers that lie wholly below group `first`"
     found, before = [], set()  # before: the layers of the module with parameters that came last
     for name, module in model.named_modules():
         direct = layers_of(module.parameters(recurse=False), layers)
         before = direct or before
-        is_norm = isinstance(module, nn.modules.batchnorm._NormBase)
-        if not is_norm or module.running_mean is None: continue
+        if next(module.buffers(recurse=False), None) is None: continue
         around = direct or layers_around(model, name, layers)
         if len({layer < first for layer in around}) != 1 and not direct: around = before
         if around and max(around) < first: found.append(module)

@@ -130,7 +130,7 @@ def freeze_layers(
 
     Args:
         n: first group of layers that is trained; negative: from the end; 0: all are
-        train_bn: False: norm layers of the frozen groups are frozen as well
+        train_bn: False: norms and statistics of frozen groups stay, too
 
     Returns:
         list of modules whose running statistics should not change
@@ -151,7 +151,7 @@ def param_layers(opt: Any) -> Any:
     """
 
 def frozen_stats(model: nn.Module, layers: dict, first: int) -> Any:
-    """The modules with running statistics that lie wholly below group `first`
+    """The modules with statistics or other buffers that lie wholly below group `first`
 
     Args:
         layers: as from `param_layers`

@@ -327,7 +327,7 @@ class Learner(Loop):
 
         Args:
             n: first group of layers that learns; negative: from the end
-            train_bn: whether norm layers of the frozen groups go on learning
+            train_bn: whether norms and statistics of frozen groups go on changing
         """
     @structural
     def freeze(self, train_bn: bool = True) -> None:

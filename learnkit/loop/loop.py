@@ -260,8 +260,8 @@ def modules_of(learn): # list of modules
     return [m for part in parts if isinstance(part, nn.Module) for m in part.modules()]
 
 def set_modes(learn):
-    "Training or evaluation; the loss trains in the modes that it was given"
-    learn.model.train(learn.training)
+    "Training or evaluation; parts that were put into evaluation by hand stay so, as in the loss"
+    if not (learn.training and learn.model.training): learn.model.train(learn.training)
     if not learn.training and isinstance(learn.loss_func, nn.Module): learn.loss_func.eval()
 
 @patch

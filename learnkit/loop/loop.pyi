@@ -102,7 +102,7 @@ def modules_of(learn: Learner) -> Any:
     """
 
 def set_modes(learn: Learner) -> None:
-    """Training or evaluation; the loss trains in the modes that it was given"""
+    """Training or evaluation; parts that were put into evaluation by hand stay so, as in the loss"""
 
 def split_batch(batch: Any, n_inp: Any = None) -> Any:
     """The inputs and the targets of a batch

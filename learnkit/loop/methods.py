@@ -144,7 +144,7 @@ def saving_to(self:Learner,
 @structural
 def freeze_to(self:Learner,
               n:int, # first group of layers that learns; negative: from the end
-              train_bn:bool=True, # whether norm layers of the frozen groups go on learning
+              train_bn:bool=True, # whether norms and statistics of frozen groups go on changing
              ) -> None:
     "Let only the groups of layers from `n` on learn"
     if self.levels: raise RuntimeError(f'freeze_to called while {self.levels[0]} is running')

@@ -50,9 +50,10 @@ def frozen_params(learn): # list of names
     return [name for name, param in named_params(learn) if not param.requires_grad]
 
 def frozen_modules(learn): # list of names
-    "Modules that are kept in evaluation mode"
+    "Modules that are kept in evaluation mode, by `freeze` or by hand"
+    frozen = {id(module) for module in learn.frozen_stats}
     return [name for name, module in learn.model.named_modules()
-            if any(module is frozen for frozen in learn.frozen_stats)]
+            if id(module) in frozen or learn.model.training and not module.training]
 
 # %% ../../nbs/loop/07_provenance.ipynb #aa54f67c
 def known_objects(learn): # dict: id of an object -> what to call it

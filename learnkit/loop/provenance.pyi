@@ -30,7 +30,7 @@ def frozen_params(learn: Learner) -> Any:
     """
 
 def frozen_modules(learn: Learner) -> Any:
-    """Modules that are kept in evaluation mode
+    """Modules that are kept in evaluation mode, by `freeze` or by hand
 
     Returns:
         list of names
