@@ -81,8 +81,10 @@ def test_the_last_calls_cost_what_the_first_did(tmp_path, counted, work):
 def test_a_long_history_is_a_few_tensors_and_hashed_once():
     recorder, sizes = Recorder(), []
     for i in range(300):
-        recorder._sizes, recorder._steps, recorder._lrs = [1] * 40, [0] * 40, [0.1] * 40
-        for _ in range(40): recorder._loss.append(0.5)
+        recorder._steps, recorder._lrs = [0] * 40, [0.1] * 40
+        for _ in range(40):
+            recorder._weights.append(1)
+            recorder._loss.append(0.5)
         recorder.flush()
         recorder.rows.append({'epoch': i})
         state = recorder.state_dict()
