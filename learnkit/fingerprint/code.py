@@ -19,7 +19,7 @@ from .by_name import (
     dotted, imported_modules, last_name, modules_behind, places_by_name, read_by_name)
 from .inspection import (
     bases_of, find_variable, is_user_function, is_user_module,
-    methods, name_of, names_read, nested_code)
+    methods, name_of, names_read, nested_code, users_functions)
 
 # %% ../../nbs/fingerprint/02_code.ipynb #8807d51d
 def syntax_as_json(node): # JSON value
@@ -312,9 +312,10 @@ def record_class(cls, walk):
         of_user = is_user_module(base.__module__)
         if not of_user: walk.packages.add(base.__module__)
         if of_user: walk.code.setdefault(name_of(base), set()).add(class_digest(base))
-        for func in methods(base):
-            if of_user: record_mentioned(func, walk)
-            elif is_user_function(func): record_function(func, walk) # put in place of another
+        if of_user:
+            for func in methods(base): record_mentioned(func, walk)
+        else: # what was put in place of another
+            for _, func in users_functions(base): record_function(func, walk)
 
 # %% ../../nbs/fingerprint/02_code.ipynb #1e0c77aa
 def record_mentioned(func, walk):

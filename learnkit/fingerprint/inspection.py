@@ -134,8 +134,12 @@ def flags(func): # dict: name -> value
 
 def methods(cls): # list of functions
     "The functions in the body of a class; those that are generated are left out"
-    found = [func for member in vars(cls).values() for func in wrapped_functions(member)]
-    return [func for func in found if not is_generated(func)]
+    return [func for _, func in functions_in(cls)]
+
+def functions_in(holder): # list of (name, function)
+    "The functions in the body of a class, or in a module, but those that are generated"
+    return [(name, func) for name, member in vars(holder).items()
+            for func in wrapped_functions(member) if not is_generated(func)]
 
 def is_generated(func): # bool
     "Whether a dataclass or a namedtuple has made a function, or learnkit put it around one"
@@ -143,15 +147,35 @@ def is_generated(func): # bool
     return func.__code__.co_qualname.startswith('__create_fn__') or maker.startswith(
         ('namedtuple_', 'learnkit.'))
 
-def wrapped_functions(member): # iterator
+def wrapped_functions(member): # list
     "The functions behind a member of a class: of properties, class methods, decorated functions"
-    several = {property: lambda: [member.fget, member.fset, member.fdel],
-               functools.singledispatchmethod: lambda: member.dispatcher.registry.values()}
-    for func in several.get(type(member), lambda: [member])():
+    kind, found = type(member), []
+    if kind is types.FunctionType and not member.__dict__: return [member]
+    if issubclass(kind, types.ModuleType): return [] # some of torch's raise when asked
+    funcs = [member.fget, member.fset, member.fdel] if kind is property else [member]
+    if kind is functools.singledispatchmethod: funcs = member.dispatcher.registry.values()
+    for func in funcs:
         while func is not None:
             func = getattr(func, '__func__', getattr(func, 'func', func))
-            if isinstance(func, types.FunctionType): yield func
+            if isinstance(func, types.FunctionType): found.append(func)
             func = getattr(func, '__wrapped__', None)
+    return found
+
+# %% ../../nbs/fingerprint/00_inspection.ipynb #b31813b2
+def users_functions(holder): # list of (name, function)
+    "The user's own functions in the body of a class, or in a module"
+    members = vars(holder)
+    is_open = functools.singledispatchmethod in map(type, members.values()) # it can be added to
+    if is_open or is_user_module(getattr(holder, '__module__', holder.__name__)):
+        return users_among(holder)[1]
+    return known_users_among(holder, *members, *map(id, members.values()))[1]
+
+def users_among(holder, *_): # (all that it holds, list of (name, function))
+    return [*vars(holder).values()], [(name, func) for name, func in functions_in(holder)
+                                      if is_user_function(func)]
+
+# An id stands for one object as long as that lives: what was held is kept with what was found
+known_users_among = lru_cache(maxsize=512)(users_among)
 
 # %% ../../nbs/fingerprint/00_inspection.ipynb #e4be87ba
 def attributes(x): # dict: name -> value

@@ -125,6 +125,13 @@ def methods(cls: Any) -> Any:
         list of functions
     """
 
+def functions_in(holder: Any) -> Any:
+    """The functions in the body of a class, or in a module, but those that are generated
+
+    Returns:
+        list of (name, function)
+    """
+
 def is_generated(func: Any) -> bool:
     """Whether a dataclass or a namedtuple has made a function, or learnkit put it around one
 
@@ -132,12 +139,25 @@ def is_generated(func: Any) -> bool:
         bool
     """
 
-def wrapped_functions(member: Any) -> Iterator[Any]:
+def wrapped_functions(member: Any) -> list:
     """The functions behind a member of a class: of properties, class methods, decorated functions
 
     Returns:
-        iterator
+        list
     """
+
+def users_functions(holder: Any) -> Any:
+    """The user's own functions in the body of a class, or in a module
+
+    Returns:
+        list of (name, function)
+    """
+
+def users_among(holder: Any, *_: Any) -> Any:
+    """Returns:
+        (all that it holds, list of (name, function))
+    """
+known_users_among: Any
 
 def attributes(x: Any) -> Any:
     """What an object holds, without what it has computed from that or only wraps

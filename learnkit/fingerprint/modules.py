@@ -14,7 +14,7 @@ from ..base.dtensors import is_fsdp_hook, unsharded_class
 from ..base.snapshots import MISSING, TORCH_SLOTS
 from ..files.tree import text_digest
 from .inspection import (
-    Variable, attributes, is_user_function, is_user_module, name_of)
+    Variable, attributes, is_user_module, name_of, users_functions)
 from .values import SCALARS, describe, is_plain
 from .code import record_class
 from .reads import is_external
@@ -165,8 +165,8 @@ def describe_behaviour(x, walk):
 
 def replaced_functions(): # dict: name -> function
     "Functions of the user's own that were put in the place of torch's"
-    return {f'{home.__name__}.{name}': x for home in HOMES for name, x in vars(home).items()
-            if isinstance(x, types.FunctionType) and is_user_function(x)}
+    return {f'{home.__name__}.{name}': x for home in HOMES for name, x in users_functions(home)
+            if x is vars(home)[name]}
 
 HOMES = torch, torch.nn.functional, torch.nn.init, torch.Tensor
 
@@ -183,8 +183,13 @@ def objects_in(values:dict, walk, owner=None): # dict: name -> JSON value
 
 def parts_by_id(name, module): # dict: id -> path
     "A model, with all modules and tensors in it"
-    parts = (*module.named_modules(), *module.named_parameters(), *module.named_buffers())
-    return {id(part): '.'.join(filter(None, (name, path))) for path, part in parts}
+    found, begin = {}, f'{name}.' if name else ''
+    for path, inner in module.named_modules():
+        within = f'{begin}{path}.' if path else begin
+        found.setdefault(id(inner), within[:-1])
+        for key, part in (*inner._parameters.items(), *inner._buffers.items()):
+            if part is not None: found.setdefault(id(part), f'{within}{key}')
+    return found
 
 # %% ../../nbs/fingerprint/08_modules.ipynb #7a78312e
 @describe.register(torch.optim.Optimizer)

@@ -13,8 +13,8 @@ from ..base.randomness import generator_state
 from ..base.snapshots import ACTING, MISSING
 from ..files.tree import tree_digest
 from .inspection import (
-    Variable, bases_of, class_attributes, defaults, is_generated, is_user_function, is_user_module,
-    name_of, nested_code, wrapped_functions)
+    Variable, bases_of, class_attributes, defaults, functions_in, is_user_function, is_user_module,
+    name_of, nested_code, users_functions)
 from .values import (
     PLAIN_TYPES, UnfingerprintableError, Walk, described_by)
 from .code import variables_used
@@ -181,10 +181,8 @@ def read_class(self:Walk, cls):
 # %% ../../nbs/fingerprint/03_reads.ipynb #fd9ad432
 def variables_of(cls): # list of (Variable, use)
     "What the body of a class and its methods read"
-    found, members = [], [(name, func) for name, member in vars(cls).items()
-                          for func in wrapped_functions(member)]
-    for name, func in members:
-        if is_generated(func) or not is_user_function(func): continue
+    found = []
+    for name, func in users_functions(cls):
         label = f'{cls.__name__}.{name}'
         found += variables_used(func)
         found += [(Variable(func, key, f'{label}({key})', value), 'read')
@@ -214,8 +212,7 @@ def own_methods(cls): # dict: name -> list of functions
     "The user's own methods of a class and its bases, and those put into a library's classes"
     found = {}
     for base in cls.__mro__:
-        for name, member in vars(base).items():
-            funcs = [func for func in wrapped_functions(member) if not is_generated(func)
-                     and (is_user_module(base.__module__) or is_user_function(func))]
-            if funcs: found.setdefault(name, []).extend(funcs)
+        of_user = is_user_module(base.__module__)
+        for name, func in functions_in(base) if of_user else users_functions(base):
+            found.setdefault(name, []).append(func)
     return found
