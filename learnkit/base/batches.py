@@ -14,6 +14,8 @@ import numpy as np
 import torch
 
 # %% ../../nbs/base/03_batches.ipynb #3cd85d41
+NO_TENSORS = frozenset((type(None), bool, int, float, str))
+
 def has_to_method(x): # bool
     "Whether an object can be moved by its method `to`: a packed sequence, a tokenizer's output"
     return callable(getattr(x, 'to', None)) and not isinstance(x, type)
@@ -32,6 +34,7 @@ def map_tensors(f:Callable, # tensor -> anything
                 movable:Callable=None, # for objects with a method `to`; None: they stay as they are
                ): # the same nesting
     "Apply `f` to every tensor in `x`"
+    if type(x) in NO_TENSORS: return x
     if isinstance(x, torch.Tensor): return f(x)
     again = lambda value: map_tensors(f, value, movable)
     if type(x) in (tuple, list): return type(x)(map(again, x))

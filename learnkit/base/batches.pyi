@@ -8,6 +8,7 @@ from typing import Any
 __all__ = [
     'map_tensors', 'to_device', 'detach', 'to_host', 'batch_size'
 ]
+NO_TENSORS: frozenset[Any]
 
 def has_to_method(x: Any) -> bool:
     """Whether an object can be moved by its method `to`: a packed sequence, a tokenizer's output

@@ -9,6 +9,7 @@ __all__ = ['set_seed', 'rng_state', 'set_rng_state', 'isolated_rng']
 import operator, os, random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 import numpy as np
 import torch
 from .devices import accelerator
@@ -102,13 +103,19 @@ def set_rng_state(state:dict, # from `rng_state`
     torch.set_rng_state(state['torch'])
 
 # %% ../../nbs/base/02_randomness.ipynb #e28558ff
+@lru_cache(maxsize=4096)
+def makes_generators(cls): # bool
+    "Whether the objects of a class are random generators"
+    return issubclass(cls, (torch.Generator, np.random.RandomState, random.Random,
+                            np.random.Generator))
+
 def generator_state(rng): # plain tree; None for anything that is no generator
     "The state of a generator object"
+    if not makes_generators(type(rng)): return None
     if isinstance(rng, torch.Generator): return rng.get_state()
     if isinstance(rng, np.random.RandomState): return numpy_rng_state(rng)
     if isinstance(rng, random.Random): return python_rng_state(rng)
-    if isinstance(rng, np.random.Generator): return arrays_to_tensors(rng.bit_generator.state)
-    return None
+    return arrays_to_tensors(rng.bit_generator.state)
 
 def set_generator_state(rng, state): # from `generator_state`
     "Put a generator object back to `state`"

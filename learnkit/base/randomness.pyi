@@ -3,6 +3,7 @@
 # pyright: reportPrivateImportUsage=false
 """Every random generator of this process, as plain data"""
 from contextlib import AbstractContextManager
+from functools import lru_cache
 from typing import Any
 __all__ = [
     'set_seed', 'rng_state', 'set_rng_state', 'isolated_rng'
@@ -78,6 +79,14 @@ def set_rng_state(state: dict) -> None:
 
     Args:
         state: from `rng_state`
+    """
+
+@lru_cache(maxsize=4096)
+def makes_generators(cls: Any) -> bool:
+    """Whether the objects of a class are random generators
+
+    Returns:
+        bool
     """
 
 def generator_state(rng: Any) -> Any:

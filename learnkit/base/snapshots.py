@@ -17,7 +17,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 from .dtensors import FSDP_ATTRIBUTES, is_dtensor, local_part
-from .randomness import generator_state, set_generator_state
+from .randomness import generator_state, makes_generators, set_generator_state
 
 # %% ../../nbs/base/09_snapshots.ipynb #5dc23bf0
 PLAIN = (type(None), bool, int, float, complex, str, bytes, range, slice, enum.Enum, PurePath,
@@ -295,16 +295,31 @@ class Snapshot:
         self.data[*path, name] = x
         return True
 
+# %% ../../nbs/base/09_snapshots.ipynb #46a61342
+@functools.lru_cache(maxsize=4096)
+def kind_of_class(cls): # str
+    "How a snapshot holds the objects of a class"
+    kinds = {'plain': PLAIN, 'array': (torch.Tensor, np.ndarray), 'container': CONTAINERS}
+    for name, bases in kinds.items():
+        if issubclass(cls, bases): return name
+    return 'generator' if makes_generators(cls) else 'moving' if moves(cls) else 'other'
+
+def moves(cls): # bool
+    "Whether objects of a class are iterators, which go on when they are asked, or tables"
+    if cls.__module__.partition('.')[0] == 'pandas': return hasattr(cls, 'equals')
+    return cls.__module__ in ('builtins', 'itertools') and issubclass(cls, Iterator)
+
 # %% ../../nbs/base/09_snapshots.ipynb #668ff612
 @patch
 def hold(self:Snapshot, x, path): # held value
     "A value, with a copy of what may change in it"
-    if isinstance(x, PLAIN): return x
+    kind = kind_of_class(type(x))
+    if kind == 'plain': return x
     if id(x) in self.scope.elsewhere: return Elsewhere(x, self.scope.elsewhere[id(x)])
-    if isinstance(x, (torch.Tensor, np.ndarray)): return HeldArray(x, copied(x))
-    if isinstance(x, CONTAINERS): return self.hold_items(x, path)
-    if (state := generator_state(x)) is not None: return HeldGenerator(x, state)
-    if (state := progress(x)) is not None: return HeldProgress(x, state)
+    if kind == 'array': return HeldArray(x, copied(x))
+    if kind == 'container': return self.hold_items(x, path)
+    if kind == 'generator': return HeldGenerator(x, generator_state(x))
+    if kind == 'moving': return HeldProgress(x, progress(x))
     return self.refer(x, path) if self.scope.follows(x, path) else Opaque(x)
 
 @patch
@@ -326,14 +341,12 @@ def refer(self:Snapshot, x, path): # Reference
     return Reference(x, self.paths[id(x)])
 
 # %% ../../nbs/base/09_snapshots.ipynb #1546afaf
-def progress(x): # what shows that it has moved; None for anything that does not move
+def progress(x): # what shows that it has moved
     "How far an iterator is, or what a table holds"
     if isinstance(x, types.GeneratorType):
         frame = x.gi_frame
         return (None,) if frame is None else (frame.f_lasti, repr(frame.f_locals))
-    if type(x).__module__.partition('.')[0] == 'pandas' and hasattr(x, 'equals'): return x.copy()
-    is_builtin = type(x).__module__ in ('builtins', 'itertools')
-    if not is_builtin or not isinstance(x, Iterator): return None
+    if hasattr(x, 'equals'): return x.copy()
     try: return (repr(x.__reduce__()),)
     except TypeError: return (None,)
 

@@ -252,11 +252,26 @@ class Snapshot:
             the object that was held
         """
 
+@functools.lru_cache(maxsize=4096)
+def kind_of_class(cls: Any) -> str:
+    """How a snapshot holds the objects of a class
+
+    Returns:
+        str
+    """
+
+def moves(cls: Any) -> bool:
+    """Whether objects of a class are iterators, which go on when they are asked, or tables
+
+    Returns:
+        bool
+    """
+
 def progress(x: Any) -> Any:
     """How far an iterator is, or what a table holds
 
     Returns:
-        what shows that it has moved; None for anything that does not move
+        what shows that it has moved
     """
 
 def same_progress(a: Any, b: Any) -> bool:
