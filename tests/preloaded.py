@@ -17,9 +17,11 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 
 VARIABLE = 'LEARNKIT_TESTS_PYTHON'
-MODULES = ('ranks', 'learnkit.cli', 'learnkit.testing', 'nbdev.test', 'sklearn.datasets',
-           'sklearn.metrics', 'torchmetrics', 'mlxtend.data', 'matplotlib.pyplot',
-           'matplotlib_inline.backend_inline', 'torch._dynamo', 'torch.distributed.checkpoint',
+MODULES = ('ranks', 'learnkit.cli', 'learnkit.testing', 'nbdev.test', 'fastcore.test',
+           'IPython.core.magics', 'IPython.core.crashhandler', 'pandas.io.formats.html',
+           'sklearn.datasets.data', 'sklearn.metrics', 'torchmetrics', 'mlxtend.data',
+           'matplotlib.pyplot', 'matplotlib_inline.backend_inline', 'torch._dynamo',
+           'torch._functorch.aot_autograd', 'torch.distributed.checkpoint',
            'torch.distributed.fsdp', 'torch.distributed.launcher.api')
 LARGEST = 2**18  # bytes of a request
 SECONDS = 600  # no copy may run for longer, but for those that run tests
@@ -169,8 +171,12 @@ def leave_operators_alone():
 def draw_once():
     "Have a notebook draw its pictures when it shows them, not after the cell too, and small"
     from matplotlib import pyplot
+    from matplotlib.backends.registry import backend_registry
+    from PIL import Image
     pyplot._draw_all_if_interactive = lambda: None
     pyplot.rcParams['figure.dpi'] = 25
+    Image.preinit()
+    backend_registry.list_all()
 
 
 # In a copy
@@ -184,9 +190,18 @@ def become(request, files): # list of arguments
     os.environ.clear()
     os.environ.update((os.fsdecode(name), os.fsdecode(x)) for name, x in request['env'].items())
     os.chdir(request['cwd'])
+    if encoding := os.environ.get('PYTHONIOENCODING'):
+        for name in ('stdout', 'stderr'): encode(name, encoding)
     numpy.random.seed()  # anew, as `random` does by itself
     torch.default_generator.seed()
     return request['args']
+
+
+def encode(name, encoding):
+    "Have python's file of this name write in another encoding"
+    file = getattr(sys, name)
+    setattr(sys, name, open(file.fileno(), 'w', encoding=encoding, errors=file.errors,
+                            closefd=False))
 
 
 def place_files(files, numbers):

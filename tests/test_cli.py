@@ -254,8 +254,8 @@ def test_many_runs_are_not_all_listed(tmp_path, monkeypatch, command):
 
 # As a process
 
-def run(text, cwd, **env): # in a fresh process, as the encoding is that of its start
-    return subprocess.run([sys.executable, *MODULE, *text.split()], cwd=cwd,
+def run(text, cwd, **env):
+    return subprocess.run([preloaded.python(), *MODULE, *text.split()], cwd=cwd,
                           env={**os.environ, **env}, capture_output=True,
                           stdin=subprocess.DEVNULL, timeout=60)
 

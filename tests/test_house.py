@@ -197,9 +197,14 @@ def test_imports_go_down(path):
 
 
 def test_import_is_light():
-    "`import learnkit` loads nothing that only tables, plots and notebooks need"
-    heavy = ['pandas', 'matplotlib', 'IPython', 'sklearn', 'torchmetrics', 'nbdev']
-    code = f'import {LIB.name}, sys; print(*(name for name in {heavy} if name in sys.modules))'
+    """`import learnkit` loads nothing that only tables, plots and notebooks need, and the
+    description of a value nothing but what it is an object of"""
+    heavy = ['pandas', 'matplotlib', 'IPython', 'sklearn', 'torchmetrics', 'nbdev', 'PIL']
+    code = f"""import {LIB.name}, sys, torch
+def loaded(): return [name for name in {heavy} if name in sys.modules]
+at_first = loaded()
+{LIB.name}.fingerprint([torch.zeros(3), {{'a': 1}}])
+print(*at_first, *loaded())"""
     assert run(sys.executable, '-c', code).stdout.split() == []
 
 

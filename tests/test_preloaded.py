@@ -23,9 +23,11 @@ def outcome(command, *args, **kwargs): # exit code, output, errors
     'threading.Thread(target=lambda: time.sleep(.1) or print("a thread")).start()',
     'import sys, os\n'
     'print(sys.argv, sys.path[0], os.getcwd(), os.environ["A"], __name__, sys.stdin.read())',
-    'import sys; sys.stderr.write("an error")', 'import torch; print(torch.get_num_threads())'])
+    'import sys; sys.stderr.write("an error"); print(sys.stdout.encoding, sys.stderr.encoding)',
+    'import torch; print(torch.get_num_threads())'])
 def test_a_copy_ends_as_a_fresh_process_does(tmp_path, code):
-    how = {'cwd': tmp_path, 'env': {**os.environ, 'A': 'b'}, 'input': 'some input'}
+    env = {**os.environ, 'A': 'b', 'PYTHONIOENCODING': 'ascii'}
+    how = {'cwd': tmp_path, 'env': env, 'input': 'some input'}
     copy, fresh = [outcome(command, '-c', code, '--x', '1', **how)
                    for command in (python(), sys.executable)]
     assert copy == fresh

@@ -5,7 +5,7 @@ import torch
 from learnkit.base.ranks import rank
 from learnkit.processes import launch as module
 from learnkit.processes.launch import can_fork, launch, start_method
-from preloaded import python
+from preloaded import python, spawning
 
 
 @pytest.fixture
@@ -70,7 +70,8 @@ def test_an_accelerator_in_use_cannot_be_copied(monkeypatch):
         start_method(lambda: 0)
 
 
-def test_fresh_processes_give_the_same(another_thread): assert launch(rank, n=2) == [0, 1]
+def test_spawned_processes_give_the_same(another_thread):
+    with spawning(python()): assert launch(rank, n=2) == [0, 1]
 
 
 def test_copies_begin_with_what_is_here(monkeypatch):
