@@ -2395,6 +2395,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                      'learnkit/fingerprint/inspection.py'),
                                                  'learnkit.fingerprint.inspection.is_users_own': ( 'fingerprint/inspection.html#is_users_own',
                                                                                                    'learnkit/fingerprint/inspection.py'),
+                                                 'learnkit.fingerprint.inspection.known_users_among': ( 'fingerprint/inspection.html#known_users_among',
+                                                                                                        'learnkit/fingerprint/inspection.py'),
                                                  'learnkit.fingerprint.inspection.methods': ( 'fingerprint/inspection.html#methods',
                                                                                               'learnkit/fingerprint/inspection.py'),
                                                  'learnkit.fingerprint.inspection.name_of': ( 'fingerprint/inspection.html#name_of',

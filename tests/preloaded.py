@@ -190,7 +190,7 @@ def become(request, files): # list of arguments
     os.environ.clear()
     os.environ.update((os.fsdecode(name), os.fsdecode(x)) for name, x in request['env'].items())
     os.chdir(request['cwd'])
-    if encoding := os.environ.get('PYTHONIOENCODING'):
+    if encoding := os.environ.get('PYTHONIOENCODING', '').partition(':')[0]:
         for name in ('stdout', 'stderr'): encode(name, encoding)
     numpy.random.seed()  # anew, as `random` does by itself
     torch.default_generator.seed()

@@ -5,7 +5,7 @@ from importlib.metadata import packages_distributions
 import pytest
 from house import LIB, NOTEBOOKS, ROOT, SETTINGS, cells, found, tree
 
-INSTALLED = packages_distributions() # module -> its distributions
+installed = lru_cache(packages_distributions) # dict: module -> its distributions
 
 # What a folder may import beside learnkit's own requirements
 EXTRAS = {LIB.name: ['notebook', 'testing'], 'nbs': ['dev'], 'tests': ['dev'], 'tools': ['dev'],
@@ -53,7 +53,7 @@ def imported(folder): # set of names of distributions
             for name in modules(node)}
     own = {path.stem for path in found(folder, '*.py')} | {LIB.name}
     # What is named need not be installed; it then goes by the name of its module
-    homes = {name: [name] for name in everything_named()} | INSTALLED
+    homes = {name: [name] for name in everything_named()} | installed()
     return {distribution(homes[top][0]) for top in tops - sys.stdlib_module_names - own
             if top in homes}
 

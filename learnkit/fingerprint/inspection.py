@@ -164,18 +164,19 @@ def wrapped_functions(member): # list
 # %% ../../nbs/fingerprint/00_inspection.ipynb #b31813b2
 def users_functions(holder): # list of (name, function)
     "The user's own functions in the body of a class, or in a module"
+    if is_user_module(getattr(holder, '__module__', holder.__name__)): return users_among(holder)
     members = vars(holder)
-    is_open = functools.singledispatchmethod in map(type, members.values()) # it can be added to
-    if is_open or is_user_module(getattr(holder, '__module__', holder.__name__)):
-        return users_among(holder)[1]
-    return known_users_among(holder, *members, *map(id, members.values()))[1]
+    _, is_open, found = known_users_among(holder, *members, *map(id, members.values()))
+    return users_among(holder) if is_open else found
 
-def users_among(holder, *_): # (all that it holds, list of (name, function))
-    return [*vars(holder).values()], [(name, func) for name, func in functions_in(holder)
-                                      if is_user_function(func)]
+def users_among(holder): # list of (name, function)
+    return [(name, func) for name, func in functions_in(holder) if is_user_function(func)]
 
-# An id stands for one object as long as that lives: what was held is kept with what was found
-known_users_among = lru_cache(maxsize=512)(users_among)
+@lru_cache(maxsize=512)
+def known_users_among(holder, *_): # (all that it holds, whether that can be added to, the list)
+    "As an id stands for one object as long as that lives, what was held is kept"
+    held = [*vars(holder).values()]
+    return held, functools.singledispatchmethod in map(type, held), users_among(holder)
 
 # %% ../../nbs/fingerprint/00_inspection.ipynb #e4be87ba
 def attributes(x): # dict: name -> value

@@ -153,11 +153,18 @@ def users_functions(holder: Any) -> Any:
         list of (name, function)
     """
 
-def users_among(holder: Any, *_: Any) -> Any:
+def users_among(holder: Any) -> Any:
     """Returns:
-        (all that it holds, list of (name, function))
+        list of (name, function)
     """
-known_users_among: Any
+
+@lru_cache(maxsize=512)
+def known_users_among(holder: Any, *_: Any) -> Any:
+    """As an id stands for one object as long as that lives, what was held is kept
+
+    Returns:
+        (all that it holds, whether that can be added to, the list)
+    """
 
 def attributes(x: Any) -> Any:
     """What an object holds, without what it has computed from that or only wraps

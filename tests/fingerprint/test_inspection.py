@@ -1,6 +1,9 @@
 "What functions read and objects hold"
 import functools
+import torch
 from fingerprint_helpers import digest, same, tree
+from learnkit.fingerprint.inspection import users_functions
+from learnkit.fingerprint.modules import replaced_functions
 
 
 def test_cached_properties_do_not_count():
@@ -48,3 +51,44 @@ def test_what_a_function_keeps_in_a_class_or_module_is_no_setting(load):
 def test_names_of_attributes_are_no_globals(load):
     m = load('size = 3\ndef f(x): return x.size\n')
     assert tree(m.f) == {'$function': 'f'}
+
+
+def library_class():
+    "A class that passes for a library's"
+    class Library:
+        head = tail = len
+    Library.__module__ = 'torch.nn'
+    return Library
+
+
+def test_what_is_put_into_a_librarys_class_is_found_whenever_it_is_put_there():
+    Library, found = library_class(), lambda: [name for name, _ in users_functions(Library)]
+    for _ in range(2):
+        assert found() == []
+        for member in (lambda self: 1, staticmethod(lambda: 2), property(lambda self: 3)):
+            Library.tail = member
+            assert found() == ['tail']
+        Library.end = Library.__dict__['tail'] # under another name, at the same place
+        del Library.tail
+        assert found() == ['end']
+        del Library.end
+        Library.tail = len
+
+
+def test_what_is_added_to_a_function_of_a_librarys_class_is_found():
+    class Library:
+        show = functools.singledispatchmethod(len)
+    Library.__module__ = 'torch.nn'
+    assert users_functions(Library) == []
+    Library.__dict__['show'].register(int)(lambda self, x: x)
+    assert len(users_functions(Library)) == 1
+
+
+def test_what_is_put_into_torch_is_found_whenever_it_is_put_there(monkeypatch):
+    assert replaced_functions() == {}
+    for _ in range(2):
+        for func in (lambda x: x, lambda x: x + 1):
+            monkeypatch.setattr(torch, 'relu', func)
+            assert replaced_functions() == {'torch.relu': func}
+        monkeypatch.undo()
+        assert replaced_functions() == {}
