@@ -28,16 +28,16 @@ class KnownDigests:
         found = [] if root is None else with_digests(state, root)
         self.elsewhere = elsewhere or (lambda t: None)
         self.known = {t.data_ptr(): (mark(t), t, digest)
-                      for t, digest in found if is_large(t) and not self.elsewhere(t)}
+                      for t, digest in found if is_worth_marking(t) and not self.elsewhere(t)}
 
     def get(self, t): # 64 hex digits; None for any other tensor
         "The digest of a tensor that has not changed"
         if (digest := self.elsewhere(t)) is not None: return digest
-        if not is_large(t) or t.data_ptr() not in self.known: return None
+        if not is_worth_marking(t) or t.data_ptr() not in self.known: return None
         before, _, digest = self.known[t.data_ptr()]
         return digest if mark(t) == before else None
 
-def is_large(t): return t.nbytes >= 2**20 and t.is_contiguous() and t.device.type == 'cpu'
+def is_worth_marking(t): return t.nbytes >= 2**20 and t.is_contiguous() and t.device.type == 'cpu'
 
 def mark(t): # tuple
     "What shows that a tensor was written to: torch's counter, and a sum that sees other ways too"

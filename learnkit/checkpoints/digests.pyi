@@ -37,7 +37,7 @@ class KnownDigests:
             64 hex digits; None for any other tensor
         """
 
-def is_large(t: Any) -> Any: ...
+def is_worth_marking(t: Any) -> Any: ...
 
 def mark(t: Any) -> tuple:
     """What shows that a tensor was written to: torch's counter, and a sum that sees other ways too

@@ -53,12 +53,12 @@ def callbacks_in(value): # list of callbacks
 def begin_report(self:LearnerDisplay): # function: callbacks -> dict
     "What will tell the rows of the history that a call has made, and the best model it has seen"
     recorder = self.object.recorder
-    n_rows, run = len(recorder.rows), recorder.run
+    n_rows, run = recorder.n_rows, recorder.run
     def report(callbacks): # plain dict
-        made = recorder.rows[n_rows:]
+        made = recorder.since('rows', n_rows)
         last = {name: value for name, value in (made[-1] if made else {}).items()
                 if name not in ('run', 'epoch')}
-        return {'rows': [n_rows, len(recorder.rows)], 'epochs': len(made),
+        return {'rows': [n_rows, recorder.n_rows], 'epochs': len(made),
                 'fits': recorder.run - run,
                 'metrics': {name: finite(value) for name, value in last.items()},
                 'best': best_of(self.object, callbacks)}
@@ -81,7 +81,7 @@ def best_of(learn, callbacks): # dict: name, value, higher, place; None
 def show_report(self:LearnerDisplay, report, callbacks):
     "Print the table again, and let the callbacks of the call be those of the last fit"
     learn, (first, end) = self.object, report['rows']
-    rows, times = learn.recorder.rows[first:end], learn.recorder.times[first:end]
+    rows, times = (learn.recorder.since(name, first)[:end - first] for name in ('rows', 'times'))
     for cb in learn.cbs:
         if isinstance(cb, Progress) and len(rows) == end - first: cb.show_again(rows, times)
     if report['fits']: learn.fit_cbs = [*learn.cbs, *(one.callback for one in callbacks)]

@@ -346,8 +346,8 @@ def written_files(self:Ledger, node, call): # (dict: name -> seal, dict: seal ->
     names = [] if call.kind == 'pure' else self.host.files.written_by(call.values)
     def found(): return {name: file_seal(self.host.files.folder / name) for name in names}
     seals = {name: seal for name, seal in self.on_main(found).items() if seal is not None}
-    new = [(name, seal) for name, seal in seals.items()
-           if is_main() and seal not in node.files]  # process 0 stores them
+    stored = node.files if seals else {}  # process 0 stores the others
+    new = [(name, seal) for name, seal in seals.items() if is_main() and seal not in stored]
     return seals, {seal: file_content(self.host.files.folder / name) for name, seal in new}
 
 @patch
@@ -356,7 +356,7 @@ def write_files_again(self:Ledger, node, record):
     def write(): # list of paths
         files = [(self.host.files.folder / name, seal) for name, seal in record.seals.items()]
         lost = [(path, seal) for path, seal in files if file_seal(path) != seal]
-        stored = node.files | record.json.get('files', {})
+        stored = node.files | record.files if lost else {}
         for path, seal in lost: write_content(path, self.local_store.get(stored[seal]))
         return [str(path) for path, _ in lost]
     for path in self.on_main(write): self.show(f'{path} is written again')

@@ -6,7 +6,9 @@
 __all__ = []
 
 # %% ../../nbs/files/14_growing.ipynb #f80ffe66
+from itertools import takewhile
 import torch
+from fastcore.basics import patch
 from .tensors import tensor_bytes, tensor_digest
 from .tree import from_bytes, to_bytes
 
@@ -46,8 +48,8 @@ class Sealed:
         return digest
 
     def tensors(self): # dict: digest -> tensor
-        "Those whose digest was asked for"
-        return {digest: t for t, _, digest in self.known.values() if digest and self.holds(t)}
+        "All of them"
+        return {digest: t for t, *_ in list(self.known.values()) if (digest := self.digest(t))}
 
     def keep(self, tensors):
         "Let go of all but some"
@@ -55,39 +57,80 @@ class Sealed:
 
 # %% ../../nbs/files/14_growing.ipynb #7cace7bb
 class GrowingList:
-    "Encodes a list that mostly grows"
-    def __init__(self): self.sealed, self.parts = Sealed(), {}  # (start, size) -> (items, tensor)
+    "A list that mostly grows, in parts"
+    def __init__(self):
+        self.sealed, self.parts, self.rest = Sealed(), [], []  # parts: (items, tensor) of each
+        self.given = None  # all items, once somebody has asked for them
 
-    def state(self, items:list): # dict: parts, rest
-        "A tree that is the same for equal lists"
-        parts, start = [], 0
-        for size in part_sizes(len(items)):
-            parts.append(self.part(start, items[start:start + size]))
-            start += size
-        self.sealed.keep(parts)
-        self.parts = {key: part for key, part in self.parts.items() if self.sealed.holds(part[1])}
-        return {'parts': parts, 'rest': copied(items[start:])}
+    def __len__(self):
+        if self.given is not None: return len(self.given)
+        return sum(len(items) for items, _ in self.parts) + len(self.rest)
 
-    def part(self, start, items): # tensor
-        before, t = self.parts.get((start, len(items)), (None, None))
-        if before != items or not self.sealed.holds(t):
-            t = torch.frombuffer(bytearray(to_bytes(items)), dtype=torch.uint8)
-            self.parts[start, len(items)] = copied(items), self.sealed.add(t)
-        return t
+    def append(self, x): (self.rest if self.given is None else self.given).append(x)
 
-    def items(self, state): # list
-        "What `state` was given"
-        ours = {id(t): items for items, t in self.parts.values() if self.sealed.holds(t)}
-        found, parts = [], {}
-        for t in state['parts']:
-            items = ours.get(id(t)) or from_bytes(tensor_bytes(t))
-            parts[len(found), len(items)] = items, self.sealed.add(t)
-            found += copied(items)
-        self.parts |= parts  # which need not be encoded again
-        return [*found, *copied(state['rest'])]
+    def since(self, n): # list
+        "A copy of the items from number `n` on; those of earlier parts are not looked at"
+        if self.given is not None: return copied(self.given[n:])
+        found, start = self.rest, len(self) - len(self.rest)
+        for items, _ in reversed(self.parts):
+            if start <= n: break
+            found, start = [*items, *found], start - len(items)
+        return copied(found[n - start:])
+
+    @property
+    def items(self): # list
+        "All items; what is done to this list counts"
+        if self.given is None: self.given = self.since(0)
+        return self.given
+
+    @items.setter
+    def items(self, items): self.given = items
+
+    def keep_first(self, n):
+        "Forget all items but the first `n`"
+        start = len(self) - len(self.rest)
+        if self.given is None and n >= start: del self.rest[n - start:]
+        else: self.items = self.items[:n]
 
 def copied(items): # list, of rows that somebody may write to
     return [x.copy() if type(x) is dict else x for x in items]
+
+# %% ../../nbs/files/14_growing.ipynb #c7219f6b
+@patch
+def state(self:GrowingList): # dict: parts, rest
+    "A tree that is the same for equal lists"
+    sizes, same, n = part_sizes(len(self)), 0, 0
+    for size, (items, t) in zip(sizes, self.parts, strict=False):
+        as_it_was = self.given is None or self.given[n:n + size] == items
+        if len(items) != size or not self.sealed.holds(t) or not as_it_was: break
+        same, n = same + 1, n + size
+    left, self.parts = self.since(n), self.parts[:same]
+    for size in sizes[same:]:
+        self.parts.append(self.part(left[:size]))
+        left = left[size:]
+    self.rest, tensors = left, [t for _, t in self.parts]
+    self.sealed.keep(tensors)
+    return {'parts': tensors, 'rest': copied(left)}
+
+@patch
+def part(self:GrowingList, items): # (items, tensor)
+    t = torch.frombuffer(bytearray(to_bytes(items)), dtype=torch.uint8)
+    return items, self.sealed.add(t)
+
+@patch
+def load(self:GrowingList, state): # int: how many items at the beginning are as they were
+    "Take over what `state` returned"
+    ours, new = {id(t): items for items, t in self.parts if self.sealed.holds(t)}, GrowingList()
+    new.parts = [(ours.get(id(t)) or from_bytes(tensor_bytes(t)), self.sealed.add(t))
+                 for t in state['parts']]
+    new.rest, n = copied(state['rest']), 0
+    for (items, _), (others, _) in zip(self.parts, new.parts, strict=False):
+        if items is not others or self.given is not None: break
+        n += len(items)
+    pairs = zip(self.since(n), new.since(n), strict=False)
+    n += sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    self.parts, self.rest, self.given = new.parts, new.rest, None
+    return n
 
 # %% ../../nbs/files/14_growing.ipynb #59b57dca
 class GrowingTable:

@@ -37,7 +37,7 @@ class Sealed:
             64 hex digits; None for any other tensor
         """
     def tensors(self) -> Any:
-        """Those whose digest was asked for
+        """All of them
 
         Returns:
             dict: digest -> tensor
@@ -46,25 +46,46 @@ class Sealed:
         """Let go of all but some"""
 
 class GrowingList:
-    """Encodes a list that mostly grows"""
+    """A list that mostly grows, in parts"""
     sealed: Sealed
-    parts: dict[Any, Any]
+    parts: list[Any]
+    rest: list[Any]
+    given: Any
     def __init__(self) -> None: ...
-    def state(self, items: list) -> Any:
+    def __len__(self) -> int: ...
+    def append(self, x: Any) -> None: ...
+    def since(self, n: Any) -> list:
+        """A copy of the items from number `n` on; those of earlier parts are not looked at
+
+        Returns:
+            list
+        """
+    @property
+    def items(self) -> list:
+        """All items; what is done to this list counts
+
+        Returns:
+            list
+        """
+    @items.setter
+    def items(self, items: Any) -> None: ...
+    def keep_first(self, n: Any) -> None:
+        """Forget all items but the first `n`"""
+    def state(self) -> Any:
         """A tree that is the same for equal lists
 
         Returns:
             dict: parts, rest
         """
-    def part(self, start: Any, items: Any) -> Any:
+    def part(self, items: Any) -> Any:
         """Returns:
-            tensor
+            (items, tensor)
         """
-    def items(self, state: Any) -> list:
-        """What `state` was given
+    def load(self, state: Any) -> Any:
+        """Take over what `state` returned
 
         Returns:
-            list
+            int: how many items at the beginning are as they were
         """
 
 def copied(items: Any) -> Any:

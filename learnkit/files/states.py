@@ -6,10 +6,12 @@
 __all__ = []
 
 # %% ../../nbs/files/09_states.ipynb #406d4c02
-import os
+import os, stat, time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache, lru_cache
 from itertools import chain
+from pathlib import Path
 from types import MappingProxyType
 from fastcore.basics import patch
 from .errors import DamagedError, LockedError, StoreError
@@ -38,6 +40,17 @@ def pack_sizes(path): # dict: digest -> number of bytes
     if pack_name(sizes) == path.name: return sizes
     raise DamagedError(f'{path} is damaged: its header is not as it was written')
 
+@lru_cache(maxsize=2**14)
+def sizes_at(path:str, *mark): return pack_sizes(Path(path))
+
+def known_sizes(path): # dict: digest -> number of bytes; not to be written to
+    "What `pack_sizes` returns; a file that is as this process has seen it is not read again"
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode): raise FileNotFoundError(path)  # a pipe would not end
+    is_new = abs(time.time_ns() - found.st_mtime_ns) < 2 * 10**9  # it may change without a trace
+    if is_new: return pack_sizes(path)
+    return sizes_at(str(path), found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
 def sound_tensors(path, names): # dict: name -> tensor
     "Those tensors of a pack whose content has the digest that is their name"
     with open_safetensors(path) as file:
@@ -48,8 +61,15 @@ def sound_tensors(path, names): # dict: name -> tensor
 
 # %% ../../nbs/files/09_states.ipynb #2ffda80a
 @patch
+def last_change(self:Store): # int; None without such a folder
+    "When the folder of packs has changed last, as exact as its file system has it"
+    try: return os.stat(self.folder/'packs').st_mtime_ns
+    except FileNotFoundError: return None
+
+@patch
 def refresh(self:Store):
     "Find out which packs have come and gone"
+    self.listed = self.last_change()  # before: what changes meanwhile is found the next time
     folder = self.subfolder('packs')
     try: names = {name for name in os.listdir(folder) if name.endswith('.safetensors')}
     except FileNotFoundError: names = set()
@@ -62,8 +82,7 @@ def refresh(self:Store):
 def add_pack(self:Store, path):
     "Note what a pack holds"
     self.unreadable.pop(path, None)
-    if not path.is_file(): return  # reading a pipe would not end
-    try: sizes = pack_sizes(path)
+    try: sizes = known_sizes(path)
     except FileNotFoundError: return  # removed by a `gc` at this moment
     except DamagedError as error: self.unreadable[path] = error
     else:
@@ -72,6 +91,7 @@ def add_pack(self:Store, path):
         self.total_bytes += sum(sizes.values())
         self.pack_of |= dict.fromkeys(sizes, path)
 
+# %% ../../nbs/files/09_states.ipynb #a37697d5
 @patch
 def forget_packs(self:Store, paths):
     "Some packs are gone; what they held may be in others as well"
@@ -85,15 +105,23 @@ def forget_packs(self:Store, paths):
 
 # %% ../../nbs/files/09_states.ipynb #8c11feb2
 @patch
+def is_stored(self:Store, digest, exists): # bool; exists: function, path -> whether it is there
+    "Whether a pack holds a tensor, and has not been removed since it was seen"
+    if digest not in self.pack_of: return False
+    if exists(self.pack_of[digest]): return True
+    self.refresh()
+    return digest in self.pack_of
+
+@patch
 def add_tensors(self:Store, tensors:list, digests:list): # digests: None where it is not known
     "Write the tensors that are in no pack yet into a new one; fills in the digests"
     order = sorted(range(len(tensors)), key=lambda i: -tensors[i].element_size())
     def new():
-        written = set()
+        written, exists = set(), cache(os.path.exists)
         found = tensor_digests([tensors[i] for i in order if digests[i] is None])
         for i in order:
             if digests[i] is None: digests[i] = next(found)
-            if digests[i] in self.pack_of or digests[i] in written: continue
+            if digests[i] in written or self.is_stored(digests[i], exists): continue
             written.add(digests[i])
             yield digests[i], tensors[i]
         found.close()
@@ -103,6 +131,7 @@ def add_tensors(self:Store, tensors:list, digests:list): # digests: None where i
     if first:
         self.add_pack(write_pack(self.subfolder('packs'), chain([first], items),
                                  max_header_size(possible)))
+        self.listed = self.last_change()
 
 # %% ../../nbs/files/09_states.ipynb #d380b230
 def key_digests(tree, canonical): # dict: key -> 64 hex digits
@@ -121,7 +150,7 @@ def put(self:Store,
     self.check_locked('storing a state')
     exact, canonical = Packer(), Packer(canonical=True)
     root, form = exact.pack(tree), canonical.pack(tree)
-    self.refresh()
+    if self.listed != self.last_change(): self.refresh()  # else nobody else has written
     digests = [known(each.tensor) if known else None for each in exact.found]
     self.add_tensors([host_tensor(each.tensor) for each in exact.found], digests)
     fill_in_names(exact.found, digests)

@@ -2,6 +2,8 @@
 # pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 # pyright: reportPrivateImportUsage=false
 """Trees in a store: each tensor once, checked whenever it is read"""
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 __all__ = []
 
@@ -12,7 +14,7 @@ def pack_name(digests: Any) -> str:
         str
     """
 
-def write_pack(folder: Any, items: Any, header_size: Any) -> Any:
+def write_pack(folder: Any, items: Any, header_size: Any) -> Path:
     """Write tensors, named by their digests, into one new pack
 
     Returns:
@@ -24,6 +26,16 @@ def pack_sizes(path: Any) -> Any:
 
     Returns:
         dict: digest -> number of bytes
+    """
+
+@lru_cache(maxsize=2 ** 14)
+def sizes_at(path: str, *mark: Any) -> Any: ...
+
+def known_sizes(path: Any) -> Any:
+    """What `pack_sizes` returns; a file that is as this process has seen it is not read again
+
+    Returns:
+        dict: digest -> number of bytes; not to be written to
     """
 
 def sound_tensors(path: Any, names: Any) -> Any:

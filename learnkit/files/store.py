@@ -30,6 +30,7 @@ class Store:
                 ):
         self.folder, self.name, self.format = Path(folder), name, None
         self.packs, self.pack_names = {}, set()  # path -> {digest: number of bytes}
+        self.listed = None  # when the folder of packs had changed last as they were listed
         self.pack_of = {}  # digest -> path
         self.total_bytes = 0  # of the tensors in all packs
         self.unreadable = {}  # path of a pack -> error
@@ -122,7 +123,10 @@ def holder(self:Store)->dict|None: # host, pid, since
 @patch
 def begin_writing(self:Store):
     "Clear up after a process that died, make a new store, and write who holds the lock"
-    for folder in (self.folder, self.subfolder('nodes'), self.subfolder('packs')):
+    folders = [self.folder]
+    if os.path.lexists(self.folder/'holder.json'):  # who wrote last came to no end
+        folders += [self.subfolder('nodes'), self.subfolder('packs')]
+    for folder in folders:
         names = os.listdir(folder) if folder.exists() else []
         for path in (folder/name for name in names if name.startswith('.learnkit-')):
             if is_left_over(path): unlink(path)

@@ -18,6 +18,7 @@ class Store:
     format: Any
     packs: dict[Any, Any]
     pack_names: Any
+    listed: Any
     pack_of: dict[Any, Any]
     total_bytes: int
     unreadable: dict[Any, Any]
@@ -80,12 +81,24 @@ class Store:
         """
     def destroy(self) -> None:
         """Remove the store with all that is in it; other runs below its folder stay"""
+    def last_change(self) -> Any:
+        """When the folder of packs has changed last, as exact as its file system has it
+
+        Returns:
+            int; None without such a folder
+        """
     def refresh(self) -> None:
         """Find out which packs have come and gone"""
     def add_pack(self, path: Any) -> None:
         """Note what a pack holds"""
     def forget_packs(self, paths: Any) -> None:
         """Some packs are gone; what they held may be in others as well"""
+    def is_stored(self, digest: Any, exists: Any) -> Any:
+        """Whether a pack holds a tensor, and has not been removed since it was seen
+
+        Returns:
+            bool; exists: function, path -> whether it is there
+        """
     def add_tensors(self, tensors: list, digests: list) -> Any:
         """Write the tensors that are in no pack yet into a new one; fills in the digests
 

@@ -91,7 +91,7 @@ class Progress(Callback):
 
     def settings(self): return None  # how it looks does not matter for what is computed
 
-    def before_fit(self, learn): self._start_table(len(learn.recorder.rows))
+    def before_fit(self, learn): self._start_table(learn.recorder.n_rows)
 
     def after_batch(self, learn):
         if not self.bar: return
@@ -131,15 +131,16 @@ def _show_row(self:Progress, row):
 def after_epoch(self:Progress, learn):
     recorder = learn.recorder
     if not is_main() or self._n_seen is None: return
-    for i in range(self._n_seen, len(recorder.rows)):  # several where a saved fit goes on
-        if recorder.rows[i]['run'] != recorder.rows[-1]['run']: continue
-        row = {**recorder.rows[i], 'time': recorder.times[i]}
+    new = [recorder.since(name, self._n_seen) for name in ('rows', 'times')]
+    for row, seconds in zip(*new, strict=True):  # several where a saved fit goes on
+        if row['run'] != new[0][-1]['run']: continue
+        row['time'] = seconds
         is_last = learn.n_epoch is not None and row['epoch'] + 1 == learn.n_epoch
         is_shown = (row['epoch'] + 1) % self.print_every == 0 or is_last
         self._hidden_row = None if is_shown else row
         if self.table and is_shown: self._show_row(row)
-    if self.plot and in_notebook() and len(recorder.rows) > self._n_seen: self._draw(learn)
-    self._n_seen = max(self._n_seen, len(recorder.rows))
+    if self.plot and in_notebook() and recorder.n_rows > self._n_seen: self._draw(learn)
+    self._n_seen = max(self._n_seen, recorder.n_rows)
 
 @patch
 def cleanup_fit(self:Progress, learn):
@@ -154,11 +155,11 @@ def cleanup_fit(self:Progress, learn):
 @patch
 def _draw(self:Progress, learn, last=False):
     now, recorder = time.monotonic(), learn.recorder
-    if (now - self._drawn_at < 1 and not last) or not recorder.rows: return
+    if (now - self._drawn_at < 1 and not last) or not recorder.n_rows: return
     if not last and 'IN_TEST' in os.environ: return
     import matplotlib.pyplot as plt
     self._drawn_at = now
-    ax = recorder.plot_loss(run=recorder.rows[-1]['run'])
+    ax = recorder.plot_loss(run=recorder.newest('rows')['run'])
     self._plot_display = display_table(ax.figure, self._plot_display)
     plt.close(ax.figure)
 

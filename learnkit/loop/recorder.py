@@ -62,7 +62,7 @@ class Recorder(Callback):
     order, phases = -10, ('train', 'valid', 'test')
 
     def __init__(self):
-        self.run, self.epoch, self.rows, self.evals, self.times = -1, 0, [], [], []
+        self.run, self.epoch = -1, 0
         self.growing = {name: GrowingList() for name in ('rows', 'evals', 'times')}
         self.growing |= {name: GrowingTable() for name in ('steps', 'open')}  # 'open': this epoch's
         self.results, self.tracked, self.tally, self._cancelled = {}, {}, None, False
@@ -85,10 +85,34 @@ class Recorder(Callback):
     def after_epoch(self, learn):
         tracked = means(self.tracked, learn.ranks)
         lr = self._last_lr if self._last_lr is not None else current_lr(learn.opt)
-        self.rows.append({'run': self.run, 'epoch': learn.epoch, **self._epoch_results, **tracked,
-                          'lr': float(lr)})
-        self.times.append(math.nan if self._start is None else time.perf_counter() - self._start)
+        self.growing['rows'].append({'run': self.run, 'epoch': learn.epoch, **self._epoch_results,
+                                     **tracked, 'lr': float(lr)})
+        self.growing['times'].append(
+            math.nan if self._start is None else time.perf_counter() - self._start)
         self.tracked, self._epoch_results, self._start = {}, {}, None
+
+# %% ../../nbs/loop/00_recorder.ipynb #1577f5f5
+@patch(as_prop=True)
+def rows(self:Recorder)->list[dict]:
+    "A row for each epoch; what is written to this list counts"
+    return self.growing['rows'].items
+
+@patch(as_prop=True)
+def evals(self:Recorder)->list[dict]:
+    "A row for each evaluation inside an epoch"
+    return self.growing['evals'].items
+
+@patch(as_prop=True)
+def times(self:Recorder)->list[float]:
+    "How many seconds each row took"
+    return self.growing['times'].items
+
+@patch(set_prop=True)
+def rows(self:Recorder, rows): self.growing['rows'].items = rows
+@patch(set_prop=True)
+def evals(self:Recorder, rows): self.growing['evals'].items = rows
+@patch(set_prop=True)
+def times(self:Recorder, seconds): self.growing['times'].items = seconds
 
 # %% ../../nbs/loop/00_recorder.ipynb #623bfe69
 def means(tracked:dict, ranks=None): # dict by name
@@ -203,6 +227,26 @@ def after_validate(self:Recorder, learn):
 
 @patch
 def cleanup_validate(self:Recorder, learn): self.tally = None
+
+# %% ../../nbs/loop/00_recorder.ipynb #f883880d
+@patch(as_prop=True)
+def n_rows(self:Recorder)->int: return len(self.growing['rows'])
+
+@patch
+def since(self:Recorder,
+          name:str, # 'rows', 'evals', 'times'
+          n:int, # how many there were
+         )->list:
+    "A copy of what has been added since; what was there before is not looked at"
+    return self.growing[name].since(n)
+
+@patch
+def newest(self:Recorder,
+           name:str, # 'rows' or 'evals'
+          )->dict: # empty where there is none
+    "A copy of the newest row"
+    rows = self.growing[name].since(max(len(self.growing[name]) - 1, 0))
+    return rows[0] if rows else {}
 
 # %% ../../nbs/loop/00_recorder.ipynb #ec7d9c9e
 @patch(as_prop=True)
@@ -404,17 +448,26 @@ def plot_lr(self:Recorder,
 @patch
 def state_dict(self:Recorder): # dict: run, rows, evals, steps, open
     "All rows and steps, without times, and what the running epoch has gathered"
-    lists = {name: self.growing[name].state(getattr(self, name)) for name in ('rows', 'evals')}
+    lists = {name: self.growing[name].state() for name in ('rows', 'evals')}
     return {'run': self.run, **lists, 'steps': self.growing['steps'].state(),
             'open': self.open_state()}
 
 @patch
 def times_state(self:Recorder): # dict: parts, rest
     "The seconds of the rows, for `load_times`"
-    return self.growing['times'].state(self.times)
+    return self.growing['times'].state()
 
 @patch
-def load_times(self:Recorder, state): self.times = self.growing['times'].items(state)
+def forget_times(self:Recorder,
+                 n:int, # how many are still known
+                ):
+    "Of later rows it is not known how long they took"
+    times = self.growing['times']
+    times.keep_first(n)
+    for _ in range(self.n_rows - len(times)): times.append(math.nan)
+
+@patch
+def load_times(self:Recorder, state): self.growing['times'].load(state)
 
 @patch
 def digest(self:Recorder, t): # 64 hex digits; None for any other tensor
@@ -424,7 +477,7 @@ def digest(self:Recorder, t): # 64 hex digits; None for any other tensor
 
 @patch
 def parts(self:Recorder): # dict: digest -> tensor
-    "The parts of the history whose digests are known"
+    "The parts of the history"
     return {digest: t for growing in self.growing.values()
             for digest, t in growing.sealed.tensors().items()}
 
@@ -460,13 +513,11 @@ def load_state_dict(self:Recorder,
                     times=None, # seconds of each row; None: those this recorder knows
                    ):
     "Take over a history"
-    known = list(zip(self.rows, self.times, strict=False))
-    rows = self.growing['rows'].items(state['rows'])
-    if times is None:
-        times = [known[i][1] if i < len(known) and known[i][0] == row else float('nan')
-                 for i, row in enumerate(rows)]
-    self.run, self.rows, self.times = state['run'], rows, list(times)
-    self.evals = self.growing['evals'].items(state['evals'])
+    n_same = self.growing['rows'].load(state['rows'])
+    if times is None: self.forget_times(n_same)
+    else: self.times = list(times)
+    self.run = state['run']
+    self.growing['evals'].load(state['evals'])
     self.growing['steps'].load(state['steps'])
     self.results = {}
     self.load_open_state(state['open'])

@@ -56,9 +56,6 @@ class Recorder(Callback):
     """Keeps a row for each epoch and a line for each step, over all fits of a learner"""
     run: int
     epoch: int
-    rows: list[Any]
-    evals: list[Any]
-    times: list[Any]
     growing: dict[Any, Any]
     results: dict[Any, Any]
     tracked: dict[Any, Any]
@@ -67,6 +64,21 @@ class Recorder(Callback):
     def before_fit(self, learn: Learner) -> None: ...
     def before_epoch(self, learn: Learner) -> None: ...
     def after_epoch(self, learn: Learner) -> None: ...
+    @property
+    def rows(self) -> list[dict]:
+        """A row for each epoch; what is written to this list counts"""
+    @rows.setter
+    def rows(self, rows: Any) -> None: ...
+    @property
+    def evals(self) -> list[dict]:
+        """A row for each evaluation inside an epoch"""
+    @evals.setter
+    def evals(self, rows: Any) -> None: ...
+    @property
+    def times(self) -> list[float]:
+        """How many seconds each row took"""
+    @times.setter
+    def times(self, seconds: Any) -> None: ...
     def before_train(self, learn: Learner) -> None: ...
     def before_validate(self, learn: Learner) -> None: ...
     def after_cancel_batch(self, learn: Learner) -> None: ...
@@ -91,6 +103,24 @@ class Recorder(Callback):
         """
     def after_validate(self, learn: Learner) -> None: ...
     def cleanup_validate(self, learn: Learner) -> None: ...
+    @property
+    def n_rows(self) -> int: ...
+    def since(self, name: str, n: int) -> list:
+        """A copy of what has been added since; what was there before is not looked at
+
+        Args:
+            name: 'rows', 'evals', 'times'
+            n: how many there were
+        """
+    def newest(self, name: str) -> dict:
+        """A copy of the newest row
+
+        Args:
+            name: 'rows' or 'evals'
+
+        Returns:
+            empty where there is none
+        """
     @property
     def df(self) -> Any:
         """One row for each epoch: run, epoch, losses, metrics, tracked values, lr, time in seconds
@@ -179,6 +209,12 @@ class Recorder(Callback):
         Returns:
             dict: parts, rest
         """
+    def forget_times(self, n: int) -> None:
+        """Of later rows it is not known how long they took
+
+        Args:
+            n: how many are still known
+        """
     def load_times(self, state: Any) -> None: ...
     def digest(self, t: Any) -> Any:
         """The digest of a part of the history, which is hashed once
@@ -187,7 +223,7 @@ class Recorder(Callback):
             64 hex digits; None for any other tensor
         """
     def parts(self) -> Any:
-        """The parts of the history whose digests are known
+        """The parts of the history
 
         Returns:
             dict: digest -> tensor

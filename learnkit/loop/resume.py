@@ -74,7 +74,8 @@ def read_saved(learn,
         with main_first(learn):
             if path.exists(): quarantine_save(path, error)
         return read_saved(learn, resume, store)
-    return Saved(tree['learner'], GrowingList().items(tree['times']), short_path(path))
+    (times := GrowingList()).load(tree['times'])
+    return Saved(tree['learner'], times.items, short_path(path))
 
 def resume_source(learn, resume): # Path of a folder or file
     "Where a fit's saves are: a file, or the folder of a `SaveState`"

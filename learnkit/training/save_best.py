@@ -168,8 +168,7 @@ class SaveBest(Tracker):
     def after_fit(self, learn):
         if not self.restore: return
         if self.best is not None: return self.load_best(learn)
-        rows = learn.recorder.rows
-        if rows and rows[-1]['run'] == learn.recorder.run:
+        if learn.recorder.newest('rows').get('run') == learn.recorder.run:
             warnings.warn(f'{self.title}: there is nothing to bring back, as {self.monitor} was '
                           'never a number; the weights are those of the last step', stacklevel=2)
 

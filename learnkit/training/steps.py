@@ -168,7 +168,7 @@ def evaluate(self:ValidateEvery, learn):
         found = measure(learn, 'valid', learn.dls.valid, interruptible_in_fit=True)
     measured = {name: value for name, value in found.items() if name in learn.recorder.results}
     tracked = {f'valid_{name}': value for name, value in found.items() if name not in measured}
-    learn.recorder.evals.append({
+    learn.recorder.growing['evals'].append({
         'run': learn.recorder.run, 'epoch': learn.epoch, 'step': learn.steps_done,
         'valid_loss': measured.pop('loss'), **measured, **tracked})
     self.is_pending = False

@@ -170,7 +170,7 @@ def scale_lrs(self:TorchScheduler, factor):
 @patch
 def monitored(self:TorchScheduler, learn, needed): # float, None when there is none
     "The newest value of `monitor` in the history"
-    row = learn.recorder.rows[-1] if learn.recorder.rows else {}
+    row = learn.recorder.newest('rows')
     if needed and self.monitor not in row:
         raise ValueError(f'TorchScheduler(monitor={self.monitor!r}): no {self.monitor!r} '
                          f'was recorded; have: {", ".join(row)}')

@@ -129,12 +129,12 @@ def after_cancel_epoch(self:Tracker, learn): self.epoch_cut_short = True
 
 @patch
 def after_evaluation(self:Tracker, learn):
-    row = learn.recorder.evals[-1]
+    row = learn.recorder.newest('evals')
     if self.monitor in row: self.compare(learn, row)
 
 @patch
 def after_epoch(self:Tracker, learn):
-    row = learn.recorder.rows[-1]
+    row = learn.recorder.newest('rows')
     value = row.get(self.monitor, math.nan)
     if self.epoch_cut_short and math.isnan(value): return
     if self.monitor in row: self.compare(learn, row)

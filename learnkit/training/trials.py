@@ -74,7 +74,7 @@ def dry_run(self:Learner,
         others = [cb for cb in silent_cbs(self.cbs) if not isinstance(cb, Recorder)]
         self.cbs[:] = [self.recorder, *others]
         self.fit(1, cbs=ShortEpoch(steps), dls=DataLoaders(train, valid))
-        row = self.recorder.rows[-1] if self.recorder.rows else {}  # a callback may have ended it
+        row = self.recorder.newest('rows')  # empty where a callback has ended it
         return {name: value for name, value in row.items() if name not in ('run', 'epoch', 'lr')}
 
 # %% ../../nbs/training/15_trials.ipynb #53d1cd70

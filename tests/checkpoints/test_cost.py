@@ -98,6 +98,47 @@ def test_a_long_history_is_a_few_tensors_and_hashed_once():
         other.steps.equals(recorder.steps))
 
 
+class Closed(list):
+    "Rows that nobody is to look at any more"
+    def __iter__(self): raise AssertionError('early rows were looked at')
+    def __getitem__(self, i): return iter(self)
+    def __eq__(self, other): return iter(self)
+
+
+def test_early_rows_are_not_looked_at_again():
+    recorder, names = Recorder(), ('rows', 'times')
+    def add(i):
+        recorder.growing['rows'].append({'epoch': i})
+        recorder.growing['times'].append(float(i))
+    for i in range(603): add(i)
+    states = [(recorder.state_dict(), recorder.times_state())]
+    for growing in map(recorder.growing.get, names):
+        growing.parts = [(Closed(items), t) for items, t in growing.parts]
+    for i in range(603, 606): add(i)
+    states.append((recorder.state_dict(), recorder.times_state()))
+    for state, times in (*states, *states):
+        recorder.load_state_dict(state)
+        recorder.load_times(times)
+        n = 603 + 3 * (state is states[1][0])
+        assert recorder.n_rows == n and recorder.since('times', n - 1) == [n - 1.]
+        assert recorder.newest('rows') == {'epoch': n - 1}
+    with pytest.raises(AssertionError, match='early'): recorder.rows  # who asks for all of them
+
+
+@pytest.mark.parametrize('n', [3, 8, 70, 600])
+def test_rows_that_are_written_to_count(n):
+    recorder, other = Recorder(), Recorder()
+    for i in range(n): recorder.rows.append({'epoch': i})
+    recorder.times = [1.] * n
+    other.load_state_dict(recorder.state_dict(), recorder.times)
+    recorder.rows[1]['epoch'] = 'other'
+    other.load_state_dict(recorder.state_dict())
+    assert other.rows == recorder.rows and other.rows[1] == {'epoch': 'other'}
+    assert other.times[0] == 1. and str(other.times[1:]) == str([float('nan')] * (n - 1))
+    del other.rows[n - 2:]
+    assert other.n_rows == n - 2 and len(other.state_dict()['rows']['rest']) == (n - 2) % 8
+
+
 def test_saves_share_a_long_history(tmp_path):
     learn = tiny(tmp_path)
     learn.fit(600, cbs=SaveState('saves', every='50 epochs', keep=3))

@@ -1,5 +1,5 @@
 "States in a store: any tree there and back, each tensor once, damage anywhere"
-import errno, hashlib, json, os, pickle, random, resource, shutil
+import errno, hashlib, json, os, pickle, random, resource, shutil, time
 from collections import Counter, OrderedDict
 import pytest
 import torch
@@ -9,12 +9,54 @@ from everywhere import Everywhere
 from files_helpers import (
     damage, failing_at, files, filled, HOLDS, OLD, packs, record, same, script, shuffled, state,
     TREES, X, Y)
+from learnkit.files import states
 from learnkit.files.errors import DamagedError, StoreError, UnstorableError
 from learnkit.files.saves import load_newest, save_next
 from learnkit.files.store import Store
 from learnkit.files.tree import load_tree, save_tree, tree_digest
 
 store = Everywhere('files')
+
+
+# Packs
+
+def test_a_pack_that_was_removed_unseen_is_written_again(tmp_path):
+    "Though the folder says that nothing has changed"
+    run = Store(tmp_path / 'run')
+    folder = run.folder / 'packs'
+    with run.writing():
+        run.put({'x': X})
+        before, (pack,) = os.stat(folder), folder.iterdir()
+        pack.unlink()
+        os.utime(folder, ns=(before.st_atime_ns, before.st_mtime_ns))
+        root, _ = run.put({'x': X})
+    assert same(run.get(root), {'x': X}) and same(Store(run.folder).get(root), {'x': X})
+
+
+def test_what_others_write_is_seen(tmp_path):
+    runs = [Store(tmp_path / 'run') for _ in range(2)]
+    for i in (0, 1, 1, 0):
+        with runs[i].writing(): runs[i].put({'x': X})
+    assert len(packs(runs[0])) == 1
+
+
+def test_a_header_is_read_once_unless_its_file_changes(tmp_path, monkeypatch):
+    run, read = Store(tmp_path / 'run'), []
+    with run.writing(): run.put({'x': X})
+    path, = (run.folder / 'packs').iterdir()
+    inner = states.tensor_sizes
+    monkeypatch.setattr(states, 'tensor_sizes', lambda path: read.append(path) or inner(path))
+    def found(): # number of headers read, of tensors found by a new store
+        read.clear()
+        other = Store(run.folder)
+        other.refresh()
+        return len(read), len(other.pack_of)
+    assert found() == found() == (1, 1)  # it may just be changing
+    os.utime(path, (0, 0))
+    assert [found() for _ in range(3)] == [(1, 1), (0, 1), (0, 1)]
+    os.truncate(path, path.stat().st_size - 1)
+    os.utime(path, (0, 0))
+    assert [found() for _ in range(2)] == [(1, 0), (1, 0)]
 
 
 # States

@@ -264,6 +264,20 @@ def test_holders_that_make_no_sense(folder):
     with run.writing(): (folder / 'holder.json').unlink()
 
 
+def test_what_a_dead_writer_has_left_over_is_cleared_up(folder):
+    "Where it is the last one that wrote; `gc` finds whatever else there is"
+    dead = subprocess.Popen(['true'])
+    dead.wait()
+    run = filled(folder, a=OLD['a'])
+    paths = [folder / part / f'.learnkit-{dead.pid}-00ff' for part in ('.', 'nodes', 'packs')]
+    for path in paths: path.touch()
+    with run.writing(): assert [path.exists() for path in paths] == [False, True, True]
+    assert len(run.gc().left_over) == 2
+    (folder / 'holder.json').write_text(json.dumps({'host': platform.node(), 'pid': dead.pid,
+                                                    'since': 1.}))
+    with run.writing(): assert not any(path.exists() for path in paths)
+
+
 def test_a_holder_that_is_dead_misleads_nobody(folder):
     dead = subprocess.Popen(['true'])
     dead.wait()
