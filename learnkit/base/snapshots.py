@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/base/09_snapshots.ipynb #e35a98cf
-import datetime, decimal, enum, fractions, functools, operator, random, re, types, uuid
+import datetime, decimal, enum, fractions, functools, operator, re, types, uuid
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
