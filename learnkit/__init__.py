@@ -97,6 +97,7 @@ from .loop import observed as _observed
 from .loop import state as _state
 from .loop import reduction as _reduction
 from .loop import saving as _saving
+from .loop import first_batch as _first_batch
 from .loop import interrupts as _interrupts
 from .loop import provenance as _provenance
 from .loop import structure as _structure

@@ -344,6 +344,8 @@ def cases():
         loader_collate=DataLoader(ds, 4, collate_fn=loss), loader_stream=DataLoader(Stream(3)),
         loader_init=DataLoader(ds, 4, worker_init_fn=hook_a),
         own=DatasetLoader(ds, 4), own_seed=DatasetLoader(ds, 4, seed=3),
+        own_weights=DatasetLoader(ds, 4, weights=[1.] * len(ds)),
+        own_weights2=DatasetLoader(ds, 4, weights=[2.] + [1.] * (len(ds) - 1)),
         own_shuffle=DatasetLoader(ds, 4, True), own_drop=DatasetLoader(ds, 4, drop_last=True),
         own_collate=DatasetLoader(ds, 4, collate_fn=loss), batches=[(x[:2], y[:2])],
         batches_dls=DataLoaders([(x[:2], y[:2])]))

@@ -54,7 +54,9 @@ def sizes(strategy='ddp', samples=SAMPLES):
             with learn.distributed(strategy=strategy):
                 learn.fit(1)
                 valid, preds = learn.validate(), learn.get_preds(with_loss=True)
-            found[n, bs] = {**seen(learn), 'valid': valid, 'preds': [t.tolist() for t in preds]}
+                parts = learn.get_preds(with_input=True, concat=False)
+            found[n, bs] = {**seen(learn), 'valid': valid, 'preds': [t.tolist() for t in preds],
+                            'parts': [torch.cat(items).tolist() for items in parts]}
     return found
 
 
@@ -117,6 +119,8 @@ def frozen(cbs):
 CASES = {
     'datasets': lambda cbs: fitted(2, dls=datasets(0), cbs=cbs),
     'workers': lambda cbs: fitted(2, dls=datasets(2), cbs=cbs),
+    'weighted': lambda cbs: fitted(2, dls=DataLoaders.from_tensors(
+        tensors(45), tensors(13, 1), bs=8, device='cpu', weights=range(45)), cbs=cbs),
     'norm': lambda cbs: fitted(2, model=net(norm=True), cbs=cbs),
     'accumulation': lambda cbs: fitted(2, cbs=[GradientAccumulation(3), cbs]),
     'leftover': lambda cbs: fitted(2, cbs=[GradientAccumulation(4), cbs]),

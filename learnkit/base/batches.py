@@ -185,3 +185,12 @@ def only_tensors(x): # bool
     if isinstance(x, dict): return all(only_tensors(value) for value in x.values())
     if isinstance(x, (tuple, list)): return all(only_tensors(value) for value in x)
     return isinstance(x, torch.Tensor)
+
+# %% ../../nbs/base/03_batches.ipynb #c8e9a5a6
+class BatchList(list):
+    "Batches on the host, one by one: they need not fit together"
+    def add(self, batch): self.append(to_host(batch))
+
+    def read(self): # list; None when nothing was added
+        "What was added"
+        return list(self) or None

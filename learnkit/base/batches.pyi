@@ -156,3 +156,13 @@ def only_tensors(x: Any) -> bool:
     Returns:
         bool
     """
+
+class BatchList(list):
+    """Batches on the host, one by one: they need not fit together"""
+    def add(self, batch: Any) -> None: ...
+    def read(self) -> Any:
+        """What was added
+
+        Returns:
+            list; None when nothing was added
+        """

@@ -18,7 +18,8 @@ from torch.utils.data import (
     BatchSampler, DataLoader, Dataset, IterableDataset, default_collate, get_worker_info)
 from ..base.devices import default_device
 from ..base.randomness import generator_state, seed_generator
-from .order import Share, epoch_order, epoch_seed, split_samples
+from .order import (
+    Share, checked_weights, epoch_order, epoch_seed, split_samples, weighted_order)
 
 # %% ../../nbs/data/01_loaders.ipynb #5c7af18e
 class EpochLoader:
@@ -31,7 +32,7 @@ class EpochLoader:
                  seed:int=None, # None means 0
                 ):
         self.bs, self.shuffle, self.seed, self.epoch = index(bs), shuffle, index(seed or 0), 0
-        self.share = None  # see `shared`
+        self.share = self.weights = None  # see `shared` and `draw_by`
         if bs < 1: raise ValueError(f'bs={bs}: a batch has at least one sample')
 
     def set_epoch(self, epoch:int): self.epoch = epoch
@@ -45,8 +46,22 @@ class EpochLoader:
         return self.batches(epoch, start)
 
     def __repr__(self):
+        order = f'shuffle={self.shuffle}' if self.weights is None else 'weights=...'
         return (f'{type(self).__name__}(samples={self.n_samples}, batches={len(self)}, '
-                f'bs={self.bs}, shuffle={self.shuffle})')
+                f'bs={self.bs}, {order})')
+
+# %% ../../nbs/data/01_loaders.ipynb #6125dbfb
+@patch
+def draw_by(self:EpochLoader, weights, # a number for each sample, or None
+            n:int): # samples there are
+    "Let an epoch be drawn by weights, with replacement, if there are any"
+    if weights is not None: self.weights, self.shuffle = checked_weights(weights, n), True
+
+@patch
+def order_of(self:EpochLoader, n:int, epoch:int): # int64 tensor, (n,)
+    "The samples of an epoch, in the order they are read in"
+    if self.weights is not None: return weighted_order(self.weights, self.seed, epoch)
+    return epoch_order(n, self.seed, epoch) if self.shuffle else torch.arange(n)
 
 # %% ../../nbs/data/01_loaders.ipynb #bedb2bc7
 @patch
@@ -68,9 +83,7 @@ def as_tensors(tensors, # tensor or numpy array, or a tuple or list of them
               ): # tuple of tensors of one length
     "Tensors whose rows are samples; arrays are shared where possible, not copied"
     items = tensors if isinstance(tensors, (tuple, list)) else (tensors,)
-    if not items or not all(isinstance(item, (torch.Tensor, np.ndarray)) for item in items):
-        kinds = ', '.join(type(item).__name__ for item in items)
-        raise TypeError(f'expected tensors or arrays, got ({kinds})')
+    if not items or not all(map(is_array, items)): raise TypeError(no_arrays_text(items))
     arrays = [np.require(x, requirements='CW') if isinstance(x, np.ndarray) else x for x in items]
     found = tuple(torch.as_tensor(x, device=device) for x in arrays)
     shapes = [tuple(t.shape) for t in found]
@@ -78,6 +91,29 @@ def as_tensors(tensors, # tensor or numpy array, or a tuple or list of them
         raise ValueError('the first dimension counts the samples and must be the same in all '
                          f'tensors; got shapes {", ".join(map(str, shapes))}')
     return found
+
+def is_array(x): # bool
+    "Whether it is a tensor, or an array of numbers"
+    return isinstance(x, torch.Tensor) or isinstance(x, np.ndarray) and x.dtype.kind in 'biufc'
+
+def no_arrays_text(items): # str
+    "What to give instead of tables, lists, and arrays that are none of numbers"
+    names = [f'ndarray of {x.dtype}' if isinstance(x, np.ndarray) else type(x).__name__
+             for x in items[:3]]
+    text = f'expected tensors or arrays, got ({", ".join(names)}{", ..." * (len(items) > 3)})'
+    other = next((x for x in items if not is_array(x)), None)
+    match other:
+        case int() | float() | list() | tuple(): return f'{text}: make one, as by torch.tensor(...)'
+        case np.ndarray():
+            return f'{text}: it holds no numbers; make it such, as by x.astype("float32")'
+    return f'{text}: {numbers_of_table}' if is_table(other) else text
+
+numbers_of_table = ('a table is no tensor; give its numbers, inputs as '
+                    'table.to_numpy().astype("float32"), classes as column.to_numpy()')
+
+def is_table(x): # bool
+    "Whether it is a DataFrame or a Series, of pandas or polars"
+    return type(x).__module__.partition('.')[0] in ('pandas', 'polars')
 
 # %% ../../nbs/data/01_loaders.ipynb #1e786c81
 class TensorLoader(EpochLoader):
@@ -88,9 +124,11 @@ class TensorLoader(EpochLoader):
                  shuffle:bool=False, # whether the order changes with the epoch
                  seed:int=None, # of the order; None means 0
                  device=None, # keep the data there; None: where it is
+                 weights=None, # (samples,): an epoch is drawn by them, with replacement
                 ):
         super().__init__(bs, shuffle, seed)
         self.tensors = as_tensors(tensors, device)
+        self.draw_by(weights, self.n_samples)
 
     @property
     def n_samples(self): return len(self.tensors[0])
@@ -105,7 +143,7 @@ def batches(self:TensorLoader,
     first = range(len(self))[start:].start * self.bs
     if first >= self.n_samples: return
     if self.shuffle:
-        order = epoch_order(self.n_samples, self.seed, epoch).to(self.tensors[0].device)
+        order = self.order_of(self.n_samples, epoch).to(self.tensors[0].device)
         for idx in order[first:].split(self.bs):
             if self.share and not len(idx := self.share.samples_of(idx)): continue
             yield tuple([t.index_select(0, idx) for t in self.tensors])
@@ -191,10 +229,12 @@ class DatasetLoader(EpochLoader):
                  drop_last:bool=False, # leave out a short last batch
                  collate_fn=None, # list of samples -> batch; None: torch's
                  pin_memory:bool=None, # None: if there is an accelerator that profits
+                 weights=None, # (samples,): an epoch is drawn by them, with replacement
                  **kwargs, # of `DataLoader`: persistent_workers, worker_init_fn ...
                 ):
         super().__init__(bs, shuffle, seed)
         self.dataset, self.drop_last = check_dataset(ds, kwargs), drop_last
+        self.draw_by(weights, len(ds))
         self.sampler = AssignedSampler()
         batches = SeededBatches(ds, self.seed, collate_fn or default_collate)
         # without a generator each iterator would draw a seed from torch's global one
@@ -215,7 +255,7 @@ def batches(self:DatasetLoader,
            ): # iterator of batches
     "The batches of an epoch from `start` on; those before it are not fetched"
     n = len(self.dataset)
-    order = (epoch_order(n, self.seed, epoch) if self.shuffle else torch.arange(n)).tolist()
+    order = self.order_of(n, epoch).tolist()
     rank = (self.share.rank,) if self.share and self.share.rank else ()  # each draws other numbers
     keys = [((epoch, number, *rank), order[number * self.bs:(number + 1) * self.bs])
             for number in range(len(self))[start:]]
@@ -234,13 +274,15 @@ def check_dataset(ds,
                   kwargs:dict, # further arguments of the loader
                  ): # the dataset
     "`ds`, if a `DatasetLoader` can read it in an order of its own"
+    if is_table(ds): raise TypeError(f'{type(ds).__name__} is no dataset: {numbers_of_table}')
     map_style = hasattr(ds, '__len__') and hasattr(ds, '__getitem__')
     if isinstance(ds, IterableDataset) or not map_style:
         raise TypeError(f'{type(ds).__name__} is no map-style dataset, with len(ds) and ds[i]: '
                         'make a torch DataLoader of it, and give that to DataLoaders')
     if ordering := sorted(kwargs.keys() & {'batch_size', 'sampler', 'batch_sampler', 'generator'}):
-        raise TypeError(f'{", ".join(ordering)}: bs, shuffle and seed make the order here; '
-                        'for another one make a torch DataLoader, and give that to DataLoaders')
+        raise TypeError(f'{", ".join(ordering)}: bs, shuffle and seed make the order here, or '
+                        'weights=, which draw as a WeightedRandomSampler does; for another one '
+                        'make a torch DataLoader, and give that to DataLoaders')
     return ds
 
 # %% ../../nbs/data/01_loaders.ipynb #6a8976db
@@ -261,6 +303,7 @@ class DataLoaders:
 def check_loader(dl): # the loader, or None
     "`dl`, if it can give batches"
     name, in_memory = type(dl).__name__, isinstance(dl, (torch.Tensor, np.ndarray))
+    if is_table(dl): raise TypeError(f'{name}: {numbers_of_table}; use DataLoaders.from_tensors')
     if in_memory or isinstance(dl, Dataset) and not isinstance(dl, IterableDataset):
         maker = 'from_tensors' if in_memory else 'from_datasets'
         raise TypeError(f'{name} holds samples, not batches: use DataLoaders.{maker}')
@@ -287,6 +330,18 @@ def check_alike(train, valid): # tuples of tensors
                              'inputs and targets go together in one tuple: '
                              'from_tensors((inputs, targets))')
 
+# %% ../../nbs/data/01_loaders.ipynb #d5264670
+def classes_of(tensors, stratify, valid_pct): # array, (samples,); None: all samples are alike
+    "The classes by which samples are divided; by default the last tensor"
+    if stratify is False or stratify is None: return None
+    if not valid_pct: raise ValueError('stratify= divides by valid_pct=, which is not given')
+    found = tensors[-1] if stratify is True else stratify
+    found = found.cpu().numpy() if isinstance(found, torch.Tensor) else np.asarray(found)
+    if found.shape != tensors[0].shape[:1] or found.dtype.kind in 'fc':
+        raise ValueError(f'stratify: {found.dtype} of shape {found.shape} is no class for each of '
+                         f'{len(tensors[0])} samples; give them, as stratify=labels')
+    return found
+
 # %% ../../nbs/data/01_loaders.ipynb #e434b4a9
 @patch(cls_method=True)
 def from_tensors(cls:DataLoaders,
@@ -297,6 +352,8 @@ def from_tensors(cls:DataLoaders,
                  device=None, # keep the data there; None: where it is
                  seed:int=None, # of order and split; None means 0
                  valid_bs:int=None, # None: bs
+                 weights=None, # (samples,): an epoch of training is drawn by them
+                 stratify=False, # whether valid_pct is of each class of the targets; or the classes
                 ): # DataLoaders
     "Loaders of data in memory; the training one is shuffled"
     tensors, valid = as_tensors(tensors), None if valid is None else as_tensors(valid)
@@ -304,10 +361,14 @@ def from_tensors(cls:DataLoaders,
     if valid and len(valid) != len(tensors):
         raise ValueError(f'{len(tensors)} tensors to train on, but {len(valid)} to validate on')
     check_alike(tensors, valid or tensors)
-    split = split_samples(len(tensors[0]), valid_pct, seed)
+    n = len(tensors[0])
+    split = split_samples(n, valid_pct, seed, classes_of(tensors, stratify, valid_pct))
     if valid_bs is None: valid_bs = bs
-    if valid_pct: tensors, valid = [tuple(t[idx.to(t.device)] for t in tensors) for idx in split]
-    return cls(TensorLoader(tensors, bs, True, seed, device),
+    if weights is not None: weights = checked_weights(weights, n)
+    if valid_pct:
+        tensors, valid = [tuple(t[idx.to(t.device)] for t in tensors) for idx in split]
+        weights = None if weights is None else weights[split[0]]
+    return cls(TensorLoader(tensors, bs, True, seed, device, weights),
                valid and TensorLoader(valid, valid_bs, False, seed, device))
 
 # %% ../../nbs/data/01_loaders.ipynb #732fedd7
@@ -324,13 +385,14 @@ def from_datasets(cls:DataLoaders,
                   drop_last:bool=False, # leave out a short last training batch
                   collate_fn=None, # list of samples -> batch; None: torch's
                   pin_memory:bool=None, # None: if there is an accelerator that profits
+                  weights=None, # (samples,): an epoch of training is drawn by them
                   **kwargs, # of `DataLoader`: persistent_workers, prefetch_factor ...
                  ): # DataLoaders
     "Loaders of datasets; only the training one is shuffled, and only it may drop samples"
     loader = partial(dataset_loader, seed=seed, num_workers=num_workers, collate_fn=collate_fn,
                      pin_memory=pin_memory, **kwargs)
     if valid_bs is None: valid_bs = bs
-    return cls(loader(train_ds, bs, shuffle=shuffle, drop_last=drop_last),
+    return cls(loader(train_ds, bs, shuffle=shuffle, drop_last=drop_last, weights=weights),
                loader(valid_ds, valid_bs), loader(test_ds, valid_bs))
 
 # %% ../../nbs/data/01_loaders.ipynb #dfc6b2d4
@@ -339,12 +401,16 @@ def dataset_loader(ds, # map-style or `IterableDataset`, or None
                    shuffle:bool=False, # an `IterableDataset` has its own order
                    seed:int=None, # None means 0
                    pin_memory:bool=None, # None: if there is an accelerator that profits
+                   weights=None, # (samples,): an epoch is drawn by them
                    **kwargs, # of `DatasetLoader`
                   ): # `DatasetLoader`; torch's `DataLoader` for an `IterableDataset`; None
     "The loader that fits a dataset"
     if ds is None: return None
     kwargs['pin_memory'] = should_pin(pin_memory)
-    if not isinstance(ds, IterableDataset): return DatasetLoader(ds, bs, shuffle, seed, **kwargs)
+    if not isinstance(ds, IterableDataset):
+        return DatasetLoader(ds, bs, shuffle, seed, weights=weights, **kwargs)
+    if weights is not None:
+        raise TypeError(f'weights: a {type(ds).__name__} is a stream and has its own order')
     generator = torch.Generator().manual_seed(epoch_seed(seed or 0))
     return DataLoader(ds, bs, generator=generator, **kwargs)
 

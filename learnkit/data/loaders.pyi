@@ -20,6 +20,7 @@ class EpochLoader:
     seed: Any
     epoch: int
     share: Any
+    weights: Any
     def __init__(self, bs: int, shuffle: bool, seed: int | None = None) -> None:
         """Base of learnkit's loaders: a batch is a function of (seed, epoch, number of the batch)
 
@@ -38,6 +39,21 @@ class EpochLoader:
             iterator of batches
         """
     def __repr__(self) -> str: ...
+    def draw_by(self, weights: Any, n: int) -> Any:
+        """Let an epoch be drawn by weights, with replacement, if there are any
+
+        Args:
+            weights: a number for each sample, or None
+
+        Returns:
+            samples there are
+        """
+    def order_of(self, n: int, epoch: int) -> Any:
+        """The samples of an epoch, in the order they are read in
+
+        Returns:
+            int64 tensor, (n,)
+        """
     def shared(self, share: Share) -> Any:
         """A loader of the same batches that gives the part of each that one of several processes takes
 
@@ -62,6 +78,28 @@ def as_tensors(tensors: Any, device: Any = None) -> Any:
         tuple of tensors of one length
     """
 
+def is_array(x: Any) -> bool:
+    """Whether it is a tensor, or an array of numbers
+
+    Returns:
+        bool
+    """
+
+def no_arrays_text(items: Any) -> str:
+    """What to give instead of tables, lists, and arrays that are none of numbers
+
+    Returns:
+        str
+    """
+numbers_of_table: str
+
+def is_table(x: Any) -> bool:
+    """Whether it is a DataFrame or a Series, of pandas or polars
+
+    Returns:
+        bool
+    """
+
 class TensorLoader(EpochLoader):
     """Batches of tensors in memory: one `index_select` a tensor, no Python loop over samples"""
     tensors: Any
@@ -72,6 +110,7 @@ class TensorLoader(EpochLoader):
             shuffle: bool = False,
             seed: int | None = None,
             device: Any = None,
+            weights: Any = None,
     ) -> None:
         """Batches of tensors in memory: one `index_select` a tensor, no Python loop over samples
 
@@ -81,6 +120,7 @@ class TensorLoader(EpochLoader):
             shuffle: whether the order changes with the epoch
             seed: of the order; None means 0
             device: keep the data there; None: where it is
+            weights: (samples,): an epoch is drawn by them, with replacement
         """
     @property
     def n_samples(self) -> Any: ...
@@ -154,6 +194,7 @@ class DatasetLoader(EpochLoader):
             drop_last: bool = False,
             collate_fn: Any = None,
             pin_memory: bool | None = None,
+            weights: Any = None,
             **kwargs: Any,
     ) -> None:
         """Batches of a map-style dataset, the same ones with any number of workers
@@ -167,6 +208,7 @@ class DatasetLoader(EpochLoader):
             drop_last: leave out a short last batch
             collate_fn: list of samples -> batch; None: torch's
             pin_memory: None: if there is an accelerator that profits
+            weights: (samples,): an epoch is drawn by them, with replacement
             kwargs: of `DataLoader`: persistent_workers, worker_init_fn ...
         """
     @property
@@ -222,6 +264,8 @@ class DataLoaders:
             device: Any = None,
             seed: int | None = None,
             valid_bs: int | None = None,
+            weights: Any = None,
+            stratify: Any = False,
     ) -> DataLoaders:
         """Loaders of data in memory; the training one is shuffled
 
@@ -233,6 +277,8 @@ class DataLoaders:
             device: keep the data there; None: where it is
             seed: of order and split; None means 0
             valid_bs: None: bs
+            weights: (samples,): an epoch of training is drawn by them
+            stratify: whether valid_pct is of each class of the targets; or the classes
 
         Returns:
             DataLoaders
@@ -251,6 +297,7 @@ class DataLoaders:
             drop_last: bool = False,
             collate_fn: Any = None,
             pin_memory: bool | None = None,
+            weights: Any = None,
             **kwargs: Any,
     ) -> DataLoaders:
         """Loaders of datasets; only the training one is shuffled, and only it may drop samples
@@ -266,6 +313,7 @@ class DataLoaders:
             drop_last: leave out a short last training batch
             collate_fn: list of samples -> batch; None: torch's
             pin_memory: None: if there is an accelerator that profits
+            weights: (samples,): an epoch of training is drawn by them
             kwargs: of `DataLoader`: persistent_workers, prefetch_factor ...
 
         Returns:
@@ -293,12 +341,20 @@ def check_alike(train: Any, valid: Any) -> Any:
         tuples of tensors
     """
 
+def classes_of(tensors: Any, stratify: Any, valid_pct: Any) -> Any:
+    """The classes by which samples are divided; by default the last tensor
+
+    Returns:
+        array, (samples,); None: all samples are alike
+    """
+
 def dataset_loader(
         ds: Any,
         bs: int,
         shuffle: bool = False,
         seed: int | None = None,
         pin_memory: bool | None = None,
+        weights: Any = None,
         **kwargs: Any,
 ) -> Any:
     """The loader that fits a dataset
@@ -308,6 +364,7 @@ def dataset_loader(
         shuffle: an `IterableDataset` has its own order
         seed: None means 0
         pin_memory: None: if there is an accelerator that profits
+        weights: (samples,): an epoch is drawn by them
         kwargs: of `DatasetLoader`
 
     Returns:

@@ -9,6 +9,7 @@ __all__ = []
 import hashlib
 from dataclasses import dataclass
 from operator import index
+import numpy as np
 import torch
 
 # %% ../../nbs/data/00_order.ipynb #08518074
@@ -27,20 +28,73 @@ def epoch_order(n:int, # samples
     "The numbers below `n`, shuffled by a generator of their own"
     return torch.randperm(n, generator=torch.Generator().manual_seed(epoch_seed(seed, *epoch)))
 
+# %% ../../nbs/data/00_order.ipynb #05ac03f4
+def checked_weights(weights, # one for each sample: list, array or tensor
+                    n:int, # samples
+                   ): # float64 tensor, (n,), on the host
+    "Weights to draw samples by, not normalised"
+    found = torch.as_tensor(weights).to('cpu', torch.float64)
+    if found.shape != (n,):
+        raise ValueError(f'weights of shape {tuple(found.shape)}: give one for each of {n} samples')
+    if not found.isfinite().all() or (found < 0).any() or not found.sum() > 0:
+        raise ValueError('weights: must be finite and not negative, and one of them above 0')
+    return found
+
+def weighted_order(weights, # as from `checked_weights`
+                   seed:int,
+                   *epoch:int,
+                  ): # int64 tensor, as long as the weights
+    "Samples drawn with replacement, each by its share of the weights"
+    rng, sums = torch.Generator().manual_seed(epoch_seed(seed, *epoch)), weights.cumsum(0)
+    draws = torch.rand(len(weights), generator=rng, dtype=torch.float64) * sums[-1]
+    # A product may be rounded up to the sum itself
+    last = weights.nonzero().max() if len(weights) else 0
+    return torch.searchsorted(sums, draws, right=True).clamp(max=last)
+
 # %% ../../nbs/data/00_order.ipynb #8dde4327
 def split_samples(n:int, # samples
                   valid_pct:float, # part to validate on, 0 to 1
                   seed:int=None, # None means 0
+                  classes=None, # class of each sample, (n,): each is divided by itself; None: all
                  ): # (train, valid), ascending int64 tensors
     "Samples to train and to validate on: disjoint, complete, a function of the seed"
     if not 0 <= valid_pct < 1:
         raise ValueError(f'valid_pct={valid_pct}: must be at least 0 and below 1')
-    n_valid = round(n * valid_pct)
+    n_valid, order = round(n * valid_pct), epoch_order(n, seed or 0)
     if valid_pct and not 0 < n_valid < n:
         raise ValueError(f'valid_pct={valid_pct} of {n} samples leaves nothing to '
                          f'{"train" if n_valid else "validate"} on')
-    order = epoch_order(n, seed or 0)
+    if valid_pct and classes is not None: order = stratified(order, classes, n_valid)
     return order[n_valid:].sort().values, order[:n_valid].sort().values
+
+# %% ../../nbs/data/00_order.ipynb #169196f7
+def stratified(order, # samples, shuffled
+               classes, # array, (samples,)
+               n_valid:int,
+              ): # the same samples, the first `n_valid` of which hold of each class its share
+    "An order whose beginning has the proportions of the whole"
+    _, numbers, sizes = np.unique(classes, return_inverse=True, return_counts=True)
+    numbers = numbers[order.numpy()]
+    taken = shares_of(sizes, n_valid)
+    place = np.empty(len(numbers), int)  # of each sample among those of its class
+    place[np.argsort(numbers, kind='stable')] = np.concatenate([np.arange(n) for n in sizes])
+    is_valid = torch.from_numpy(place < taken[numbers])
+    return torch.cat([order[is_valid], order[~is_valid]])
+
+def shares_of(sizes, # of the classes
+              n:int, # samples to take in all
+             ): # int array: how many to take of each class
+    "As many of each class as its share, rounded by the largest remainders; never all of a class"
+    shares = sizes * n / sizes.sum()
+    taken = np.minimum(np.floor(shares).astype(int), sizes - 1)
+    while (left := n - taken.sum()) > 0:
+        open_ = taken < sizes - 1
+        if not open_.any():
+            raise ValueError(f'{n} of {sizes.sum()} samples to validate on leave some of the '
+                             f'{len(sizes)} classes without one to train on: lower valid_pct')
+        first = np.argsort(np.where(open_, taken - shares, np.inf), kind='stable')
+        taken[first[:min(left, open_.sum())]] += 1
+    return taken
 
 # %% ../../nbs/data/00_order.ipynb #d61b1c3a
 @dataclass(frozen=True)

@@ -27,16 +27,60 @@ def epoch_order(n: int, seed: int, *epoch: int) -> Any:
         int64 tensor, (n,)
     """
 
-def split_samples(n: int, valid_pct: float, seed: int | None = None) -> Any:
+def checked_weights(weights: Any, n: int) -> Any:
+    """Weights to draw samples by, not normalised
+
+    Args:
+        weights: one for each sample: list, array or tensor
+        n: samples
+
+    Returns:
+        float64 tensor, (n,), on the host
+    """
+
+def weighted_order(weights: Any, seed: int, *epoch: int) -> Any:
+    """Samples drawn with replacement, each by its share of the weights
+
+    Args:
+        weights: as from `checked_weights`
+
+    Returns:
+        int64 tensor, as long as the weights
+    """
+
+def split_samples(n: int, valid_pct: float, seed: int | None = None, classes: Any = None) -> Any:
     """Samples to train and to validate on: disjoint, complete, a function of the seed
 
     Args:
         n: samples
         valid_pct: part to validate on, 0 to 1
         seed: None means 0
+        classes: class of each sample, (n,): each is divided by itself; None: all
 
     Returns:
         (train, valid), ascending int64 tensors
+    """
+
+def stratified(order: Any, classes: Any, n_valid: int) -> Any:
+    """An order whose beginning has the proportions of the whole
+
+    Args:
+        order: samples, shuffled
+        classes: array, (samples,)
+
+    Returns:
+        the same samples, the first `n_valid` of which hold of each class its share
+    """
+
+def shares_of(sizes: Any, n: int) -> Any:
+    """As many of each class as its share, rounded by the largest remainders; never all of a class
+
+    Args:
+        sizes: of the classes
+        n: samples to take in all
+
+    Returns:
+        int array: how many to take of each class
     """
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from ..data.loaders import DataLoaders
 from ..components.callback import STEPS, Callback, Callbacks, as_callbacks
 from ..components.metrics import Tally
 from ..components.optim import make_opt as new_opt
+from .first_batch import FirstBatch
 from .interrupts import EndOnSignal, Interrupts, pending_signal
 from .loop import Loop, training_loop
 from .observed import Origin
@@ -82,7 +83,8 @@ def _begin(self:Learner, cbs):
     self.compiled = self.scaler = None
     self.levels, self.fit_cbs, self.frozen_stats, self.sync_grads = [], [], [], True
     self._origin, interrupts = Origin(), Interrupts()
-    self._cbs = Callbacks(cbs, inner=[interrupts, ResumePoint(), EndOnSignal(interrupts)])
+    inner = interrupts, ResumePoint(), EndOnSignal(interrupts), FirstBatch()
+    self._cbs = Callbacks(cbs, inner=inner)
     self._fit = FitState()
     vars(self).update(vars(PassState()))
 

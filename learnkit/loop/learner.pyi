@@ -232,13 +232,20 @@ class Learner(Loop):
             loss and metrics
         """
     @pure
-    def get_preds(self, dl: Any = None, with_loss: bool = False, with_input: bool = False) -> tuple:
+    def get_preds(
+            self,
+            dl: Any = None,
+            with_loss: bool = False,
+            with_input: bool = False,
+            concat: bool = True,
+    ) -> tuple:
         """Predictions and targets over `dl`, in its order; changes nothing
 
         Args:
             dl: loader; None: `dls.valid`
             with_loss: also the loss of each sample, (samples,)
             with_input: also the inputs
+            concat: False: lists with an item for each batch, whose shapes may differ
 
         Returns:
             preds, targs[, losses][, inputs] on the host, (samples, ...) each

@@ -10,11 +10,12 @@ import inspect, warnings
 from collections.abc import Mapping
 from contextlib import contextmanager
 from functools import lru_cache
+import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
-from ..base.batches import batch_size, kind, n_rows, to_device
+from ..base.batches import batch_size, kind, n_rows, tensors_in, to_device
 from ..base.guard import Guarded
 from ..base.methods import unrecorded
 from ..base.randomness import isolated_rng
@@ -23,7 +24,7 @@ from ..components.callback import (
     Callbacks, Cancel, CancelBackward, CancelFit, CancelStep, Interrupted)
 from ..components.loss_weight import LossCalls, divisor_in_graph
 from ..components.optim import needs_closure, opt_params
-from ..data.loaders import length, n_samples_of_batch, set_epoch
+from ..data.loaders import is_table, length, n_samples_of_batch, set_epoch
 from ..data.resumable import workers_outlive_signals
 from .position import FitState, PassState
 
@@ -392,6 +393,7 @@ def add_step(learn, error, name):
     "Note in an exception which step it comes from, and what that had to do with; once"
     if any(note.startswith('(in ') for note in getattr(error, '__notes__', ())): return
     error.add_note(f'(in {name}{what_a_step_does(learn, name)})')
+    if text := no_float32_text(learn): error.add_note(f'({text})')
 
 def what_a_step_does(learn, name): # str
     n_x, n_all = len(learn.xb), len(learn.xb) + len(learn.yb)
@@ -409,6 +411,21 @@ def kinds(items): return ', '.join(map(kind, items)) # str
 def called(x): # str
     "What a function or an object goes by"
     return getattr(getattr(x, 'func', x), '__name__', type(x).__name__)
+
+# %% ../../nbs/loop/03_loop.ipynb #07578adb
+def no_float32_text(learn): # str; None where the data is of the model's kind
+    "What to do about data that is no tensor or of twice as many bits as the model"
+    for name, items in (('inputs', learn.xb), ('targets', learn.yb)):
+        other = next((x for x in items if isinstance(x, np.ndarray) or is_table(x)), None)
+        if other is not None:
+            return (f'the {name} are no tensors, but {type(other).__name__}: make them such, as by '
+                    'torch.tensor(x, dtype=torch.float32)')
+        params = [p for p in learn.model.parameters() if p.is_floating_point()]
+        if not params or params[0].dtype is torch.float64: continue
+        if any(t.dtype is torch.float64 for t in tensors_in(items)):
+            return (f'the {name} are float64, the weights {kind(params[0]).partition("[")[0]}: '
+                    'make the data float32, as by x.astype("float32") or x.float(), or the model '
+                    'float64, by model.double()')
 
 # %% ../../nbs/loop/03_loop.ipynb #22ba0efc
 @patch

@@ -166,6 +166,13 @@ def called(x: Any) -> str:
         str
     """
 
+def no_float32_text(learn: Learner) -> str:
+    """What to do about data that is no tensor or of twice as many bits as the model
+
+    Returns:
+        str; None where the data is of the model's kind
+    """
+
 def is_meant_here(cancel: Any, levels: Any) -> bool:
     """Whether a Cancel ends the innermost open level: its own, or the last one if that is not open
 

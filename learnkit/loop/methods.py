@@ -43,9 +43,10 @@ def get_preds(self:Learner,
               dl=None, # loader; None: `dls.valid`
               with_loss:bool=False, # also the loss of each sample, (samples,)
               with_input:bool=False, # also the inputs
+              concat:bool=True, # False: lists with an item for each batch, whose shapes may differ
              ) -> tuple: # preds, targs[, losses][, inputs] on the host, (samples, ...) each
     "Predictions and targets over `dl`, in its order; changes nothing"
-    return predictions(self, self.dls.valid if dl is None else dl, with_loss, with_input)
+    return predictions(self, self.dls.valid if dl is None else dl, with_loss, with_input, concat)
 
 @patch
 @pure

@@ -10,7 +10,7 @@ import inspect, math
 from contextlib import contextmanager
 import torch
 from torch import nn
-from ..base.batches import BatchBuffer, batch_size, map_tensors
+from ..base.batches import BatchBuffer, BatchList, batch_size, map_tensors
 from ..data.loaders import check_loader, n_samples
 from ..data.resumable import reading_without_trace
 from ..components.callback import Callback
@@ -75,15 +75,28 @@ def losses_one_by_one(learn, n): # tensor, (batch,)
     finally: learn.pred, learn.yb, learn.loss = pred, yb, loss
     return torch.stack(losses)
 
+# %% ../../nbs/loop/09_predict.ipynb #fa8783ac
+WORDS = {'pred': 'predictions', 'targ': 'targets', 'loss': 'losses', 'input': 'inputs'}
+
+def add_batch(buffer, # `BatchBuffer` or `BatchList`
+              kind:str, # of WORDS
+              batch):
+    "Add a batch; an error names what cannot be put together, and the way out"
+    try: buffer.add(batch)
+    except ValueError as error:
+        raise ValueError(f'get_preds: the {WORDS[kind]} cannot be put together: {error}; or take '
+                         'a list of batches: get_preds(concat=False)') from None
+
 # %% ../../nbs/loop/09_predict.ipynb #33b46961
 class Collect(Callback):
     "Gathers predictions, targets, losses and inputs of a pass"
     order, phases = 95, ('predict',)
 
-    def __init__(self, with_loss=False, with_input=False, n=None):
-        self.with_loss, self._input, self._cancelled = with_loss, (), False
+    def __init__(self, with_loss=False, with_input=False, n=None, concat=True):
+        self.with_loss, self.concat = with_loss, concat
+        self._input, self._cancelled = (), False
         kinds = ['pred', 'targ', *['loss'] * with_loss, *['input'] * with_input]
-        self.buffers = {kind: BatchBuffer(n) for kind in kinds}
+        self.buffers = {kind: BatchBuffer(n) if concat else BatchList() for kind in kinds}
 
     def before_batch(self, learn): self._input, self._cancelled = learn.xb, False
     def after_cancel_batch(self, learn): self._cancelled = True
@@ -93,18 +106,18 @@ class Collect(Callback):
         found = {'pred': learn.pred, 'targ': unwrap(learn.yb), 'input': unwrap(self._input)}
         if self.with_loss: found['loss'] = losses_of_samples(learn)
         for kind, buffer in self.buffers.items():
-            if found[kind] is not None: buffer.add(found[kind])
+            if found[kind] is not None: add_batch(buffer, kind, found[kind])
 
 def unwrap(items:tuple): # the only item, None for none, else the tuple
     "A tuple of one as its item"
     return None if not items else items[0] if len(items) == 1 else items
 
 # %% ../../nbs/loop/09_predict.ipynb #93096409
-def predictions(learn, dl, with_loss, with_input): # tuple of tensors
+def predictions(learn, dl, with_loss, with_input, concat): # tuple of tensors, or lists of them
     "Predictions and targets over a loader, in its order, with losses and inputs if they are wanted"
     if dl is None: raise ValueError('no data: give a loader, as dls.valid is None')
     check_loader(dl)
-    collect = Collect(with_loss, with_input, n_samples(dl))
+    collect = Collect(with_loss, with_input, n_samples(dl), concat)
     skip_loss = Callback(before_validate=lambda learn: setattr(learn, 'has_loss', with_loss))
     with (interruptible(learn), side_pass(learn), learn.added_cbs([skip_loss, collect]),
           unchanged_by_a_pass(learn), reading_without_trace(dl) as dl):

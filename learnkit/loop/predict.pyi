@@ -45,12 +45,28 @@ def losses_one_by_one(learn: Learner, n: Any) -> Any:
     Returns:
         tensor, (batch,)
     """
+WORDS: dict[str, Any]
+
+def add_batch(buffer: Any, kind: str, batch: Any) -> None:
+    """Add a batch; an error names what cannot be put together, and the way out
+
+    Args:
+        buffer: `BatchBuffer` or `BatchList`
+        kind: of WORDS
+    """
 
 class Collect(Callback):
     """Gathers predictions, targets, losses and inputs of a pass"""
     with_loss: Any
+    concat: Any
     buffers: dict[Any, Any]
-    def __init__(self, with_loss: Any = False, with_input: Any = False, n: Any = None) -> None: ...
+    def __init__(
+            self,
+            with_loss: Any = False,
+            with_input: Any = False,
+            n: Any = None,
+            concat: Any = True,
+    ) -> None: ...
     def before_batch(self, learn: Learner) -> None: ...
     def after_cancel_batch(self, learn: Learner) -> None: ...
     def after_batch(self, learn: Learner) -> None: ...
@@ -62,9 +78,9 @@ def unwrap(items: tuple) -> Any:
         the only item, None for none, else the tuple
     """
 
-def predictions(learn: Learner, dl: Any, with_loss: Any, with_input: Any) -> Any:
+def predictions(learn: Learner, dl: Any, with_loss: Any, with_input: Any, concat: Any) -> Any:
     """Predictions and targets over a loader, in its order, with losses and inputs if they are wanted
 
     Returns:
-        tuple of tensors
+        tuple of tensors, or lists of them
     """

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from torch import nn
 from ..base.ranks import in_group, is_main, ranks_from_env, rank
 from ..base.randomness import rng_state, set_seed
-from ..base.batches import map_tensors, to_host
+from ..base.batches import BatchList, map_tensors
 from ..base.dtensors import any_dtensor, full_tensor, is_sharded, reshard
 from ..base.methods import unrecorded
 from ..files.tree import tree_digest
@@ -290,11 +290,7 @@ def _exchange_gradients(self:Distributed, learn):
 def _gather_predictions(self:Distributed, collect, dl):
     batches = {kind: list(buffer) for kind, buffer in collect.buffers.items()}
     numbers = batch_numbers(dl, max(map(len, batches.values())))
-    collect.buffers = gather_batches(self.ranks, numbers, batches)
-
-class BatchList(list):
-    "What a pass gives, batch by batch, on the host"
-    def add(self, batch): self.append(to_host(batch))
+    collect.buffers = gather_batches(self.ranks, numbers, batches, collect.concat)
 
 # %% ../../nbs/processes/07_distributed.ipynb #aa55f485
 @patch

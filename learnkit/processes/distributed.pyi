@@ -80,10 +80,6 @@ class Distributed(Callback):
 def check_strategy(strategy: Any, blocks: Any, find_unused: Any, options: Any) -> None:
     """Raise for a strategy that is none, and for arguments that it does not take"""
 
-class BatchList(list):
-    """What a pass gives, batch by batch, on the host"""
-    def add(self, batch: Any) -> None: ...
-
 def padded(t: Any, shape: Any, value: Any) -> Any:
     """A tensor with further dimensions filled up
 

@@ -9,11 +9,12 @@ __all__ = []
 import copy, itertools
 import torch
 from torch.utils.data import DataLoader, IterableDataset
-from ..base.batches import BatchBuffer, batch_size, to_device
+from ..base.batches import BatchBuffer, BatchList, batch_size, to_device
 from ..base.randomness import (
     generator_state, rng_state, set_generator_state, set_rng_state)
 from ..data.order import Share
 from ..data.loaders import EpochLoader, generators, length, loader_objects
+from ..loop.predict import add_batch
 from ..training.trials import RepeatedBatches
 
 # %% ../../nbs/processes/04_shares.ipynb #b8dd499d
@@ -168,13 +169,15 @@ def batch_numbers(dl, n:int) -> list:
     if not isinstance(dl, EpochLoader): return list(range(n))
     return [i for i in range(len(dl)) if dl.batch_weights(i)[0]][:n]
 
-def gather_batches(ranks, numbers:list, batches:dict) -> dict: # kind -> `BatchBuffer`
+def gather_batches(ranks, numbers:list, batches:dict,
+                   concat=True, # False: what the processes had of the batches stays apart
+                  ) -> dict: # kind -> `BatchBuffer` or `BatchList`
     "Lists of batches of all processes, of several kinds, put together in the order of the numbers"
     found = ranks.gather({'numbers': numbers, 'batches': batches})
     order = sorted((number, rank, i) for rank, here in enumerate(found)
                    for i, number in enumerate(here['numbers']))
-    gathered = {kind: BatchBuffer() for kind in batches}
+    gathered = {kind: BatchBuffer() if concat else BatchList() for kind in batches}
     for kind, together in gathered.items():
         for _, rank, i in order:
-            if found[rank]['batches'][kind]: together.add(found[rank]['batches'][kind][i])
+            if here := found[rank]['batches'][kind]: add_batch(together, kind, here[i])
     return gathered

@@ -106,9 +106,12 @@ class LockstepLoader:
 def batch_numbers(dl: Any, n: int) -> list:
     """The numbers of the `n` batches that this process has read of its share"""
 
-def gather_batches(ranks: Any, numbers: list, batches: dict) -> dict:
+def gather_batches(ranks: Any, numbers: list, batches: dict, concat: Any = True) -> dict:
     """Lists of batches of all processes, of several kinds, put together in the order of the numbers
 
+    Args:
+        concat: False: what the processes had of the batches stays apart
+
     Returns:
-        kind -> `BatchBuffer`
+        kind -> `BatchBuffer` or `BatchList`
     """

@@ -4,7 +4,10 @@ import itertools
 import pickle
 import random
 import time
+from importlib import import_module
+from importlib.util import find_spec
 import numpy as np
+import pandas as pd
 import preloaded
 import pytest
 import torch
@@ -55,6 +58,7 @@ def global_state():
 def make_loader(kind, n, bs, seed, shuffle=True):
     if kind == 'tensors':
         return TensorLoader((torch.arange(n), torch.rand(n, 2)), bs, shuffle, seed)
+    if kind == 'drawn': return TensorLoader(torch.arange(n), bs, seed=seed, weights=range(1, n + 1))
     return DatasetLoader(Noisy(n), bs, shuffle, seed)
 
 
@@ -68,14 +72,14 @@ def test_every_sample_once_in_full_batches(kind, n, bs, seed, epoch, shuffle):
     assert [len(batch) for batch in batches] == [bs] * (n // bs) + ([n % bs] if n % bs else [])
     assert len(dl) == len(batches) and dl.n_samples == n
 
-@pytest.mark.parametrize('kind', ['tensors', 'dataset'])
+@pytest.mark.parametrize('kind', ['tensors', 'dataset', 'drawn'])
 @few
 @given(n=sizes, bs=sizes, seed=seeds, epoch=st.integers(0, 50), start=st.integers(0, 45))
 def test_started_later_an_epoch_goes_on_the_same(kind, n, bs, seed, epoch, start):
     dl = make_loader(kind, n, bs, seed)
     assert equal(list(dl.batches(epoch, start)), list(dl.batches(epoch))[start:])
 
-@pytest.mark.parametrize('kind', ['tensors', 'dataset'])
+@pytest.mark.parametrize('kind', ['tensors', 'dataset', 'drawn'])
 @few
 @given(n=sizes, bs=sizes, seed=seeds, history=st.lists(st.integers(0, 5), max_size=3))
 def test_an_epoch_does_not_depend_on_what_was_read_before(kind, n, bs, seed, history):
@@ -113,6 +117,50 @@ def test_split_is_disjoint_and_complete(n, seed, valid_pct):
         assert sorted(train.tolist() + valid.tolist()) == list(range(n))
         assert equal(split_samples(n, valid_pct, seed), (train, valid))
         assert len(valid) == round(n * valid_pct)
+
+@few
+@given(sizes=st.lists(st.integers(1, 30), min_size=1, max_size=6), seed=seeds,
+       valid_pct=st.floats(.01, .99))
+def test_a_stratified_split_has_the_share_of_each_class(sizes, seed, valid_pct):
+    n, classes = sum(sizes), np.repeat(np.arange(len(sizes)), sizes)
+    n_valid = round(n * valid_pct)
+    try: train, valid = split_samples(n, valid_pct, seed, classes)
+    except ValueError:
+        assert n_valid in (0, n) or n - n_valid < len(sizes)
+        return
+    assert sorted(train.tolist() + valid.tolist()) == list(range(n)) and len(valid) == n_valid
+    assert equal(split_samples(n, valid_pct, seed, classes), (train, valid))
+    taken = np.bincount(classes[valid.numpy()], minlength=len(sizes))
+    assert (taken < sizes).all()
+    spare = np.array(sizes) * n_valid / n
+    used_up = (np.ceil(spare) >= sizes).any()
+    assert used_up or (abs(taken - spare) < 1).all()
+
+def test_stratified_counts_are_exact_and_the_samples_follow_from_the_seed():
+    y = torch.tensor([0] * 50 + [1] * 30 + [2] * 20)
+    splits = [DataLoaders.from_tensors((torch.arange(100.), y), valid_pct=.2, stratify=True,
+                                       seed=seed).valid.tensors for seed in (0, 0, 1)]
+    assert [yb.bincount().tolist() for _, yb in splits] == [[10, 6, 4]] * 3
+    assert torch.equal(splits[0][0], splits[1][0]) and not torch.equal(splits[0][0], splits[2][0])
+    named = DataLoaders.from_tensors(torch.arange(100.), valid_pct=.2,
+                                     stratify=[['cat', 'dog', 'yak'][i] for i in y])
+    assert torch.equal(named.valid.tensors[0], splits[0][0])
+
+@pytest.mark.parametrize('make', [
+    lambda w: TensorLoader(torch.arange(4), 2, seed=3, weights=w),
+    lambda w: DatasetLoader(range(4), 2, seed=3, weights=w)])
+def test_weights_draw_each_sample_by_its_share(make):
+    dl = make([1, 3, 0, 4])
+    drawn = torch.cat([batch[0] if isinstance(batch, tuple) else batch
+                       for _ in range(1000) for batch in dl])
+    assert len(drawn) == 4000
+    shares = drawn.bincount(minlength=4) / 4000
+    assert (shares - torch.tensor([1, 3, 0, 4]) / 8).abs().max() < .03 and shares[2] == 0
+
+def test_weights_go_with_their_samples_through_a_split():
+    x = torch.arange(40)
+    dls = DataLoaders.from_tensors(x, valid_pct=.5, weights=(x < 20).float())
+    assert torch.cat([xb for xb, in dls.train]).max() < 20 <= dls.valid.tensors[0].max()
 
 @few
 @given(words=st.lists(st.lists(st.integers(0, 2**70), min_size=1, max_size=4), min_size=2,
@@ -354,3 +402,48 @@ def test_a_dataset_is_told_the_epoch_whatever_is_around_it(tmp_path, wrap):
     with pytest.raises(RuntimeError, match='a power cut'): fit([SaveState('run', '1 step'), Stop()])
     # The save lies at the end of epoch 0, which is read again and left out
     assert fit(SaveState('run', '1 step'), resume='latest') == wanted
+
+
+# Tables, and arrays of numbers of other kinds
+
+polars = import_module('polars') if find_spec('polars') else None
+TABLES = [lambda: pd.DataFrame({'a': [1., 2.]}), lambda: pd.Series([1., 2.]),
+          *([lambda: polars.DataFrame({'a': [1., 2.]})] if polars else [])]
+
+@pytest.mark.parametrize('table', TABLES)
+@pytest.mark.parametrize('take', [
+    DataLoaders.from_tensors, TensorLoader, DatasetLoader, DataLoaders.from_datasets, DataLoaders,
+    lambda x: DataLoaders.from_tensors((torch.ones(2), x)),
+    lambda x: DataLoaders.from_tensors(torch.ones(2), valid=x)])
+def test_a_table_is_refused_with_the_line_that_mends_it(table, take):
+    with pytest.raises(TypeError, match=r'to_numpy\(\).astype\("float32"\)'): take(table())
+    take = DataLoaders.from_tensors
+    assert next(iter(take(table().to_numpy().astype('float32')).train))[0].dtype is torch.float32
+
+@pytest.mark.parametrize('x, text', [
+    ([1., 2., 3., 4., 5.], r'got \(float, float, float, \.\.\.\): make one, as by torch.tensor'),
+    (([[1.], [2.]], [0, 1]), r'got \(list, list\): make one, as by torch.tensor'),
+    (np.array([1, None]), r'ndarray of object\): it holds no numbers')])
+def test_what_is_no_array_is_refused_with_the_line_that_mends_it(x, text):
+    with pytest.raises(TypeError, match=text): DataLoaders.from_tensors(x)
+
+def learner_of(x, y, model=None):
+    learn = Learner(DataLoaders.from_tensors((x, y)), model or torch.nn.Linear(2, 1),
+                    torch.nn.functional.huber_loss, device='cpu')
+    learn.remove_cb(Progress)
+    return learn
+
+@pytest.mark.parametrize('x, y, name', [
+    (np.ones((4, 2)), np.ones((4, 1), 'float32'), 'inputs'),
+    (np.ones((4, 2), 'float32'), np.ones((4, 1)), 'targets')])
+def test_64_bits_for_a_model_of_32_are_told_with_the_line_that_mends_it(x, y, name):
+    with pytest.raises(RuntimeError) as caught: learner_of(x, y).fit(1)
+    assert f'(the {name} are float64, the weights float32: make the data float32, as by ' \
+           'x.astype("float32")' in ''.join(caught.value.__notes__)
+    learner_of(x.astype('float32'), y.astype('float32')).fit(1)
+    learner_of(x.astype('float64'), y.astype('float64'), torch.nn.Linear(2, 1).double()).fit(1)
+
+def test_arrays_given_to_predict_are_told():
+    with pytest.raises(TypeError) as caught:
+        learner_of(torch.ones(4, 2), torch.ones(4, 1)).predict(np.ones((4, 2), 'float32'))
+    assert 'the inputs are no tensors, but ndarray: make them such' in caught.value.__notes__[-1]

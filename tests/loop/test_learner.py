@@ -404,7 +404,8 @@ def test_no_device_sync_per_step(monkeypatch):
             return _old(self, *args, **kwargs)
         monkeypatch.setattr(torch.Tensor, name, spy)
     learn.fit(2)
-    assert [read for read in reads if read[1] == ['batch']] == []
+    # The first training batch alone is looked at
+    assert [read for read in reads if read[1] == ['batch']] == [('__bool__', ['batch'])]
 
 @pytest.mark.parametrize('kwargs,error,text', [
     (dict(on_interrupt='stop'), ValueError, "on_interrupt='stop': must be 'return' or 'raise'"),
@@ -554,3 +555,40 @@ def test_reset_after_another_optimizer_was_set_up():
     learn.reset()
     assert tree_digest(learn.model.state_dict()) == first and type(learn.opt) is torch.optim.SGD
     assert learn.steps_done == 0
+
+
+# Predictions of varying shape
+
+class Words(torch.utils.data.Dataset):
+    def __init__(self, lengths): self.lengths = lengths
+    def __len__(self): return len(self.lengths)
+    def __getitem__(self, i): return torch.full((self.lengths[i], 1), float(i))
+
+def padded(texts):
+    texts = nn.utils.rnn.pad_sequence(texts, batch_first=True)
+    return texts, texts.mean((1, 2))[:, None]
+
+def tagger(lengths, each=True):
+    "A model with an output for each word, or for each text"
+    class Mean(nn.Module):
+        def forward(self, x): return x.mean(1)
+    dls = DataLoaders.from_datasets(None, Words(lengths), bs=2, collate_fn=padded)
+    return make(valid=dls.valid, model=nn.Linear(1, 3) if each else Mean())
+
+def test_shapes_that_vary_come_as_lists_and_are_else_named():
+    learn = tagger([1, 3, 2, 2, 5])
+    with pytest.raises(ValueError, match=(r'get_preds: the predictions cannot be put together: '
+                                          r'samples of shape \(2, 3\) follow .*concat=False')):
+        learn.get_preds()
+    preds, targs = learn.get_preds(concat=False)
+    assert [tuple(pred.shape) for pred in preds] == [(2, 3, 3), (2, 2, 3), (1, 5, 3)]
+    assert [len(targ) for targ in targs] == [2, 2, 1]
+
+def test_inputs_of_padded_text_come_along():
+    learn = tagger([1, 3, 2, 2, 5], each=False)
+    with pytest.raises(ValueError, match='get_preds: the inputs cannot be put together'):
+        learn.get_preds(with_input=True)
+    preds, targs, losses, inputs = learn.get_preds(with_loss=True, with_input=True, concat=False)
+    assert torch.equal(torch.cat(preds), learn.get_preds()[0])
+    assert [text.shape[1] for text in inputs] == [3, 2, 5] and [len(x) for x in losses] == [2, 2, 1]
+    assert inputs[1][:, 0, 0].tolist() == [2., 3.]

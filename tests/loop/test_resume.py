@@ -76,6 +76,9 @@ def seeded(n): return torch.Generator().manual_seed(n)
 LOADERS = {
     'tensors': lambda: DataLoaders.from_tensors(samples(), bs=BS).train,
     'dataset': lambda: DataLoaders.from_datasets(Augmented('numpy'), bs=BS).train,
+    'drawn': lambda: DataLoaders.from_tensors(samples(), bs=BS, weights=range(N)).train,
+    'drawn samples': lambda: DataLoaders.from_datasets(
+        Augmented('torch'), bs=BS, weights=torch.arange(N)).train,
     'list': lambda: list(zip(*(t.split(BS) for t in samples()), strict=True)),
     'loader': lambda: DataLoader(TensorDataset(*samples()), BS, shuffle=True),
     'generator': lambda: DataLoader(TensorDataset(*samples()), BS, shuffle=True,
