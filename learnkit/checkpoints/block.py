@@ -157,6 +157,8 @@ def call(self:Block, name, args, kwargs):
         raise RuntimeError(f'the block of checkpoint {id_text(self.id)} has ended: {name} cannot '
                            'be recorded there any more')
     ledger.check_not_busy(f'cp.{name}')
+    if ledger.host.rules.is_unnumbered(name, args, kwargs):
+        with ledger.direct_calls.allowed(): return ledger.host.call(name, args, kwargs)
     call = ledger.describe_call(name, args, kwargs)
     if not self.made: check_beginning(self)
     if call.kind == 'pure': return self.answer_pure_call(call)

@@ -190,7 +190,7 @@ def ways_on(node, option='on_change', problems=()): # str
     if node.is_finished and problems and not other_calls:
         ways.append(f'learn.accept({id}, why) keeps it, if the change makes no difference')
     if any(' cbs' in text for text in problems):
-        ways.append('a callback whose settings() are None makes none')
+        ways.append('a callback that only looks makes none, if it says observer = True')
     elif any(re.match(r'\w+: \w+ .* -> ', text) for text in problems):
         ways.append('ignore=(name,) leaves out an argument that makes none')
     if other_calls: ways.append('@unrecorded marks a method of which nothing is to be recorded')

@@ -122,6 +122,10 @@ class Rules(HostPart):
         "What a part of the structure has only gained, and which cannot change what calls do"
         return None
 
+    def is_unnumbered(self, method, args, kwargs): # bool
+        "Whether a structural call concerns no result at all, so that it may be made or left out"
+        return False
+
     def drawn_at_start(self) -> dict: # (part of the state, name) -> 'parameter' or 'buffer'
         "Tensors of the state that a constructor may have drawn at random"
         return {}

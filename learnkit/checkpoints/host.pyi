@@ -146,6 +146,12 @@ class Rules(HostPart):
         Returns:
             str, perhaps empty; None: more has changed
         """
+    def is_unnumbered(self, method: Any, args: Any, kwargs: Any) -> bool:
+        """Whether a structural call concerns no result at all, so that it may be made or left out
+
+        Returns:
+            bool
+        """
     def drawn_at_start(self) -> dict:
         """Tensors of the state that a constructor may have drawn at random
 

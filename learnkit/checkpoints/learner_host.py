@@ -107,7 +107,7 @@ def saving_to(self:LearnerHost, folder, store): # context manager
 def stateful_arguments(self:LearnerHost, arguments) -> list: # of FollowedCallbacks
     "The callbacks among the arguments"
     return [FollowedCallback(self.object, cb) for cb in given_callbacks(arguments)
-            if not cb.external or has_own_state(cb)]
+            if not cb.observer and (not cb.external or has_own_state(cb))]
 
 class FollowedCallback:
     "A callback given to a call, with what it says of itself and what is observed of it"

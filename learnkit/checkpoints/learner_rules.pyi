@@ -16,6 +16,12 @@ class LearnerRules(Rules):
         Returns:
             (part, name) -> 'parameter' or 'buffer'
         """
+    def is_unnumbered(self, method: Any, args: Any, kwargs: Any) -> bool:
+        """Whether observers alone are added or removed
+
+        Returns:
+            bool
+        """
     def harmless_gain(self, part: Any, then: Any, now: Any) -> Any:
         """What was only added to the metrics, or a test set, which no training follows from
 

@@ -92,11 +92,15 @@ OBJECTS = ('loss_func', 'opt_func', 'lr', 'wd', 'splitter', 'metrics', 'n_inp', 
 def structure_objects(learn) -> dict: # of live objects
     "Everything a learner is put together from, but not the state of its optimizer"
     return {'attributes': {name: getattr(learn, name) for name in OBJECTS},
-            'cbs': [cb for cb in learn.cbs if not cb.distributes],
+            'cbs': [cb for cb in learn.cbs if not stays(cb)],
             'modules': [(m, dict(m._modules), public_attributes(m)) for m in learn.model.modules()],
             'opt': (learn.opt_func, learn.wd, learn.splitter, type(learn.opt),
                     [id(p) for p in opt_params(learn.opt)] if learn.opt else []),
             'swaps': learn._origin.baseline.swaps}
+
+def stays(cb): # bool
+    "Whether a callback is there or not, wherever the learner goes"
+    return cb.distributes or cb.observer
 
 def put_together(learn, objects):
     "Put a learner together as it was; an optimizer that was another one is made anew"
@@ -107,7 +111,7 @@ def put_together(learn, objects):
     vars(learn).update(objects['attributes'])
     put_modules_back(objects['modules'])
     baseline.take_objects(learn)
-    learn.cbs = [*objects['cbs'], *(cb for cb in learn.cbs if cb.distributes)]
+    learn.cbs = [*objects['cbs'], *filter(stays, learn.cbs)]
     if not is_new: return
     learn.make_opt()
     for cb in torch_schedulers(learn.cbs): cb.forget()

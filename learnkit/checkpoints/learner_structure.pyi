@@ -74,6 +74,13 @@ def structure_objects(learn: Learner) -> dict:
         of live objects
     """
 
+def stays(cb: Any) -> bool:
+    """Whether a callback is there or not, wherever the learner goes
+
+    Returns:
+        bool
+    """
+
 def put_together(learn: Learner, objects: Any) -> None:
     """Put a learner together as it was; an optimizer that was another one is made anew"""
 

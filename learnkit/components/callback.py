@@ -7,12 +7,13 @@ __all__ = ['Cancel', 'CancelFit', 'CancelEpoch', 'CancelTrain', 'CancelValidate'
            'Callback', 'named_callbacks', 'has_state']
 
 # %% ../../nbs/components/00_callback.ipynb #646a4fa1
-import difflib, functools, re
+import difflib, functools, random, re
 from collections.abc import Iterable, MutableSequence
 from types import FunctionType, MappingProxyType
 import numpy as np
 import torch
 from fastcore.basics import patch
+from ..base.batches import tensors_in
 from ..base.snapshots import MISSING, PLAIN
 
 # %% ../../nbs/components/00_callback.ipynb #de174d65
@@ -155,6 +156,7 @@ class Callback:
     saves_to = None  # folder in which it keeps saves that a fit can go on from
     distributes = False  # whether it divides passes among the processes of its attribute `ranks`
     places_model = False # whether it brings the model to the device itself, in `after_create`
+    observer = False # whether it only looks: such may come and go, nothing follows from them
 
     def __new__(cls, *args, **kwargs):
         self = super().__new__(cls)
@@ -164,10 +166,12 @@ class Callback:
     def __init__(self,
                  order=None, # sorts callbacks; None: the class's
                  phases=None, # phases whose batch events are heard; None: the class's
+                 observer:bool=False, # whether the functions only look, and change nothing
                  **funcs, # event or step name -> function of the learner
                 ):
         check_events(funcs, (*self.events, *STEPS), f'Callback({", ".join(funcs)})', strict=True)
         if order is not None: self.order = order
+        if observer: self.observer = True
         if phases is not None: self.phases = tuple(phases)
         for name, func in funcs.items(): setattr(self, name, func)
         self.as_made = AsMade(self)
@@ -202,6 +206,80 @@ def settings(self:Callback): # plain tree
     args, kwargs = self.init_args
     return {'class': type(self).__name__,
             'args': plain_setting(args), 'kwargs': plain_setting(kwargs)}
+
+# %% ../../nbs/components/00_callback.ipynb #f40efa20
+def is_compared(cb) -> bool:
+    "Whether what is computed may follow from a callback"
+    return not cb.observer and cb.settings() is not None
+
+def check_observer(cb):
+    "Raise TypeError for a callback that says it only looks, and does what changes a fit"
+    if not cb.observer: return
+    acts = [name for name in STEPS if getattr(cb, name, None) is not None]
+    acts += [name for name in ('owns_lr', 'distributes', 'places_model', 'tracks', 'saves_to')
+             if getattr(cb, name)]
+    if type(cb).weights is not Callback.weights: acts.append('weights')
+    if acts:
+        raise TypeError(f'{cb!r} says observer = True, but has {acts[0]}, which is to change what '
+                        'is trained: leave observer out')
+
+# %% ../../nbs/components/00_callback.ipynb #75be54c7
+N_WHOLE = 10  # calls of each event of an observer that are compared in all that is known
+
+def write_count(t): return 0 if t.is_inference() else t._version # int
+
+def params_of(learn): # list of parameters that are optimized
+    groups = learn.opt.param_groups if learn.opt else ()
+    return [p for group in groups for p in group['params']]
+
+def objects_shown(learn): # dict: name -> object
+    "What must stay the same object while an observer looks"
+    found = {f'learn.{name}': x for name, x in vars(learn).items()}
+    for i, group in enumerate(learn.opt.param_groups if learn.opt else ()):
+        found |= {f'{name} of the optimizer, group {i}': x for name, x in group.items()}
+    found |= {f'number {i} of the callbacks': cb for i, cb in enumerate(learn.cbs)}
+    return found | {f'the gradient of parameter {i}': p.grad
+                    for i, p in enumerate(params_of(learn))}
+
+def counts_shown(learn, whole): # dict: name -> what is compared by its value
+    "How often tensors were written to, and where random numbers are"
+    params, model = params_of(learn), learn.model
+    tensors = {'the batch': tensors_in([learn.batch, learn.xb, learn.yb]),
+               'pred': tensors_in(learn.pred), 'loss': tensors_in(learn.loss), 'weights': params,
+               'gradients': [p.grad for p in params if p.grad is not None],
+               'buffers of the model': list(model.buffers()) if whole else []}
+    tracked = learn.recorder.tracked
+    return {**{name: [*map(write_count, found)] for name, found in tensors.items()},
+            'the mode of the model': [module.training for module in model.modules()]
+                                     if whole else model.training,
+            'tracked values': {name: len(mean.values) for name, mean in tracked.items()},
+            "torch's random numbers": torch.default_generator.get_state().numpy().tobytes(),
+            "python's random numbers": random.getstate() if whole else None,
+            "numpy's random numbers": repr(np.random.get_state()[1:]) if whole else None}
+
+# %% ../../nbs/components/00_callback.ipynb #ebec980a
+class Watched:
+    "A method of an observer, with an error at the first change that it makes"
+    def __init__(self, method, cb, event):
+        functools.update_wrapper(self, method)
+        if hasattr(method, '__self__'): self.__self__ = method.__self__
+        self.method, self.cb, self.event, self.n_calls = method, cb, event, 0
+
+    def __call__(self, learn):
+        whole, self.n_calls = self.n_calls < N_WHOLE, self.n_calls + 1
+        objects, counts = objects_shown(learn), counts_shown(learn, whole)
+        try: self.method(learn)
+        except Cancel as cancel: raise self.error(f'raised {type(cancel).__name__}') from cancel
+        now = objects_shown(learn)
+        changed = [name for name in {**objects, **now}
+                   if objects.get(name, MISSING) is not now.get(name, MISSING)]
+        after = counts_shown(learn, whole)
+        changed += [name for name in counts if counts[name] != after[name]]
+        if changed: raise self.error(f'changed {changed[0]}')
+
+    def error(self, what): # RuntimeError
+        return RuntimeError(f'{self.cb!r} says observer = True, but in {self.event} it has {what}: '
+                            'leave observer out, or let it work on a copy')
 
 # %% ../../nbs/components/00_callback.ipynb #fefdb495
 def as_callbacks(cbs, # None, a Callback, a Callback class, or any nesting of iterables of them
@@ -248,8 +326,10 @@ class BoundInPhase(dict):
         named = [(cb, name) for cb in heard]
         if name in IN_TRIALS:
             named = [(cb, event) for cb in heard for event in events_in_trial(cb, name)]
-        methods = (getattr(cb, event, None) for cb, event in named)
-        return self.setdefault(name, tuple(method for method in methods if method is not None))
+        methods = [(cb, event, getattr(cb, event, None)) for cb, event in named]
+        return self.setdefault(name, tuple(
+            Watched(method, cb, event) if cb.observer else method
+            for cb, event, method in methods if method is not None))
 
 def takes_part(cb, phase): # bool
     "Whether a callback hears a phase; a trial, which is to leave no trace, not if it writes"
@@ -287,6 +367,7 @@ class Callbacks(MutableSequence):
         if len(set(map(id, items))) < len(items):
             again = next(cb for i, cb in enumerate(items) if any(cb is c for c in items[:i]))
             raise ValueError(f'{again!r} is in the list already: it would hear each event twice')
+        for cb in items: check_observer(cb)
         self.items, self.bound = items, Bound([*items, *self.inner.values()])
         self.distributed = next((cb for cb in items if cb.distributes), None)
 
@@ -343,7 +424,7 @@ def named_callbacks(cbs): # dict: name -> callback
 
 def has_state(cb): # bool
     "Whether a callback says by itself what of it must survive"
-    return type(cb).state_dict is not Callback.state_dict
+    return type(cb).state_dict is not Callback.state_dict and not cb.observer
 
 @patch
 def stateful(self:Callbacks): # dict: name -> callback

@@ -117,13 +117,22 @@ class Callback:
     """whether it divides passes among the processes of its attribute `ranks`"""
     places_model: bool
     """whether it brings the model to the device itself, in `after_create`"""
+    observer: bool
+    """whether it only looks: such may come and go, nothing follows from them"""
     as_made: AsMade
-    def __init__(self, order: Any = None, phases: Any = None, **funcs: Any) -> None:
+    def __init__(
+            self,
+            order: Any = None,
+            phases: Any = None,
+            observer: bool = False,
+            **funcs: Any,
+    ) -> None:
         """Methods named after events, called with the learner; or functions given by event name
 
         Args:
             order: sorts callbacks; None: the class's
             phases: phases whose batch events are heard; None: the class's
+            observer: whether the functions only look, and change nothing
             funcs: event or step name -> function of the learner
         """
     def __repr__(self) -> str: ...
@@ -197,6 +206,48 @@ def plain_setting(x: Any) -> Any:
     Returns:
         plain values as they are, anything else as the name of its type
     """
+
+def is_compared(cb: Any) -> bool:
+    """Whether what is computed may follow from a callback"""
+
+def check_observer(cb: Any) -> None:
+    """Raise TypeError for a callback that says it only looks, and does what changes a fit"""
+N_WHOLE: int
+
+def write_count(t: Any) -> Any: ...
+
+def params_of(learn: Learner) -> Any:
+    """Returns:
+        list of parameters that are optimized
+    """
+
+def objects_shown(learn: Learner) -> Any:
+    """What must stay the same object while an observer looks
+
+    Returns:
+        dict: name -> object
+    """
+
+def counts_shown(learn: Learner, whole: Any) -> Any:
+    """How often tensors were written to, and where random numbers are
+
+    Returns:
+        dict: name -> what is compared by its value
+    """
+
+class Watched:
+    """A method of an observer, with an error at the first change that it makes"""
+    method: Any
+    cb: Any
+    event: Any
+    n_calls: int
+    __self__: Any
+    def __init__(self, method: Any, cb: Any, event: Any) -> None: ...
+    def __call__(self, learn: Learner) -> None: ...
+    def error(self, what: Any) -> RuntimeError:
+        """Returns:
+            RuntimeError
+        """
 
 def as_callbacks(cbs: Any) -> Any:
     """The callbacks in `cbs`, as a flat list

@@ -15,7 +15,7 @@ import torch
 from ..base.guard import is_learnkits
 from ..base.snapshots import MISSING
 from ..files.tree import text_digest
-from ..components.callback import Callback
+from ..components.callback import Callback, is_compared
 from ..components.metrics import Metric
 from .values import (
     CONTAINERS, SCALARS, SelfDescribing, UnfingerprintableError, Walk, describe, json_text)
@@ -169,7 +169,7 @@ def describe_enum(x, walk):
 def describe_callback(cb, walk):
     record_class(type(cb), walk)
     found, (args, kwargs) = {'$callback': name_of(type(cb))}, cb.init_args
-    if cb.settings() is None: return {**found, 'with': {}, 'given': []}
+    if not is_compared(cb): return {**found, 'with': {}, 'given': []}
     init = types.MethodType(type(cb).__init__, cb)
     arguments = call_arguments(init, args, kwargs)
     if is_learnkits(type(cb)): # as it understands them itself

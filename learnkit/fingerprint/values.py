@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from ..base.text import is_valid_unicode
 from ..files.tree import json_digest, path_text, text_digest
 from .inspection import name_of
-from ..components.callback import Callback, Callbacks
+from ..components.callback import Callback, Callbacks, is_compared
 
 # %% ../../nbs/fingerprint/01_values.ipynb #e6ecf8be
 @dataclass
@@ -256,7 +256,7 @@ CONTAINERS = types.MappingProxyType({
 # %% ../../nbs/fingerprint/01_values.ipynb #8ec8778e
 def makes_no_difference(x): # bool
     "Whether it is a callback that does not matter for what is computed"
-    return isinstance(x, Callback) and x.settings() is None
+    return isinstance(x, Callback) and not is_compared(x)
 
 def callback_list(x): # list of callbacks, or `x` if there is anything else in it
     "One callback, several or none, given as objects or classes, in the order they are run in"

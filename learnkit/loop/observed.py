@@ -26,14 +26,14 @@ from ..files.errors import UnstorableError
 from ..files.tree import check_storable
 from ..fingerprint.inspection import is_user_module
 from ..data.resumable import FEW, DataMark, generators, is_large, is_stateful
-from ..components.callback import Callback, has_state, named_callbacks
+from ..components.callback import Callback, has_state, is_compared, named_callbacks
 from .recorder import Recorder
 from .position import PassState
 
 # %% ../../nbs/loop/04_observed.ipynb #41708dd6
 def roots(learn): # dict: name -> object
     "The parts of a learner that training may change"
-    callbacks = {'callbacks': named_callbacks(learn._cbs)}
+    callbacks = {'callbacks': named_callbacks(cb for cb in learn._cbs if not cb.observer)}
     model = getattr(learn.model, '_orig_mod', learn.model)  # what torch.compile has wrapped
     return {'model': model, 'loss_func': learn.loss_func, 'opt': learn.opt, **callbacks,
             'metrics': learn.metrics, 'data': learn.dls, 'learner': learn}
@@ -139,7 +139,7 @@ def follows(self:LearnerScope, x, path): # bool
     if x is self.learn: return True
     if isinstance(x, type): return is_user_module(x.__module__) and not is_learnkits(x)
     if isinstance(x, Callback):
-        return not (x.external or x.distributes or looks_at_trials(x) or x.settings() is None)
+        return is_compared(x) and not (x.external or x.distributes or looks_at_trials(x))
     if isinstance(x, FUNCTIONS) and not self.functions: return False
     if path[0] == 'data' and is_stateful(x): return False  # it says where it is
     if isinstance(x, Iterator) or hasattr(x, 'dls') and hasattr(x, 'model'): return False

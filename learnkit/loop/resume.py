@@ -25,7 +25,8 @@ from ..data.loaders import describe
 from ..data.resumable import (
     LastBatch, check_resumable, check_same_loader, restart_workers, generator_states, is_stateful,
     order_state, resume_batches, set_generator_states)
-from ..components.callback import Callback, Interrupted, as_callbacks, plain_setting
+from ..components.callback import (
+    Callback, Interrupted, as_callbacks, is_compared, plain_setting)
 from ..components.optim import copy_like, opt_params, opt_state
 from .progress import show_message
 from .saving import localized, main_first, save_path, tree_for_file, with_shards
@@ -116,7 +117,7 @@ def check_same_run(saved:Saved, call:dict):
 # %% ../../nbs/loop/08_resume.ipynb #c27de75c
 def describe_call(learn, n_epoch, n_steps, lr, reset_opt): # plain tree
     "The call of fit, for comparison with the one that is to be continued"
-    settings = [cb.settings() for cb in learn.cbs]
+    settings = [cb.settings() for cb in learn.cbs if is_compared(cb)]
     lr = learn.lr if lr is None else lr
     hypers = {k: v for k, v in learn.opt.defaults.items() if k != 'lr'} if learn.opt else {}
     return {'run': learn.recorder.run + 1, 'begun': learn.steps_done,
@@ -124,7 +125,7 @@ def describe_call(learn, n_epoch, n_steps, lr, reset_opt): # plain tree
                              'reset_opt': reset_opt, 'optimizer': hypers,
                              'loss_func': learn.loss_func}),
             'valid': None if learn.dls.valid is None else describe(learn.dls.valid),
-            'callbacks': [setting for setting in settings if setting is not None]}
+            'callbacks': settings}
 
 def check_call(saved:Saved, call:dict):
     "Raise ValueError unless `call` is the one that was interrupted"

@@ -11,6 +11,7 @@ from torch.utils.data import TensorDataset
 from ..base.snapshots import same_objects
 from ..files.errors import UnstorableError
 from .observed import data_marks
+from ..components.callback import is_compared
 from ..data.loaders import describe
 from ..data.resumable import write_counts
 from ..fingerprint.modules import hooks_of
@@ -23,7 +24,7 @@ def objects_of_fit(learn): # dict: name -> list of objects
     found = {'loss_func': learn.loss_func, 'model': learn.model, 'dls': learn.dls, **loaders,
              'class of the optimizer': type(learn.opt)}
     return {**{name: [x] for name, x in found.items()},
-            'cbs': [cb for cb in learn.cbs if not cb.external and cb.settings() is not None],
+            'cbs': [cb for cb in learn.cbs if not cb.external and is_compared(cb)],
             **{f'data of {name}': reading_of(dl) for name, dl in loaders.items()}}
 
 def reading_of(dl): # list of str and int

@@ -64,7 +64,7 @@ def test_the_ways_on_fit_the_case(tmp_path):
         with pytest.raises(StaleCheckpoint) as caught: script(make(tmp_path, **kwargs))
         return str(caught.value)
     script(make(tmp_path))
-    assert 'ignore=(name,)' in stale(lr=2e-2) and 'settings()' in stale(cbs=[GradientClip(1.)])
+    assert 'ignore=(name,)' in stale(lr=2e-2) and 'observer = True' in stale(cbs=[GradientClip(1.)])
     learn = make(tmp_path)
     with pytest.raises(StaleCheckpoint, match='@unrecorded'):
         with learn.checkpoint(1) as cp: cp.fit(2)
