@@ -21,8 +21,8 @@ from ..loop.observed import state_tensors
 from ..loop.saving import save_path
 from ..loop.state import (
     check_loss_state, check_model_state, load_model_state, loss_state, model_state, names_of_params)
-from .arguments import check_choice
-from .tracker import Tracker, is_higher_better
+from .arguments import check_choice, check_whole
+from .tracker import Tracker, is_as_good, is_better, is_higher_better
 
 # %% ../../nbs/training/07_save_best.ipynb #0aa5b281
 def weight_keepers(learn): # dict: name -> callback
@@ -148,16 +148,19 @@ class SaveBest(Tracker):
                  restore:bool=True, # bring the best back after the fit; else by `load_best`
                  scope:str='fit', # best of each 'fit', or of all fits of the 'learner'
                  path=None, # file for the best, relative to the learner's path; None: in memory
+                 k:int=1, # how many of the best are kept, see `kept`
                 ):
+        check_whole('SaveBest', 'k', k)
+        self.restore, self.scope, self.path, self.k = restore, scope, path, k
         super().__init__(monitor, mode, min_delta)
         check_choice('SaveBest', 'scope', scope, ('fit', 'learner'))
-        self.restore, self.scope, self.path = restore, scope, path
         self.external = path is not None
 
     def reset(self):
         "There is no best model"
         super().reset()
         self.best_run = self.best_epoch = self.best_step = self.file_name = self.snapshot = None
+        self.others = []  # of what is kept besides, better ones first, as in `models`
 
     def before_fit(self, learn):
         self.higher = is_higher_better(self, learn)
@@ -184,46 +187,94 @@ def check_path_is_free(saver, learn):
                              'give each a path of its own')
 
 # %% ../../nbs/training/07_save_best.ipynb #28c5a928
+MODEL = 'monitor', 'best', 'best_run', 'best_epoch', 'best_step', 'file_name', 'snapshot'
+
+@patch
+def models(self:SaveBest): # list of dicts with the keys of MODEL
+    "What is kept, better ones first"
+    if self.best is None: return []
+    return [{name: getattr(self, name) for name in MODEL}, *self.others]
+
 @patch
 def compare(self:SaveBest, learn, row):
-    "Compare a row's value with the best, unless the fit is only being wound up"
+    "Keep the model if it is among the best, unless the fit is only being wound up"
     # The last epoch of a fit whose time is up is not in its saves; its file must agree with them
     if self.path is not None and learn.time_is_up and is_saved(learn): return
-    Tracker.compare(self, learn, row)
+    self.n_values += 1
+    models, value = self.models(), row[self.monitor]
+    last = models[-1]['best'] if len(models) == self.k else None
+    if is_better(value, last, self.higher, self.min_delta): self.keep(learn, row, models)
 
 # %% ../../nbs/training/07_save_best.ipynb #d674b035
 @patch
-def act(self:SaveBest, learn, row, improved):
-    if not improved: return
+def keep(self:SaveBest, learn, row, models):
+    "Keep the model as it is, and of those that were kept the best"
     best = {'monitor': self.monitor, 'best': row[self.monitor], 'best_run': row['run'],
             'best_epoch': row['epoch'], 'best_step': learn.steps_done}
     file_name, tree = None, live_snapshot(learn)
     if self.path is None: tree = map_tensors(lambda t: t.detach().to('cpu', copy=True), tree)
     else:
-        file_name, tree = str(self.path), map_tensors(full_tensor, tree)
+        file_name, tree = self.name_of_file(best), map_tensors(full_tensor, tree)
         if is_main(): write_best(save_path(learn, file_name), best, tree)
         tree = None
-    vars(self).update(best, file_name=file_name, snapshot=tree)
+    place = sum(is_as_good(one['best'], best['best'], self.higher) for one in models)
+    models.insert(place, {**best, 'file_name': file_name, 'snapshot': tree})
+    first, *self.others = models[:self.k]
+    vars(self).update(first)
+    for gone in models[self.k:]: self.remove_file(learn, gone, row['run'])
+
+@patch
+def name_of_file(self:SaveBest, best): # str
+    "The path; of several models each has its epoch and the updates until then in its name"
+    if self.k == 1: return str(self.path)
+    name = str(self.path).removesuffix('.safetensors')
+    return f'{name}-epoch{best["best_epoch"]}-step{best["best_step"]}'
+
+@patch
+def remove_file(self:SaveBest, learn, model, run):
+    "Remove the file of a model that is not kept any more; one of an earlier fit belongs to that"
+    if self.k == 1 or model['file_name'] is None or model['best_run'] != run: return
+    if is_main(): save_path(learn, model['file_name']).unlink(missing_ok=True)
 
 # %% ../../nbs/training/07_save_best.ipynb #8ba43f77
 @patch
 def files_written(self:SaveBest, learn) -> list: # of paths
-    return [] if self.file_name is None else [save_path(learn, self.file_name)]
+    names = [model['file_name'] for model in self.models()]
+    return [save_path(learn, name) for name in names if name is not None]
+
+@patch
+def state_dict(self:SaveBest): # plain tree
+    state = Tracker.state_dict(self)
+    return state if self.k == 1 else {**state, 'others': list(self.others)}
+
+@patch
+def load_state_dict(self:SaveBest, state):
+    Tracker.load_state_dict(self, state)
+    self.others = list(state.get('others', ()))
 
 # %% ../../nbs/training/07_save_best.ipynb #3ea6199e
 @patch
 def load_best(self:SaveBest,
               learn, # the learner
+              i:int=0, # which of those in `kept`; 0: the best
              ) -> None:
-    "Bring the best model back: weights, buffers, optimizer state of each parameter, averages"
-    file = None if self.path is None else save_path(learn, self.path)
-    if self.best is None and (file is None or not file.exists()):
+    "Bring a kept model back: weights, buffers, optimizer state of each parameter, averages"
+    file, models = None if self.path is None else save_path(learn, self.path), self.models()
+    if not models and (i or file is None or not file.exists()):
         raise ValueError(f'{self.title}: there is no best model yet')
-    tree = self.snapshot
-    if self.best is None: tree = read_best(file)  # of an earlier process
-    elif tree is None:
-        names = ('monitor', 'best', 'best_run', 'best_epoch', 'best_step')
-        best = {name: getattr(self, name) for name in names}
+    if not models: return load_snapshot(learn, read_best(file))  # of an earlier process
+    if not 0 <= i < len(models):
+        raise ValueError(f'{self.title}.load_best(i={i}): kept are {len(models)}, from 0 on')
+    best = {name: models[i][name] for name in MODEL[:5]}
+    tree = models[i]['snapshot']
+    if tree is None:
         with rank0_first():  # rank 0 has written it
-            tree = read_best(save_path(learn, self.file_name), best)
+            tree = read_best(save_path(learn, models[i]['file_name']), best)
     load_snapshot(learn, tree)
+
+@patch(as_prop=True)
+def kept(self:SaveBest) -> list: # of dicts
+    "The models that are kept, better ones first: value, run, epoch, updates until then, file"
+    return [{model['monitor']: model['best'], 'run': model['best_run'],
+             'epoch': model['best_epoch'], 'step': model['best_step'], 'file': model['file_name']}
+            for model in self.models()]

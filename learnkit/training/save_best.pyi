@@ -93,11 +93,13 @@ class SaveBest(Tracker):
     restore: bool
     scope: str
     path: Any
+    k: int
     best_run: Any
     best_epoch: Any
     best_step: Any
     file_name: Any
     snapshot: Any
+    others: Any
     def __init__(
             self,
             monitor: str = 'valid_loss',
@@ -106,6 +108,7 @@ class SaveBest(Tracker):
             restore: bool = True,
             scope: str = 'fit',
             path: Any = None,
+            k: int = 1,
     ) -> None:
         """Keeps the best model, and brings it back after the fit
 
@@ -116,24 +119,54 @@ class SaveBest(Tracker):
             restore: bring the best back after the fit; else by `load_best`
             scope: best of each 'fit', or of all fits of the 'learner'
             path: file for the best, relative to the learner's path; None: in memory
+            k: how many of the best are kept, see `kept`
         """
     def reset(self) -> None:
         """There is no best model"""
     def before_fit(self, learn: Learner) -> None: ...
     def after_fit(self, learn: Learner) -> Any: ...
+    def models(self) -> Any:
+        """What is kept, better ones first
+
+        Returns:
+            list of dicts with the keys of MODEL
+        """
     def compare(self, learn: Learner, row: Any) -> None:
-        """Compare a row's value with the best, unless the fit is only being wound up"""
-    def act(self, learn: Learner, row: Any, improved: Any) -> None: ...
+        """Keep the model if it is among the best, unless the fit is only being wound up"""
+    def keep(self, learn: Learner, row: Any, models: Any) -> None:
+        """Keep the model as it is, and of those that were kept the best"""
+    def name_of_file(self, best: Any) -> str:
+        """The path; of several models each has its epoch and the updates until then in its name
+
+        Returns:
+            str
+        """
+    def remove_file(self, learn: Learner, model: Any, run: Any) -> None:
+        """Remove the file of a model that is not kept any more; one of an earlier fit belongs to that"""
     def files_written(self, learn: Learner) -> list:
         """Returns:
             of paths
         """
-    def load_best(self, learn: Learner) -> None:
-        """Bring the best model back: weights, buffers, optimizer state of each parameter, averages
+    def state_dict(self) -> Any:
+        """Returns:
+            plain tree
+        """
+    def load_state_dict(self, state: Any) -> None: ...
+    def load_best(self, learn: Learner, i: int = 0) -> None:
+        """Bring a kept model back: weights, buffers, optimizer state of each parameter, averages
 
         Args:
             learn: the learner
+            i: which of those in `kept`; 0: the best
+        """
+    @property
+    def kept(self) -> list:
+        """The models that are kept, better ones first: value, run, epoch, updates until then, file
+
+        Returns:
+            of dicts
         """
 
 def check_path_is_free(saver: Any, learn: Learner) -> None:
     """Raise ValueError when two callbacks write to one file"""
+MODEL: tuple[str, ...]
