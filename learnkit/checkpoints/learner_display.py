@@ -83,5 +83,6 @@ def show_report(self:LearnerDisplay, report, callbacks):
     learn, (first, end) = self.object, report['rows']
     rows, times = (learn.recorder.since(name, first)[:end - first] for name in ('rows', 'times'))
     for cb in learn.cbs:
-        if isinstance(cb, Progress) and len(rows) == end - first: cb.show_again(rows, times)
+        if isinstance(cb, Progress) and len(rows) == end - first:
+            cb.show_again(rows, times, learn.recorder.evals)
     if report['fits']: learn.fit_cbs = [*learn.cbs, *(one.callback for one in callbacks)]

@@ -17,7 +17,8 @@ FLOATS = torch.float64, torch.float32, torch.float16, torch.bfloat16
 
 def floats_in(x): # list of tensors
     "The plain tensors of floats in a nesting"
-    return [t for t in tensors_in(x) if t.dtype in FLOATS and t.layout is torch.strided]
+    return [t for t in tensors_in(x) if t.dtype in FLOATS and t.layout is torch.strided
+            and not t.is_meta]
 
 def all_finite(x): # bool, by one read from the device
     "Whether all floats in a nesting are numbers"

@@ -59,7 +59,8 @@ class Loop(Guarded):
         if self._fit.stage == 'train':
             with self._pass('train', self.dls.train): self._level('train', self._all_batches)
         self._fit.stage = 'validate'
-        if self.dls.valid is not None: self._evaluate('valid', self.dls.valid)
+        if self.dls.valid is not None and self._fit.validates:
+            self._evaluate('valid', self.dls.valid)
 
 # %% ../../nbs/loop/03_loop.ipynb #2bb3ae6b
 @patch

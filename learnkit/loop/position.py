@@ -28,6 +28,7 @@ class FitState:
     order: dict = None # what the order of the epoch's batches follows from
     read_all: bool = True # whether the loader was read to its end
     loss_is_sum: bool = None # whether the loss is the sum over a batch; None: not known yet
+    validates: bool = True # whether a validation ends the epoch, where there is data for one
     last_read: object = None # `LastBatch` of the epoch, where a save will tell of it
     at_rest: bool = False # whether nothing is half done
     complete: bool = False # whether all epochs are made, or a callback has ended the fit

@@ -9,6 +9,7 @@ __all__ = ['Progress']
 import os, sys, time
 from html import escape
 import numpy as np
+import torch
 from fastcore.basics import patch
 from tqdm import tqdm
 from ..base.ranks import is_main
@@ -26,50 +27,107 @@ def cell_text(name:str, # column
               value, # number, None or anything with a str
              ): # str
     "A value as it stands in the table"
-    if name == 'time' and np.isnan(value): return ''
+    if value is None or name == 'time' and np.isnan(value): return ''
     if name == 'time': return f'{int(value) // 60:02d}:{int(value) % 60:02d}'
-    if value is None: return ''
     if isinstance(value, float): return f'{value:.2e}' if name == 'lr' else f'{value:.6f}'
     return str(value)
 
 # %% ../../nbs/loop/01_progress.ipynb #27e75af1
+FIRST, LAST = ('run', 'epoch', 'step', 'train_loss', 'valid_loss'), ('lr', 'time')  # columns
+
 class Table:
     "Rows under named columns, as HTML in a notebook and as aligned text elsewhere"
     def __init__(self, columns): self.columns, self.rows = list(columns), []
-    def add(self, row:dict): self.rows.append([cell_text(n, row.get(n)) for n in self.columns])
+    def add(self, row:dict): self.rows.append(row)
+
+    def grow(self, row): # bool: whether there are new columns
+        "Have a column for everything in a row"
+        new = [name for name in row if name not in self.columns]
+        names = [*self.columns, *new]
+        inner = [name for name in names if name not in (*FIRST, *LAST)]
+        if new: self.columns = [name for name in (*FIRST, *inner, *LAST) if name in names]
+        return bool(new)
+
+    def cells(self, row): return [cell_text(name, row.get(name)) for name in self.columns]
 
     @property
-    def widths(self): return [max(len(name), 5 if name in ('run', 'epoch', 'time') else 10)
+    def widths(self): return [max(len(name), 5 if name in ('run', 'epoch', 'step', 'time') else 10)
                               for name in self.columns]
 
     def line(self, cells): # one row as text
         "`cells` aligned to the columns"
         return '  '.join(cell.rjust(width) for cell, width in zip(cells, self.widths, strict=True))
 
-    def __str__(self): return '\n'.join(map(self.line, (self.columns, *self.rows)))
+    def __str__(self): return '\n'.join(map(self.line, (self.columns, *map(self.cells, self.rows))))
     __repr__ = __str__
 
     def _repr_html_(self):
         head = ''.join(f'<th>{escape(name)}</th>' for name in self.columns)
         body = ''.join('<tr>' + ''.join(f'<td>{escape(cell)}</td>' for cell in row) + '</tr>'
-                       for row in self.rows)
+                       for row in map(self.cells, self.rows))
         return f'<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
 
 # %% ../../nbs/loop/01_progress.ipynb #7960de94
-def make_bar(learn): # tqdm bar, disabled where nobody watches
+DELAY, PAUSE = 0.3, 0.5  # seconds: a pass that is over at once needs no bar; between two losses
+
+class NotebookBar:
+    "A bar as HTML; it is drawn by whoever draws what lies around it"
+    disable = False
+
+    def __init__(self, total, desc):
+        self.total, self.desc, self.n, self.postfix = total, desc, 0, ''
+        self.began = time.monotonic()
+
+    def update(self): self.n += 1
+    def set_postfix_str(self, text, refresh=False): self.postfix = text
+    def close(self): pass
+
+    def __repr__(self):
+        seconds, total = time.monotonic() - self.began, self.total
+        of, rest = f'/{total}' if total else '', ''
+        if total:
+            rest = f'<{tqdm.format_interval(seconds * (total - self.n) / max(self.n, 1))}'
+        return (f'{self.desc} {self.n}{of} [{tqdm.format_interval(seconds)}{rest}] '
+                f'{self.postfix}').rstrip()
+
+    def _repr_html_(self):
+        size = f' value="{self.n}" max="{self.total}"' if self.total else ''
+        return f'<div><progress{size}></progress> {escape(repr(self))}</div>'
+
+def make_bar(learn): # a bar, disabled where nobody watches
     "A bar over the batches of the running pass"
     name = learn.phase
     if 'epoch' in learn.levels:
         of = '' if learn.n_epoch is None else f'/{learn.n_epoch}'
         name = f'epoch {learn.epoch + 1}{of} {name}'
     hidden = not (in_notebook() or sys.stderr.isatty()) or not is_main() or 'IN_TEST' in os.environ
+    if in_notebook() and not hidden: return NotebookBar(learn.n_iter, name)
     return tqdm(total=learn.n_iter, desc=name, leave=False, disable=hidden, dynamic_ncols=True,
-                delay=0.3)  # a pass that is over at once needs no bar
+                delay=DELAY)
+
+# %% ../../nbs/loop/01_progress.ipynb #823613fa
+class LateValue:
+    "A number on a device, as it was a moment ago: nobody waits for it"
+    def __init__(self): self.value = self.copy = self.arrival = None
+
+    def read(self, t): # float; None as long as there is none. t: function that gives a tensor
+        "What was copied at an earlier call, if it has arrived; then the next copy begins"
+        if self.arrival is not None and not self.arrival.query(): return self.value
+        if self.copy is not None: self.value = self.copy.item()
+        self.copy = self.arrival = None
+        if (now := t()) is None: return self.value
+        if now.device.type == 'cpu': self.value = now.item()
+        elif now.device.type in ('cuda', 'xpu'):
+            self.copy = torch.empty_like(now, device='cpu', pin_memory=True)
+            self.copy.copy_(now, non_blocking=True)
+            self.arrival = torch.Event(now.device)
+            self.arrival.record()
+        return self.value
 
 # %% ../../nbs/loop/01_progress.ipynb #7c4bcd4e
 class Progress(Callback):
     "Shows a bar over batches, a table with a row an epoch, and optionally a plot of the losses"
-    order = 90
+    order, events = 90, ('after_evaluation',)
     phases = ('train', 'valid', 'test', 'predict', 'lr_find')
 
     def __init__(self,
@@ -82,29 +140,51 @@ class Progress(Callback):
         if print_every < 1: raise ValueError(f'print_every={print_every}: must be at least 1')
         self.bar, self.table, self.plot = bar, table, plot
         self.print_every, self.columns = print_every, columns
-        self._tqdm = None
+        self._bar = self._loss = self._told_at = None  # the bar, its loss, when it was told
         self._start_table(None)
 
-    def _start_table(self, n_rows): # n_rows: of the history, that have been seen; None: no fit runs
-        self._table = self._table_display = self._plot_display = self._hidden_row = None
-        self._n_seen, self._drawn_at = n_rows, -np.inf
+    def _start_table(self, n_rows, # of the history, that have been seen; None: no fit runs
+                     n_evals=0): # likewise
+        self._table = self._display = self._plot_display = self._hidden_row = None
+        self._n_seen, self._n_evals_seen, self._drawn_at = n_rows, n_evals, -np.inf
 
     def settings(self): return None  # how it looks does not matter for what is computed
 
-    def before_fit(self, learn): self._start_table(learn.recorder.n_rows)
+    def before_fit(self, learn):
+        self._start_table(learn.recorder.n_rows, learn.recorder.n_evals)
+        names = ['epoch', 'train_loss', *['valid_loss'] * (learn.dls.valid is not None), *LAST]
+        self._table = Table(self.columns or names)
 
     def after_batch(self, learn):
         if not self.bar: return
-        if self._tqdm is None: self._tqdm = make_bar(learn)
-        self._tqdm.update()
+        if self._bar is None:
+            self._bar, self._loss, self._told_at = make_bar(learn), LateValue(), time.monotonic()
+        self._bar.update()
+        if self._bar.disable or (now := time.monotonic()) - self._told_at < PAUSE: return
+        self._told_at = now
+        self._tell_loss(learn)
+        self._redraw()
 
     def _close_bar(self, learn):
-        if self._tqdm is not None: self._tqdm.close()
-        self._tqdm = None
+        if self._bar is not None: self._bar.close()
+        self._bar = self._loss = None
+        if 'fit' not in learn.levels: self._redraw()
 
     cleanup_train = cleanup_validate = cleanup_lr_find = _close_bar
 
+# %% ../../nbs/loop/01_progress.ipynb #c924f5c4
+@patch
+def _tell_loss(self:Progress, learn):
+    loss = self._loss.read(learn.recorder.recent_loss) if learn.phase == 'train' else None
+    self._bar.set_postfix_str('' if loss is None else f'loss {loss:.4g}', refresh=False)
+
 # %% ../../nbs/loop/01_progress.ipynb #96844096
+class TableAndBar:
+    "What a notebook shows of a running fit: one output, which is drawn anew"
+    def __init__(self, table, bar): self.parts = [x for x in (table, bar) if x is not None]
+    def __repr__(self): return '\n'.join(map(repr, self.parts))
+    def _repr_html_(self): return ''.join(part._repr_html_() for part in self.parts)
+
 def display_table(table, # anything IPython can display
                   shown=None, # handle of an earlier display, which is replaced
                  ): # display handle
@@ -114,42 +194,74 @@ def display_table(table, # anything IPython can display
     shown.update(table)
     return shown
 
+@patch
+def _redraw(self:Progress):
+    "Draw table and bar in their place, if anything of them is or was there"
+    if not in_notebook() or 'IN_TEST' in os.environ or not is_main(): return
+    table = self._table if self._table is not None and self._table.rows else None
+    bar = self._bar if isinstance(self._bar, NotebookBar) else None
+    if table is None and bar is None and self._display is None: return
+    self._display = display_table(TableAndBar(table, bar), self._display)
+    if table is None and bar is None: self._display = None  # of a pass that is over
+
 # %% ../../nbs/loop/01_progress.ipynb #017c0d65
 @patch
 def _show_row(self:Progress, row):
     self._hidden_row = None
-    columns = list(self.columns or [name for name in row if name != 'run'])
-    if self._table is None or columns != self._table.columns:
-        self._table, self._table_display = Table(columns), None
-        if not in_notebook(): print(self._table.line(columns), flush=True)
+    if self._table is None: self._table = Table(self.columns or [])
+    has_grown = self.columns is None and self._table.grow({k: row[k] for k in row if k != 'run'})
     self._table.add(row)
-    if not in_notebook(): print(self._table.line(self._table.rows[-1]), flush=True)
-    elif 'IN_TEST' not in os.environ:
-        self._table_display = display_table(self._table, self._table_display)
+    if in_notebook(): return self._redraw()
+    table = self._table
+    if has_grown or len(table.rows) == 1: print(table.line(table.columns), flush=True)
+    print(table.line(table.cells(row)), flush=True)
 
 @patch
-def after_epoch(self:Progress, learn):
+def _show_evals(self:Progress, recorder, epoch): # until which
+    new = recorder.since('evals', self._n_evals_seen)
+    for row in new:
+        if row['run'] == recorder.run and row['epoch'] > epoch: return
+        self._n_evals_seen += 1
+        if self.table and row['run'] == recorder.run: self._show_row(row)
+
+@patch
+def _show_new(self:Progress, learn):
     recorder = learn.recorder
-    if not is_main() or self._n_seen is None: return
     new = [recorder.since(name, self._n_seen) for name in ('rows', 'times')]
     for row, seconds in zip(*new, strict=True):  # several where a saved fit goes on
         if row['run'] != new[0][-1]['run']: continue
         row['time'] = seconds
+        self._show_evals(recorder, row['epoch'])
         is_last = learn.n_epoch is not None and row['epoch'] + 1 == learn.n_epoch
         is_shown = (row['epoch'] + 1) % self.print_every == 0 or is_last
         self._hidden_row = None if is_shown else row
         if self.table and is_shown: self._show_row(row)
-    if self.plot and in_notebook() and recorder.n_rows > self._n_seen: self._draw(learn)
     self._n_seen = max(self._n_seen, recorder.n_rows)
+    self._show_evals(recorder, learn.epoch)
+
+# %% ../../nbs/loop/01_progress.ipynb #bcfc451b
+@patch
+def after_evaluation(self:Progress, learn):
+    "Show the row of a validation inside of an epoch, by the updates before it"
+    if is_main() and self._n_seen is not None: self._show_new(learn)
+
+@patch
+def after_epoch(self:Progress, learn):
+    if not is_main() or self._n_seen is None: return
+    has_new = learn.recorder.n_rows > self._n_seen
+    self._show_new(learn)
+    if self.plot and in_notebook() and has_new: self._draw(learn)
 
 @patch
 def cleanup_fit(self:Progress, learn):
     self._close_bar(learn)
     self.after_epoch(learn)  # a callback may have ended the fit before this one heard of it
     if self.table and self._hidden_row: self._show_row(self._hidden_row)
-    if self._table and in_notebook() and 'IN_TEST' in os.environ: display_table(self._table)
+    self._redraw()
+    has_rows = self._table is not None and self._table.rows
+    if has_rows and in_notebook() and 'IN_TEST' in os.environ: display_table(self._table)
     if self.plot and in_notebook() and is_main(): self._draw(learn, last=True)
-    self._n_seen = None
+    self._n_seen = self._table = self._display = None
 
 # %% ../../nbs/loop/01_progress.ipynb #b8c3fcc7
 @patch
@@ -168,16 +280,19 @@ def _draw(self:Progress, learn, last=False):
 def show_again(self:Progress,
                rows:list, # of a recorder
                times:list, # seconds of each row
+               evals:list=(), # of a recorder: rows of validations inside of epochs
               ):
     "Print rows of the history as they were shown when they were made, a table for each fit"
     if not self.table or not is_main(): return
-    lasts = {row['run']: i for i, row in enumerate(rows)}
+    lasts, ends = {row['run']: i for i, row in enumerate(rows)}, in_notebook()
     for i, row in enumerate(rows):
         if not i or row['run'] != rows[i - 1]['run']: self._start_table(None)
+        for one in evals:
+            if (one['run'], one['epoch']) == (row['run'], row['epoch']): self._show_row(one)
         if (row['epoch'] + 1) % self.print_every and i not in lasts.values(): continue
         self._show_row({**row, 'time': times[i]})
-        if i not in lasts.values() or not in_notebook() or 'IN_TEST' not in os.environ: continue
-        display_table(self._table)
+        if i in lasts.values() and ends and 'IN_TEST' in os.environ: display_table(self._table)
+    self._start_table(None)
 
 # %% ../../nbs/loop/01_progress.ipynb #2475bc7c
 def show_message(learn, # with a `Progress` whose table is shown, or without

@@ -2,6 +2,7 @@
 # pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 # pyright: reportPrivateImportUsage=false
 """Bars and tables while a model trains"""
+import torch
 from typing import Any
 from ..components.callback import Callback
 from ..loop.learner import Learner
@@ -26,6 +27,8 @@ def cell_text(name: str, value: Any) -> str:
     Returns:
         str
     """
+FIRST: tuple[str, ...]
+LAST: tuple[str, ...]
 
 class Table:
     """Rows under named columns, as HTML in a notebook and as aligned text elsewhere"""
@@ -33,6 +36,13 @@ class Table:
     rows: list[Any]
     def __init__(self, columns: Any) -> None: ...
     def add(self, row: dict) -> None: ...
+    def grow(self, row: Any) -> Any:
+        """Have a column for everything in a row
+
+        Returns:
+            bool: whether there are new columns
+        """
+    def cells(self, row: Any) -> Any: ...
     @property
     def widths(self) -> Any: ...
     def line(self, cells: Any) -> Any:
@@ -43,13 +53,42 @@ class Table:
         """
     def __str__(self) -> str: ...
     def __repr__(self) -> str: ...
+DELAY: float
+PAUSE: float
+
+class NotebookBar:
+    """A bar as HTML; it is drawn by whoever draws what lies around it"""
+    disable: bool
+    total: Any
+    desc: Any
+    n: int
+    postfix: str
+    began: Any
+    def __init__(self, total: Any, desc: Any) -> None: ...
+    def update(self) -> None: ...
+    def set_postfix_str(self, text: Any, refresh: Any = False) -> None: ...
+    def close(self) -> None: ...
+    def __repr__(self) -> str: ...
 
 def make_bar(learn: Learner) -> Any:
     """A bar over the batches of the running pass
 
     Returns:
-        tqdm bar, disabled where nobody watches
+        a bar, disabled where nobody watches
     """
+
+class LateValue:
+    """A number on a device, as it was a moment ago: nobody waits for it"""
+    value: Any
+    copy: Any
+    arrival: torch.Event | None
+    def __init__(self) -> None: ...
+    def read(self, t: Any) -> Any:
+        """What was copied at an earlier call, if it has arrived; then the next copy begins
+
+        Returns:
+            float; None as long as there is none. t: function that gives a tensor
+        """
 
 class Progress(Callback):
     """Shows a bar over batches, a table with a row an epoch, and optionally a plot of the losses"""
@@ -78,18 +117,27 @@ class Progress(Callback):
     def settings(self) -> Any: ...
     def before_fit(self, learn: Learner) -> None: ...
     def after_batch(self, learn: Learner) -> None: ...
+    def after_evaluation(self, learn: Learner) -> None:
+        """Show the row of a validation inside of an epoch, by the updates before it"""
     def after_epoch(self, learn: Learner) -> None: ...
     def cleanup_fit(self, learn: Learner) -> None: ...
-    def show_again(self, rows: list, times: list) -> None:
+    def show_again(self, rows: list, times: list, evals: list = ()) -> None:
         """Print rows of the history as they were shown when they were made, a table for each fit
 
         Args:
             rows: of a recorder
             times: seconds of each row
+            evals: of a recorder: rows of validations inside of epochs
         """
     def cleanup_train(self, learn: Learner) -> None: ...
     def cleanup_validate(self, learn: Learner) -> None: ...
     def cleanup_lr_find(self, learn: Learner) -> None: ...
+
+class TableAndBar:
+    """What a notebook shows of a running fit: one output, which is drawn anew"""
+    parts: list[Any]
+    def __init__(self, table: Any, bar: Any) -> None: ...
+    def __repr__(self) -> str: ...
 
 def display_table(table: Any, shown: Any = None) -> Any:
     """Show `table` in the notebook, in place of what was shown before

@@ -34,6 +34,11 @@ class Series:
             t if isinstance(t, torch.Tensor) and not t.ndim
             else torch.as_tensor(t, device=device).reshape(()) for t in values]))
 
+    def recent(self, n): # tensor of one element; None: there is nothing yet
+        "The mean of at most `n` values that came last, without reading it"
+        values = self.unpacked[-n:] or [part[-n:] for part in self.packed[-1:]]
+        return torch.cat([value.reshape(-1) for value in values]).mean() if values else None
+
     def read(self): # float64 array, (steps,)
         "All values, in one transfer"
         if self.unpacked: self._pack()
@@ -207,6 +212,14 @@ def flush(self:Recorder, ranks=None): # float: the mean loss of the steps
     counted = weights > 0  # a mean over nothing may well be nan
     return float(loss[counted] @ weights[counted] / weights.sum()) if counted.any() else math.nan
 
+# %% ../../nbs/loop/00_recorder.ipynb #84d78545
+@patch
+def recent_loss(self:Recorder,
+                n:int=50, # training batches
+               ): # tensor of one element, on the losses' device; None where there is none
+    "The mean loss of the last batches of the running pass"
+    return self._loss.recent(n)
+
 # %% ../../nbs/loop/00_recorder.ipynb #cc7fdddf
 @patch
 def after_train(self:Recorder, learn):
@@ -231,6 +244,9 @@ def cleanup_validate(self:Recorder, learn): self.tally = None
 # %% ../../nbs/loop/00_recorder.ipynb #f883880d
 @patch(as_prop=True)
 def n_rows(self:Recorder)->int: return len(self.growing['rows'])
+
+@patch(as_prop=True)
+def n_evals(self:Recorder)->int: return len(self.growing['evals'])
 
 @patch
 def since(self:Recorder,

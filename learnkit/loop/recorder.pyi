@@ -21,6 +21,12 @@ class Series:
         Returns:
             a number or a detached tensor of one element
         """
+    def recent(self, n: Any) -> Any:
+        """The mean of at most `n` values that came last, without reading it
+
+        Returns:
+            tensor of one element; None: there is nothing yet
+        """
     def read(self) -> Any:
         """All values, in one transfer
 
@@ -96,6 +102,15 @@ class Recorder(Callback):
         Returns:
             float: the mean loss of the steps
         """
+    def recent_loss(self, n: int = 50) -> Any:
+        """The mean loss of the last batches of the running pass
+
+        Args:
+            n: training batches
+
+        Returns:
+            tensor of one element, on the losses' device; None where there is none
+        """
     def after_train(self, learn: Learner) -> None: ...
     def cleanup_train(self, learn: Learner) -> Any:
         """Returns:
@@ -105,6 +120,8 @@ class Recorder(Callback):
     def cleanup_validate(self, learn: Learner) -> None: ...
     @property
     def n_rows(self) -> int: ...
+    @property
+    def n_evals(self) -> int: ...
     def since(self, name: str, n: int) -> list:
         """A copy of what has been added since; what was there before is not looked at
 

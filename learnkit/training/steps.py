@@ -14,6 +14,7 @@ from ..components.metrics import named_metrics
 from ..data.loaders import length
 from ..loop.predict import measure
 from .arguments import check_whole
+from .stopping import is_last_epoch
 
 # %% ../../nbs/training/13_steps.ipynb #1c219e0c
 def check_functions(stages):
@@ -129,14 +130,19 @@ def _call_stage(self:StageFuncs, learn, funcs, stage):
 
 # %% ../../nbs/training/13_steps.ipynb #4bc85a7b
 class ValidateEvery(Callback):
-    "Validates after every so many updates, inside the epoch"
+    "Validates after every so many updates, inside the epoch, or after every n-th epoch only"
     order, phases, events = 60, ('train',), ('after_evaluation',)
 
     def __init__(self,
-                 n_steps:int, # updates from one evaluation to the next
+                 n_steps:int=None, # updates from one evaluation inside of epochs to the next
+                 epochs:int=None, # epochs from one validation to the next; the last has one anyway
                 ):
-        check_whole('ValidateEvery', 'n_steps', n_steps)
-        self.n_steps, self.is_pending = n_steps, False
+        if n_steps is None and epochs is None:
+            raise ValueError('ValidateEvery(): say how often, as ValidateEvery(500) for updates '
+                             'or ValidateEvery(epochs=5)')
+        for name, n in (('n_steps', n_steps), ('epochs', epochs)):
+            if n is not None: check_whole('ValidateEvery', name, n)
+        self.n_steps, self.epochs, self.is_pending = n_steps, epochs, False
 
     def state_dict(self): return {'due': self.is_pending}
     def load_state_dict(self, state): self.is_pending = state['due']
@@ -147,10 +153,11 @@ class ValidateEvery(Callback):
         self.is_pending = False
 
     def after_step(self, learn):
-        if learn.updates % self.n_steps == 0: self.is_pending = True
+        if self.n_steps and learn.updates % self.n_steps == 0: self.is_pending = True
 
     def after_batch(self, learn):
-        if is_last_of_pass(learn): self.is_pending = False  # the validation of the epoch follows
+        # The validation of the epoch follows
+        if is_last_of_pass(learn) and self.ends_epoch(learn): self.is_pending = False
         if not self.is_pending: return
         try: self.evaluate(learn)
         except Interrupted: pass  # it stays pending; the loop acts on the signal after this batch
@@ -158,7 +165,24 @@ class ValidateEvery(Callback):
     def before_batch(self, learn):
         if self.is_pending: self.evaluate(learn)  # in a resumed fit
 
-    def after_train(self, learn): self.is_pending = False
+# %% ../../nbs/training/13_steps.ipynb #463d01e9
+@patch
+def ends_epoch(self:ValidateEvery, learn): # bool
+    "Whether a validation ends this epoch, as far as is known"
+    return not self.epochs or (learn.epoch + 1) % self.epochs == 0 or is_last_epoch(learn)
+
+@patch
+def choose(self:ValidateEvery, learn):
+    "Leave the validation of this epoch out, or not"
+    if self.epochs: learn._fit.validates = self.ends_epoch(learn)
+
+@patch
+def before_epoch(self:ValidateEvery, learn): self.choose(learn)  # one may begin with it
+
+@patch
+def after_train(self:ValidateEvery, learn):
+    self.is_pending = False
+    self.choose(learn)  # it is known by now whether the fit is over
 
 # %% ../../nbs/training/13_steps.ipynb #3b271358
 @patch

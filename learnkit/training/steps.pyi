@@ -62,21 +62,35 @@ def track_value(learn: Learner, stage: str, name: str, value: Any, n: Any = None
     """
 
 class ValidateEvery(Callback):
-    """Validates after every so many updates, inside the epoch"""
-    n_steps: int
+    """Validates after every so many updates, inside the epoch, or after every n-th epoch only"""
+    n_steps: int | None
+    epochs: int | None
     is_pending: bool
-    def __init__(self, n_steps: int) -> None:
-        """Validates after every so many updates, inside the epoch
+    def __init__(self, n_steps: int | None = None, epochs: int | None = None) -> None:
+        """Validates after every so many updates, inside the epoch, or after every n-th epoch only
 
         Args:
-            n_steps: updates from one evaluation to the next
+            n_steps: updates from one evaluation inside of epochs to the next
+            epochs: epochs from one validation to the next; the last has one anyway
         """
     def state_dict(self) -> Any: ...
     def load_state_dict(self, state: Any) -> None: ...
     def before_fit(self, learn: Learner) -> None: ...
     def after_step(self, learn: Learner) -> None: ...
-    def after_batch(self, learn: Learner) -> None: ...
+    def after_batch(self, learn: Learner) -> Any:
+        """Returns:
+            The validation of the epoch follows
+        """
     def before_batch(self, learn: Learner) -> None: ...
+    def ends_epoch(self, learn: Learner) -> bool:
+        """Whether a validation ends this epoch, as far as is known
+
+        Returns:
+            bool
+        """
+    def choose(self, learn: Learner) -> None:
+        """Leave the validation of this epoch out, or not"""
+    def before_epoch(self, learn: Learner) -> None: ...
     def after_train(self, learn: Learner) -> None: ...
     def evaluate(self, learn: Learner) -> None:
         """Validate now, and call `after_evaluation`"""

@@ -150,7 +150,8 @@ def after_epoch(self:TorchScheduler, learn):
         value = self.monitored(learn, needed=False)
         self.advance(self.scheduler.step, self.epochs, metric=value)
     elif isinstance(self.scheduler, ReduceLROnPlateau):
-        value = self.monitored(learn, needed=not self.epoch_cancelled)
+        needed = learn._fit.validates and not self.epoch_cancelled
+        value = self.monitored(learn, needed)
         if value is not None: self.advance(self.scheduler.step, value)
     elif self.per == 'epoch': self.advance(self.scheduler.step)
 

@@ -138,7 +138,7 @@ def after_epoch(self:Tracker, learn):
     value = row.get(self.monitor, math.nan)
     if self.epoch_cut_short and math.isnan(value): return
     if self.monitor in row: self.compare(learn, row)
-    elif not self.n_values:
+    elif not self.n_values and learn._fit.validates:
         have = ', '.join(name for name in row if name not in ('run', 'epoch', 'lr'))
         raise ValueError(f'{self.title}: no metric {self.monitor!r} was recorded; have: {have}')
 
