@@ -56,6 +56,7 @@ def fetch_answer(self:Ledger, node, call, found):
 @patch
 def compute_answer(self:Ledger, node, call, key, folder=None):
     "Make a call and put the answer into the table of the checkpoint"
+    __tracebackhide__ = True
     result, callbacks, facts = self.perform(call, folder)
     try: packed = self.pack(call, result)
     except UnstorableError as error:

@@ -152,6 +152,7 @@ def note(self:Block, record, **facts):
 @patch
 def call(self:Block, name, args, kwargs):
     "Fetch or compute a call"
+    __tracebackhide__ = True
     ledger = self.ledger
     if ledger.block is not self:
         raise RuntimeError(f'the block of checkpoint {id_text(self.id)} has ended: {name} cannot '
@@ -172,6 +173,7 @@ def call(self:Block, name, args, kwargs):
 @patch
 def numbered_call(self:Block, call):
     "Fetch or compute call number `k`, after comparing it with recorded call number `k`"
+    __tracebackhide__ = True
     ledger, node, k = self.ledger, self.node, len(self.made)
     record = node.call(k) if k < node.n_calls else None
     digests = self.state_digests()
@@ -216,6 +218,7 @@ def add_made(self:Block, call):
 @patch
 def compute(self:Block, call, digests, record):
     "Make the call, from exactly the state before it, and record it"
+    __tracebackhide__ = True
     ledger, k = self.ledger, len(self.made)
     if ledger.planning:
         raise PlanEnds(f'checkpoint {id_text(self.id)}: {call.text} would be computed: '
@@ -253,6 +256,7 @@ def begin_call(self:Block, call, digests, saved, record) -> CallRecord:
 @patch
 def make(self:Block, call, record, folder):
     "Make a call and record what came of it; if it fails the record says that it runs"
+    __tracebackhide__ = True
     ledger = self.ledger
     ledger.known_digests, self.diverged, ledger.is_as_made = ledger.no_digests(), True, False
     if call.kind != 'pure': ledger.lacks = {}
@@ -443,6 +447,7 @@ def make_again(self:Block, i):
 @patch
 def answer_pure_call(self:Block, call):
     "Fetch the answer of a pure method, or compute it"
+    __tracebackhide__ = True
     ledger, digests = self.ledger, self.state_digests()
     recorded = self.digests_without_drift(digests)
     key = answer_key(call, recorded, digests_of(call.structure))
@@ -478,7 +483,9 @@ class BlockProxy:
         block, host = self._block, self._block.ledger.host
         hidden = name in vars(host.object) and name not in block.ledger.direct_calls.errors
         if hidden or method_kind(type(host.object), name) is None: return getattr(host.object, name)
-        def recorded(*args, **kwargs): return block.call(name, args, kwargs)
+        def recorded(*args, **kwargs):
+            __tracebackhide__ = True
+            return block.call(name, args, kwargs)
         recorded.__name__, recorded.__doc__ = name, getattr(type(host.object), name).__doc__
         return recorded
 

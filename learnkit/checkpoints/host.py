@@ -223,6 +223,7 @@ def stateful_arguments(self:Host, arguments:dict) -> list:
 @patch
 def call(self:Host, method:str, args, kwargs): # what it returns
     "Call a method of the object"
+    __tracebackhide__ = True
     return getattr(self.object, method)(*args, **kwargs)
 
 @patch

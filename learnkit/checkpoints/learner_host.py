@@ -83,6 +83,7 @@ def instantiated(self:LearnerHost, method, args, kwargs): # (args, kwargs)
 @patch
 def call(self:LearnerHost, method, args, kwargs): # what it returns
     "Call a method of the learner; a pure one leaves everything in reach as it was"
+    __tracebackhide__ = True
     learn = self.object
     learn._origin.written = {}
     if method_kind(type(learn), method) != 'pure': return Host.call(self, method, args, kwargs)

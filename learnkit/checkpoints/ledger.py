@@ -254,6 +254,7 @@ def arithmetic_of(self:Ledger, call) -> dict: # name -> plain value
 @patch
 def perform(self:Ledger, call, folder=None): # (result, callbacks, dict: what is known of it)
     "Make a call; with a folder it saves there while it runs"
+    __tracebackhide__ = True
     host, start = self.host, time.perf_counter()
     callbacks, report = host.stateful_arguments(call.values), host.display.begin_report()
     with nullcontext() if folder is None else host.saving_to(folder, self.local_store):
@@ -267,6 +268,7 @@ def perform(self:Ledger, call, folder=None): # (result, callbacks, dict: what is
 @patch
 def make_call(self:Ledger, method, args, kwargs): # what it returns
     "A call of the object's method, inside of which it calls its own methods as ever"
+    __tracebackhide__ = True
     with self.direct_calls.allowed(): return self.host.call(method, args, kwargs)
 
 # %% ../../nbs/checkpoints/05_ledger.ipynb #5550ac10

@@ -84,6 +84,7 @@ def fit(self:Learner,
         resume_data:str='exact', # or 'skip': replay no batches whose workers drew random numbers
        ) -> None:
     "Train. Ctrl-C ends the fit and keeps what was reached (see `on_interrupt`)"
+    __tracebackhide__ = True
     if self.levels: raise RuntimeError(f'fit called while {self.levels[0]} is running')
     check_plan(n_epoch, n_steps, resume_data)
     began, max_time = time.monotonic(), None if max_time is None else as_seconds(max_time)
@@ -124,6 +125,7 @@ def _plan(self:Learner, resume, lr, reset_opt): # (description of the call, Save
 
 @patch
 def _run_fit(self:Learner):
+    __tracebackhide__ = True
     fit, self.phase = self._fit, 'train'
     try:
         self._level('fit', self._all_epochs)

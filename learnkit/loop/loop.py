@@ -38,6 +38,7 @@ class Loop(Guarded):
     _origin: object
 
     def _level(self, name, body, then=None):
+        __tracebackhide__ = True
         self.levels.append(name)
         try:
             if self._is_cancelled(f'before_{name}', body):
@@ -51,11 +52,13 @@ class Loop(Guarded):
         finally: self.levels.pop()
 
     def _all_epochs(self):
+        __tracebackhide__ = True
         for self._fit.epoch in self._fit.epochs():
             self._level('epoch', self._one_epoch, then=self._count_epoch)
             self._fire_at_rest()
 
     def _one_epoch(self):
+        __tracebackhide__ = True
         if self._fit.stage == 'train':
             with self._pass('train', self.dls.train): self._level('train', self._all_batches)
         self._fit.stage = 'validate'
@@ -65,10 +68,12 @@ class Loop(Guarded):
 # %% ../../nbs/loop/03_loop.ipynb #2bb3ae6b
 @patch
 def _evaluate(self:Loop, phase, dl):
+    __tracebackhide__ = True
     with isolated_rng(), self._pass(phase, dl): self._level('validate', self._all_batches)
 
 @patch
 def _all_batches(self:Loop):
+    __tracebackhide__ = True
     self.iter = self.first_batch - 1
     batches = self.dl if self.batches is None else self.batches
     for self.iter, batch in enumerate(batches, self.first_batch):
@@ -82,6 +87,7 @@ def _all_batches(self:Loop):
 # %% ../../nbs/loop/03_loop.ipynb #849bdd9e
 @patch
 def _one_batch(self:Loop):
+    __tracebackhide__ = True
     self._run_step('get_pred')
     self('after_pred')
     if not self.has_loss: return
@@ -92,6 +98,7 @@ def _one_batch(self:Loop):
 
 @patch
 def _update(self:Loop):
+    __tracebackhide__ = True
     loss = self.loss
     try:
         try:
@@ -105,6 +112,7 @@ def _update(self:Loop):
 
 @patch
 def _make_step(self:Loop):
+    __tracebackhide__ = True
     try:
         self('before_step')
         self._run_step('step')
@@ -210,6 +218,7 @@ def loss_of(pred): # the loss in a model's output
 # %% ../../nbs/loop/03_loop.ipynb #2c58789b
 @patch
 def _run_step(self:Loop, name):
+    __tracebackhide__ = True
     methods = self._cbs.bound[self.phase][name]
     try:
         if name == self._heard:
@@ -224,6 +233,7 @@ def _run_step(self:Loop, name):
 
 @patch
 def _evaluate_again(self:Loop): # the loss
+    __tracebackhide__ = True
     for name in ('zero_grad', 'get_pred', 'get_loss', 'backward'): self._run_step(name)
     return self.loss
 
@@ -374,6 +384,7 @@ def as_weight(weight): # number, where reading it is free; on an accelerator a 0
 @patch
 def __call__(self:Loop, event:str):
     "Call the callbacks' methods for `event`"
+    __tracebackhide__ = True
     for method in self._cbs.bound[self.phase][event]:
         try: method(self)
         except (Cancel, Interrupted): raise
@@ -432,6 +443,7 @@ def no_float32_text(learn): # str; None where the data is of the model's kind
 @patch
 def _is_cancelled(self:Loop, event, body=None): # bool
     "Call the event, then the body; whether a Cancel of the innermost open level has ended them"
+    __tracebackhide__ = True
     try:
         self(event)
         if body: body()
@@ -447,6 +459,7 @@ def is_meant_here(cancel, levels): # bool
 @patch
 def _cleanup(self:Loop, level, error=None):
     "`cleanup_<level>` for every callback; of all that was raised the gravest surfaces"
+    __tracebackhide__ = True
     raised = [] if error is None else [error]
     for method in self._cbs.bound[self.phase][f'cleanup_{level}']:
         try: method(self)

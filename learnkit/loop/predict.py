@@ -28,6 +28,7 @@ def side_pass(learn, interruptible=False):
 
 def measure(learn, phase, dl, interruptible_in_fit=False): # dict by name: floats
     "Loss and metrics over a loader, and what is tracked"
+    __tracebackhide__ = True
     if dl is None: raise ValueError(f'no data: give a loader, as dls.{phase} is None')
     recorder = () if learn.recorder in learn.cbs else learn.recorder
     learn.recorder.results = {'loss': math.nan}
@@ -115,6 +116,7 @@ def unwrap(items:tuple): # the only item, None for none, else the tuple
 # %% ../../nbs/loop/09_predict.ipynb #93096409
 def predictions(learn, dl, with_loss, with_input, concat): # tuple of tensors, or lists of them
     "Predictions and targets over a loader, in its order, with losses and inputs if they are wanted"
+    __tracebackhide__ = True
     if dl is None: raise ValueError('no data: give a loader, as dls.valid is None')
     check_loader(dl)
     collect = Collect(with_loss, with_input, n_samples(dl), concat)

@@ -155,28 +155,35 @@ class Progress(Callback):
         names = ['epoch', 'train_loss', *['valid_loss'] * (learn.dls.valid is not None), *LAST]
         self._table = Table(self.columns or names)
 
-    def after_batch(self, learn):
-        if not self.bar: return
-        if self._bar is None:
-            self._bar, self._loss, self._told_at = make_bar(learn), LateValue(), time.monotonic()
-        self._bar.update()
-        if self._bar.disable or (now := time.monotonic()) - self._told_at < PAUSE: return
-        self._told_at = now
-        self._tell_loss(learn)
-        self._redraw()
-
-    def _close_bar(self, learn):
-        if self._bar is not None: self._bar.close()
-        self._bar = self._loss = None
-        if 'fit' not in learn.levels: self._redraw()
-
-    cleanup_train = cleanup_validate = cleanup_lr_find = _close_bar
-
 # %% ../../nbs/loop/01_progress.ipynb #c924f5c4
+@patch
+def after_batch(self:Progress, learn):
+    if not self.bar: return
+    if self._bar is None:
+        self._bar, self._loss, self._told_at = make_bar(learn), LateValue(), time.monotonic()
+    self._bar.update()
+    if self._bar.disable or (now := time.monotonic()) - self._told_at < PAUSE: return
+    self._told_at = now
+    self._tell_loss(learn)
+    self._redraw()
+
 @patch
 def _tell_loss(self:Progress, learn):
     loss = self._loss.read(learn.recorder.recent_loss) if learn.phase == 'train' else None
     self._bar.set_postfix_str('' if loss is None else f'loss {loss:.4g}', refresh=False)
+
+@patch
+def _close_bar(self:Progress, learn):
+    if self._bar is not None: self._bar.close()
+    self._bar = self._loss = None
+    if 'fit' not in learn.levels: self._redraw()
+
+@patch
+def cleanup_train(self:Progress, learn): self._close_bar(learn)
+@patch
+def cleanup_validate(self:Progress, learn): self._close_bar(learn)
+@patch
+def cleanup_lr_find(self:Progress, learn): self._close_bar(learn)
 
 # %% ../../nbs/loop/01_progress.ipynb #96844096
 class TableAndBar:
