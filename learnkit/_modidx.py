@@ -3235,6 +3235,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'learnkit/loop/progress.py'),
                                         'learnkit.loop.progress.Progress._draw': ( 'loop/progress.html#progress._draw',
                                                                                    'learnkit/loop/progress.py'),
+                                        'learnkit.loop.progress.Progress._new_table': ( 'loop/progress.html#progress._new_table',
+                                                                                        'learnkit/loop/progress.py'),
                                         'learnkit.loop.progress.Progress._redraw': ( 'loop/progress.html#progress._redraw',
                                                                                      'learnkit/loop/progress.py'),
                                         'learnkit.loop.progress.Progress._show_evals': ( 'loop/progress.html#progress._show_evals',

@@ -152,8 +152,12 @@ class Progress(Callback):
 
     def before_fit(self, learn):
         self._start_table(learn.recorder.n_rows, learn.recorder.n_evals)
-        names = ['epoch', 'train_loss', *['valid_loss'] * (learn.dls.valid is not None), *LAST]
-        self._table = Table(self.columns or names)
+        self._table = self._new_table(learn.dls.valid is not None)
+
+    def _new_table(self, has_valid): # Table
+        "A table with the columns that a fit has anyway"
+        names = ['epoch', 'train_loss', *['valid_loss'] * has_valid, *LAST]
+        return Table(self.columns or names)
 
 # %% ../../nbs/loop/01_progress.ipynb #c924f5c4
 @patch
@@ -215,7 +219,6 @@ def _redraw(self:Progress):
 @patch
 def _show_row(self:Progress, row):
     self._hidden_row = None
-    if self._table is None: self._table = Table(self.columns or [])
     has_grown = self.columns is None and self._table.grow({k: row[k] for k in row if k != 'run'})
     self._table.add(row)
     if in_notebook(): return self._redraw()
@@ -293,7 +296,10 @@ def show_again(self:Progress,
     if not self.table or not is_main(): return
     lasts, ends = {row['run']: i for i, row in enumerate(rows)}, in_notebook()
     for i, row in enumerate(rows):
-        if not i or row['run'] != rows[i - 1]['run']: self._start_table(None)
+        if not i or row['run'] != rows[i - 1]['run']:
+            self._start_table(None)
+            has_valid = any('valid_loss' in one for one in rows if one['run'] == row['run'])
+            self._table = self._new_table(has_valid)
         for one in evals:
             if (one['run'], one['epoch']) == (row['run'], row['epoch']): self._show_row(one)
         if (row['epoch'] + 1) % self.print_every and i not in lasts.values(): continue
