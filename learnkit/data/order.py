@@ -33,7 +33,8 @@ def checked_weights(weights, # one for each sample: list, array or tensor
                     n:int, # samples
                    ): # float64 tensor, (n,), on the host
     "Weights to draw samples by, not normalised"
-    found = torch.as_tensor(weights).to('cpu', torch.float64)
+    if not isinstance(weights, torch.Tensor): weights = torch.as_tensor(np.asarray(weights))
+    found = weights.detach().to('cpu', torch.float64, copy=True)
     if found.shape != (n,):
         raise ValueError(f'weights of shape {tuple(found.shape)}: give one for each of {n} samples')
     if not found.isfinite().all() or (found < 0).any() or not found.sum() > 0:

@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/loop/07_structure.ipynb #a9bb6baa
+import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 from ..base.snapshots import same_objects
@@ -31,7 +32,9 @@ def reading_of(dl): # list of str and int
     "What shows that a loader reads otherwise, or that its tensors were changed in place"
     dataset = getattr(dl, 'dataset', None)
     tensors = getattr(dataset if isinstance(dataset, TensorDataset) else dl, 'tensors', ())
-    return [describe(dl) if dl is not None else '', *write_counts(tensors)]
+    weights = getattr(dl, 'weights', None)  # by which samples are drawn
+    drawn_by = [id(weights), *write_counts([weights])] if isinstance(weights, torch.Tensor) else []
+    return [describe(dl) if dl is not None else '', *write_counts(tensors), *drawn_by]
 
 def hooks(learn): # set of (path of a module, kind of hook, name of a function)
     "The hooks of model and loss"
