@@ -47,7 +47,7 @@ def test_other_weights_are_another_fit_for_a_save(tmp_path):
     lambda dl: setattr(dl, 'weights', dl.weights.flip(0)), lambda dl: dl.weights.mul_(2)])
 def test_weights_that_change_in_a_fit_cannot_be_saved(change, tmp_path):
     learn = made(range(24), path=tmp_path, cbs=Callback(after_epoch=lambda l: change(l.dls.train)))
-    with pytest.raises(UnstorableError, match='data of train was changed'):
+    with pytest.raises(UnstorableError, match='data of dls.train was changed'):
         learn.fit(3, cbs=SaveState('run'))
 
 def test_weights_are_copied_from_any_kind_of_list():
