@@ -290,7 +290,7 @@ def _draw(self:Progress, learn, last=False):
 def show_again(self:Progress,
                rows:list, # of a recorder
                times:list, # seconds of each row
-               evals:list=(), # of a recorder: rows of validations inside of epochs
+               evals=(), # of a recorder: rows of validations inside of epochs
               ):
     "Print rows of the history as they were shown when they were made, a table for each fit"
     if not self.table or not is_main(): return

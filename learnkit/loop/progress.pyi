@@ -124,7 +124,7 @@ class Progress(Callback):
         """Show the row of a validation inside of an epoch, by the updates before it"""
     def after_epoch(self, learn: Learner) -> None: ...
     def cleanup_fit(self, learn: Learner) -> None: ...
-    def show_again(self, rows: list, times: list, evals: list = ()) -> None:
+    def show_again(self, rows: list, times: list, evals: Any = ()) -> None:
         """Print rows of the history as they were shown when they were made, a table for each fit
 
         Args:
