@@ -245,6 +245,7 @@ def counts_shown(learn, whole): # dict: name -> what is compared by its value
     "How often tensors were written to, and where random numbers are"
     params, model = params_of(learn), learn.model
     tensors = {'the batch': tensors_in([learn.batch, learn.xb, learn.yb]),
+               'the data in memory': tensors_in(getattr(learn.dl, 'tensors', ())),
                'pred': tensors_in(learn.pred), 'loss': tensors_in(learn.loss), 'weights': params,
                'gradients': [p.grad for p in params if p.grad is not None],
                'buffers of the model': list(model.buffers()) if whole else []}

@@ -33,7 +33,12 @@ def checked_weights(weights, # one for each sample: list, array or tensor
                     n:int, # samples
                    ): # float64 tensor, (n,), on the host
     "Weights to draw samples by, not normalised"
-    if not isinstance(weights, torch.Tensor): weights = torch.as_tensor(np.asarray(weights))
+    if not isinstance(weights, torch.Tensor):
+        array = np.array(weights)
+        if array.dtype.kind not in 'biuf':
+            raise TypeError(f'weights: a {type(weights).__name__} holds no numbers; give one for '
+                            f'each of {n} samples')
+        weights = torch.as_tensor(array)
     found = weights.detach().to('cpu', torch.float64, copy=True)
     if found.shape != (n,):
         raise ValueError(f'weights of shape {tuple(found.shape)}: give one for each of {n} samples')

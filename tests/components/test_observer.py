@@ -141,6 +141,7 @@ CHANGES = {
     track: 'tracked values', grow: 'lr of the optimizer, group 0',
     drop_gradient: 'the gradient of parameter 0', evaluate: 'the mode of the model',
     add_callback: 'of the callbacks', forward: 'buffers of the model', stop: 'CancelFit',
+    (lambda learn: learn.dls.train.tensors[0].mul_(2)): 'the data in memory',
     (lambda learn: learn.xb[0].mul_(2)): 'the batch', (lambda learn: add(learn.pred)): 'pred',
     (lambda learn: add(learn.model[0].weight)): 'weights',
     (lambda learn: learn.model[0].weight.grad.mul_(2)): 'gradients',
