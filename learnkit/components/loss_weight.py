@@ -98,9 +98,10 @@ def is_sum(loss_func, args, # tensors; other things have no halves
            loss, # what the function has given for them
           ): # bool; None: it cannot be told
     "Whether a loss is the sum over a batch, by what it gives for two halves"
-    rows = {len(x) for x in args if splits(x)}
-    if not all(map(splits, args)) or len(rows) != 1 or loss.numel() != 1: return None
-    if (n := rows.pop()) < 2: return None
+    if not all(map(splits, args)) or not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+        return None
+    n, *others = {len(x) for x in args}
+    if others or n < 2: return None
     cut = n // 2
     try:
         with torch.no_grad(), isolated_rng():
@@ -108,5 +109,5 @@ def is_sum(loss_func, args, # tensors; other things have no halves
                              for part in (slice(cut), slice(cut, n)))
     except Exception: return None  # it takes whole batches only, which is no mistake
     together, mean = first + second, (cut * first + (n - cut) * second) / n
-    near, size = abs(float(loss) - together), max(abs(first), abs(second))
-    return near < 1e-3 * size and near < abs(float(loss) - mean)
+    whole, size = float(loss.detach()), max(abs(first), abs(second))
+    return abs(whole - together) < min(1e-3 * size, abs(whole - mean))
