@@ -64,9 +64,11 @@ from .components.metrics import (
     accuracy, binary_accuracy, error_rate, mae, Metric, metric, mse, perplexity, rmse,
     sklearn_metric, top_k_accuracy,
 )
+from .components import optimizers as _optimizers
 from .components.optim import (
     no_decay, param_groups, spread_lr,
 )
+from .components import layer_table as _layer_table
 from .components import loss_weight as _loss_weight
 from .fingerprint import inspection as _inspection
 from .fingerprint.values import (
@@ -91,6 +93,7 @@ from .loop.recorder import (
 from .loop.progress import (
     Progress,
 )
+from .loop import losses as _losses
 from .loop import position as _position
 from .loop import loop as _loop
 from .loop import observed as _observed

@@ -148,7 +148,42 @@ CASES = {
     'class weights': lambda cbs: fitted(2, loss_func=nn.CrossEntropyLoss(
         torch.tensor([0.2, 3.])), cbs=[GradientAccumulation(2), cbs]),
     'nan stop': lambda cbs: fitted(2, cbs=[StopOnNaN(), cbs]),
+    'parts': lambda cbs: fitted(2, loss_func=two_parts, cbs=[GradientAccumulation(3), cbs]),
 }
+DDP_CASES = { # parts of a model have no optimizers of their own where it is cut
+    'adversaries': lambda cbs: against_each_other(cbs),
+    'adversaries in fp16': lambda cbs: against_each_other([
+        MixedPrecision('fp16'), GradientClip(0.1), GradientAccumulation(3), cbs]),
+    'two for one loss': lambda cbs: fitted(
+        2, opt_func={'0': torch.optim.SGD, '4': None}, lr={'0': 0.1, '4': 1e-2}, model=net(),
+        cbs=cbs),
+}
+
+
+def two_parts(pred, y):
+    return {'ce': nn.functional.cross_entropy(pred, y), 'size': (pred.pow(2).mean(), 0.1)}
+
+
+class Adversaries(Learner):
+    "One part of the model makes hard inputs, the other learns from them"
+    def get_pred(self): self.pred = self.model.d(self.xb[0] + self.model.g(self.xb[0]))
+
+    def get_loss(self):
+        loss = self.loss_func(self.pred, *self.yb)
+        self.loss = {'d': loss, 'g': -loss}
+
+
+def against_each_other(cbs):
+    set_seed(0)
+    model = nn.Sequential()
+    model.g = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    model.d = net(norm=True)
+    learn = Adversaries(DataLoaders.from_tensors(tensors(45), tensors(13, 1), bs=8, device='cpu'),
+                        model, nn.CrossEntropyLoss(), {'g': torch.optim.SGD, 'd': None},
+                        lr={'g': 0.1, 'd': 1e-2}, device='cpu', metrics=accuracy, cbs=cbs)
+    learn.remove_cb(Progress)
+    learn.fit(2)
+    return learn
 
 
 def of_text(*cbs, loss_func=None):
@@ -190,7 +225,7 @@ def cases(names, strategy='ddp'):
     "Each case with the callback given to the constructor"
     found = {}
     for name in names:
-        try: found[name] = seen(CASES[name](Distributed(strategy=strategy)))
+        try: found[name] = seen((CASES | DDP_CASES)[name](Distributed(strategy=strategy)))
         except Exception as error:
             error.add_note(f'(case {name!r})')
             raise

@@ -62,7 +62,7 @@ def each_is_limited(request):
 def slow(*values): return pytest.param(*values, marks=pytest.mark.slow)
 
 
-ALL = ranks.SAMPLES, tuple(ranks.CASES), ranks.FOREIGN
+ALL = ranks.SAMPLES, (*ranks.CASES, *ranks.DDP_CASES), tuple(ranks.CASES), ranks.FOREIGN
 
 
 def label(value): # the name of a parameter
@@ -80,7 +80,7 @@ def test_every_size_gives_the_numbers_of_one_process(n, strategy, samples):
 
 
 @pytest.mark.parametrize('strategy, names', [
-    ('ddp', tuple(ranks.CASES)), slow('fsdp', tuple(ranks.CASES)),
+    ('ddp', (*ranks.CASES, *ranks.DDP_CASES)), slow('fsdp', tuple(ranks.CASES)),
     ('fsdp', ('leftover', 'ema', 'best', 'fp16', 'frozen', 'loss', 'text in groups'))], ids=label)
 def test_callbacks_and_loaders_give_the_numbers_of_one_process(strategy, names):
     one = ranks.cases(names)

@@ -80,7 +80,16 @@ def parts_made_anew(self:LearnerRules, call) -> tuple:
 @patch
 def without_moments(self:LearnerRules, state): # (root, parts that are not whole then)
     "Without what an optimizer keeps of each parameter, where it is laid out as torch's are"
-    opt = state.get('opt') or {}
+    opt = without_moments_of(state.get('opt') or {})
+    return (state, ()) if opt is None else ({**state, 'opt': opt}, ('opt',))
+
+def without_moments_of(opt): # opt: as from `opt_state`; None where there are none
+    "The state of an optimizer, or of several by name, without what is kept of parameters"
     inner = opt.get('state_dict') or {}
-    if not referenced_digests(inner.get('state')): return state, ()
-    return {**state, 'opt': {**opt, 'state_dict': {**inner, 'state': {}}}}, ('opt',)
+    if opt.get('kind') != 'Optimizers':
+        if not referenced_digests(inner.get('state')): return None
+        return {**opt, 'state_dict': {**inner, 'state': {}}}
+    found = {name: without_moments_of(one) for name, one in inner.items()}
+    if all(one is None for one in found.values()): return None
+    return {**opt, 'state_dict': {name: inner[name] if one is None else one
+                                  for name, one in found.items()}}

@@ -43,3 +43,10 @@ def listed_metrics(tree: Any) -> Any:
     Returns:
         list of descriptions
     """
+
+def without_moments_of(opt: Any) -> Any:
+    """The state of an optimizer, or of several by name, without what is kept of parameters
+
+    Returns:
+        opt: as from `opt_state`; None where there are none
+    """

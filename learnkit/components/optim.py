@@ -6,14 +6,15 @@
 __all__ = ['no_decay', 'param_groups', 'spread_lr']
 
 # %% ../../nbs/components/02_optim.ipynb #e810e359
-import enum, inspect, itertools, math
-from functools import lru_cache
+import enum, itertools, math
 from numbers import Integral, Real
 from types import MappingProxyType
 import torch
 from torch import nn
 from ..base.batches import map_tensors
-from ..base.dtensors import distribute_like, is_dtensor, unsharded_class
+from ..base.dtensors import distribute_like, is_dtensor
+from .optimizers import (
+    Optimizers, named_optimizers, needs_closure, rate_by_name, set_mode)
 
 # %% ../../nbs/components/02_optim.ipynb #b2c65da7
 NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
@@ -33,25 +34,32 @@ def param_groups(model:nn.Module,
     "The parameters of `model` as optimizer groups"
     split = [list(model.parameters())] if splitter is None else [list(g) for g in splitter(model)]
     if splitter is not None: check_split(model, split)
-    if wd is None: groups = [(i, ps, {}) for i, ps in enumerate(split)]
+    return groups_of(model, split, wd)
+
+# %% ../../nbs/components/02_optim.ipynb #f3fa664e
+def groups_of(model, split, wd, first=0): # split: lists of parameters; first: number of a list
+    "Lists of parameters as optimizer groups"
+    if wd is None: groups = [(i, ps, {}) for i, ps in enumerate(split, first)]
     else:
         exempt = no_decay(model)
         groups = [(i, [p for p in ps if (id(p) in exempt) == is_exempt], {'weight_decay': decay})
-                  for i, ps in enumerate(split) for is_exempt, decay in ((False, wd), (True, 0.))]
+                  for i, ps in enumerate(split, first)
+                  for is_exempt, decay in ((False, wd), (True, 0.))]
     return [{'params': ps, 'layer': i, **hypers} for i, ps, hypers in groups if ps]
 
 # %% ../../nbs/components/02_optim.ipynb #f5fdac70
 def check_split(model:nn.Module,
                 split, # list of lists of parameters
+                where='splitter', # what has split them, for errors
                ):
     "Raise ValueError when a splitter forgets a trainable parameter or gives one twice"
     ids = [id(p) for ps in split for p in ps]
     names = {id(p): name for name, p in model.named_parameters()}
     twice = [names.get(i, '(not in the model)') for i in set(ids) if ids.count(i) > 1]
-    if twice: raise ValueError(f'splitter: parameter {twice[0]!r} is in more than one group')
+    if twice: raise ValueError(f'{where}: parameter {twice[0]!r} is in more than one group')
     lost = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in set(ids)]
     if lost:
-        raise ValueError(f'splitter: {len(lost)} trainable parameters are in no group, {lost[0]!r} '
+        raise ValueError(f'{where}: {len(lost)} trainable parameters are in no group, {lost[0]!r} '
                          'first; they would never be trained. Freeze them or add them to a group.')
 
 # %% ../../nbs/components/02_optim.ipynb #809c4ae3
@@ -81,11 +89,30 @@ def n_layers(opt:torch.optim.Optimizer): # int
 
 # %% ../../nbs/components/02_optim.ipynb #bc5f944c
 def set_lr(opt:torch.optim.Optimizer,
-           lr, # as in `spread_lr`
+           lr, # as in `layer_rates`
           ):
-    "Give each group of `opt` the learning rate of its layers"
-    lrs = spread_lr(lr, n_layers(opt))
-    for i, group in enumerate(opt.param_groups): set_hyper(group, 'lr', lrs[group.get('layer', i)])
+    "Give each group of `opt` that has a learning rate that of its layers"
+    lrs = layer_rates(opt, lr)
+    for i, group in enumerate(opt.param_groups):
+        if 'lr' in group: set_hyper(group, 'lr', lrs[group.get('layer', i)])
+
+def layer_rates(opt:torch.optim.Optimizer,
+                lr, # as in `spread_lr`; of several optimizers also a dict: name -> such a rate
+               ): # list of floats
+    "The learning rate of each group of layers; each of several optimizers spreads its own"
+    named = named_optimizers(opt)
+    if not named: return spread_lr(lr, n_layers(opt))
+    lr, rates = rate_by_name(lr, named), []
+    for name, one in named.items(): rates += spread_lr(lr[name], n_layers(one) - len(rates))
+    return rates
+
+def check_has_lr(opt, what): # what: that needs a learning rate, for the error
+    "Raise ValueError for an optimizer without a learning rate"
+    for group in opt.param_groups:
+        if 'lr' in group: continue
+        has = ', '.join(key for key in group if key not in ('params', 'layer', 'opt'))
+        raise ValueError(f'{what}: {type(opt).__name__} has no learning rate, its groups have '
+                         f'{has or "nothing but parameters"}: leave the rate out and call fit(n)')
 
 # %% ../../nbs/components/02_optim.ipynb #fb15b464
 def hyper_key(group:dict, # one of `opt.param_groups`
@@ -111,7 +138,7 @@ def set_hyper(group:dict, # one of `opt.param_groups`
     "Set a hyperparameter; ValueError when the optimizer has no such thing"
     key = hyper_key(group, name)
     if key is None:
-        has = ', '.join(k for k in group if k not in ('params', 'layer'))
+        has = ', '.join(k for k in group if k not in ('params', 'layer', 'opt'))
         raise ValueError(f'this optimizer has no {name!r}; its groups have: {has}')
     if key == 'betas': group[key] = (value, *group[key][1:])
     elif isinstance(group[key], torch.Tensor): group[key].fill_(value)  # capturable optimizers
@@ -131,29 +158,97 @@ def default_opt(groups, # as from `param_groups`
 
 # %% ../../nbs/components/02_optim.ipynb #8d0d2487
 def make_opt(model:nn.Module,
-             opt_func=None, # function of (groups, lr=) -> optimizer; None: `default_opt`
-             lr=1e-3, # as in `spread_lr`
-             splitter=None, wd=None, # as in `param_groups`
+             opt_func=None, # function of (groups, lr=) -> optimizer; None: `default_opt`; or a dict
+             lr=1e-3, # as in `layer_rates`
+             splitter=None, wd=None, # as in `param_groups`; see `parts_of` for several optimizers
             ): # optimizer, or None for a model without parameters
-    "An optimizer over the groups of `model`"
-    if isinstance(opt_func, torch.optim.Optimizer):
-        name = type(opt_func).__name__
-        raise TypeError(f'opt_func is an optimizer that exists already; give its class, e.g. '
-                        f'opt_func={name} or partial({name}, ...)')
+    "An optimizer over the groups of `model`, or by name one for each part of it"
     lazy = [name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)]
     if lazy:
         raise ValueError(f'parameter {lazy[0]!r} has no shape yet: run one batch through the model '
                          'before making an optimizer for it')
-    groups = param_groups(model, splitter, wd)
-    if not groups: return None
-    lrs = spread_lr(lr, 1 + groups[-1]['layer'])
-    opt = (opt_func or default_opt)(groups, lr=lrs[-1])
+    if isinstance(opt_func, dict): opt = several_opts(model, opt_func, lr, splitter, wd)
+    else:
+        groups = param_groups(model, splitter, wd)
+        if not groups: return None
+        opt = opt_of(opt_func, groups, spread_lr(lr, 1 + groups[-1]['layer'])[-1], wd)
+    if lr != 1e-3 and not any('lr' in group for group in opt.param_groups):
+        check_has_lr(opt, f'lr={lr}')
+    set_lr(opt, lr)
+    set_mode(opt, training=False)
+    return opt
+
+# %% ../../nbs/components/02_optim.ipynb #dcb68774
+def opt_of(opt_func, groups, lr, wd): # optimizer
+    "The optimizer that a function makes of groups"
+    name = getattr(getattr(opt_func, 'func', opt_func), '__name__', type(opt_func).__name__)
+    if isinstance(opt_func, torch.optim.Optimizer):
+        raise TypeError(f'opt_func is an optimizer that exists already; give its class, e.g. '
+                        f'opt_func={name} or partial({name}, ...)')
+    try: opt = (opt_func or default_opt)(groups, lr=lr)
+    except Exception as error:
+        error.add_note(f'({name} was called with groups of parameters, a list of dicts, and lr={lr}'
+                       f'; one that takes something else is wrapped: opt_func=lambda groups, lr: '
+                       f'{name}(...))')
+        raise
+    if not isinstance(opt, torch.optim.Optimizer):
+        raise TypeError(f'opt_func made a {type(opt).__name__}, which is no torch.optim.Optimizer '
+                        'and cannot be saved or scheduled as one: give a class derived from that')
     if wd is not None and 'weight_decay' not in opt.defaults:
         raise ValueError(f'wd={wd}: {type(opt).__name__} has no weight_decay')
     for group in opt.param_groups:  # a rate that is a tensor is each group's own
-        if isinstance(group['lr'], torch.Tensor): group['lr'] = group['lr'].clone()
-    set_lr(opt, lr)
+        if isinstance(group.get('lr'), torch.Tensor): group['lr'] = group['lr'].clone()
     return opt
+
+# %% ../../nbs/components/02_optim.ipynb #a980dfc1
+def parts_of(model:nn.Module,
+             names, # of optimizers
+             splitter=None, # model -> dict: name -> parameters, or lists of them; None: by name
+            ): # dict: name -> lists of parameters
+    "The parameters of each of several optimizers, by groups of layers"
+    if splitter is None: found = {name: part_named(model, name, names) for name in names}
+    else: found = splitter(model)
+    if not isinstance(found, dict) or found.keys() != {*names}:
+        got = list(found) if isinstance(found, dict) else type(found).__name__
+        raise ValueError(f'splitter: for several optimizers it returns a dict with the keys '
+                         f'{", ".join(names)}; got {got}')
+    parts = {name: as_lists(found[name]) for name in names}
+    for name, lists in parts.items():
+        if not any(lists): raise ValueError(f'opt_func: there are no parameters for {name!r}')
+    where = 'opt_func' if splitter is None else 'splitter'
+    check_split(model, [ps for lists in parts.values() for ps in lists], where)
+    return parts
+
+def as_lists(params): # list of lists of parameters
+    "Parameters as one list; lists of them as they are"
+    params = list(params)
+    is_one = all(isinstance(p, torch.Tensor) for p in params)
+    return [params] if is_one else [list(ps) for ps in params]
+
+def part_named(model, name, names): # iterator of parameters
+    "The parameters of a part of a model"
+    try: return model.get_submodule(name).parameters()
+    except AttributeError:
+        have = ', '.join(child for child, _ in model.named_children())
+        raise ValueError(f'opt_func: {type(model).__name__} has no part {name!r}, its parts are: '
+                         f'{have}. Name the optimizers like parts of the model, or give a splitter '
+                         f'that returns a dict: {", ".join(names)}') from None
+
+# %% ../../nbs/components/02_optim.ipynb #174880db
+def several_opts(model, opt_funcs, lr, splitter, wd): # Optimizers
+    "An optimizer for each part of a model"
+    parts, named, first = parts_of(model, opt_funcs, splitter), {}, 0
+    rates = rate_by_name(lr, opt_funcs)
+    for name, opt_func in opt_funcs.items():
+        groups = groups_of(model, parts[name], wd, first)
+        named[name] = opt = opt_of(opt_func, groups, spread_lr(rates[name], len(parts[name]))[-1],
+                                   wd)
+        if needs_closure(opt):
+            raise ValueError(f'opt_func: {name!r} is a {type(opt).__name__}, which computes the '
+                             'loss anew in its step: it cannot be one of several')
+        for group in opt.param_groups: group.update(opt=name, layer=group.get('layer', first))
+        first += len(parts[name])
+    return Optimizers(named)
 
 # %% ../../nbs/components/02_optim.ipynb #e80ed86e
 def freeze_layers(model:nn.Module,
@@ -178,6 +273,9 @@ def freeze_layers(model:nn.Module,
 def first_trainable(opt:torch.optim.Optimizer, n:int): # int, 0 or more
     "`n` counted from the start; ValueError when there is no such group of layers"
     total = n_layers(opt)
+    if n != 0 and named_optimizers(opt):
+        raise ValueError(f'freezing to {n}: groups of layers have no order over several '
+                         'optimizers; set requires_grad of what is to learn')
     if total == 1 and n != 0:
         raise ValueError(f'freezing to {n} needs groups of layers, but there is only one: give the '
                          'learner a splitter, a function of the model -> lists of parameters, '
@@ -230,68 +328,6 @@ def layers_around(model:nn.Module,
         if found := layers_of(model.get_submodule(name).parameters(), layers): return found
     return set()
 
-# %% ../../nbs/components/02_optim.ipynb #80c9ca08
-def layer_table(model:nn.Module,
-                opt=None, # optimizer; None: without groups and rates
-               ): # dicts: name, kind, shape, params, buffers, layer, lr, wd if any set, trainable
-    "One row for each module that directly holds parameters or buffers"
-    seen, rows, by_param = set(), [], param_hypers(opt)
-    has_decay = any(hypers['wd'] for hypers in by_param.values())
-    for name, module in model.named_modules():
-        params = list(module.parameters(recurse=False))
-        buffers = list(module.buffers(recurse=False))
-        if not params and not buffers: continue
-        found = [by_param[id(p)] for p in params if id(p) in by_param]
-        hypers = {key: one_or_text([h[key] for h in found]) for key in ('layer', 'lr')}
-        if has_decay: hypers['wd'] = found[0]['wd'] if found else None  # the weight's
-        name = '.'.join(part for part in name.split('.') if part != '_orig_mod')  # torch.compile's
-        rows.append({'name': name, 'kind': unsharded_class(module).__name__,
-                     'shape': shape_text(params), 'params': count_new(params, seen),
-                     'buffers': count_new(buffers, seen), **hypers,
-                     'trainable': how_trainable(params)})
-    return rows
-
-def param_hypers(opt): # dict: id of a parameter -> dict of layer, lr, wd
-    "What the optimizer's groups set for each parameter"
-    groups = enumerate(opt.param_groups if opt else ())
-    return {id(param): {'layer': group.get('layer', i), 'lr': float(group['lr']),
-                        'wd': get_hyper(group, 'wd')}
-            for i, group in groups for param in group['params']}
-
-# %% ../../nbs/components/02_optim.ipynb #d7d776e7
-def one_or_text(values): # None for none, the value where all are equal, else text
-    "The value they share, or all of them as text"
-    values = list(dict.fromkeys(values))
-    return None if not values else values[0] if len(values) == 1 else ', '.join(map(str, values))
-
-def shape_text(params): # str
-    "The shapes of the weights: of all matrices, or of the first parameter when there are none"
-    shapes = ['?' if nn.parameter.is_lazy(p) else 'x'.join(map(str, p.shape)) or '1'
-              for p in params]
-    return ', '.join(text for text in shapes if 'x' in text or text == '?') or ''.join(shapes[:1])
-
-def count_new(tensors, seen:set): # int
-    "How many values the tensors have that are not in `seen`, to which they are added"
-    new = {id(t): t for t in tensors if id(t) not in seen}
-    seen.update(new)
-    return sum(0 if nn.parameter.is_lazy(t) else t.numel() for t in new.values())
-
-def how_trainable(params): # 'yes', 'no', 'partly', or '' without parameters
-    "Whether the parameters are trainable"
-    kinds = {p.requires_grad for p in params}
-    return 'partly' if len(kinds) == 2 else '' if not kinds else 'yes' if kinds == {True} else 'no'
-
-# %% ../../nbs/components/02_optim.ipynb #050f7eb4
-def needs_closure(opt:torch.optim.Optimizer): # bool
-    "Whether `opt.step` must be given a function that computes the loss anew"
-    return requires_closure(type(opt))
-
-@lru_cache(maxsize=256)
-def requires_closure(cls): # bool
-    "Whether the step of a class of optimizers has an argument `closure` without a default"
-    closure = inspect.signature(cls.step).parameters.get('closure')
-    return closure is not None and closure.default is inspect.Parameter.empty
-
 # %% ../../nbs/components/02_optim.ipynb #3a8fef0b
 def opt_params(opt:torch.optim.Optimizer): # iterator of parameters
     "All parameters of an optimizer"
@@ -314,6 +350,9 @@ def opt_state(opt:torch.optim.Optimizer,
               names=MappingProxyType({}), # id of a parameter -> name; else they are numbered
              ): # dict: kind, params (as from `param_layouts`), state_dict
     "What an optimizer says of itself, and what it is an optimizer of"
+    if named := named_optimizers(opt):  # each by its own rules
+        return {'kind': type(opt).__name__, 'params': param_layouts(opt, names),
+                'state_dict': {name: opt_state(one, names) for name, one in named.items()}}
     return {'kind': type(opt).__name__, 'params': param_layouts(opt, names),
             'state_dict': without_members(opt.state_dict())}
 
@@ -342,6 +381,12 @@ def check_opt_state(opt:torch.optim.Optimizer,
                     names=MappingProxyType({}), # as for `opt_state`
                    ):
     "Raise ValueError when `state` is that of another optimizer"
+    if state['kind'] == type(opt).__name__ and (named := named_optimizers(opt)):
+        if [*named] != [*state['state_dict']]:
+            raise ValueError(f'the saved optimizers are {", ".join(state["state_dict"])}, these '
+                             f'are {", ".join(named)}')
+        for name, one in named.items(): check_opt_state(one, state['state_dict'][name], names)
+        return
     if state['kind'] != type(opt).__name__:
         raise ValueError(f'the saved optimizer is {state["kind"]}, this one is '
                          f'{type(opt).__name__}: make it with the same opt_func')
@@ -417,6 +462,9 @@ def load_opt_state(opt:torch.optim.Optimizer,
                   ):
     "Load `state` into `opt`, each parameter's by its name, dtypes and layouts as they were"
     check_opt_state(opt, state, names)
+    if named := named_optimizers(opt):
+        for name, one in named.items(): load_opt_state(one, state['state_dict'][name], names)
+        return
     saved = state['state_dict']
     if not is_usual(saved):
         check_same_order(state, param_names(opt, names))

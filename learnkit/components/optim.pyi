@@ -2,10 +2,10 @@
 # pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 # pyright: reportPrivateImportUsage=false
 """Pure functions on parameters and optimizers"""
-from functools import lru_cache
 from torch import nn
 import torch
 from typing import Any
+from ..components.optimizers import Optimizers
 __all__ = [
     'no_decay', 'param_groups', 'spread_lr'
 ]
@@ -29,11 +29,19 @@ def param_groups(model: nn.Module, splitter: Any = None, wd: Any = None) -> Any:
         list of dicts for a torch optimizer
     """
 
-def check_split(model: nn.Module, split: Any) -> None:
+def groups_of(model: Any, split: Any, wd: Any, first: Any = 0) -> Any:
+    """Lists of parameters as optimizer groups
+
+    Returns:
+        split: lists of parameters; first: number of a list
+    """
+
+def check_split(model: nn.Module, split: Any, where: Any = 'splitter') -> None:
     """Raise ValueError when a splitter forgets a trainable parameter or gives one twice
 
     Args:
         split: list of lists of parameters
+        where: what has split them, for errors
     """
 
 def spread_lr(lr: Any, n: int) -> Any:
@@ -55,10 +63,27 @@ def n_layers(opt: torch.optim.Optimizer) -> int:
     """
 
 def set_lr(opt: torch.optim.Optimizer, lr: Any) -> None:
-    """Give each group of `opt` the learning rate of its layers
+    """Give each group of `opt` that has a learning rate that of its layers
 
     Args:
-        lr: as in `spread_lr`
+        lr: as in `layer_rates`
+    """
+
+def layer_rates(opt: torch.optim.Optimizer, lr: Any) -> Any:
+    """The learning rate of each group of layers; each of several optimizers spreads its own
+
+    Args:
+        lr: as in `spread_lr`; of several optimizers also a dict: name -> such a rate
+
+    Returns:
+        list of floats
+    """
+
+def check_has_lr(opt: Any, what: Any) -> Any:
+    """Raise ValueError for an optimizer without a learning rate
+
+    Returns:
+        what: that needs a learning rate, for the error
     """
 
 def hyper_key(group: dict, name: str) -> str | None:
@@ -109,15 +134,54 @@ def make_opt(
         splitter: Any = None,
         wd: Any = None,
 ) -> Any:
-    """An optimizer over the groups of `model`
+    """An optimizer over the groups of `model`, or by name one for each part of it
 
     Args:
-        opt_func: function of (groups, lr=) -> optimizer; None: `default_opt`
-        lr: as in `spread_lr`
-        splitter, wd: as in `param_groups`
+        opt_func: function of (groups, lr=) -> optimizer; None: `default_opt`; or a dict
+        lr: as in `layer_rates`
+        splitter, wd: as in `param_groups`; see `parts_of` for several optimizers
 
     Returns:
         optimizer, or None for a model without parameters
+    """
+
+def opt_of(opt_func: Any, groups: Any, lr: Any, wd: Any) -> Any:
+    """The optimizer that a function makes of groups
+
+    Returns:
+        optimizer
+    """
+
+def parts_of(model: nn.Module, names: Any, splitter: Any = None) -> Any:
+    """The parameters of each of several optimizers, by groups of layers
+
+    Args:
+        names: of optimizers
+        splitter: model -> dict: name -> parameters, or lists of them; None: by name
+
+    Returns:
+        dict: name -> lists of parameters
+    """
+
+def as_lists(params: Any) -> Any:
+    """Parameters as one list; lists of them as they are
+
+    Returns:
+        list of lists of parameters
+    """
+
+def part_named(model: Any, name: Any, names: Any) -> Any:
+    """The parameters of a part of a model
+
+    Returns:
+        iterator of parameters
+    """
+
+def several_opts(model: Any, opt_funcs: Any, lr: Any, splitter: Any, wd: Any) -> Optimizers:
+    """An optimizer for each part of a model
+
+    Returns:
+        Optimizers
     """
 
 def freeze_layers(
@@ -181,66 +245,6 @@ def layers_around(model: nn.Module, name: str, layers: dict) -> Any:
 
     Returns:
         set of indices; empty when no parameter has a group
-    """
-
-def layer_table(model: nn.Module, opt: Any = None) -> Any:
-    """One row for each module that directly holds parameters or buffers
-
-    Args:
-        opt: optimizer; None: without groups and rates
-
-    Returns:
-        dicts: name, kind, shape, params, buffers, layer, lr, wd if any set, trainable
-    """
-
-def param_hypers(opt: Any) -> Any:
-    """What the optimizer's groups set for each parameter
-
-    Returns:
-        dict: id of a parameter -> dict of layer, lr, wd
-    """
-
-def one_or_text(values: Any) -> Any:
-    """The value they share, or all of them as text
-
-    Returns:
-        None for none, the value where all are equal, else text
-    """
-
-def shape_text(params: Any) -> str:
-    """The shapes of the weights: of all matrices, or of the first parameter when there are none
-
-    Returns:
-        str
-    """
-
-def count_new(tensors: Any, seen: set) -> int:
-    """How many values the tensors have that are not in `seen`, to which they are added
-
-    Returns:
-        int
-    """
-
-def how_trainable(params: Any) -> Any:
-    """Whether the parameters are trainable
-
-    Returns:
-        'yes', 'no', 'partly', or '' without parameters
-    """
-
-def needs_closure(opt: torch.optim.Optimizer) -> bool:
-    """Whether `opt.step` must be given a function that computes the loss anew
-
-    Returns:
-        bool
-    """
-
-@lru_cache(maxsize=256)
-def requires_closure(cls: Any) -> bool:
-    """Whether the step of a class of optimizers has an argument `closure` without a default
-
-    Returns:
-        bool
     """
 
 def opt_params(opt: torch.optim.Optimizer) -> Any:

@@ -143,6 +143,10 @@ class GrowingTable:
         "Put items behind those that are there"
         self.parts = rejoined([*self.parts, torch.from_numpy(block)])
 
+    def widen(self, n):
+        "Add `n` columns, of which the items that are there have nothing"
+        self.parts = [torch.cat([t, t.new_full((n, t.shape[1]), torch.nan)]) for t in self.parts]
+
     def array(self, n_columns): # (n_columns, n)
         "All items"
         return torch.cat([torch.empty(n_columns, 0).double(), *self.parts], 1).numpy()

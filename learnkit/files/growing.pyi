@@ -105,6 +105,8 @@ class GrowingTable:
         Returns:
             float64 array, (columns, n)
         """
+    def widen(self, n: Any) -> None:
+        """Add `n` columns, of which the items that are there have nothing"""
     def array(self, n_columns: Any) -> Any:
         """All items
 

@@ -15,7 +15,7 @@ from ..base.ranks import is_main
 from ..base.text import as_seconds, caller_stacklevel
 from ..data.loaders import length
 from ..components.callback import Callback
-from ..components.optim import opt_params, set_lr
+from ..components.optim import check_has_lr, opt_params, set_lr
 from .interrupts import Interrupts, interruptible, returns_after
 from .learner import Learner, as_dataloaders
 from .loop import Loop
@@ -45,6 +45,7 @@ def set_fit_lr(learn, lr):
         raise TypeError(f'fit(lr={lr}): callbacks are given as cbs=')
     keeper = next((cb for cb in learn.cbs if cb.owns_lr), None)
     if keeper is None:
+        if learn.opt and lr is not None: check_has_lr(learn.opt, f'fit(lr={lr})')
         if learn.opt: set_lr(learn.opt, learn.lr if lr is None else lr)
     elif lr is not None:
         raise ValueError(f'fit(lr={lr}): {keeper} sets the learning rate; change the one it starts '

@@ -23,6 +23,7 @@ from ..components.callback import STEPS, Callback, Callbacks, as_callbacks
 from ..components.metrics import Tally
 from ..components.optim import make_opt as new_opt
 from .first_batch import FirstBatch
+from ..components.optimizers import named_optimizers, optimizers_in, rate_by_name
 from .interrupts import EndOnSignal, Interrupts, pending_signal
 from .loop import Loop, training_loop
 from .observed import Origin
@@ -38,10 +39,10 @@ class Learner(Loop):
     def __init__(self,
                  dls, # `DataLoaders`
                  model:nn.Module, # or a function that makes it; moved to the device, changed
-                 loss_func=None, # (pred, *targets) -> scalar; None: the model returns its loss
-                 opt_func=None, # optimizer class or partial, called with (groups, lr=); None: AdamW
-                 lr=1e-3, # default learning rate of a fit: float, slice(first, last) or list
-                 splitter=None, # model -> lists of parameters that get their own rate
+                 loss_func=None, # (pred, *targets) -> scalar or parts; None: the model has it
+                 opt_func=None, # class or partial, called with (groups, lr=), or dict; None: AdamW
+                 lr=1e-3, # default learning rate of a fit: float, slice(first, last), list or dict
+                 splitter=None, # model -> lists of parameters that get their own rate, or a dict
                  cbs=None, # callbacks besides `Recorder` and `Progress`
                  metrics=None, # function, metric object, list of them, or dict by name
                  wd=None, # weight decay, not applied to norms and biases; None: the optimizer's own
@@ -124,6 +125,10 @@ def chosen_lr(lr, # the learner's
               opt_func, # the learner's
              ): # the learning rate to use
     "`lr`, or the one fixed in a partial when the learner's is left at its default"
+    if isinstance(opt_func, dict):
+        rates = rate_by_name(lr, opt_func)
+        rates = {name: chosen_lr(rates[name], func) for name, func in opt_func.items()}
+        return rates if isinstance(lr, dict) or rates != dict.fromkeys(rates, lr) else lr
     fixed = opt_func.keywords.get('lr') if isinstance(opt_func, partial) else None
     if fixed is None: return lr
     if lr not in (1e-3, fixed):
@@ -135,7 +140,8 @@ def chosen_lr(lr, # the learner's
 def __repr__(self:Learner):
     loss = getattr(self.loss_func, '__name__', type(self.loss_func).__name__)
     return (f'{type(self).__name__}({unsharded_class(self.model).__name__}, loss_func={loss}, '
-            f'opt={type(self.opt).__name__}, lr={self.lr}, epochs_done={self.epochs_done})')
+            f'opt={self.opt if named_optimizers(self.opt) else type(self.opt).__name__}, '
+            f'lr={self.lr}, epochs_done={self.epochs_done})')
 
 # %% ../../nbs/loop/10_learner.ipynb #dd7d1b1b
 @patch(as_prop=True)
@@ -335,10 +341,10 @@ def owner_name(method): # str
 # %% ../../nbs/loop/10_learner.ipynb #f9d7b4ef
 @patch
 def __getstate__(self:Learner): # dict
-    return vars(self) | {'beside opt': slots(self.opt) if self.opt else {}}
+    return vars(self) | {'beside opt': [slots(opt) for opt in optimizers_in(self.opt)]}
 
 @patch
 def __setstate__(self:Learner, state):
     beside = state.pop('beside opt')
     vars(self).update(state)
-    if self.opt: vars(self.opt).update(beside)
+    for opt, held in zip(optimizers_in(self.opt), beside, strict=True): vars(opt).update(held)

@@ -58,6 +58,7 @@ class Learner(Loop):
     yb: tuple
     pred: Any
     loss: Any
+    loss_parts: dict | None
     def __init__(
             self,
             dls: Any,
@@ -80,10 +81,10 @@ class Learner(Loop):
         Args:
             dls: `DataLoaders`
             model: or a function that makes it; moved to the device, changed
-            loss_func: (pred, *targets) -> scalar; None: the model returns its loss
-            opt_func: optimizer class or partial, called with (groups, lr=); None: AdamW
-            lr: default learning rate of a fit: float, slice(first, last) or list
-            splitter: model -> lists of parameters that get their own rate
+            loss_func: (pred, *targets) -> scalar or parts; None: the model has it
+            opt_func: class or partial, called with (groups, lr=), or dict; None: AdamW
+            lr: default learning rate of a fit: float, slice(first, last), list or dict
+            splitter: model -> lists of parameters that get their own rate, or a dict
             cbs: callbacks besides `Recorder` and `Progress`
             metrics: function, metric object, list of them, or dict by name
             wd: weight decay, not applied to norms and biases; None: the optimizer's own
@@ -441,6 +442,7 @@ class Learner(Loop):
             num_it: int = 100,
             stop_div: bool = True,
             suggest: Any = ('valley', 'steep', 'minimum'),
+            opt: str | None = None,
     ) -> LRFinderResult:
         """Try rates from `start_lr` to `end_lr` in a trial run that leaves no trace
 
@@ -450,6 +452,7 @@ class Learner(Loop):
             num_it: batches, over as many epochs as they take
             stop_div: stop when the loss diverges
             suggest: which suggestions to make
+            opt: of several optimizers the one whose rate it is; the others keep theirs
         """
     @structural
     def to_bf16(self: _Self) -> _Self:
@@ -475,7 +478,7 @@ class Learner(Loop):
 
         Args:
             n_epoch: epochs; or give n_steps
-            lr_max: top rate: float, slice(first, last) or list; None: the learner's
+            lr_max: top rate, as `lr` of `Learner`; None: the learner's
             div: the fit starts at lr_max / div
             div_final: and ends at lr_max / div_final
             pct_start: share of the fit in which the rate climbs

@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 from fastcore.basics import patch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from ..base.batches import batch_size, kind, n_rows, tensors_in, to_device
 from ..base.guard import Guarded
@@ -23,9 +23,11 @@ from ..base.text import caller_stacklevel
 from ..components.callback import (
     Callbacks, Cancel, CancelBackward, CancelFit, CancelStep, Interrupted)
 from ..components.loss_weight import LossCalls, divisor_in_graph
-from ..components.optim import needs_closure, opt_params
+from ..components.optim import opt_params
+from ..components.optimizers import advice_for_step, mode_of_pass, needs_closure
 from ..data.loaders import is_table, length, n_samples_of_batch, set_epoch
 from ..data.resumable import workers_outlive_signals
+from .losses import summed
 from .position import FitState, PassState
 
 # %% ../../nbs/loop/03_loop.ipynb #69db0ebe
@@ -78,7 +80,7 @@ def _all_batches(self:Loop):
     batches = self.dl if self.batches is None else self.batches
     for self.iter, batch in enumerate(batches, self.first_batch):
         self.batch = to_device(batch, self.device)
-        self.pred = self.loss = self._n_items = self._loss_weight = None
+        self.pred = self.loss = self.loss_parts = self._n_items = self._loss_weight = None
         self._level('batch', self._one_batch)
         if self.phase == 'train': self._count_batch()
         if self.iter + 1 == self.limit or self.phase == 'train' and self._fit.is_over: break
@@ -92,6 +94,7 @@ def _one_batch(self:Loop):
     self('after_pred')
     if not self.has_loss: return
     self._run_step('get_loss')
+    if type(self.loss) is not Tensor: self._sum_loss()
     self._weigh_loss()
     self('after_loss')
     if self.can_update: self._update()
@@ -164,7 +167,7 @@ def get_pred(self:Loop):
 @patch
 @unrecorded
 def get_loss(self:Loop):
-    "Sets `loss`: `loss_func(pred, *targets)`, or the loss in the model's own output"
+    "Sets `loss`, a number or parts: `loss_func(pred, *targets)`, or what the model's output has"
     if self.loss_func is not None: self.loss = self.loss_func(self.pred, *self.yb)
     else: self.loss = loss_of(self.pred)
 
@@ -179,9 +182,10 @@ def backward(self:Loop):
 def step(self:Loop):
     "Updates the parameters"
     if not needs_closure(self.opt): return self.opt.step()
-    before = self.pred, self.loss  # what the update began from is what is recorded
+    # What the update began from is what is recorded
+    before = self.pred, self.loss, self.loss_parts
     try: self.opt.step(self._evaluate_again)
-    finally: self.pred, self.loss = before
+    finally: self.pred, self.loss, self.loss_parts = before
 
 @patch
 @unrecorded
@@ -208,12 +212,15 @@ def takes_names(cls, names): # bool
 
 # %% ../../nbs/loop/03_loop.ipynb #992edc23
 def loss_of(pred): # the loss in a model's output
-    "`pred['loss']`, `pred.loss`, or `pred` itself when it is a scalar"
+    "`pred['loss']`, `pred.loss`, or `pred` itself when it is a scalar or a dict of scalars"
     if isinstance(pred, dict) and 'loss' in pred: return pred['loss']
+    if isinstance(pred, dict) and pred and all(map(is_scalar, pred.values())): return pred
     if isinstance(pred, torch.Tensor) and pred.ndim == 0: return pred
     if not isinstance(pred, torch.Tensor) and hasattr(pred, 'loss'): return pred.loss
     raise ValueError(f'no loss: the learner has no loss_func and the model returned a '
                      f'{type(pred).__name__} without a loss; give loss_func=')
+
+def is_scalar(x): return isinstance(x, torch.Tensor) and x.ndim == 0 # bool
 
 # %% ../../nbs/loop/03_loop.ipynb #2c58789b
 @patch
@@ -234,8 +241,16 @@ def _run_step(self:Loop, name):
 @patch
 def _evaluate_again(self:Loop): # the loss
     __tracebackhide__ = True
-    for name in ('zero_grad', 'get_pred', 'get_loss', 'backward'): self._run_step(name)
+    for name in ('zero_grad', 'get_pred', 'get_loss'): self._run_step(name)
+    self._sum_loss()
+    self._run_step('backward')
     return self.loss
+
+@patch
+def _sum_loss(self:Loop):
+    self.loss, self.loss_parts = summed(self.loss, self.opt)
+    weight = divisor_in_graph(self.loss_parts.total) if self.loss_parts else None
+    if weight is not None: self._loss_weight = as_weight(weight)
 
 def overrides(learn, step:str): # bool
     "Whether a callback or a subclass does this step in its own way"
@@ -261,7 +276,8 @@ def _pass(self:Loop, phase, dl):
         if not self.training: self._loss_calls, self._heard = LossCalls(), step_of_loss(self)
         set_modes(self)
         for module in self.frozen_stats: module.training = False
-        with torch.set_grad_enabled(self.training), workers_outlive_signals(dl): yield
+        mode = mode_of_pass(self.opt, self.training, within=in_training(self))
+        with mode, torch.set_grad_enabled(self.training), workers_outlive_signals(dl): yield
     finally:
         for module, mode in modes: module.training = mode
         vars(self).update(before)
@@ -270,6 +286,10 @@ def modules_of(learn): # list of modules
     "The modules of the model, and of the loss if it is one"
     parts = (learn.model, learn.loss_func)
     return [m for part in parts if isinstance(part, nn.Module) for m in part.modules()]
+
+def in_training(learn): # bool
+    "Whether a pass of training is under way"
+    return 'train' in learn.levels or 'lr_find' in learn.levels
 
 def set_modes(learn):
     "Training or evaluation; parts that were put into evaluation by hand stay so, as in the loss"
@@ -404,7 +424,8 @@ def add_origin(learn, error, method, event):
 def add_step(learn, error, name):
     "Note in an exception which step it comes from, and what that had to do with; once"
     if any(note.startswith('(in ') for note in getattr(error, '__notes__', ())): return
-    error.add_note(f'(in {name}{what_a_step_does(learn, name)})')
+    advice = advice_for_step(learn.opt, error) if name == 'step' else ''
+    error.add_note(f'(in {name}{what_a_step_does(learn, name)}{advice})')
     if text := no_float32_text(learn): error.add_note(f'({text})')
 
 def what_a_step_does(learn, name): # str

@@ -13,13 +13,14 @@ class Loop(Guarded):
     iter: Any
     pred: Any
     loss: Any
+    loss_parts: Any
     steps_done: Any
     epochs_done: Any
     can_update: Any
     def get_pred(self) -> None:
         """Sets `pred`: the model's output for the inputs, by their names if it takes them so"""
     def get_loss(self) -> None:
-        """Sets `loss`: `loss_func(pred, *targets)`, or the loss in the model's own output"""
+        """Sets `loss`, a number or parts: `loss_func(pred, *targets)`, or what the model's output has"""
     def backward(self) -> None:
         """Adds the gradients of `loss` to the parameters"""
     def step(self) -> Any:
@@ -74,11 +75,13 @@ def takes_names(cls: Any, names: Any) -> bool:
     """
 
 def loss_of(pred: Any) -> Any:
-    """`pred['loss']`, `pred.loss`, or `pred` itself when it is a scalar
+    """`pred['loss']`, `pred.loss`, or `pred` itself when it is a scalar or a dict of scalars
 
     Returns:
         the loss in a model's output
     """
+
+def is_scalar(x: Any) -> Any: ...
 
 def overrides(learn: Learner, step: str) -> bool:
     """Whether a callback or a subclass does this step in its own way
@@ -99,6 +102,13 @@ def modules_of(learn: Learner) -> Any:
 
     Returns:
         list of modules
+    """
+
+def in_training(learn: Learner) -> bool:
+    """Whether a pass of training is under way
+
+    Returns:
+        bool
     """
 
 def set_modes(learn: Learner) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 from ..base.methods import pure, structural, unrecorded
-from ..components.optim import freeze_layers, layer_table
+from ..components.layer_table import layer_table
+from ..components.optim import freeze_layers
 from .learner import Learner
 from .predict import losses_of_samples, measure, predictions
 from .resume import autosaving, without_saving

@@ -27,6 +27,7 @@ from ..files.tree import check_storable
 from ..fingerprint.inspection import is_user_module
 from ..data.resumable import FEW, DataMark, generators, is_large, is_stateful
 from ..components.callback import Callback, has_state, is_compared, named_callbacks
+from ..components.optimizers import is_one_of, live_state_of, still_shared
 from .recorder import Recorder
 from .position import PassState
 
@@ -113,8 +114,8 @@ def module_slots(self:LearnerScope, module, path, found): # dict: name -> value
 
 @patch
 def opt_slots(self:LearnerScope, opt): # dict: name -> value
-    if self.exact: return {'state': opt.state, 'param_groups': opt.param_groups}
-    return {} if opt is self.learn.opt else {OWN: opt.state_dict()}
+    if self.exact: return live_state_of(opt)
+    return {} if is_one_of(opt, self.learn.opt) else {OWN: opt.state_dict()}
 
 @patch
 def is_users(self:LearnerScope, x): # bool
@@ -126,8 +127,8 @@ def is_users(self:LearnerScope, x): # bool
 
 @patch
 def set(self:LearnerScope, x, name, value):
-    if name == OWN: x.load_state_dict(value)
-    else: Scope.set(self, x, name, value)
+    if name != OWN: return Scope.set(self, x, name, value)
+    with still_shared(self.learn.opt): x.load_state_dict(value)
 
 def arguments_last(found): # dict: name -> value
     "What a callback calls something goes before what its constructor was given"

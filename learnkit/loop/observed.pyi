@@ -85,7 +85,7 @@ class LearnerScope(Scope):
         Returns:
             bool
         """
-    def set(self, x: Any, name: Any, value: Any) -> None: ...
+    def set(self, x: Any, name: Any, value: Any) -> Any: ...
     def follows(self, x: Any, path: Any) -> bool:
         """Returns:
             bool

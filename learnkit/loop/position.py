@@ -133,7 +133,8 @@ class PassState:
     xb: tuple = () # inputs
     yb: tuple = () # targets
     pred: object = None
-    loss: object = None
+    loss: object = None # one number
+    loss_parts: dict = None # those it is the sum of, by name; None: it was one number
     _is_sum: bool = None # as `FitState.loss_is_sum`, of a pass that belongs to no fit
     _loss_calls: LossCalls = None # hears what the loss averages over, where there is no graph
     _heard: str = None # the step in which that is

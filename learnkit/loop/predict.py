@@ -63,17 +63,19 @@ def losses_of_samples(learn): # tensor, (batch,)
                          'batch')
     n = batch_size(learn.pred)
     losses = None if is_replaced else unreduced(learn.loss_func, learn.pred, *learn.yb)
-    return losses if losses is not None and losses.shape == (n,) else losses_one_by_one(learn, n)
+    fits = isinstance(losses, torch.Tensor) and losses.shape == (n,)
+    return losses if fits else losses_one_by_one(learn, n)
 
 def losses_one_by_one(learn, n): # tensor, (batch,)
     "The step `get_loss` for each of the `n` samples"
-    pred, yb, loss, losses = learn.pred, learn.yb, learn.loss, []
+    pred, yb, losses, before = learn.pred, learn.yb, [], (learn.loss, learn.loss_parts)
     try:
         for i in range(n):
             learn.pred, learn.yb = map_tensors(lambda t, i=i: t[i:i + 1], (pred, yb))
             learn._run_step('get_loss')
+            learn._sum_loss()
             losses.append(learn.loss)
-    finally: learn.pred, learn.yb, learn.loss = pred, yb, loss
+    finally: learn.pred, learn.yb, (learn.loss, learn.loss_parts) = pred, yb, before
     return torch.stack(losses)
 
 # %% ../../nbs/loop/09_predict.ipynb #fa8783ac

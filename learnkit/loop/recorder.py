@@ -14,7 +14,8 @@ from fastcore.basics import patch
 from ..files.growing import GrowingList, GrowingTable
 from ..components.callback import Callback, Cancel, Interrupted
 from ..components.metrics import Mean, Tally
-from ..components.optim import get_hyper, hyper_key
+from ..components.optim import hyper_key
+from ..components.optimizers import current_lr, named_optimizers, rates_by_name
 
 # %% ../../nbs/loop/00_recorder.ipynb #c721bcd5
 class Series:
@@ -57,10 +58,6 @@ def detached(value): # a tensor or a number
     "`value` without its graph"
     return value.detach() if isinstance(value, torch.Tensor) else value
 
-def current_lr(opt): # float; nan without an optimizer
-    "The learning rate of the last group, the head"
-    return float(get_hyper(opt.param_groups[-1], 'lr')) if opt else math.nan
-
 # %% ../../nbs/loop/00_recorder.ipynb #89f4cd4d
 class Recorder(Callback):
     "Keeps a row for each epoch and a line for each step, over all fits of a learner"
@@ -73,10 +70,11 @@ class Recorder(Callback):
         self.results, self.tracked, self.tally, self._cancelled = {}, {}, None, False
         self._start, self._epoch_results, self._updates, self._mom_key = None, {}, 0, None
         self._last_lr = self._is_sum = None
+        self.lr_names, self._named = [], {}
         self._clear_steps()
 
     def _clear_steps(self):
-        self._loss, self._weights = Series(), Series()
+        self._loss, self._weights, self._rates = Series(), Series(), []
         self._steps, self._lrs, self._moms = [], [], []
 
     def before_fit(self, learn):
@@ -91,7 +89,8 @@ class Recorder(Callback):
         tracked = means(self.tracked, learn.ranks)
         lr = self._last_lr if self._last_lr is not None else current_lr(learn.opt)
         self.growing['rows'].append({'run': self.run, 'epoch': learn.epoch, **self._epoch_results,
-                                     **tracked, 'lr': float(lr)})
+                                     **tracked, **self._last_rates(named_optimizers(learn.opt)),
+                                     'lr': float(lr)})
         self.growing['times'].append(
             math.nan if self._start is None else time.perf_counter() - self._start)
         self.tracked, self._epoch_results, self._start = {}, {}, None
@@ -138,7 +137,7 @@ def means(tracked:dict, ranks=None): # dict by name
 def before_train(self:Recorder, learn):
     group = learn.opt.param_groups[-1] if learn.opt else {}
     self._mom_key, self._updates = hyper_key(group, 'mom'), learn.steps_done
-    self._is_sum = None
+    self._is_sum, self._named = None, named_optimizers(learn.opt)
 
 @patch
 def before_validate(self:Recorder, learn):
@@ -146,6 +145,7 @@ def before_validate(self:Recorder, learn):
     self.tally, self._is_sum = Tally(learn.metrics), None
     self.tally.reset(learn.device, learn.ranks)
 
+# %% ../../nbs/loop/00_recorder.ipynb #0ada2e65
 @patch
 def after_cancel_batch(self:Recorder, learn): self._cancelled = True
 
@@ -161,6 +161,8 @@ def after_batch(self:Recorder, learn):
     if self._is_sum: loss = loss / weight
     if learn.phase == 'train': self._add_step(learn, step, loss, weight)
     elif self.tally: self.tally.add(learn.pred, learn.yb, loss, learn.n_items, weight)
+    for name, part in (learn.loss_parts or {}).items():
+        self.track(name, part / weight if self._is_sum else part, learn.phase, weight)
 
 @patch
 def _add_step(self:Recorder, learn, step, loss, weight):
@@ -169,8 +171,10 @@ def _add_step(self:Recorder, learn, step, loss, weight):
     self._steps.append(step)
     if learn.opt is None: return
     group = learn.opt.param_groups[-1]  # the head's
-    lr = group['lr']
+    try: lr = group['lr']
+    except KeyError: lr = math.nan
     self._lrs.append(lr.clone() if isinstance(lr, torch.Tensor) else lr)
+    if self._named: self._rates.append(rates_by_name(self._named))
     if not self._mom_key: return
     mom = group[self._mom_key]
     self._moms.append(mom[0] if type(mom) is tuple else mom)
@@ -193,20 +197,24 @@ OPEN = 'weight', 'step', 'lr', 'mom', 'loss'
 def gather_steps(self:Recorder): # GrowingTable: the columns of OPEN
     "The steps of the running epoch, read from their device once"
     if n := len(self._steps):
+        self._add_columns(self._rates[-1] if self._rates else ())
+        rates = [as_floats([one.get(name, math.nan) for one in self._rates], n)
+                 for name in self.lr_names]
         self.growing['open'].add(np.stack([
             self._weights.read(), as_floats(self._steps, n), as_floats(self._lrs, n),
-            as_floats(self._moms, n), self._loss.read()]))
+            as_floats(self._moms, n), self._loss.read(), *rates]))
         self._clear_steps()
     return self.growing['open']
 
 @patch
 def flush(self:Recorder, ranks=None): # float: the mean loss of the steps
     "Add the steps of the running epoch to the history; `ranks`: with the losses of all processes"
-    weights, steps, lrs, moms, loss = self.gather_steps().array(len(OPEN))
+    growing = self.gather_steps()
+    weights, steps, lrs, moms, loss, *rates = growing.array(len(OPEN) + len(self.lr_names))
     if ranks is not None: loss, weights = mean_over_ranks(ranks.gather([loss, weights]), ranks.rank)
     if not (n := len(steps)): return math.nan
     run, epoch = np.full(n, self.run), np.full(n, self.epoch)
-    self.growing['steps'].add(np.stack([run, epoch, steps, lrs, moms, loss]))
+    self.growing['steps'].add(np.stack([run, epoch, steps, lrs, moms, loss, *rates]))
     self._last_lr = float(lrs[-1])  # schedules may have moved on since
     self.growing['open'].parts = []
     counted = weights > 0  # a mean over nothing may well be nan
@@ -219,6 +227,22 @@ def recent_loss(self:Recorder,
                ): # tensor of one element, on the losses' device; None where there is none
     "The mean loss of the last batches of the running pass"
     return self._loss.recent(n)
+
+# %% ../../nbs/loop/00_recorder.ipynb #08e4a9cf
+@patch
+def _add_columns(self:Recorder, names):
+    "Let steps have columns for the rates of several optimizers, nan where they had others"
+    if not (new := [name for name in names if name not in self.lr_names]): return
+    self.lr_names = [*self.lr_names, *new]
+    for name in ('steps', 'open'): self.growing[name].widen(len(new))
+
+@patch
+def _last_rates(self:Recorder, named): # dict: column -> float
+    "The rates of several optimizers in the last step of the epoch, or as they are if it had none"
+    rates = rates_by_name(named)
+    if not rates or self._last_lr is None: return rates
+    last = self.growing['steps'].parts[-1][len(STEPS):, -1].tolist()
+    return {name: rate for name, rate in zip(self.lr_names, last, strict=True) if name in rates}
 
 # %% ../../nbs/loop/00_recorder.ipynb #cc7fdddf
 @patch
@@ -280,9 +304,10 @@ def df(self:Recorder): # DataFrame
 @patch
 def step_arrays(self:Recorder): # dict of arrays, (batches,) each
     "The columns of `steps`; batches of an epoch that is still running are not among them"
-    columns = self.growing['steps'].array(len(STEPS))
+    names = [*STEPS, *self.lr_names]
+    columns = self.growing['steps'].array(len(names))
     return {name: values.astype(np.int64) if name in STEPS[:3] else values
-            for name, values in zip(STEPS, columns, strict=True)}
+            for name, values in zip(names, columns, strict=True)}
 
 @patch(as_prop=True)
 def steps(self:Recorder): # DataFrame
@@ -450,7 +475,7 @@ def plot_metrics(self:Recorder,
 def plot_lr(self:Recorder,
             run=None, # None: all runs; a number; negative: from the last
            ): # list of Axes
-    "Learning rate and momentum of each step"
+    "Learning rate and momentum of each step; the rate of each of several optimizers"
     _, steps = self.select(run)
     has_mom = not np.isnan(steps['mom']).all()
     axes = plot_axes(2 if has_mom else 1, height=2.6)
@@ -458,6 +483,10 @@ def plot_lr(self:Recorder,
     for ax, (name, label) in zip(axes, labels.items(), strict=False):
         ax.plot(steps[name], color='C0' if name == 'lr' else 'C3')
         ax.set(xlabel='step', ylabel=label)
+    several = [name for name in self.lr_names if not np.isnan(steps[name]).all()]
+    if several: axes[0].lines[0].remove()  # the last one's, which is among them
+    for name in several: axes[0].plot(steps[name], label=name.removeprefix('lr_'))
+    if several: axes[0].legend(frameon=False)
     return axes
 
 # %% ../../nbs/loop/00_recorder.ipynb #00daf51a
@@ -465,8 +494,10 @@ def plot_lr(self:Recorder,
 def state_dict(self:Recorder): # dict: run, rows, evals, steps, open
     "All rows and steps, without times, and what the running epoch has gathered"
     lists = {name: self.growing[name].state() for name in ('rows', 'evals')}
-    return {'run': self.run, **lists, 'steps': self.growing['steps'].state(),
-            'open': self.open_state()}
+    opened = self.open_state()  # which may add columns
+    columns = {'lr_names': self.lr_names} if self.lr_names else {}
+    return {'run': self.run, **lists, 'steps': self.growing['steps'].state(), 'open': opened,
+            **columns}
 
 @patch
 def times_state(self:Recorder): # dict: parts, rest
@@ -535,5 +566,6 @@ def load_state_dict(self:Recorder,
     self.run = state['run']
     self.growing['evals'].load(state['evals'])
     self.growing['steps'].load(state['steps'])
+    self.lr_names = list(state.get('lr_names', ()))
     self.results = {}
     self.load_open_state(state['open'])

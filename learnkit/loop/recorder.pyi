@@ -51,13 +51,6 @@ def detached(value: Any) -> Any:
         a tensor or a number
     """
 
-def current_lr(opt: Any) -> Any:
-    """The learning rate of the last group, the head
-
-    Returns:
-        float; nan without an optimizer
-    """
-
 class Recorder(Callback):
     """Keeps a row for each epoch and a line for each step, over all fits of a learner"""
     run: int
@@ -66,6 +59,7 @@ class Recorder(Callback):
     results: dict[Any, Any]
     tracked: dict[Any, Any]
     tally: Any
+    lr_names: list[Any]
     def __init__(self) -> None: ...
     def before_fit(self, learn: Learner) -> None: ...
     def before_epoch(self, learn: Learner) -> None: ...
@@ -206,7 +200,7 @@ class Recorder(Callback):
             list of Axes
         """
     def plot_lr(self, run: Any = None) -> Any:
-        """Learning rate and momentum of each step
+        """Learning rate and momentum of each step; the rate of each of several optimizers
 
         Args:
             run: None: all runs; a number; negative: from the last

@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/loop/06_reduction.ipynb #6cfdc058
 from ..components.loss_weight import is_sum, reduction_in_graph
 from .loop import overrides
+from .losses import summed
 from .state import unchanged_parts
 
 # %% ../../nbs/loop/06_reduction.ipynb #168beecc
@@ -16,7 +17,8 @@ def find_reduction(learn): # bool
     if how := reduction_said(learn): return how == 'sum'
     if learn.loss_func is None or overrides(learn, 'get_loss'): return False
     with unchanged_parts(learn, ('loss_func',)):
-        return bool(is_sum(learn.loss_func, (learn.pred, *learn.yb), learn.loss))
+        return bool(is_sum(lambda *args: summed(learn.loss_func(*args))[0],
+                           (learn.pred, *learn.yb), learn.loss))
 
 def reduction_said(learn): # 'mean', 'sum', or None
     "What the function of torch that gave the loss, as it is, has said"

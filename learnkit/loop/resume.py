@@ -28,6 +28,7 @@ from ..data.resumable import (
 from ..components.callback import (
     Callback, Interrupted, as_callbacks, is_compared, plain_setting)
 from ..components.optim import copy_like, opt_params, opt_state
+from ..components.optimizers import named_optimizers
 from .progress import show_message
 from .saving import localized, main_first, save_path, tree_for_file, with_shards
 from .observed import observed_state
@@ -119,13 +120,18 @@ def describe_call(learn, n_epoch, n_steps, lr, reset_opt): # plain tree
     "The call of fit, for comparison with the one that is to be continued"
     settings = [cb.settings() for cb in learn.cbs if is_compared(cb)]
     lr = learn.lr if lr is None else lr
-    hypers = {k: v for k, v in learn.opt.defaults.items() if k != 'lr'} if learn.opt else {}
+    hypers = hypers_of(learn.opt) if learn.opt else {}
     return {'run': learn.recorder.run + 1, 'begun': learn.steps_done,
             **plain_setting({'n_epoch': n_epoch, 'n_steps': n_steps, 'lr': lr,
                              'reset_opt': reset_opt, 'optimizer': hypers,
                              'loss_func': learn.loss_func}),
             'valid': None if learn.dls.valid is None else describe(learn.dls.valid),
             'callbacks': settings}
+
+def hypers_of(opt): # dict: name -> value; of several optimizers a dict by name of them
+    "What an optimizer was made with, but for the rate"
+    if named := named_optimizers(opt): return {name: hypers_of(one) for name, one in named.items()}
+    return {name: value for name, value in opt.defaults.items() if name != 'lr'}
 
 def check_call(saved:Saved, call:dict):
     "Raise ValueError unless `call` is the one that was interrupted"

@@ -63,6 +63,13 @@ def describe_call(learn: Learner, n_epoch: Any, n_steps: Any, lr: Any, reset_opt
         plain tree
     """
 
+def hypers_of(opt: Any) -> Any:
+    """What an optimizer was made with, but for the rate
+
+    Returns:
+        dict: name -> value; of several optimizers a dict by name of them
+    """
+
 def check_call(saved: Saved, call: dict) -> None:
     """Raise ValueError unless `call` is the one that was interrupted"""
 

@@ -11,10 +11,12 @@ from contextlib import nullcontext
 from ..base.batches import map_tensors
 from ..base.dtensors import full_tensor, is_dtensor, is_sharded
 from ..base.ranks import is_main, rank0_first
+from ..components.optimizers import mode_of_pass, named_optimizers
 from ..files.sidecars import load_save
 from ..files.sharded import load_shards, remove_shards, save_shards
 from ..files.tensors import save_tensors
 from ..files.tree import save_tree, set_at, tree_digest, value_at
+from .loop import in_training
 from .state import gathered, live_state, load_state, model_state, n_bytes
 
 # %% ../../nbs/loop/06_saving.ipynb #5402c2f0
@@ -68,7 +70,8 @@ def tree_for_file(learn,
         state, beside['parts'] = save_shards(state, path(), learn.ranks)
     else: state = gathered(state)
     # DDP gives all processes the buffers of process 0, at each batch
-    buffers = [name for name, _ in learn.model.named_buffers()] if is_sharded(learn.model) else []
+    without_ddp = is_sharded(learn.model) or named_optimizers(learn.opt)
+    buffers = [name for name, _ in learn.model.named_buffers()] if without_ddp else []
     if per_process and learn.ranks:
         state['ranks'] = local_differences(state, learn.ranks, buffers)
     return {'learner': state, **beside}
@@ -115,6 +118,7 @@ def read_learner(learn, name):
 
 def export_weights(learn, path): # Path
     "Write the weights alone"
-    tensors = map_tensors(full_tensor, model_state(learn.model))
     learn._origin.written[str(path)] = True
-    return save_tensors(tensors, path) if is_main() else type(learn.path)(path)
+    with mode_of_pass(learn.opt, training=False, within=in_training(learn)):
+        tensors = map_tensors(full_tensor, model_state(learn.model))
+        return save_tensors(tensors, path) if is_main() else type(learn.path)(path)

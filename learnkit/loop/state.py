@@ -16,6 +16,7 @@ from ..base.dtensors import distribute_like, full_tensor, is_dtensor, unsharded_
 from ..base.randomness import isolated_rng, rng_state, set_rng_state
 from ..base.snapshots import Snapshot, write_back
 from ..components.optim import check_opt_state, load_opt_state, opt_params, opt_state
+from ..components.optimizers import set_mode, still_shared
 from ..data.resumable import (
     generator_states, is_stateful, set_generator_states)
 from .observed import (
@@ -158,7 +159,7 @@ def check_like(path, saved, now):
 def load_state(learn, state):
     "Go back to `state`: all of it, or, with an error, none"
     check_learner_state(learn, state)
-    with undone_on_error(learn):
+    with undone_on_error(learn), still_shared(learn.opt):
         learn._origin.is_recorded = True
         forget_changes(learn)
         learn.cbs.load_state_dict(state['callbacks'])
@@ -170,6 +171,7 @@ def load_state(learn, state):
         vars(learn).update(state['counters'])
         for name, states in state['data'].items():
             set_generator_states(getattr(learn.dls, name), states)
+        if 'train' not in learn.levels: set_mode(learn.opt, training=False)
         set_rng_state(state['rng'])
 
 # %% ../../nbs/loop/05_state.ipynb #9d1a4774

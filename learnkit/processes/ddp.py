@@ -10,8 +10,8 @@ from types import MethodType
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from ..base.dtensors import is_dtensor
-from ..components.optim import needs_closure
+from ..base.dtensors import is_dtensor, is_sharded
+from ..components.optimizers import named_optimizers, needs_closure
 
 # %% ../../nbs/processes/05_ddp.ipynb #ddf04fb1
 class BareForward(nn.Module):
@@ -68,7 +68,8 @@ def check_can_share(learn):
     if learn.opt and needs_closure(learn.opt):
         raise ValueError(f'{type(learn.opt).__name__} evaluates the loss by itself, which '
                          'processes cannot do together: train on a single process')
-
+    if is_sharded(learn.model) and named_optimizers(learn.opt):
+        raise ValueError("several optimizers cannot train a model in parts: use strategy='ddp'")
 
 # %% ../../nbs/processes/05_ddp.ipynb #a5f0c567
 def sync_batch_norms(model, device): # function that undoes it

@@ -22,6 +22,7 @@ from ..data.order import Share, epoch_seed
 from ..data.loaders import EpochLoader, length
 from ..components.callback import Callback, PHASES
 from ..components.optim import opt_params
+from ..components.optimizers import named_optimizers
 from ..loop.progress import show_message
 from ..loop.learner import Learner
 from ..loop.predict import Collect
@@ -210,7 +211,7 @@ def before_step(self:Distributed, learn):
     if not self.ranks or not is_complete and learn.levels[-1] == 'batch': return
     # Gradients of the model were exchanged, but not by DDP for a last group that is incomplete,
     # and not by FSDP2 for parameters that it was to ignore
-    by_ddp = is_complete and not is_sharded(learn.model)
+    by_ddp = is_complete and not is_sharded(learn.model) and not named_optimizers(learn.opt)
     average_gradients(loss_params(learn.loss_func) if by_ddp else opt_params(learn.opt))
 
 # %% ../../nbs/processes/07_distributed.ipynb #225c845c
@@ -283,6 +284,8 @@ def _exchange_gradients(self:Distributed, learn):
     check_can_share(learn)
     if is_sharded(learn.model): return
     if self.sync_bn: self._undo.append(sync_batch_norms(learn.model, learn.device))
+    # Parts of a model that have optimizers of their own are called without the whole, unseen by DDP
+    if named_optimizers(learn.opt): return
     if any(p.requires_grad for p in learn.model.parameters()):
         self._undo.append(exchange_gradients(learn, self.find_unused))
 

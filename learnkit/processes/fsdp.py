@@ -15,6 +15,7 @@ from ..base.batches import map_tensors
 from ..base.dtensors import (
     FSDP_ATTRIBUTES, distribute_like, full_tensor,
     is_dtensor, is_fsdp_hook, reshard, unsharded_class)
+from ..components.optimizers import named_optimizers
 from .group import broadcast_tensor
 
 # %% ../../nbs/processes/06_fsdp.ipynb #0d515250
@@ -72,8 +73,9 @@ def swap_params(opt, before:dict, after:dict, # name -> parameter
     for group in opt.param_groups: group['params'] = [new.get(p, p) for p in group['params']]
     def converted(t, param): return convert(t, param) if t.shape == param.shape else t
     for old, param in new.items():
-        if old not in opt.state: continue
-        opt.state[param] = map_tensors(lambda t, p=param: converted(t, p), opt.state.pop(old))
+        for state in [one.state for one in (named_optimizers(opt) or {'': opt}).values()]:
+            if old not in state: continue
+            state[param] = map_tensors(lambda t, p=param: converted(t, p), state.pop(old))
 
 def move_to_device(model, device, opt=None):
     "Bring a model to the device of a single process, and make what is not there yet"

@@ -16,10 +16,11 @@ from ..base.batches import map_tensors
 from ..base.dtensors import full_tensor, local_part, split_by_dtensor
 from ..components.callback import Callback, CancelStep
 from ..components.optim import opt_params
+from ..components.optimizers import has_gradients, named_optimizers
 from ..loop.loop import as_weight
 from ..loop.reduction import check_is_mean
 from .arguments import check_whole
-from .precision import check_only_one, check_optimizer, has_gradients
+from .precision import check_only_one, check_optimizer
 
 # %% ../../nbs/training/11_gradients.ipynb #ce328f32
 def gradients(opt): # list of tensors
@@ -52,17 +53,19 @@ class GradientAccumulation(Callback):
                 ):
         check_whole('GradientAccumulation', 'n', n)
         self.n, self.is_last, self.weight = n, True, 0.  # is_last: this batch ends its group
+        self.parts = None  # those that the loss of the first batch has
         self._reset()
 
     def _reset(self): self.count, self.first_weight, self.total_weight = 0, 0., 0.
     def settings(self): return {'class': type(self).__name__, 'n': int(self.n)}
     def state_dict(self):
-        return {'count': self.count, 'first': float(self.first_weight),
-                'total': float(self.total_weight)}
+        weights = {'first': float(self.first_weight), 'total': float(self.total_weight)}
+        return {'count': self.count, **weights, **({'parts': self.parts} if self.parts else {})}
 
     def load_state_dict(self, state):
         self.count = state['count']
         self.first_weight, self.total_weight = state['first'], state['total']
+        self.parts = state.get('parts')
 
     def before_fit(self, learn):
         check_whole('GradientAccumulation', 'n', self.n)
@@ -95,6 +98,7 @@ def before_batch(self:GradientAccumulation, learn):
 @patch
 def before_backward(self:GradientAccumulation, learn):
     check_is_mean(learn, 'GradientAccumulation')
+    check_same_parts(self, learn)
     self.weight = as_weight(learn.loss_weight_all)
     if is_zero(self.weight): learn.loss = zero_loss(learn.pred)
     elif not (is_zero(self.first_weight) or is_same(self.first_weight, self.weight)):
@@ -120,6 +124,17 @@ def before_step(self:GradientAccumulation, learn):
 @patch
 def cleanup_batch(self:GradientAccumulation, learn):
     if self.count and not has_gradients(learn.opt): self._reset()  # they were used or dropped
+
+# %% ../../nbs/training/11_gradients.ipynb #d50878a5
+def check_same_parts(accumulation, learn):
+    "Raise ValueError where the batches of an update have losses of other optimizers"
+    found = learn.loss_parts
+    parts = [*found] if found is not None and found.by_opt else None
+    if not accumulation.count: accumulation.parts = parts
+    if parts == accumulation.parts: return
+    raise ValueError(f'GradientAccumulation: the batches of an update have losses of '
+                     f'{accumulation.parts}, then of {parts}: choose them by learn.updates, which '
+                     'counts updates, and not by the batch')
 
 # %% ../../nbs/training/11_gradients.ipynb #d0c02a42
 @patch
@@ -163,6 +178,13 @@ def total_norm(grads): # tensor, 0-d
     norms = [full_tensor(get_total_norm(some)) for some, in split_by_dtensor(grads)]
     return norms[0] if len(norms) == 1 else torch.stack(norms).norm()
 
+# %% ../../nbs/training/11_gradients.ipynb #a2c0c210
+def opts_by_loss(learn): # dict: column of the norm -> optimizer
+    "What is bounded together: all, or of several optimizers that have a loss each each"
+    if learn.loss_parts is None or not learn.loss_parts.by_opt: return {'grad_norm': learn.opt}
+    return {f'grad_norm_{name}': opt for name, opt in named_optimizers(learn.opt).items()
+            if has_gradients(opt)}
+
 # %% ../../nbs/training/11_gradients.ipynb #c5ebd2ae
 class GradientClip(Callback):
     "Bounds the gradients of each update, and keeps their norm before that"
@@ -176,7 +198,7 @@ class GradientClip(Callback):
             raise ValueError('GradientClip() bounds nothing: give max_norm or max_value')
         check_bound('max_norm', max_norm)
         check_bound('max_value', max_value)
-        self.max_norm, self.max_value, self.norm = max_norm, max_value, None
+        self.max_norm, self.max_value, self.norms = max_norm, max_value, {}
 
     def before_fit(self, learn):
         check_only_one(learn, GradientClip, 'keep one, with both bounds if need be')
@@ -184,11 +206,20 @@ class GradientClip(Callback):
 
     before_lr_find = before_fit
 
+    @property
+    def norm(self): return self.norms.get('grad_norm')  # None where each of several losses has one
+
     def before_step(self, learn):
-        self.norm = total_norm(gradients(learn.opt))
-        for params, in split_by_dtensor(list(opt_params(learn.opt))):
-            if self.max_norm is not None: clip_grads_with_norm_(params, self.max_norm, self.norm)
+        self.norms = {name: self.clip(opt) for name, opt in opts_by_loss(learn).items()}
+
+    def clip(self, opt): # tensor, 0-d: the norm before
+        "Bound the gradients of an optimizer"
+        norm = total_norm(gradients(opt))
+        for params, in split_by_dtensor(list(opt_params(opt))):
+            if self.max_norm is not None: clip_grads_with_norm_(params, self.max_norm, norm)
             if self.max_value is not None: clip_grad_value_(params, self.max_value)
+        return norm
 
     def after_step(self, learn):
-        if learn.phase == 'train': learn.track('grad_norm', self.norm, n=1)
+        if learn.phase != 'train': return
+        for name, norm in self.norms.items(): learn.track(name, norm, n=1)

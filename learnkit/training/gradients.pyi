@@ -39,6 +39,7 @@ class GradientAccumulation(Callback):
     n: int
     is_last: bool
     weight: float
+    parts: Any
     count: Any
     first_weight: Any
     total_weight: Any
@@ -79,6 +80,9 @@ def above_zero(weight: Any) -> Any:
         number or tensor
     """
 
+def check_same_parts(accumulation: Any, learn: Learner) -> None:
+    """Raise ValueError where the batches of an update have losses of other optimizers"""
+
 def check_bound(name: str, value: Any) -> None:
     """Raise ValueError unless `value` is a number above 0, or None
 
@@ -94,11 +98,18 @@ def total_norm(grads: Any) -> Any:
         tensor, 0-d
     """
 
+def opts_by_loss(learn: Learner) -> Any:
+    """What is bounded together: all, or of several optimizers that have a loss each each
+
+    Returns:
+        dict: column of the norm -> optimizer
+    """
+
 class GradientClip(Callback):
     """Bounds the gradients of each update, and keeps their norm before that"""
     max_norm: Any
     max_value: Any
-    norm: Any
+    norms: dict[Any, Any]
     def __init__(self, max_norm: Any = None, max_value: Any = None) -> None:
         """Bounds the gradients of each update, and keeps their norm before that
 
@@ -107,6 +118,14 @@ class GradientClip(Callback):
             max_value: largest absolute value of a single one
         """
     def before_fit(self, learn: Learner) -> None: ...
+    @property
+    def norm(self) -> Any: ...
     def before_step(self, learn: Learner) -> None: ...
+    def clip(self, opt: Any) -> Any:
+        """Bound the gradients of an optimizer
+
+        Returns:
+            tensor, 0-d: the norm before
+        """
     def after_step(self, learn: Learner) -> None: ...
     def before_lr_find(self, learn: Learner) -> None: ...

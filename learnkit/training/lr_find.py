@@ -15,7 +15,8 @@ from ..base.methods import pure, result
 from ..data.loaders import set_epoch
 from ..data.resumable import reading_without_trace
 from ..components.callback import Callback
-from ..components.optim import set_hyper
+from ..components.optim import check_has_lr, set_hyper, set_lr
+from ..components.optimizers import named_optimizers
 from ..loop.recorder import RunningMean, detached, plot_axes
 from ..loop.learner import Learner
 from ..loop.interrupts import interruptible
@@ -110,9 +111,14 @@ SMOOTHING = 0.9  # of the losses, as in `RunningMean`
 MIN_RATES = 10  # that a suggestion can be read from
 
 # %% ../../nbs/training/05_lr_find.ipynb #a251b6c7
-def loss_over_ranks(learn): # (float, float)
-    "The loss of a batch on all processes, and what it weighs"
-    loss, weight = float(detached(learn.loss)), float(learn.loss_weight)
+def loss_swept(learn, opt): # tensor; opt: name, or None
+    "The loss that a rate is found by; None: the batch was cancelled, or is for other optimizers"
+    by_opt = learn.loss is not None and learn.loss_parts is not None and learn.loss_parts.by_opt
+    return learn.loss_parts.get(opt) if by_opt else learn.loss
+
+def loss_over_ranks(learn, loss): # (float, float)
+    "A loss of a batch on all processes, and what it weighs"
+    loss, weight = float(detached(loss)), float(learn.loss_weight)
     return (learn.ranks.mean(loss, weight) if learn.ranks else loss), float(learn.loss_weight_all)
 
 def weighted_mean(pairs): # float; pairs of (value, weight)
@@ -129,8 +135,9 @@ class RateSweep(Callback):
     def __init__(self,
                  lrs, # rate of each batch, (n,)
                  stop_div:bool, # end the pass when the loss diverges
+                 opt=None, # name of the one of several optimizers whose rate is raised
                 ):
-        self.rates, self.stop_div = lrs, stop_div
+        self.rates, self.stop_div, self.opt = lrs, stop_div, opt
         self.lrs, self.losses, self.best = [], [], math.inf  # the losses are smoothed
         self.group = []  # (loss, weight) of the batches of an update
         self.mean = RunningMean(SMOOTHING)
@@ -140,10 +147,12 @@ class RateSweep(Callback):
 
     def before_batch(self, learn):
         lr = float(self.rates[learn.iter // learn.batches_per_update])
-        for group in learn.opt.param_groups: set_hyper(group, 'lr', lr)
+        swept = learn.opt if self.opt is None else learn.opt.named[self.opt]
+        for group in swept.param_groups: set_hyper(group, 'lr', lr)
 
     def after_batch(self, learn):
-        if learn.loss is not None: self.group.append(loss_over_ranks(learn))  # not cancelled
+        if (loss := loss_swept(learn, self.opt)) is not None:
+            self.group.append(loss_over_ranks(learn, loss))
         number, batch = divmod(learn.iter + 1, learn.batches_per_update)
         if batch or not self.group: return
         smoothed = self.mean.add(weighted_mean(self.group))
@@ -184,14 +193,17 @@ def lr_find(self:Learner,
             num_it:int=100, # batches, over as many epochs as they take
             stop_div:bool=True, # stop when the loss diverges
             suggest=('valley', 'steep', 'minimum'), # which suggestions to make
+            opt:str=None, # of several optimizers the one whose rate it is; the others keep theirs
            ) -> LRFinderResult:
     "Try rates from `start_lr` to `end_lr` in a trial run that leaves no trace"
     check_sweep(self, start_lr, end_lr, num_it, suggest)
+    check_swept(self.opt, opt)
     rates = start_lr * (end_lr / start_lr) ** (np.arange(num_it) / (num_it - 1))
-    sweep = RateSweep(rates, stop_div)
+    sweep = RateSweep(rates, stop_div, opt)
     with interruptible(self), reading_without_trace(self.dls.train) as dl, self.no_trace():
         self.add_cb(sweep)
         self._fit = FitState(n_steps=num_it)
+        if opt is not None: set_lr(self.opt, self.lr)
         with self._pass('lr_find', CycledBatches(dl, num_it, self.epochs_done)):
             self._level('lr_find', self._all_batches)
     return make_result(np.array(sweep.lrs), np.array(sweep.losses), suggest)
@@ -210,6 +222,15 @@ def check_sweep(learn, start_lr, end_lr, num_it, suggest):
     if num_it < 2: raise ValueError(f'lr_find(num_it={num_it}): needs at least 2 batches')
     unknown = [name for name in suggest if name not in SUGGESTIONS]
     if unknown: raise ValueError(f'no suggestion {unknown[0]!r}; have: {", ".join(SUGGESTIONS)}')
+
+def check_swept(opt, name): # name: as given to `lr_find`
+    "Raise ValueError unless it is clear which optimizer's rate is to be found"
+    named = named_optimizers(opt)
+    check_has_lr(named.get(name, opt), 'lr_find')
+    if name in named or name is None and not named: return
+    if not named: raise ValueError(f'lr_find(opt={name!r}): this learner has a single optimizer')
+    raise ValueError(f'lr_find(opt={name!r}): say whose rate is to be found, one of '
+                     f'{", ".join(map(repr, named))}; the others keep theirs')
 
 # %% ../../nbs/training/05_lr_find.ipynb #17a5a51c
 def make_result(lrs, losses, # arrays, (n,)

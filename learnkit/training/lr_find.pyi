@@ -78,8 +78,15 @@ SUGGESTIONS: MappingProxyType
 SMOOTHING: float
 MIN_RATES: int
 
-def loss_over_ranks(learn: Learner) -> Any:
-    """The loss of a batch on all processes, and what it weighs
+def loss_swept(learn: Learner, opt: Any) -> Any:
+    """The loss that a rate is found by; None: the batch was cancelled, or is for other optimizers
+
+    Returns:
+        tensor; opt: name, or None
+    """
+
+def loss_over_ranks(learn: Learner, loss: Any) -> Any:
+    """A loss of a batch on all processes, and what it weighs
 
     Returns:
         (float, float)
@@ -94,17 +101,19 @@ class RateSweep(Callback):
     """Raises the learning rate batch by batch and keeps the losses"""
     rates: Any
     stop_div: bool
+    opt: Any
     lrs: list[Any]
     losses: list[Any]
     best: Any
     group: list[Any]
     mean: RunningMean
-    def __init__(self, lrs: Any, stop_div: bool) -> None:
+    def __init__(self, lrs: Any, stop_div: bool, opt: Any = None) -> None:
         """Raises the learning rate batch by batch and keeps the losses
 
         Args:
             lrs: rate of each batch, (n,)
             stop_div: end the pass when the loss diverges
+            opt: name of the one of several optimizers whose rate is raised
         """
     def before_lr_find(self, learn: Learner) -> Any:
         """Returns:
@@ -130,6 +139,13 @@ class CycledBatches:
 
 def check_sweep(learn: Learner, start_lr: Any, end_lr: Any, num_it: Any, suggest: Any) -> None:
     """Raise for a sweep that cannot be made"""
+
+def check_swept(opt: Any, name: Any) -> Any:
+    """Raise ValueError unless it is clear which optimizer's rate is to be found
+
+    Returns:
+        name: as given to `lr_find`
+    """
 
 def make_result(lrs: Any, losses: Any, suggest: Any) -> LRFinderResult:
     """The result of a sweep, with one warning when it is too short to say anything

@@ -15,7 +15,8 @@ from ..base.devices import default_device
 from ..base.dtensors import split_by_dtensor
 from ..base.methods import structural
 from ..components.callback import Callback, CancelStep, PHASES
-from ..components.optim import needs_closure, opt_params
+from ..components.optim import opt_params
+from ..components.optimizers import has_gradients, needs_closure
 from ..loop.learner import Learner
 
 # %% ../../nbs/training/10_precision.ipynb #a24eb2c3
@@ -60,11 +61,6 @@ def check_optimizer(learn:Learner,
     if learn.opt and needs_closure(learn.opt):
         raise ValueError(f'{cb} does not work with {type(learn.opt).__name__}, which computes the '
                          'loss and its gradients anew in each step: use another optimizer')
-
-# %% ../../nbs/training/10_precision.ipynb #8f2074ac
-def has_gradients(opt): # bool
-    "Whether there is any gradient"
-    return any(param.grad is not None for param in opt_params(opt))
 
 # %% ../../nbs/training/10_precision.ipynb #a3c6548b
 def check_weights(learn:Learner):

@@ -47,13 +47,6 @@ def check_optimizer(learn: Learner, cb: Any, needed: Any = True) -> None:
         needed: whether there must be one
     """
 
-def has_gradients(opt: Any) -> bool:
-    """Whether there is any gradient
-
-    Returns:
-        bool
-    """
-
 def check_weights(learn: Learner) -> None:
     """Raise ValueError for trainable weights in fp16, whose gradients would be too"""
 

@@ -14,8 +14,10 @@ from ..base.dtensors import distribute_like, full_tensor
 from ..base.ranks import is_main, rank0_first
 from ..components.callback import Callback, named_callbacks
 from ..components.optim import copy_like
+from ..components.optimizers import mode_of_pass, optimizers_in
 from ..files.errors import StoreError
 from ..files.tree import load_tree, save_tree
+from ..loop.loop import in_training
 from ..loop.resume import is_saved
 from ..loop.observed import state_tensors
 from ..loop.saving import save_path
@@ -32,16 +34,15 @@ def weight_keepers(learn): # dict: name -> callback
     return named_callbacks(cb for cb in both if type(cb).weights is not Callback.weights)
 
 # %% ../../nbs/training/07_save_best.ipynb #0b812ab4
-def optimizers_in(opt): # list of optimizers
-    "An optimizer, and those that it is made of"
-    inner = [x for x in vars(opt).values() if isinstance(x, torch.optim.Optimizer)]
-    return [x for x in (opt, *inner) if 'state' in vars(x)]
+def keeping(opt): # list of optimizers
+    "An optimizer and those that it is made of, where they keep something of parameters"
+    return [x for x in optimizers_in(opt) if 'state' in vars(x)]
 
 def param_states(learn): # dict: kind, states (name of a parameter -> what is kept of it)
     "What an optimizer knows about each parameter, without rates and counters of its own"
     names = names_of_params(learn)
     states = [{names[id(p)]: dict(kept) for p, kept in opt.state.items() if id(p) in names}
-              for opt in optimizers_in(learn.opt)]
+              for opt in keeping(learn.opt)]
     return {'kind': type(learn.opt).__name__, 'states': states}
 
 def live_snapshot(learn): # plain tree of live tensors
@@ -69,7 +70,7 @@ def load_param_states(learn,
         return warnings.warn('the best weights are back, but the optimizer keeps the state it has: '
                              f'{why}', stacklevel=4)
     params = state_tensors(learn)
-    for opt, states in zip(optimizers_in(learn.opt), saved['states'], strict=True):
+    for opt, states in zip(keeping(learn.opt), saved['states'], strict=True):
         for name, param in params.items():
             if name not in states: opt.state.pop(param, None)
             else: opt.state[param] = copy_like(param, states[name], list(param.stride()))
@@ -78,7 +79,7 @@ def why_other_states(learn, saved): # str; None where they fit
     "Why what was known about parameters is not of this optimizer"
     kind, params = type(learn.opt).__name__, state_tensors(learn)
     if saved['kind'] != kind: return f'the saved one is {saved["kind"]}, this one is {kind}'
-    if len(saved['states']) != len(optimizers_in(learn.opt)): return 'it is made of others'
+    if len(saved['states']) != len(keeping(learn.opt)): return 'it is made of others'
     names = {name for states in saved['states'] for name in states}
     lost = sorted(names - params.keys())
     return f'{lost[0]} is not a parameter here' if lost else None
@@ -211,12 +212,14 @@ def keep(self:SaveBest, learn, row, models):
     "Keep the model as it is, and of those that were kept the best"
     best = {'monitor': self.monitor, 'best': row[self.monitor], 'best_run': row['run'],
             'best_epoch': row['epoch'], 'best_step': learn.steps_done}
-    file_name, tree = None, live_snapshot(learn)
-    if self.path is None: tree = map_tensors(lambda t: t.detach().to('cpu', copy=True), tree)
-    else:
-        file_name, tree = self.name_of_file(best), map_tensors(full_tensor, tree)
-        if is_main(): write_best(save_path(learn, file_name), best, tree)
-        tree = None
+    # The weights that were evaluated are the best ones, also in the middle of an epoch
+    with mode_of_pass(learn.opt, training=False, within=in_training(learn)):
+        file_name, tree = None, live_snapshot(learn)
+        if self.path is None: tree = map_tensors(lambda t: t.detach().to('cpu', copy=True), tree)
+        else:
+            file_name, tree = self.name_of_file(best), map_tensors(full_tensor, tree)
+            if is_main(): write_best(save_path(learn, file_name), best, tree)
+            tree = None
     place = sum(is_as_good(one['best'], best['best'], self.higher) for one in models)
     models.insert(place, {**best, 'file_name': file_name, 'snapshot': tree})
     first, *self.others = models[:self.k]

@@ -16,8 +16,8 @@ def weight_keepers(learn: Learner) -> Any:
         dict: name -> callback
     """
 
-def optimizers_in(opt: Any) -> Any:
-    """An optimizer, and those that it is made of
+def keeping(opt: Any) -> Any:
+    """An optimizer and those that it is made of, where they keep something of parameters
 
     Returns:
         list of optimizers

@@ -10,7 +10,9 @@ import math
 from functools import partial
 from fastcore.basics import patch
 from ..components.callback import Callback, as_callbacks
-from ..components.optim import get_hyper, n_layers, set_hyper, spread_lr
+from ..components.optim import (
+    check_has_lr, get_hyper, hyper_key, layer_rates, n_layers, set_hyper)
+from ..components.optimizers import has_modes, named_optimizers, optimizers_in
 from ..loop.learner import Learner
 from .arguments import check_share, check_whole
 from .schedule import (
@@ -22,7 +24,7 @@ class ParamScheduler(Callback):
     phases = ('train',)
 
     def __init__(self,
-                 scheds:dict, # 'lr', 'mom', 'wd', ... -> schedule, or list: one per group of layers
+                 scheds:dict, # 'lr', 'mom', ... -> schedule; list: by group; dict: by optimizer
                 ):
         self.scheds = scheds
 
@@ -35,10 +37,11 @@ class ParamScheduler(Callback):
 
     def _apply(self, learn, position):
         for name, sched in self.scheds.items():
-            by_layer = sched if isinstance(sched, (list, tuple)) else None
-            for i, group in enumerate(learn.opt.param_groups):
-                if name == 'mom' and get_hyper(group, 'mom') == 0: continue
-                group_sched = by_layer[group.get('layer', i)] if by_layer else sched
+            groups = learn.opt.param_groups if name != 'mom' else groups_with_momentum(learn.opt)
+            for i, group in enumerate(groups):
+                if isinstance(sched, dict): group_sched = sched[group['opt']]
+                elif isinstance(sched, (list, tuple)): group_sched = sched[group.get('layer', i)]
+                else: group_sched = sched
                 set_hyper(group, name, group_sched(position))
 
 # %% ../../nbs/training/02_scheduled_fits.ipynb #e0c729d1
@@ -55,7 +58,13 @@ def check_scheds(scheduler, learn):
         if isinstance(sched, (list, tuple)) and len(sched) != n:
             raise ValueError(f'ParamScheduler: {len(sched)} schedules of {name!r} '
                              f'for {n} groups')
-    if 'lr' in scheduler.scheds: check_no_lr_owner(learn)
+        if isinstance(sched, dict) and sched.keys() != named_optimizers(learn.opt).keys():
+            raise ValueError(f'ParamScheduler: schedules of {name!r} for {", ".join(sched)}; the '
+                             f'optimizers are {", ".join(named_optimizers(learn.opt)) or "one"}')
+    if 'lr' in scheduler.scheds:
+        check_has_lr(learn.opt, 'ParamScheduler')
+        check_no_lr_owner(learn)
+    if 'mom' in scheduler.scheds: check_momentum(learn.opt)
 
 def check_no_lr_owner(learn, cbs=()):
     "Raise ValueError when a callback keeps the learning rate from fit to fit"
@@ -65,12 +74,28 @@ def check_no_lr_owner(learn, cbs=()):
                          'fight with it: call fit(n), or take it off first, by remove_cb or '
                          'setup(step_sched=False, epoch_sched=False)')
 
+# %% ../../nbs/training/02_scheduled_fits.ipynb #0865e953
+def groups_with_momentum(opt): # list of groups
+    "The groups whose momentum a schedule sets"
+    several = named_optimizers(opt)
+    return [group for one in (several.values() if several else [opt])
+            if not any(has_modes(type(inner)) for inner in optimizers_in(one))
+            for group in one.param_groups
+            if get_hyper(group, 'mom') != 0 and not (several and hyper_key(group, 'mom') is None)]
+
+def check_momentum(opt):
+    "Raise ValueError for a schedule of the momentum that nothing could follow"
+    if named_optimizers(opt) or not any(has_modes(type(one)) for one in optimizers_in(opt)): return
+    raise ValueError(f'ParamScheduler: where {type(opt).__name__} trains depends on its momentum, '
+                     "which must not change: leave 'mom' out")
+
 # %% ../../nbs/training/02_scheduled_fits.ipynb #24ef42cf
 @patch
 def curves(self:ParamScheduler): # dict: name -> list of values, or of such lists by group of layers
     "The schedules at 21 positions from 0 to 1"
     def curve(sched):
         if isinstance(sched, (list, tuple)): return [curve(one) for one in sched]
+        if isinstance(sched, dict): return {name: curve(one) for name, one in sched.items()}
         return [float(sched(i / 20)) for i in range(21)]
     return {name: curve(sched) for name, sched in self.scheds.items()}
 
@@ -84,17 +109,18 @@ def layer_lrs(learn:Learner, lr): # list of floats
     "The learning rate of each group of layers"
     if learn.opt is None:
         raise ValueError('a schedule needs an optimizer; this model has no parameters')
-    return spread_lr(learn.lr if lr is None else lr, n_layers(learn.opt))
+    check_has_lr(learn.opt, 'a schedule of the rate')
+    return layer_rates(learn.opt, learn.lr if lr is None else lr)
 
 def has_momentum(learn:Learner): # bool
-    "Whether the optimizer has a momentum that is in use"
-    return any(get_hyper(group, 'mom') for group in learn.opt.param_groups)
+    "Whether the optimizer has a momentum that is in use, and that may change"
+    return any(get_hyper(group, 'mom') for group in groups_with_momentum(learn.opt))
 
 # %% ../../nbs/training/02_scheduled_fits.ipynb #b73579be
 @patch
 def fit_one_cycle(self:Learner,
                   n_epoch=None, # epochs; or give n_steps
-                  lr_max=None, # top rate: float, slice(first, last) or list; None: the learner's
+                  lr_max=None, # top rate, as `lr` of `Learner`; None: the learner's
                   div:float=25., # the fit starts at lr_max / div
                   div_final:float=1e5, # and ends at lr_max / div_final
                   pct_start:float=0.25, # share of the fit in which the rate climbs

@@ -16,7 +16,7 @@ class ParamScheduler(Callback):
         """Sets hyperparameters by schedules, before each step of a fit and at its end
 
         Args:
-            scheds: 'lr', 'mom', 'wd', ... -> schedule, or list: one per group of layers
+            scheds: 'lr', 'mom', ... -> schedule; list: by group; dict: by optimizer
         """
     def before_fit(self, learn: Learner) -> None: ...
     def before_batch(self, learn: Learner) -> None: ...
@@ -40,6 +40,16 @@ def check_scheds(scheduler: Any, learn: Learner) -> None:
 def check_no_lr_owner(learn: Learner, cbs: Any = ()) -> None:
     """Raise ValueError when a callback keeps the learning rate from fit to fit"""
 
+def groups_with_momentum(opt: Any) -> Any:
+    """The groups whose momentum a schedule sets
+
+    Returns:
+        list of groups
+    """
+
+def check_momentum(opt: Any) -> None:
+    """Raise ValueError for a schedule of the momentum that nothing could follow"""
+
 def layer_lrs(learn: Learner, lr: Any) -> Any:
     """The learning rate of each group of layers
 
@@ -48,7 +58,7 @@ def layer_lrs(learn: Learner, lr: Any) -> Any:
     """
 
 def has_momentum(learn: Learner) -> bool:
-    """Whether the optimizer has a momentum that is in use
+    """Whether the optimizer has a momentum that is in use, and that may change
 
     Returns:
         bool

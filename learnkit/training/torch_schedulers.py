@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from ..base.methods import structural
 from ..components.callback import Callback, plain_setting
 from ..components.optim import set_hyper, set_lr
+from ..components.optimizers import rate_by_name
 from ..loop.learner import Learner
 
 # %% ../../nbs/training/04_torch_schedulers.ipynb #ea4bca51
@@ -232,15 +233,22 @@ def setup(self:Learner,
 # %% ../../nbs/training/04_torch_schedulers.ipynb #1a305309
 def change_opt(learn, opt_func, lr):
     "Give the learner a new optimizer, or its optimizer a new rate; schedules start again"
-    fixed = opt_func.keywords.get('lr') if isinstance(opt_func, partial) else None
-    if None not in (lr, fixed) and lr != fixed:
-        raise ValueError(f'lr is given twice: {lr} to setup and {fixed} in opt_func')
-    learn.lr = lr if lr is not None else fixed if fixed is not None else learn.lr
+    learn.lr = next_lr(lr, opt_func, learn.lr)
     if opt_func is not None:
         learn.opt_func = opt_func
         learn.make_opt()
     elif learn.opt: set_lr(learn.opt, lr)
     for cb in torch_schedulers(learn.cbs): cb.reset()
+
+def next_lr(lr, opt_func, before): # lr, opt_func: as given to `setup`; before: the learner's
+    "The rate of a learner from now on"
+    if isinstance(opt_func, dict):
+        given, before = rate_by_name(lr, opt_func), rate_by_name(before, opt_func)
+        return {name: next_lr(given[name], func, before[name]) for name, func in opt_func.items()}
+    fixed = opt_func.keywords.get('lr') if isinstance(opt_func, partial) else None
+    if None not in (lr, fixed) and lr != fixed:
+        raise ValueError(f'lr is given twice: {lr} to setup and {fixed} in opt_func')
+    return lr if lr is not None else fixed if fixed is not None else before
 
 def change_scheduler(learn, per, sched):
     "Replace the TorchScheduler of this kind, or add one"

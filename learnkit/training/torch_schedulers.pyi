@@ -110,6 +110,13 @@ def is_timm(scheduler: Any) -> bool:
 def change_opt(learn: Learner, opt_func: Any, lr: Any) -> None:
     """Give the learner a new optimizer, or its optimizer a new rate; schedules start again"""
 
+def next_lr(lr: Any, opt_func: Any, before: Any) -> Any:
+    """The rate of a learner from now on
+
+    Returns:
+        lr, opt_func: as given to `setup`; before: the learner's
+    """
+
 def change_scheduler(learn: Learner, per: Any, sched: Any) -> None:
     """Replace the TorchScheduler of this kind, or add one"""
 

@@ -13,6 +13,7 @@ from torch import nn
 from ..components.callback import Callback
 from ..components.metrics import (
     Accumulates, SklearnMetric, Tally, base_metric, named_metrics)
+from ..loop.loop import overrides
 from .arguments import check_choice, check_number
 
 # %% ../../nbs/training/06_tracker.ipynb #b9e8ee1b
@@ -35,8 +36,14 @@ def may_appear(learn,
     "Whether a column may appear all the same, in the first row"
     tracked = name.startswith(('train_', 'valid_'))
     if tracked and any(cb.tracks is None for cb in learn.cbs): return True
+    if tracked and mode is not None and may_have_parts(learn): return True
     if learn.dls.valid is None or mode is None: return False
     return any(may_give_dict(base_metric(m)) for m in named_metrics(learn.metrics).values())
+
+def may_have_parts(learn): # bool
+    "Whether the loss may be one of several parts: any but those of torch"
+    name = getattr(learn.loss_func, '__module__', None) or type(learn.loss_func).__module__
+    return overrides(learn, 'get_loss') or name.partition('.')[0] != 'torch'
 
 # %% ../../nbs/training/06_tracker.ipynb #360f2fe6
 def may_give_dict(m): # bool
@@ -52,7 +59,8 @@ def is_higher_better(tracker, learn): # bool
         raise ValueError(f'{title}: it reads the history, but no Recorder is among the callbacks')
     if name not in known and not may_appear(learn, name, tracker.mode):
         why = '. There is no validation data' if learn.dls.valid is None else (
-            '. A callback that adds a column announces it in `tracks`')
+            '. A callback that adds a column announces it in `tracks`; for a part of the loss give '
+            "mode='min' or 'max'")
         raise ValueError(f'{title}: no metric {name!r} will be recorded; '
                          f'have: {", ".join(known)}{why}')
     higher = known.get(name, False if name.endswith('_loss') else None)

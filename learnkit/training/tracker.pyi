@@ -25,6 +25,13 @@ def may_appear(learn: Learner, name: str, mode: Any) -> bool:
         bool
     """
 
+def may_have_parts(learn: Learner) -> bool:
+    """Whether the loss may be one of several parts: any but those of torch
+
+    Returns:
+        bool
+    """
+
 def may_give_dict(m: Any) -> bool:
     """Whether a metric may give several values, under names that are not known beforehand
 

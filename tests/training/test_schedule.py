@@ -9,7 +9,8 @@ from torch.optim import SGD, Adam, AdamW
 from torch.optim import lr_scheduler as ts
 from learnkit import *
 from learnkit.components.callback import Callback, CancelEpoch, CancelStep
-from learnkit.components.optim import freeze_layers, layer_table, make_opt
+from learnkit.components.layer_table import layer_table
+from learnkit.components.optim import freeze_layers, make_opt
 from learnkit.files.tree import load_tree, save_tree, tree_digest
 from learnkit.loop.saving import tree_for_file
 

@@ -139,7 +139,7 @@ def test_columns_that_a_callback_announces_are_known():
     learn = scripted([1., 3., 2.], best)
     assert (best.best, best.best_epoch, best.best_run) == (3, 1, 0)
     with pytest.raises(ValueError, match="'train_x' will be"):
-        learn.fit(1, cbs=SaveBest('train_x', mode='max'))
+        learn.fit(1, cbs=SaveBest('train_x'))
 
 def test_columns_that_cannot_be_told_are_checked_at_the_first_row():
     class Tells(Script): tracks = None
