@@ -246,12 +246,6 @@ def _evaluate_again(self:Loop): # the loss
     self._run_step('backward')
     return self.loss
 
-@patch
-def _sum_loss(self:Loop):
-    self.loss, self.loss_parts = summed(self.loss, self.opt)
-    weight = divisor_in_graph(self.loss_parts.total) if self.loss_parts else None
-    if weight is not None: self._loss_weight = as_weight(weight)
-
 def overrides(learn, step:str): # bool
     "Whether a callback or a subclass does this step in its own way"
     if learn._cbs.bound[learn.phase][step]: return True
@@ -261,6 +255,13 @@ def has_updates(learn): # bool
     "Whether there is anything to train: trainable parameters, or a step of another kind"
     if overrides(learn, 'step'): return True
     return learn.opt is not None and any(p.requires_grad for p in opt_params(learn.opt))
+
+# %% ../../nbs/loop/03_loop.ipynb #a2e94212
+@patch
+def _sum_loss(self:Loop):
+    self.loss, self.loss_parts = summed(self.loss, self.opt)
+    weight = divisor_in_graph(self.loss_parts.total) if self.loss_parts else None
+    if weight is not None: self._loss_weight = as_weight(weight)
 
 # %% ../../nbs/loop/03_loop.ipynb #a888355d
 @patch
