@@ -28,7 +28,8 @@ def named_parts(loss): # dict: name -> part; None for a loss that has none
 def part_and_weight(name, part): # (number or tensor of no dimension, number)
     "A part of a loss and its weight in the sum"
     value, weight = part if isinstance(part, (tuple, list)) and len(part) == 2 else (part, 1)
-    if isinstance(value, torch.Tensor) and value.numel() == 1: return value.reshape(()), weight
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        return value.reshape(()) if value.ndim else value, weight
     if isinstance(value, (int, float)): return value, weight
     raise TypeError(f'the part {name!r} of the loss is {kind(value)}: a part is a single number, '
                     'or a pair of it and its weight in the sum')

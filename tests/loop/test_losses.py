@@ -123,3 +123,22 @@ def test_a_part_is_monitored_where_the_direction_is_said():
     (lambda pred, y: {}, 'the loss has no parts')])
 def test_what_is_no_part_is_named(loss_func, message):
     with pytest.raises((TypeError, ValueError), match=message): make(loss_func).fit(1)
+
+
+@pytest.mark.parametrize('by_opt', [False, True])
+def test_columns_weigh_as_the_loss_does_where_it_counts_targets(by_opt):
+    x, y = torch.randn(40, 6), torch.randint(3, (40,))
+    y[3:17] = -100  # no part of the mean
+    def loss_func(pred, y): return {'ce': F.cross_entropy(pred, y), 'none': (pred.mean(), 0.)}
+    def get_loss(learn): learn.loss = {'ce': F.cross_entropy(learn.pred, *learn.yb)}
+    dls = DataLoaders.from_tensors((x, y), (x, y), bs=10, device='cpu')
+    model = nn.Sequential()
+    model.ce = nn.Linear(6, 3)
+    learn = Learner(dls, model, loss_func, {'ce': torch.optim.SGD} if by_opt else torch.optim.SGD,
+                    lr=0., device='cpu', cbs=Callback(get_loss=get_loss) if by_opt else None)
+    learn.remove_cb(Progress)
+    learn.fit(1)
+    row = learn.recorder.rows[-1]
+    with torch.no_grad(): right = F.cross_entropy(learn.model(x), y).item()
+    for name in ('train_loss', 'train_ce', 'valid_loss', 'valid_ce'):
+        assert row[name] == pytest.approx(right, rel=1e-5)
