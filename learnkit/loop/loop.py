@@ -283,6 +283,7 @@ def _pass(self:Loop, phase, dl):
         for module, mode in modes: module.training = mode
         vars(self).update(before)
 
+# %% ../../nbs/loop/03_loop.ipynb #d817edc3
 def modules_of(learn): # list of modules
     "The modules of the model, and of the loss if it is one"
     parts = (learn.model, learn.loss_func)
