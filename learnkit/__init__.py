@@ -90,11 +90,13 @@ from .fingerprint import beginning as _beginning
 from .loop.recorder import (
     Recorder,
 )
+from .loop import plots as _plots
 from .loop.progress import (
     Progress,
 )
 from .loop import losses as _losses
 from .loop import position as _position
+from .loop import samples as _samples
 from .loop import loop as _loop
 from .loop import observed as _observed
 from .loop import state as _state

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/loop/03_loop.ipynb #99402ff6
-import inspect, warnings
+import inspect
 from collections.abc import Mapping
 from contextlib import contextmanager
 from functools import lru_cache
@@ -14,21 +14,20 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
-from ..base.batches import batch_size, kind, n_rows, tensors_in, to_device
+from ..base.batches import kind, tensors_in, to_device
 from ..base.guard import Guarded
 from ..base.methods import unrecorded
 from ..base.randomness import isolated_rng
-from ..base.text import caller_stacklevel
 from ..components.callback import (
     Callbacks, Cancel, CancelBackward, CancelFit, CancelStep, Interrupted)
 from ..components.loss_weight import LossCalls, divisor_in_graph
 from ..components.optim import opt_params
 from ..components.optimizers import advice_for_step, mode_of_pass, needs_closure
-from ..data.loaders import is_table, length, n_samples_of_batch, set_epoch
+from ..data.loaders import is_table, length, set_epoch
 from ..data.resumable import workers_outlive_signals
 from .losses import summed
 from .position import FitState, PassState
+from .samples import rows_of_both, samples_of_batch
 
 # %% ../../nbs/loop/03_loop.ipynb #69db0ebe
 class Loop(Guarded):
@@ -348,38 +347,6 @@ def loss_weight(self:Loop): # number or 0-d tensor
 def training(self:Loop) -> bool:
     "Whether weights are being changed"
     return self.phase in ('train', 'lr_find')
-
-# %% ../../nbs/loop/03_loop.ipynb #11b251ac
-def rows_of_both(xb, yb): # int; None unless inputs and targets are tensors with as many rows
-    x, y = xb[0] if xb else None, yb[0] if yb else None
-    if type(x) is not torch.Tensor or not x.ndim: return None
-    same = y is None or type(y) is torch.Tensor and y.ndim and y.shape[0] == x.shape[0]
-    return x.shape[0] if same else None
-
-def n_samples_in(items): # int or None; items: inputs or targets of a batch
-    "How many samples the first of some items has, as far as it tells"
-    x = items[0] if items else None
-    if isinstance(x, PackedSequence): return int(x.batch_sizes[0])
-    if type(x) in (list, tuple): return len(x)  # of samples that have no common shape
-    n = getattr(x, 'num_graphs', None)
-    return n if type(n) is int else n_rows(x)
-
-def samples_of_batch(learn, rows=None): # int; rows: as from `rows_of_both`
-    "The samples of a batch, by whoever knows best; a warning where others say something else"
-    drawn = None if learn.ranks else n_samples_of_batch(learn.dl, learn.iter)
-    counts = {'rows of the tensors': rows, 'drawn by the loader': drawn}
-    if rows is None:
-        counts['in the targets'] = n_samples_in(learn.yb)
-        counts['in the inputs'] = n_samples_in(learn.xb)
-    found = {name: n for name, n in counts.items() if n is not None}
-    n = next(iter(found.values()), None)
-    if n is None: n, found = batch_size(learn._batch), {}
-    if len({*found.values()}) > 1 and learn.iter <= learn.first_batch:
-        text = ', '.join(f'{n} {name}' for name, n in found.items())
-        warnings.warn(f'how many samples a {learn.phase} batch has is not clear: {text}. It counts '
-                      f'as {n} in means and accumulated gradients; assign learn.n_items in '
-                      'before_batch to say otherwise', stacklevel=caller_stacklevel())
-    return n
 
 # %% ../../nbs/loop/03_loop.ipynb #bd66afe7
 @patch

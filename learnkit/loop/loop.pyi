@@ -125,25 +125,6 @@ def split_batch(batch: Any, n_inp: Any = None) -> Any:
         (inputs, targets), tuples
     """
 
-def rows_of_both(xb: Any, yb: Any) -> Any:
-    """Returns:
-        int; None unless inputs and targets are tensors with as many rows
-    """
-
-def n_samples_in(items: Any) -> Any:
-    """How many samples the first of some items has, as far as it tells
-
-    Returns:
-        int or None; items: inputs or targets of a batch
-    """
-
-def samples_of_batch(learn: Learner, rows: Any = None) -> Any:
-    """The samples of a batch, by whoever knows best; a warning where others say something else
-
-    Returns:
-        int; rows: as from `rows_of_both`
-    """
-
 def step_of_loss(learn: Learner) -> Any:
     """The step in which the loss is computed
 

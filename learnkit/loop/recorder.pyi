@@ -64,6 +64,45 @@ class Recorder(Callback):
     def before_fit(self, learn: Learner) -> None: ...
     def before_epoch(self, learn: Learner) -> None: ...
     def after_epoch(self, learn: Learner) -> None: ...
+    def select(self, run: Any = None) -> Any:
+        """The rows and steps of one run, or of all
+
+        Args:
+            run: None: all runs; a number; negative: from the last
+
+        Returns:
+            (rows, dict of step arrays)
+        """
+    def plot_loss(self, run: Any = None, beta: float = 0.9, ax: Any = None) -> Any:
+        """Training loss by step, smoothed over its light raw line, and validation loss by epoch
+
+        Args:
+            run: None: all runs; a number; negative: from the last
+            beta: smoothing of the training loss, 0: none
+            ax: Axes to draw on; None: new ones
+
+        Returns:
+            Axes
+        """
+    def plot_metrics(self, *names: Any, run: Any = None) -> Any:
+        """A panel for the losses and one for each metric, by epoch
+
+        Args:
+            names: columns of `df`; none: the losses and every metric
+            run: None: all runs; a number; negative: from the last
+
+        Returns:
+            list of Axes
+        """
+    def plot_lr(self, run: Any = None) -> Any:
+        """Learning rate and momentum of each step; the rate of each of several optimizers
+
+        Args:
+            run: None: all runs; a number; negative: from the last
+
+        Returns:
+            list of Axes
+        """
     @property
     def rows(self) -> list[dict]:
         """A row for each epoch; what is written to this list counts"""
@@ -169,45 +208,6 @@ class Recorder(Callback):
         """
     def paused(self) -> AbstractContextManager[None]:
         """Whatever is recorded inside does not count for the epoch that is going on"""
-    def select(self, run: Any = None) -> Any:
-        """The rows and steps of one run, or of all
-
-        Args:
-            run: None: all runs; a number; negative: from the last
-
-        Returns:
-            (rows, dict of step arrays)
-        """
-    def plot_loss(self, run: Any = None, beta: float = 0.9, ax: Any = None) -> Any:
-        """Training loss by step, smoothed over its light raw line, and validation loss by epoch
-
-        Args:
-            run: None: all runs; a number; negative: from the last
-            beta: smoothing of the training loss, 0: none
-            ax: Axes to draw on; None: new ones
-
-        Returns:
-            Axes
-        """
-    def plot_metrics(self, *names: Any, run: Any = None) -> Any:
-        """A panel for the losses and one for each metric, by epoch
-
-        Args:
-            names: columns of `df`; none: the losses and every metric
-            run: None: all runs; a number; negative: from the last
-
-        Returns:
-            list of Axes
-        """
-    def plot_lr(self, run: Any = None) -> Any:
-        """Learning rate and momentum of each step; the rate of each of several optimizers
-
-        Args:
-            run: None: all runs; a number; negative: from the last
-
-        Returns:
-            list of Axes
-        """
     def state_dict(self) -> Any:
         """All rows and steps, without times, and what the running epoch has gathered
 
@@ -275,60 +275,3 @@ def mean_over_ranks(found: Any, rank: int) -> Any:
 STEPS: tuple[str, ...]
 OPEN: tuple[str, ...]
 RESERVED: tuple[str, ...]
-
-class RunningMean:
-    """Exponential moving average, corrected for its start"""
-    beta: Any
-    mean: float
-    weight: float
-    def __init__(self, beta: Any) -> None: ...
-    def add(self, value: float) -> Any:
-        """Take in the next value; one that is not finite would spoil all that follow
-
-        Returns:
-            float: the mean so far; `value` itself where it is not finite
-        """
-
-def smooth(values: Any, beta: float = 0.9) -> Any:
-    """The `RunningMean` at each of `values`
-
-    Args:
-        values: array, (n,)
-        beta: weight of the past, 0 <= beta < 1
-
-    Returns:
-        array, (n,)
-    """
-
-def plot_axes(n: int = 1, height: float = 3.) -> Any:
-    """Axes with a light grid, in the size of a notebook page
-
-    Args:
-        n: number of axes, at most four beside each other
-        height: inches of a row
-
-    Returns:
-        list of n Axes
-    """
-
-def evaluation_points(steps: dict, evals: Any) -> Any:
-    """Where the evaluations inside epochs belong on the axis of `plot_loss`
-
-    Args:
-        steps: as from `Recorder.step_arrays`
-        evals: evaluations inside epochs
-
-    Returns:
-        list of (position among `steps`, validation loss)
-    """
-
-def epoch_end(steps: dict, row: dict) -> int:
-    """Position of the last step of the row's epoch among `steps`
-
-    Args:
-        steps: as from `Recorder.step_arrays`
-        row: a row of the recorder
-
-    Returns:
-        int
-    """

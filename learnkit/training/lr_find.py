@@ -17,7 +17,8 @@ from ..data.resumable import reading_without_trace
 from ..components.callback import Callback
 from ..components.optim import check_has_lr, set_hyper, set_lr
 from ..components.optimizers import named_optimizers
-from ..loop.recorder import RunningMean, detached, plot_axes
+from ..loop.plots import RunningMean, plot_axes
+from ..loop.recorder import detached
 from ..loop.learner import Learner
 from ..loop.interrupts import interruptible
 from ..loop.loop import has_updates

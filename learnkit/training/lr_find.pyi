@@ -10,7 +10,7 @@ from typing import Any
 from ..base.methods import result
 from ..components.callback import Callback
 from ..loop.learner import Learner
-from ..loop.recorder import RunningMean
+from ..loop.plots import RunningMean
 __all__ = [
     'LRFinderResult'
 ]

@@ -23,7 +23,8 @@ from ..loop.learner import Learner
 from ..loop.loop import has_updates
 from ..loop.position import FitState
 from ..loop.progress import Progress
-from ..loop.recorder import Recorder, detached, plot_axes
+from ..loop.plots import plot_axes
+from ..loop.recorder import Recorder, detached
 from .arguments import check_whole
 from .gradients import GradientAccumulation
 from .mix import Mix

@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from learnkit import *
 from learnkit import CheckpointedLearner as CL
-from learnkit.loop.recorder import smooth
+from learnkit.loop.plots import smooth
 
 # A script of ten lines
 x, y = torch.randn(256, 4), torch.randint(0, 3, (256,))
