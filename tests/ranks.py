@@ -1,6 +1,6 @@
 "What processes of tests/test_distributed.py run: a module, as each process imports it"
-import multiprocessing, os, signal, time
-import torch
+import multiprocessing, os, signal, threading, time
+import torch, torchmetrics
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 from counting import Fits
@@ -100,10 +100,34 @@ def datasets(workers):
 
 
 def metric_objects():
-    import torchmetrics
     from sklearn.metrics import f1_score
     return [Hits(), sklearn_metric(f1_score),
             torchmetrics.classification.MulticlassAccuracy(2, average='micro'), accuracy]
+
+
+def lists_and_sums(n_valid):
+    "Metrics of torchmetrics: with lists, in a collection, in another one; few batches"
+    from torchmetrics import classification as tm
+    many = dict(num_classes=2)
+    metrics = {'auc': tm.MulticlassAUROC(2), 'f1': tm.MulticlassF1Score(2),
+               'both': torchmetrics.MetricCollection([tm.MulticlassPrecision(**many),
+                                                      tm.MulticlassRecall(**many)]),
+               'best': torchmetrics.MinMaxMetric(tm.MulticlassAccuracy(2)), 'ids': Ids()}
+    x, y = tensors(n_valid)
+    valid = DataLoader(TensorDataset(x, y), 4)
+    learn = learner(DataLoaders(TensorLoader(tensors(8), 4), valid), metrics=metrics)
+    with learn.distributed():
+        learn.fit(1, lr=0.)
+        return [learn.recorder.results, learn.validate()]
+
+
+class Ids(torchmetrics.Metric):
+    "A list without a reduction, of other length on each process"
+    def __init__(self):
+        super().__init__()
+        self.add_state('seen', default=[], dist_reduce_fx=None)
+    def update(self, pred, targ): self.seen += list(targ.unsqueeze(1))
+    def compute(self): return float(sum(len(t) for t in self.seen))
 
 
 def frozen(cbs):
@@ -656,6 +680,125 @@ def oddities(strategy='ddp'):
                                   if learn.training and learn.updates == 9 else None))
         found['stopped'] = seen(learn)
     return found
+
+
+def stops(event, at, who, strategy='ddp'):
+    "How far a fit gets that processes `who` wish to stop, and how it ends"
+    ends = []
+    def stop(learn):
+        here = learn.epoch, learn.iter if 'train' in learn.levels else None
+        if learn.rank in who and here == at: learn.stop()
+    learn = learner()
+    with learn.distributed(strategy=strategy):
+        learn.fit(3, cbs=[Callback(**{event: stop}),
+                          Callback(after_cancel_fit=lambda learn: ends.append('cancelled'))])
+        return learn.updates, learn.epochs_done, ends, weights(learn).tolist(), learn.validate()
+
+
+def stops_finding():
+    learn, batches = learner(cbs=Distributed()), []
+    def stop(learn):
+        batches.append(learn.iter)
+        if learn.rank and learn.iter == 5: learn.stop()
+    with learn.added_cbs(Callback(after_batch=stop, phases=('lr_find',))): learn.lr_find(num_it=30)
+    return len(batches)
+
+
+def enters_again(n=25):
+    "A block entered again and again, as in a search"
+    learn = learner()
+    before = threading.active_count()
+    for _ in range(n):
+        with learn.distributed(): learn.validate()
+    return threading.active_count() - before, len(torch.distributed.distributed_c10d._world.pg_map)
+
+
+class Centred(nn.Module):
+    "A loss that keeps a running centre of what this process has seen, and a random parameter"
+    def __init__(self):
+        super().__init__()
+        self.register_buffer('centre', torch.zeros(2))
+        self.scale = nn.Parameter(1 + torch.rand(()) / 10)
+    def forward(self, pred, targ):
+        if self.training: self.centre = 0.9 * self.centre + 0.1 * pred.detach().mean(0)
+        return nn.functional.cross_entropy((pred - self.centre) * self.scale, targ)
+
+
+def centred(folder, stop=None, **options):
+    "Digests of the state after a fit that may be broken off, and of what it is in the middle"
+    loss = Centred()
+    both = lambda model: [list(model.parameters()), list(loss.parameters())]
+    def end(learn):
+        here = learn.epoch, learn.iter
+        if here == stop and learn.rank == 1: raise ZeroDivisionError('on purpose')
+    inside = []
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))
+    dls = DataLoaders.from_tensors(tensors(48), tensors(13, 1), bs=8, device='cpu')
+    learn = learner(dls, model, loss_func=loss, splitter=both, path=folder, cbs=[
+        Distributed(**options), SaveState('run', '1 step'), Beside(after_batch=end)])
+    learn.fit(2, resume='latest', cbs=Beside(after_step=lambda learn: inside.append(
+        tree_digest([loss.centre, model[1].running_mean]))))
+    return ({name: tree_digest(part) for name, part in learn.state_dict().items() if name != 'fit'},
+            inside[-5:], learn.recorder.steps.loss.tolist())
+
+
+def on_disks_of_their_own(folder, stop=None, **options):
+    return centred(os.path.join(folder, str(rank())), stop, **options)
+
+
+def differing_leaves():
+    learn = learner(model=net(dropout=0.3), cbs=[Distributed(), EMA(0.9)])
+    learn.fit(1)
+    tree = learn.saved_tree(together=True)['learner']['ranks']
+    return [['/'.join(path) for path, _ in one] for one in tree] if rank() == 0 else None
+
+
+def predictions_here():
+    learn, found = learner(cbs=Distributed()), {}
+    for gather in ('all', 'main', 'none'):
+        preds, targs = learn.get_preds(gather=gather)
+        found[gather] = None if preds is None else [preds.tolist(), targs.tolist()]
+    x = tensors(3, seed=rank())[0]
+    return found, learn.predict(x).equal(learn.model.eval()(x).detach())
+
+
+def recorded_predictions(folder):
+    set_seed(0)
+    dls = DataLoaders.from_tensors(tensors(45), tensors(13, 1), bs=8, device='cpu')
+    learn = CheckpointedLearner(dls, net(), nn.CrossEntropyLoss(), device='cpu', name='a',
+                                root=folder, cbs=Distributed())
+    learn.remove_cb(Progress)
+    with learn.checkpoint(1) as cp:
+        cp.fit(1)
+        return cp.get_preds(gather='none')[0].tolist()
+
+
+def in_pieces():
+    from learnkit.loop import recorder
+    recorder.AT_ONCE = 4
+    learn = learner(cbs=Distributed())
+    learn.fit(1)
+    return seen(learn)
+
+
+def tracked():
+    "What is tracked on each process is a mean over all"
+    learn = learner(cbs=[Distributed(), Callback(
+        phases=('train', 'valid'), after_batch=lambda learn: learn.track('rank', learn.rank, n=1))])
+    learn.fit(1)
+    return learn.recorder.df.filter(like='rank').iloc[0].tolist(), learn.validate()['rank']
+
+
+def with_options(strategy='ddp', **options):
+    learn = learner(cbs=[Distributed(strategy=strategy, **options), GradientAccumulation(4)])
+    learn.fit(2)
+    return seen(learn)
+
+
+def waits_too_long():
+    def wait(learn):
+        if learn.rank: time.sleep(60)
+    learner(cbs=[Distributed(timeout='2 s'), Callback(before_fit=wait)]).fit(1)
 
 
 def caught():

@@ -122,6 +122,13 @@ def test_helpers(capfd):
     assert capfd.readouterr().out.count('hello from 0') == 1
 
 
+@pytest.mark.parametrize('n_valid', [1, 4, 21])
+def test_metrics_with_lists_where_a_process_has_no_batch(n_valid):
+    one = ranks.lists_and_sums(n_valid)
+    assert one[0]['ids'] == n_valid
+    for found in launch(ranks.lists_and_sums, n_valid, n=2): alike(one, found, 1e-5)
+
+
 def test_the_model_stays_what_it_is():
     for before, inside, after, left, hooks, same in launch(ranks.plain_state, n=2):
         assert before[0] == '0.weight' and inside and after and same and not left and hooks == 6 + 2
@@ -427,6 +434,103 @@ def test_what_was_once_otherwise_on_several_processes(strategy):
 
 def test_an_error_of_all_can_be_caught():
     assert launch(ranks.caught, n=2) == [ranks.caught()] * 2
+
+
+@pytest.mark.parametrize('event, at, updates', [
+    ('after_batch', (1, 2), 9), ('after_epoch', (1, None), 12), slow('after_step', (0, 0), 1)])
+def test_all_stop_where_all_ask_to(event, at, updates):
+    one = ranks.stops(event, at, (0,))
+    assert one[:2] == (updates, updates // 6)
+    for found in launch(ranks.stops, event, at, (0, 1), n=2): alike(one, found, 1e-5)
+
+
+@pytest.mark.parametrize('event, at, strategy', [
+    ('before_batch', (0, 4), 'ddp'), ('after_epoch', (1, None), 'ddp'),
+    slow('before_fit', (0, None), 'ddp'), slow('before_validate', (1, None), 'ddp'),
+    slow('after_loss', (0, 3), 'fsdp')])
+def test_all_stop_after_one_asks_to(event, at, strategy):
+    start = time.monotonic()
+    first, second = launch(ranks.stops, event, at, (1,), strategy, n=2)
+    assert first == second and first[2] == ['cancelled'] and time.monotonic() - start < 20
+    assert 0 < first[0] <= 12
+
+
+def test_a_search_for_a_rate_stops_for_all():
+    first, second = launch(ranks.stops_finding, n=2)
+    assert first == second and 6 <= first < 30
+
+
+def test_a_block_may_be_entered_again_and_again():
+    assert launch(ranks.enters_again, n=3) == [(0, 2)] * 3
+
+
+@pytest.mark.parametrize('run, options', [
+    (ranks.centred, {}), (ranks.centred, {'broadcast_buffers': False}),
+    (ranks.on_disks_of_their_own, {})])
+def test_what_each_process_keeps_goes_on_too(tmp_path, run, options):
+    def whole(): return run(tmp_path / 'whole', **options)
+    def broken(): return run(tmp_path / 'broken', (1, 3), **options)
+    def again(): return run(tmp_path / 'broken', **options)
+    undisturbed = launch(whole, n=2)
+    with pytest.raises(RuntimeError, match='on purpose'): launch(broken, n=2)
+    for (state, inside, losses), (other, inside_after, more) in zip(
+        undisturbed, launch(again, n=2), strict=True):
+        assert [name for name in state if state[name] != other[name]] == [] and losses == more
+        assert inside[-2:] == inside_after[-2:]
+    assert undisturbed[0][1] != undisturbed[1][1]
+
+
+def test_parts_need_a_disk_that_all_see(tmp_path, monkeypatch):
+    monkeypatch.setattr('learnkit.files.sharded.PATIENCE', 0.2)
+    def run(): return ranks.on_disks_of_their_own(tmp_path, **ranks.PARTS)
+    with pytest.raises(RuntimeError, match='process 1 does not see .*all machines see'):
+        launch(run, n=2)
+
+
+def test_of_a_state_only_what_differs_is_kept_for_each_process():
+    (leaves,), _ = launch(ranks.differing_leaves, n=2)
+    assert 'rng/torch' in leaves and all(leaf.split('/')[0] in ('rng', 'data') for leaf in leaves)
+
+
+def test_predictions_for_all_for_one_for_each():
+    one, _ = ranks.predictions_here()
+    (first, right), (second, also_right) = launch(ranks.predictions_here, n=2)
+    assert right and also_right
+    alike(one['all'], first['all'], 1e-5)
+    assert second['all'] == first['all'] == first['main'] and second['main'] is None
+    parts = [sorted(map(tuple, both)) for both in (
+        first['none'][0] + second['none'][0], first['all'][0])]
+    assert parts[0] == parts[1] and len(first['none'][0]) < len(first['all'][0])
+
+
+def test_no_record_keeps_what_one_process_has(tmp_path):
+    first = launch(ranks.recorded_predictions, tmp_path, n=2)
+    assert launch(ranks.recorded_predictions, tmp_path, n=2) == first
+    assert first[0] != first[1]
+
+
+def test_steps_are_exchanged_in_pieces():
+    one = ranks.in_pieces()
+    for found in launch(ranks.in_pieces, n=2): alike(one, found, 1e-5)
+
+
+def test_what_is_tracked_is_a_mean_over_all():
+    assert launch(ranks.tracked, n=2) == [([0.5, 0.5], 0.5)] * 2
+
+
+@pytest.mark.parametrize('strategy, options', [
+    ('ddp', {'bucket_cap_mb': 1, 'gradient_as_bucket_view': True}), ('fsdp', {'no_sync': True}),
+    ('fsdp', {'reshard_after_forward': False})])
+def test_options_of_torch_pass_through(strategy, options):
+    one = ranks.with_options()
+    def several(): return ranks.with_options(strategy, **options)
+    for found in launch(several, n=2): alike(one, found, 1e-4)
+
+
+def test_who_waits_longer_than_the_timeout_fails():
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match='process 0 of 2'): launch(ranks.waits_too_long, n=2)
+    assert time.monotonic() - start < 30
 
 
 @pytest.mark.parametrize('where', ['between', slow('before')])

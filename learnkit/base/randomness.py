@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from functools import lru_cache
 import numpy as np
 import torch
-from .devices import accelerator
+from .devices import accelerator, default_device
+from .ranks import world_size
 
 # %% ../../nbs/base/02_randomness.ipynb #4831ff01
 def set_seed(s:int, # from 0 to 2**32 - 1, which every generator takes
@@ -67,12 +68,16 @@ def set_numpy_rng_state(state, rng=np.random):
 
 # %% ../../nbs/base/02_randomness.ipynb #20e1f6b3
 def accelerator_rng_state(): # dict: kind, and seed or states (a tensor for each device); None
-    "The state of every local accelerator"
+    "The state of every local accelerator; of several processes each has one"
     if (found := accelerator()) is None: return None
     kind, module, in_use = found
     if not in_use: return {'kind': kind, 'seed': torch.initial_seed()}
     if kind == 'mps': return {'kind': kind, 'states': [module.get_rng_state()]}
-    return {'kind': kind, 'states': [module.get_rng_state(i) for i in range(module.device_count())]}
+    return {'kind': kind, 'states': [module.get_rng_state(i) for i in own_devices(module)]}
+
+def own_devices(module): # sequence of int
+    "The numbers of the devices that this process draws from; to ask others would start them"
+    return range(module.device_count()) if world_size() == 1 else [default_device().index]
 
 def set_accelerator_rng_state(state): # from `accelerator_rng_state`
     "Restore the accelerators that are here"
@@ -84,8 +89,8 @@ def set_accelerator_rng_state(state): # from `accelerator_rng_state`
         if in_use or torch.initial_seed() != state['seed']: seed_all(state['seed'])
     elif kind == 'mps': module.set_rng_state(state['states'][0])
     else:
-        for i in range(min(module.device_count(), len(state['states']))):
-            module.set_rng_state(state['states'][i], i)
+        for i, saved in zip(own_devices(module), state['states'], strict=False):
+            module.set_rng_state(saved, i)
 
 # %% ../../nbs/base/02_randomness.ipynb #ad8e1946
 def rng_state()->dict: # plain tree of dicts, numbers, None and tensors

@@ -54,10 +54,17 @@ def set_numpy_rng_state(state: Any, rng: Any = ...) -> None:
     """Put numpy's global generator, or a `RandomState`, back to a state"""
 
 def accelerator_rng_state() -> Any:
-    """The state of every local accelerator
+    """The state of every local accelerator; of several processes each has one
 
     Returns:
         dict: kind, and seed or states (a tensor for each device); None
+    """
+
+def own_devices(module: Any) -> Any:
+    """The numbers of the devices that this process draws from; to ask others would start them
+
+    Returns:
+        sequence of int
     """
 
 def set_accelerator_rng_state(state: Any) -> Any:

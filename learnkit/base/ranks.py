@@ -6,10 +6,11 @@
 __all__ = ['rank', 'world_size', 'is_main', 'rank0_only', 'rank0_first', 'sum_over_ranks']
 
 # %% ../../nbs/base/00_ranks.ipynb #fd920c15
-import os
+import atexit, os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import wraps
+from datetime import timedelta
+from functools import lru_cache, wraps
 from typing import TypeVar
 import torch
 import torch.distributed as dist
@@ -56,15 +57,33 @@ def rank0_only(f:T)->T: # function that returns None on the other ranks
     def only(*args, **kwargs): return f(*args, **kwargs) if is_main() else None
     return only
 
+# %% ../../nbs/base/00_ranks.ipynb #6a01583a
+@lru_cache(maxsize=1)
+def groups_of(world): # dict: timeout -> group, of all processes of the group `world`
+    return {}
+
+def host_group(timeout:timedelta=None): # of `torch.distributed`; None: any
+    "The group of all processes for what is on the host"
+    groups = groups_of(dist.group.WORLD)
+    if timeout is None and groups: return next(iter(groups.values()))
+    if timeout not in groups:
+        groups[timeout] = dist.new_group(backend='gloo', timeout=timeout)
+        atexit.register(leave_host_group, dist.group.WORLD, groups[timeout])
+    return groups[timeout]
+
+def leave_host_group(world, group):
+    "End a group, unless all groups have been; its threads would abort a process that ends"
+    if in_group() and dist.group.WORLD is world: dist.destroy_process_group(group)
+
 # %% ../../nbs/base/00_ranks.ipynb #5893d8e3
 @contextmanager
 def rank0_first()->Iterator[None]:
     "Run the block on rank 0, then on the others, which wait for it"
     group, main = in_group(), is_main()
-    if group and not main: dist.barrier()
+    if group and not main: dist.barrier(group=host_group())
     try: yield
     finally:  # the others wait here, also when rank 0 has failed
-        if group and main: dist.barrier()
+        if group and main: dist.barrier(group=host_group())
 
 # %% ../../nbs/base/00_ranks.ipynb #c1c42d27
 def on_main(ranks, # the processes that call this together; None: a single one

@@ -3,6 +3,8 @@
 # pyright: reportPrivateImportUsage=false
 """Which process this is, and how many there are"""
 from contextlib import AbstractContextManager
+from datetime import timedelta
+from functools import lru_cache
 import torch
 from typing import Any, TypeVar
 __all__ = [
@@ -48,6 +50,22 @@ def rank0_only(f: T) -> T:
     Returns:
         function that returns None on the other ranks
     """
+
+@lru_cache(maxsize=1)
+def groups_of(world: Any) -> Any:
+    """Returns:
+        dict: timeout -> group, of all processes of the group `world`
+    """
+
+def host_group(timeout: timedelta | None = None) -> Any:
+    """The group of all processes for what is on the host
+
+    Returns:
+        of `torch.distributed`; None: any
+    """
+
+def leave_host_group(world: Any, group: Any) -> None:
+    """End a group, unless all groups have been; its threads would abort a process that ends"""
 
 def rank0_first() -> AbstractContextManager[None]:
     """Run the block on rank 0, then on the others, which wait for it"""

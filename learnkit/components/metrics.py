@@ -14,39 +14,57 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import camel2snake, patch
 from torch import nn
-from ..base.batches import detach, to_host
+from ..base.batches import detach, map_tensors, to_host
 
 # %% ../../nbs/components/01_metrics.ipynb #60546bb2
+AT_ONCE = 1024  # values that are kept on their device until they are read
+
 class Mean:
-    "A weighted mean whose values stay on their device until it is read"
-    def __init__(self): self.values, self.weights = [], []
+    "A weighted mean whose values stay on their device until many are there, or it is read"
+    def __init__(self): self.packed, self.values, self.weights = [], [], []
 
     def add(self,
             value, # tensor of one element, or number
             n=1, # weight: how many samples it is the mean of
            ):
-        "Keep a value; nothing is read, nothing waits for the device"
+        "Keep a value; once in `AT_ONCE` times those that are there are read, in one transfer"
         self.values.append(value.detach() if isinstance(value, torch.Tensor) else value)
         self.weights.append(n)
+        if len(self.values) == AT_ONCE: self.pack()
+
+    def pack(self):
+        "Read what was added, so that no tensor of a single value is held any more"
+        self.packed.append(torch.stack([on_host(self.values), on_host(self.weights)]))
+        self.values, self.weights = [], []
+
+    def table(self): # float64 tensor on the host, (2, values): values and weights
+        if self.values: self.pack()
+        return torch.cat([torch.empty(2, 0, dtype=torch.float64), *self.packed], 1)
+
+    def totals(self): # float64 tensor, (2,): the sum of weighted values, the sum of weights
+        values, weights = self.table()
+        some = weights != 0  # the mean over no samples is nan, and must not count
+        return torch.stack([values[some] @ weights[some], weights.sum()])
 
     def compute(self, ranks=None): # float, nan when there is nothing to average
         "The mean, weighted in float64; over all processes where `ranks` are given"
-        values, weights = on_host(self.values), on_host(self.weights)
-        some = weights != 0  # the mean over no samples is nan, and must not count
-        total = torch.stack([values[some] @ weights[some], weights.sum()])
-        if ranks is not None: total = ranks.sum(total)
+        total = self.totals() if ranks is None else ranks.sum(self.totals())
         return (total[0] / total[1]).item()
 
-    @property
-    def n(self): # float
-        "The sum of the weights"
-        return on_host(self.weights).sum().item()
+# %% ../../nbs/components/01_metrics.ipynb #478cc8c8
+@patch(as_prop=True)
+def n(self:Mean): # float
+    "The sum of the weights"
+    return self.totals()[1].item()
 
-    def state_dict(self): # dict of float64 tensors
-        return {'values': on_host(self.values), 'weights': on_host(self.weights)}
+@patch
+def state_dict(self:Mean): # dict of float64 tensors
+    return dict(zip(('values', 'weights'), self.table().unbind(), strict=True))
 
-    def load_state_dict(self, state):
-        self.values, self.weights = state['values'].tolist(), state['weights'].tolist()
+@patch
+def load_state_dict(self:Mean, state):
+    self.packed = [torch.stack([state['values'], state['weights']])]
+    self.values, self.weights = [], []
 
 # %% ../../nbs/components/01_metrics.ipynb #4855137d
 def on_host(values, # list of numbers and tensors of one element
@@ -330,12 +348,49 @@ class GatheredPass(StatefulPass):
                 if i < len(batches): self.m.update(*batches[i])
         return super().compute(ranks)
 
+# %% ../../nbs/components/01_metrics.ipynb #52d273a3
+class SyncedPass(StatefulPass):
+    "One pass over several processes of a metric of torchmetrics, or of a collection of them"
+    def compute(self, ranks):
+        parts = parts_with_states(self.m)
+        local = [{name: getattr(part, name) for name in part._reductions} for part in parts]
+        counts, syncs = [[getattr(part, name) for part in parts]
+                         for name in ('_update_count', '_to_sync')]
+        by_rank = ranks.gather(to_host([local, counts]))
+        try:
+            for part, *found in zip(parts, *(states for states, _ in by_rank), strict=True):
+                set_states(part, {name: reduced(part, name, [state[name] for state in found])
+                                  for name in part._reductions}, 1, False)
+            return super().compute(ranks)
+        finally:
+            for item in zip(parts, local, counts, syncs, strict=True): set_states(*item)
+
+def parts_with_states(m) -> list:
+    "The metrics of torchmetrics in one; of those in a collection some share states until asked"
+    for part in m.modules():
+        if isinstance(part, nn.ModuleDict): list(part.values())
+    return [part for part in m.modules() if hasattr(part, '_reductions')]
+
+def set_states(part, states, count, to_sync):
+    vars(part).update(_update_count=count, _to_sync=to_sync, _computed=None)
+    for name, value in states.items(): setattr(part, name, value)
+
+# %% ../../nbs/components/01_metrics.ipynb #f87ef8c2
+def reduced(part, name, found): # tensor or list
+    "The state of a metric of torchmetrics over all processes; those without a batch have none"
+    reduce, here = part._reductions[name], partial(torch.as_tensor, device=part.device)
+    if isinstance(getattr(part, name), list) and all(isinstance(one, list) for one in found):
+        together = [map_tensors(here, item) for one in found for item in one]
+    else: together = torch.stack([here(one) for one in found])
+    return together if reduce is None or not len(together) else reduce(together)
+
 # %% ../../nbs/components/01_metrics.ipynb #9e03a611
 def new_pass(m, ranks): # MeanPass or StatefulPass
     "A pass of a metric, over the data of all `ranks` if there are any"
     if not isinstance(m, Accumulates): return MeanPass(m)
-    knows_ranks = hasattr(m, 'sync_over') or isinstance(m, nn.Module)
-    return StatefulPass(m) if ranks is None or knows_ranks else GatheredPass(m)
+    if ranks is None or hasattr(m, 'sync_over'): return StatefulPass(m)
+    if not isinstance(m, nn.Module): return GatheredPass(m)
+    return SyncedPass(m) if parts_with_states(m) else StatefulPass(m)
 
 # %% ../../nbs/components/01_metrics.ipynb #48143017
 def named_metrics(metrics, # None, a metric, a list or tuple of them, or a dict by name

@@ -9,18 +9,30 @@ __all__ = [
     'Metric', 'metric', 'accuracy', 'error_rate', 'top_k_accuracy', 'binary_accuracy', 'mse',
     'mae', 'rmse', 'perplexity', 'sklearn_metric'
 ]
+AT_ONCE: int
 
 class Mean:
-    """A weighted mean whose values stay on their device until it is read"""
+    """A weighted mean whose values stay on their device until many are there, or it is read"""
+    packed: list[Any]
     values: list[Any]
     weights: list[Any]
     def __init__(self) -> None: ...
     def add(self, value: Any, n: Any = 1) -> None:
-        """Keep a value; nothing is read, nothing waits for the device
+        """Keep a value; once in `AT_ONCE` times those that are there are read, in one transfer
 
         Args:
             value: tensor of one element, or number
             n: weight: how many samples it is the mean of
+        """
+    def pack(self) -> None:
+        """Read what was added, so that no tensor of a single value is held any more"""
+    def table(self) -> Any:
+        """Returns:
+            float64 tensor on the host, (2, values): values and weights
+        """
+    def totals(self) -> Any:
+        """Returns:
+            float64 tensor, (2,): the sum of weighted values, the sum of weights
         """
     def compute(self, ranks: Any = None) -> Any:
         """The mean, weighted in float64; over all processes where `ranks` are given
@@ -353,6 +365,22 @@ class GatheredPass(StatefulPass):
     def __init__(self, m: Any) -> None: ...
     def add(self, pred: Any, yb: Any, n: Any) -> None: ...
     def compute(self, ranks: Any) -> Any: ...
+
+class SyncedPass(StatefulPass):
+    """One pass over several processes of a metric of torchmetrics, or of a collection of them"""
+    def compute(self, ranks: Any) -> Any: ...
+
+def parts_with_states(m: Any) -> list:
+    """The metrics of torchmetrics in one; of those in a collection some share states until asked"""
+
+def set_states(part: Any, states: Any, count: Any, to_sync: Any) -> None: ...
+
+def reduced(part: Any, name: Any, found: Any) -> Any:
+    """The state of a metric of torchmetrics over all processes; those without a batch have none
+
+    Returns:
+        tensor or list
+    """
 
 def new_pass(m: Any, ranks: Any) -> Any:
     """A pass of a metric, over the data of all `ranks` if there are any

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from fastcore.basics import noop, patch
 from torch.utils.data import (
-    BatchSampler, DataLoader, Dataset, IterableDataset, default_collate, get_worker_info)
+    BatchSampler, DataLoader, Dataset, IterableDataset, Sampler, default_collate, get_worker_info)
 from ..base.devices import default_device
 from ..base.randomness import generator_state, seed_generator
 from .order import (
@@ -211,7 +211,7 @@ class SeededBatches(Dataset):
             raise
 
 # %% ../../nbs/data/01_loaders.ipynb #e95555e3
-class AssignedSampler:
+class AssignedSampler(Sampler):
     "A sampler that yields the items it was last assigned"
     items = ()
     def __len__(self): return len(self.items)
@@ -292,12 +292,35 @@ class DataLoaders:
                  train, # any iterable of batches that can be read more than once, or None
                  valid=None, # as train
                  test=None, # as train
+                 sharded=None, # each of several processes has other samples: True, False, or the
+                               # names of the loaders of which it is so; None: is found out
                 ):
         self.train, self.valid, self.test = map(check_loader, (train, valid, test))
+        self.sharded = check_sharded(sharded)
+
+    def loaders(self): # dict by name
+        return {name: getattr(self, name) for name in LOADERS}
+
+    def is_sharded(self, name:str): # bool, or None where nothing is said
+        if self.sharded is None or isinstance(self.sharded, bool): return self.sharded
+        return name in self.sharded
 
     def __repr__(self):
-        named = [f'{name}={describe(dl)}' for name, dl in vars(self).items() if dl is not None]
+        named = [f'{name}={describe(dl)}' for name, dl in self.loaders().items() if dl is not None]
+        if self.sharded is not None: named.append(f'sharded={self.sharded}')
         return f'DataLoaders({", ".join(named)})'
+
+# %% ../../nbs/data/01_loaders.ipynb #e5d4bb99
+LOADERS = 'train', 'valid', 'test'
+
+def check_sharded(sharded): # bool, tuple of names, or None
+    "ValueError for anything else"
+    if sharded is None or isinstance(sharded, bool): return sharded
+    names = (sharded,) if isinstance(sharded, str) else tuple(sharded)
+    if unknown := [name for name in names if name not in LOADERS]:
+        raise ValueError(f'DataLoaders(sharded={sharded!r}): {unknown[0]!r} is none of '
+                         f'{", ".join(LOADERS)}; give names of loaders, True or False')
+    return names
 
 # %% ../../nbs/data/01_loaders.ipynb #5795a38e
 def check_loader(dl): # the loader, or None

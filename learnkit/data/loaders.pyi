@@ -4,7 +4,7 @@
 """Batches from tensors in memory and from datasets"""
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from typing import Any
 from ..data.order import Share
 __all__ = [
@@ -172,7 +172,7 @@ class SeededBatches(Dataset):
             (batch id, samples); the id: epoch, number, process if not 0
         """
 
-class AssignedSampler:
+class AssignedSampler(Sampler):
     """A sampler that yields the items it was last assigned"""
     items: tuple[Any, ...]
     def __len__(self) -> int: ...
@@ -246,12 +246,28 @@ class DataLoaders:
     train: Any
     valid: Any
     test: Any
-    def __init__(self, train: Any, valid: Any = None, test: Any = None) -> None:
+    sharded: Any
+    def __init__(
+            self,
+            train: Any,
+            valid: Any = None,
+            test: Any = None,
+            sharded: Any = None,
+    ) -> None:
         """Loaders for training, validation and test
 
         Args:
             train: any iterable of batches that can be read more than once, or None
             valid, test: as train
+            sharded: each of several processes has other samples: True, False, or the
+        """
+    def loaders(self) -> Any:
+        """Returns:
+            dict by name
+        """
+    def is_sharded(self, name: str) -> Any:
+        """Returns:
+            bool, or None where nothing is said
         """
     def __repr__(self) -> str: ...
     @classmethod
@@ -319,6 +335,14 @@ class DataLoaders:
         Returns:
             DataLoaders
         """
+LOADERS: tuple[str, ...]
+
+def check_sharded(sharded: Any) -> Any:
+    """ValueError for anything else
+
+    Returns:
+        bool, tuple of names, or None
+    """
 
 def check_loader(dl: Any) -> Any:
     """`dl`, if it can give batches

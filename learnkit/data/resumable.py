@@ -52,10 +52,14 @@ def is_stateful(dl): # bool
     "Whether a loader can say where it is and go back there, as torchdata's `StatefulDataLoader`"
     return all(callable(getattr(dl, name, None)) for name in ('state_dict', 'load_state_dict'))
 
+def loader_and_seed(dl): # dict
+    "What tells a loader, or what one of several processes reads of it, from another"
+    full = getattr(dl, 'full_loader', dl)
+    return {'loader': describe(full), 'seed': full.seed if isinstance(full, EpochLoader) else None}
+
 def order_state(dl): # plain tree
     "What the order of an epoch follows from; to be asked right before `iter(dl)`"
-    known = isinstance(dl, (EpochLoader, Sequence))
-    order = {'loader': describe(dl), 'seed': dl.seed if isinstance(dl, EpochLoader) else None}
+    known, order = isinstance(dl, (EpochLoader, Sequence)), loader_and_seed(dl)
     if known or is_stateful(dl): return order
     return {**order, 'rng': rng_state(), 'generators': list(map(generator_state, generators(dl)))}
 
@@ -141,8 +145,7 @@ def check_resumable(dl):
 
 def check_same_loader(dl, order):
     "Raise ValueError when `order` is that of another loader"
-    if isinstance(dl, EpochLoader): here = order_state(dl)
-    else: here = {'loader': describe(dl), 'seed': None}
+    here = loader_and_seed(dl)
     for what in ('loader', 'seed'):
         if here[what] != order[what]:
             raise ValueError(f'the saved training read from {order["loader"]}, {what} '

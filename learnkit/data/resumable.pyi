@@ -32,6 +32,13 @@ def is_stateful(dl: Any) -> bool:
         bool
     """
 
+def loader_and_seed(dl: Any) -> dict:
+    """What tells a loader, or what one of several processes reads of it, from another
+
+    Returns:
+        dict
+    """
+
 def order_state(dl: Any) -> Any:
     """What the order of an epoch follows from; to be asked right before `iter(dl)`
 

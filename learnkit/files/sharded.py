@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/files/04_sharded.ipynb #785196b0
-import secrets, warnings
+import os, secrets, time, warnings
 from contextlib import contextmanager
 from pathlib import Path
 import torch
@@ -27,6 +27,18 @@ def extract_dtensors(tree): # (the same nesting with None for them, dict: path, 
         else: return x
     return without(tree, ()), found
 
+# %% ../../nbs/files/04_sharded.ipynb #c18cc055
+PATIENCE = 10  # seconds in which what one machine writes is seen by the others
+
+def check_seen_by_all(folder, ranks):
+    "Raise ValueError, in all processes, unless all see a folder that process 0 has made"
+    end = time.monotonic() + PATIENCE
+    while not (seen := os.path.isdir(folder)) and time.monotonic() < end: time.sleep(0.1)
+    blind = [rank for rank, sees in enumerate(ranks.gather(seen)) if not sees]
+    if blind:
+        raise ValueError(f'process {blind[0]} does not see {folder}, which process 0 has made: the '
+                         'parts of a model have to lie on a disk that all machines see')
+
 # %% ../../nbs/files/04_sharded.ipynb #84dc625b
 @contextmanager
 def unwrap_failure(folder):
@@ -43,7 +55,9 @@ def shards_folder(path): return path.with_suffix('.parts')
 def new_shards_folder(path, ranks): # Path, the same in all processes
     "Make a new folder for the shards of a file"
     if ranks.rank == 0: make_folder(folder := shards_folder(path)/secrets.token_hex(4))
-    return Path(ranks.broadcast(str(folder) if ranks.rank == 0 else None))
+    folder = Path(ranks.broadcast(str(folder) if ranks.rank == 0 else None))
+    check_seen_by_all(folder, ranks)
+    return folder
 
 def write_shards(folder, tensors:dict, ranks):
     "Have each process write its shards of DTensors; a failure leaves no folder"

@@ -12,6 +12,10 @@ def extract_dtensors(tree: Any) -> Any:
     Returns:
         (the same nesting with None for them, dict: path, a tuple -> DTensor)
     """
+PATIENCE: int
+
+def check_seen_by_all(folder: Any, ranks: Any) -> None:
+    """Raise ValueError, in all processes, unless all see a folder that process 0 has made"""
 
 def unwrap_failure(folder: Any) -> AbstractContextManager[None]:
     """Raise the exception of the process that failed in place of torch's, which lists all processes"""

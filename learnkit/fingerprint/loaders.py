@@ -224,7 +224,8 @@ def describe_sampler(key, sampler, dataset, walk): # JSON value
 # %% ../../nbs/fingerprint/09_loaders.ipynb #5021247d
 @describe.register(DataLoaders)
 def describe_loaders(x, walk):
-    loaders = {name: describe_batches(name, dl, walk) for name, dl in vars(x).items()}
+    loaders = {name: describe_batches(name, dl, walk) for name, dl in x.loaders().items()}
+    if x.sharded is not None: loaders['sharded'] = walk.describe(x.sharded)
     return {'$loaders': name_of(type(x)), 'with': loaders}
 
 def describe_batches(key, dl, walk): # JSON value

@@ -127,19 +127,21 @@ def _plan(self:Learner, resume, lr, reset_opt): # (description of the call, Save
 @patch
 def _run_fit(self:Learner):
     __tracebackhide__ = True
-    fit, self.phase = self._fit, 'train'
+    fit, self.phase, has_failed = self._fit, 'train', True
     try:
         self._level('fit', self._all_epochs)
         fit.complete, fit.fit_ended = True, not fit.time_is_up
         self._fire_at_rest()
         if fit.time_is_up:
             show_message(self, f'max_time is up: the fit made {fit.updates} updates')
+        has_failed = False
     except KeyboardInterrupt as stop:
+        has_failed = False
         if not returns_after(self, stop): raise
         if is_main(): warn_interrupted(self)
     finally:
         self.phase = fit.call = self.cbs.inner[ResumePoint].saved = None
-        note_changes(self)
+        if not (has_failed and self.ranks): note_changes(self)  # others may not have failed
 
 def warn_interrupted(learn):
     last = max(learn._fit.batch - 1, 0)

@@ -239,6 +239,7 @@ class Learner(Loop):
             with_loss: bool = False,
             with_input: bool = False,
             concat: bool = True,
+            gather: str = 'all',
     ) -> tuple:
         """Predictions and targets over `dl`, in its order; changes nothing
 
@@ -247,6 +248,7 @@ class Learner(Loop):
             with_loss: also the loss of each sample, (samples,)
             with_input: also the inputs
             concat: False: lists with an item for each batch, whose shapes may differ
+            gather: of several processes: 'all' get all; 'main': process 0 alone, the
 
         Returns:
             preds, targs[, losses][, inputs] on the host, (samples, ...) each
@@ -371,7 +373,7 @@ class Learner(Loop):
             sync_bn: batch norm over the samples of all; accelerators only
             find_unused: look for parameters that a batch does not use; costs time
             strategy: 'fsdp': each process keeps a part of each parameter
-            options: of `Distributed`
+            options: of `Distributed`: timeout, blocks, no_sync, bucket_cap_mb, ...
 
         Returns:
             the learner

@@ -473,6 +473,8 @@ def gravity(error): # int
 @patch
 @unrecorded
 def stop(self:Loop):
-    "End the running fit (or whatever is running), from a callback or a step"
+    """End the running fit (or whatever is running), from a callback or a step. On several processes
+    it returns, and all end after the batch, or together soon after if not all have called it"""
     if not self.levels: raise RuntimeError('stop called, but nothing is running')
+    if self.ranks: return self._cbs.distributed.ask_to_stop(self)
     raise CancelFit

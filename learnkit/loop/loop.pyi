@@ -49,8 +49,10 @@ class Loop(Guarded):
         """Whether weights are being changed"""
     def __call__(self, event: str) -> None:
         """Call the callbacks' methods for `event`"""
-    def stop(self) -> None:
-        """End the running fit (or whatever is running), from a callback or a step"""
+    def stop(self) -> Any:
+        """End the running fit (or whatever is running), from a callback or a step. On several processes
+        it returns, and all end after the batch, or together soon after if not all have called it
+        """
 
 def training_loop() -> Any:
     """The order of things in a fit

@@ -14,7 +14,7 @@ from ..base.methods import pure, structural, unrecorded
 from ..components.layer_table import layer_table
 from ..components.optim import freeze_layers
 from .learner import Learner
-from .predict import losses_of_samples, measure, predictions
+from .predict import OwnBatches, losses_of_samples, measure, predictions
 from .resume import autosaving, without_saving
 from .saving import export_weights, read_learner, tree_for_file, write_learner
 from .state import (
@@ -45,9 +45,12 @@ def get_preds(self:Learner,
               with_loss:bool=False, # also the loss of each sample, (samples,)
               with_input:bool=False, # also the inputs
               concat:bool=True, # False: lists with an item for each batch, whose shapes may differ
+              gather:str='all', # of several processes: 'all' get all; 'main': process 0 alone, the
+                                # others None; 'none': each what it has computed, unordered
              ) -> tuple: # preds, targs[, losses][, inputs] on the host, (samples, ...) each
     "Predictions and targets over `dl`, in its order; changes nothing"
-    return predictions(self, self.dls.valid if dl is None else dl, with_loss, with_input, concat)
+    return predictions(self, self.dls.valid if dl is None else dl, with_loss, with_input,
+                       concat, gather)
 
 @patch
 @pure
@@ -56,7 +59,8 @@ def predict(self:Learner,
            ): # the model's output on the host
     "The model's output for `x`, in evaluation mode; changes nothing"
     before, self.n_inp = self.n_inp, len(x) if isinstance(x, (tuple, list)) else 1
-    try: return self.get_preds([x if isinstance(x, (tuple, list, dict)) else (x,)])[0]
+    batches = OwnBatches([x if isinstance(x, (tuple, list, dict)) else (x,)])
+    try: return self.get_preds(batches, gather='none')[0]
     finally: self.n_inp = before
 
 @patch

@@ -36,7 +36,7 @@ def measure(learn, phase, dl, interruptible_in_fit=False): # dict by name: float
     with (interruptible(learn), side_pass(learn, interruptible_in_fit), learn.added_cbs(recorder),
           unchanged_by_a_pass(learn), reading_without_trace(dl) as dl):
         learn._evaluate(phase, dl)
-        tracked = means(learn.recorder.tracked)
+        tracked = means(learn.recorder.tracked, learn.ranks)
     return {**learn.recorder.results,
             **{name.removeprefix(f'{phase}_'): value for name, value in tracked.items()}}
 
@@ -91,11 +91,14 @@ def add_batch(buffer, # `BatchBuffer` or `BatchList`
                          'a list of batches: get_preds(concat=False)') from None
 
 # %% ../../nbs/loop/09_predict.ipynb #33b46961
+GATHER = 'all', 'main', 'none'
+
 class Collect(Callback):
     "Gathers predictions, targets, losses and inputs of a pass"
     order, phases = 95, ('predict',)
 
-    def __init__(self, with_loss=False, with_input=False, n=None, concat=True):
+    def __init__(self, with_loss=False, with_input=False, n=None, concat=True, gather='all'):
+        self.gather = gather  # what several processes get, see `Learner.get_preds`
         self.with_loss, self.concat = with_loss, concat
         self._input, self._cancelled = (), False
         kinds = ['pred', 'targ', *['loss'] * with_loss, *['input'] * with_input]
@@ -111,19 +114,28 @@ class Collect(Callback):
         for kind, buffer in self.buffers.items():
             if found[kind] is not None: add_batch(buffer, kind, found[kind])
 
+class OfOneProcess(tuple):
+    "What the other processes do not have, and no record keeps"
+
+class OwnBatches(list):
+    "Batches that each of several processes has for itself"
+
 def unwrap(items:tuple): # the only item, None for none, else the tuple
     "A tuple of one as its item"
     return None if not items else items[0] if len(items) == 1 else items
 
 # %% ../../nbs/loop/09_predict.ipynb #93096409
-def predictions(learn, dl, with_loss, with_input, concat): # tuple of tensors, or lists of them
+def predictions(learn, dl, with_loss, with_input, concat=True, gather='all'): # tuple
     "Predictions and targets over a loader, in its order, with losses and inputs if they are wanted"
     __tracebackhide__ = True
     if dl is None: raise ValueError('no data: give a loader, as dls.valid is None')
+    if gather not in GATHER:
+        raise ValueError(f'get_preds(gather={gather!r}): must be one of {", ".join(GATHER)}')
     check_loader(dl)
-    collect = Collect(with_loss, with_input, n_samples(dl), concat)
+    collect = Collect(with_loss, with_input, n_samples(dl), concat, gather)
     skip_loss = Callback(before_validate=lambda learn: setattr(learn, 'has_loss', with_loss))
     with (interruptible(learn), side_pass(learn), learn.added_cbs([skip_loss, collect]),
           unchanged_by_a_pass(learn), reading_without_trace(dl) as dl):
         learn._evaluate('predict', dl)
-    return tuple(buffer.read() for buffer in collect.buffers.values())
+    found = tuple(buffer.read() for buffer in collect.buffers.values())
+    return found if gather == 'all' or learn.ranks is None else OfOneProcess(found)

@@ -54,9 +54,11 @@ def add_batch(buffer: Any, kind: str, batch: Any) -> None:
         buffer: `BatchBuffer` or `BatchList`
         kind: of WORDS
     """
+GATHER: tuple[str, ...]
 
 class Collect(Callback):
     """Gathers predictions, targets, losses and inputs of a pass"""
+    gather: Any
     with_loss: Any
     concat: Any
     buffers: dict[Any, Any]
@@ -66,10 +68,17 @@ class Collect(Callback):
             with_input: Any = False,
             n: Any = None,
             concat: Any = True,
+            gather: Any = 'all',
     ) -> None: ...
     def before_batch(self, learn: Learner) -> None: ...
     def after_cancel_batch(self, learn: Learner) -> None: ...
     def after_batch(self, learn: Learner) -> None: ...
+
+class OfOneProcess(tuple):
+    """What the other processes do not have, and no record keeps"""
+
+class OwnBatches(list):
+    """Batches that each of several processes has for itself"""
 
 def unwrap(items: tuple) -> Any:
     """A tuple of one as its item
@@ -78,9 +87,16 @@ def unwrap(items: tuple) -> Any:
         the only item, None for none, else the tuple
     """
 
-def predictions(learn: Learner, dl: Any, with_loss: Any, with_input: Any, concat: Any) -> Any:
+def predictions(
+        learn: Learner,
+        dl: Any,
+        with_loss: Any,
+        with_input: Any,
+        concat: Any = True,
+        gather: Any = 'all',
+) -> tuple:
     """Predictions and targets over a loader, in its order, with losses and inputs if they are wanted
 
     Returns:
-        tuple of tensors, or lists of them
+        tuple
     """

@@ -90,7 +90,8 @@ def drawn_at_start(learn): # dict: (part of the state, name) -> 'parameter' or '
 def fit_structure(learn): # dict: name -> value
     "What a fit follows from besides its arguments"
     code, dls = MethodCode(type(learn), 'fit'), learn.dls
-    return {'model': learn.model, 'data': DataLoaders(dls.train, dls.valid), **structure(learn),
+    return {'model': learn.model, 'data': DataLoaders(dls.train, dls.valid, sharded=dls.sharded),
+            **structure(learn),
             'class': class_attributes(type(learn)), **({'method': code} if code.functions else {})}
 
 def described_structure(learn, after_call=False): # dict: name -> dict

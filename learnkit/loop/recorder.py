@@ -121,16 +121,11 @@ def times(self:Recorder, seconds): self.growing['times'].items = seconds
 # %% ../../nbs/loop/00_recorder.ipynb #623bfe69
 def means(tracked:dict, ranks=None): # dict by name
     "The means of what was tracked, over all processes"
-    if ranks is None: return {name: mean.compute() for name, mean in tracked.items()}
-    found = ranks.gather({name: mean.state_dict() for name, mean in tracked.items()})
-    over_all = {}
-    for name in dict.fromkeys(name for state in found for name in state):
-        mean = over_all[name] = Mean()
-        for state in found:
-            if name not in state: continue
-            mean.values += state[name]['values'].tolist()
-            mean.weights += state[name]['weights'].tolist()
-    return means(over_all)
+    totals = {name: mean.totals() for name, mean in tracked.items()}
+    found = [totals] if ranks is None else ranks.gather(totals)
+    over_all = {name: sum(each[name] for each in found if name in each)
+                for name in dict.fromkeys(name for each in found for name in each)}
+    return {name: (total[0] / total[1]).item() for name, total in over_all.items()}
 
 # %% ../../nbs/loop/00_recorder.ipynb #f6a277a3
 @patch
@@ -180,14 +175,22 @@ def _add_step(self:Recorder, learn, step, loss, weight):
     self._moms.append(mom[0] if type(mom) is tuple else mom)
 
 # %% ../../nbs/loop/00_recorder.ipynb #5086cd36
-def mean_over_ranks(found, # (losses, their weights) of each process, arrays (steps,)
-                    rank:int, # of this process
+AT_ONCE = 2**14  # steps that processes exchange at once
+
+def mean_over_ranks(loss, weights, # of each step on this process, arrays (steps,)
+                    ranks, # `Ranks`
                    ): # (losses, weights) over all, arrays (steps,)
     "The mean loss of each step; this process's alone where the others have made other steps"
-    if len({len(loss) for loss, _ in found}) > 1: return found[rank]
-    total = sum(weights for _, weights in found)
-    losses = sum(np.where(weights > 0, loss * weights, 0) for loss, weights in found)
-    with np.errstate(invalid='ignore'): return losses / total, total
+    if len(set(ranks.gather(len(loss)))) > 1: return loss, weights
+    found = [weighted_mean(ranks.all(torch.from_numpy(np.stack([loss, weights])[:, i:i + AT_ONCE])))
+             for i in range(0, len(loss), AT_ONCE)]
+    return tuple(np.concatenate(parts) for parts in zip(*found, strict=True)) or (loss, weights)
+
+def weighted_mean(found): # ((2, steps) tensors of losses and weights, one of each process)
+    "As `mean_over_ranks`"
+    losses, weights = torch.stack(found, 1).numpy()
+    with np.errstate(invalid='ignore'):
+        return np.where(weights > 0, losses * weights, 0).sum(0) / weights.sum(0), weights.sum(0)
 
 # %% ../../nbs/loop/00_recorder.ipynb #d90052a4
 STEPS = 'run', 'epoch', 'step', 'lr', 'mom', 'loss'
@@ -211,7 +214,7 @@ def flush(self:Recorder, ranks=None): # float: the mean loss of the steps
     "Add the steps of the running epoch to the history; `ranks`: with the losses of all processes"
     growing = self.gather_steps()
     weights, steps, lrs, moms, loss, *rates = growing.array(len(OPEN) + len(self.lr_names))
-    if ranks is not None: loss, weights = mean_over_ranks(ranks.gather([loss, weights]), ranks.rank)
+    if ranks is not None: loss, weights = mean_over_ranks(loss, weights, ranks)
     if not (n := len(steps)): return math.nan
     run, epoch = np.full(n, self.run), np.full(n, self.epoch)
     self.growing['steps'].add(np.stack([run, epoch, steps, lrs, moms, loss, *rates]))

@@ -261,16 +261,24 @@ def means(tracked: dict, ranks: Any = None) -> Any:
     Returns:
         dict by name
     """
+AT_ONCE: int
 
-def mean_over_ranks(found: Any, rank: int) -> Any:
+def mean_over_ranks(loss: Any, weights: Any, ranks: Any) -> Any:
     """The mean loss of each step; this process's alone where the others have made other steps
 
     Args:
-        found: (losses, their weights) of each process, arrays (steps,)
-        rank: of this process
+        loss, weights: of each step on this process, arrays (steps,)
+        ranks: `Ranks`
 
     Returns:
         (losses, weights) over all, arrays (steps,)
+    """
+
+def weighted_mean(found: Any) -> Any:
+    """As `mean_over_ranks`
+
+    Returns:
+        ((2, steps) tensors of losses and weights, one of each process)
     """
 STEPS: tuple[str, ...]
 OPEN: tuple[str, ...]

@@ -13,12 +13,13 @@ from pathlib import Path
 from textwrap import shorten
 from fastcore.basics import patch
 from ..base.batches import map_tensors
-from ..base.dtensors import local_part
+from ..base.dtensors import is_sharded, local_part
 from ..base.ranks import is_main
 from ..base.text import as_seconds, caller_stacklevel, short_path
 from ..files.errors import DamagedError, UnstorableError
 from ..files.sidecars import load_save
 from ..files.growing import GrowingList
+from ..files.sharded import check_seen_by_all
 from ..files.saves import load_newest, next_save_path, quarantine_save, save_next, list_saves
 from ..files.tree import check_storable
 from ..data.loaders import describe
@@ -30,7 +31,8 @@ from ..components.callback import (
 from ..components.optim import copy_like, opt_params, opt_state
 from ..components.optimizers import named_optimizers
 from .progress import show_message
-from .saving import localized, main_first, save_path, tree_for_file, with_shards
+from .saving import (
+    load_chosen, localized, read_on_main, save_path, tree_for_file, with_shards)
 from .observed import observed_state
 from .provenance import (
     compressed, decompressed, drawn_at_start, provenance, provenance_differs, repeats_weights)
@@ -44,6 +46,7 @@ class Saved:
     state: dict
     times: list # seconds of the rows of its history
     source: str # what it was read from, for messages
+    n_processes: int = 1 # by how many it was saved; the state is that of this one
 
     @property
     def fit(self): return self.state['fit']
@@ -65,19 +68,23 @@ def read_saved(learn,
               ): # Saved; None when there is none
     "What was saved last"
     if isinstance(resume, Saved): return resume
-    source = resume_source(learn, resume)
-    with main_first(learn):  # who reads may quarantine a damaged file
-        found = (load_save(source), source) if source.is_file() else load_newest(source, store)
+    found = load_chosen(learn, lambda: newest_saved(learn, resume, store), store)
     if found is None: return None
     tree, path = found
     try: with_shards(learn, tree, path)
     except DamagedError as error:
-        if source.is_file(): raise
-        with main_first(learn):
-            if path.exists(): quarantine_save(path, error)
+        damage = error
+        if read_on_main(learn, lambda: resume_source(learn, resume).is_file()): raise
+        read_on_main(learn, lambda: quarantine_save(path, damage))
         return read_saved(learn, resume, store)
     (times := GrowingList()).load(tree['times'])
-    return Saved(tree['learner'], times.items, short_path(path))
+    state = tree['learner']
+    return Saved(localized(state, learn.ranks), times.items, short_path(path),
+                 1 + len(state.get('ranks', ())))
+
+def newest_saved(learn, resume, store): # (tree, Path), or None; called on process 0 alone
+    source = resume_source(learn, resume)
+    return (load_save(source), source) if source.is_file() else load_newest(source, store)
 
 def resume_source(learn, resume): # Path of a folder or file
     "Where a fit's saves are: a file, or the folder of a `SaveState`"
@@ -125,13 +132,15 @@ def describe_call(learn, n_epoch, n_steps, lr, reset_opt): # plain tree
             **plain_setting({'n_epoch': n_epoch, 'n_steps': n_steps, 'lr': lr,
                              'reset_opt': reset_opt, 'optimizer': hypers,
                              'loss_func': learn.loss_func}),
-            'valid': None if learn.dls.valid is None else describe(learn.dls.valid),
-            'callbacks': settings}
+            'valid': read_on_main(learn, lambda: described(learn.dls.valid)),
+            'callbacks': [setting for setting in settings if setting is not None]}
 
 def hypers_of(opt): # dict: name -> value; of several optimizers a dict by name of them
     "What an optimizer was made with, but for the rate"
     if named := named_optimizers(opt): return {name: hypers_of(one) for name, one in named.items()}
     return {name: value for name, value in opt.defaults.items() if name != 'lr'}
+
+def described(dl): return None if dl is None else describe(dl)
 
 def check_call(saved:Saved, call:dict):
     "Raise ValueError unless `call` is the one that was interrupted"
@@ -174,8 +183,7 @@ def find_saved(learn, resume, call, store=None): # Saved; None when there is not
     if resume is None: return None
     found = read_saved(learn, resume, store)
     if found is None:
-        source = resume_source(learn, resume)
-        check_no_other_saves(learn, source)
+        source = Path(read_on_main(learn, lambda: str(checked_source(learn, resume))))
         return show_message(learn, f'nothing is saved in {source} yet: starting from the beginning')
     check_learner_state(learn, found.state, has_begun=False)
     check_call(found, call)
@@ -188,14 +196,16 @@ def find_saved(learn, resume, call, store=None): # Saved; None when there is not
     if order := found.fit.get('order'): check_same_loader(learn.dls.train, order)
     return found
 
-def check_no_other_saves(learn, source):
-    "Raise ValueError when the folder to go on from is empty, but that of a SaveState is not"
+def checked_source(learn, resume): # Path; called on process 0 alone
+    "The empty folder to go on from; ValueError when that of a SaveState is another, not empty one"
+    source = resume_source(learn, resume)
     for cb in learn.cbs:
         if cb.saves_to is None or learn.path / cb.saves_to == source: continue
         if list_saves(learn.path / cb.saves_to):
             raise ValueError(f'nothing is saved in {source}, but {learn.path / cb.saves_to}, to '
                              f"which {cb} saves, holds saves: use resume='latest' to go on with "
                              'them, or leave resume out')
+    return source
 
 # %% ../../nbs/loop/08_resume.ipynb #7db0b5f4
 def noted_provenance(learn, saved, call): # bytes; None where nobody saves, or a record compares
@@ -226,8 +236,7 @@ def check_provenance(learn, saved, then, now, has_begun):
 # %% ../../nbs/loop/08_resume.ipynb #02a2bcf6
 def take_over(learn, saved:Saved):
     "Go on from a saved state"
-    n_saved, n = len(saved.state.get('ranks', ())) + 1, learn.ranks.size if learn.ranks else 1
-    saved.state = localized(saved.state, learn.ranks)
+    n_saved, n = saved.n_processes, learn.ranks.size if learn.ranks else 1
     load_state(learn, saved.state)
     if n != n_saved and not saved.complete: accept_other_processes(learn, n_saved, n)
     learn.recorder.times, fit = list(saved.times), learn._fit
@@ -400,6 +409,7 @@ class SaveState(Callback):
         check_resumable(learn.dls.train)
         folder, point = learn.path/self.saves_to, learn.cbs.inner[ResumePoint]
         if is_main(): folder.mkdir(parents=True, exist_ok=True)  # an error now, not after an epoch
+        if learn.ranks and is_sharded(learn.model): check_seen_by_all(folder, learn.ranks)
         check_storable({'learner': map_tensors(local_part, live_state(learn))})
         self._is_first, self._time_was_up = point.saved is None, False
         self._is_checked, self._to_record = False, point.autosave is not None
@@ -473,7 +483,8 @@ def autosaving(learn,
                              'itself; leave resume out')
         folder = path/str(next(numbers))
         cbs = [*as_callbacks(cbs), SaveState(folder, every)]
-        return cbs, folder if list_saves(folder) else None
+        has_saves = read_on_main(learn, lambda: bool(list_saves(folder)))
+        return cbs, folder if has_saves else None
     before = point.autosave, point.store, learn.on_interrupt
     point.autosave, point.store, learn.on_interrupt = autosave, store, 'raise'
     try: yield learn

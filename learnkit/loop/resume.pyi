@@ -20,6 +20,8 @@ class Saved:
     """seconds of the rows of its history"""
     source: str
     """what it was read from, for messages"""
+    n_processes: int = ...
+    """by how many it was saved; the state is that of this one"""
     @property
     def fit(self) -> Any: ...
     @property
@@ -41,6 +43,11 @@ def read_saved(learn: Learner, resume: Any, store: Any = None) -> Any:
 
     Returns:
         Saved; None when there is none
+    """
+
+def newest_saved(learn: Learner, resume: Any, store: Any) -> Any:
+    """Returns:
+        (tree, Path), or None; called on process 0 alone
     """
 
 def resume_source(learn: Learner, resume: Any) -> Any:
@@ -69,6 +76,8 @@ def hypers_of(opt: Any) -> Any:
     Returns:
         dict: name -> value; of several optimizers a dict by name of them
     """
+
+def described(dl: Any) -> Any: ...
 
 def check_call(saved: Saved, call: dict) -> None:
     """Raise ValueError unless `call` is the one that was interrupted"""
@@ -101,8 +110,12 @@ def find_saved(learn: Learner, resume: Any, call: Any, store: Any = None) -> Any
         Saved; None when there is nothing to go on from
     """
 
-def check_no_other_saves(learn: Learner, source: Any) -> None:
-    """Raise ValueError when the folder to go on from is empty, but that of a SaveState is not"""
+def checked_source(learn: Learner, resume: Any) -> Any:
+    """The empty folder to go on from; ValueError when that of a SaveState is another, not empty one
+
+    Returns:
+        Path; called on process 0 alone
+    """
 
 def noted_provenance(learn: Learner, saved: Any, call: Any) -> Any:
     """What a fit follows from, as its saves will hold it; ValueError if it is not what a save says

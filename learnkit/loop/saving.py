@@ -7,14 +7,17 @@ __all__ = []
 
 # %% ../../nbs/loop/06_saving.ipynb #63c58087
 import itertools
-from contextlib import nullcontext
+from pathlib import Path
+from torch import nn
 from ..base.batches import map_tensors
 from ..base.dtensors import full_tensor, is_dtensor, is_sharded
-from ..base.ranks import is_main, rank0_first
+from ..base.ranks import is_main, on_main
 from ..components.optimizers import mode_of_pass, named_optimizers
+from ..files.errors import DamagedError
 from ..files.sidecars import load_save
 from ..files.sharded import load_shards, remove_shards, save_shards
 from ..files.tensors import save_tensors
+from ..files.written import tree_seal
 from ..files.tree import save_tree, set_at, tree_digest, value_at
 from .loop import in_training
 from .state import gathered, live_state, load_state, model_state, n_bytes
@@ -25,27 +28,58 @@ def save_path(learn, name): # Path
     path = learn.path / name
     return path if path.suffix == '.safetensors' else path.with_name(f'{path.name}.safetensors')
 
-def main_first(learn): # context manager
-    "Of processes that train together the first runs a `with` block before the others"
-    return rank0_first() if learn.ranks else nullcontext()
+def read_on_main(learn, read): # what it returns, on all processes
+    "Have process 0 read a file, which others may not have on their disks"
+    return on_main(learn.ranks, read, (DamagedError, FileNotFoundError, KeyError, ValueError,
+                                       TypeError))
+
+# %% ../../nbs/loop/06_saving.ipynb #250ede58
+def load_chosen(learn,
+                choose, # called on process 0: (tree, path of the file it is from), or None
+                store=None, # `Store`, as for `load_save`
+               ): # the same, on all processes
+    "What process 0 has read; others read it too, unless one does not see that file on its disk"
+    read = []
+    def chosen():
+        read.append(found := choose())
+        return found and [str(found[1]), tree_seal(found[1])]
+    what = read_on_main(learn, chosen)
+    if what is None or learn.ranks is None: return read[0] if read else None
+    path, tree = Path(what[0]), read[0][0] if read else None
+    if not read and path.is_file() and tree_seal(path) == what[1]: tree = load_save(path, store)
+    sees = all(learn.ranks.gather(tree is not None))
+    return tree if sees else learn.ranks.broadcast(tree), path
 
 # %% ../../nbs/loop/06_saving.ipynb #1b2df9ef
-def local_values(state:dict, buffers): # dict: path, a tuple -> plain tree
-    "The parts of a state that each process has for itself"
-    paths = [('rng',), ('data',), ('observed',)]
-    paths += [('callbacks', name) for name in state['callbacks']]
-    paths += [('model', name) for name in buffers if name in state['model']]
-    if state['fit'] and 'grads' in state['fit']: paths.append(('fit', 'grads'))
-    return {path: value_at(state, path) for path in paths}
+def local_values(state:dict, buffers): # the same nesting
+    "The parts of a state that each process has for itself; `buffers`: by part, their names"
+    found = {name: state[name] for name in ('rng', 'data', 'observed', 'callbacks')}
+    for part, names in buffers.items():
+        found[part] = {name: state[part][name] for name in names if name in state[part]}
+    if fit := state['fit']:
+        found['fit'] = {name: fit[name] for name in ('grads', 'order') if name in fit}
+    return found
 
-def local_differences(state:dict, ranks, buffers=()): # list of (paths, values)
-    "What each process but the first has otherwise than process 0"
+def leaf_digests(tree): # the same nesting of dicts
+    if not isinstance(tree, dict) or not tree: return tree_digest(tree)
+    return {key: leaf_digests(value) for key, value in tree.items()}
+
+def differing(main, here, path=()): # iterator of paths, tuples
+    "Where two nestings of dicts differ, as deep as both have the same keys"
+    if isinstance(main, dict) and isinstance(here, dict) and list(main) == list(here):
+        for key in main: yield from differing(main[key], here[key], (*path, key))
+    elif main != here: yield path
+
+def local_differences(state:dict, ranks, buffers): # list of lists of [path, value]; main process
+    "What each process but the first has otherwise than process 0, which alone is given it"
     local = local_values(state, buffers)
-    digests = ranks.gather([tree_digest(value) for value in local.values()])
-    pairs = zip(local, digests[0], digests[ranks.rank], strict=True)
-    differ = [path for path, main, here in pairs if main != here]
-    return ranks.gather([[list(path), local[path]] for path in differ])[1:]
+    main, *others = ranks.gather(leaf_digests(local))
+    found = [[[list(path), ranks.send_to_main(value_at(local, path), sender)]
+              for path in differing(main, other)] if ranks.rank in (0, sender) else []
+             for sender, other in enumerate(others, 1)]
+    return found
 
+# %% ../../nbs/loop/06_saving.ipynb #011f97db
 def localized(state:dict, ranks): # dict
     "A state with what this process had for itself; of other processes only what all had alike"
     others = state.get('ranks') or []
@@ -58,6 +92,16 @@ def localized(state:dict, ranks): # dict
         value_at(state, above)[last] = value
     return state
 
+# %% ../../nbs/loop/06_saving.ipynb #10aae890
+def local_buffers(learn): # dict: part of a state -> names
+    "The buffers that each process has for itself"
+    options, parts = learn.cbs.distributed.options, {'loss_func': learn.loss_func}
+    # DDP gives all processes the buffers of process 0, at each batch, unless it is told not to
+    with_ddp = not (is_sharded(learn.model) or named_optimizers(learn.opt))
+    if not (with_ddp and options.get('broadcast_buffers', True)): parts['model'] = learn.model
+    return {part: [name for name, _ in module.named_buffers()]
+            for part, module in parts.items() if isinstance(module, nn.Module)}
+
 # %% ../../nbs/loop/06_saving.ipynb #76ce615f
 def tree_for_file(learn,
                   per_process:bool=False, # called on all processes, with what each has alone
@@ -69,11 +113,8 @@ def tree_for_file(learn,
     if sharded and n_bytes(state) > learn.cbs.distributed.gather_up_to:
         state, beside['parts'] = save_shards(state, path(), learn.ranks)
     else: state = gathered(state)
-    # DDP gives all processes the buffers of process 0, at each batch
-    without_ddp = is_sharded(learn.model) or named_optimizers(learn.opt)
-    buffers = [name for name, _ in learn.model.named_buffers()] if without_ddp else []
     if per_process and learn.ranks:
-        state['ranks'] = local_differences(state, learn.ranks, buffers)
+        state['ranks'] = local_differences(state, learn.ranks, local_buffers(learn))
     return {'learner': state, **beside}
 
 def check_holds_learner(tree, path):
@@ -111,8 +152,7 @@ def write_learner(learn, name, overwrite:bool): # Path
 def read_learner(learn, name):
     "Go back to the state in a file; an error changes nothing"
     path = save_path(learn, name)
-    with main_first(learn):  # which has written it by then
-        tree = load_save(path)
+    tree, _ = load_chosen(learn, lambda: (load_save(path), path))
     load_state(learn, with_shards(learn, tree, path)['learner'])
     learn.recorder.load_times(tree['times'])
 

@@ -2,36 +2,61 @@
 # pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 # pyright: reportPrivateImportUsage=false
 """A learner's state to a file and back, from any number of processes"""
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from ..loop.learner import Learner
 __all__ = []
 
-def save_path(learn: Learner, name: Any) -> Any:
+def save_path(learn: Learner, name: Any) -> Path:
     """The file of a name
 
     Returns:
         Path
     """
 
-def main_first(learn: Learner) -> Any:
-    """Of processes that train together the first runs a `with` block before the others
+def read_on_main(learn: Learner, read: Any) -> Any:
+    """Have process 0 read a file, which others may not have on their disks
 
     Returns:
-        context manager
+        what it returns, on all processes
+    """
+
+def load_chosen(learn: Learner, choose: Any, store: Any = None) -> Any:
+    """What process 0 has read; others read it too, unless one does not see that file on its disk
+
+    Args:
+        choose: called on process 0: (tree, path of the file it is from), or None
+        store: `Store`, as for `load_save`
+
+    Returns:
+        the same, on all processes
     """
 
 def local_values(state: dict, buffers: Any) -> Any:
-    """The parts of a state that each process has for itself
+    """The parts of a state that each process has for itself; `buffers`: by part, their names
 
     Returns:
-        dict: path, a tuple -> plain tree
+        the same nesting
     """
 
-def local_differences(state: dict, ranks: Any, buffers: Any = ()) -> Any:
-    """What each process but the first has otherwise than process 0
+def leaf_digests(tree: Any) -> Any:
+    """Returns:
+        the same nesting of dicts
+    """
+
+def differing(main: Any, here: Any, path: Any = ()) -> Iterator[Any]:
+    """Where two nestings of dicts differ, as deep as both have the same keys
 
     Returns:
-        list of (paths, values)
+        iterator of paths, tuples
+    """
+
+def local_differences(state: dict, ranks: Any, buffers: Any) -> Any:
+    """What each process but the first has otherwise than process 0, which alone is given it
+
+    Returns:
+        list of lists of [path, value]; main process
     """
 
 def localized(state: dict, ranks: Any) -> dict:
@@ -39,6 +64,13 @@ def localized(state: dict, ranks: Any) -> dict:
 
     Returns:
         dict
+    """
+
+def local_buffers(learn: Learner) -> Any:
+    """The buffers that each process has for itself
+
+    Returns:
+        dict: part of a state -> names
     """
 
 def tree_for_file(learn: Learner, per_process: bool = False, path: Any = None) -> Any:
@@ -62,7 +94,7 @@ def with_shards(learn: Learner, tree: Any, path: Any) -> Any:
         the tree
     """
 
-def write_learner(learn: Learner, name: Any, overwrite: bool) -> Any:
+def write_learner(learn: Learner, name: Any, overwrite: bool) -> Path:
     """Write the state to a file
 
     Returns:
@@ -72,7 +104,7 @@ def write_learner(learn: Learner, name: Any, overwrite: bool) -> Any:
 def read_learner(learn: Learner, name: Any) -> None:
     """Go back to the state in a file; an error changes nothing"""
 
-def export_weights(learn: Learner, path: Any) -> Any:
+def export_weights(learn: Learner, path: Any) -> Path:
     """Write the weights alone
 
     Returns:

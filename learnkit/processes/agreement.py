@@ -6,22 +6,58 @@
 __all__ = []
 
 # %% ../../nbs/processes/03_agreement.ipynb #0d419406
+import time
 import torch
 import torch.distributed as dist
+from fastcore.basics import patch
+
+# %% ../../nbs/processes/03_agreement.ipynb #d2ba272d
+class StopVote:
+    "Whether all processes wish to stop after the same batch"
+    def __init__(self, ranks):
+        self.store, self.rank, self.size = ranks.new_store(), ranks.rank, ranks.size
+        self.asked = self.voted = False
+        self.passed = 0  # number of the last batch after which this process has gone on
+
+    def after_batch(self, number:int) -> bool:
+        "Whether all stop now; one that has voted in vain goes on with the others"
+        if self.asked and not self.voted:
+            self.voted = True
+            if self.all_vote(number): return True
+        self.passed = number
+        return False
+
+    def all_vote(self, number) -> bool:
+        self.store.set(f'open {self.rank}', str(number))
+        self.store.set('open', '')
+        if self.store.add(f'votes {number}', 1) == self.size: self.decide(number, 'all')
+        while not self.store.check([f'outcome {number}']): time.sleep(0.02)
+        return self.store.get(f'outcome {number}') == b'all'
+
+    def decide(self, number, outcome): self.store.compare_set(f'outcome {number}', '', outcome)
+
+    def poll(self):
+        "Say of each vote that waits whether this process has gone on without one"
+        if not self.store.check(['open']): return
+        for key in (f'open {rank}' for rank in range(self.size)):
+            if self.store.check([key]) and (number := int(self.store.get(key))) <= self.passed:
+                self.decide(number, 'some')
 
 # %% ../../nbs/processes/03_agreement.ipynb #4fc66604
 INTERVAL = 0.25  # seconds between two exchanges
 
 class Agreement:
-    "The signal that has come to any process and the clock of process 0, as of the last exchange"
+    "What all know of signals, wishes to stop and the clock of process 0, by the last exchange"
     def __init__(self, ranks):
         self.ranks, self.pending = ranks, None
         self.batches, self.every = 0, 1  # batches so far, and between two exchanges
-        self.agreed = None, 0.  # (signal or None, seconds)
+        self.agreed = None, 0., False  # (signal or None, seconds, whether to stop)
+        self.vote = StopVote(ranks)
 
     def after_batch(self, signum, seconds): # (signal or None, seconds)
         "What is agreed on; begins an exchange if it is time for one"
         self.batches += 1
+        if self.vote.after_batch(self.batches): return signum, seconds, True
         if self.batches % self.every == 0:
             self.finish()
             self.begin(signum, seconds)
@@ -34,17 +70,21 @@ class Agreement:
         self.finish()
         return self.agreed
 
-    def begin(self, signum, seconds):
-        main, batches = self.ranks.rank == 0, max(self.batches, 1)
-        every = min(max(int(INTERVAL * batches / max(seconds, 1e-9)), 1), 64)
-        values = torch.tensor([signum or 0, seconds * main, every * main], dtype=torch.float64)
-        self.pending = values, dist.all_reduce(values, dist.ReduceOp.MAX, group=self.ranks.group,
-                                               async_op=True)
+# %% ../../nbs/processes/03_agreement.ipynb #11940826
+@patch
+def begin(self:Agreement, signum, seconds):
+    main, batches = self.ranks.rank == 0, max(self.batches, 1)
+    every = min(max(int(INTERVAL * batches / max(seconds, 1e-9)), 1), 64)
+    values = torch.tensor([signum or 0, seconds * main, every * main, self.vote.asked],
+                          dtype=torch.float64)
+    self.pending = values, dist.all_reduce(values, dist.ReduceOp.MAX, group=self.ranks.group,
+                                           async_op=True)
 
-    def finish(self):
-        if self.pending is None: return
-        values, work = self.pending
-        work.wait()
-        signum, seconds, every = values.tolist()
-        self.pending, self.every = None, int(every)
-        self.agreed = int(signum) or None, seconds
+@patch
+def finish(self:Agreement):
+    if self.pending is None: return
+    values, work = self.pending
+    work.wait()
+    signum, seconds, every, stop = values.tolist()
+    self.pending, self.every = None, int(every)
+    self.agreed = int(signum) or None, seconds, bool(stop)

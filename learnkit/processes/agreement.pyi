@@ -4,15 +4,32 @@
 """All processes see a signal after the same batch, and read the same clock"""
 from typing import Any
 __all__ = []
+
+class StopVote:
+    """Whether all processes wish to stop after the same batch"""
+    store: Any
+    rank: Any
+    size: Any
+    asked: bool
+    voted: bool
+    passed: int
+    def __init__(self, ranks: Any) -> None: ...
+    def after_batch(self, number: int) -> bool:
+        """Whether all stop now; one that has voted in vain goes on with the others"""
+    def all_vote(self, number: Any) -> bool: ...
+    def decide(self, number: Any, outcome: Any) -> None: ...
+    def poll(self) -> None:
+        """Say of each vote that waits whether this process has gone on without one"""
 INTERVAL: float
 
 class Agreement:
-    """The signal that has come to any process and the clock of process 0, as of the last exchange"""
+    """What all know of signals, wishes to stop and the clock of process 0, by the last exchange"""
     ranks: Any
     pending: tuple[Any, ...] | None
     batches: int
     every: int
     agreed: tuple[Any, ...]
+    vote: StopVote
     def __init__(self, ranks: Any) -> None: ...
     def after_batch(self, signum: Any, seconds: Any) -> Any:
         """What is agreed on; begins an exchange if it is time for one

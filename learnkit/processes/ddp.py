@@ -35,13 +35,13 @@ class DDPForward:
     def __deepcopy__(self, memo): # a copy of the model exchanges nothing
         return MethodType(type(self.model).forward, memo[id(self.model)])
 
-def exchange_gradients(learn, find_unused:bool=False): # function that undoes it
+def exchange_gradients(learn, find_unused:bool=False, **options): # function that undoes it
     "Let the gradients of a learner's model be averaged over the processes"
     model, compiled = learn.model, learn.compiled
     bare_forward = model.forward if compiled is None else compiled
     module = BareForward(model, bare_forward) if compiled is None else compiled
     devices = [learn.device] if learn.device.type == 'cuda' else None
-    ddp = DistributedDataParallel(module, devices, find_unused_parameters=find_unused)
+    ddp = DistributedDataParallel(module, devices, find_unused_parameters=find_unused, **options)
     ddp_forward = DDPForward(learn, ddp, bare_forward, model)
     if compiled is None: model.forward = ddp_forward
     else: learn.compiled = ddp_forward
@@ -55,6 +55,11 @@ def exchange_gradients(learn, find_unused:bool=False): # function that undoes it
 def loss_params(loss_func) -> list:
     "The parameters of a loss, if it has any"
     return list(loss_func.parameters()) if isinstance(loss_func, nn.Module) else []
+
+def loss_tensors(loss_func) -> list:
+    "The parameters and buffers of a loss, if it has any"
+    buffers = loss_func.buffers() if isinstance(loss_func, nn.Module) else ()
+    return [*loss_params(loss_func), *buffers]
 
 def average_gradients(params):
     "Average gradients over the processes in place, but not those of FSDP2, which are so already"

@@ -27,7 +27,7 @@ class DDPForward:
             a copy of the model exchanges nothing
         """
 
-def exchange_gradients(learn: Learner, find_unused: bool = False) -> Any:
+def exchange_gradients(learn: Learner, find_unused: bool = False, **options: Any) -> Any:
     """Let the gradients of a learner's model be averaged over the processes
 
     Returns:
@@ -36,6 +36,9 @@ def exchange_gradients(learn: Learner, find_unused: bool = False) -> Any:
 
 def loss_params(loss_func: Any) -> list:
     """The parameters of a loss, if it has any"""
+
+def loss_tensors(loss_func: Any) -> list:
+    """The parameters and buffers of a loss, if it has any"""
 
 def average_gradients(params: Any) -> None:
     """Average gradients over the processes in place, but not those of FSDP2, which are so already"""

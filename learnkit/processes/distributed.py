@@ -6,38 +6,44 @@
 __all__ = ['Distributed']
 
 # %% ../../nbs/processes/07_distributed.ipynb #45f42a52
-import atexit, sys
+import atexit, inspect, sys
 from contextlib import contextmanager
+from datetime import timedelta
+from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 from fastcore.basics import patch
 from torch import nn
-from ..base.ranks import in_group, is_main, ranks_from_env, rank
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Sampler
+from ..base.ranks import host_group, in_group, is_main, ranks_from_env, rank
 from ..base.randomness import rng_state, set_seed
 from ..base.batches import BatchList, map_tensors
 from ..base.dtensors import any_dtensor, full_tensor, is_sharded, reshard
 from ..base.methods import unrecorded
+from ..base.text import as_seconds
 from ..files.tree import tree_digest
 from ..data.order import Share, epoch_seed
 from ..data.loaders import EpochLoader, length
-from ..components.callback import Callback, PHASES
+from ..components.callback import Callback, CancelFit, PHASES
 from ..components.optim import opt_params
 from ..components.optimizers import named_optimizers
 from ..loop.progress import show_message
 from ..loop.learner import Learner
-from ..loop.predict import Collect
+from ..loop.predict import Collect, OwnBatches
 from ..loop.reduction import check_is_mean
 from ..loop.state import live_state, n_bytes
 from ..training.lr_find import CycledBatches
 from ..training.trials import RepeatedBatches
-from .group import Ranks, broadcast_tensor, join_group
+from .group import Ranks, broadcast_tensors, join_group
 from .failure import FailureWatch
 from .agreement import Agreement
 from .shares import (
-    DistributedSamplerLoader, LoaderRng, LockstepLoader,
-    batch_numbers, gather_batches, shared_loader)
+    LoaderRng, LockstepLoader, SplitLoader, batch_numbers, gather_batches,
+    is_split, is_split_by_hand, sharded_as_said, shared_loader)
 from .ddp import (
-    average_gradients, check_can_share, exchange_gradients, loss_params, sync_batch_norms)
+    average_gradients, check_can_share, exchange_gradients,
+    loss_params, loss_tensors, sync_batch_norms)
 from .weights import BatchWeights
 from .fsdp import ShardedModel, move_to_device
 
@@ -52,11 +58,17 @@ class Distributed(Callback):
                  strategy:str='ddp', # 'fsdp': each process keeps a part of each parameter
                  blocks=None, # 'fsdp': model -> modules that are put together one at a time
                  gather_up_to:int=2**31, # 'fsdp': bytes of a state that is saved in one piece
-                 **options, # 'fsdp': of `fully_shard`: mp_policy, offload_policy, mesh, ...
+                 no_sync:bool=False, # 'fsdp': exchange only the sums of accumulated gradients,
+                                     # which each process has whole until then
+                 timeout=None, # seconds, or text as '2 h', to wait for other processes
+                 device_id=None, # device the group is bound to; see `init_process_group`
+                 **options, # of `DistributedDataParallel`, or for 'fsdp' of `fully_shard`
                 ):
-        check_strategy(strategy, blocks, find_unused, options)
+        check_strategy(strategy, options, find_unused, blocks, no_sync)
         self.sync_bn, self.find_unused, self.blocks = sync_bn, find_unused, blocks
-        self.gather_up_to, self.options = gather_up_to, options
+        self.gather_up_to, self.no_sync, self.options = gather_up_to, no_sync, options
+        self.timeout = None if timeout is None else timedelta(seconds=as_seconds(timeout))
+        self.device_id = device_id
         self.places_model = strategy == 'fsdp'  # cuts it, and brings the parts to the devices
         self.ranks = self._watch = None  # the processes, and who watches for failures among them
         self._has_joined = self._message_shown = False
@@ -65,19 +77,32 @@ class Distributed(Callback):
         self._block_cbs = None  # of all fits in a `with` block: they may keep parts of a model
         self._undo, self._shares, self._weights = [], {}, BatchWeights()
         self.loss_weight_all = None  # of the training batch, on all processes
+        self._agreement, self._stops = None, False  # of a fit; whether to end an lr_find
         self._loader_rng = LoaderRng()
+        self._found = WeakKeyDictionary()  # sampler -> whether its loader is split
 
     def settings(self): return None  # the numbers are the same on any number of processes
 
 # %% ../../nbs/processes/07_distributed.ipynb #c4ec57a1
-def check_strategy(strategy, blocks, find_unused, options):
+OWN_OPTIONS = {'module', 'device_ids', 'output_device', 'find_unused_parameters'}
+
+def check_strategy(strategy, options, find_unused=False, blocks=None, no_sync=False):
     "Raise for a strategy that is none, and for arguments that it does not take"
     if strategy not in ('ddp', 'fsdp'):
         raise ValueError(f"Distributed(strategy={strategy!r}): must be 'ddp' or 'fsdp'")
-    only_fsdp = [*options, *['blocks'] * (blocks is not None)]
-    only_ddp = ['find_unused'] * bool(find_unused)
-    for name in only_fsdp if strategy == 'ddp' else only_ddp:
-        raise TypeError(f'Distributed({name}=...) is not for strategy={strategy!r}')
+    known = names_of_options(strategy)
+    wrong = [name for name in options if name not in known]
+    if strategy == 'fsdp': wrong += ['find_unused'] * find_unused
+    else: wrong += [*['blocks'] * (blocks is not None), *['no_sync'] * no_sync]
+    if wrong:
+        raise TypeError(f'Distributed({wrong[0]}=...) is not for strategy={strategy!r}, which '
+                        f'takes {", ".join(known)}')
+
+def names_of_options(strategy) -> list:
+    "The arguments that torch's own function for a strategy takes, without those given here"
+    from torch.distributed.fsdp import fully_shard
+    function = DistributedDataParallel if strategy == 'ddp' else fully_shard
+    return [name for name in inspect.signature(function).parameters if name not in OWN_OPTIONS]
 
 # %% ../../nbs/processes/07_distributed.ipynb #ac463cd2
 @patch
@@ -85,9 +110,10 @@ def join(self:Distributed): # Ranks; None for a single process
     "Join the other processes; the group of processes stays when this callback goes"
     if self._has_joined: return self.ranks
     self._has_joined = True
-    if not in_group() and ranks_from_env()['size'] > 1: join_group()
+    if not in_group() and ranks_from_env()['size'] > 1: join_group(self.timeout, self.device_id)
     if in_group() and dist.get_world_size() > 1:
-        self.ranks = Ranks(dist.new_group(backend='gloo'))
+        self.ranks = Ranks(host_group(self.timeout))
+        self.ranks.gather(None)  # all are here
         self._watch = FailureWatch(self.ranks)
         atexit.register(self.leave)  # threads that still run then would abort the process
     return self.ranks
@@ -98,7 +124,6 @@ def leave(self:Distributed):
     atexit.unregister(self.leave)
     if self.ranks is None: return
     self._watch.stop()
-    dist.destroy_process_group(self.ranks.group)
     self.ranks, self._has_joined = None, False
 
 @patch
@@ -141,6 +166,7 @@ def after_create(self:Distributed, learn):
 def before_fit(self:Distributed, learn):
     if not self._begin(learn): return
     self._agreement = Agreement(self.ranks)
+    self._watch.poll = self._agreement.vote.poll
     if not learn.is_resumed: self.seed_each_rank()
     self._exchange_gradients(learn)
     if self._block_cbs is not None:
@@ -149,7 +175,11 @@ def before_fit(self:Distributed, learn):
 
 @patch
 def before_train(self:Distributed, learn):
-    if self.ranks: self._begin_pass(learn, pad=True)
+    if not self.ranks: return
+    self._begin_pass(learn, pad=True)
+    if self.no_sync and learn.n_iter is None:
+        raise ValueError('Distributed(no_sync=True) needs a training loader with a length: the '
+                         'last batch of an epoch has to exchange gradients')
 
 @patch
 def before_validate(self:Distributed, learn):
@@ -180,6 +210,7 @@ def after_fit(self:Distributed, learn):
 @patch
 def cleanup_fit(self:Distributed, learn):
     while self._undo: self._undo.pop()()
+    self._agreement, self._stops = None, False
     self._end(learn)
 
 @patch
@@ -204,6 +235,8 @@ def before_backward(self:Distributed, learn):
     check_is_mean(learn, 'Distributed')
     learn.loss = self._weights.share_of_loss(learn, self.ranks)
     self.loss_weight_all = self._weights.together
+    if self.no_sync and is_sharded(learn.model):
+        learn.model.set_requires_gradient_sync(learn.sync_grads)
 
 @patch
 def before_step(self:Distributed, learn):
@@ -222,8 +255,8 @@ def _begin(self:Distributed, learn): # Ranks; None for a single process
     self._watch.handled = sys.exception()  # one that is being handled while all this goes on
     if self._synced_model is not learn.model:
         self.shard(learn)
-        tensors = *learn.model.parameters(), *learn.model.buffers()
-        for t in tensors: broadcast_tensor(t, self.ranks)
+        in_model = *learn.model.parameters(), *learn.model.buffers()
+        broadcast_tensors([*in_model, *loss_tensors(learn.loss_func)], self.ranks)
         self._synced_model = learn.model
     return self.ranks
 
@@ -242,8 +275,10 @@ def seed_each_rank(self:Distributed):
 
 @patch
 def broadcast_buffers(self:Distributed, learn):
-    "Let the statistics of norms be those of process 0"
-    for buffer in learn.model.buffers(): broadcast_tensor(buffer, self.ranks)
+    "Let the statistics of norms, and those that a loss keeps, be those of process 0"
+    loss_func = learn.loss_func
+    in_loss = loss_func.buffers() if isinstance(loss_func, nn.Module) else ()
+    broadcast_tensors([*learn.model.buffers(), *in_loss], self.ranks)
 
 # %% ../../nbs/processes/07_distributed.ipynb #f95ac058
 @patch
@@ -251,8 +286,8 @@ def _begin_pass(self:Distributed, learn, pad:bool):
     is_cycled = isinstance(learn.dl, CycledBatches)
     dl = learn.dl.dl if is_cycled else learn.dl
     share = self._share(learn, dl, pad)
-    if isinstance(dl, EpochLoader): share.set_epoch(dl.epoch)
-    if isinstance(share, DistributedSamplerLoader): share.gather_lengths()
+    if isinstance(share, EpochLoader): share.set_epoch(dl.epoch)
+    if isinstance(share, SplitLoader): share.gather_lengths()
     is_drawn = not isinstance(dl, (EpochLoader, list, tuple))
     if is_cycled:
         learn.dl.dl = share
@@ -264,14 +299,30 @@ def _begin_pass(self:Distributed, learn, pad:bool):
 @patch
 def _share(self:Distributed, learn, dl, pad:bool): # loader, always the same for the same loader
     if (id(dl), pad) not in self._shares:
-        self._show_batch_message(learn, dl)
-        share = shared_loader(dl, Share(self.ranks.rank, self.ranks.size, pad), self.ranks)
+        ranks, name = self.ranks, type(dl).__name__
+        def tell(text): show_message(learn, f'{name}: {text}')
+        split = self._is_split(learn, dl, tell)
+        self._show_batch_message(learn, dl, split)
+        share = shared_loader(dl, Share(ranks.rank, ranks.size, pad), ranks, split, tell)
+        if split: share.gather_lengths()
         self._shares[id(dl), pad] = dl, share  # as long as `dl` is held no other has its id
     return self._shares[id(dl), pad][1]
 
+# %% ../../nbs/processes/07_distributed.ipynb #aa708e0c
 @patch
-def _show_batch_message(self:Distributed, learn, dl):
-    shares_batches = isinstance(dl, (EpochLoader, RepeatedBatches))
+def _is_split(self:Distributed, learn, dl, tell): # bool; None: it will be seen when it is read
+    said = sharded_as_said(learn.dls, dl)
+    if said is not None or isinstance(dl, RepeatedBatches): return bool(said)
+    if isinstance(dl, OwnBatches) or is_split(dl): return True
+    key = getattr(dl, 'sampler', None)  # which copies of the loader have as well
+    if isinstance(key, Sampler) and key in self._found: return self._found[key]
+    found = is_split_by_hand(dl, self.ranks, tell)
+    if found is not None and isinstance(key, Sampler): self._found[key] = found
+    return found
+
+@patch
+def _show_batch_message(self:Distributed, learn, dl, split):
+    shares_batches = isinstance(dl, (EpochLoader, RepeatedBatches)) and not split
     if self._message_shown or shares_batches or not learn.training: return
     self._message_shown = True
     n = self.ranks.size
@@ -287,21 +338,38 @@ def _exchange_gradients(self:Distributed, learn):
     # Parts of a model that have optimizers of their own are called without the whole, unseen by DDP
     if named_optimizers(learn.opt): return
     if any(p.requires_grad for p in learn.model.parameters()):
-        self._undo.append(exchange_gradients(learn, self.find_unused))
+        self._undo.append(exchange_gradients(learn, self.find_unused, **self.options))
 
 @patch
 def _gather_predictions(self:Distributed, collect, dl):
     batches = {kind: list(buffer) for kind, buffer in collect.buffers.items()}
     numbers = batch_numbers(dl, max(map(len, batches.values())))
-    collect.buffers = gather_batches(self.ranks, numbers, batches, collect.concat)
+    collect.buffers = gather_batches(self.ranks, numbers, batches, collect.concat,
+                                     collect.gather)
 
 # %% ../../nbs/processes/07_distributed.ipynb #aa55f485
 @patch
 def agree(self:Distributed, learn, signum, seconds): # (signal or None, seconds)
     "The signal that has come to any process, and the clock of process 0, as of the last exchange"
     is_between_batches = 'train' in learn.levels
+    if self.no_sync and is_between_batches and not learn.sync_grads:
+        return None, learn.seconds  # gradients lie where they cannot be saved yet
     exchange = self._agreement.after_batch if is_between_batches else self._agreement.now
-    return exchange(signum, seconds)
+    signum, seconds, stop = exchange(signum, seconds)
+    if stop and not signum: raise CancelFit
+    return signum, seconds
+
+@patch
+def ask_to_stop(self:Distributed, learn):
+    "End what runs, after the same batch on all processes"
+    if 'fit' in learn.levels and self._agreement: self._agreement.vote.asked = True
+    elif learn.phase == 'lr_find': self._stops = True
+    else: raise CancelFit
+
+@patch
+def after_batch(self:Distributed, learn):
+    if not self.ranks or learn.phase != 'lr_find': return
+    if self.ranks.sum(torch.tensor(int(self._stops))): raise CancelFit
 
 # %% ../../nbs/processes/07_distributed.ipynb #eb8a4f29
 @patch
@@ -311,7 +379,7 @@ def distributed(self:Learner,
                 sync_bn:bool=False, # batch norm over the samples of all; accelerators only
                 find_unused:bool=False, # look for parameters that a batch does not use; costs time
                 strategy:str='ddp', # 'fsdp': each process keeps a part of each parameter
-                **options, # of `Distributed`
+                **options, # of `Distributed`: timeout, blocks, no_sync, bucket_cap_mb, ...
                ): # the learner
     "In the `with` block all processes that a launcher has started train together"
     together = Distributed(sync_bn, find_unused, strategy, **options)

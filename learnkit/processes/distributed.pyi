@@ -16,7 +16,10 @@ class Distributed(Callback):
     find_unused: bool
     blocks: Any
     gather_up_to: int
+    no_sync: bool
     options: Any
+    timeout: Any
+    device_id: Any
     ranks: Ranks | None
     loss_weight_all: Any
     def __init__(
@@ -26,6 +29,9 @@ class Distributed(Callback):
             strategy: str = 'ddp',
             blocks: Any = None,
             gather_up_to: int = 2**31,
+            no_sync: bool = False,
+            timeout: Any = None,
+            device_id: Any = None,
             **options: Any,
     ) -> None:
         """Trains on all processes that a launcher has started; on a single one it does nothing
@@ -36,7 +42,10 @@ class Distributed(Callback):
             strategy: 'fsdp': each process keeps a part of each parameter
             blocks: 'fsdp': model -> modules that are put together one at a time
             gather_up_to: 'fsdp': bytes of a state that is saved in one piece
-            options: 'fsdp': of `fully_shard`: mp_policy, offload_policy, mesh, ...
+            no_sync: 'fsdp': exchange only the sums of accumulated gradients,
+            timeout: seconds, or text as '2 h', to wait for other processes
+            device_id: device the group is bound to; see `init_process_group`
+            options: of `DistributedDataParallel`, or for 'fsdp' of `fully_shard`
         """
     def settings(self) -> Any: ...
     def join(self) -> Any:
@@ -69,16 +78,29 @@ class Distributed(Callback):
     def seed_each_rank(self) -> None:
         """Let processes that were seeded alike draw different random numbers"""
     def broadcast_buffers(self, learn: Learner) -> None:
-        """Let the statistics of norms be those of process 0"""
+        """Let the statistics of norms, and those that a loss keeps, be those of process 0"""
     def agree(self, learn: Learner, signum: Any, seconds: Any) -> Any:
         """The signal that has come to any process, and the clock of process 0, as of the last exchange
 
         Returns:
             (signal or None, seconds)
         """
+    def ask_to_stop(self, learn: Learner) -> None:
+        """End what runs, after the same batch on all processes"""
+    def after_batch(self, learn: Learner) -> None: ...
+OWN_OPTIONS: set[str]
 
-def check_strategy(strategy: Any, blocks: Any, find_unused: Any, options: Any) -> None:
+def check_strategy(
+        strategy: Any,
+        options: Any,
+        find_unused: Any = False,
+        blocks: Any = None,
+        no_sync: Any = False,
+) -> None:
     """Raise for a strategy that is none, and for arguments that it does not take"""
+
+def names_of_options(strategy: Any) -> list:
+    """The arguments that torch's own function for a strategy takes, without those given here"""
 
 def padded(t: Any, shape: Any, value: Any) -> Any:
     """A tensor with further dimensions filled up

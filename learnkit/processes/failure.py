@@ -8,16 +8,14 @@ __all__ = []
 # %% ../../nbs/processes/02_failure.ipynb #a51d9a5f
 import os, sys, threading, time
 import torch.distributed as dist
-from fastcore.basics import patch
+from fastcore.basics import noop, patch
 from ..components.callback import Cancel, Interrupted
 
 # %% ../../nbs/processes/02_failure.ipynb #d83c8d7d
 class FailureRecord:
     "Which process of a group was the first to fail, and by which error"
     def __init__(self, ranks):
-        self.rank = ranks.rank
-        name = f'learnkit {ranks.group.group_name}'  # each group has a record of its own
-        self.store = dist.PrefixStore(name, dist.distributed_c10d._get_default_store())
+        self.rank, self.store = ranks.rank, ranks.new_store()
 
     def exists(self) -> bool: return self.store.check(['failed'])
 
@@ -36,13 +34,16 @@ class FailureWatch:
     def __init__(self, ranks):
         self.record, self.stopped = FailureRecord(ranks), threading.Event()
         self.handled = None  # an exception that is being handled while the processes train
+        self.poll = noop  # what else this thread is to look at
         self.thread = threading.Thread(target=self.watch, daemon=True, name='learnkit-watch')
         self.thread.start()
         self.hook_before, sys.excepthook = sys.excepthook, self.excepthook
 
     def watch(self):
         while not self.stopped.wait(1.):
-            try: failed = self.record.exists()
+            try:
+                failed = self.record.exists()
+                self.poll()
             except RuntimeError: return  # who keeps the store has ended; what comes next shows why
             if not failed: continue
             if not self.stopped.wait(GRACE): os._exit(1)

@@ -3,14 +3,13 @@
 # pyright: reportPrivateImportUsage=false
 """One process fails: all end, and its traceback is the one that is shown"""
 import threading
-import torch.distributed as dist
 from typing import Any
 __all__ = []
 
 class FailureRecord:
     """Which process of a group was the first to fail, and by which error"""
     rank: Any
-    store: dist.PrefixStore
+    store: Any
     def __init__(self, ranks: Any) -> None: ...
     def exists(self) -> bool: ...
     def write(self, error: Any) -> Any:
@@ -26,6 +25,7 @@ class FailureWatch:
     record: FailureRecord
     stopped: threading.Event
     handled: Any
+    poll: Any
     thread: threading.Thread
     hook_before: Any
     def __init__(self, ranks: Any) -> None: ...

@@ -16,7 +16,7 @@ from ..base.dtensors import (
     FSDP_ATTRIBUTES, distribute_like, full_tensor,
     is_dtensor, is_fsdp_hook, reshard, unsharded_class)
 from ..components.optimizers import named_optimizers
-from .group import broadcast_tensor
+from .group import broadcast_tensors
 
 # %% ../../nbs/processes/06_fsdp.ipynb #0d515250
 def params_by_name(model) -> dict:
@@ -103,7 +103,7 @@ def shard(self:ShardedModel, ranks, device, opt=None,
     from torch.distributed.fsdp import fully_shard
     model = self.model
     for param in self.params.values(): param.data = param.data.contiguous()  # FSDP2 cuts no others
-    for t in (*self.params.values(), *model.buffers()): broadcast_tensor(t, ranks)
+    broadcast_tensors((*self.params.values(), *model.buffers()), ranks)
     options = {'mesh': init_device_mesh(device.type, (ranks.size,)), **options}
     for module in (*(blocks or outermost_blocks)(model), model): fully_shard(module, **options)
     init_meta_params(model, device)

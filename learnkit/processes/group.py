@@ -6,11 +6,13 @@
 __all__ = ['Ranks']
 
 # %% ../../nbs/processes/01_group.ipynb #82b2aa33
-import atexit, math, os, re
+import atexit, itertools, math, os, re
+from functools import lru_cache
 import torch
 import torch.distributed as dist
+from fastcore.basics import patch
 from torch import nn
-from ..base.ranks import in_group, ranks_from_env
+from ..base.ranks import host_group, in_group, ranks_from_env
 from ..base.devices import default_device
 from ..base.dtensors import is_dtensor
 from ..files.tree import from_bytes, to_bytes
@@ -29,7 +31,9 @@ def slurm_address(environ) -> dict:
             'MASTER_PORT': environ.get('MASTER_PORT', port)}
 
 # %% ../../nbs/processes/01_group.ipynb #c34fa6ae
-def join_group():
+def join_group(timeout=None, # after which an operation fails, a timedelta; None: torch's
+               device_id=None, # device to bind the group to; see `init_process_group`
+              ):
     "Join the processes that a launcher has started"
     info = ranks_from_env()
     os.environ.update(slurm_address(os.environ))
@@ -38,8 +42,9 @@ def join_group():
     store, rank, size = next(dist.rendezvous('env://', info['rank'], info['size']))
     # After a restart torchrun's store still holds the addresses of processes that are no more
     attempt = os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)
+    store = dist.PrefixStore(f'attempt {attempt}', store)
     dist.init_process_group(None if has_accelerator else 'gloo', rank=rank, world_size=size,
-                            store=dist.PrefixStore(f'attempt {attempt}', store))
+                            store=store, timeout=timeout, device_id=device_id)
     atexit.register(leave_group)
 
 def leave_group():
@@ -86,10 +91,57 @@ class Ranks:
         dist.broadcast(data, 0, group=self.group)
         return from_bytes(data.numpy())
 
+# %% ../../nbs/processes/01_group.ipynb #3170129f
+@patch
+def send_to_main(self:Ranks, tree, sender:int): # tree; None on the others
+    "What one process has, to process 0"
+    if self.rank == sender:
+        data = torch.frombuffer(bytearray(to_bytes(tree)), dtype=torch.uint8)
+        for t in (torch.tensor([len(data)]), data): dist.send(t, 0, group=self.group)
+    if self.rank: return None
+    dist.recv(size := torch.tensor([0]), sender, group=self.group)
+    dist.recv(data := torch.empty(int(size), dtype=torch.uint8), sender, group=self.group)
+    return from_bytes(data.numpy())
+
+@patch
+def gather_on_main(self:Ranks, tree) -> list: # trees, one of each process; on the others none
+    "As `gather`, but for process 0 alone, which receives them one after the other"
+    found = [tree, *(self.send_to_main(tree, sender) for sender in range(1, self.size))]
+    return found if self.rank == 0 else []
+
+# %% ../../nbs/processes/01_group.ipynb #a1598b30
+@lru_cache(maxsize=8)
+def numbers_of(group): # of what the processes of a group have done together: the same on all
+    return itertools.count()
+
+@patch
+def new_store(self:Ranks): # of `torch.distributed`
+    "A store of keys and values that this call alone uses"
+    name = f'learnkit {self.group.group_name} {next(numbers_of(self.group))}'
+    return dist.PrefixStore(name, dist.distributed_c10d._get_default_store())
+
 # %% ../../nbs/processes/01_group.ipynb #b3e5ce09
-def broadcast_tensor(t, ranks):
-    "Let a parameter or buffer be what it is in process 0; one that FSDP2 has cut stays"
-    if t.is_meta or is_dtensor(t): return
-    values = t.detach().contiguous()
-    dist.broadcast(values, 0, group=ranks.group if t.device.type == 'cpu' else None)
-    with torch.no_grad(): t.copy_(values)
+CHUNK = 2**26  # bytes that travel together
+
+def broadcast_tensors(tensors, ranks):
+    "Let parameters or buffers be what they are in process 0; those that FSDP2 has cut stay"
+    kinds = {}
+    for t in tensors:
+        if not (t.is_meta or is_dtensor(t)): kinds.setdefault((t.device, t.dtype), []).append(t)
+    for (device, _), alike in kinds.items():
+        group = ranks.group if device.type == 'cpu' else None
+        for chunk in chunks(alike): broadcast_flat(chunk, group)
+
+def chunks(tensors): # iterator of lists
+    "Tensors in groups of about `CHUNK` bytes"
+    ends = itertools.accumulate(t.numel() * t.element_size() for t in tensors)
+    numbered = zip((end // CHUNK for end in ends), tensors, strict=True)
+    for _, group in itertools.groupby(numbered, lambda pair: pair[0]): yield [t for _, t in group]
+
+def broadcast_flat(tensors, group):
+    "Broadcast tensors of one kind in one piece"
+    values = torch.cat([t.detach().reshape(-1) for t in tensors])
+    dist.broadcast(values, 0, group=group)
+    parts = values.split([t.numel() for t in tensors])
+    with torch.no_grad():
+        for t, part in zip(tensors, parts, strict=True): t.copy_(part.view(t.shape))

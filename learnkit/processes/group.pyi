@@ -2,6 +2,8 @@
 # pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 # pyright: reportPrivateImportUsage=false
 """Values from all processes, to all processes"""
+from collections.abc import Iterator
+from functools import lru_cache
 import torch
 from typing import Any
 __all__ = [
@@ -14,8 +16,13 @@ def first_host(nodes: str) -> str:
 def slurm_address(environ: Any) -> dict:
     """MASTER_ADDR and MASTER_PORT where SLURM alone has started the processes"""
 
-def join_group() -> None:
-    """Join the processes that a launcher has started"""
+def join_group(timeout: Any = None, device_id: Any = None) -> None:
+    """Join the processes that a launcher has started
+
+    Args:
+        timeout: after which an operation fails, a timedelta; None: torch's
+        device_id: device to bind the group to; see `init_process_group`
+    """
 
 def leave_group() -> None:
     """End the process group, if there is one"""
@@ -49,6 +56,41 @@ class Ranks:
         Returns:
             tree
         """
+    def send_to_main(self, tree: Any, sender: int) -> Any:
+        """What one process has, to process 0
 
-def broadcast_tensor(t: Any, ranks: Any) -> None:
-    """Let a parameter or buffer be what it is in process 0; one that FSDP2 has cut stays"""
+        Returns:
+            tree; None on the others
+        """
+    def gather_on_main(self, tree: Any) -> list:
+        """As `gather`, but for process 0 alone, which receives them one after the other
+
+        Returns:
+            trees, one of each process; on the others none
+        """
+    def new_store(self) -> Any:
+        """A store of keys and values that this call alone uses
+
+        Returns:
+            of `torch.distributed`
+        """
+
+@lru_cache(maxsize=8)
+def numbers_of(group: Any) -> Any:
+    """Returns:
+        of what the processes of a group have done together: the same on all
+    """
+CHUNK: int
+
+def broadcast_tensors(tensors: Any, ranks: Any) -> None:
+    """Let parameters or buffers be what they are in process 0; those that FSDP2 has cut stay"""
+
+def chunks(tensors: Any) -> Iterator[Any]:
+    """Tensors in groups of about `CHUNK` bytes
+
+    Returns:
+        iterator of lists
+    """
+
+def broadcast_flat(tensors: Any, group: Any) -> None:
+    """Broadcast tensors of one kind in one piece"""

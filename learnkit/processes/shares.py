@@ -6,14 +6,18 @@
 __all__ = []
 
 # %% ../../nbs/processes/04_shares.ipynb #a6034e5a
-import copy, itertools
+import copy, inspect, itertools
+from collections.abc import Sequence
 import torch
+from fastcore.basics import noop
 from torch.utils.data import DataLoader, IterableDataset
 from ..base.batches import BatchBuffer, BatchList, batch_size, to_device
 from ..base.randomness import (
-    generator_state, rng_state, set_generator_state, set_rng_state)
+    generator_state, isolated_rng, rng_state, set_generator_state, set_rng_state)
 from ..data.order import Share
-from ..data.loaders import EpochLoader, generators, length, loader_objects
+from ..data.loaders import (
+    DatasetLoader, EpochLoader, TensorLoader, generators, length, loader_objects)
+from ..data.resumable import batch_digest, reading_without_trace
 from ..loop.predict import add_batch
 from ..training.trials import RepeatedBatches
 
@@ -27,16 +31,21 @@ class EveryNth:
         n, share = len(self.items), self.share
         return -(-n // share.size) if share.pad else (n + share.size - 1 - share.rank) // share.size
 
-    def __iter__(self):
+    def __iter__(self): return self.read(iter(self.items))
+
+    def read(self, items): # iterator of items
+        "Of an iterator the items of this process, one of them at a time in memory"
         self.weights.clear()
-        items = iter(self.items)
+        rank, size = self.share.rank, self.share.size
         for number in itertools.count():
-            group = list(itertools.islice(items, self.share.size))
-            if not group: return
-            sizes, has_one = list(map(batch_size, group)), self.share.rank < len(group)
-            if not has_one and not self.share.pad: return
-            self.weights[number] = sizes[self.share.rank] if has_one else 0, sum(sizes)
-            yield group[self.share.rank if has_one else 0]
+            sizes, mine = [], None
+            for i, item in enumerate(itertools.islice(items, size)):
+                sizes.append(batch_size(item))
+                if i in (0, rank): mine = item  # the first stands in where there is none
+            item = None
+            if len(sizes) <= rank and not (sizes and self.share.pad): return
+            self.weights[number] = sizes[rank] if rank < len(sizes) else 0, sum(sizes)
+            yield mine
 
     def batch_weights(self, number:int): # (int, int); see `EpochLoader.batch_weights`
         return self.weights.pop(number)
@@ -61,14 +70,26 @@ def every_nth_fetched(dl, share): # loader
                       _iterator=None)  # setattr is refused
     return twin
 
-# %% ../../nbs/processes/04_shares.ipynb #70817805
-def has_distributed_sampler(dl) -> bool:
-    "Whether a loader, or a sampler of it, gives each process other samples"
-    return any(hasattr(part, 'num_replicas') for part in loader_objects(dl))
+# %% ../../nbs/processes/04_shares.ipynb #7a64c2f8
+N_PROCESSES = 'num_replicas', 'world_size', 'num_processes', 'num_ranks'
+LOADER_PARTS = ('dataset', 'source', '_distributed', 'distributed_env', '_parallel_rank_world')
+
+def is_split(dl) -> bool:
+    "Whether a loader says of itself that it gives each process other samples"
+    parts = loader_objects(dl, *LOADER_PARTS)
+    stages = [stage for part in parts for stage in stages_of(part)]
+    if any(getattr(stage, '__name__', None) == 'split_by_node' for stage in stages): return True
+    counts = [inspect.getattr_static(part, name, None) for part in parts for name in N_PROCESSES]
+    return any(type(n) is int and n > 1 for n in counts) or any(map(is_split, stages))
+
+def stages_of(part) -> list:
+    "The stages of a pipeline of WebDataset"
+    stages = vars(part).get('pipeline')
+    return stages if isinstance(stages, list) else []
 
 # %% ../../nbs/processes/04_shares.ipynb #7081780y
-class DistributedSamplerLoader:
-    "A loader whose sampler shares the samples; short ones go on until all have ended"
+class SplitLoader:
+    "A loader that gives each process other samples; short ones go on until all have ended"
     def __init__(self, loader, share, ranks):
         self.loader = self.full_loader = loader
         self.share, self.ranks, self.lengths, self.has_batch = share, ranks, None, None
@@ -81,11 +102,15 @@ class DistributedSamplerLoader:
         lengths = self.ranks.gather(length(self.loader))
         self.lengths = None if None in lengths else lengths
 
-    def __iter__(self): return self.until_all_end() if self.share.pad else iter(self.loader)
+    def __iter__(self): return self.read(iter(self.loader))
 
-    def until_all_end(self): # iterator of batches
+    def read(self, batches): # iterator of batches
+        "The batches of an iterator"
+        return self.until_all_end(batches) if self.share.pad else batches
+
+    def until_all_end(self, batches): # iterator of batches
         "As many batches for each process; after its last one that one again"
-        batches, batch = iter(self.loader), None
+        batch = None
         for number in itertools.count():
             new = next(batches, None)
             if self.lengths: self.has_batch = [number < n for n in self.lengths]
@@ -109,6 +134,98 @@ def no_batch_text(dl) -> str:
     return (f'{type(dl.loader).__name__} gave no batch to process {share.rank} of {share.size}, '
             f'but one to process {other}: give each process some samples')
 
+# %% ../../nbs/processes/04_shares.ipynb #2bc4001c
+def is_by_index(dl) -> bool: return isinstance(dl, DataLoader) and not is_stream(dl)
+def is_stream(dl) -> bool: return isinstance(dl.dataset, IterableDataset)
+
+def differs(ranks, tree) -> bool:
+    "Whether a plain value is not the same on all processes"
+    first, *others = ranks.gather(tree)
+    return any(other != first for other in others)
+
+def is_split_by_hand(dl, ranks, tell): # bool; None: it will be seen when it is read
+    "Whether what the processes would read first differs; `tell` is called with a text if so"
+    if (beginning := beginning_of(dl, ranks)) is None: return None
+    if not differs(ranks, beginning): return False
+    repeats = beginning_of(dl, ranks)[-1] == beginning[-1]
+    if all(ranks.gather(repeats)):
+        tell(f'{SPLIT} already')
+        return True
+    tell('its batches do not repeat, so whether each process has other samples cannot be seen: '
+         'say DataLoaders(..., sharded=True), or False')
+    return differs(ranks, beginning[:-1])
+
+def beginning_of(dl, ranks): # plain tree, last the digest of a batch; None: it will be seen
+    "What a process would read first"
+    if isinstance(dl, TensorLoader):
+        return [dl.n_samples, dl.seed, batch_digest([t[::max(len(t) - 1, 1)] for t in dl.tensors])]
+    if isinstance(dl, DatasetLoader):
+        items = [((0, 0), range(dl.n_samples)[:dl.bs])]
+        return [dl.n_samples, dl.seed, first_batch(dl.loader, items)]
+    if isinstance(dl, Sequence): return [len(dl), batch_digest(dl[0]) if len(dl) else None]
+    if not is_by_index(dl): return None
+    with reading_without_trace(dl), isolated_rng():
+        LoaderRng().take_from_main(dl, ranks)
+        drawn = list(itertools.islice(dl.batch_sampler or dl.sampler, 1))
+        return [length(dl), repr(drawn), first_batch(dl, drawn)]
+
+# %% ../../nbs/processes/04_shares.ipynb #76effbad
+def first_batch(dl, items): # digest; None where there is none, or nothing to tell it by
+    "Of a `DataLoader` the batch for `items`, made by a worker if it has any"
+    if not len(items): return None
+    twin, name = copy.copy(dl), 'sampler' if dl.batch_sampler is None else 'batch_sampler'
+    vars(twin).update({name: items, 'num_workers': min(dl.num_workers, 1), '_iterator': None,
+                       'pin_memory': False, 'persistent_workers': False,
+                       'generator': torch.Generator()})
+    with reading_without_trace(twin), isolated_rng(0): return batch_digest(next(iter(twin)))
+
+# %% ../../nbs/processes/04_shares.ipynb #c8f203e0
+class StreamLoader:
+    "A loader of which the first batch shows whether it is split"
+    def __init__(self, loader, share, ranks, tell):
+        self.loader = self.full_loader = loader
+        self.share, self.ranks, self.tell = share, ranks, tell
+        self.way = None  # how it is shared: a loader
+
+    def __len__(self): return len(self.way or EveryNthLoader(self.loader, self.share))
+
+    def __iter__(self):
+        batches = iter(self.loader)
+        if self.way is None: batches = self.begin(batches)
+        return self.way.read(batches)
+
+    def begin(self, batches): # iterator
+        "Find out the way; the iterator begins with what was read for that"
+        first = list(itertools.islice(batches, 1))
+        split = differs(self.ranks, [len(first), *map(batch_digest, first)])
+        if split and self.share.pad and length(self.loader) is not None:
+            raise ValueError(late_text(self.loader))
+        if split: self.tell(f'{SPLIT} already')
+        self.way = (SplitLoader(self.loader, self.share, self.ranks) if split
+                    else EveryNthLoader(self.loader, self.share))
+        return put_before(first, batches)
+
+    def batch_weights(self, number): return self.way.batch_weights(number)
+
+# %% ../../nbs/processes/04_shares.ipynb #ec63dad0
+def put_before(first:list, batches): # iterator; the list is emptied
+    while first: yield first.pop(0)
+    yield from batches
+
+SPLIT = 'the processes read different first batches, so each is taken to have a part of the data'
+
+def late_text(dl) -> str:
+    "What is wrong where a loader with a length turns out to be split"
+    return (f'{type(dl).__name__}: {SPLIT} already. That was not known when the epoch was planned '
+            'by its length: say DataLoaders(..., sharded=True), or sharded=False if each reads all')
+
+# %% ../../nbs/processes/04_shares.ipynb #00ef35fb
+def sharded_as_said(dls, dl): # bool or None
+    "What `DataLoaders` say of a loader, or of a copy of it that is read without a trace"
+    def is_copy(one): return getattr(one, 'sampler', dls) is getattr(dl, 'sampler', dl)
+    names = [name for name, one in dls.loaders().items() if one is dl or is_copy(one)]
+    return dls.is_sharded(names[0]) if names else None
+
 # %% ../../nbs/processes/04_shares.ipynb #cc6f9122
 class SameBatches:
     "A loader that gives the same batches to all processes"
@@ -120,13 +237,16 @@ class SameBatches:
     def __iter__(self): return iter(self.loader)
     def batch_weights(self, number): return 1, self.share.size
 
-def shared_loader(dl, share:Share, ranks=None): # loader
+def shared_loader(dl, share:Share, ranks=None, # loader
+                  split=False, # whether each process reads other samples; None: it will be seen
+                  tell=noop, # called with a text where it is seen, and is so
+                 ):
     "The share of a loader that one process reads"
-    if has_distributed_sampler(dl): return DistributedSamplerLoader(dl, share, ranks)
+    if split: return SplitLoader(dl, share, ranks)
     if isinstance(dl, EpochLoader): return dl.shared(share)
     if isinstance(dl, RepeatedBatches): return SameBatches(dl, share)
-    by_index = isinstance(dl, DataLoader) and not isinstance(dl.dataset, IterableDataset)
-    if by_index and dl.batch_sampler is not None: return every_nth_fetched(dl, share)
+    if split is None: return StreamLoader(dl, share, ranks, tell)
+    if is_by_index(dl) and dl.batch_sampler is not None: return every_nth_fetched(dl, share)
     return EveryNthLoader(dl, share)
 
 # %% ../../nbs/processes/04_shares.ipynb #42bfdee9
@@ -171,9 +291,12 @@ def batch_numbers(dl, n:int) -> list:
 
 def gather_batches(ranks, numbers:list, batches:dict,
                    concat=True, # False: what the processes had of the batches stays apart
+                   gather='all', # as in `get_preds`
                   ) -> dict: # kind -> `BatchBuffer` or `BatchList`
     "Lists of batches of all processes, of several kinds, put together in the order of the numbers"
-    found = ranks.gather({'numbers': numbers, 'batches': batches})
+    here = {'numbers': numbers, 'batches': batches}
+    found = [here] if gather == 'none' else (
+        ranks.gather(here) if gather == 'all' else ranks.gather_on_main(here))
     order = sorted((number, rank, i) for rank, here in enumerate(found)
                    for i, number in enumerate(here['numbers']))
     gathered = {kind: BatchBuffer() if concat else BatchList() for kind in batches}

@@ -16,6 +16,12 @@ class EveryNth:
     def __init__(self, items: Any, share: Share) -> None: ...
     def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[Any]: ...
+    def read(self, items: Any) -> Iterator[Any]:
+        """Of an iterator the items of this process, one of them at a time in memory
+
+        Returns:
+            iterator of items
+        """
     def batch_weights(self, number: int) -> Any:
         """Returns:
             (int, int); see `EpochLoader.batch_weights`
@@ -38,12 +44,17 @@ def every_nth_fetched(dl: Any, share: Any) -> Any:
     Returns:
         loader
     """
+N_PROCESSES: tuple[str, ...]
+LOADER_PARTS: tuple[str, ...]
 
-def has_distributed_sampler(dl: Any) -> bool:
-    """Whether a loader, or a sampler of it, gives each process other samples"""
+def is_split(dl: Any) -> bool:
+    """Whether a loader says of itself that it gives each process other samples"""
 
-class DistributedSamplerLoader:
-    """A loader whose sampler shares the samples; short ones go on until all have ended"""
+def stages_of(part: Any) -> list:
+    """The stages of a pipeline of WebDataset"""
+
+class SplitLoader:
+    """A loader that gives each process other samples; short ones go on until all have ended"""
     loader: Any
     full_loader: Any
     share: Any
@@ -55,7 +66,13 @@ class DistributedSamplerLoader:
     def gather_lengths(self) -> None:
         """To be called on all processes before an epoch"""
     def __iter__(self) -> Iterator[Any]: ...
-    def until_all_end(self) -> Iterator[Any]:
+    def read(self, batches: Any) -> Any:
+        """The batches of an iterator
+
+        Returns:
+            iterator of batches
+        """
+    def until_all_end(self, batches: Any) -> Iterator[Any]:
         """As many batches for each process; after its last one that one again
 
         Returns:
@@ -69,6 +86,69 @@ def flags_of_all(flag: bool, ranks: Any) -> list:
 def no_batch_text(dl: Any) -> str:
     """What is wrong where a process has no batch at all"""
 
+def is_by_index(dl: Any) -> bool: ...
+
+def is_stream(dl: Any) -> bool: ...
+
+def differs(ranks: Any, tree: Any) -> bool:
+    """Whether a plain value is not the same on all processes"""
+
+def is_split_by_hand(dl: Any, ranks: Any, tell: Any) -> Any:
+    """Whether what the processes would read first differs; `tell` is called with a text if so
+
+    Returns:
+        bool; None: it will be seen when it is read
+    """
+
+def beginning_of(dl: Any, ranks: Any) -> Any:
+    """What a process would read first
+
+    Returns:
+        plain tree, last the digest of a batch; None: it will be seen
+    """
+
+def first_batch(dl: Any, items: Any) -> Any:
+    """Of a `DataLoader` the batch for `items`, made by a worker if it has any
+
+    Returns:
+        digest; None where there is none, or nothing to tell it by
+    """
+
+class StreamLoader:
+    """A loader of which the first batch shows whether it is split"""
+    loader: Any
+    full_loader: Any
+    share: Any
+    ranks: Any
+    tell: Any
+    way: SplitLoader | EveryNthLoader | None
+    def __init__(self, loader: Any, share: Any, ranks: Any, tell: Any) -> None: ...
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[Any]: ...
+    def begin(self, batches: Any) -> Any:
+        """Find out the way; the iterator begins with what was read for that
+
+        Returns:
+            iterator
+        """
+    def batch_weights(self, number: Any) -> Any: ...
+
+def put_before(first: list, batches: Any) -> Iterator[Any]:
+    """Returns:
+        iterator; the list is emptied
+    """
+SPLIT: str
+
+def late_text(dl: Any) -> str:
+    """What is wrong where a loader with a length turns out to be split"""
+
+def sharded_as_said(dls: Any, dl: Any) -> bool | None:
+    """What `DataLoaders` say of a loader, or of a copy of it that is read without a trace
+
+    Returns:
+        bool or None
+    """
+
 class SameBatches:
     """A loader that gives the same batches to all processes"""
     loader: Any
@@ -79,11 +159,19 @@ class SameBatches:
     def __iter__(self) -> Iterator[Any]: ...
     def batch_weights(self, number: Any) -> Any: ...
 
-def shared_loader(dl: Any, share: Share, ranks: Any = None) -> Any:
+def shared_loader(
+        dl: Any,
+        share: Share,
+        ranks: Any = None,
+        split: Any = False,
+        tell: Any = ...,
+) -> Any:
     """The share of a loader that one process reads
 
-    Returns:
-        loader
+    Args:
+        dl, share, ranks: loader
+        split: whether each process reads other samples; None: it will be seen
+        tell: called with a text where it is seen, and is so
     """
 
 class LoaderRng:
@@ -106,11 +194,18 @@ class LockstepLoader:
 def batch_numbers(dl: Any, n: int) -> list:
     """The numbers of the `n` batches that this process has read of its share"""
 
-def gather_batches(ranks: Any, numbers: list, batches: dict, concat: Any = True) -> dict:
+def gather_batches(
+        ranks: Any,
+        numbers: list,
+        batches: dict,
+        concat: Any = True,
+        gather: Any = 'all',
+) -> dict:
     """Lists of batches of all processes, of several kinds, put together in the order of the numbers
 
     Args:
         concat: False: what the processes had of the batches stays apart
+        gather: as in `get_preds`
 
     Returns:
         kind -> `BatchBuffer` or `BatchList`

@@ -123,6 +123,8 @@ def before_step(self:GradientAccumulation, learn):
 
 @patch
 def cleanup_batch(self:GradientAccumulation, learn):
+    distributed = learn.ranks and learn.cbs.distributed
+    if distributed and distributed.no_sync and not self.is_last: return  # they lie elsewhere
     if self.count and not has_gradients(learn.opt): self._reset()  # they were used or dropped
 
 # %% ../../nbs/training/11_gradients.ipynb #d50878a5

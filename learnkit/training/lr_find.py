@@ -14,7 +14,7 @@ from fastcore.basics import noop, patch
 from ..base.methods import pure, result
 from ..data.loaders import set_epoch
 from ..data.resumable import reading_without_trace
-from ..components.callback import Callback
+from ..components.callback import Callback, CancelFit
 from ..components.optim import check_has_lr, set_hyper, set_lr
 from ..components.optimizers import named_optimizers
 from ..loop.plots import RunningMean, plot_axes
@@ -161,7 +161,7 @@ class RateSweep(Callback):
         self.lrs.append(self.rates[number - 1])
         self.losses.append(smoothed)
         self.best = min(self.best, smoothed)
-        if self.stop_div and not smoothed <= 4 * self.best: learn.stop()  # nan is not <= either
+        if self.stop_div and not smoothed <= 4 * self.best: raise CancelFit  # nan is not <= either
 
 # %% ../../nbs/training/05_lr_find.ipynb #432cbc2b
 class CycledBatches:

@@ -10,7 +10,7 @@ import math, warnings
 import torch
 from fastcore.basics import patch
 from ..base.ranks import is_main, sum_over_ranks, world_size
-from ..components.callback import Callback
+from ..components.callback import Callback, CancelFit
 from ..components.optim import get_hyper
 from ..loop.progress import show_message
 from ..loop.recorder import detached
@@ -92,7 +92,7 @@ class StopOnNaN(Callback):
                       f'{learn.iter}{lr}. Try a lower learning rate, gradient clipping, or bf16 '
                       'instead of fp16, and look for nan in this batch. SaveBest keeps the weights '
                       'of a better epoch', stacklevel=2)
-        learn.stop()
+        raise CancelFit  # on all processes
 
 # %% ../../nbs/training/08_stopping.ipynb #8b18c890
 def is_free_to_read(loss): # bool
@@ -130,7 +130,7 @@ class AskToContinue(Callback):
         of = '' if learn.n_epoch is None else f' of {learn.n_epoch}'
         prompt = f'epoch {learn.epoch + 1}{of} is done. Go on? [Y/n] '
         no = is_main() and not ask_yes_no(self.ask, prompt)
-        if sum_over_ranks(torch.tensor(float(no))): learn.stop()
+        if sum_over_ranks(torch.tensor(float(no))): raise CancelFit
 
 # %% ../../nbs/training/08_stopping.ipynb #a817bea5
 def ask_yes_no(ask, prompt:str): # bool

@@ -107,6 +107,15 @@ def test_accelerators_are_restored(fake):
     assert [state.tolist() for state in fake.states] == [[1, 1]]
 
 
+def test_of_several_processes_each_has_the_device_of_its_own(fake, monkeypatch):
+    for name, value in {'RANK': '1', 'WORLD_SIZE': '2', 'LOCAL_RANK': '1'}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.accelerator, 'device_count', lambda: 2)
+    fake.draw()
+    with isolated_rng(): fake.draw()
+    assert [state.tolist() for state in fake.states] == [[2, 2], [1, 1]] and fake.asked == 1
+
+
 def test_an_idle_accelerator_is_not_started(fake):
     "It is neither asked nor seeded when nothing was drawn from it"
     set_seed(3)
