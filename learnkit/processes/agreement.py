@@ -54,7 +54,7 @@ class Agreement:
         self.agreed = None, 0., False  # (signal or None, seconds, whether to stop)
         self.vote = StopVote(ranks)
 
-    def after_batch(self, signum, seconds): # (signal or None, seconds)
+    def after_batch(self, signum, seconds): # (signal or None, seconds, whether to stop)
         "What is agreed on; begins an exchange if it is time for one"
         self.batches += 1
         if self.vote.after_batch(self.batches): return signum, seconds, True
@@ -63,7 +63,7 @@ class Agreement:
             self.begin(signum, seconds)
         return self.agreed
 
-    def now(self, signum, seconds): # (signal or None, seconds)
+    def now(self, signum, seconds): # likewise
         "What is agreed on after an exchange that all wait for"
         self.finish()
         self.begin(signum, seconds)

@@ -35,13 +35,13 @@ class Agreement:
         """What is agreed on; begins an exchange if it is time for one
 
         Returns:
-            (signal or None, seconds)
+            (signal or None, seconds, whether to stop)
         """
     def now(self, signum: Any, seconds: Any) -> Any:
         """What is agreed on after an exchange that all wait for
 
         Returns:
-            (signal or None, seconds)
+            likewise
         """
     def begin(self, signum: Any, seconds: Any) -> None: ...
     def finish(self) -> None: ...
