@@ -1,6 +1,6 @@
 "What processes of tests/test_distributed.py run: a module, as each process imports it"
 import multiprocessing, os, signal, threading, time
-import torch, torchmetrics
+import torch
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 from counting import Fits
@@ -100,6 +100,7 @@ def datasets(workers):
 
 
 def metric_objects():
+    import torchmetrics
     from sklearn.metrics import f1_score
     return [Hits(), sklearn_metric(f1_score),
             torchmetrics.classification.MulticlassAccuracy(2, average='micro'), accuracy]
@@ -107,7 +108,16 @@ def metric_objects():
 
 def lists_and_sums(n_valid):
     "Metrics of torchmetrics: with lists, in a collection, in another one; few batches"
+    import torchmetrics
     from torchmetrics import classification as tm
+    class Ids(torchmetrics.Metric):
+        "A list without a reduction, of other length on each process"
+        def __init__(self):
+            super().__init__()
+            self.add_state('seen', default=[], dist_reduce_fx=None)
+        def update(self, pred, targ): self.seen += list(targ.unsqueeze(1))
+        def compute(self): return float(sum(len(t) for t in self.seen))
+
     many = dict(num_classes=2)
     metrics = {'auc': tm.MulticlassAUROC(2), 'f1': tm.MulticlassF1Score(2),
                'both': torchmetrics.MetricCollection([tm.MulticlassPrecision(**many),
@@ -119,15 +129,6 @@ def lists_and_sums(n_valid):
     with learn.distributed():
         learn.fit(1, lr=0.)
         return [learn.recorder.results, learn.validate()]
-
-
-class Ids(torchmetrics.Metric):
-    "A list without a reduction, of other length on each process"
-    def __init__(self):
-        super().__init__()
-        self.add_state('seen', default=[], dist_reduce_fx=None)
-    def update(self, pred, targ): self.seen += list(targ.unsqueeze(1))
-    def compute(self): return float(sum(len(t) for t in self.seen))
 
 
 def frozen(cbs):
