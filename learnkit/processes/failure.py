@@ -7,7 +7,6 @@ __all__ = []
 
 # %% ../../nbs/processes/02_failure.ipynb #a51d9a5f
 import os, sys, threading, time
-import torch.distributed as dist
 from fastcore.basics import noop, patch
 from ..components.callback import Cancel, Interrupted
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from fastcore.basics import patch
 from torch import nn
-from ..base.ranks import host_group, in_group, ranks_from_env
+from ..base.ranks import in_group, ranks_from_env
 from ..base.devices import default_device
 from ..base.dtensors import is_dtensor
 from ..files.tree import from_bytes, to_bytes
