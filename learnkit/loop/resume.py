@@ -138,7 +138,8 @@ def describe_call(learn, n_epoch, n_steps, lr, reset_opt): # plain tree
 def hypers_of(opt): # dict: name -> value; of several optimizers a dict by name of them
     "What an optimizer was made with, but for the rate"
     if named := named_optimizers(opt): return {name: hypers_of(one) for name, one in named.items()}
-    return {name: value for name, value in opt.defaults.items() if name != 'lr'}
+    made_with = {'differentiable': False, **opt.defaults}  # torch adds it where a state is loaded
+    return {name: value for name, value in made_with.items() if name != 'lr'}
 
 def described(dl): return None if dl is None else describe(dl)
 

@@ -891,3 +891,24 @@ def test_a_best_file_agrees_with_the_save_when_time_is_up(tmp_path):
             if learn.updates == stop: learn.time_is_up = True
         run(tmp_path / str(stop), On(order=-300, at_rest=clock), max_time=1000)
         assert outcome(run(tmp_path / str(stop), drawn=5, resume='latest')) == whole
+
+def test_the_second_fit_of_a_loaded_learner_goes_on_with_any_optimizer(tmp_path):
+    # torch adds to the defaults of an optimizer when a state is loaded, as to those of this one
+    def made():
+        torch.manual_seed(0)
+        dls = DataLoaders.from_tensors(samples(), bs=BS)
+        learn = Learner(dls, nn.Linear(4, 1), nn.MSELoss(), path=tmp_path, device='cpu',
+                        opt_func={'matrix': torch.optim.Muon, 'rest': torch.optim.SGD},
+                        splitter=lambda model: {'matrix': [model.weight], 'rest': [model.bias]})
+        return learn
+    first = made()
+    with first.no_logging(): first.fit(1)
+    first.save('first')
+    with first.no_logging(), pytest.raises(PowerCut):
+        first.fit(2, cbs=[SaveState('run', every='2 steps'), at(5, power_cut)], resume='latest')
+    whole, again = made(), made()
+    for learn, resume in ((whole, None), (again, 'latest')):
+        learn.load('first')
+        cbs = SaveState('run' if resume else 'whole', every='2 steps')
+        with learn.no_logging(): learn.fit(2, cbs=cbs, resume=resume)
+    assert torch.equal(again.model.weight, whole.model.weight)
