@@ -36,6 +36,7 @@ def may_appear(learn,
     "Whether a column may appear all the same, in the first row"
     tracked = name.startswith(('train_', 'valid_'))
     if tracked and any(cb.tracks is None for cb in learn.cbs): return True
+    if name.startswith('valid_') and learn.dls.valid is None: return False
     if tracked and mode is not None and may_have_parts(learn): return True
     if learn.dls.valid is None or mode is None: return False
     return any(may_give_dict(base_metric(m)) for m in named_metrics(learn.metrics).values())
@@ -58,7 +59,8 @@ def is_higher_better(tracker, learn): # bool
     if learn.recorder not in learn.cbs:
         raise ValueError(f'{title}: it reads the history, but no Recorder is among the callbacks')
     if name not in known and not may_appear(learn, name, tracker.mode):
-        why = '. There is no validation data' if learn.dls.valid is None else (
+        is_missing = learn.dls.valid is None and not name.startswith('train_')
+        why = '. There is no validation data' if is_missing else (
             '. A callback that adds a column announces it in `tracks`; for a part of the loss give '
             "mode='min' or 'max'")
         raise ValueError(f'{title}: no metric {name!r} will be recorded; '

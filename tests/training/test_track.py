@@ -105,6 +105,18 @@ def test_valid_loss_without_validation_data_is_an_error_that_says_so(cb):
     learn.fit(2, cbs=cb('train_loss'))
     assert learn.epochs_done == 2
 
+def test_a_part_of_the_loss_without_validation_data():
+    def fit(**kwargs):
+        learn = make(valid=False)
+        learn.loss_func = lambda pred, y: {'fit': nn.functional.mse_loss(pred, y),
+                                         'size': pred.pow(2).mean()}
+        learn.fit(1, cbs=SaveBest(**kwargs))
+    with pytest.raises(ValueError, match="for a part of the loss give mode='min' or 'max'"):
+        fit(monitor='train_size')
+    fit(monitor='train_size', mode='min')
+    with pytest.raises(ValueError, match='size.* will be recorded.*There is no validation data'):
+        fit(monitor='valid_size', mode='min')
+
 def test_unknown_direction_is_an_error_that_names_mode():
     def odd(pred, targ): return pred.mean()
     learn = make(metrics=[odd])
