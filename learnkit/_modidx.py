@@ -3137,6 +3137,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'learnkit.loop.loop.what_a_step_does': ('loop/loop.html#what_a_step_does', 'learnkit/loop/loop.py')},
             'learnkit.loop.losses': { 'learnkit.loop.losses.LossParts': ('loop/losses.html#lossparts', 'learnkit/loop/losses.py'),
                                       'learnkit.loop.losses.are_named_like': ('loop/losses.html#are_named_like', 'learnkit/loop/losses.py'),
+                                      'learnkit.loop.losses.check_no_weights': ( 'loop/losses.html#check_no_weights',
+                                                                                 'learnkit/loop/losses.py'),
                                       'learnkit.loop.losses.go_on': ('loop/losses.html#go_on', 'learnkit/loop/losses.py'),
                                       'learnkit.loop.losses.leading_to_own': ('loop/losses.html#leading_to_own', 'learnkit/loop/losses.py'),
                                       'learnkit.loop.losses.named_parts': ('loop/losses.html#named_parts', 'learnkit/loop/losses.py'),

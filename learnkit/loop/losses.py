@@ -74,6 +74,7 @@ def summed(loss, # a number; or a dict or sequence of parts
     named = named_parts(loss)
     if named is None: return loss, None
     if not named: raise ValueError('the loss has no parts: it is an empty dict or sequence')
+    if 'loss' in named: check_no_weights(named)
     total = named.pop('loss', None)
     pairs = {name: part_and_weight(name, part) for name, part in named.items()}
     parts = LossParts({name: value for name, (value, _) in pairs.items()})
@@ -82,6 +83,13 @@ def summed(loss, # a number; or a dict or sequence of parts
     if not parts.by_opt: return weighted_sum(pairs), parts
     parts.total = weighted_sum(pairs)
     return weighted_sum(leading_to_own(pairs, opt)), parts
+
+def check_no_weights(named):
+    "Raise ValueError for a weight in a sum that is there already"
+    pair = next((name for name, part in named.items() if isinstance(part, (tuple, list))), None)
+    if pair is None: return
+    raise ValueError(f"the loss has a part 'loss', which is the sum of all, and a weight for "
+                     f"{pair!r}, which would count for nothing: give the part 'loss' another name")
 
 def weighted_sum(pairs): # number or tensor
     terms = [value if type(weight) is int and weight == 1 else value * weight

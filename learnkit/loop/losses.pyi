@@ -54,6 +54,9 @@ def summed(loss: Any, opt: Any = None) -> Any:
         (loss, LossParts; None where it is one number)
     """
 
+def check_no_weights(named: Any) -> None:
+    """Raise ValueError for a weight in a sum that is there already"""
+
 def weighted_sum(pairs: Any) -> Any:
     """Returns:
         number or tensor
