@@ -1350,6 +1350,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                           'learnkit/components/callback.py'),
                                               'learnkit.components.callback.is_compared': ( 'components/callback.html#is_compared',
                                                                                             'learnkit/components/callback.py'),
+                                              'learnkit.components.callback.kept_by_opt': ( 'components/callback.html#kept_by_opt',
+                                                                                            'learnkit/components/callback.py'),
                                               'learnkit.components.callback.name_here': ( 'components/callback.html#name_here',
                                                                                           'learnkit/components/callback.py'),
                                               'learnkit.components.callback.named_callbacks': ( 'components/callback.html#named_callbacks',

@@ -232,6 +232,9 @@ def params_of(learn): # list of parameters that are optimized
     groups = learn.opt.param_groups if learn.opt else ()
     return [p for group in groups for p in group['params']]
 
+def kept_by_opt(learn): # list of tensors
+    return tensors_in([*learn.opt.state.values()]) if learn.opt else []
+
 def objects_shown(learn): # dict: name -> object
     "What must stay the same object while an observer looks"
     found = {f'learn.{name}': x for name, x in vars(learn).items()}
@@ -248,11 +251,13 @@ def counts_shown(learn, whole): # dict: name -> what is compared by its value
                'the data in memory': tensors_in(getattr(learn.dl, 'tensors', ())),
                'pred': tensors_in(learn.pred), 'loss': tensors_in(learn.loss), 'weights': params,
                'gradients': [p.grad for p in params if p.grad is not None],
-               'buffers of the model': list(model.buffers()) if whole else []}
+               'buffers of the model': list(model.buffers()) if whole else [],
+               'the state of the optimizer': kept_by_opt(learn) if whole else []}
     tracked = learn.recorder.tracked
     return {**{name: [*map(write_count, found)] for name, found in tensors.items()},
             'the mode of the model': [module.training for module in model.modules()]
                                      if whole else model.training,
+            'which weights are trained': [p.requires_grad for p in params],
             'tracked values': {name: len(mean.values) for name, mean in tracked.items()},
             "torch's random numbers": torch.default_generator.get_state().numpy().tobytes(),
             "python's random numbers": random.getstate() if whole else None,

@@ -221,6 +221,11 @@ def params_of(learn: Learner) -> Any:
         list of parameters that are optimized
     """
 
+def kept_by_opt(learn: Learner) -> Any:
+    """Returns:
+        list of tensors
+    """
+
 def objects_shown(learn: Learner) -> Any:
     """What must stay the same object while an observer looks
 

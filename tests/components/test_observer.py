@@ -168,6 +168,14 @@ def test_later_changes_are_seen_too():
     with pytest.raises(RuntimeError, match='learn.loss'):
         made(cbs=Callback(after_batch=late, observer=True)).fit(10)
 
+@pytest.mark.parametrize('what, change', [
+    ('the state of the optimizer', lambda learn: [kept['exp_avg'].zero_()
+                                                  for kept in learn.opt.state.values()]),
+    ('which weights are trained', lambda learn: learn.model[0].requires_grad_(False))])
+def test_optimizer_and_freezing_are_watched(what, change):
+    with pytest.raises(RuntimeError, match=what):
+        made(cbs=Callback(after_step=change, observer=True)).fit(1)
+
 def test_it_may_evaluate_in_between():
     seen = []
     def evaluate(learn): seen.append(learn.validate()['loss'])
