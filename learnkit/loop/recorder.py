@@ -150,7 +150,10 @@ def cleanup_batch(self:Recorder, learn): self._cancelled = False
 @patch
 def after_batch(self:Recorder, learn):
     step, self._updates = self._updates, learn.steps_done
-    if self._cancelled or learn.loss is None: return
+    if self._cancelled: return
+    if learn.loss is None:  # an evaluation may have metrics alone
+        if self.tally: self.tally.add(learn.pred, learn.yb, None, learn.n_items)
+        return
     loss, weight = detached(learn.loss), learn.loss_weight
     if self._is_sum is None: self._is_sum = learn.loss_is_sum
     if self._is_sum: loss = loss / weight

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from learnkit import (
-    Callback, CheckpointedLearner, DataLoaders, GradientAccumulation, Learner, MixUp, SaveState)
+    Callback, CheckpointedLearner, DataLoaders, GradientAccumulation, Learner, MixUp, SaveState,
+    accuracy)
 
 N, T, V = 22, 7, 11
 CLASS_WEIGHT = torch.linspace(0.2, 3., V)
@@ -243,3 +244,16 @@ def test_recorded_calls_weigh_alike(tmp_path):
         with learn.no_logging(): learn.fit(2)
         return learn.validate()['loss'], learn.recorder.rows
     assert run() == run()
+
+
+def test_an_evaluation_may_have_metrics_and_no_loss():
+    class Detect(Callback):
+        def get_loss(self, learn):
+            if learn.training: learn.loss = F.cross_entropy(learn.pred, learn.yb[0])
+    x, y = torch.randn(20, 4), torch.randint(3, (20,))
+    learn = learner(None, 8, (x, y), nn.Linear(4, 3), cbs=Detect(), metrics=accuracy)
+    right = (learn.model(x).argmax(1) == y).float().mean().item()
+    with learn.no_logging(): learn.fit(1)
+    for found in (learn.validate(), learn.recorder.rows[0]):
+        assert found['accuracy'] == pytest.approx(right)
+    assert np.isnan(learn.recorder.rows[0]['valid_loss'])
