@@ -127,3 +127,19 @@ def trained(folder, stop=None):
 class Beside(Callback):
     "Functions for events that are no part of the fit"
     def settings(self): return None
+
+
+SIZES = (4, 1), (4, 3)  # of the batches of each of two processes
+
+
+def uneven():
+    "Batches split by hand, of unequal sizes; a single process has each update's samples at once"
+    torch.manual_seed(0)
+    x = torch.randn(12, 3)
+    cut = x.split([n for sizes in zip(*SIZES, strict=True) for n in sizes])
+    mine = cut[rank()::2] if world_size() == 2 else [torch.cat(cut[:2]), torch.cat(cut[2:])]
+    learn = Learner(DataLoaders([(part, part.sum(1, keepdim=True)) for part in mine], sharded=True),
+                    nn.Linear(3, 1), nn.MSELoss(), torch.optim.SGD, lr=0.1, device='cpu')
+    learn.remove_cb(Progress)
+    with learn.distributed(): learn.fit(3)
+    return [p.tolist() for p in learn.model.parameters()], learn.recorder.steps.loss.tolist()

@@ -120,8 +120,8 @@ class SplitLoader:
             if batch is None: raise ValueError(no_batch_text(self))
             yield batch
 
-    def batch_weights(self, number):
-        return int(self.has_batch[self.share.rank]), sum(self.has_batch)
+    def batch_weights(self, number): # (0 or 1, None): how many samples the others have is unknown
+        return int(self.has_batch[self.share.rank]), None
 
 # %% ../../nbs/processes/04_shares.ipynb #7081780z
 def flags_of_all(flag:bool, ranks) -> list:

@@ -78,7 +78,10 @@ class SplitLoader:
         Returns:
             iterator of batches
         """
-    def batch_weights(self, number: Any) -> Any: ...
+    def batch_weights(self, number: Any) -> Any:
+        """Returns:
+            (0 or 1, None): how many samples the others have is unknown
+        """
 
 def flags_of_all(flag: bool, ranks: Any) -> list:
     """A flag of each process; cheaper than `Ranks.gather`, as it comes with every batch"""

@@ -16,7 +16,8 @@ from .ddp import loss_params
 class BatchWeights:
     "What a batch weighs here, and on all processes"
     def __init__(self):
-        self.rows = 1, 1  # of the data, here and on all; 0 where a batch comes again as a filler
+        # Of the data, here and on all: 0 where a batch comes again as a filler, None: unknown
+        self.rows = 1, 1
         self.here = self.together = None  # numbers; on an accelerator tensors, which nobody reads
         self.is_exchanged = False  # whether the rows alone do not tell
 
@@ -31,7 +32,8 @@ class BatchWeights:
     def weigh(self, learn, ranks):
         if not self.rows[0]: learn.n_items = 0
         if learn.iter == learn.first_batch:
-            self.is_exchanged = any(ranks.gather(bool(self.rows[0]) and has_own_weight(learn)))
+            self.is_exchanged = self.rows[1] is None or any(
+                ranks.gather(bool(self.rows[0]) and has_own_weight(learn)))
         self.here, self.together = self.rows
         if not self.is_exchanged: return
         here = torch.as_tensor(learn.loss_weight, dtype=torch.float64, device=learn.device)

@@ -94,3 +94,11 @@ def test_a_number_that_is_none_says_nothing(n): assert not is_split(SimpleNamesp
 def test_a_sampler_for_a_single_process_does_not_split():
     sampler = DistributedSampler(shards.DATA, num_replicas=1, rank=0)
     assert not is_split(DataLoader(shards.DATA, sampler=sampler))
+
+
+def test_batches_of_unequal_sizes_weigh_by_their_samples():
+    params, losses = shards.uneven()
+    for found, of_steps in launch(shards.uneven, n=2):
+        assert of_steps == pytest.approx(losses, rel=1e-5)
+        for a, b in zip(found, params, strict=True):
+            torch.testing.assert_close(torch.tensor(a), torch.tensor(b), rtol=1e-5, atol=1e-7)
