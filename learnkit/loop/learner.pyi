@@ -451,7 +451,7 @@ class Learner(Loop):
         Args:
             start_lr: first rate
             end_lr: last rate
-            num_it: batches, over as many epochs as they take
+            num_it: rates, an update each, over as many epochs as it takes
             stop_div: stop when the loss diverges
             suggest: which suggestions to make
             opt: of several optimizers the one whose rate it is; the others keep theirs

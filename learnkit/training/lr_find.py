@@ -12,7 +12,7 @@ from types import MappingProxyType
 import numpy as np
 from fastcore.basics import noop, patch
 from ..base.methods import pure, result
-from ..data.loaders import set_epoch
+from ..data.loaders import length, set_epoch
 from ..data.resumable import reading_without_trace
 from ..components.callback import Callback, CancelFit
 from ..components.optim import check_has_lr, set_hyper, set_lr
@@ -191,7 +191,7 @@ class CycledBatches:
 def lr_find(self:Learner,
             start_lr:float=1e-7, # first rate
             end_lr:float=10, # last rate
-            num_it:int=100, # batches, over as many epochs as they take
+            num_it:int=100, # rates, an update each, over as many epochs as it takes
             stop_div:bool=True, # stop when the loss diverges
             suggest=('valley', 'steep', 'minimum'), # which suggestions to make
             opt:str=None, # of several optimizers the one whose rate it is; the others keep theirs
@@ -203,7 +203,7 @@ def lr_find(self:Learner,
     sweep = RateSweep(rates, stop_div, opt)
     with interruptible(self), reading_without_trace(self.dls.train) as dl, self.no_trace():
         self.add_cb(sweep)
-        self._fit = FitState(n_steps=num_it)
+        self._fit = FitState(n_steps=num_it, batches_per_epoch=length(self.dls.train))
         if opt is not None: set_lr(self.opt, self.lr)
         with self._pass('lr_find', CycledBatches(dl, num_it, self.epochs_done)):
             self._level('lr_find', self._all_batches)

@@ -144,7 +144,8 @@ def overfit(self:Learner,
         few = RepeatedBatches(itertools.islice(dl, batches), n_steps)
         others = [cb for cb in silent_cbs(self.cbs)
                   if not isinstance(cb, (GradientAccumulation, Mix))]
-        self.cbs[:], self._fit = [*others, losses], FitState(n_steps=n_steps)
+        self.cbs[:], self._fit = [*others, losses], FitState(
+            n_steps=n_steps, batches_per_epoch=n_steps)
         if lr is None and not any(cb.owns_lr for cb in self.cbs): lr = self.lr
         if self.opt and lr is not None: set_lr(self.opt, lr)
         with self._pass('lr_find', few): self._level('lr_find', self._all_batches)
