@@ -223,6 +223,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'learnkit.base.snapshots.closure_read': ( 'base/snapshots.html#closure_read',
                                                                                    'learnkit/base/snapshots.py'),
                                          'learnkit.base.snapshots.copied': ('base/snapshots.html#copied', 'learnkit/base/snapshots.py'),
+                                         'learnkit.base.snapshots.flat_bytes': ( 'base/snapshots.html#flat_bytes',
+                                                                                 'learnkit/base/snapshots.py'),
                                          'learnkit.base.snapshots.is_empty': ('base/snapshots.html#is_empty', 'learnkit/base/snapshots.py'),
                                          'learnkit.base.snapshots.is_of_outside': ( 'base/snapshots.html#is_of_outside',
                                                                                     'learnkit/base/snapshots.py'),

@@ -104,8 +104,13 @@ def same_arrays(a, b): # bool
     if kind(a) != kind(b): return False
     if a.layout != torch.strided: return same_arrays(a.to_dense(), b.to_dense())
     if a.stride() != b.stride() and a.numel() > 1: return False
-    a, b = (t.detach().contiguous().flatten().view(torch.uint8) for t in (a, b))
-    return torch.equal(a, b)
+    return torch.equal(flat_bytes(a), flat_bytes(b))
+
+def flat_bytes(t): # uint8 tensor
+    "The bits of a tensor, in the order of its items"
+    t = t.detach().resolve_conj().resolve_neg().contiguous().flatten()
+    if t.numel() < 2: t = t.clone(memory_format=torch.contiguous_format)  # it may have any stride
+    return t.view(torch.uint8)
 
 def same_trees(a, b): # bool
     "Whether two nestings of dicts, sequences, tensors and plain values are equal"

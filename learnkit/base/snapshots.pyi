@@ -74,6 +74,13 @@ def same_arrays(a: Any, b: Any) -> bool:
         bool
     """
 
+def flat_bytes(t: Any) -> Any:
+    """The bits of a tensor, in the order of its items
+
+    Returns:
+        uint8 tensor
+    """
+
 def same_trees(a: Any, b: Any) -> bool:
     """Whether two nestings of dicts, sequences, tensors and plain values are equal
 

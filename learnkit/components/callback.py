@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from ..base.batches import tensors_in
-from ..base.snapshots import MISSING, PLAIN
+from ..base.snapshots import MISSING, PLAIN, flat_bytes
 
 # %% ../../nbs/components/00_callback.ipynb #de174d65
 LEVELS = ('fit', 'epoch', 'train', 'validate', 'batch')
@@ -134,7 +134,7 @@ def frozen(x, depth=0): # what tells a value from others, and from itself once i
 def frozen_tensor(t): # bytes of a small one
     is_plain = type(t) in (torch.Tensor, torch.nn.Parameter) and t.layout == torch.strided
     if not is_plain or t.device.type != 'cpu' or t.nbytes > 2**16: return Identity(t)
-    return t.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return flat_bytes(t).numpy().tobytes()
 
 def noting_what_is_made(init): # function
     "A constructor that notes at its end what the object holds"
