@@ -102,6 +102,14 @@ def noisy(deep):
     return found
 
 
+def static(n_batches):
+    "Updates of a fit whose graph is said to be the same for each batch"
+    learn = learner(DataLoaders.from_tensors((ROWS, LABELS), bs=2))
+    with learn.distributed(static_graph=True):
+        learn.fit(1, cbs=GradientAccumulation(n_batches))
+        return learn.updates
+
+
 def learner(dls):
     set_seed(0)
     learn = Learner(dls, nn.Linear(1, 2), nn.CrossEntropyLoss(), device='cpu')

@@ -29,11 +29,15 @@ class DDPForward:
 
     def __call__(self, *args, **kwargs):
         if not self.learn.training: return self.bare_forward(*args, **kwargs)
+        if self.ddp.static_graph and not self.learn.sync_grads: raise ValueError(STATIC_TEXT)
         self.ddp.require_backward_grad_sync = self.learn.sync_grads
         return self.ddp(*args, **kwargs)
 
     def __deepcopy__(self, memo): # a copy of the model exchanges nothing
         return MethodType(type(self.model).forward, memo[id(self.model)])
+
+STATIC_TEXT = ('Distributed(static_graph=True): with accumulated gradients there are batches '
+               'without an exchange, which torch cannot do with it: leave one of the two out')
 
 def exchange_gradients(learn, find_unused:bool=False, **options): # function that undoes it
     "Let the gradients of a learner's model be averaged over the processes"

@@ -26,6 +26,7 @@ class DDPForward:
         """Returns:
             a copy of the model exchanges nothing
         """
+STATIC_TEXT: str
 
 def exchange_gradients(learn: Learner, find_unused: bool = False, **options: Any) -> Any:
     """Let the gradients of a learner's model be averaged over the processes
