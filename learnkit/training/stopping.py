@@ -70,7 +70,7 @@ class StopOnNaN(Callback):
     order, phases = 92, ('train',)
 
     def __init__(self,
-                 every:int=50, # batches from one check to the next where the loss is not on the cpu
+                 every:int=50, # batches between checks, on an accelerator or several processes
                 ):
         check_whole('StopOnNaN', 'every', every)
         self.every = every

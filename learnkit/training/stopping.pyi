@@ -57,7 +57,7 @@ class StopOnNaN(Callback):
         """Ends a fit whose loss is nan or infinite, before the update if it is seen at once
 
         Args:
-            every: batches from one check to the next where the loss is not on the cpu
+            every: batches between checks, on an accelerator or several processes
         """
     def after_loss(self, learn: Learner) -> None: ...
     def after_train(self, learn: Learner) -> None: ...
