@@ -3,7 +3,8 @@ from random import Random
 import torch
 from torch import nn
 from torch.utils.data import (
-    DataLoader, Dataset, IterableDataset, Subset, SubsetRandomSampler, TensorDataset)
+    DataLoader, Dataset, DistributedSampler, IterableDataset, Subset, SubsetRandomSampler,
+    TensorDataset)
 from learnkit import *
 from learnkit.files.tree import tree_digest
 
@@ -27,6 +28,10 @@ def mine(split=True): # the samples of this process
     return range(rank() if split else 0, N, world_size() if split else 1)
 
 
+def distributed(split): # for 23 samples on two processes it repeats one
+    return DistributedSampler(DATA, *(world_size(), rank()) if split else (1, 0))
+
+
 def batches(rows): return [tuple(t[rows] for t in (ROWS, LABELS)) for rows in rows.split(2)]
 
 
@@ -39,6 +44,7 @@ LOADERS = {
         [DATA[i] for i in mine(split)], None,
         collate_fn=lambda pair: (pair[0][None], pair[1][None])),
     'sampler': lambda split: DataLoader(DATA, 2, sampler=SubsetRandomSampler(mine(split))),
+    'DistributedSampler': lambda split: DataLoader(DATA, 2, sampler=distributed(split)),
     'list': lambda split: batches(torch.tensor(mine(split))),
     'stream': lambda split: DataLoader(Stream(split), 2)}
 

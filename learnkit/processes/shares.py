@@ -10,7 +10,8 @@ import copy, inspect, itertools
 from collections.abc import Sequence
 import torch
 from fastcore.basics import noop
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import (
+    BatchSampler, DataLoader, DistributedSampler, IterableDataset, Sampler)
 from ..base.batches import BatchBuffer, BatchList, batch_size, to_device
 from ..base.randomness import (
     generator_state, isolated_rng, rng_state, set_generator_state, set_rng_state)
@@ -91,7 +92,7 @@ def stages_of(part) -> list:
 class SplitLoader:
     "A loader that gives each process other samples; short ones go on until all have ended"
     def __init__(self, loader, share, ranks):
-        self.loader = self.full_loader = loader
+        self.loader, self.full_loader = without_repeats(loader), loader
         self.share, self.ranks, self.lengths, self.has_batch = share, ranks, None, None
 
     def __len__(self):
@@ -133,6 +134,33 @@ def no_batch_text(dl) -> str:
     share, other = dl.share, dl.has_batch.index(True)
     return (f'{type(dl.loader).__name__} gave no batch to process {share.rank} of {share.size}, '
             f'but one to process {other}: give each process some samples')
+
+# %% ../../nbs/processes/04_shares.ipynb #a7a33a19
+class WithoutRepeats(Sampler):
+    "The samples of a `DistributedSampler`, without those that it repeats to make all parts alike"
+    def __init__(self, sampler): self.sampler = sampler
+
+    def counted(self): # sampler; made anew, as the epoch of the other changes
+        twin = copy.copy(self.sampler)
+        n = twin.total_size = len(twin.dataset)
+        twin.num_samples = len(range(twin.rank, n, twin.num_replicas))
+        return twin
+
+    def __iter__(self): return iter(self.counted())
+    def __len__(self): return len(self.counted())
+
+def without_repeats(dl): # loader
+    "A loader that reads each sample once, where a `DistributedSampler` of torch repeats some"
+    sampler = getattr(dl, 'sampler', None)
+    if type(sampler) is not DistributedSampler or type(dl) is not DataLoader: return dl
+    n = len(sampler.dataset)
+    if not sampler.num_replicas <= n < sampler.total_size: return dl
+    twin, once = copy.copy(dl), WithoutRepeats(sampler)
+    if dl.batch_sampler is None: vars(twin).update(sampler=once, _iterator=None)
+    elif type(dl.batch_sampler) is BatchSampler:
+        batches = BatchSampler(once, dl.batch_sampler.batch_size, dl.batch_sampler.drop_last)
+        vars(twin).update(batch_sampler=batches, _iterator=None)  # setattr is refused
+    return twin
 
 # %% ../../nbs/processes/04_shares.ipynb #2bc4001c
 def is_by_index(dl) -> bool: return isinstance(dl, DataLoader) and not is_stream(dl)

@@ -3,6 +3,7 @@
 # pyright: reportPrivateImportUsage=false
 """The batches, or parts of batches, that one process reads"""
 from collections.abc import Iterator
+from torch.utils.data import Sampler
 from typing import Any
 from ..data.order import Share
 from ..loop.learner import Learner
@@ -88,6 +89,24 @@ def flags_of_all(flag: bool, ranks: Any) -> list:
 
 def no_batch_text(dl: Any) -> str:
     """What is wrong where a process has no batch at all"""
+
+class WithoutRepeats(Sampler):
+    """The samples of a `DistributedSampler`, without those that it repeats to make all parts alike"""
+    sampler: Any
+    def __init__(self, sampler: Any) -> None: ...
+    def counted(self) -> Any:
+        """Returns:
+            sampler; made anew, as the epoch of the other changes
+        """
+    def __iter__(self) -> Iterator[Any]: ...
+    def __len__(self) -> int: ...
+
+def without_repeats(dl: Any) -> Any:
+    """A loader that reads each sample once, where a `DistributedSampler` of torch repeats some
+
+    Returns:
+        loader
+    """
 
 def is_by_index(dl: Any) -> bool: ...
 
