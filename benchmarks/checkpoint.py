@@ -251,13 +251,20 @@ def seconds_of(calls):
         found.append(time.process_time() - start)
     return found
 
+def always_the_same():
+    "Work that shows how fast the machine is at the moment"
+    found = {str(i): torch.full((4,), float(i)) for i in range(100)}
+    return sum(float(t.sum()) for t in found.values())
+
 def growth(folder, work, n): # (when computed, when fetched)
-    "Median of the last tenth over that of the first"
+    "Median of the last tenth over that of the first, each by what the same work took meanwhile"
     ratios = []
     for _ in range(2):
-        seconds = seconds_of(work(folder, n))[n // 20:]  # without what warms up
-        first, last = seconds[:n // 10], seconds[-(n // 10):]
-        ratios.append(statistics.median(last) / statistics.median(first))
+        pairs = [(*seconds_of([call]), *seconds_of([always_the_same])) for call in work(folder, n)]
+        pairs = pairs[n // 20:]  # without what warms up
+        first, last = ([statistics.median(times) for times in zip(*part, strict=True)]
+                       for part in (pairs[:n // 10], pairs[-(n // 10):]))
+        ratios.append(last[0] / first[0] / (last[1] / first[1]))
     return ratios
 
 def long_history(folder, rounds, n=10**6): # ratio of the medians
