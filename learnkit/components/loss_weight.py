@@ -111,3 +111,18 @@ def is_sum(loss_func, args, # tensors; other things have no halves
     together, mean = first + second, (cut * first + (n - cut) * second) / n
     whole, size = float(loss.detach()), max(abs(first), abs(second))
     return abs(whole - together) < min(1e-3 * size, abs(whole - mean))
+
+# %% ../../nbs/components/03_loss_weight.ipynb #5e7ea932
+def as_weight(weight): # number, where reading it is free; on an accelerator a 0-d tensor
+    is_free = isinstance(weight, torch.Tensor) and weight.device.type == 'cpu'
+    return weight.item() if is_free else weight
+
+def is_zero(weight): return not isinstance(weight, torch.Tensor) and weight == 0 # bool
+
+def known_equal(a, b): # bool
+    "Whether two weights are known to be equal"
+    return not (isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor)) and a == b
+
+def above_zero(weight): # number or tensor
+    "A weight that can be divided by"
+    return torch.where(weight > 0, weight, 1) if isinstance(weight, torch.Tensor) else weight or 1

@@ -89,3 +89,24 @@ def is_sum(loss_func: Any, args: Any, loss: Any) -> Any:
     Returns:
         bool; None: it cannot be told
     """
+
+def as_weight(weight: Any) -> Any:
+    """Returns:
+        number, where reading it is free; on an accelerator a 0-d tensor
+    """
+
+def is_zero(weight: Any) -> Any: ...
+
+def known_equal(a: Any, b: Any) -> bool:
+    """Whether two weights are known to be equal
+
+    Returns:
+        bool
+    """
+
+def above_zero(weight: Any) -> Any:
+    """A weight that can be divided by
+
+    Returns:
+        number or tensor
+    """

@@ -20,7 +20,7 @@ from ..base.methods import unrecorded
 from ..base.randomness import isolated_rng
 from ..components.callback import (
     Callbacks, Cancel, CancelBackward, CancelFit, CancelStep, Interrupted)
-from ..components.loss_weight import LossCalls, divisor_in_graph
+from ..components.loss_weight import LossCalls, as_weight, divisor_in_graph
 from ..components.optim import opt_params
 from ..components.optimizers import advice_for_step, mode_of_pass, needs_closure
 from ..data.loaders import is_table, length, set_epoch
@@ -259,8 +259,6 @@ def has_updates(learn): # bool
 @patch
 def _sum_loss(self:Loop):
     self.loss, self.loss_parts = summed(self.loss, self.opt)
-    weight = divisor_in_graph(self.loss_parts.total) if self.loss_parts else None
-    if weight is not None: self._loss_weight = as_weight(weight)
 
 # %% ../../nbs/loop/03_loop.ipynb #a888355d
 @patch
@@ -351,7 +349,8 @@ def training(self:Loop) -> bool:
 # %% ../../nbs/loop/03_loop.ipynb #bd66afe7
 @patch
 def _weigh_loss(self:Loop):
-    if self._heard is None: weight = divisor_in_graph(self.loss)
+    total = self.loss_parts.total if self.loss_parts else None
+    if self._heard is None: weight = divisor_in_graph(self.loss if total is None else total)
     else:
         weight = self._loss_calls.divisor()
         if weight is None: self._heard = None  # nor will the next batches have one
@@ -364,10 +363,6 @@ def step_of_loss(learn): # 'get_pred' or 'get_loss'; None: it is compiled
     is_compiled = hasattr(part, '_orig_mod') or hasattr(part, '_torchdynamo_orig_callable')
     if is_compiled or at_once and learn.compiled is not None: return None
     return 'get_pred' if at_once else 'get_loss'
-
-def as_weight(weight): # number, where reading it is free; on an accelerator a 0-d tensor
-    is_free = isinstance(weight, torch.Tensor) and weight.device.type == 'cpu'
-    return weight.item() if is_free else weight
 
 # %% ../../nbs/loop/03_loop.ipynb #e4d2c1a2
 @patch

@@ -134,11 +134,6 @@ def step_of_loss(learn: Learner) -> Any:
         'get_pred' or 'get_loss'; None: it is compiled
     """
 
-def as_weight(weight: Any) -> Any:
-    """Returns:
-        number, where reading it is free; on an accelerator a 0-d tensor
-    """
-
 def add_origin(learn: Learner, error: Any, method: Any, event: Any) -> None:
     """Note in an exception which callback raised it, and when"""
 

@@ -8,8 +8,8 @@ __all__ = []
 # %% ../../nbs/processes/05_weights.ipynb #264f2973
 import torch
 from ..base.ranks import sum_over_ranks
-from ..loop.loop import as_weight
-from ..training.gradients import above_zero, is_same, is_zero, zero_loss
+from ..components.loss_weight import above_zero, as_weight, is_zero, known_equal
+from ..training.gradients import zero_loss
 from .ddp import loss_params
 
 # %% ../../nbs/processes/05_weights.ipynb #2c818be3
@@ -27,7 +27,7 @@ class BatchWeights:
         if self.rows[0] and is_zero(self.here):  # a mean over nothing, which may be nan
             return zero_loss((learn.pred, *loss_params(learn.loss_func)))
         factor = ranks.size * self.here / above_zero(self.together)
-        return learn.loss if is_same(factor, 1) else learn.loss * factor
+        return learn.loss if known_equal(factor, 1) else learn.loss * factor
 
     def weigh(self, learn, ranks):
         if not self.rows[0]: learn.n_items = 0

@@ -15,9 +15,9 @@ from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_no
 from ..base.batches import map_tensors
 from ..base.dtensors import full_tensor, local_part, split_by_dtensor
 from ..components.callback import Callback, CancelStep
+from ..components.loss_weight import above_zero, as_weight, is_zero, known_equal
 from ..components.optim import opt_params
 from ..components.optimizers import has_gradients, named_optimizers
-from ..loop.loop import as_weight
 from ..loop.reduction import check_is_mean
 from .arguments import check_whole
 from .precision import check_only_one, check_optimizer
@@ -76,18 +76,6 @@ class GradientAccumulation(Callback):
 
     before_lr_find = before_fit
 
-# %% ../../nbs/training/11_gradients.ipynb #26693127
-# A weight is a number, or on an accelerator a tensor, which is not read: nothing waits for it
-def is_zero(weight): return not isinstance(weight, torch.Tensor) and weight == 0 # bool
-
-def is_same(a, b): # bool
-    "Whether two weights are known to be equal"
-    return not (isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor)) and a == b
-
-def above_zero(weight): # number or tensor
-    "A weight that can be divided by"
-    return torch.where(weight > 0, weight, 1) if isinstance(weight, torch.Tensor) else weight or 1
-
 # %% ../../nbs/training/11_gradients.ipynb #9de64e05
 @patch
 def before_batch(self:GradientAccumulation, learn):
@@ -101,7 +89,7 @@ def before_backward(self:GradientAccumulation, learn):
     check_same_parts(self, learn)
     self.weight = as_weight(learn.loss_weight_all)
     if is_zero(self.weight): learn.loss = zero_loss(learn.pred)
-    elif not (is_zero(self.first_weight) or is_same(self.first_weight, self.weight)):
+    elif not (is_zero(self.first_weight) or known_equal(self.first_weight, self.weight)):
         learn.loss = learn.loss * (self.weight / self.first_weight)
 
 @patch
@@ -116,7 +104,7 @@ def before_step(self:GradientAccumulation, learn):
     if is_zero(self.total_weight):  # there was no sample
         learn._run_step('zero_grad')
         raise CancelStep
-    if not is_same(self.total_weight, self.first_weight):
+    if not known_equal(self.total_weight, self.first_weight):
         scale = self.first_weight / above_zero(self.total_weight)
         torch._foreach_mul_([local_part(grad) for grad in gradients(learn.opt)], scale)
     self.first_weight = self.total_weight  # if the step is cancelled, later batches join in so

@@ -64,22 +64,6 @@ class GradientAccumulation(Callback):
     def cleanup_lr_find(self, learn: Learner) -> None: ...
     def before_lr_find(self, learn: Learner) -> None: ...
 
-def is_zero(weight: Any) -> Any: ...
-
-def is_same(a: Any, b: Any) -> bool:
-    """Whether two weights are known to be equal
-
-    Returns:
-        bool
-    """
-
-def above_zero(weight: Any) -> Any:
-    """A weight that can be divided by
-
-    Returns:
-        number or tensor
-    """
-
 def check_same_parts(accumulation: Any, learn: Learner) -> None:
     """Raise ValueError where the batches of an update have losses of other optimizers"""
 

@@ -15,6 +15,7 @@ from ..base.methods import pure, result
 from ..data.loaders import length, set_epoch
 from ..data.resumable import reading_without_trace
 from ..components.callback import Callback, CancelFit
+from ..components.metrics import Mean
 from ..components.optim import check_has_lr, set_hyper, set_lr
 from ..components.optimizers import named_optimizers
 from ..loop.plots import RunningMean, plot_axes
@@ -122,12 +123,6 @@ def loss_over_ranks(learn, loss): # (float, float)
     loss, weight = float(detached(loss)), float(learn.loss_weight)
     return (learn.ranks.mean(loss, weight) if learn.ranks else loss), float(learn.loss_weight_all)
 
-def weighted_mean(pairs): # float; pairs of (value, weight)
-    if len(pairs) == 1: return pairs[0][0]
-    counted = [(value, weight) for value, weight in pairs if weight]
-    total = sum(weight for _, weight in counted)
-    return sum(value * weight for value, weight in counted) / total if counted else math.nan
-
 # %% ../../nbs/training/05_lr_find.ipynb #bd78bb55
 class RateSweep(Callback):
     "Raises the learning rate batch by batch and keeps the losses"
@@ -140,7 +135,7 @@ class RateSweep(Callback):
                 ):
         self.rates, self.stop_div, self.opt = lrs, stop_div, opt
         self.lrs, self.losses, self.best = [], [], math.inf  # the losses are smoothed
-        self.group = []  # (loss, weight) of the batches of an update
+        self.group = Mean()  # of the batches of an update
         self.mean = RunningMean(SMOOTHING)
 
     def before_lr_find(self, learn): # after other callbacks, which may let several make an update
@@ -153,11 +148,10 @@ class RateSweep(Callback):
 
     def after_batch(self, learn):
         if (loss := loss_swept(learn, self.opt)) is not None:
-            self.group.append(loss_over_ranks(learn, loss))
+            self.group.add(*loss_over_ranks(learn, loss))
         number, batch = divmod(learn.iter + 1, learn.batches_per_update)
-        if batch or not self.group: return
-        smoothed = self.mean.add(weighted_mean(self.group))
-        self.group = []
+        if batch or not self.group.n: return  # all of it cancelled, or without a target
+        smoothed, self.group = self.mean.add(self.group.compute()), Mean()
         self.lrs.append(self.rates[number - 1])
         self.losses.append(smoothed)
         self.best = min(self.best, smoothed)

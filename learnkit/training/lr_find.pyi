@@ -9,6 +9,7 @@ from types import MappingProxyType
 from typing import Any
 from ..base.methods import result
 from ..components.callback import Callback
+from ..components.metrics import Mean
 from ..loop.learner import Learner
 from ..loop.plots import RunningMean
 __all__ = [
@@ -92,11 +93,6 @@ def loss_over_ranks(learn: Learner, loss: Any) -> Any:
         (float, float)
     """
 
-def weighted_mean(pairs: Any) -> Any:
-    """Returns:
-        float; pairs of (value, weight)
-    """
-
 class RateSweep(Callback):
     """Raises the learning rate batch by batch and keeps the losses"""
     rates: Any
@@ -105,7 +101,7 @@ class RateSweep(Callback):
     lrs: list[Any]
     losses: list[Any]
     best: Any
-    group: list[Any]
+    group: Mean
     mean: RunningMean
     def __init__(self, lrs: Any, stop_div: bool, opt: Any = None) -> None:
         """Raises the learning rate batch by batch and keeps the losses

@@ -161,3 +161,13 @@ def test_plot_marks_suggestions_and_zooms():
     assert ax.get_xscale() == 'log' and len(ax.get_legend().get_texts()) == len(found.suggestions)
     low, high = found.plot(start=1e-4, end=1e-1).lines[0].get_xdata()[[0, -1]]
     assert low >= 1e-4 and high <= 1e-1
+
+
+def test_a_batch_that_weighs_nothing_does_not_end_the_sweep():
+    x, y = torch.randn(40, 3), torch.randint(2, (40,), generator=torch.Generator().manual_seed(0))
+    y[8:16] = -100  # the loss of this batch is a mean over nothing
+    batches = [*zip(x.split(8), y.split(8), strict=True)]
+    learn = Learner(DataLoaders(batches), torch.nn.Linear(3, 2), torch.nn.CrossEntropyLoss(),
+                    device='cpu')
+    found = learn.lr_find(num_it=20, end_lr=0.1, suggest=())
+    assert len(found.lrs) == 16 and all(map(math.isfinite, found.losses))
