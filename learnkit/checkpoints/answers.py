@@ -20,7 +20,7 @@ from .record import (
 from .host import method_kind
 from .digests import joined
 from .ledger import Ledger, states_of
-from .changes import PlanEnds
+from .changes import PlanEnds, changed_code
 from .retention import check_retained
 
 # %% ../../nbs/checkpoints/07_answers.ipynb #82a3c20d
@@ -36,7 +36,7 @@ def find_answer(self:Ledger, node, key, call): # CallRecord; None
     found = self.store.answer(node.id, key)
     found = found and CallRecord(found)
     if found is None or self.store.holds([found.result, found.callbacks]):
-        is_old = found and self.options.computes_changed_code and self.changed_code(found, call)
+        is_old = found and self.options.computes_changed_code and changed_code(found, call)
         return None if is_old else found
     warnings.warn(f'the answer to {call.text} is lost with a damaged file and is computed anew',
                   stacklevel=caller_stacklevel())

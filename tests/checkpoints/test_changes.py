@@ -270,6 +270,21 @@ def test_changed_code_is_told_in_the_line_or_an_error(tmp_path, capsys):
         make(tmp_path / 'fresh', loss_func=loss_of(tmp_path, 2.))))
 
 
+@pytest.mark.parametrize('options', [{'code': 'rerun'}, {'on_change': 'rerun'}], ids=''.join)
+def test_answers_of_changed_code_are_computed_where_that_is_asked_for(tmp_path, options):
+    def run(folder, factor):
+        learn = make(tmp_path / folder, loss_func=loss_of(tmp_path, factor), **options)
+        with learn.checkpoint(1) as cp:
+            cp.fit(1)
+            valid = cp.validate()
+        return valid, learn.cache(1).lr_find(num_it=11).losses.tolist()
+    first = run('run', 1.)
+    Fits.n = 0
+    assert run('run', 1.) == first and Fits.n == 0
+    second = run('run', 2.)
+    assert second == run('fresh', 2.) != first
+
+
 class Stop(Callback):
     armed = True
     def settings(self): return None
