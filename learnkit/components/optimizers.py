@@ -10,6 +10,25 @@ import inspect, math
 from contextlib import contextmanager
 from functools import lru_cache
 import torch
+from torch.autograd import profiler
+from torch.optim import optimizer
+
+# %% ../../nbs/components/01_optimizers.ipynb #b3de32f9
+HOOKED = torch.optim.Optimizer.profile_hook_step(torch.optim.Optimizer.step).__code__
+
+def take_step(opt:torch.optim.Optimizer):
+    "`opt.step()`, at once where nobody hears of it"
+    step = type(opt).step
+    is_torchs = getattr(step, '__code__', None) is HOOKED and 'step' not in vars(opt)
+    if is_torchs and not is_heard(opt): step.__wrapped__(opt)
+    else: opt.step()
+
+def is_heard(opt): # bool
+    "Whether hooks or a profiler hear of the steps of an optimizer"
+    return bool(
+        profiler._is_profiler_enabled
+        or opt._optimizer_step_pre_hooks or opt._optimizer_step_post_hooks
+        or optimizer._global_optimizer_pre_hooks or optimizer._global_optimizer_post_hooks)
 
 # %% ../../nbs/components/01_optimizers.ipynb #37485469
 class Optimizers(torch.optim.Optimizer):
@@ -28,7 +47,7 @@ class Optimizers(torch.optim.Optimizer):
 
     def step(self, closure=None):
         for opt in self.named.values():
-            if has_gradients(opt): opt.step()
+            if has_gradients(opt): take_step(opt)
 
     def zero_grad(self, set_to_none=True):
         for opt in self.named.values(): opt.zero_grad(set_to_none)

@@ -7,6 +7,17 @@ from functools import lru_cache
 import torch
 from typing import Any
 __all__ = []
+HOOKED: Any
+
+def take_step(opt: torch.optim.Optimizer) -> None:
+    """`opt.step()`, at once where nobody hears of it"""
+
+def is_heard(opt: Any) -> bool:
+    """Whether hooks or a profiler hear of the steps of an optimizer
+
+    Returns:
+        bool
+    """
 
 class Optimizers(torch.optim.Optimizer):
     """Several optimizers by name, each over parameters of its own, as one"""

@@ -22,7 +22,7 @@ from ..components.callback import (
     Callbacks, Cancel, CancelBackward, CancelFit, CancelStep, Interrupted)
 from ..components.loss_weight import LossCalls, as_weight, divisor_in_graph
 from ..components.optim import opt_params
-from ..components.optimizers import advice_for_step, mode_of_pass, needs_closure
+from ..components.optimizers import advice_for_step, mode_of_pass, needs_closure, take_step
 from ..data.loaders import is_table, length, set_epoch
 from ..data.resumable import workers_outlive_signals
 from .losses import summed
@@ -180,7 +180,7 @@ def backward(self:Loop):
 @unrecorded
 def step(self:Loop):
     "Updates the parameters"
-    if not needs_closure(self.opt): return self.opt.step()
+    if not needs_closure(self.opt): return take_step(self.opt)
     # What the update began from is what is recorded
     before = self.pred, self.loss, self.loss_parts
     try: self.opt.step(self._evaluate_again)
