@@ -5,10 +5,10 @@ arguments of python and needs some milliseconds: one process has imported everyt
 started is a copy of it. A copy has its own session, directory, environment, open files, arguments
 and main module, ends as python does, and so do its own processes, which are copies as well.
 
-Three things differ from a fresh process: what python and torch read when they start
+Four things differ from a fresh process: what python and torch read when they start
 (PYTHONHASHSEED, OMP_NUM_THREADS, options of python) is that of the tests, and with it the hashes of
-strings, which are alike in all copies; and torch notes no stacks. What depends on these is to be
-tested with `sys.executable`. The processes in which pytest-xdist runs tests are copies too."""
+strings, which are alike in all copies; torch notes no stacks; and launched processes look for each
+other more often, and wait less. What depends on these is to be tested with `sys.executable`. The processes in which pytest-xdist runs tests are copies too."""
 import atexit, gc, importlib, marshal, math, multiprocessing.spawn, os, selectors, shlex, signal
 import socket, subprocess, sys, tempfile, threading, time, types, weakref
 from contextlib import contextmanager, suppress
@@ -146,6 +146,7 @@ def import_all(modules):
     leave_stacks_alone()
     leave_operators_alone()
     draw_once()
+    wait_briefly()
     gc.collect()
     gc.freeze()  # a collection in a copy would write to all pages, and so copy them
     threads = len(os.listdir('/proc/self/task'))
@@ -177,6 +178,17 @@ def draw_once():
     pyplot.rcParams['figure.dpi'] = 25
     Image.preinit()
     backend_registry.list_all()
+
+
+def wait_briefly(set=setattr): # as of pytest's monkeypatch
+    """Have launched processes see soon that another one has failed or ended, and torch not wait for
+    a random time until it launches them, which is meant for many machines"""
+    from torch.distributed.elastic.rendezvous import dynamic_rendezvous
+    from learnkit.processes import failure, launch
+    set(dynamic_rendezvous, '_delay', lambda seconds: seconds == 1 and time.sleep(seconds))
+    set(failure, 'GRACE', 1)
+    set(failure, 'INTERVAL', 0.2)
+    set(launch, 'MONITOR_INTERVAL', 0.05)
 
 
 # In a copy

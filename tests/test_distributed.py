@@ -5,7 +5,7 @@ from functools import lru_cache
 import pytest
 import preloaded, ranks
 from learnkit.cli import main
-from learnkit.processes import failure, launch as launching
+from learnkit.processes import launch as launching
 from learnkit.processes.launch import launch, time_limit
 from learnkit.files.tree import tree_digest
 
@@ -31,14 +31,10 @@ def limited(function):
 
 @pytest.fixture(scope='module', autouse=True)
 def processes_begin_as_copies():
-    """The thread in which pytest-xdist listens is no reason against it. Who ends after another
-    does so soon, as on a machine of one's own"""
+    "The thread in which pytest-xdist listens is no reason against it"
     with threads(1), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(failure, 'GRACE', GRACE)
+        preloaded.wait_briefly(patch.setattr)
         yield
-
-
-GRACE = 2
 
 
 @contextmanager
@@ -535,8 +531,7 @@ def test_who_waits_longer_than_the_timeout_fails():
 
 @pytest.mark.parametrize('where', ['between', slow('before')])
 def test_an_error_between_fits_ends_all_and_is_shown_once(tmp_path, where):
-    (tmp_path / 'script.py').write_text(BETWEEN.format(folder=os.path.dirname(__file__),
-                                                       grace=GRACE))
+    (tmp_path / 'script.py').write_text(BETWEEN.format(folder=os.path.dirname(__file__)))
     start = time.monotonic()
     done = subprocess.run([preloaded.python(), '-m', 'learnkit', 'launch', '-n', '2',
                            tmp_path / 'script.py', where], capture_output=True, text=True,
@@ -549,8 +544,6 @@ BETWEEN = '''
 import sys
 sys.path.insert(0, {folder!r})
 import ranks
-from learnkit.processes import failure
-failure.GRACE = {grace}
 learn = ranks.learner(cbs=ranks.Distributed())
 for where in ('before', 'between'):
     if where in sys.argv and learn.rank == 1: raise ZeroDivisionError('on purpose')

@@ -26,6 +26,7 @@ class FailureRecord:
         return int(first_rank) == self.rank, first_kind == kind
 
 # %% ../../nbs/processes/02_failure.ipynb #0136b1ba
+INTERVAL = 1  # seconds between two looks at the other processes
 GRACE = 5  # seconds that a process has for ending by itself
 
 class FailureWatch:
@@ -39,7 +40,7 @@ class FailureWatch:
         self.hook_before, sys.excepthook = sys.excepthook, self.excepthook
 
     def watch(self):
-        while not self.stopped.wait(1.):
+        while not self.stopped.wait(INTERVAL):
             try:
                 failed = self.record.exists()
                 self.poll()

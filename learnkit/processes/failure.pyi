@@ -18,6 +18,7 @@ class FailureRecord:
         Returns:
             (bool, bool)
         """
+INTERVAL: int
 GRACE: int
 
 class FailureWatch:

@@ -1,5 +1,5 @@
 "Who reads which samples where data are split over processes already, or are not"
-import gc, weakref
+import weakref
 from types import SimpleNamespace
 import pytest
 import torch
@@ -9,11 +9,13 @@ from learnkit.data.order import Share
 from learnkit.processes import launch as launching
 from learnkit.processes.launch import launch, time_limit
 from learnkit.processes.shares import EveryNth, is_split
+from preloaded import wait_briefly
 
 
 @pytest.fixture(autouse=True)
 def copies_within_two_minutes(monkeypatch, request):
     monkeypatch.setattr(launching, 'n_threads', lambda: 1)
+    wait_briefly(monkeypatch.setattr)
     with time_limit(120, request.function): yield
 
 
@@ -74,7 +76,6 @@ def test_of_a_stream_few_batches_are_held(rank):
             alive.add(batch)
             yield batch
             del batch
-            gc.collect()
             most.append(len(alive))
     for _ in EveryNth(None, Share(rank, 8, True)).read(stream()): pass
     assert max(most) <= 3  # in the loop, of this process, just read
