@@ -19,8 +19,9 @@ def pytest_configure(config):
 
 
 def pytest_collection_finish():
-    "What is there by now is not looked through again at each collection of garbage"
+    "What is there by now is not looked through again at each collection of garbage; few are enough"
     gc.enable()
+    gc.set_threshold(10_000)
     gc.freeze()
 
 

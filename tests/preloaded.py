@@ -5,10 +5,11 @@ arguments of python and needs some milliseconds: one process has imported everyt
 started is a copy of it. A copy has its own session, directory, environment, open files, arguments
 and main module, ends as python does, and so do its own processes, which are copies as well.
 
-Four things differ from a fresh process: what python and torch read when they start
-(PYTHONHASHSEED, OMP_NUM_THREADS, options of python) is that of the tests, and with it the hashes of
-strings, which are alike in all copies; torch notes no stacks; and launched processes look for each
-other more often, and wait less. What depends on these is to be tested with `sys.executable`. The processes in which pytest-xdist runs tests are copies too."""
+Four things differ from a fresh process: what python and torch read when they start (PYTHONHASHSEED,
+OMP_NUM_THREADS, options of python) is that of the tests, and with it the hashes of strings, which
+are alike in all copies; torch notes no stacks; and launched processes look for each other more
+often, and wait less. What depends on these is to be tested with `sys.executable`. The processes in
+which pytest-xdist runs tests are copies too."""
 import atexit, gc, importlib, marshal, math, multiprocessing.spawn, os, selectors, shlex, signal
 import socket, subprocess, sys, tempfile, threading, time, types, weakref
 from contextlib import contextmanager, suppress
@@ -146,7 +147,7 @@ def import_all(modules):
     leave_stacks_alone()
     leave_operators_alone()
     draw_once()
-    wait_briefly()
+    if 'learnkit' in sys.modules: wait_briefly()
     gc.collect()
     gc.freeze()  # a collection in a copy would write to all pages, and so copy them
     threads = len(os.listdir('/proc/self/task'))

@@ -389,7 +389,7 @@ def saved(folder, stop=None, how=None, n_epoch=3, kind='tensors', **options):
                                    device='cpu') if kind == 'tensors' else foreign(4, 'shuffled')
     cbs = [Distributed(**options), GradientAccumulation(3), EMA(0.9), SaveBest('accuracy'),
            SaveState(folder, '1 step'), Beside(after_batch=end)]
-    if stop is not None: cbs.append(Slow())
+    if how == 'SIGTERM': cbs.append(Slow())
     set_seed(0)
     learn = learner(dls, nn.Sequential(*net(dropout=0.3),
                                        nn.BatchNorm1d(2) if options else nn.Identity()), cbs=cbs)
@@ -414,7 +414,7 @@ class Stop(Callback):
     def __init__(self, at, how): self.at, self.how = at, how
     def settings(self): return None
     def after_batch(self, learn):
-        time.sleep(0.05)
+        if self.how == 'SIGTERM': time.sleep(0.05)  # as `Slow`
         if learn.phase != 'train' or Fits.n != self.at or learn.ranks.rank != 1: return
         if self.how == 'fail': raise ZeroDivisionError('on purpose')
         os.kill(os.getpid(), getattr(signal, self.how))

@@ -579,7 +579,8 @@ FIRING = sorted(event for event in EVENTS - {'after_create'}
                 if 'lr_find' not in event and 'cancel' not in event)
 
 
-@pytest.mark.parametrize('event', FIRING)
+@pytest.mark.parametrize('event', [pytest.param(event, marks=pytest.mark.slow if i % 2 else ())
+                                   for i, event in enumerate(FIRING)])
 def test_an_error_at_an_event_and_then_again(tmp_path, undisturbed, event):
     rng = random.Random(event)
     assert disturbed(tmp_path, event, rng.randint(1, 5), rng.choice(['1 epoch', '1 step']),

@@ -130,11 +130,13 @@ def with_callback(root, spec, where, seed=0, **kwargs):
 
 
 def places():
-    "Every callback in a call; kept in the learner some, and the others when there is time"
+    """Every callback in a call, by itself or among several; kept in the learner some, and the
+    others when there is time"""
     for spec in SPECS:
         for where in ('call', 'learner', 'constructor'):
             often = spec in ('EMA', 'several')
-            quick = where == 'call' or where == 'learner' and often
+            among_several = spec in ('EMA', 'best', 'accumulation')
+            quick = where == 'call' and not among_several or where == 'learner' and often
             yield pytest.param(spec, where, marks=() if quick else pytest.mark.slow)
 
 

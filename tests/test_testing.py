@@ -19,8 +19,8 @@ def test_results_of_both(two_processes):
 def test_what_does_not_end_is_ended(two_processes, tmp_path):
     start = time.monotonic()
     with (preloaded.spawning(preloaded.python()),
-          pytest.raises(TimeoutError, match='waits had not ended after 3 s')):
-        two_processes(ranks.waits, str(tmp_path), timeout=3)
+          pytest.raises(TimeoutError, match='waits had not ended after 2 s')):
+        two_processes(ranks.waits, str(tmp_path), timeout=2)
     assert time.monotonic() - start < 40
     assert len(list(tmp_path.iterdir())) == 2
     assert not any(is_alive(int(path.read_text())) for path in tmp_path.iterdir())

@@ -55,7 +55,7 @@ def same_but(x, y, leaf):
     return all(same_but(a, b, leaf) for a, b in zip(children(x), children(y), strict=True))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(NESTED)
 def test_nestings_keep_their_types(x):
     assert same_but(x, map_tensors(lambda t: t + 1, x), lambda a, b: torch.equal(a + 1, b))
@@ -65,7 +65,7 @@ def test_nestings_keep_their_types(x):
     for f in (detach, to_host): assert same_but(x, f(x), lambda a, b: a.data_ptr() == b.data_ptr())
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(NESTED)
 def test_batch_size_of_any_nesting(x):
     def first(x):

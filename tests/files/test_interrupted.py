@@ -26,7 +26,7 @@ def deaths(work, tmp_path, thorough):
     called = (tmp_path / 'called').read_text().split()
     assert len(called) > 5
     steps = range(1, len(called) + 1)
-    yield from ((n, 'before') for n in steps[::1 if thorough else 3])
+    yield from ((n, 'before') for n in steps[::1 if thorough else 5])
     yield from ((n, 'middle') for n, name in enumerate(called, 1) if name == 'write')
     yield from ((n, 'after') for n in (steps if thorough else steps[-1:]))
 

@@ -314,7 +314,7 @@ def test_the_rates_are_those_of_a_loop_by_hand(name, per):
     if per == 'epoch' and 'update' not in name:
         assert learn.recorder.df.lr.tolist() == rates.lrs[4::5]
 
-@pytest.mark.parametrize('name,per', ALL)
+@pytest.mark.parametrize('name,per', in_turn())
 def test_two_fits_are_one_long_one(name, per):
     runs = []
     for fits in ([4], [2, 2], [1, 3]):
@@ -324,7 +324,7 @@ def test_two_fits_are_one_long_one(name, per):
     assert runs[0] == runs[1] == runs[2] and len(runs[0][0]) == 20
 
 @pytest.mark.parametrize('name,per,opt_func', [
-    *((name, per, partial(SGD, momentum=.9)) for name, per in ALL),
+    *(pytest.param(*one.values, partial(SGD, momentum=.9), marks=one.marks) for one in in_turn()),
     *((name, 'step', AdamW)
       for name in ('CyclicLR', 'OneCycleLR', 'SequentialLR, cyclic', 'timm by update'))]) # betas
 def test_it_goes_on_exactly_from_a_file(name, per, opt_func, tmp_path):
