@@ -437,7 +437,7 @@ def test_an_error_of_all_can_be_caught():
 
 
 @pytest.mark.parametrize('event, at, updates', [
-    ('after_batch', (1, 2), 9), ('after_epoch', (1, None), 12), slow('after_step', (0, 0), 1)])
+    ('after_batch', (1, 2), 9), slow('after_epoch', (1, None), 12), slow('after_step', (0, 0), 1)])
 def test_all_stop_where_all_ask_to(event, at, updates):
     one = ranks.stops(event, at, (0,))
     assert one[:2] == (updates, updates // 6)

@@ -539,7 +539,7 @@ def test_law_2_a_changed_input_is_never_silent(tmp_path, what):
         first, Fits.n = run(1.), 0
         assert run(1.) == first and not Fits.n
         with pytest.raises(StaleCheckpoint, match='checkpoint 1'): run(2.)
-        assert run(1.) == first and not Fits.n
+        if place: assert run(1.) == first and not Fits.n  # what was refused has changed nothing
     finally: put(place, 1.)
 
 

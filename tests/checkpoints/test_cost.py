@@ -71,7 +71,7 @@ def test_the_last_calls_cost_what_the_first_did(tmp_path, counted, work):
     for run in ('computed', 'fetched'):
         learn = tiny(tmp_path)
         learn.fit(64)  # a history, whose number of parts grows with its logarithm
-        costs = list(work(learn, counted, 48))
+        costs = list(work(learn, counted, 40))
         # Of small tensors, the parts of the history not yet joined, there may be some more
         for what, limit in (('bytes', 1.2), ('records', 1), ('hashes', 1.4)):
             first, last = (sum(each[what] for each in part) for part in (costs[8:24], costs[-16:]))
