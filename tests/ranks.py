@@ -285,7 +285,7 @@ def foreign_cases(n, kinds, strategy='ddp'):
     for kind in kinds:
         learn = learner(foreign(8 // n, kind),
                         cbs=[Distributed(strategy=strategy), GradientClip(1.)])
-        learn.fit(3)
+        learn.fit(2)
         found[kind] = {'weights': weights(learn).tolist(),
                        'rows': learn.recorder.df.drop(columns='time').to_dict('list'),
                        'preds': [t.tolist() for t in learn.get_preds()],

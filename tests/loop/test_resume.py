@@ -216,9 +216,9 @@ def resumes_everywhere(tmp_path, *names, first=0, every=1):
         assert outcome(learn) == whole, f'from {place}'
 
 
-# An epoch has six batches and its end: steps of 8 come to other places in each epoch, and to the
+# An epoch has six batches and its end: steps of 11 come to other places in each epoch, and to the
 # others with another part
-@pytest.mark.parametrize('every', [8, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('every', [11, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('name', PARTS)
 def test_each_part_resumes_at_any_batch(tmp_path, name, every):
     first = list(PARTS).index(name) % every
@@ -234,7 +234,7 @@ SAMPLE = [('dropout', 'data: torch'), ('norm', 'ema'), ('ema', 'accumulation'),
           ('swa', 'one cycle'), ('evaluations', 'best'), ('short', 'data: stateful')]
 
 @pytest.mark.parametrize('names', SAMPLE, ids='+'.join)
-def test_pairs_resume(tmp_path, names): resumes_everywhere(tmp_path, *names, first=3, every=8)
+def test_pairs_resume(tmp_path, names): resumes_everywhere(tmp_path, *names, first=3, every=11)
 
 def can_go_together(a, b):
     if {a, b} in ({'norm', 'data: no batches'}, {'one cycle', 'data: stream'}):
@@ -570,7 +570,7 @@ def killed_until_done(tmp_path, names, seed, every='2 steps'):
 KILLED = [('dropout', 'one cycle', 'best'), ('norm', 'early stop', 'data: numpy'),
           ('dropout', 'steps', 'data: generator')]
 
-@pytest.mark.parametrize('names', KILLED, ids='+'.join)
+@pytest.mark.parametrize('names', KILLED[:1], ids='+'.join)
 def test_killed_at_random_moments_until_it_is_done(tmp_path, names):
     killed_until_done(tmp_path, names, seed=1)
 
