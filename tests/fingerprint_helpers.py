@@ -315,7 +315,7 @@ def cases():
         tied=tied(True), untied=tied(False), hooked=zeroed(hooked(hook_a)),
         hooked_b=zeroed(hooked(hook_b)), opt=Adam([nn.Parameter(torch.zeros(2))]),
         opt_lr=Adam([nn.Parameter(torch.zeros(2))], lr=1.),
-        compiled=torch.compile(zeroed(nn.Linear(2, 3))),
+        compiled=torch.compile(zeroed(nn.Linear(2, 3)), backend='eager'),
         save=SaveBest(), save_acc=SaveBest('accuracy'), stop=EarlyStopping(patience=2),
         clip=GradientClip(1.), ema=EMA(0.9), accumulate=GradientAccumulation(2),
         half=MixedPrecision(), func_cb=Callback(after_batch=len),
