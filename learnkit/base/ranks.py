@@ -112,3 +112,13 @@ def sum_over_ranks(t:torch.Tensor)->torch.Tensor: # on the same device; `t` for 
     total = t.detach().to(device, copy=True)
     dist.all_reduce(total)
     return total.to(t.device)
+
+# %% ../../nbs/base/00_ranks.ipynb #9122e1df
+def begin_sum(t:torch.Tensor): # function that waits for the sum and returns it
+    "Begin to sum `t` over all processes, which are several; `t` stays as it is"
+    total = t.detach().clone()
+    work = dist.all_reduce(total, async_op=True)
+    def wait():
+        work.wait()
+        return total
+    return wait

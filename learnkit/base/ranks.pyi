@@ -88,3 +88,10 @@ def sum_over_ranks(t: torch.Tensor) -> torch.Tensor:
     Returns:
         on the same device; `t` for a single process
     """
+
+def begin_sum(t: torch.Tensor) -> Any:
+    """Begin to sum `t` over all processes, which are several; `t` stays as it is
+
+    Returns:
+        function that waits for the sum and returns it
+    """

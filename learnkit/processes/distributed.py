@@ -76,7 +76,6 @@ class Distributed(Callback):
         self._sharded = None  # a `ShardedModel`
         self._block_cbs = None  # of all fits in a `with` block: they may keep parts of a model
         self._undo, self._shares, self._weights = [], {}, BatchWeights()
-        self.loss_weight_all = None  # of the training batch, on all processes
         self._agreement, self._stops = None, False  # of a fit; whether to end an lr_find
         self._loader_rng = LoaderRng()
         self._found = WeakKeyDictionary()  # sampler -> whether its loader is split
@@ -234,9 +233,17 @@ def before_backward(self:Distributed, learn):
     if not self.ranks: return
     check_is_mean(learn, 'Distributed')
     learn.loss = self._weights.share_of_loss(learn, self.ranks)
-    self.loss_weight_all = self._weights.together
     if self.no_sync and is_sharded(learn.model):
         learn.model.set_requires_gradient_sync(learn.sync_grads)
+
+@patch
+def after_backward(self:Distributed, learn):
+    if self.ranks: self._weights.correct_gradients(learn)
+
+@patch(as_prop=True)
+def loss_weight_all(self:Distributed): # number or 0-d tensor
+    "What the training batch weighs on all processes"
+    return self._weights.together
 
 @patch
 def before_step(self:Distributed, learn):

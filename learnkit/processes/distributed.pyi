@@ -21,7 +21,6 @@ class Distributed(Callback):
     timeout: Any
     device_id: Any
     ranks: Ranks | None
-    loss_weight_all: Any
     def __init__(
             self,
             sync_bn: bool = False,
@@ -74,6 +73,14 @@ class Distributed(Callback):
     def cleanup_lr_find(self, learn: Learner) -> None: ...
     def before_batch(self, learn: Learner) -> None: ...
     def before_backward(self, learn: Learner) -> None: ...
+    def after_backward(self, learn: Learner) -> None: ...
+    @property
+    def loss_weight_all(self) -> Any:
+        """What the training batch weighs on all processes
+
+        Returns:
+            number or 0-d tensor
+        """
     def before_step(self, learn: Learner) -> None: ...
     def seed_each_rank(self) -> None:
         """Let processes that were seeded alike draw different random numbers"""

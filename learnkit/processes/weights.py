@@ -7,9 +7,12 @@ __all__ = []
 
 # %% ../../nbs/processes/05_weights.ipynb #264f2973
 import torch
-from ..base.ranks import sum_over_ranks
+from fastcore.basics import patch
+from ..base.dtensors import is_sharded
+from ..base.ranks import begin_sum, sum_over_ranks
 from ..components.loss_weight import above_zero, as_weight, is_zero, known_equal
-from ..training.gradients import zero_loss
+from ..components.optimizers import has_gradients
+from ..training.gradients import gradients, zero_loss
 from .ddp import loss_params
 
 # %% ../../nbs/processes/05_weights.ipynb #2c818be3
@@ -18,27 +21,53 @@ class BatchWeights:
     def __init__(self):
         # Of the data, here and on all: 0 where a batch comes again as a filler, None: unknown
         self.rows = 1, 1
-        self.here = self.together = None  # numbers; on an accelerator tensors, which nobody reads
+        self.here = self.sum = None  # numbers; on an accelerator tensors, which nobody reads
+        self.exchange = None  # that is under way
         self.is_exchanged = False  # whether the rows alone do not tell
+        self.by_rows = False  # whether gradients are over the rows until the sum is there
+
+    @property
+    def together(self): # number or tensor
+        "What the batch weighs on all processes; waits for them"
+        if self.exchange is not None: self.sum = as_weight(self.exchange())
+        self.exchange = None
+        return self.sum
 
     def share_of_loss(self, learn, ranks): # tensor, 0-d
         "The loss, by its part of the loss of all processes"
         self.weigh(learn, ranks)
         if self.rows[0] and is_zero(self.here):  # a mean over nothing, which may be nan
             return zero_loss((learn.pred, *loss_params(learn.loss_func)))
-        factor = ranks.size * self.here / above_zero(self.together)
+        together = self.rows[1] if self.by_rows else self.together
+        factor = ranks.size * self.here / above_zero(together)
         return learn.loss if known_equal(factor, 1) else learn.loss * factor
 
-    def weigh(self, learn, ranks):
-        if not self.rows[0]: learn.n_items = 0
-        if learn.iter == learn.first_batch:
-            self.is_exchanged = self.rows[1] is None or any(
-                ranks.gather(bool(self.rows[0]) and has_own_weight(learn)))
-        self.here, self.together = self.rows
-        if not self.is_exchanged: return
-        here = torch.as_tensor(learn.loss_weight, dtype=torch.float64, device=learn.device)
-        self.here, self.together = as_weight(here), as_weight(sum_over_ranks(here))
+# %% ../../nbs/processes/05_weights.ipynb #69d26088
+@patch
+def weigh(self:BatchWeights, learn, ranks):
+    if not self.rows[0]: learn.n_items = 0
+    if learn.iter == learn.first_batch:
+        self.is_exchanged = self.rows[1] is None or any(
+            ranks.gather(bool(self.rows[0]) and has_own_weight(learn)))
+    self.by_rows, self.exchange, (self.here, self.sum) = False, None, self.rows
+    if not self.is_exchanged: return
+    here = torch.as_tensor(learn.loss_weight, dtype=torch.float64, device=learn.device)
+    self.here, self.by_rows = as_weight(here), self.rows[1] is not None and can_wait(learn)
+    if self.by_rows: self.exchange = begin_sum(here)
+    else: self.sum = as_weight(sum_over_ranks(here))
+
+@patch
+def correct_gradients(self:BatchWeights, learn):
+    "Let gradients that are over the rows of all processes be over what counts"
+    if not self.by_rows: return
+    factor = self.rows[1] / above_zero(self.together)
+    if not known_equal(factor, 1): torch._foreach_mul_(gradients(learn.opt), factor)
 
 def has_own_weight(learn): # bool
     "Whether the loss weighs something else than the rows of the batch"
     return learn._n_items is not None or learn._loss_weight is not None
+
+def can_wait(learn): # bool
+    "Whether gradients may be multiplied after the backward pass: there are no others among them"
+    if learn.device.type != 'cpu' or learn.opt is None or is_sharded(learn.model): return False
+    return not has_gradients(learn.opt)

@@ -10,9 +10,18 @@ class BatchWeights:
     """What a batch weighs here, and on all processes"""
     rows: tuple[int, ...]
     here: Any
-    together: Any
+    sum: Any
+    exchange: Any
     is_exchanged: bool
+    by_rows: bool
     def __init__(self) -> None: ...
+    @property
+    def together(self) -> Any:
+        """What the batch weighs on all processes; waits for them
+
+        Returns:
+            number or tensor
+        """
     def share_of_loss(self, learn: Learner, ranks: Any) -> Any:
         """The loss, by its part of the loss of all processes
 
@@ -20,9 +29,18 @@ class BatchWeights:
             tensor, 0-d
         """
     def weigh(self, learn: Learner, ranks: Any) -> None: ...
+    def correct_gradients(self, learn: Learner) -> None:
+        """Let gradients that are over the rows of all processes be over what counts"""
 
 def has_own_weight(learn: Learner) -> bool:
     """Whether the loss weighs something else than the rows of the batch
+
+    Returns:
+        bool
+    """
+
+def can_wait(learn: Learner) -> bool:
+    """Whether gradients may be multiplied after the backward pass: there are no others among them
 
     Returns:
         bool
