@@ -23,7 +23,7 @@ setup(
     classifiers=lines('classifiers'),
     python_requires='>=' + cfg['min_python'],
     packages=find_packages(include=[cfg['lib_path'], cfg['lib_path'] + '.*']),
-    package_data={'': ['py.typed', '*.pyi']},
+    package_data={'': ['py.typed', '*.pyi', '*.html']},
     install_requires=words('requirements'),
     extras_require=extras,
     entry_points={

@@ -212,6 +212,9 @@ from .checkpoints.figure import (
 from .checkpoints.comparison import (
     explain_text,
 )
+from .checkpoints.report import (
+    report_html, write_report,
+)
 
 __all__ = [
     'is_main', 'rank', 'rank0_first', 'rank0_only', 'sum_over_ranks', 'world_size',
@@ -230,5 +233,5 @@ __all__ = [
     'MixedPrecision', 'GradientAccumulation', 'GradientClip', 'EMA', 'SWA', 'ShortEpoch',
     'StageFuncs', 'ValidateEvery', 'CutMix', 'MixUp', 'OverfitResult', 'ChannelsLast', 'launch',
     'Ranks', 'Distributed', 'BEGINNING', 'StaleCheckpoint', 'Checkpointed', 'CheckpointedLearner',
-    'checkpoints_table', 'tree_text', 'plot_tree', 'explain_text',
+    'checkpoints_table', 'tree_text', 'plot_tree', 'explain_text', 'report_html', 'write_report',
 ]

@@ -107,6 +107,8 @@ from .checkpoints.tree import checkpoints_table as checkpoints_table
 from .checkpoints.tree import tree_text as tree_text
 from .checkpoints.figure import plot_tree as plot_tree
 from .checkpoints.comparison import explain_text as explain_text
+from .checkpoints.report import report_html as report_html
+from .checkpoints.report import write_report as write_report
 __version__: str
 __all__ = [
     'is_main', 'rank', 'rank0_first', 'rank0_only', 'sum_over_ranks', 'world_size',
@@ -126,5 +128,5 @@ __all__ = [
     'GradientClip', 'EMA', 'SWA', 'ShortEpoch', 'StageFuncs', 'ValidateEvery', 'CutMix',
     'MixUp', 'OverfitResult', 'ChannelsLast', 'launch', 'Ranks', 'Distributed', 'BEGINNING',
     'StaleCheckpoint', 'Checkpointed', 'CheckpointedLearner', 'checkpoints_table', 'tree_text',
-    'plot_tree', 'explain_text'
+    'plot_tree', 'explain_text', 'report_html', 'write_report'
 ]

@@ -16,6 +16,7 @@ from .files.store import Store
 from .checkpoints.lineage import HasChildren, Lineage, NoCheckpoint, delete_checkpoint
 from .checkpoints.tree import one_line, print_text, terminal_width, tree_text
 from .checkpoints.comparison import explain_text, show_text
+from .checkpoints.report import write_report
 
 # %% ../nbs/90_cli.ipynb #d2c76d57
 class CommandError(Exception):
@@ -87,6 +88,10 @@ def show(args):
 def diff(args):
     "Show how two checkpoints differ"
     print_text('\n'.join(explain_text(open_run(args.root, args.name), args.a, args.b)))
+
+def report(args):
+    "Write all of a run as one page of HTML"
+    print_text(str(write_report(open_run(args.root, args.name), args.output)))
 
 # %% ../nbs/90_cli.ipynb #58d71d27
 def confirm(question:str):
@@ -189,6 +194,8 @@ def make_parser(): # ArgumentParser
     add_command(commands, tree, name)
     add_command(commands, show, name, ('id', an_id))
     add_command(commands, diff, name, ('a', an_id), ('b', an_id))
+    output = dict(default='report.html', help='file to write (default: report.html)')
+    add_command(commands, report, name, ('-o', output | {'dest': 'output', 'metavar': 'FILE'}))
     add_command(commands, rm, name, ('id', dict(an_id, nargs='?')), force, yes)
     add_command(commands, gc, name, yes)
     start = commands.add_parser('launch', help=launch.__doc__, description=launch.__doc__)

@@ -61,6 +61,9 @@ def show(args: Any) -> None:
 def diff(args: Any) -> None:
     """Show how two checkpoints differ"""
 
+def report(args: Any) -> None:
+    """Write all of a run as one page of HTML"""
+
 def confirm(question: str) -> None:
     """Raise CommandError unless a person says yes"""
 

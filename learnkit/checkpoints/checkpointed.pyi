@@ -4,6 +4,7 @@
 """Every call of a method is a position you can come back to"""
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 from ..checkpoints.ledger import Ledger
 from ..files.garbage import Garbage
@@ -126,6 +127,12 @@ class Checkpointed:
         Args:
             id: of a checkpoint
             force: also when others go on from it; they keep what they need
+        """
+    def report(self, path: Any = 'report.html') -> Path:
+        """Write all of the run as one page of HTML: tree, curves, calls, results, differences
+
+        Args:
+            path: file to write; one that is there is replaced
         """
     @property
     def checkpoints(self) -> Any:

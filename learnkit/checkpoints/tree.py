@@ -162,7 +162,7 @@ def tree_text(store,
 def summary(lineage, position): # str
     "The last line of the tree"
     n, size = len(lineage.ids), size_text(lineage.nbytes(*lineage.ids))
-    text = f'{n} checkpoint{"s" * (n > 1)}, {size}'
+    text = f'{n} checkpoint{"s" * (n != 1)}, {size}'
     if position is None or position.id in lineage.ids: return text
     return f'{text}; the learner stands on {id_text(position.id)}, which was deleted'
 
