@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/components/03_loss_weight.ipynb #17075271
 import inspect
 from functools import lru_cache
+from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
@@ -53,11 +54,24 @@ def divisor_in_graph(loss): # 0-d tensor; None: not the mean over targets, or of
                    ignore_index=node._saved_ignore_index)
 
 # %% ../../nbs/components/03_loss_weight.ipynb #5b883d81
+class Reduction(NamedTuple):
+    "How a function has reduced a loss"
+    how: str # 'mean', 'sum', or what else torch has
+    shape: tuple = None # of what a mean was taken; None: a loss of torch, which reduces all
+
 @lru_cache(maxsize=64)
-def signature(func): # None for a function that knows no reduction
+def place_of_reduction(func): # int; None for a function that knows no reduction
     if getattr(func, '__module__', None) != F.__name__: return None
-    found = inspect.signature(func)
-    return found if 'reduction' in found.parameters else None
+    names = [*inspect.signature(func).parameters]
+    return names.index('reduction') if 'reduction' in names else None
+
+def reduction_of_call(func, args, kwargs): # Reduction, or None
+    "What a call of a function of torch says of itself"
+    if func in (torch.Tensor.mean, torch.mean):
+        return Reduction('mean', tuple((args[0] if args else kwargs['input']).shape))
+    place = place_of_reduction(func)
+    if place is None: return None
+    return Reduction(args[place] if len(args) > place else kwargs.get('reduction', 'mean'))
 
 class LossCalls(TorchFunctionMode):
     "Hears the losses of torch that are computed in its block"
@@ -70,13 +84,10 @@ class LossCalls(TorchFunctionMode):
         return super().__enter__()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        given = func(*args, **(kwargs or {}))
-        if func is torch.Tensor.mean: self.reductions.append((given, 'mean'))
-        elif found := signature(func):
-            how = found.bind(*args, **(kwargs or {})).arguments.get('reduction', 'mean')
-            self.reductions.append((given, how))
-            if func in (F.cross_entropy, F.nll_loss):
-                self.divisors.append(divisor(*args, **(kwargs or {})))
+        kwargs = kwargs or {}
+        given = func(*args, **kwargs)
+        if how := reduction_of_call(func, args, kwargs): self.reductions.append((given, how))
+        if func in (F.cross_entropy, F.nll_loss): self.divisors.append(divisor(*args, **kwargs))
         return given
 
     def divisor(self): # 0-d tensor, or None
@@ -84,16 +95,25 @@ class LossCalls(TorchFunctionMode):
         return self.divisors[0] if len(self.divisors) == 1 else None
 
 # %% ../../nbs/components/03_loss_weight.ipynb #1827bea2
-def reduction_in_graph(loss): # 'mean', 'sum', or None: it does not tell
+def reduction_in_graph(loss): # Reduction, or None: it does not tell
     "How the function of torch that a loss comes from has reduced it"
     node = getattr(loss, 'grad_fn', None)
-    if type(node).__name__ == 'MeanBackward0': return 'mean'
-    return {1: 'mean', 2: 'sum'}.get(getattr(node, '_saved_reduction', None))
+    if type(node).__name__ == 'MeanBackward0':
+        return Reduction('mean', tuple(node._saved_self_sym_sizes))
+    how = {1: 'mean', 2: 'sum'}.get(getattr(node, '_saved_reduction', None))
+    return how and Reduction(how)
 
 def splits(x): # bool
     "Whether rows can be taken of it"
     return type(x) is torch.Tensor and x.ndim > 0
 
+def has_rows_of(shape, args): # bool; False in doubt
+    "Whether what has a shape has a row for each sample of a batch"
+    shapes = [x.shape for x in args if splits(x)]
+    n = {shape[0] for shape in shapes}
+    return n == {*shape[:1]} and not any(n & {*shape[1:]} for shape in shapes)
+
+# %% ../../nbs/components/03_loss_weight.ipynb #b51d9153
 def is_sum(loss_func, args, # tensors; other things have no halves
            loss, # what the function has given for them
           ): # bool; None: it cannot be told

@@ -4,7 +4,7 @@
 """Over how much a loss is the mean"""
 from functools import lru_cache
 from torch.overrides import TorchFunctionMode
-from typing import Any
+from typing import Any, NamedTuple
 __all__ = []
 
 def divisor(
@@ -39,10 +39,24 @@ def divisor_in_graph(loss: Any) -> Any:
         0-d tensor; None: not the mean over targets, or of several losses
     """
 
+class Reduction(NamedTuple):
+    """How a function has reduced a loss"""
+    how: str
+    """'mean', 'sum', or what else torch has"""
+    shape: tuple | None = ...
+    """of what a mean was taken; None: a loss of torch, which reduces all"""
+
 @lru_cache(maxsize=64)
-def signature(func: Any) -> Any:
+def place_of_reduction(func: Any) -> Any:
     """Returns:
-        None for a function that knows no reduction
+        int; None for a function that knows no reduction
+    """
+
+def reduction_of_call(func: Any, args: Any, kwargs: Any) -> Reduction | None:
+    """What a call of a function of torch says of itself
+
+    Returns:
+        Reduction, or None
     """
 
 class LossCalls(TorchFunctionMode):
@@ -69,7 +83,7 @@ def reduction_in_graph(loss: Any) -> Any:
     """How the function of torch that a loss comes from has reduced it
 
     Returns:
-        'mean', 'sum', or None: it does not tell
+        Reduction, or None: it does not tell
     """
 
 def splits(x: Any) -> bool:
@@ -77,6 +91,13 @@ def splits(x: Any) -> bool:
 
     Returns:
         bool
+    """
+
+def has_rows_of(shape: Any, args: Any) -> Any:
+    """Whether what has a shape has a row for each sample of a batch
+
+    Returns:
+        bool; False in doubt
     """
 
 def is_sum(loss_func: Any, args: Any, loss: Any) -> Any:

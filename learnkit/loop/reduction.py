@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/loop/06_reduction.ipynb #6cfdc058
-from ..components.loss_weight import is_sum, reduction_in_graph
+from ..components.loss_weight import has_rows_of, is_sum, reduction_in_graph
 from .loop import overrides
 from .losses import summed
 from .state import unchanged_parts
@@ -22,9 +22,12 @@ def find_reduction(learn): # bool
 
 def reduction_said(learn): # 'mean', 'sum', or None
     "What the function of torch that gave the loss, as it is, has said"
-    if found := reduction_in_graph(learn.loss): return found
     heard = () if learn._loss_calls is None else learn._loss_calls.reductions
-    return next((how for given, how in heard if given is learn.loss), None)
+    found = reduction_in_graph(learn.loss) or next(
+        (said for given, said in heard if given is learn.loss), None)
+    if found is None: return None
+    is_over_all = found.shape is None or has_rows_of(found.shape, (learn.pred, *learn.yb))
+    return found.how if is_over_all else None
 
 # %% ../../nbs/loop/06_reduction.ipynb #3a4b15be
 def check_is_mean(learn, who:str):
