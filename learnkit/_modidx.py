@@ -3106,6 +3106,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'learnkit/loop/learner.py'),
                                        'learnkit.loop.learner.Learner.no_logging': ( 'loop/learner.html#learner.no_logging',
                                                                                      'learnkit/loop/learner.py'),
+                                       'learnkit.loop.learner.Learner.path': ('loop/learner.html#learner.path', 'learnkit/loop/learner.py'),
                                        'learnkit.loop.learner.Learner.position': ( 'loop/learner.html#learner.position',
                                                                                    'learnkit/loop/learner.py'),
                                        'learnkit.loop.learner.Learner.ranks': ( 'loop/learner.html#learner.ranks',

@@ -76,6 +76,15 @@ def make_opt(self:Learner) -> None:
     "Make a new optimizer over the model's parameters; state of the old one is gone"
     self.opt = new_opt(self.model, self.opt_func, self.lr, self.splitter, self.wd)
 
+# %% ../../nbs/loop/10_learner.ipynb #8e41a9b7
+@patch(as_prop=True)
+def path(self:Learner) -> Path:
+    "The folder of `save` and `load`; a `Path` or text may be assigned"
+    return vars(self)['path']
+
+@patch(set_prop=True)
+def path(self:Learner, path:str|Path): vars(self)['path'] = Path(path)
+
 # %% ../../nbs/loop/10_learner.ipynb #34faa119
 @patch
 def _begin(self:Learner, cbs):

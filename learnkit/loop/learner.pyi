@@ -32,7 +32,6 @@ class Learner(Loop):
     splitter: Any
     wd: Any
     lr: Any
-    path: Path
     on_interrupt: Any
     recorder: Recorder
     fit_cbs: Any
@@ -123,6 +122,11 @@ class Learner(Loop):
     @structural
     def make_opt(self) -> None:
         """Make a new optimizer over the model's parameters; state of the old one is gone"""
+    @property
+    def path(self) -> Path:
+        """The folder of `save` and `load`; a `Path` or text may be assigned"""
+    @path.setter
+    def path(self, path: str | Path) -> None: ...
     def __repr__(self) -> str: ...
     @property
     def epoch(self) -> int:

@@ -788,6 +788,14 @@ def test_parameters_and_buffers_of_the_loss_are_part_of_the_state(tmp_path):
     with pytest.raises(PowerCut): run(SaveState('run', '1 step'), at(9, power_cut))
     assert run(SaveState('run'), drawn=3, resume='latest') == whole
 
+def test_the_folder_may_be_assigned_as_text(tmp_path):
+    for resume in (None, 'latest'):
+        learn = train()
+        learn.path = str(tmp_path)
+        learn.fit(1, cbs=SaveState('run'), resume=resume)
+    learn.save('weights')
+    assert learn.path == tmp_path and (tmp_path / 'weights.safetensors').is_file()
+
 def test_a_new_optimizer_goes_on_too(tmp_path):
     def run(*cbs, **kwargs):
         learn = train()
