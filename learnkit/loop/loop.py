@@ -70,6 +70,7 @@ class Loop(Guarded):
 @patch
 def _evaluate(self:Loop, phase, dl):
     __tracebackhide__ = True
+    check_ends(self.levels, phase)
     with isolated_rng(), self._pass(phase, dl): self._level('validate', self._all_batches)
 
 @patch
@@ -84,6 +85,18 @@ def _all_batches(self:Loop):
         if self.phase == 'train': self._count_batch()
         if self.iter + 1 == self.limit or self.phase == 'train' and self._fit.is_over: break
     if self.iter < 0: self._check_no_batches()
+
+# %% ../../nbs/loop/03_loop.ipynb #7d629d87
+N_INSIDE = 3  # evaluations inside of each other that somebody may want
+
+def check_ends(levels, phase):
+    "Raise RuntimeError for an evaluation that has begun itself, and would again without end"
+    if levels.count('validate') < N_INSIDE: return
+    raise RuntimeError(f'an evaluation, in phase {phase!r}, begins inside of {N_INSIDE} others: a '
+                       'callback that evaluates hears the evaluation too, and evaluates again, '
+                       "without end. Give it phases=('train',), or, if its event has to do with "
+                       "no batch, let it look at learn.levels: in an evaluation of its own there "
+                       "is more than one 'validate'")
 
 # %% ../../nbs/loop/03_loop.ipynb #849bdd9e
 @patch

@@ -53,6 +53,10 @@ class Loop(Guarded):
         """End the running fit (or whatever is running), from a callback or a step. On several processes
         it returns, and all end after the batch, or together soon after if not all have called it
         """
+N_INSIDE: int
+
+def check_ends(levels: Any, phase: Any) -> None:
+    """Raise RuntimeError for an evaluation that has begun itself, and would again without end"""
 
 def training_loop() -> Any:
     """The order of things in a fit

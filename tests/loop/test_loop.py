@@ -402,3 +402,24 @@ def test_one_cancelled_epoch_does_not_end_a_fit_of_steps(learn):
         if learn.epoch == 1: raise CancelEpoch
     learn.fit(n_steps=3, cbs=Callback(before_epoch=skip))
     assert learn.updates == 3
+
+
+# An evaluation in an evaluation
+
+@pytest.mark.parametrize('begin', [lambda learn: learn.validate(), lambda learn: learn.test(),
+                                   lambda learn: learn.predict(torch.zeros(2, 3))])
+@pytest.mark.parametrize('event', ['after_batch', 'after_pred', 'before_validate',
+                                   'after_validate', 'cleanup_validate'])
+def test_an_evaluation_without_end_is_an_error_that_says_so(learn, event, begin):
+    learn.add_cb(Callback(**{event: begin}))
+    for call in (lambda: learn.fit(1), learn.validate):
+        with pytest.raises(RuntimeError, match=r"Give it phases=\('train',\)"): call()
+        assert learn.levels == []
+
+def test_an_evaluation_may_evaluate_other_data(learn):
+    seen = []
+    def test_too(learn):
+        if learn.phase == 'valid': seen.append(learn.test()['loss'])
+    learn.fit(2, cbs=Callback(after_validate=test_too))
+    learn.fit(1, cbs=Callback(after_batch=lambda learn: learn.validate(), phases=('train',)))
+    assert len(seen) == 2
