@@ -7,10 +7,11 @@ __all__ = []
 
 # %% ../../nbs/components/01_optimizers.ipynb #a4bd0b5e
 import inspect, math
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 import torch
 from torch.autograd import profiler
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.optim import optimizer
 
 # %% ../../nbs/components/01_optimizers.ipynb #b3de32f9
@@ -135,19 +136,27 @@ def set_mode(opt, training:bool):
 
 # %% ../../nbs/components/01_optimizers.ipynb #1523795a
 @contextmanager
+def unchanged_within(params): # iterable of parameters
+    "After the block they have the values from before, and for autograd nothing has happened"
+    kept = [(p, p.detach().clone()) for p in params]
+    with ExitStack() as stack:
+        for p, _ in kept: stack.enter_context(_unsafe_preserve_version_counter(p))
+        try: yield
+        finally:
+            with torch.no_grad():
+                for p, value in kept: p.copy_(value)
+
+@contextmanager
 def mode_of_pass(opt, training:bool,
                  within:bool=False, # whether a pass of training is under way around it
                 ):
     "In the block the weights are those of a pass"
-    kept = []
-    if within and any(has_modes(type(one)) for one in optimizers_in(opt)):
-        kept = [(p, p.detach().clone()) for g in opt.param_groups for p in g['params']]
-    set_mode(opt, training)
-    try: yield
-    finally:
-        set_mode(opt, within)
-        with torch.no_grad():
-            for p, value in kept: p.copy_(value)
+    is_kept = within and any(has_modes(type(one)) for one in optimizers_in(opt))
+    params = [p for g in opt.param_groups for p in g['params']] if is_kept else []
+    with unchanged_within(params):
+        set_mode(opt, training)
+        try: yield
+        finally: set_mode(opt, within)
 
 # %% ../../nbs/components/01_optimizers.ipynb #9ab56c89
 def needs_closure(opt:torch.optim.Optimizer): # bool

@@ -115,6 +115,13 @@ def has_modes(cls: Any) -> bool:
 def set_mode(opt: Any, training: bool) -> None:
     """Let the weights be those to train with, or those to evaluate"""
 
+def unchanged_within(params: Any) -> AbstractContextManager[None]:
+    """After the block they have the values from before, and for autograd nothing has happened
+
+    Returns:
+        iterable of parameters
+    """
+
 def mode_of_pass(opt: Any, training: bool, within: bool = False) -> AbstractContextManager[None]:
     """In the block the weights are those of a pass
 

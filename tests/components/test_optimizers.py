@@ -184,6 +184,18 @@ def test_evaluations_inside_of_an_epoch_see_the_average_and_change_no_bit(tmp_pa
     assert learn.validate()['loss'] == best.best
 
 
+@pytest.mark.parametrize('event', ['after_pred', 'after_loss', 'before_backward'])
+@pytest.mark.parametrize('opt_func', [schedulefree.AdamWScheduleFree, look_ahead_of_free])
+def test_an_evaluation_between_forward_and_backward_changes_no_bit(tmp_path, opt_func, event):
+    plain, learn = [make(opt_func, tmp_path) for _ in range(2)]
+    seen = []
+    look = Callback(**{event: lambda learn: seen.append(learn.validate()['loss'])},
+                    phases=('train',), observer=True)
+    plain.fit(2)
+    learn.fit(2, cbs=look)
+    assert torch.equal(weights(plain), weights(learn)) and len(seen) == 6
+
+
 def test_a_save_of_the_middle_of_an_epoch_is_the_average_once_it_is_loaded(tmp_path):
     learn, loaded = [make(schedulefree.AdamWScheduleFree, tmp_path) for _ in range(2)]
     def save(learn):
