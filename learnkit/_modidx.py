@@ -3239,6 +3239,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'learnkit.loop.methods.Learner.unfreeze': ( 'loop/methods.html#learner.unfreeze',
                                                                                    'learnkit/loop/methods.py'),
                                        'learnkit.loop.methods.Learner.validate': ( 'loop/methods.html#learner.validate',
+                                                                                   'learnkit/loop/methods.py'),
+                                       'learnkit.loop.methods.named_opt_params': ( 'loop/methods.html#named_opt_params',
                                                                                    'learnkit/loop/methods.py')},
             'learnkit.loop.observed': { 'learnkit.loop.observed.Baseline': ('loop/observed.html#baseline', 'learnkit/loop/observed.py'),
                                         'learnkit.loop.observed.Baseline.__getstate__': ( 'loop/observed.html#baseline.__getstate__',

@@ -91,7 +91,8 @@ def _begin(self:Learner, cbs):
     "Where a learner is before its first fit"
     self.epochs_done = self.steps_done = self.steps_skipped = 0
     self.compiled = self.scaler = None
-    self.levels, self.fit_cbs, self.frozen_stats, self.sync_grads = [], [], [], True
+    self.levels, self.fit_cbs, self.sync_grads = [], [], True
+    self.frozen_stats, self.frozen_by_freeze = [], ()  # modules; names of parameters
     self._origin, interrupts = Origin(), Interrupts()
     inner = interrupts, ResumePoint(), EndOnSignal(interrupts), FirstBatch()
     self._cbs = Callbacks(cbs, inner=inner)

@@ -43,8 +43,9 @@ class Learner(Loop):
     compiled: Any
     scaler: Any
     levels: list[Any]
-    frozen_stats: Any
     sync_grads: bool
+    frozen_stats: Any
+    frozen_by_freeze: Any
     dl: Any
     n_iter: int | None
     limit: int | None
@@ -347,8 +348,12 @@ class Learner(Loop):
     def freeze(self, train_bn: bool = True) -> None:
         """Let only the last group of layers, the head, learn"""
     @structural
-    def unfreeze(self) -> None:
-        """Let all layers learn"""
+    def unfreeze(self, everything: bool = False) -> None:
+        """Let all layers learn
+
+        Args:
+            everything: also what was frozen by hand
+        """
     @pure
     def summary(self) -> Any:
         """The modules that hold parameters: shapes, sizes, group of layers, rate, whether they learn

@@ -12,13 +12,14 @@ import torch
 from fastcore.basics import patch
 from ..base.methods import pure, structural, unrecorded
 from ..components.layer_table import layer_table
-from ..components.optim import freeze_layers
+from ..components.optim import freeze_layers, param_names
 from .learner import Learner
 from .predict import OwnBatches, losses_of_samples, measure, predictions
 from .resume import autosaving, without_saving
 from .saving import export_weights, read_learner, tree_for_file, write_learner
-from .state import (
-    check_learner_state, gathered, live_state, load_state, reset_state, unchanged_learner)
+from learnkit.loop.state import (
+    check_learner_state, gathered, live_state, load_state, names_of_params, reset_state,
+    unchanged_learner)
 
 # %% ../../nbs/loop/12_methods.ipynb #e3c51b43
 @patch
@@ -145,6 +146,13 @@ def saving_to(self:Learner,
     "The fits in a `with` block save to numbered folders in `path`, and go on from what is there"
     with autosaving(self, path, every): yield self
 
+# %% ../../nbs/loop/12_methods.ipynb #49ba46fa
+def named_opt_params(learn): # dict: name -> parameter that is optimized
+    names = param_names(learn.opt, names_of_params(learn))
+    groups = zip(names, learn.opt.param_groups, strict=True)
+    return {name: p for named, group in groups
+            for name, p in zip(named, group['params'], strict=True)}
+
 # %% ../../nbs/loop/12_methods.ipynb #7bba3420
 @patch
 @structural
@@ -155,7 +163,13 @@ def freeze_to(self:Learner,
     "Let only the groups of layers from `n` on learn"
     if self.levels: raise RuntimeError(f'freeze_to called while {self.levels[0]} is running')
     if self.opt is None: raise ValueError('nothing to freeze: this model has no parameters')
+    by_hand = [p for name, p in named_opt_params(self).items()
+               if not p.requires_grad and name not in self.frozen_by_freeze]
     self.frozen_stats = freeze_layers(self.model, self.opt, n, train_bn)
+    for param in by_hand: param.requires_grad_(False)
+    kept = set(map(id, by_hand))
+    self.frozen_by_freeze = tuple(name for name, p in named_opt_params(self).items()
+                                  if not p.requires_grad and id(p) not in kept)
 
 @patch
 @structural
@@ -165,8 +179,13 @@ def freeze(self:Learner, train_bn:bool=True) -> None:
 
 @patch
 @structural
-def unfreeze(self:Learner) -> None:
+def unfreeze(self:Learner,
+             everything:bool=False, # also what was frozen by hand
+            ) -> None:
     "Let all layers learn"
+    self.freeze_to(0)
+    if not everything: return
+    self.frozen_by_freeze = tuple(named_opt_params(self))
     self.freeze_to(0)
 
 @patch

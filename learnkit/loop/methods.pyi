@@ -2,4 +2,11 @@
 # pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 # pyright: reportPrivateImportUsage=false
 """Evaluate, predict, freeze, remember, save"""
+from typing import Any
+from ..loop.learner import Learner
 __all__ = []
+
+def named_opt_params(learn: Learner) -> Any:
+    """Returns:
+        dict: name -> parameter that is optimized
+    """

@@ -72,7 +72,7 @@ class LearnerScope(Scope):
         self.learn, self.exact, self.functions = learn, exact, functions
 
     def slots(self, x, path): # dict: name -> value
-        if x is self.learn: return added_attributes(x)
+        if x is self.learn: return {**added_attributes(x), 'frozen_by_freeze': x.frozen_by_freeze}
         if isinstance(x, type): return data_of_class(x)
         found = super().slots(x, path)
         if path[0] == 'data': found = self.without_loaded(x, found)

@@ -35,12 +35,12 @@ def fine_tune(self:Learner,
         raise TypeError('fine_tune takes base_lr, the rate of the head, as one number, and makes '
                         'the others')
     trainable = [(param, param.requires_grad) for param in self.model.parameters()]
-    frozen_stats = self.frozen_stats
+    frozen = self.frozen_stats, self.frozen_by_freeze
     self.freeze(train_bn)
     try: has_ended, resume = self._tune_head(freeze_epochs, base_lr, cbs, resume, kwargs)
     except BaseException:  # a body that stays frozen unnoticed would spoil what follows
         for param, was_trainable in trainable: param.requires_grad_(was_trainable)
-        self.frozen_stats = frozen_stats
+        self.frozen_stats, self.frozen_by_freeze = frozen
         raise
     if not has_ended:
         return warnings.warn('fine_tune ended before its second fit, and the body is still frozen: '

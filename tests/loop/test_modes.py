@@ -1,4 +1,5 @@
 "Which parts of a model are in which mode in which pass"
+import copy, pickle
 import pytest
 import torch
 from torch import nn
@@ -83,3 +84,88 @@ def test_freeze_keeps_statistics_of_all_kinds(part):
     before = {name: b.clone() for name, b in model[0].named_buffers()}
     learn.fit(1)
     assert before and all(b.equal(before[name]) for name, b in model[0].named_buffers())
+
+
+# What was frozen by hand
+
+def halves(model): return [list(model.teacher.parameters()), list(model.body.parameters())]
+
+def frozen(learn): return [name for name, p in learn.model.named_parameters()
+                           if not p.requires_grad]
+
+TEACHER, BODY, HAND = ['teacher.0.weight', 'teacher.0.bias'], ['body.0.weight'], ['teacher.0.bias']
+
+def frozen_by_hand(**kwargs):
+    learn = learner(splitter=halves, **kwargs)
+    learn.model.teacher[0].bias.requires_grad_(False)
+    return learn
+
+
+@pytest.mark.parametrize('between', [
+    lambda learn: learn, lambda learn: (learn.fit(1), learn)[1],
+    lambda learn: pickle.loads(pickle.dumps(learn)), lambda learn: copy.deepcopy(learn)])
+def test_what_was_frozen_by_hand_stays_so(between):
+    learn = frozen_by_hand()
+    for _ in range(2):
+        learn.freeze()
+        assert frozen(learn) == TEACHER
+        learn = between(learn)
+        learn.unfreeze()
+        assert frozen(learn) == HAND and learn.frozen_by_freeze == ()
+    learn.model.body[0].weight.requires_grad_(False)
+    learn.freeze_to(1)
+    assert frozen(learn) == TEACHER + BODY
+    learn.unfreeze()
+    assert frozen(learn) == HAND + BODY
+    learn.unfreeze(everything=True)
+    assert frozen(learn) == []
+    learn.freeze(), learn.unfreeze()
+    assert frozen(learn) == []
+
+
+def test_fine_tune_keeps_what_was_frozen_by_hand():
+    learn = frozen_by_hand()
+    before = learn.model.teacher[0].bias.clone()
+    learn.fine_tune(1)
+    assert frozen(learn) == HAND and learn.model.teacher[0].bias.equal(before)
+    def fail(learn): raise ArithmeticError
+    with pytest.raises(ArithmeticError): learn.fine_tune(1, cbs=Callback(before_batch=fail))
+    assert (frozen(learn), learn.frozen_by_freeze) == (HAND, ())
+
+
+def test_it_is_known_of_what_was_loaded(tmp_path):
+    learn = frozen_by_hand(path=tmp_path)
+    learn.fit(1)
+    learn.freeze()
+    learn.save('frozen')
+    other = frozen_by_hand(path=tmp_path)
+    other.fit(1)
+    other.load('frozen')
+    assert frozen(other) == TEACHER
+    other.unfreeze()
+    assert frozen(other) == HAND
+    other.reset()
+    assert (frozen(other), other.frozen_by_freeze) == (HAND, ())
+
+
+@pytest.mark.parametrize('again', [False, True])
+def test_it_is_known_in_every_checkpoint(tmp_path, again):
+    def made(): return frozen_by_hand(cls=CheckpointedLearner, root=tmp_path, name='run')
+    def run(learn):
+        with learn.checkpoint('head') as cp:
+            cp.freeze()
+            cp.fit(1)
+        with learn.checkpoint('all') as cp:
+            cp.unfreeze()
+            cp.fit(1)
+    learn = made()
+    run(learn)
+    assert (frozen(learn), learn.frozen_by_freeze) == (HAND, ())
+    if again:
+        learn = made()
+        run(learn)
+    learn.rollback('head')
+    assert frozen(learn) == TEACHER
+    learn.cache('all').validate()
+    learn.unfreeze()
+    assert frozen(learn) == HAND
