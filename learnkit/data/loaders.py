@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from contextlib import contextmanager
 from functools import partial
 from operator import index
+from typing import Never
 import numpy as np
 import torch
 from fastcore.basics import noop, patch
@@ -279,11 +280,19 @@ def check_dataset(ds,
     if isinstance(ds, IterableDataset) or not map_style:
         raise TypeError(f'{type(ds).__name__} is no map-style dataset, with len(ds) and ds[i]: '
                         'make a torch DataLoader of it, and give that to DataLoaders')
+    check_no_device('loaders of datasets', kwargs)
     if ordering := sorted(kwargs.keys() & {'batch_size', 'sampler', 'batch_sampler', 'generator'}):
         raise TypeError(f'{", ".join(ordering)}: bs, shuffle and seed make the order here, or '
                         'weights=, which draw as a WeightedRandomSampler does; for another one '
                         'make a torch DataLoader, and give that to DataLoaders')
     return ds
+
+def check_no_device(where:str, given:dict):
+    "Raise TypeError for a device, which is the learner's"
+    if 'device' in given:
+        raise TypeError(f'{where}: device={given["device"]!r} is not said here. Batches stay where '
+                        'they are made, and the learner brings them to its own: '
+                        f'Learner(..., device={given["device"]!r})')
 
 # %% ../../nbs/data/01_loaders.ipynb #6a8976db
 class DataLoaders:
@@ -294,7 +303,9 @@ class DataLoaders:
                  test=None, # as train
                  sharded=None, # each of several processes has other samples: True, False, or the
                                # names of the loaders of which it is so; None: is found out
+                 **unknown:Never, # there is nothing else to say; an error tells where it is said
                 ):
+        check_unknown('DataLoaders', unknown)
         self.train, self.valid, self.test = map(check_loader, (train, valid, test))
         self.sharded = check_sharded(sharded)
 
@@ -312,6 +323,13 @@ class DataLoaders:
 
 # %% ../../nbs/data/01_loaders.ipynb #e5d4bb99
 LOADERS = 'train', 'valid', 'test'
+
+def check_unknown(where:str, given:dict):
+    "Raise TypeError for any argument"
+    check_no_device(where, given)
+    if given:
+        raise TypeError(f'{where}: {", ".join(given)}: no such argument. It takes loaders that are '
+                        'made; DataLoaders.from_tensors and from_datasets make them of samples')
 
 def check_sharded(sharded): # bool, tuple of names, or None
     "ValueError for anything else"
@@ -434,6 +452,7 @@ def dataset_loader(ds, # map-style or `IterableDataset`, or None
         return DatasetLoader(ds, bs, shuffle, seed, weights=weights, **kwargs)
     if weights is not None:
         raise TypeError(f'weights: a {type(ds).__name__} is a stream and has its own order')
+    check_no_device('loaders of datasets', kwargs)
     generator = torch.Generator().manual_seed(epoch_seed(seed or 0))
     return DataLoader(ds, bs, generator=generator, **kwargs)
 

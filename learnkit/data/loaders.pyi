@@ -5,7 +5,7 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from torch.utils.data import DataLoader, Dataset, Sampler
-from typing import Any
+from typing import Any, Never
 from ..data.order import Share
 __all__ = [
     'TensorLoader', 'DatasetLoader', 'DataLoaders'
@@ -241,6 +241,9 @@ def check_dataset(ds: Any, kwargs: dict) -> Any:
         the dataset
     """
 
+def check_no_device(where: str, given: dict) -> None:
+    """Raise TypeError for a device, which is the learner's"""
+
 class DataLoaders:
     """Loaders for training, validation and test"""
     train: Any
@@ -253,6 +256,7 @@ class DataLoaders:
             valid: Any = None,
             test: Any = None,
             sharded: Any = None,
+            **unknown: Never,
     ) -> None:
         """Loaders for training, validation and test
 
@@ -260,6 +264,7 @@ class DataLoaders:
             train: any iterable of batches that can be read more than once, or None
             valid, test: as train
             sharded: each of several processes has other samples: True, False, or the
+            unknown: there is nothing else to say; an error tells where it is said
         """
     def loaders(self) -> Any:
         """Returns:
@@ -336,6 +341,9 @@ class DataLoaders:
             DataLoaders
         """
 LOADERS: tuple[str, ...]
+
+def check_unknown(where: str, given: dict) -> None:
+    """Raise TypeError for any argument"""
 
 def check_sharded(sharded: Any) -> Any:
     """ValueError for anything else

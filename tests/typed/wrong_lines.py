@@ -11,6 +11,7 @@ learn.lr_find().vally # wrong
 learn.recorder.fd # wrong
 learn.get_preds(with_inputs=True) # wrong
 dls.from_tensor([1]) # wrong
+DataLoaders([1], device='cpu') # wrong
 SaveBest(metric='accuracy') # wrong
 EarlyStopping(patience='long') # wrong
 CheckpointedLearner(dls, nn.Linear(1, 1)) # wrong
