@@ -3180,6 +3180,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'learnkit.loop.loop.are_by_name': ('loop/loop.html#are_by_name', 'learnkit/loop/loop.py'),
                                     'learnkit.loop.loop.called': ('loop/loop.html#called', 'learnkit/loop/loop.py'),
                                     'learnkit.loop.loop.check_ends': ('loop/loop.html#check_ends', 'learnkit/loop/loop.py'),
+                                    'learnkit.loop.loop.first_of': ('loop/loop.html#first_of', 'learnkit/loop/loop.py'),
                                     'learnkit.loop.loop.gravity': ('loop/loop.html#gravity', 'learnkit/loop/loop.py'),
                                     'learnkit.loop.loop.has_updates': ('loop/loop.html#has_updates', 'learnkit/loop/loop.py'),
                                     'learnkit.loop.loop.in_training': ('loop/loop.html#in_training', 'learnkit/loop/loop.py'),

@@ -87,25 +87,31 @@ def test_accumulated_gradients_are_those_of_the_whole(name):
 
 class OwnLoss(nn.Module):
     "Returns its loss, as language models of Hugging Face do"
-    def __init__(self):
+    def __init__(self, return_dict=True):
         super().__init__()
-        self.body = text_model()
+        self.body, self.return_dict = text_model(), return_dict
 
     def forward(self, ids, labels):
         logits = self.body(ids)
-        return {'loss': F.cross_entropy(logits.flatten(0, 1), labels.flatten()), 'logits': logits}
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return {'loss': loss, 'logits': logits} if self.return_dict else (loss, logits)
 
 
-def test_a_model_that_returns_its_loss_weighs_by_targets_too():
+@pytest.mark.parametrize('return_dict', [True, False])
+def test_a_model_that_returns_its_loss_weighs_by_targets_too(return_dict):
     ids, targ = padded_text()
     rows = [{'ids': i, 'labels': t} for i, t in zip(ids, targ, strict=True)]
     for bs in (2, 5, N):
         dl = torch.utils.data.DataLoader(rows, bs)
-        learn = Learner(DataLoaders(dl, dl), OwnLoss(), None, opt_func=torch.optim.SGD, lr=0.)
+        learn = Learner(DataLoaders(dl, dl), OwnLoss(return_dict), None,
+                        opt_func=torch.optim.SGD, lr=0.)
         right = OwnLoss()(ids, targ)['loss'].item()
         assert learn.validate()['loss'] == pytest.approx(right, rel=1e-5)
         with learn.no_logging(): learn.fit(1)
         assert learn.recorder.rows[0]['train_loss'] == pytest.approx(right, rel=1e-5)
+        preds = learn.get_preds()[0]
+        loss, logits = preds.values() if return_dict else preds
+        assert logits.shape == (N, T, V) and len(loss) == len(dl)
 
 
 def test_what_is_assigned_is_believed():
