@@ -269,7 +269,7 @@ class Learner(Loop):
             the model's output on the host
         """
     def sample_losses(self) -> torch.Tensor:
-        """The loss of each sample of the current batch
+        """The loss of each sample of the batch that runs, from `after_pred` to `after_batch`
 
         Returns:
             (batch,)

@@ -67,7 +67,7 @@ def predict(self:Learner,
 @patch
 @unrecorded
 def sample_losses(self:Learner) -> torch.Tensor: # (batch,)
-    "The loss of each sample of the current batch"
+    "The loss of each sample of the batch that runs, from `after_pred` to `after_batch`"
     return losses_of_samples(self)
 
 # %% ../../nbs/loop/12_methods.ipynb #ba9e4b70

@@ -57,6 +57,10 @@ def has_reduction(loss_func): # bool
 # %% ../../nbs/loop/09_predict.ipynb #f89a810d
 def losses_of_samples(learn): # tensor, (batch,)
     "The loss of each sample of the current batch"
+    if 'batch' not in learn.levels or learn.pred is None:
+        raise RuntimeError('sample_losses: there are no predictions. It is for callbacks while a '
+                           'batch runs, from after_pred to after_batch; the losses of all samples '
+                           'are learn.get_preds(with_loss=True)[2]')
     is_replaced = overrides(learn, 'get_loss')
     if learn.loss_func is None and not is_replaced:
         raise ValueError('losses of single samples need a loss_func: the model returns one for the '

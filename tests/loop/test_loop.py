@@ -423,3 +423,16 @@ def test_an_evaluation_may_evaluate_other_data(learn):
     learn.fit(2, cbs=Callback(after_validate=test_too))
     learn.fit(1, cbs=Callback(after_batch=lambda learn: learn.validate(), phases=('train',)))
     assert len(seen) == 2
+
+
+@pytest.mark.parametrize('event', ['before_fit', 'before_epoch', 'before_batch', 'after_epoch'])
+def test_losses_of_samples_need_a_batch_with_predictions(learn, event):
+    learn.cbs = Callback(**{event: lambda learn: learn.sample_losses()})
+    with pytest.raises(RuntimeError, match='from after_pred to after_batch'): learn.fit(1)
+
+def test_losses_of_samples_are_there_from_the_prediction_on(learn):
+    found = []
+    looks = {event: lambda learn: found.append(learn.sample_losses().mean().item() - learn.loss)
+             for event in ('after_loss', 'after_backward', 'after_batch')}
+    learn.fit(1, cbs=Callback(after_pred=lambda learn: learn.sample_losses(), **looks))
+    assert len(found) == 8 and max(map(abs, found)) < 1e-5
