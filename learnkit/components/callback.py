@@ -157,6 +157,8 @@ class Callback:
     distributes = False  # whether it divides passes among the processes of its attribute `ranks`
     places_model = False # whether it brings the model to the device itself, in `after_create`
     observer = False # whether it only looks: such may come and go, nothing follows from them
+    every_evaluation = False # whether its before_batch, after_pred and after_loss are also for the
+                             # evaluations within a step, as LBFGS and SAM make them
 
     def __new__(cls, *args, **kwargs):
         self = super().__new__(cls)

@@ -119,6 +119,8 @@ class Callback:
     """whether it brings the model to the device itself, in `after_create`"""
     observer: bool
     """whether it only looks: such may come and go, nothing follows from them"""
+    every_evaluation: bool
+    """whether its before_batch, after_pred and after_loss are also for the"""
     as_made: AsMade
     def __init__(
             self,

@@ -25,7 +25,7 @@ from ..components.optim import opt_params
 from ..components.optimizers import advice_for_step, mode_of_pass, needs_closure, take_step
 from ..data.loaders import is_table, length, set_epoch
 from ..data.resumable import workers_outlive_signals
-from .losses import summed
+from .losses import loss_of, summed
 from .position import FitState, PassState
 from .samples import rows_of_both, samples_of_batch
 
@@ -222,26 +222,6 @@ def takes_names(cls, names): # bool
     takes_others = any(p.kind is p.VAR_KEYWORD for p in params)
     return (takes_others or named >= {*names}) and (not named or bool(named & {*names}))
 
-# %% ../../nbs/loop/03_loop.ipynb #992edc23
-def loss_of(pred): # the loss in a model's output
-    """`pred['loss']`, `pred.loss`, the scalar that a tuple begins with, or `pred` itself when it is
-    a scalar or a dict of scalars"""
-    if isinstance(pred, dict) and 'loss' in pred: return pred['loss']
-    if isinstance(pred, dict) and pred and all(map(is_scalar, pred.values())): return pred
-    if is_scalar(pred): return pred
-    if not isinstance(pred, torch.Tensor) and hasattr(pred, 'loss'): return pred.loss
-    if isinstance(pred, tuple) and pred and is_scalar(pred[0]): return first_of(pred)
-    raise ValueError(f'no loss: the learner has no loss_func and the model returned a '
-                     f'{type(pred).__name__} without a loss; give loss_func=')
-
-def first_of(pred):
-    "What a tuple begins with; ValueError where others could be the loss as well"
-    if len(pred) == 1 or not all(map(is_scalar, pred)): return pred[0]
-    raise ValueError(f'the model returned {len(pred)} single numbers: which is the loss? Let it '
-                     "return a dict, of the parts of a sum by name, or with the key 'loss'")
-
-def is_scalar(x): return isinstance(x, torch.Tensor) and x.ndim == 0 # bool
-
 # %% ../../nbs/loop/03_loop.ipynb #2c58789b
 @patch
 def _run_step(self:Loop, name):
@@ -261,10 +241,22 @@ def _run_step(self:Loop, name):
 @patch
 def _evaluate_again(self:Loop): # the loss
     __tracebackhide__ = True
-    for name in ('zero_grad', 'get_pred', 'get_loss'): self._run_step(name)
+    self._run_step('zero_grad')
+    self._tell_again('before_batch')
+    self._run_step('get_pred')
+    self._tell_again('after_pred')
+    self._run_step('get_loss')
     self._sum_loss()
+    self._tell_again('after_loss')
     self._run_step('backward')
     return self.loss
+
+@patch
+def _tell_again(self:Loop, event):
+    "Call those whose event belongs to every evaluation of the batch"
+    __tracebackhide__ = True
+    for method in self._cbs.bound[self.phase][event]:
+        if getattr(getattr(method, '__self__', None), 'every_evaluation', False): method(self)
 
 def overrides(learn, step:str): # bool
     "Whether a callback or a subclass does this step in its own way"

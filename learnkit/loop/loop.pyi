@@ -80,19 +80,6 @@ def takes_names(cls: Any, names: Any) -> bool:
         bool
     """
 
-def loss_of(pred: Any) -> Any:
-    """`pred['loss']`, `pred.loss`, the scalar that a tuple begins with, or `pred` itself when it is
-    a scalar or a dict of scalars
-
-    Returns:
-        the loss in a model's output
-    """
-
-def first_of(pred: Any) -> Any:
-    """What a tuple begins with; ValueError where others could be the loss as well"""
-
-def is_scalar(x: Any) -> Any: ...
-
 def overrides(learn: Learner, step: str) -> bool:
     """Whether a callback or a subclass does this step in its own way
 

@@ -95,3 +95,23 @@ def weighted_sum(pairs): # number or tensor
     terms = [value if type(weight) is int and weight == 1 else value * weight
              for value, weight in pairs.values()]
     return functools.reduce(operator.add, terms)
+
+# %% ../../nbs/loop/02_losses.ipynb #992edc23
+def loss_of(pred): # the loss in a model's output
+    """`pred['loss']`, `pred.loss`, the scalar that a tuple begins with, or `pred` itself when it is
+    a scalar or a dict of scalars"""
+    if isinstance(pred, dict) and 'loss' in pred: return pred['loss']
+    if isinstance(pred, dict) and pred and all(map(is_scalar, pred.values())): return pred
+    if is_scalar(pred): return pred
+    if not isinstance(pred, torch.Tensor) and hasattr(pred, 'loss'): return pred.loss
+    if isinstance(pred, tuple) and pred and is_scalar(pred[0]): return first_of(pred)
+    raise ValueError(f'no loss: the learner has no loss_func and the model returned a '
+                     f'{type(pred).__name__} without a loss; give loss_func=')
+
+def first_of(pred):
+    "What a tuple begins with; ValueError where others could be the loss as well"
+    if len(pred) == 1 or not all(map(is_scalar, pred)): return pred[0]
+    raise ValueError(f'the model returned {len(pred)} single numbers: which is the loss? Let it '
+                     "return a dict, of the parts of a sum by name, or with the key 'loss'")
+
+def is_scalar(x): return isinstance(x, torch.Tensor) and x.ndim == 0 # bool

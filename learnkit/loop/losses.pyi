@@ -61,3 +61,16 @@ def weighted_sum(pairs: Any) -> Any:
     """Returns:
         number or tensor
     """
+
+def loss_of(pred: Any) -> Any:
+    """`pred['loss']`, `pred.loss`, the scalar that a tuple begins with, or `pred` itself when it is
+    a scalar or a dict of scalars
+
+    Returns:
+        the loss in a model's output
+    """
+
+def first_of(pred: Any) -> Any:
+    """What a tuple begins with; ValueError where others could be the loss as well"""
+
+def is_scalar(x: Any) -> Any: ...

@@ -54,10 +54,9 @@ def check_only_one(learn:Learner,
 # %% ../../nbs/training/10_precision.ipynb #df05d4af
 def check_optimizer(learn:Learner,
                     cb, # callback that changes what happens between forward pass and step
-                    needed=True, # whether there must be one
                    ):
     "Raise ValueError unless the optimizer steps on the gradients it finds"
-    if learn.opt is None and needed: raise ValueError(f'{cb}: this learner has no optimizer')
+    if learn.opt is None: raise ValueError(f'{cb}: this learner has no optimizer')
     if learn.opt and needs_closure(learn.opt):
         raise ValueError(f'{cb} does not work with {type(learn.opt).__name__}, which computes the '
                          'loss and its gradients anew in each step: use another optimizer')
@@ -74,7 +73,7 @@ def check_weights(learn:Learner):
 # %% ../../nbs/training/10_precision.ipynb #e94e22ff
 class MixedPrecision(Callback):
     "Computes model and loss in 16 bits where that is safe, and scales the loss for fp16"
-    order, phases = -40, PHASES
+    order, phases, every_evaluation = -40, PHASES, True
 
     def __init__(self,
                  dtype=None, # 'bf16', 'fp16' or the torch type; None: bf16 where the device has it
@@ -94,8 +93,8 @@ class MixedPrecision(Callback):
     def before_fit(self, learn):
         self._warned = False
         self._check(learn)
-        check_optimizer(learn, self, needed=self.uses_scaler(learn))
         if not self.uses_scaler(learn): return
+        check_optimizer(learn, self)
         check_weights(learn)
         if learn.scaler is None: learn.scaler = torch.amp.GradScaler(learn.device.type)
 

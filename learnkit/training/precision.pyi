@@ -39,12 +39,11 @@ def check_only_one(learn: Learner, cls: Any, advice: str) -> None:
         advice: what to do about a second
     """
 
-def check_optimizer(learn: Learner, cb: Any, needed: Any = True) -> None:
+def check_optimizer(learn: Learner, cb: Any) -> None:
     """Raise ValueError unless the optimizer steps on the gradients it finds
 
     Args:
         cb: callback that changes what happens between forward pass and step
-        needed: whether there must be one
     """
 
 def check_weights(learn: Learner) -> None:

@@ -229,6 +229,37 @@ def test_the_momentum_of_a_schedule_free_optimizer_stays(tmp_path):
         learn.fit(1, cbs=ParamScheduler({'mom': sched_lin(0.9, 0.8)}))
 
 
+@pytest.mark.parametrize('opt_func', [FEW['SAM'], torch.optim.LBFGS])
+def test_what_a_step_evaluates_is_in_16_bits_too(tmp_path, opt_func):
+    learn, by_hand = [make(opt_func, tmp_path) for _ in range(2)]
+    model, dtypes, opt = by_hand.model, [], by_hand.opt
+    learn.model[0].register_forward_hook(lambda module, args, out: dtypes.append(out.dtype))
+    learn.to_bf16().fit(1, dls=DataLoaders(learn.dls.train))
+    assert len(dtypes) >= 2 * 3 and {*dtypes} == {torch.bfloat16}
+
+    def evaluate(x, y):
+        opt.zero_grad()
+        with torch.autocast('cpu', torch.bfloat16): loss = by_hand.loss_func(model(x).float(), y)
+        loss.backward()
+        return loss
+    for x, y in by_hand.dls.train:
+        evaluate(x, y)
+        opt.step(functools.partial(evaluate, x, y))
+    assert torch.equal(weights(learn), weights(by_hand))
+
+
+def test_a_callback_may_belong_to_every_evaluation(tmp_path):
+    class Doubles(Callback):
+        every_evaluation, n = True, 0
+        def after_pred(self, learn): learn.pred, self.n = learn.pred * 2, self.n + 1
+    class Once(Callback):
+        n = 0
+        def after_pred(self, learn): self.n += 1
+    doubles, once = Doubles(), Once()
+    make(FEW['SAM'], tmp_path).fit(1, cbs=[doubles, once])
+    assert doubles.n - once.n == 3
+
+
 def test_sam_steps_from_the_gradient_nearby(tmp_path):
     learn, by_hand = [make(FEW['SAM'], tmp_path) for _ in range(2)]
     learn.fit(1)
