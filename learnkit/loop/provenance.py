@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/loop/07_provenance.ipynb #3fb1f725
 import json, zlib
 from contextlib import nullcontext
+from textwrap import shorten
 from torch import nn
 from ..base.dtensors import full_tensor
 from ..base.guard import is_learnkits
@@ -205,3 +206,41 @@ def note_changes(learn):
         show_message(learn, f'the fit has changed what no save holds: {", ".join(names)}. A fit '
                      'that goes on has it as the script makes it: keep it as an attribute of the '
                      'learner or of a callback')
+
+# %% ../../nbs/loop/07_provenance.ipynb #07387e72
+def is_same(a, b): # bool
+    "Whether two plain settings are equal; nan is equal to itself"
+    return a == b or repr(a) == repr(b)
+
+ABSENT = 'nothing'  # what a setting is called where there is none
+
+def setting_differs(name, before, now): # list of str; before, now: dict: name -> plain value
+    "How a setting of two dicts differs, if it does"
+    a, b = before.get(name, ABSENT), now.get(name, ABSENT)
+    if is_same(a, b): return []
+    if name == 'callbacks': return [callbacks_differ(a, b)]
+    if isinstance(a, dict) and isinstance(b, dict):
+        return [f'{name} {text}' for key in {**a, **b} for text in setting_differs(key, a, b)]
+    text = str if short(a) == short(b) else short
+    return [f'{name} {text(a)} -> {text(b)}']
+
+def short(x): # str
+    text = str(x)
+    return text if len(text) <= 60 else f'{text[:40]} ... {text[-16:]}'
+
+# %% ../../nbs/loop/07_provenance.ipynb #86a51ff0
+def callbacks_differ(before, now): # lists of what `Callback.settings` returned -> str
+    "In which callbacks two calls differ"
+    def lacks(cbs, cb): return not any(is_same(cb, other) for other in cbs)
+    removed, added = [[cb for cb in have if lacks(other, cb)]
+                      for have, other in ((before, now), (now, before))]
+    changes = [f'then {settings_text(cb)}' for cb in removed]
+    changes += [f'now {settings_text(cb)}' for cb in added]
+    return f'callbacks {", ".join(changes)}' if changes else 'callbacks in another order'
+
+def settings_text(settings): # str
+    "A callback as it was made, shortened where it gets long"
+    args, others = settings.get('args', []), settings.get('kwargs') or {
+        name: value for name, value in settings.items() if name not in ('class', 'args', 'kwargs')}
+    given = [*map(repr, args), *(f'{name}={value!r}' for name, value in others.items())]
+    return f'{settings["class"]}({shorten(", ".join(given), 60, placeholder=" ...")})'

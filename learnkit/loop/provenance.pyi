@@ -145,3 +145,37 @@ NOTED: tuple[str, ...]
 
 def note_changes(learn: Learner) -> None:
     """What code reads and a fit has changed counts from now on as before; what no save holds is told"""
+
+def is_same(a: Any, b: Any) -> bool:
+    """Whether two plain settings are equal; nan is equal to itself
+
+    Returns:
+        bool
+    """
+ABSENT: str
+
+def setting_differs(name: Any, before: Any, now: Any) -> Any:
+    """How a setting of two dicts differs, if it does
+
+    Returns:
+        list of str; before, now: dict: name -> plain value
+    """
+
+def short(x: Any) -> str:
+    """Returns:
+        str
+    """
+
+def callbacks_differ(before: Any, now: Any) -> Any:
+    """In which callbacks two calls differ
+
+    Returns:
+        lists of what `Callback.settings` returned -> str
+    """
+
+def settings_text(settings: Any) -> str:
+    """A callback as it was made, shortened where it gets long
+
+    Returns:
+        str
+    """

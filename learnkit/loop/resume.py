@@ -10,7 +10,6 @@ import itertools, math, re, sys, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from textwrap import shorten
 from fastcore.basics import patch
 from ..base.batches import map_tensors
 from ..base.dtensors import is_sharded, local_part
@@ -34,8 +33,9 @@ from .progress import show_message
 from .saving import (
     load_chosen, localized, read_on_main, save_path, tree_for_file, with_shards)
 from .observed import observed_state
-from .provenance import (
-    compressed, decompressed, drawn_at_start, provenance, provenance_differs, repeats_weights)
+from learnkit.loop.provenance import (
+    compressed, decompressed, drawn_at_start, provenance, provenance_differs, repeats_weights,
+    setting_differs)
 from .structure import FitStructure
 from .state import check_learner_state, live_state, load_state, names_of_params
 
@@ -148,35 +148,12 @@ def check_call(saved:Saved, call:dict):
     check_is_of_fit(saved)
     check_same_run(saved, call)
     before = saved.fit['call']
-    names = [name for name in call if not is_same(before[name], call[name])]
-    changes = [callbacks_differ(before[name], call[name]) if name == 'callbacks' else
-               f'{name} {before[name]} -> {call[name]}'
-               for name in names if name not in ('run', 'begun')]
-    if changes:
+    names = [name for name in call if name not in ('run', 'begun')]
+    if changes := [text for name in names for text in setting_differs(name, before, call)]:
         raise ValueError(f'{saved.source} is of a fit with other arguments: {"; ".join(changes)}. '
                          'Call fit as before (n_epoch and n_steps are the total), or without '
                          'resume')
 
-def is_same(a, b): # bool
-    "Whether two plain settings are equal; nan is equal to itself"
-    return a == b or repr(a) == repr(b)
-
-# %% ../../nbs/loop/08_resume.ipynb #86a51ff0
-def callbacks_differ(before, now): # lists of what `Callback.settings` returned -> str
-    "In which callbacks two calls differ"
-    def lacks(cbs, cb): return not any(is_same(cb, other) for other in cbs)
-    removed, added = [[cb for cb in have if lacks(other, cb)]
-                      for have, other in ((before, now), (now, before))]
-    changes = [f'then {settings_text(cb)}' for cb in removed]
-    changes += [f'now {settings_text(cb)}' for cb in added]
-    return f'callbacks {", ".join(changes)}' if changes else 'callbacks in another order'
-
-def settings_text(settings): # str
-    "A callback as it was made, shortened where it gets long"
-    args, others = settings.get('args', []), settings.get('kwargs') or {
-        name: value for name, value in settings.items() if name not in ('class', 'args', 'kwargs')}
-    given = [*map(repr, args), *(f'{name}={value!r}' for name, value in others.items())]
-    return f'{settings["class"]}({shorten(", ".join(given), 60, placeholder=" ...")})'
 
 # %% ../../nbs/loop/08_resume.ipynb #68dc0dc8
 def find_saved(learn, resume, call, store=None): # Saved; None when there is nothing to go on from

@@ -82,27 +82,6 @@ def described(dl: Any) -> Any: ...
 def check_call(saved: Saved, call: dict) -> None:
     """Raise ValueError unless `call` is the one that was interrupted"""
 
-def is_same(a: Any, b: Any) -> bool:
-    """Whether two plain settings are equal; nan is equal to itself
-
-    Returns:
-        bool
-    """
-
-def callbacks_differ(before: Any, now: Any) -> Any:
-    """In which callbacks two calls differ
-
-    Returns:
-        lists of what `Callback.settings` returned -> str
-    """
-
-def settings_text(settings: Any) -> str:
-    """A callback as it was made, shortened where it gets long
-
-    Returns:
-        str
-    """
-
 def find_saved(learn: Learner, resume: Any, call: Any, store: Any = None) -> Any:
     """What `fit(resume=...)` is to go on from
 

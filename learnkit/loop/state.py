@@ -43,21 +43,23 @@ def load_model_state(model:nn.Module, state):
     model.load_state_dict(weights)
 
 # %% ../../nbs/loop/05_state.ipynb #e5a5d702
-def check_model_state(model:nn.Module,
-                      state:dict, # what `model.state_dict()` returned
-                     ):
-    "Raise ValueError naming the first keys that differ when `state` is that of another model"
-    have = model_state(model)
+def kinds_differ(have, state): # str; dicts: name -> tensor
+    "The first names that differ between what there is and a saved state"
     lost, extra = [k for k in have if k not in state], [k for k in state if k not in have]
     other = [f'{k} is {kind(state[k])} there and {kind(have[k])} here'
              for k in have if k in state and kind(have[k]) != kind(state[k])]
     found = {'missing there': lost, 'unknown here': extra, 'different': other}
-    problems = [f'{what}: {", ".join(keys[:3])}{" ..." if len(keys) > 3 else ""}'
-                for what, keys in found.items() if keys]
-    if problems:
+    return '; '.join(f'{what}: {", ".join(keys[:3])}{" ..." if len(keys) > 3 else ""}'
+                     for what, keys in found.items() if keys)
+
+def check_model_state(model:nn.Module,
+                      state:dict, # what `model.state_dict()` returned
+                     ):
+    "Raise ValueError naming the first keys that differ when `state` is that of another model"
+    if problems := kinds_differ(model_state(model), state):
         name = unsharded_class(model).__name__
-        raise ValueError(f'the saved model is not a {name} like this one; ' + '; '.join(problems)
-                         + '. Nothing was loaded.')
+        raise ValueError(f'the saved model is not a {name} like this one; {problems}. Nothing was '
+                         'loaded.')
 
 # %% ../../nbs/loop/05_state.ipynb #5570ca1b
 def loss_state(loss_func): # dict: name -> live tensor
@@ -66,11 +68,9 @@ def loss_state(loss_func): # dict: name -> live tensor
 
 def check_loss_state(loss_func, state):
     "Raise ValueError when `state` is that of another loss"
-    have = {name: kind(value) for name, value in loss_state(loss_func).items()}
-    need = {name: kind(value) for name, value in state.items()}
-    if have != need:
-        raise ValueError(f'the saved loss has the parameters and buffers {need or "none"}, this '
-                         f'one has {have or "none"}: give the learner the same loss_func')
+    if problems := kinds_differ(loss_state(loss_func), state):
+        raise ValueError('the saved loss has other parameters and buffers than this one; '
+                         f'{problems}. Give the learner the same loss_func')
 
 # %% ../../nbs/loop/05_state.ipynb #fe7cb93f
 COUNTERS = ('epochs_done', 'steps_done', 'steps_skipped')

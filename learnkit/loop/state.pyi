@@ -25,6 +25,13 @@ def model_state(model: nn.Module) -> Any:
 def load_model_state(model: nn.Module, state: Any) -> None:
     """Load what `model_state` returned"""
 
+def kinds_differ(have: Any, state: Any) -> Any:
+    """The first names that differ between what there is and a saved state
+
+    Returns:
+        str; dicts: name -> tensor
+    """
+
 def check_model_state(model: nn.Module, state: dict) -> None:
     """Raise ValueError naming the first keys that differ when `state` is that of another model
 

@@ -1,5 +1,6 @@
 "A fit that was stopped anywhere and goes on ends with the same bits"
 import inspect, itertools, os, random, signal, subprocess, sys, textwrap, threading, time, warnings
+from functools import partial
 import numpy as np
 import pytest
 import torch
@@ -787,6 +788,17 @@ def test_parameters_and_buffers_of_the_loss_are_part_of_the_state(tmp_path):
     whole = run()
     with pytest.raises(PowerCut): run(SaveState('run', '1 step'), at(9, power_cut))
     assert run(SaveState('run'), drawn=3, resume='latest') == whole
+
+def test_a_refusal_names_what_differs_alone(tmp_path):
+    def run(resume=None, **kwargs):
+        learn = train()
+        learn.path, learn.opt_func = tmp_path, partial(torch.optim.Adam, **kwargs)
+        learn.make_opt()
+        learn.fit(1, cbs=SaveState('run'), resume=resume)
+    run()
+    with pytest.raises(ValueError) as caught: run('latest', amsgrad=True, betas=(.8, .9))
+    said = str(caught.value).partition('with other arguments: ')[2].partition('. Call')[0]
+    assert said == 'optimizer betas [0.9, 0.999] -> [0.8, 0.9]; optimizer amsgrad False -> True'
 
 def test_the_folder_may_be_assigned_as_text(tmp_path):
     for resume in (None, 'latest'):
