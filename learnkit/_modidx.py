@@ -4727,8 +4727,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                   'learnkit/training/stopping.py'),
                                             'learnkit.training.stopping.StopOnNaN.check_loss': ( 'training/stopping.html#stoponnan.check_loss',
                                                                                                  'learnkit/training/stopping.py'),
-                                            'learnkit.training.stopping.all_finite': ( 'training/stopping.html#all_finite',
-                                                                                       'learnkit/training/stopping.py'),
                                             'learnkit.training.stopping.ask_yes_no': ( 'training/stopping.html#ask_yes_no',
                                                                                        'learnkit/training/stopping.py'),
                                             'learnkit.training.stopping.is_free_to_read': ( 'training/stopping.html#is_free_to_read',

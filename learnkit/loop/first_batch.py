@@ -21,7 +21,9 @@ def floats_in(x): # list of tensors
             and not t.is_meta]
 
 def all_finite(x): # bool, by one read from the device
-    "Whether all floats in a nesting are numbers"
+    "Whether a number, or all floats in a nesting of tensors, are finite"
+    if type(x) is torch.Tensor and not x.ndim and not x.is_meta: x = x.item()
+    if isinstance(x, (int, float)): return math.isfinite(x)
     flags = [t.detach().isfinite().all() for t in floats_in(x)]
     return not flags or bool(torch.stack([flag.to(flags[0].device) for flag in flags]).all())
 

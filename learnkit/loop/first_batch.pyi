@@ -16,7 +16,7 @@ def floats_in(x: Any) -> Any:
     """
 
 def all_finite(x: Any) -> Any:
-    """Whether all floats in a nesting are numbers
+    """Whether a number, or all floats in a nesting of tensors, are finite
 
     Returns:
         bool, by one read from the device

@@ -12,6 +12,7 @@ from fastcore.basics import patch
 from ..base.ranks import is_main, sum_over_ranks, world_size
 from ..components.callback import Callback, CancelFit
 from ..components.optim import get_hyper
+from ..loop.first_batch import all_finite
 from ..loop.progress import show_message
 from ..loop.recorder import detached
 from .arguments import check_number, check_whole
@@ -98,11 +99,6 @@ class StopOnNaN(Callback):
 def is_free_to_read(loss): # bool
     "Whether reading the loss costs nothing: it is on the cpu, and there is one process"
     return world_size() == 1 and (not isinstance(loss, torch.Tensor) or loss.device.type == 'cpu')
-
-def all_finite(loss): # bool
-    "Whether a loss, a number or tensor of any shape, is finite"
-    if not isinstance(loss, torch.Tensor): return math.isfinite(loss)
-    return math.isfinite(loss.item()) if loss.numel() == 1 else bool(loss.isfinite().all())
 
 def loss_text(loss): # str
     "The loss as it is shown; it may be another rank's that is bad"

@@ -71,13 +71,6 @@ def is_free_to_read(loss: Any) -> bool:
         bool
     """
 
-def all_finite(loss: Any) -> bool:
-    """Whether a loss, a number or tensor of any shape, is finite
-
-    Returns:
-        bool
-    """
-
 def loss_text(loss: Any) -> str:
     """The loss as it is shown; it may be another rank's that is bad
 
