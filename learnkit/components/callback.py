@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from ..base.batches import tensors_in
+from ..base.dtensors import local_part
 from ..base.snapshots import MISSING, PLAIN, flat_bytes
 
 # %% ../../nbs/components/00_callback.ipynb #de174d65
@@ -227,6 +228,7 @@ def check_observer(cb):
 
 # %% ../../nbs/components/00_callback.ipynb #75be54c7
 N_WHOLE = 10  # calls of each event of an observer that are compared in all that is known
+N_VALUES = 2  # and of these, in the values of tensors too
 
 def write_count(t): return 0 if t.is_inference() else t._version # int
 
@@ -246,7 +248,20 @@ def objects_shown(learn): # dict: name -> object
     return found | {f'the gradient of parameter {i}': p.grad
                     for i, p in enumerate(params_of(learn))}
 
-def counts_shown(learn, whole): # dict: name -> what is compared by its value
+def norms(tensors): # bytes
+    "What shows that values were changed past torch's counters, through `.data`"
+    floats = [local_part(t.detach()) for t in tensors if t.is_floating_point() and not t.is_meta]
+    found = [t.float().norm().cpu() for t in floats
+             if t.layout is torch.strided and not t.is_nested]
+    return torch.stack(found).numpy().tobytes() if found else b''
+
+def held_by(module): # list of int
+    "What shows that attributes, hooks or parts of a module were added or replaced"
+    inner = [x for x in vars(module).values() if isinstance(x, dict)
+             and x is not module._parameters]  # which FSDP exchanges in each pass
+    return [id(x) for held in (vars(module), *inner) for x in held.values()]
+
+def counts_shown(learn, whole, values): # dict: name -> what is compared by its value
     "How often tensors were written to, and where random numbers are"
     params, model = params_of(learn), learn.model
     tensors = {'the batch': tensors_in([learn.batch, learn.xb, learn.yb]),
@@ -256,9 +271,13 @@ def counts_shown(learn, whole): # dict: name -> what is compared by its value
                'buffers of the model': list(model.buffers()) if whole else [],
                'the state of the optimizer': kept_by_opt(learn) if whole else []}
     tracked = learn.recorder.tracked
-    return {**{name: [*map(write_count, found)] for name, found in tensors.items()},
+    read = [name for name in tensors if name != 'the data in memory'] if values else ()
+    return {**{name: ([*map(write_count, found)], norms(found) if name in read else b'')
+               for name, found in tensors.items()},
             'the mode of the model': [module.training for module in model.modules()]
                                      if whole else model.training,
+            'what the model holds, attributes, hooks or parts':
+                [held_by(module) for module in model.modules()] if whole else None,
             'which weights are trained': [p.requires_grad for p in params],
             'tracked values': {name: len(mean.values) for name, mean in tracked.items()},
             "torch's random numbers": torch.default_generator.get_state().numpy().tobytes(),
@@ -274,14 +293,14 @@ class Watched:
         self.method, self.cb, self.event, self.n_calls = method, cb, event, 0
 
     def __call__(self, learn):
-        whole, self.n_calls = self.n_calls < N_WHOLE, self.n_calls + 1
-        objects, counts = objects_shown(learn), counts_shown(learn, whole)
+        is_first, self.n_calls = (self.n_calls < N_WHOLE, self.n_calls < N_VALUES), self.n_calls + 1
+        objects, counts = objects_shown(learn), counts_shown(learn, *is_first)
         try: self.method(learn)
         except Cancel as cancel: raise self.error(f'raised {type(cancel).__name__}') from cancel
         now = objects_shown(learn)
         changed = [name for name in {**objects, **now}
                    if objects.get(name, MISSING) is not now.get(name, MISSING)]
-        after = counts_shown(learn, whole)
+        after = counts_shown(learn, *is_first)
         changed += [name for name in counts if counts[name] != after[name]]
         if changed: raise self.error(f'changed {changed[0]}')
 

@@ -215,6 +215,7 @@ def is_compared(cb: Any) -> bool:
 def check_observer(cb: Any) -> None:
     """Raise TypeError for a callback that says it only looks, and does what changes a fit"""
 N_WHOLE: int
+N_VALUES: int
 
 def write_count(t: Any) -> Any: ...
 
@@ -235,7 +236,21 @@ def objects_shown(learn: Learner) -> Any:
         dict: name -> object
     """
 
-def counts_shown(learn: Learner, whole: Any) -> Any:
+def norms(tensors: Any) -> bytes:
+    """What shows that values were changed past torch's counters, through `.data`
+
+    Returns:
+        bytes
+    """
+
+def held_by(module: Any) -> Any:
+    """What shows that attributes, hooks or parts of a module were added or replaced
+
+    Returns:
+        list of int
+    """
+
+def counts_shown(learn: Learner, whole: Any, values: Any) -> Any:
     """How often tensors were written to, and where random numbers are
 
     Returns:

@@ -123,6 +123,13 @@ def test_a_fit_is_the_same_with_and_without():
 
 # What they change is an error
 
+class Remembers(nn.Linear):
+    "Keeps what it gave last"
+    def forward(self, x):
+        self.last = [super().forward(x)]
+        self.n = getattr(self, 'n', 0) + 1
+        return self.last[0]
+
 def add(t): t.data.add_(1) if not t.requires_grad else t.detach().add_(1)
 
 def grow(learn): learn.opt.param_groups[0]['lr'] *= 2
@@ -146,6 +153,13 @@ CHANGES = {
     (lambda learn: add(learn.model[0].weight)): 'weights',
     (lambda learn: learn.model[0].weight.grad.mul_(2)): 'gradients',
     (lambda learn: torch.rand(1)): "torch's random numbers",
+    (lambda learn: learn.model[0].weight.data.mul_(2)): 'weights',
+    (lambda learn: learn.model[0].weight.grad.data.zero_()): 'gradients',
+    (lambda learn: setattr(learn.model[1], 'momentum', 0.5)): 'what the model holds',
+    (lambda learn: setattr(learn.model, 'mine', 1)): 'what the model holds',
+    (lambda learn: learn.model.append(nn.ReLU())): 'the mode of the model',
+    (lambda learn: learn.model[0].register_forward_hook(lambda *given: None)):
+        'what the model holds, attributes, hooks or parts',
     (lambda learn: random.random()): "python's random numbers",
     (lambda learn: np.random.rand()): "numpy's random numbers"}
 
@@ -183,6 +197,13 @@ def test_it_may_evaluate_in_between():
     learn, other = made(), made(cbs=look)
     for each in (learn, other): each.fit(2)
     assert digest(learn) == digest(other) and len(seen) == 8
+
+def test_it_may_evaluate_a_model_that_remembers():
+    look = Callback(after_batch=lambda learn: learn.validate(), phases=('train',), observer=True,
+                    after_loss=lambda learn: learn.predict(learn.xb[0]))
+    learn, other = [made(cbs=cbs, model=Remembers(3, 1)) for cbs in (None, look)]
+    for each in (learn, other): each.fit(2)
+    assert digest(learn) == digest(other)
 
 @pytest.mark.parametrize('cb', [
     lambda: Callback(get_loss=print, observer=True),
