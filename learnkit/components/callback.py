@@ -248,6 +248,7 @@ def objects_shown(learn): # dict: name -> object
     return found | {f'the gradient of parameter {i}': p.grad
                     for i, p in enumerate(params_of(learn))}
 
+# %% ../../nbs/components/00_callback.ipynb #70e9abf9
 def norms(tensors): # bytes
     "What shows that values were changed past torch's counters, through `.data`"
     floats = [local_part(t.detach()) for t in tensors if t.is_floating_point() and not t.is_meta]

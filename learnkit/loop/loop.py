@@ -258,6 +258,7 @@ def _tell_again(self:Loop, event):
     for method in self._cbs.bound[self.phase][event]:
         if getattr(getattr(method, '__self__', None), 'every_evaluation', False): method(self)
 
+# %% ../../nbs/loop/03_loop.ipynb #a8506b42
 def overrides(learn, step:str): # bool
     "Whether a callback or a subclass does this step in its own way"
     if learn._cbs.bound[learn.phase][step]: return True

@@ -17,9 +17,9 @@ from .learner import Learner
 from .predict import OwnBatches, losses_of_samples, measure, predictions
 from .resume import autosaving, without_saving
 from .saving import export_weights, read_learner, tree_for_file, write_learner
-from learnkit.loop.state import (
-    check_learner_state, gathered, live_state, load_state, names_of_params, reset_state,
-    unchanged_learner)
+from .state import (
+    check_learner_state, gathered,
+    live_state, load_state, names_of_params, reset_state, unchanged_learner)
 
 # %% ../../nbs/loop/12_methods.ipynb #e3c51b43
 @patch

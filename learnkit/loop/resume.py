@@ -33,9 +33,9 @@ from .progress import show_message
 from .saving import (
     load_chosen, localized, read_on_main, save_path, tree_for_file, with_shards)
 from .observed import observed_state
-from learnkit.loop.provenance import (
-    compressed, decompressed, drawn_at_start, provenance, provenance_differs, repeats_weights,
-    setting_differs)
+from .provenance import (
+    compressed, decompressed, drawn_at_start, provenance,
+    provenance_differs, repeats_weights, setting_differs)
 from .structure import FitStructure
 from .state import check_learner_state, live_state, load_state, names_of_params
 
