@@ -396,7 +396,8 @@ def add_origin(learn, error, method, event):
     if owner is not None and learn._cbs.is_inner(owner): return
     name = getattr(method, '__qualname__', repr(method)) if owner is None else repr(owner)
     batch = f', batch {learn.iter}' if learn.iter >= 0 else ''
-    error.add_note(f'(raised by {name} in {event}, epoch {learn._fit.epoch}{batch})')
+    note = f'(raised by {name} in {event}, epoch {learn._fit.epoch}{batch})'
+    if note not in getattr(error, '__notes__', ()): error.add_note(note)
 
 # %% ../../nbs/loop/03_loop.ipynb #9d706129
 def add_step(learn, error, name):
