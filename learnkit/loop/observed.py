@@ -217,9 +217,11 @@ class Baseline:
     def add(self, learn, given=(), # callbacks given to a call
             constructed=False): # whether a subclass has given the learner all that it gives
         "Note how what has come into reach is"
-        now = snapshot(learn, given)
+        now, before = snapshot(learn, given), self.of(learn)
         if constructed: self.known.pop(id(learn), None)
         self.note(now)
+        # It goes with the weights that are frozen, which are compared with how they were made
+        if before: self.of(learn)['frozen_by_freeze'] = before['frozen_by_freeze']
 
     def note(self, now:Snapshot):
         if not self.known:

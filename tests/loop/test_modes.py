@@ -133,10 +133,10 @@ def test_fine_tune_keeps_what_was_frozen_by_hand():
     assert (frozen(learn), learn.frozen_by_freeze) == (HAND, ())
 
 
-def test_it_is_known_of_what_was_loaded(tmp_path):
+@pytest.mark.parametrize('steps', ['fit freeze', 'freeze fit', 'freeze', 'freeze fit fit'])
+def test_it_is_known_of_what_was_loaded(tmp_path, steps):
     learn = frozen_by_hand(path=tmp_path)
-    learn.fit(1)
-    learn.freeze()
+    for step in steps.split(): learn.fit(1) if step == 'fit' else learn.freeze()
     learn.save('frozen')
     other = frozen_by_hand(path=tmp_path)
     other.fit(1)
