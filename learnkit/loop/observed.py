@@ -243,11 +243,13 @@ class Baseline:
         return [(path, name) for path, name in now.changes(self)
                 if bool(given) == (path[0] == 'given')]
 
-    def put(self, now:Snapshot, changes, held): # held: a Snapshot or Baseline
-        "Give slots what was held; what belongs to an object that is new stays"
-        for path, name in changes:
-            x = now.objects[path]
-            if id(x) in self.known: now.put_slot(x, name, held.of(x).get(name, MISSING))
+# %% ../../nbs/loop/04_observed.ipynb #e3c293e3
+@patch
+def put(self:Baseline, now:Snapshot, changes, held): # held: a Snapshot or Baseline
+    "Give slots what was held; what belongs to an object that is new stays"
+    for path, name in changes:
+        x = now.objects[path]
+        if id(x) in self.known: now.put_slot(x, name, held.of(x).get(name, MISSING))
 
 # %% ../../nbs/loop/04_observed.ipynb #0ce4a071
 @dataclass(eq=False)
