@@ -1242,6 +1242,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'learnkit/checkpoints/tree.py')},
             'learnkit.cli': { 'learnkit.cli.CommandError': ('cli.html#commanderror', 'learnkit/cli.py'),
                               'learnkit.cli.add_command': ('cli.html#add_command', 'learnkit/cli.py'),
+                              'learnkit.cli.add_launch': ('cli.html#add_launch', 'learnkit/cli.py'),
                               'learnkit.cli.argument': ('cli.html#argument', 'learnkit/cli.py'),
                               'learnkit.cli.confirm': ('cli.html#confirm', 'learnkit/cli.py'),
                               'learnkit.cli.diff': ('cli.html#diff', 'learnkit/cli.py'),

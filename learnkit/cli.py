@@ -179,6 +179,7 @@ def add_command(commands, run, *arguments):
     parser.add_argument('--root', default='ckpts', help='folder of all runs (default: ckpts)')
     parser.set_defaults(run=run)
 
+# %% ../nbs/90_cli.ipynb #a4f3348d
 def make_parser(): # ArgumentParser
     "All commands"
     parser = argparse.ArgumentParser(
@@ -198,6 +199,11 @@ def make_parser(): # ArgumentParser
     add_command(commands, report, name, ('-o', output | {'dest': 'output', 'metavar': 'FILE'}))
     add_command(commands, rm, name, ('id', dict(an_id, nargs='?')), force, yes)
     add_command(commands, gc, name, yes)
+    add_launch(commands)
+    return parser
+
+def add_launch(commands):
+    "The subcommand that starts a script"
     start = commands.add_parser('launch', help=launch.__doc__, description=launch.__doc__)
     start.add_argument('-n', type=int, help='processes (default: one for each accelerator)')
     start.add_argument('--restarts', type=int, default=0, metavar='N',
@@ -205,7 +211,6 @@ def make_parser(): # ArgumentParser
     start.add_argument('script', help='python file')
     start.add_argument('args', nargs=argparse.REMAINDER, help='of the script')
     start.set_defaults(run=launch)
-    return parser
 
 # %% ../nbs/90_cli.ipynb #9a7a4aca
 def main(argv=None): # exit code

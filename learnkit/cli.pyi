@@ -103,6 +103,9 @@ def make_parser() -> Any:
         ArgumentParser
     """
 
+def add_launch(commands: Any) -> None:
+    """The subcommand that starts a script"""
+
 def main(argv: Any = None) -> Any:
     """The command `learnkit`
 

@@ -65,7 +65,7 @@ def label(value): # the name of a parameter
     return value if not isinstance(value, tuple) else 'all' if value in ALL else 'few'
 
 
-CONTAINED = 'datasets', 'accumulation', 'clip', 'text', 'adversaries', 'cycle' # in other cases
+CONTAINED = 'datasets', 'accumulation', 'clip', 'adversaries', 'cycle' # in other cases
 
 
 # How samples are divided and read does not depend on the strategy; that a process has none may

@@ -6,7 +6,7 @@
 __all__ = ['report_html', 'write_report']
 
 # %% ../../nbs/checkpoints/16_report.ipynb #c12121af
-import math, time
+import math, sys, time
 from importlib.resources import files
 from pathlib import Path
 from fastcore.basics import patch
@@ -14,10 +14,10 @@ from ..base.methods import unrecorded
 from ..base.text import age_text, duration_text, size_text
 from ..files.durable import write_bytes
 from ..files.errors import StoreError
+from ..files.growing import GrowingList
 from ..files.ids import id_text
 from ..files.tree import json_digest
 from ..fingerprint.words import as_text
-from ..loop.recorder import Recorder
 from .record import Position, state_at
 from .checkpointed import Checkpointed
 from .lineage import (
@@ -80,11 +80,11 @@ def history_columns(lineage, id): # dict: name of a column -> list; empty where 
     callbacks = saved and isinstance(saved.state, dict) and saved.state.get('callbacks')
     kept = callbacks.get('Recorder') if isinstance(callbacks, dict) else None
     if kept is None: return {}
-    recorder = Recorder()
-    try: recorder.load_state_dict(lineage.store.get(kept))
-    except (StoreError, OSError): return {}  # the tree says what is damaged
-    every = math.ceil(len(recorder.rows) / MOST_POINTS) or 1
-    rows = list(enumerate(recorder.rows))[::every]
+    history = GrowingList()
+    try: history.load(lineage.store.get(kept['rows']))
+    except (StoreError, OSError): return {}  # it is lost, as `rollback` would say
+    every = math.ceil(len(history) / MOST_POINTS) or 1
+    rows = list(enumerate(history.items))[::every]
     names = dict.fromkeys(name for _, row in rows for name in row if name not in ('run', 'epoch'))
     columns = {name: [finite(row.get(name)) for _, row in rows] for name in names}
     return {'epoch': [i for i, _ in rows], **columns} if columns else {}
@@ -161,7 +161,6 @@ def compared_facts(lineage, calls, built): # dict: id -> dict, for those that ca
 # %% ../../nbs/checkpoints/16_report.ipynb #631526d2
 def report_facts(store, now): # dict: the variables of the template
     "Everything that stands in a report"
-    import learnkit
     lineage = Lineage(store)
     rows, (metric, best_path) = lineage.walk(), best_of_run(lineage)
     anchors = {row.id: f'c{i}' for i, row in enumerate(rows)}
@@ -173,7 +172,7 @@ def report_facts(store, now): # dict: the variables of the template
     names = list(dict.fromkeys(name for columns in curves.values() for name in columns))
     return {
         'name': store.name, 'n': len(compared), 'summary': summary(lineage, None), 'metric': metric,
-        'made': time_text(now), 'version': learnkit.__version__,
+        'made': time_text(now), 'version': sys.modules['learnkit'].__version__,
         'damaged': [(id_text(id), one_line(why)) for id, why in lineage.damaged.items()],
         'drawing': drawing_of(lineage, rows, best_path, anchors), 'has_curves': bool(curves),
         'rows': [table_row(lineage, row.id, best_path, now)

