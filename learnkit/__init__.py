@@ -101,7 +101,9 @@ from .loop import loop as _loop
 from .loop import observed as _observed
 from .loop import state as _state
 from .loop import reduction as _reduction
-from .loop import saving as _saving
+from .loop.saving import (
+    exported_meta,
+)
 from .loop import first_batch as _first_batch
 from .loop import interrupts as _interrupts
 from .loop import provenance as _provenance
@@ -227,11 +229,12 @@ __all__ = [
     'has_state', 'named_callbacks', 'accuracy', 'binary_accuracy', 'error_rate', 'mae', 'Metric',
     'metric', 'mse', 'perplexity', 'rmse', 'sklearn_metric', 'top_k_accuracy', 'no_decay',
     'param_groups', 'spread_lr', 'Fingerprint', 'fingerprint', 'UnfingerprintableError', 'Recorder',
-    'Progress', 'SaveState', 'Learner', 'combine_scheds', 'sched_const', 'sched_cos', 'sched_exp',
-    'sched_lin', 'sched_poly', 'sched_warmup', 'ParamScheduler', 'TorchScheduler', 'LRFinderResult',
-    'SaveBest', 'AskToContinue', 'EarlyStopping', 'StopOnNaN', 'ReduceLROnPlateau',
-    'MixedPrecision', 'GradientAccumulation', 'GradientClip', 'EMA', 'SWA', 'ShortEpoch',
-    'StageFuncs', 'ValidateEvery', 'CutMix', 'MixUp', 'OverfitResult', 'ChannelsLast', 'launch',
-    'Ranks', 'Distributed', 'BEGINNING', 'StaleCheckpoint', 'Checkpointed', 'CheckpointedLearner',
-    'checkpoints_table', 'tree_text', 'plot_tree', 'explain_text', 'report_html', 'write_report',
+    'Progress', 'exported_meta', 'SaveState', 'Learner', 'combine_scheds', 'sched_const',
+    'sched_cos', 'sched_exp', 'sched_lin', 'sched_poly', 'sched_warmup', 'ParamScheduler',
+    'TorchScheduler', 'LRFinderResult', 'SaveBest', 'AskToContinue', 'EarlyStopping', 'StopOnNaN',
+    'ReduceLROnPlateau', 'MixedPrecision', 'GradientAccumulation', 'GradientClip', 'EMA', 'SWA',
+    'ShortEpoch', 'StageFuncs', 'ValidateEvery', 'CutMix', 'MixUp', 'OverfitResult', 'ChannelsLast',
+    'launch', 'Ranks', 'Distributed', 'BEGINNING', 'StaleCheckpoint', 'Checkpointed',
+    'CheckpointedLearner', 'checkpoints_table', 'tree_text', 'plot_tree', 'explain_text',
+    'report_html', 'write_report',
 ]

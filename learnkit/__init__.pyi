@@ -67,6 +67,7 @@ from .fingerprint.values import fingerprint as fingerprint
 from .fingerprint.values import UnfingerprintableError as UnfingerprintableError
 from .loop.recorder import Recorder as Recorder
 from .loop.progress import Progress as Progress
+from .loop.saving import exported_meta as exported_meta
 from .loop.resume import SaveState as SaveState
 from .loop.learner import Learner as Learner
 from .training.schedule import combine_scheds as combine_scheds
@@ -121,12 +122,12 @@ __all__ = [
     'CancelValidate', 'has_state', 'named_callbacks', 'accuracy', 'binary_accuracy',
     'error_rate', 'mae', 'Metric', 'metric', 'mse', 'perplexity', 'rmse', 'sklearn_metric',
     'top_k_accuracy', 'no_decay', 'param_groups', 'spread_lr', 'Fingerprint', 'fingerprint',
-    'UnfingerprintableError', 'Recorder', 'Progress', 'SaveState', 'Learner', 'combine_scheds',
-    'sched_const', 'sched_cos', 'sched_exp', 'sched_lin', 'sched_poly', 'sched_warmup',
-    'ParamScheduler', 'TorchScheduler', 'LRFinderResult', 'SaveBest', 'AskToContinue',
-    'EarlyStopping', 'StopOnNaN', 'ReduceLROnPlateau', 'MixedPrecision', 'GradientAccumulation',
-    'GradientClip', 'EMA', 'SWA', 'ShortEpoch', 'StageFuncs', 'ValidateEvery', 'CutMix',
-    'MixUp', 'OverfitResult', 'ChannelsLast', 'launch', 'Ranks', 'Distributed', 'BEGINNING',
-    'StaleCheckpoint', 'Checkpointed', 'CheckpointedLearner', 'checkpoints_table', 'tree_text',
-    'plot_tree', 'explain_text', 'report_html', 'write_report'
+    'UnfingerprintableError', 'Recorder', 'Progress', 'exported_meta', 'SaveState', 'Learner',
+    'combine_scheds', 'sched_const', 'sched_cos', 'sched_exp', 'sched_lin', 'sched_poly',
+    'sched_warmup', 'ParamScheduler', 'TorchScheduler', 'LRFinderResult', 'SaveBest',
+    'AskToContinue', 'EarlyStopping', 'StopOnNaN', 'ReduceLROnPlateau', 'MixedPrecision',
+    'GradientAccumulation', 'GradientClip', 'EMA', 'SWA', 'ShortEpoch', 'StageFuncs',
+    'ValidateEvery', 'CutMix', 'MixUp', 'OverfitResult', 'ChannelsLast', 'launch', 'Ranks',
+    'Distributed', 'BEGINNING', 'StaleCheckpoint', 'Checkpointed', 'CheckpointedLearner',
+    'checkpoints_table', 'tree_text', 'plot_tree', 'explain_text', 'report_html', 'write_report'
 ]

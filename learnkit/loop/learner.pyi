@@ -311,11 +311,13 @@ class Learner(Loop):
         Args:
             name: as given to `save`
         """
-    def export(self, path: Any) -> Path:
+    def export(self, name: Any, meta: dict | None = None, overwrite: bool = True) -> Path:
         """Write the weights alone, for use without learnkit; those of an average are in `ema_model`
 
         Args:
-            path: file to write
+            name: file name under `path`, '.safetensors' is added
+            meta: what goes along, as names of classes: text, numbers, lists, dicts
+            overwrite: False: FileExistsError when the file is there
 
         Returns:
             of the file

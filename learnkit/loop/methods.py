@@ -121,13 +121,16 @@ def load(self:Learner,
     "Go back to the state in a file; an error changes nothing"
     read_learner(self, name)
 
+# %% ../../nbs/loop/12_methods.ipynb #6a940800
 @patch
 @unrecorded
 def export(self:Learner,
-           path, # file to write
+           name, # file name under `path`, '.safetensors' is added
+           meta:dict=None, # what goes along, as names of classes: text, numbers, lists, dicts
+           overwrite:bool=True, # False: FileExistsError when the file is there
           ) -> Path: # of the file
     "Write the weights alone, for use without learnkit; those of an average are in `ema_model`"
-    return export_weights(self, path)
+    return export_weights(self, name, meta, overwrite)
 
 @patch
 @unrecorded

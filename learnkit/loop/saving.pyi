@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from ..loop.learner import Learner
-__all__ = []
+__all__ = [
+    'exported_meta'
+]
 
 def save_path(learn: Learner, name: Any) -> Path:
     """The file of a name
@@ -104,9 +106,23 @@ def write_learner(learn: Learner, name: Any, overwrite: bool) -> Path:
 def read_learner(learn: Learner, name: Any) -> None:
     """Go back to the state in a file; an error changes nothing"""
 
-def export_weights(learn: Learner, path: Any) -> Path:
+def export_weights(learn: Learner, name: Any, meta: Any, overwrite: bool) -> Path:
     """Write the weights alone
 
     Returns:
         Path
+    """
+
+def as_json(meta: Any) -> str:
+    """What goes along with weights, as text; TypeError for what would come back as something else
+
+    Returns:
+        str
+    """
+
+def exported_meta(path: str | Path) -> dict:
+    """What was given to `Learner.export` as `meta`
+
+    Returns:
+        empty where nothing was given
     """

@@ -216,7 +216,7 @@ def test_what_is_exported_in_the_middle_of_an_epoch_is_the_average(tmp_path):
     learn.fit(1, cbs=Callback(at_rest=export))
     loaded = make(schedulefree.AdamWScheduleFree, tmp_path)
     loaded.load('middle')
-    for name, t in load_file(tmp_path / 'weights').items():
+    for name, t in load_file(tmp_path / 'weights.safetensors').items():
         assert torch.equal(t, loaded.model.state_dict()[name])
     assert torch.equal(weights(plain), weights(learn))
 

@@ -303,6 +303,17 @@ def test_export_is_plain_safetensors(tmp_path):
     fresh = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
     fresh.load_state_dict(load_file(path))
     assert torch.equal(fresh[0].weight, learn.model[0].weight)
+    assert exported_meta(path) == {}
+
+
+def test_export_is_named_as_save_is_and_takes_words_along(tmp_path):
+    learn, meta = make(path=tmp_path), {'classes': ['a', 'b'], 'mean': [0.1, 1e-300], 'none': None}
+    path = learn.export('deep/weights', meta=meta)
+    assert path == tmp_path/'deep'/'weights.safetensors' and exported_meta(path) == meta
+    with pytest.raises(FileExistsError): learn.export('deep/weights', overwrite=False)
+    for wrong in ({'x': (1, 2)}, {1: 'x'}, {'x': float('nan')}, {'x': torch.zeros(1)}, ['x']):
+        with pytest.raises(TypeError, match='meta='): learn.export('other', meta=wrong)
+    assert not (tmp_path/'other.safetensors').exists()
 
 def test_reset_goes_back_to_before_training():
     learn = make(valid=data(8))
