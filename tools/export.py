@@ -1,4 +1,4 @@
-"Writes learnkit/ from the notebooks: the modules, then `__init__.py` with all public names"
+"Writes learnkit/ from the notebooks: the modules, then `__init__.py` with the public names"
 import ast, configparser, subprocess, sys, textwrap
 from pathlib import Path
 
@@ -6,6 +6,9 @@ from pathlib import Path
 # of its own room
 ROOMS = ('base', 'files', 'data', 'components', 'fingerprint', 'loop', 'training', 'processes',
          'checkpoints')
+
+# Modules whose names are imported from them alone, as they load a library that not everybody has
+BY_ITSELF = {'sklearn'}
 
 HEAD = '''"{description}"
 
@@ -78,7 +81,8 @@ def main(root=Path()):
     modules = [module_name(root, notebook) for notebook in notebooks(root)]
     names = {module: public_names(lib / f'{module.replace(".", "/")}.py') for module in modules}
     check_clashes(names)
-    source = HEAD.format(**config['DEFAULT']) + gathered(names)
+    together = {module: some for module, some in names.items() if module not in BY_ITSELF}
+    source = HEAD.format(**config['DEFAULT']) + gathered(together)
     (lib / '__init__.py').write_text(source, encoding='utf-8')
     (lib / '__main__.py').write_text(MAIN, encoding='utf-8')
     subprocess.run([sys.executable, Path(__file__).with_name('stubs.py'), lib], check=True)
