@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from learnkit import *
 from learnkit import CheckpointedLearner as CL
 from learnkit.loop.plots import smooth
+from learnkit.sklearn import ArrayDict, LearnerClassifier, LearnerRegressor
 
 # A script of ten lines
 x, y = torch.randn(256, 4), torch.randint(0, 3, (256,))
@@ -108,3 +109,11 @@ kept.rollback(1, which='best').validate()
 kept.explain(1, 'sgd')
 kept.tree()
 with kept.plan() as planned: planned.fit(1)
+
+# scikit-learn
+net = LearnerClassifier(lambda n_in, n_out, bias: nn.Linear(n_in, n_out, bias), cbs=EarlyStopping(),
+                        valid_pct=0.2, module__bias=False, callbacks__EarlyStopping__patience=2)
+print(net.fit(x.numpy(), y.numpy()).predict_proba(x.numpy()).round(2), net.history_.tail(1))
+print(net.set_params(n_epoch=3).partial_fit(x, y, n_epoch=2).learner_.recorder.df)
+regressor = LearnerRegressor(nn.LazyLinear, module__out_features=1, seed=1, device='cpu')
+regressor.fit(ArrayDict(input=x), x[:, 0]).predict({'input': x})
