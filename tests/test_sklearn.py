@@ -503,6 +503,7 @@ def test_weights_that_cannot_be(kwargs, weights, text):
 
 # Others that use estimators
 
+@pytest.mark.slow  # two processes import torch
 def test_grid_search_in_two_processes():
     "With a module that is quickly imported there"
     grid = {'module__bias': [False, True], 'callbacks__EarlyStopping__patience': [1, 3]}
