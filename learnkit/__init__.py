@@ -162,6 +162,8 @@ from .training.trials import (
 from .training.compiling import (
     ChannelsLast,
 )
+from .insight import tasks as _tasks
+from .insight import class_counts as _class_counts
 from .processes.launch import (
     launch,
 )

@@ -136,10 +136,15 @@ def predictions(learn, dl, with_loss, with_input, concat=True, gather='all'): # 
     if gather not in GATHER:
         raise ValueError(f'get_preds(gather={gather!r}): must be one of {", ".join(GATHER)}')
     check_loader(dl)
-    collect = Collect(with_loss, with_input, n_samples(dl), concat, gather)
-    skip_loss = Callback(before_validate=lambda learn: setattr(learn, 'has_loss', with_loss))
+    found = collected(learn, dl, Collect(with_loss, with_input, n_samples(dl), concat, gather))
+    return found if gather == 'all' or learn.ranks is None else OfOneProcess(found)
+
+def collected(learn, dl, collect): # tuple: what each of its buffers has gathered
+    "A pass over a loader that a `Collect` hears, and nothing else is told of"
+    __tracebackhide__ = True
+    skip_loss = Callback(before_validate=lambda learn: setattr(learn, 'has_loss',
+                                                               collect.with_loss))
     with (interruptible(learn), side_pass(learn), learn.added_cbs([skip_loss, collect]),
           unchanged_by_a_pass(learn), reading_without_trace(dl) as dl):
         learn._evaluate('predict', dl)
-    found = tuple(buffer.read() for buffer in collect.buffers.values())
-    return found if gather == 'all' or learn.ranks is None else OfOneProcess(found)
+    return tuple(buffer.read() for buffer in collect.buffers.values())

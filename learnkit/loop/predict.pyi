@@ -100,3 +100,10 @@ def predictions(
     Returns:
         tuple
     """
+
+def collected(learn: Learner, dl: Any, collect: Any) -> Any:
+    """A pass over a loader that a `Collect` hears, and nothing else is told of
+
+    Returns:
+        tuple: what each of its buffers has gathered
+    """
