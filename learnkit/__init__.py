@@ -164,6 +164,10 @@ from .training.compiling import (
 )
 from .insight import tasks as _tasks
 from .insight import class_counts as _class_counts
+from .insight import sample_pass as _sample_pass
+from .insight.interpretation import (
+    Interpretation,
+)
 from .processes.launch import (
     launch,
 )
@@ -236,7 +240,7 @@ __all__ = [
     'TorchScheduler', 'LRFinderResult', 'SaveBest', 'AskToContinue', 'EarlyStopping', 'StopOnNaN',
     'ReduceLROnPlateau', 'MixedPrecision', 'GradientAccumulation', 'GradientClip', 'EMA', 'SWA',
     'ShortEpoch', 'StageFuncs', 'ValidateEvery', 'CutMix', 'MixUp', 'OverfitResult', 'ChannelsLast',
-    'launch', 'Ranks', 'Distributed', 'BEGINNING', 'StaleCheckpoint', 'Checkpointed',
-    'CheckpointedLearner', 'checkpoints_table', 'tree_text', 'plot_tree', 'explain_text',
-    'report_html', 'write_report',
+    'Interpretation', 'launch', 'Ranks', 'Distributed', 'BEGINNING', 'StaleCheckpoint',
+    'Checkpointed', 'CheckpointedLearner', 'checkpoints_table', 'tree_text', 'plot_tree',
+    'explain_text', 'report_html', 'write_report',
 ]

@@ -97,6 +97,7 @@ from .training.mix import CutMix as CutMix
 from .training.mix import MixUp as MixUp
 from .training.trials import OverfitResult as OverfitResult
 from .training.compiling import ChannelsLast as ChannelsLast
+from .insight.interpretation import Interpretation as Interpretation
 from .processes.launch import launch as launch
 from .processes.group import Ranks as Ranks
 from .processes.distributed import Distributed as Distributed
@@ -127,7 +128,8 @@ __all__ = [
     'sched_warmup', 'ParamScheduler', 'TorchScheduler', 'LRFinderResult', 'SaveBest',
     'AskToContinue', 'EarlyStopping', 'StopOnNaN', 'ReduceLROnPlateau', 'MixedPrecision',
     'GradientAccumulation', 'GradientClip', 'EMA', 'SWA', 'ShortEpoch', 'StageFuncs',
-    'ValidateEvery', 'CutMix', 'MixUp', 'OverfitResult', 'ChannelsLast', 'launch', 'Ranks',
-    'Distributed', 'BEGINNING', 'StaleCheckpoint', 'Checkpointed', 'CheckpointedLearner',
-    'checkpoints_table', 'tree_text', 'plot_tree', 'explain_text', 'report_html', 'write_report'
+    'ValidateEvery', 'CutMix', 'MixUp', 'OverfitResult', 'ChannelsLast', 'Interpretation',
+    'launch', 'Ranks', 'Distributed', 'BEGINNING', 'StaleCheckpoint', 'Checkpointed',
+    'CheckpointedLearner', 'checkpoints_table', 'tree_text', 'plot_tree', 'explain_text',
+    'report_html', 'write_report'
 ]

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from ..base.methods import pure, structural
 from ..components.callback import Callbacks
 from ..data.loaders import DataLoaders
+from ..insight.interpretation import Interpretation
 from ..loop.loop import Loop
 from ..loop.recorder import Recorder
 from ..processes.group import Ranks
@@ -93,6 +94,34 @@ class Learner(Loop):
             device: None: the accelerator, else cpu
             seed: seeds all generators once, here; None: nothing is seeded
             on_interrupt: 'return' to the caller on Ctrl-C during a fit, or 'raise'
+        """
+    @pure
+    def interpret(
+            self,
+            dl: Any = None,
+            names: Any = None,
+            keep: int = 32,
+            task: str | None = None,
+            pred: Any = None,
+            targ: Any = None,
+            loss_func: Any = None,
+            axis: int | None = None,
+            thresh: float = 0.5,
+            ignore_index: int | None = None,
+    ) -> Interpretation:
+        """What the model gets wrong over a loader: samples, classes, groups; changes nothing
+
+        Args:
+            dl: loader with targets; None: `dls.valid`
+            names: of the classes, a list; None: the dataset's, if it has them
+            keep: samples of the highest losses whose inputs are kept, for their plot
+            task: one of TASKS; None: found by shapes, loss and targets
+            pred: which of several outputs counts: key, position or function
+            targ: likewise of several targets
+            loss_func: (pred, targ) -> loss, of samples; None: the learner's; False: none
+            axis: of the classes among the scores; None: found
+            thresh: on the probability, where it is yes or no
+            ignore_index: targets that do not count; None: what the loss leaves out
         """
     def fit(
             self,
