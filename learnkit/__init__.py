@@ -168,6 +168,7 @@ from .insight import sample_pass as _sample_pass
 from .insight.interpretation import (
     Interpretation,
 )
+from .insight import interpretation_plots as _interpretation_plots
 from .processes.launch import (
     launch,
 )

@@ -817,3 +817,26 @@ def caught():
         except ZeroDivisionError as error: found.append(str(error))
         learn.fit(1)
     return found, round(learn.validate()['loss'], 4)
+
+
+def interpreted():
+    "What `interpret` finds of loaders of several kinds, and whether numbers are those of the data"
+    found = {}
+    for n, bs in ((13, 4), (5, 2), (1, 3)):
+        x, y = tensors(n)
+        loaders = {'tensors': TensorLoader((x, y), bs), 'shuffled': TensorLoader((x, y), bs, True),
+                   'torch': DataLoader(TensorDataset(x, y), bs),
+                   'list': list(zip(x.split(bs), y.split(bs), strict=True))}
+        learn = learner()
+        with learn.distributed():
+            for name, dl in loaders.items():
+                interp = learn.interpret(dl, keep=3)
+                here = x[interp.index] if interp.by_dataset else x
+                worst = {i: kept[0].tolist() for i, kept in interp.worst.items()}
+                found[f'{name} {n}'] = {
+                    'index': interp.index.tolist(), 'losses': interp.losses.tolist(),
+                    'preds': interp.preds.tolist(), 'by_dataset': interp.by_dataset,
+                    'worst': [worst[i] for i in interp.ranking(3).tolist()],
+                    'same': [here[i].tolist() for i in interp.ranking(3).tolist()],
+                    'matrix': interp.confusion_matrix().to_numpy().tolist()}
+    return found

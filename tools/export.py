@@ -4,8 +4,8 @@ from pathlib import Path
 
 # Folders of nbs/ and learnkit/, the lowest first: a module imports lower rooms, and lower numbers
 # of its own room
-ROOMS = ('base', 'files', 'data', 'components', 'fingerprint', 'loop', 'training', 'insight', 'processes',
-         'checkpoints')
+ROOMS = ('base', 'files', 'data', 'components', 'fingerprint', 'loop', 'training', 'insight',
+         'processes', 'checkpoints')
 
 # Modules whose names are imported from them alone, as they load a library that not everybody has
 BY_ITSELF = {'sklearn'}

@@ -15,7 +15,7 @@ from ..loop.provenance import WEIGHTS_IN_STATE, drawn_at_start
 from .host import Rules
 
 # %% ../../nbs/checkpoints/09_learner_rules.ipynb #f7a5e1a1
-MODEL_METHODS = ('validate', 'test', 'get_preds', 'predict')  # these need no optimizer,
+MODEL_METHODS = ('validate', 'test', 'get_preds', 'predict', 'interpret')  # need no optimizer,
 TRAINING_ONLY = ('opt', 'scaler', 'counters', 'opt_func', 'lr', 'wd', 'splitter', 'layers')
 
 class LearnerRules(Rules):

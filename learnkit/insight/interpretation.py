@@ -17,26 +17,29 @@ from ..data.loaders import check_loader
 from ..loop.learner import Learner
 from ..loop.predict import collected
 from .class_counts import (
-    COLUMNS, class_totals, confusions, label_totals, normalized, pair_counts, report_rows, sample_averages)
+    COLUMNS, class_totals, confusions, label_totals,
+    normalized, pair_counts, report_rows, sample_averages)
 from .sample_pass import SamplePass, is_in_order, noting_order, sortable
 from .tasks import (
-    NO_CLASS, TASKS, best_class, checked_names, class_axis, found_names, gives_logits, is_above, task_of, without_ones)
+    NO_CLASS, TASKS, best_class, checked_names, class_axis, found_names,
+    gives_logits, is_above, task_of, without_ones)
 
 # %% ../../nbs/insight/03_interpretation.ipynb #9adad791
 @result
 @dataclass(eq=False)
 class Interpretation:
-    "Predictions over a loader, sample by sample, and what is wrong with them; see `Learner.interpret`"
-    task: str # 'classes', 'binary', 'multilabel', 'regression'; None: what else the model may do
-    preds: object # what was predicted, (samples, ...): classes, 0 or 1, values; -1: of scores with nan
+    "Predictions over a loader, sample by sample, and what is wrong with them"
+    task: str | None # one of `TASKS`; None: what else the model may do
+    preds: object # what was predicted, (samples, ...): classes, 0 or 1, values; -1: of nan
     targs: object # what was true, (samples, ...); None: the loader gives no targets
-    scores: object # what the model gave, (samples, ...); None: the predictions are it, or it is large
+    scores: object # what the model gave, (samples, ...); None: it is `preds`, or large
     losses: object # (samples,); None: there are none
     index: torch.Tensor # int64, (samples,): numbers in the dataset, or in the pass
     by_dataset: bool # whether the loader tells the numbers in its dataset
-    n_classes: int = None # classes or labels
-    names: list = None # of the classes or labels
-    ignore_index: int = None # targets that do not count; None: all below 0
+    n_classes: int | None = None # classes or labels
+    names: list | None = None # of the classes or labels
+    ignore_index: int = -100 # targets that do not count, besides all below 0
+    from_logits: bool = True # whether a sigmoid makes probabilities of the scores, of yes or no
     worst: dict = field(default_factory=dict) # sample -> [input, prediction, target]
 
     def __len__(self): return len(self.index)
@@ -72,10 +75,10 @@ def needs(interp, what, *tasks):
     if interp.targs is None and tasks:
         raise ValueError(f'{what} compares with targets, and this loader gave none')
     if tasks and interp.task not in tasks:
-        raise ValueError(f'{what} is for {" or ".join(tasks)}, and this is {interp.task or "neither"}'
-                         ': the model gives '
-                         f'{kind(interp.scores if interp.scores is not None else interp.preds)}; '
-                         'if it is one of these, say which: interpret(task=...)')
+        given = interp.preds if interp.scores is None else interp.scores
+        raise ValueError(f'{what} is for {" or ".join(tasks)}, and this is '
+                         f'{interp.task or "neither"}: the model gives {kind(given)}; if it is '
+                         'one of these, say which: interpret(task=...)')
 
 def needs_losses(interp, what):
     "Raise ValueError where there are no losses of single samples"
@@ -92,12 +95,11 @@ def elements(self:Interpretation): # (predicted, true, sample): int arrays
     if self.task == 'multilabel': return label_elements(self)
     pred, targ = flat(self.preds).numpy(), flat(self.targs).numpy()
     sample = torch.arange(len(self)).repeat_interleave(sizes(self.preds)).numpy()
-    counts = targ >= 0
-    if self.ignore_index is not None: counts &= targ != self.ignore_index
+    counts = (targ >= 0) & (targ != self.ignore_index)
     pred, targ, sample = pred[counts], targ[counts], sample[counts]
     if len(targ) and targ.max() >= self.n_classes:
-        raise ValueError(f'a target is {targ.max()}, and there are {self.n_classes} classes, from 0 on;'
-                         ' of targets that do not count say interpret(ignore_index=...)')
+        raise ValueError(f'a target is {targ.max()}, and there are {self.n_classes} classes, from '
+                         '0 on; of targets that do not count say interpret(ignore_index=...)')
     return pred, targ, sample
 
 @patch
@@ -109,8 +111,8 @@ def error_rate(self:Interpretation)->float:
 @patch(as_prop=True)
 def n_nan(self:Interpretation)->int:
     "How many predictions are of scores with nan"
-    if self.task in ('classes', 'binary', 'multilabel'): return int((flat(self.preds) == NO_CLASS).sum())
-    return int(flat(self.preds).isnan().sum()) if self.task == 'regression' else 0
+    preds = flat(self.preds)
+    return int((preds.isnan() if preds.is_floating_point() else preds == NO_CLASS).sum())
 
 @patch(as_prop=True)
 def labels(self:Interpretation)->list:
@@ -131,8 +133,8 @@ def label_of(interp, number): # name or number; 'nan' for none
 # %% ../../nbs/insight/03_interpretation.ipynb #6eec4b93
 def decoded(pred, targ, # as from `together`
             task, # one of TASKS
-            axis, n_classes, # of the classes; None: they are found
-            loss_func, thresh, from_logits,
+            axis=None, n_classes=None, # of the classes; None: they are found
+            thresh=0.5, from_logits=True, # of yes or no
            ): # (predicted, true, scores, number of classes)
     "What was predicted and what was true, of what the model gave"
     if task == 'classes':
@@ -158,14 +160,15 @@ def of_scores(pred, targ, axis): # the same, of scores of classes
     return best_class(pred, axis), targ.long(), pred.float(), pred.shape[axis]
 
 def shapes_text(pred, targ, task): # str
-    return (f'interpret: the model gives {kind(pred)} and the targets are {kind(targ)}, which is no '
-            f'{task}; say which tensors count (pred=, targ=), or which axis the classes are (axis=)')
+    return (f'interpret: the model gives {kind(pred)} and the targets are {kind(targ)}, which does '
+            f'not fit task {task!r}; say which tensors count (pred=, targ=), or which axis the '
+            'classes are (axis=)')
 
 # %% ../../nbs/insight/03_interpretation.ipynb #6f0ac42a
-def ignored(loss_func): # int; None
-    "The targets that a loss leaves out, if it says"
-    if isinstance(loss_func, partial): return loss_func.keywords.get('ignore_index')
-    return getattr(loss_func, 'ignore_index', None)
+def ignored(loss_func): # int
+    "The targets that a loss leaves out"
+    if isinstance(loss_func, partial): return loss_func.keywords.get('ignore_index', -100)
+    return getattr(loss_func, 'ignore_index', -100)
 
 def made_interpretation(found:dict, # kind -> what `SamplePass` has gathered of each batch
                         worst:dict, # where -> what was kept of a sample
@@ -181,15 +184,15 @@ def made_interpretation(found:dict, # kind -> what `SamplePass` has gathered of 
         is_listed = isinstance(pred, list)
         task = task or ('classes' if n_classes is not None else task_of(
             *(flat(x) if is_listed else x for x in (pred, targ)), loss_func))
-        if task: pred, targ, scores, n_classes = decoded(pred, targ, task, axis, n_classes, loss_func,
-                                                         thresh, from_logits)
+        if task: pred, targ, scores, n_classes = decoded(pred, targ, task, axis, n_classes, thresh,
+                                                         from_logits)
     is_known = len(found['index']) == len(found['pred'])
     where = {tuple(place): i for i, place in enumerate(torch.cat(found['where']).tolist())}
     return Interpretation(
         task if targ is not None else None, pred, targ, scores,
         together(found['loss']).float() if found['loss'] else None,
         torch.cat(found['index']) if is_known else torch.arange(len(pred)), is_known, n_classes,
-        worst={where[place]: kept for place, kept in worst.items()})
+        from_logits=from_logits, worst={where[place]: kept for place, kept in worst.items()})
 
 # %% ../../nbs/insight/03_interpretation.ipynb #631c05cd
 @patch
@@ -219,7 +222,7 @@ def interpret(self:Learner,
     made = made_interpretation({kind: batches or [] for kind, batches in found.items()},
                                gather.worst.by_place(), task, loss_func, axis, thresh,
                                gives_logits(loss_func))
-    made.by_dataset = made.by_dataset or is_in_order(dl)
+    made.by_dataset = made.by_dataset or is_in_order(dl, len(made))
     made.ignore_index = ignored(loss_func) if ignore_index is None else ignore_index
     if names is not None: made.names = checked_names(names, made.n_classes)
     elif made.n_classes: made.names = found_names(made.n_classes, dl, self.dls)
@@ -248,7 +251,7 @@ def ranking(self:Interpretation, k:int=None, largest:bool=True): # int64 tensor,
 # %% ../../nbs/insight/03_interpretation.ipynb #9e07142c
 def value_text(interp, name, i:int): # name, number or str
     "A prediction or a target of a sample, as a table shows it"
-    x = {'pred': interp.preds, 'targ': interp.targs}[name][i]
+    x = (interp.preds if name == 'pred' else interp.targs)[i]
     if interp.task == 'multilabel' and x.ndim == 1:
         return ', '.join(str(interp.labels[j]) for j in x.nonzero().flatten().tolist() if x[j] > 0)
     if x.numel() == 1:
@@ -259,11 +262,12 @@ def value_text(interp, name, i:int): # name, number or str
         return ', '.join(map(number_text, x.tolist())) if x.ndim == 1 and len(x) < 9 else kind(x)
     if name == 'targ': return kind(x)
     targ = interp.targs[i]
-    counts = (targ >= 0) if interp.ignore_index is None else (targ >= 0) & (targ != interp.ignore_index)
+    counts = (targ >= 0) & (targ != interp.ignore_index)
     return f'{(x == targ)[counts].float().mean().item():.1%} right'
 
 # %% ../../nbs/insight/03_interpretation.ipynb #de234205
 MOST_CLASSES = 4096 # of a matrix
+LABEL_CELLS = 'true negative', 'false positive', 'false negative', 'true positive'
 
 def matrix_frame(interp, counts): # DataFrame
     "A matrix with names of classes, and a last column for predictions of nan"
@@ -278,21 +282,21 @@ def label_frame(interp, pred, targ, how): # DataFrame
     hits, found, true = label_totals(targ, pred)
     cells = np.stack([len(targ) - true - found + hits, found - hits, true - hits, hits], 1)
     rows = np.stack([normalized(each.reshape(2, 2), how).reshape(4) for each in cells])
-    return pd.DataFrame(rows, index=pd.Index(interp.labels, name='label'),
-                        columns=['true negative', 'false positive', 'false negative', 'true positive'])
+    return pd.DataFrame(rows, index=pd.Index(interp.labels, name='label'), columns=LABEL_CELLS)
 
 # %% ../../nbs/insight/03_interpretation.ipynb #e0ae9dea
 @patch
 def confusion_matrix(self:Interpretation,
                      normalize=None, # 'true' (or True), 'pred', 'all': shares; None: counts
                     ): # DataFrame, (classes, classes); of labels (labels, 4)
-    "How often each class was taken for each; of several labels a sample each label's hits and misses"
+    "How often each class was taken for each; of several labels how often each was found or missed"
     needs(self, 'confusion_matrix', 'classes', 'binary', 'multilabel')
     pred, targ, _ = self.elements()
     if self.task == 'multilabel': return label_frame(self, pred, targ, normalize)
     if self.n_classes > MOST_CLASSES:
         raise ValueError(f'confusion_matrix: {self.n_classes} classes make a table of '
-                         f'{self.n_classes**2:.0e} cells; most_confused and class_report do without')
+                         f'{self.n_classes**2:.0e} cells; most_confused and class_report do '
+                         'without')
     return matrix_frame(self, normalized(pair_counts(targ, pred, self.n_classes), normalize))
 
 # %% ../../nbs/insight/03_interpretation.ipynb #fc1002ac
@@ -318,9 +322,8 @@ def class_report(self:Interpretation): # DataFrame: precision, recall, f1-score,
     if self.task == 'multilabel':
         totals, more = label_totals(targ, pred), {'samples': sample_averages(targ, pred)}
     else: totals, more = class_totals(targ, pred, self.n_classes), None
-    rows = report_rows(*totals, self.labels, more)
-    frame = pd.DataFrame(rows, columns=['', *COLUMNS]).set_index('')
-    return frame.rename_axis(None)
+    rows = report_rows(*totals, map(str, self.labels), more)
+    return pd.DataFrame(rows, columns=['', *COLUMNS]).set_index('').rename_axis(None)
 
 # %% ../../nbs/insight/03_interpretation.ipynb #9e2a350d
 def column_values(interp, column): # Series, (samples,)
@@ -336,8 +339,9 @@ def column_values(interp, column): # Series, (samples,)
         raise ValueError(f'errors_by: {len(values)} values, but there are samples up to number '
                          f'{index.max()}: give one for each sample of the dataset')
     if not interp.by_dataset and len(values) != len(index):
-        raise ValueError(f'errors_by: {len(values)} values for {len(index)} samples, whose places in '
-                         'the dataset the loader does not tell: give one for each, in its order')
+        raise ValueError(f'errors_by: {len(values)} values for {len(index)} samples, whose places '
+                         'in the dataset the loader does not tell: give one for each, in its '
+                         'order')
     return values.iloc[index].reset_index(drop=True).rename(values.name or 'group')
 
 def sample_errors(interp): # dict: name -> array, (samples,)
@@ -350,6 +354,9 @@ def sample_errors(interp): # dict: name -> array, (samples,)
     n = np.bincount(sample, minlength=len(interp))
     with np.errstate(invalid='ignore'):
         return {'error_rate': np.bincount(sample, wrong, len(interp)) / n}
+
+def whole(values): # Series; of int where they are
+    return values.astype(int) if (values % 1 == 0).all() else values
 
 # %% ../../nbs/insight/03_interpretation.ipynb #43c58f31
 @patch
@@ -367,6 +374,6 @@ def errors_by(self:Interpretation,
     groups = frame.groupby(values, dropna=False, observed=True)
     found = groups.mean()
     found.insert(0, 'n', groups.size())
-    if 'error_rate' in found: found.insert(1, 'errors', groups['error_rate'].sum())
+    if 'error_rate' in found: found.insert(1, 'errors', whole(groups['error_rate'].sum()))
     by = 'mae' if self.task == 'regression' else 'error_rate'
     return found if bins is not None else found.sort_values(by, ascending=False, kind='stable')

@@ -13,15 +13,15 @@ __all__ = [
 @result
 @dataclass(eq=False)
 class Interpretation:
-    """Predictions over a loader, sample by sample, and what is wrong with them; see `Learner.interpret`"""
-    task: str
-    """'classes', 'binary', 'multilabel', 'regression'; None: what else the model may do"""
+    """Predictions over a loader, sample by sample, and what is wrong with them"""
+    task: str | None
+    """one of `TASKS`; None: what else the model may do"""
     preds: Any
-    """what was predicted, (samples, ...): classes, 0 or 1, values; -1: of scores with nan"""
+    """what was predicted, (samples, ...): classes, 0 or 1, values; -1: of nan"""
     targs: Any
     """what was true, (samples, ...); None: the loader gives no targets"""
     scores: Any
-    """what the model gave, (samples, ...); None: the predictions are it, or it is large"""
+    """what the model gave, (samples, ...); None: it is `preds`, or large"""
     losses: Any
     """(samples,); None: there are none"""
     index: torch.Tensor
@@ -32,8 +32,10 @@ class Interpretation:
     """classes or labels"""
     names: list | None = ...
     """of the classes or labels"""
-    ignore_index: int | None = ...
-    """targets that do not count; None: all below 0"""
+    ignore_index: int = ...
+    """targets that do not count, besides all below 0"""
+    from_logits: bool = ...
+    """whether a sigmoid makes probabilities of the scores, of yes or no"""
     worst: dict = ...
     """sample -> [input, prediction, target]"""
     def __len__(self) -> int: ...
@@ -69,7 +71,7 @@ class Interpretation:
             int64 tensor, (k,)
         """
     def confusion_matrix(self, normalize: Any = None) -> Any:
-        """How often each class was taken for each; of several labels a sample each label's hits and misses
+        """How often each class was taken for each; of several labels how often each was found or missed
 
         Args:
             normalize: 'true' (or True), 'pred', 'all': shares; None: counts
@@ -101,6 +103,49 @@ class Interpretation:
 
         Returns:
             DataFrame: n, errors and error_rate, or mae and bias; mean loss
+        """
+    def plot_top_losses(
+            self,
+            k: int = 9,
+            largest: bool = True,
+            inputs: Any = None,
+            show: Any = None,
+    ) -> Any:
+        """The samples with the highest losses, with what was predicted and what is true
+
+        Args:
+            k: how many
+            largest: False: the lowest first
+            inputs: dataset or tensor with the inputs by number; None: those kept
+            show: function (x, ax): draws x, or returns a text or picture to be shown
+
+        Returns:
+            list of Axes
+        """
+    def plot_confusion_matrix(
+            self,
+            normalize: Any = None,
+            ax: Any = None,
+            cmap: Any = 'Blues',
+    ) -> Any:
+        """The confusion matrix, shaded by row
+
+        Args:
+            normalize: as for `confusion_matrix`; of the numbers
+            ax: Axes to draw on; None: new ones
+            cmap: colours, from none to all
+
+        Returns:
+            Axes
+        """
+    def plot_residuals(self, ax: Any = None) -> Any:
+        """Predictions minus targets over predictions, and how the residuals are distributed
+
+        Args:
+            ax: Axes to draw on, of a single value; None: new ones
+
+        Returns:
+            list of Axes, one for each value of a sample
         """
 
 def together(batches: Any) -> Any:
@@ -147,11 +192,10 @@ def decoded(
         pred: Any,
         targ: Any,
         task: Any,
-        axis: Any,
-        n_classes: Any,
-        loss_func: Any,
-        thresh: Any,
-        from_logits: Any,
+        axis: Any = None,
+        n_classes: Any = None,
+        thresh: Any = 0.5,
+        from_logits: Any = True,
 ) -> Any:
     """What was predicted and what was true, of what the model gave
 
@@ -159,6 +203,7 @@ def decoded(
         pred, targ: as from `together`
         task: one of TASKS
         axis, n_classes: of the classes; None: they are found
+        thresh, from_logits: of yes or no
 
     Returns:
         (predicted, true, scores, number of classes)
@@ -174,11 +219,11 @@ def shapes_text(pred: Any, targ: Any, task: Any) -> str:
         str
     """
 
-def ignored(loss_func: Any) -> Any:
-    """The targets that a loss leaves out, if it says
+def ignored(loss_func: Any) -> int:
+    """The targets that a loss leaves out
 
     Returns:
-        int; None
+        int
     """
 
 def made_interpretation(
@@ -206,6 +251,7 @@ def value_text(interp: Any, name: Any, i: int) -> Any:
         name, number or str
     """
 MOST_CLASSES: int
+LABEL_CELLS: tuple[str, ...]
 
 def matrix_frame(interp: Any, counts: Any) -> Any:
     """A matrix with names of classes, and a last column for predictions of nan
@@ -233,4 +279,9 @@ def sample_errors(interp: Any) -> Any:
 
     Returns:
         dict: name -> array, (samples,)
+    """
+
+def whole(values: Any) -> Any:
+    """Returns:
+        Series; of int where they are
     """

@@ -62,9 +62,10 @@ class DatasetOrder:
         return found if found is not None and len(found) == n else None
 
 # %% ../../nbs/insight/02_sample_pass.ipynb #20432224
-def is_in_order(dl): # bool
-    "Whether a foreign loader gives its dataset from the first sample to the last"
-    return isinstance(dl, DataLoader) and type(dl.sampler) is SequentialSampler
+def is_in_order(dl, n): # bool; n: samples that it gave
+    "Whether a foreign loader has given its dataset from the first sample to the last"
+    plain = isinstance(dl, DataLoader) and type(dl.batch_sampler) is BatchSampler
+    return plain and type(dl.sampler) is SequentialSampler and length(dl.dataset) == n
 
 # %% ../../nbs/insight/02_sample_pass.ipynb #a0d56933
 def sortable(losses): # float tensor
@@ -113,6 +114,16 @@ def losses_by(loss_func, pred, targ): # tensor, (batch,)
     each = [loss_func(pred[i:i + 1], targ[i:i + 1]) for i in range(len(pred))]
     return torch.stack([torch.as_tensor(loss).reshape(()) for loss in each])
 
+def batch_losses(learn, loss_func, pred, targ): # tensor, (batch,)
+    "The loss of each sample, by a function or by the learner's own"
+    try:
+        with torch.no_grad():
+            return losses_by(loss_func, pred, targ) if loss_func else losses_of_samples(learn)
+    except Exception as error:
+        error.add_note('(in the loss of single samples; interpret(loss_func=False) does '
+                       'without, another function takes its place)')
+        raise
+
 def has_sample_losses(learn, loss_func): # bool
     "Whether a loss of single samples can be had; loss_func: as given to `interpret`"
     if loss_func is False: return False
@@ -145,22 +156,12 @@ class SamplePass(Collect):
         targ = picked(unwrap(learn.yb), self.how['targ'], 'targ')
         found, n = {'pred': pred, 'targ': targ}, batch_size(pred)
         if targ is not None and has_sample_losses(learn, self.loss_func):
-            found['loss'] = self.losses(learn, pred, targ)
+            found['loss'] = batch_losses(learn, self.loss_func, pred, targ)
         found |= as_classes(pred, targ, self.axis)
         rank = learn.ranks.rank if learn.ranks else 0
         found['where'] = torch.tensor([[learn.iter, rank, i] for i in range(n)]).reshape(n, 3)
         found['index'] = self.dataset_order.of_batch(learn.iter, n)
         return found
-
-    def losses(self, learn, pred, targ): # tensor, (batch,)
-        try:
-            with torch.no_grad():
-                if self.loss_func: return losses_by(self.loss_func, pred, targ)
-                return losses_of_samples(learn)
-        except Exception as error:
-            error.add_note('(in the loss of single samples; interpret(loss_func=False) does '
-                           'without, another function takes its place)')
-            raise
 
     def keep_worst(self, found):
         "Inputs, predictions and targets of the samples with the highest losses"

@@ -44,11 +44,11 @@ class DatasetOrder:
             int64 tensor, (n,); None where it is not known
         """
 
-def is_in_order(dl: Any) -> bool:
-    """Whether a foreign loader gives its dataset from the first sample to the last
+def is_in_order(dl: Any, n: Any) -> Any:
+    """Whether a foreign loader has given its dataset from the first sample to the last
 
     Returns:
-        bool
+        bool; n: samples that it gave
     """
 
 def sortable(losses: Any) -> Any:
@@ -94,6 +94,13 @@ def losses_by(loss_func: Any, pred: Any, targ: Any) -> Any:
         tensor, (batch,)
     """
 
+def batch_losses(learn: Learner, loss_func: Any, pred: Any, targ: Any) -> Any:
+    """The loss of each sample, by a function or by the learner's own
+
+    Returns:
+        tensor, (batch,)
+    """
+
 def has_sample_losses(learn: Learner, loss_func: Any) -> bool:
     """Whether a loss of single samples can be had; loss_func: as given to `interpret`
 
@@ -124,10 +131,6 @@ class SamplePass(Collect):
     def of_batch(self, learn: Learner) -> Any:
         """Returns:
             dict by kind
-        """
-    def losses(self, learn: Learner, pred: Any, targ: Any) -> Any:
-        """Returns:
-            tensor, (batch,)
         """
     def keep_worst(self, found: Any) -> None:
         """Inputs, predictions and targets of the samples with the highest losses"""
