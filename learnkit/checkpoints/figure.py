@@ -100,6 +100,7 @@ def draw_marks(self:Figure):
 
 # %% ../../nbs/checkpoints/14_figure.ipynb #e1c6269e
 LETTER = 0.07  # inches, of an average letter of 8.5 points
+LAST_TICK = 0.2 # inches, of half the label of a tick at the end of an axis
 
 @patch
 def texts_of(self:Figure, id): # (id, description), both as text
@@ -185,8 +186,8 @@ def plot_tree(store,
     figure.draw_lines()
     figure.draw_marks()
     figure.draw_texts()
-    left = figure.end / inches + 0.02
-    if metric: figure.draw_metric(ax.inset_axes([left, 0, 1 - left, 1]), metric)
+    left, right = figure.end / inches + 0.02, 1 - LAST_TICK / inches
+    if metric: figure.draw_metric(ax.inset_axes([left, 0, right - left, 1]), metric)
     return ax
 
 # %% ../../nbs/checkpoints/14_figure.ipynb #bddcaf7e

@@ -76,6 +76,7 @@ class Figure:
     def draw_metric(self, panel: Any, metric: Any) -> None:
         """Last and best value of each checkpoint on an axis of their own"""
 LETTER: float
+LAST_TICK: float
 
 def tree_axes(n: int, with_metric: bool) -> Any:
     """Empty axes, as high as the rows need

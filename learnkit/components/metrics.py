@@ -8,13 +8,14 @@ __all__ = ['Metric', 'metric', 'accuracy', 'error_rate', 'top_k_accuracy', 'bina
 
 # %% ../../nbs/components/01_metrics.ipynb #67c35c98
 from functools import partial, update_wrapper
+from numbers import Number
 from typing import Protocol, runtime_checkable
 import numpy as np
 import torch
 import torch.nn.functional as F
 from fastcore.basics import camel2snake, patch
 from torch import nn
-from ..base.batches import detach, map_tensors, to_host
+from ..base.batches import detach, kind, map_tensors, to_host
 
 # %% ../../nbs/components/01_metrics.ipynb #60546bb2
 AT_ONCE = 1024  # values that are kept on their device until they are read
@@ -305,14 +306,56 @@ def mean_and_finish(m): # (function, function or None)
     return partial(func, *m.args, **m.keywords), finish
 
 # %% ../../nbs/components/01_metrics.ipynb #c39c3cd0
-class MeanPass:
-    "One pass of a metric that is a mean over the batch"
-    def __init__(self, m): self.func, self.finish, self.mean = *mean_and_finish(m), Mean()
-    def add(self, pred, yb, n): self.mean.add(*mean_and_weight(self.func(pred, *yb), n))
+class MetricValueError(ValueError):
+    "What a metric gives can neither be averaged nor shown"
 
-    def compute(self, ranks=None): # number
-        mean = self.mean.compute(ranks)
-        return self.finish(torch.tensor(mean, dtype=torch.float64)) if self.finish else mean
+def is_vector(x): # bool
+    "Whether a function has given several values, side by side"
+    return isinstance(x, (torch.Tensor, np.ndarray)) and np.prod(x.shape) != 1 and len(x.shape) == 1
+
+def check_value(x):
+    "Raise MetricValueError for what a function gave that is no number and no vector"
+    is_array = isinstance(x, (torch.Tensor, np.ndarray))
+    if is_array and (len(x.shape) < 2 or np.prod(x.shape) == 1) or isinstance(x, Number): return
+    what = f'a tensor of shape {tuple(x.shape)}' if is_array else repr(x)[:60]
+    raise MetricValueError(f'a function gave {what}: give the mean over the batch, a number or a '
+                           'vector; for a matrix or a dict an object with reset, update, compute')
+
+class MeanPass:
+    "One pass of a metric that is a mean over the batch, or several side by side"
+    def __init__(self, m):
+        self.func, self.finish, self.mean = *mean_and_finish(m), Mean()
+        self.parts, self.by_sample = [], None  # of a vector; whether it has a value for each sample
+
+    def add(self, pred, yb, n):
+        found = self.func(pred, *yb)
+        mean, weight = mean_and_weight(found, n)
+        check_value(mean)
+        if not is_vector(mean): return self.mean.add(mean, weight)
+        if self.by_sample is not False: self.by_sample = len(mean) == n and mean is found
+        self.add_vector(torch.as_tensor(mean), weight)
+
+    def add_vector(self, mean, weight):
+        if not self.parts: self.parts = [Mean() for _ in mean]
+        if len(mean) != len(self.parts):
+            raise MetricValueError(f'a batch gave {len(self.parts)} values, another {len(mean)}: '
+                                   'give the mean over the batch, or as many in each')
+        weights = weight if is_vector(weight) else [weight] * len(mean)
+        for part, value, weight in zip(self.parts, mean, weights, strict=True):
+            part.add(value, weight)
+
+    def compute(self, ranks=None): # number, or list of them
+        if self.by_sample: raise MetricValueError(by_sample_text)
+        n = len(self.parts) if ranks is None else max(ranks.gather(len(self.parts)))
+        parts = self.parts or [Mean() for _ in range(n)]
+        return [self.finished(part, ranks) for part in parts] or self.finished(self.mean, ranks)
+
+    def finished(self, mean, ranks): # number
+        value = mean.compute(ranks)
+        return self.finish(torch.tensor(value, dtype=torch.float64)) if self.finish else value
+
+by_sample_text = ('the function gives a value for each sample of a batch: give their mean, or a '
+                  'pair of values and weights if these are columns')
 
 # %% ../../nbs/components/01_metrics.ipynb #459b941a
 class StatefulPass:
@@ -455,28 +498,43 @@ def add(self:Tally,
 
 # %% ../../nbs/components/01_metrics.ipynb #939bf1e4
 @patch
-def compute(self:Tally): # dict of floats, 'loss' first; nan for what never came
+def compute(self:Tally): # dict of floats, and of arrays; 'loss' first; nan for what never came
     "The values over all batches, of all processes, read from the device now"
-    values = [('loss', self.loss.compute(self.ranks))]
+    found = {'loss': self.loss.compute(self.ranks)}
     for name, metric_pass in self.passes.items():
-        try: value = metric_pass.compute(self.ranks)
+        try: values = self.named_values(name, metric_pass.compute(self.ranks))
         except Exception as error:
             error.add_note(f'(in metric {name!r})')
             raise
-        if not isinstance(value, dict): values.append((name, value))
-        else: values += [(self.value_name(name, key), item) for key, item in value.items()]
-    check_names([name for name, _ in values])
-    return {name: as_number(name, value) for name, value in values}
+        check_names([*found, *values])
+        found |= values
+    return found
+
+@patch
+def named_values(self:Tally, name, value): # dict of floats and arrays
+    "What a metric gave, by the names that it has in the history"
+    if not isinstance(value, dict): return shown_values(name, value)
+    each = [shown_values(self.value_name(name, key), item) for key, item in value.items()]
+    check_names([name for values in each for name in values])
+    return {name: item for values in each for name, item in values.items()}
 
 # %% ../../nbs/components/01_metrics.ipynb #3c673ad9
-def as_number(name:str, # of the metric, for the error
-              value, # number, tensor or array
-             ): # float
-    "The value of a metric as a float"
-    value = np.asarray(value.detach().cpu() if isinstance(value, torch.Tensor) else value)
-    if value.size != 1:
-        raise ValueError(f'metric {name!r} gave an array of shape {value.shape}, not one number')
-    return float(value.reshape(()))
+MOST_COLUMNS = 100 # of one metric
+
+def shown_values(name:str, # of the metric
+                 value, # number, tensor or array
+                ): # dict by name: float; an array for more than fits into columns
+    "A number, a column for each value of a vector, or a matrix"
+    try: array = np.asarray(map_tensors(lambda t: t.detach().cpu().numpy(), value))
+    except ValueError: array = None  # of parts of unequal length
+    if array is None or array.dtype.kind not in 'biuf':
+        what = kind(value) if array is None else kind(value) if array.ndim else repr(value)
+        raise MetricValueError(f'metric {name!r} gave {what[:60]}: a metric gives a number, a '
+                               'vector, a matrix, or a dict of these')
+    array = array.astype(np.float64)
+    if array.size == 1: return {name: float(array.reshape(()))}
+    if array.ndim > 1 or array.size > MOST_COLUMNS: return {name: array}
+    return {f'{name}_{i}': value for i, value in enumerate(array.tolist())}
 
 # %% ../../nbs/components/01_metrics.ipynb #bc525999
 @patch(as_prop=True)

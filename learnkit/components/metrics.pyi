@@ -339,17 +339,38 @@ def mean_and_finish(m: Any) -> Any:
         (function, function or None)
     """
 
+class MetricValueError(ValueError):
+    """What a metric gives can neither be averaged nor shown"""
+
+def is_vector(x: Any) -> bool:
+    """Whether a function has given several values, side by side
+
+    Returns:
+        bool
+    """
+
+def check_value(x: Any) -> None:
+    """Raise MetricValueError for what a function gave that is no number and no vector"""
+
 class MeanPass:
-    """One pass of a metric that is a mean over the batch"""
+    """One pass of a metric that is a mean over the batch, or several side by side"""
     func: Any
     finish: Any
     mean: Any
+    parts: list[Any]
+    by_sample: Any
     def __init__(self, m: Any) -> None: ...
-    def add(self, pred: Any, yb: Any, n: Any) -> None: ...
+    def add(self, pred: Any, yb: Any, n: Any) -> Any: ...
+    def add_vector(self, mean: Any, weight: Any) -> None: ...
     def compute(self, ranks: Any = None) -> Any:
+        """Returns:
+            number, or list of them
+        """
+    def finished(self, mean: Any, ranks: Any) -> Any:
         """Returns:
             number
         """
+by_sample_text: str
 
 class StatefulPass:
     """One pass of a metric with a state"""
@@ -441,7 +462,13 @@ class Tally:
         """The values over all batches, of all processes, read from the device now
 
         Returns:
-            dict of floats, 'loss' first; nan for what never came
+            dict of floats, and of arrays; 'loss' first; nan for what never came
+        """
+    def named_values(self, name: Any, value: Any) -> Any:
+        """What a metric gave, by the names that it has in the history
+
+        Returns:
+            dict of floats and arrays
         """
     @property
     def directions(self) -> Any:
@@ -457,14 +484,15 @@ class Tally:
         Returns:
             list of str
         """
+MOST_COLUMNS: int
 
-def as_number(name: str, value: Any) -> float:
-    """The value of a metric as a float
+def shown_values(name: str, value: Any) -> Any:
+    """A number, a column for each value of a vector, or a matrix
 
     Args:
-        name: of the metric, for the error
+        name: of the metric
         value: number, tensor or array
 
     Returns:
-        float
+        dict by name: float; an array for more than fits into columns
     """

@@ -67,7 +67,7 @@ def sizes(x): # int64 tensor, (samples,): how many elements each sample has
     return torch.full((len(x),), x[0].numel() if len(x) else 1)
 
 # %% ../../nbs/insight/03_interpretation.ipynb #10107554
-def number_text(x): # str
+def short_number(x): # str
     return f'{x:.4g}' if isinstance(x, float) else str(x)
 
 def needs(interp, what, *tasks):
@@ -259,7 +259,7 @@ def value_text(interp, name, i:int): # name, number or str
         if interp.task not in ('classes', 'binary'): return value
         return label_of(interp, value) if value >= NO_CLASS else value
     if interp.task not in ('classes', 'binary', 'multilabel'):
-        return ', '.join(map(number_text, x.tolist())) if x.ndim == 1 and len(x) < 9 else kind(x)
+        return ', '.join(map(short_number, x.tolist())) if x.ndim == 1 and len(x) < 9 else kind(x)
     if name == 'targ': return kind(x)
     targ = interp.targs[i]
     counts = (targ >= 0) & (targ != interp.ignore_index)

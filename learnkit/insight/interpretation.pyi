@@ -165,7 +165,7 @@ def sizes(x: Any) -> Any:
         int64 tensor, (samples,): how many elements each sample has
     """
 
-def number_text(x: Any) -> str:
+def short_number(x: Any) -> str:
     """Returns:
         str
     """

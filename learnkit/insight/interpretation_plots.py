@@ -12,7 +12,7 @@ import torch
 from fastcore.basics import patch
 from ..loop.plots import plot_axes
 from .interpretation import (
-    Interpretation, needs, number_text, value_text)
+    Interpretation, needs, short_number, value_text)
 
 # %% ../../nbs/insight/04_interpretation_plots.ipynb #aca080ee
 def short(x, width=22): # str
@@ -31,7 +31,7 @@ def sureness(interp, i:int): # float; None where the model gives no probability
 def title_text(interp, i:int): # str
     "What stands above a sample"
     values = [value_text(interp, name, i) for name in ('pred', 'targ')]
-    pred, targ = [number_text(x) if isinstance(x, float) else short(x) for x in values]
+    pred, targ = [short_number(x) if isinstance(x, float) else short(x) for x in values]
     sure = sureness(interp, i)
     loss = f'loss {interp.losses[i]:.3g}' + (f', {sure:.0%} sure' if sure is not None else '')
     is_mask = interp.task == 'classes' and interp.targs[i].numel() > 1
@@ -57,7 +57,7 @@ def as_pixels(x): # array, (height, width) or (height, width, 3 or 4)
 def row_lines(x, most=11): # str
     "A row of numbers, one below the other"
     values = x.tolist()
-    lines = [f'{i}: {number_text(value)}' for i, value in enumerate(values[:most])]
+    lines = [f'{i}: {short_number(value)}' for i, value in enumerate(values[:most])]
     return '\n'.join(lines + [f'… {len(values) - most} more'] * (len(values) > most))
 
 def show_text(ax, text, width=28, most=12):

@@ -103,6 +103,21 @@ def epoch_end(steps:dict, # as from `Recorder.step_arrays`
         (steps['run'] == row['run']) & (steps['epoch'] <= row['epoch']))
     return max(int(before.sum()) - 1, 0)
 
+# %% ../../nbs/loop/01_plots.ipynb #cae4bb78
+def metric_panels(columns): # list of lists of names
+    "The losses, then each metric; what was tracked in training and in validation goes together"
+    losses = [name for name in ('train_loss', 'valid_loss') if name in columns]
+    others = [name for name in columns if name not in ('run', 'epoch', 'lr', *losses)]
+    pairs = {}
+    for name in others:
+        phase, _, what = name.partition('_')
+        pairs.setdefault(what if phase in ('train', 'valid') else (name,), []).append(name)
+    return [losses, *(sorted(names) for names in pairs.values())]
+
+def panel_label(panel): # str; panel: names
+    "The name that several have in common, or the only one"
+    return panel[0].partition('_')[2] if len(panel) > 1 else panel[0]
+
 # %% ../../nbs/loop/01_plots.ipynb #be62777b
 @patch
 def plot_metrics(self:Recorder,
@@ -114,17 +129,15 @@ def plot_metrics(self:Recorder,
     columns = list(dict.fromkeys(name for row in rows for name in row))
     unknown = [name for name in names if name not in columns]
     if unknown: raise ValueError(f'{unknown[0]!r} was not recorded; have: {", ".join(columns)}')
-    losses = [name for name in ('train_loss', 'valid_loss') if name in columns]
-    others = [name for name in columns if name not in ('run', 'epoch', 'lr', *losses)]
-    panels = [[name] for name in names] or [losses, *([name] for name in others)]
+    panels = [[name] for name in names] or metric_panels(columns)
     axes = plot_axes(len(panels))
     starts = [i for i, row in enumerate(rows) if i and row['run'] != rows[i - 1]['run']]
     for ax, panel in zip(axes, panels, strict=True):
         for name in panel:
-            color = {'train_loss': 'C0', 'valid_loss': 'C1'}.get(name, 'C2')
+            color = {'train': 'C0', 'valid': 'C1'}.get(name.partition('_')[0], 'C2')
             ax.plot([row.get(name, np.nan) for row in rows], 'o-', ms=3, color=color, label=name)
         for start in starts: ax.axvline(start - 0.5, color='0.5', ls=':', lw=1)
-        ax.set(xlabel='epoch', ylabel='loss' if len(panel) > 1 else panel[0])
+        ax.set(xlabel='epoch', ylabel=panel_label(panel))
         ax.xaxis.get_major_locator().set_params(integer=True)
         if len(panel) > 1: ax.legend(frameon=False)
     return axes

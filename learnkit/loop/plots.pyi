@@ -61,3 +61,17 @@ def epoch_end(steps: dict, row: dict) -> int:
     Returns:
         int
     """
+
+def metric_panels(columns: Any) -> Any:
+    """The losses, then each metric; what was tracked in training and in validation goes together
+
+    Returns:
+        list of lists of names
+    """
+
+def panel_label(panel: Any) -> Any:
+    """The name that several have in common, or the only one
+
+    Returns:
+        str; panel: names
+    """

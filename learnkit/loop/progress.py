@@ -23,13 +23,21 @@ def in_notebook(): # bool
     return shell is not None and type(shell).__name__ != 'TerminalInteractiveShell'
 
 # %% ../../nbs/loop/01_progress.ipynb #50afab0c
+WIDTH = 10 # of a column, at least
+
+def decimal_text(value:float)->str:
+    "Six decimals; fewer digits where these hide a small number, or do not fit into a column"
+    text = f'{value:.6f}'
+    if value and abs(value) < 1e-3: return f'{value:.4g}'
+    return next((each for each in (text, f'{value:.6g}') if len(each) <= WIDTH), f'{value:.4g}')
+
 def cell_text(name:str, # column
               value, # number, None or anything with a str
              ): # str
     "A value as it stands in the table"
     if value is None or name == 'time' and np.isnan(value): return ''
     if name == 'time': return f'{int(value) // 60:02d}:{int(value) % 60:02d}'
-    if isinstance(value, float): return f'{value:.2e}' if name == 'lr' else f'{value:.6f}'
+    if isinstance(value, float): return f'{value:.2e}' if name == 'lr' else decimal_text(value)
     return str(value)
 
 # %% ../../nbs/loop/01_progress.ipynb #27e75af1
@@ -51,8 +59,9 @@ class Table:
     def cells(self, row): return [cell_text(name, row.get(name)) for name in self.columns]
 
     @property
-    def widths(self): return [max(len(name), 5 if name in ('run', 'epoch', 'step', 'time') else 10)
-                              for name in self.columns]
+    def widths(self):
+        narrow = 'run', 'epoch', 'step', 'time'
+        return [max(len(name), 5 if name in narrow else WIDTH) for name in self.columns]
 
     def line(self, cells): # one row as text
         "`cells` aligned to the columns"

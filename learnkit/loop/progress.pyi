@@ -16,6 +16,10 @@ def in_notebook() -> bool:
     Returns:
         bool
     """
+WIDTH: int
+
+def decimal_text(value: float) -> str:
+    """Six decimals; fewer digits where these hide a small number, or do not fit into a column"""
 
 def cell_text(name: str, value: Any) -> str:
     """A value as it stands in the table

@@ -70,6 +70,7 @@ class Recorder(Callback):
         self.results, self.tracked, self.tally, self._cancelled = {}, {}, None, False
         self._start, self._epoch_results, self._updates, self._mom_key = None, {}, 0, None
         self._last_lr = self._is_sum = None
+        self.metric_values = {}  # name -> array: metrics of the last epoch that are no numbers
         self.lr_names, self._named = [], {}
         self._clear_steps()
 
@@ -265,11 +266,17 @@ def after_validate(self:Recorder, learn):
     if self.tally is None: return  # predictions, or cancelled before it began
     self.results = self.tally.compute()
     if learn.levels == ['fit', 'epoch', 'validate']:  # the epoch's own, not one inside it
-        self._epoch_results['valid_loss'] = self.results['loss']
-        self._epoch_results.update({k: v for k, v in self.results.items() if k != 'loss'})
+        numbers, self.metric_values = numbers_and_arrays(self.results)
+        self._epoch_results['valid_loss'] = numbers.pop('loss')
+        self._epoch_results.update(numbers)
 
 @patch
 def cleanup_validate(self:Recorder, learn): self.tally = None
+
+def numbers_and_arrays(results): # (dict of floats, dict of arrays)
+    "What an evaluation gave, by whether it has a place in a table"
+    arrays = {name: value for name, value in results.items() if isinstance(value, np.ndarray)}
+    return {name: value for name, value in results.items() if name not in arrays}, arrays
 
 # %% ../../nbs/loop/00_recorder.ipynb #f883880d
 @patch(as_prop=True)
@@ -364,9 +371,9 @@ def state_dict(self:Recorder): # dict: run, rows, evals, steps, open
     "All rows and steps, without times, and what the running epoch has gathered"
     lists = {name: self.growing[name].state() for name in ('rows', 'evals')}
     opened = self.open_state()  # which may add columns
-    columns = {'lr_names': self.lr_names} if self.lr_names else {}
+    more = {name: value for name in ('lr_names', 'metric_values') if (value := getattr(self, name))}
     return {'run': self.run, **lists, 'steps': self.growing['steps'].state(), 'open': opened,
-            **columns}
+            **more}
 
 @patch
 def times_state(self:Recorder): # dict: parts, rest
@@ -436,5 +443,6 @@ def load_state_dict(self:Recorder,
     self.growing['evals'].load(state['evals'])
     self.growing['steps'].load(state['steps'])
     self.lr_names = list(state.get('lr_names', ()))
+    self.metric_values = dict(state.get('metric_values', {}))
     self.results = {}
     self.load_open_state(state['open'])

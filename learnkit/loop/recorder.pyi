@@ -59,6 +59,7 @@ class Recorder(Callback):
     results: dict[Any, Any]
     tracked: dict[Any, Any]
     tally: Any
+    metric_values: dict[Any, Any]
     lr_names: list[Any]
     def __init__(self) -> None: ...
     def before_fit(self, learn: Learner) -> None: ...
@@ -282,4 +283,11 @@ def weighted_mean(found: Any) -> Any:
     """
 STEPS: tuple[str, ...]
 OPEN: tuple[str, ...]
+
+def numbers_and_arrays(results: Any) -> Any:
+    """What an evaluation gave, by whether it has a place in a table
+
+    Returns:
+        (dict of floats, dict of arrays)
+    """
 RESERVED: tuple[str, ...]

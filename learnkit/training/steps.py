@@ -13,6 +13,7 @@ from ..components.callback import Callback, Interrupted
 from ..components.metrics import named_metrics
 from ..data.loaders import length
 from ..loop.predict import measure
+from ..loop.recorder import numbers_and_arrays
 from .arguments import check_whole
 from .stopping import is_last_epoch
 
@@ -190,6 +191,7 @@ def evaluate(self:ValidateEvery, learn):
     "Validate now, and call `after_evaluation`"
     with learn.no_logging():  # it can be made up for later
         found = measure(learn, 'valid', learn.dls.valid, interruptible_in_fit=True)
+    found, _ = numbers_and_arrays(found)
     measured = {name: value for name, value in found.items() if name in learn.recorder.results}
     tracked = {f'valid_{name}': value for name, value in found.items() if name not in measured}
     learn.recorder.growing['evals'].append({
