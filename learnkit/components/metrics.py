@@ -344,8 +344,11 @@ class MeanPass:
         for part, value, weight in zip(self.parts, mean, weights, strict=True):
             part.add(value, weight)
 
-    def compute(self, ranks=None): # number, or list of them
+    def check(self):
         if self.by_sample: raise MetricValueError(by_sample_text)
+
+    def compute(self, ranks=None): # number, or list of them
+        self.check()
         n = len(self.parts) if ranks is None else max(ranks.gather(len(self.parts)))
         parts = self.parts or [Mean() for _ in range(n)]
         return [self.finished(part, ranks) for part in parts] or self.finished(self.mean, ranks)
@@ -517,6 +520,14 @@ def named_values(self:Tally, name, value): # dict of floats and arrays
     each = [shown_values(self.value_name(name, key), item) for key, item in value.items()]
     check_names([name for values in each for name in values])
     return {name: item for values in each for name, item in values.items()}
+
+# %% ../../nbs/components/01_metrics.ipynb #16ce444c
+@patch
+def check(self:Tally):
+    "Raise MetricValueError if what came is nothing to be shown; a mean is not read from its device"
+    for name, metric_pass in self.passes.items():
+        if isinstance(metric_pass, MeanPass): metric_pass.check()
+        else: self.named_values(name, metric_pass.compute())
 
 # %% ../../nbs/components/01_metrics.ipynb #3c673ad9
 MOST_COLUMNS = 100 # of one metric

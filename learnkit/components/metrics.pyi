@@ -362,6 +362,7 @@ class MeanPass:
     def __init__(self, m: Any) -> None: ...
     def add(self, pred: Any, yb: Any, n: Any) -> Any: ...
     def add_vector(self, mean: Any, weight: Any) -> None: ...
+    def check(self) -> None: ...
     def compute(self, ranks: Any = None) -> Any:
         """Returns:
             number, or list of them
@@ -470,6 +471,8 @@ class Tally:
         Returns:
             dict of floats and arrays
         """
+    def check(self) -> None:
+        """Raise MetricValueError if what came is nothing to be shown; a mean is not read from its device"""
     @property
     def directions(self) -> Any:
         """Whether higher is better, for each value

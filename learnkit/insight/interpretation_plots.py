@@ -54,6 +54,9 @@ def as_pixels(x): # array, (height, width) or (height, width, 3 or 4)
     if low >= 0 and high <= 1: low, high = 0, 1
     return ((x - low) / max(float(high - low), 1e-12)).numpy()
 
+def can_be_drawn(x): # bool
+    return isinstance(x, str) or isinstance(x, torch.Tensor) and (x.ndim < 2 or is_image(x))
+
 def row_lines(x, most=11): # str
     "A row of numbers, one below the other"
     values = x.tolist()
@@ -75,10 +78,10 @@ def show_input(ax, x,
         x = show(x, ax)
         if x is None: return
     if isinstance(x, np.ndarray): x = torch.from_numpy(x)
-    if isinstance(x, (tuple, list)) and len(x) == 1: x = x[0]
+    if isinstance(x, (tuple, list)) and x: x = next(filter(can_be_drawn, x), x)
     if isinstance(x, str): show_text(ax, x)
     elif is_image(x): ax.imshow(as_pixels(x), cmap='gray', vmin=0, vmax=1)
-    elif isinstance(x, torch.Tensor) and x.ndim == 1: show_text(ax, row_lines(x))
+    elif can_be_drawn(x): show_text(ax, row_lines(x.reshape(-1)))
     elif hasattr(x, 'getbands'): ax.imshow(x)  # of PIL
     else: raise ValueError(f'plot_top_losses cannot draw {kind_text(x)}: give show=, a function '
                            '(x, ax) that draws x or returns a text or a picture')

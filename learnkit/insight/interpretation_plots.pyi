@@ -40,6 +40,11 @@ def as_pixels(x: Any) -> Any:
         array, (height, width) or (height, width, 3 or 4)
     """
 
+def can_be_drawn(x: Any) -> bool:
+    """Returns:
+        bool
+    """
+
 def row_lines(x: Any, most: Any = 11) -> str:
     """A row of numbers, one below the other
 

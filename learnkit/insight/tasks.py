@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/insight/00_tasks.ipynb #cd360849
 from collections.abc import Mapping
+from dataclasses import is_dataclass
 from functools import partial
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from ..base.batches import kind
 USUAL = {'pred': ('logits', 'out', 'pred', 'preds', 'output'),
          'targ': ('labels', 'label', 'target', 'targets', 'targ', 'y')}
 
+def named_item(x, name): # what a dict or a dataclass has by a name; None
+    return x.get(name) if isinstance(x, Mapping) else vars(x).get(name) if is_dataclass(x) else None
+
 def picked(x, # what a model gave, or the targets of a batch
            how, # key, position or function; None: as it is, or by a usual name
            role:str, # 'pred' or 'targ'
@@ -26,9 +30,8 @@ def picked(x, # what a model gave, or the targets of a batch
     if callable(how): x = how(x)
     elif how is not None: x = x[how]
     elif isinstance(x, (tuple, list)) and len(x) == 1: x = x[0]
-    elif isinstance(x, Mapping):
-        found = [name for name in USUAL[role] if isinstance(x.get(name), torch.Tensor)]
-        x = x[found[0]] if found else x
+    else: x = next((item for name in USUAL[role]
+                    if isinstance(item := named_item(x, name), torch.Tensor)), x)
     if isinstance(x, torch.Tensor) or x is None and role == 'targ': return x
     what = 'the model gives' if role == 'pred' else 'the targets are'
     raise ValueError(f'interpret: {what} {kind(x)}; say which tensor counts, by its key, its '
@@ -67,6 +70,7 @@ def task_of(pred, targ, # tensors
            ): # str; None for what no table of errors can be made of
     "What a model does, by its output, its targets and its loss"
     said = task_of_loss(loss_func)
+    if targ.ndim == pred.ndim == 2 and targ.shape[1] == 1 < pred.shape[1]: targ = targ[:, 0]
     axis = class_axis(pred, targ)
     whole = not (targ.is_floating_point() or targ.is_complex())
     if whole and axis is not None and (pred.shape[axis] > 1 or said == 'classes'): return 'classes'

@@ -7,6 +7,11 @@ from typing import Any
 __all__ = []
 USUAL: dict[str, Any]
 
+def named_item(x: Any, name: Any) -> Any:
+    """Returns:
+        what a dict or a dataclass has by a name; None
+    """
+
 def picked(x: Any, how: Any, role: str) -> Any:
     """The tensor that counts; ValueError where it is not clear which one that is
 

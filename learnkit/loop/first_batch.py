@@ -62,7 +62,7 @@ def check_metrics(learn):
         try:
             tally.reset(learn.device)
             tally.add(detach(learn.pred), learn.yb, None, learn.n_items)
-            tally.compute()
+            tally.check()
         except MetricValueError: raise
         except Exception: pass  # what it is will be seen in the evaluation
 

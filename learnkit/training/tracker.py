@@ -41,6 +41,12 @@ def may_appear(learn,
     if learn.dls.valid is None or mode is None: return False
     return any(may_give_dict(base_metric(m)) for m in named_metrics(learn.metrics).values())
 
+def announced_name(name, known): # str; known: as from `known_monitors`
+    "A column itself, or the metric of whose vector it is a value: `f1` of `f1_0`"
+    metric, _, number = name.rpartition('_')
+    is_value = name not in known and number.isdigit() and not metric.endswith('_loss')
+    return metric if is_value and metric in known else name
+
 def may_have_parts(learn): # bool
     "Whether the loss may be one of several parts: any but those of torch"
     name = getattr(learn.loss_func, '__module__', None) or type(learn.loss_func).__module__
@@ -54,8 +60,8 @@ def may_give_dict(m): # bool
 # %% ../../nbs/training/06_tracker.ipynb #55a9fcc8
 def is_higher_better(tracker, learn): # bool
     "Whether a higher value of the tracker's monitor is better; ValueError when it is unknown"
-    name, title = tracker.monitor, tracker.title
-    known = known_monitors(learn)
+    title, known = tracker.title, known_monitors(learn)
+    name = announced_name(tracker.monitor, known)
     if learn.recorder not in learn.cbs:
         raise ValueError(f'{title}: it reads the history, but no Recorder is among the callbacks')
     if name not in known and not may_appear(learn, name, tracker.mode):

@@ -25,6 +25,13 @@ def may_appear(learn: Learner, name: str, mode: Any) -> bool:
         bool
     """
 
+def announced_name(name: Any, known: Any) -> Any:
+    """A column itself, or the metric of whose vector it is a value: `f1` of `f1_0`
+
+    Returns:
+        str; known: as from `known_monitors`
+    """
+
 def may_have_parts(learn: Learner) -> bool:
     """Whether the loss may be one of several parts: any but those of torch
 
