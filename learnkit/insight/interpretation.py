@@ -170,6 +170,11 @@ def ignored(loss_func): # int
     if isinstance(loss_func, partial): return loss_func.keywords.get('ignore_index', -100)
     return getattr(loss_func, 'ignore_index', -100)
 
+def by_number(worst, where): # dict: sample -> what was kept of it
+    "By the numbers of the samples in the pass; where: tensor, (samples, 3)"
+    found = {place: (where == torch.tensor(place)).all(1).nonzero() for place in worst}
+    return {found[place].item(): kept for place, kept in worst.items()}
+
 def made_interpretation(found:dict, # kind -> what `SamplePass` has gathered of each batch
                         worst:dict, # where -> what was kept of a sample
                         task, loss_func, axis, thresh, from_logits, # as of `interpret`
@@ -187,12 +192,12 @@ def made_interpretation(found:dict, # kind -> what `SamplePass` has gathered of 
         if task: pred, targ, scores, n_classes = decoded(pred, targ, task, axis, n_classes, thresh,
                                                          from_logits)
     is_known = len(found['index']) == len(found['pred'])
-    where = {tuple(place): i for i, place in enumerate(torch.cat(found['where']).tolist())}
+    where = torch.cat(found['where'])
     return Interpretation(
         task if targ is not None else None, pred, targ, scores,
         together(found['loss']).float() if found['loss'] else None,
         torch.cat(found['index']) if is_known else torch.arange(len(pred)), is_known, n_classes,
-        from_logits=from_logits, worst={where[place]: kept for place, kept in worst.items()})
+        from_logits=from_logits, worst=by_number(worst, where))
 
 # %% ../../nbs/insight/03_interpretation.ipynb #631c05cd
 @patch

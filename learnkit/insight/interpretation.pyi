@@ -226,6 +226,13 @@ def ignored(loss_func: Any) -> int:
         int
     """
 
+def by_number(worst: Any, where: Any) -> Any:
+    """By the numbers of the samples in the pass; where: tensor, (samples, 3)
+
+    Returns:
+        dict: sample -> what was kept of it
+    """
+
 def made_interpretation(
         found: dict,
         worst: dict,

@@ -35,7 +35,8 @@ def title_text(interp, i:int): # str
     sure = sureness(interp, i)
     loss = f'loss {interp.losses[i]:.3g}' + (f', {sure:.0%} sure' if sure is not None else '')
     is_mask = interp.task == 'classes' and interp.targs[i].numel() > 1
-    return f'{pred}\n{loss}' if is_mask else f'{pred}, is {targ}\n{loss}'
+    gap = ', ' if len(f'{pred}{targ}') < 18 else '\n'
+    return f'{pred}\n{loss}' if is_mask else f'{pred}{gap}is {targ}\n{loss}'
 
 # %% ../../nbs/insight/04_interpretation_plots.ipynb #87f205b1
 def is_image(x): # bool

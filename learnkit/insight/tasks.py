@@ -22,6 +22,11 @@ USUAL = {'pred': ('logits', 'out', 'pred', 'preds', 'output'),
 def named_item(x, name): # what a dict or a dataclass has by a name; None
     return x.get(name) if isinstance(x, Mapping) else vars(x).get(name) if is_dataclass(x) else None
 
+def without_loss(items): # the only item; all of them where there are several
+    "A tuple of one, behind its loss if it begins with one, as that item"
+    is_loss = len(items) == 2 and isinstance(items[0], torch.Tensor) and not items[0].ndim
+    return items[-1] if is_loss or len(items) == 1 else items
+
 def picked(x, # what a model gave, or the targets of a batch
            how, # key, position or function; None: as it is, or by a usual name
            role:str, # 'pred' or 'targ'
@@ -29,7 +34,7 @@ def picked(x, # what a model gave, or the targets of a batch
     "The tensor that counts; ValueError where it is not clear which one that is"
     if callable(how): x = how(x)
     elif how is not None: x = x[how]
-    elif isinstance(x, (tuple, list)) and len(x) == 1: x = x[0]
+    elif isinstance(x, (tuple, list)): x = without_loss(x)
     else: x = next((item for name in USUAL[role]
                     if isinstance(item := named_item(x, name), torch.Tensor)), x)
     if isinstance(x, torch.Tensor) or x is None and role == 'targ': return x

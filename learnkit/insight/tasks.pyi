@@ -12,6 +12,13 @@ def named_item(x: Any, name: Any) -> Any:
         what a dict or a dataclass has by a name; None
     """
 
+def without_loss(items: Any) -> Any:
+    """A tuple of one, behind its loss if it begins with one, as that item
+
+    Returns:
+        the only item; all of them where there are several
+    """
+
 def picked(x: Any, how: Any, role: str) -> Any:
     """The tensor that counts; ValueError where it is not clear which one that is
 

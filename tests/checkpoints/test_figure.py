@@ -113,3 +113,14 @@ def test_it_draws_on_given_axes():
 
 def test_dollar_signs_are_no_formulas():
     plot_tree(Nodes(node(1, None, 'costs $\\broken{$'))).figure.canvas.draw()
+
+
+@pytest.mark.parametrize('values', [(0.1, 0.93), (0.12345, 0.99999), (1000., 2000.), (1e-5, 3e-5)])
+def test_the_last_tick_is_in_the_picture(values):
+    ax = plot_tree(Nodes(*(node(i, 1 if i else None, last=v) for i, v in enumerate(values))),
+                   metric='accuracy')
+    fig, panel = ax.figure, ax.child_axes[0]
+    fig.canvas.draw()
+    ends = [label.get_window_extent().x1 for label in panel.get_xticklabels()
+            if panel.viewLim.x0 <= label.get_position()[0] <= panel.viewLim.x1]
+    assert max(ends) <= fig.bbox.x1
