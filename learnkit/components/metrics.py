@@ -321,6 +321,7 @@ def check_value(x):
     raise MetricValueError(f'a function gave {what}: give the mean over the batch, a number or a '
                            'vector; for a matrix or a dict an object with reset, update, compute')
 
+# %% ../../nbs/components/01_metrics.ipynb #cfa9ccbf
 class MeanPass:
     "One pass of a metric that is a mean over the batch, or several side by side"
     def __init__(self, m):

@@ -338,6 +338,9 @@ def column_values(interp, column): # Series, (samples,)
         raise TypeError(f'errors_by({column!r}): give the values, one for each sample, as '
                         f'table[{column!r}]')
     if isinstance(column, torch.Tensor): column = column.detach().cpu().numpy()
+    if getattr(column, 'ndim', 1) != 1:
+        raise ValueError(f'errors_by: {kind(column)} of shape {tuple(column.shape)}; give one '
+                         'column')
     values = pd.Series(column).reset_index(drop=True)
     index = interp.index.numpy() if interp.by_dataset else np.arange(len(interp))
     if len(index) and len(values) <= index.max() or len(values) < len(index):
@@ -373,6 +376,9 @@ def errors_by(self:Interpretation,
     import pandas as pd
     needs(self, 'errors_by', *TASKS)
     values = column_values(self, column)
+    if bins is not None and not pd.api.types.is_numeric_dtype(values):
+        raise TypeError(f'errors_by(bins={bins}): bins are of numbers, the column is '
+                        f'{values.dtype}')
     if bins is not None: values = pd.qcut(values, bins, duplicates='drop')
     errors = sample_errors(self)
     frame = pd.DataFrame(errors | ({} if self.losses is None else {'loss': self.losses.numpy()}))

@@ -77,13 +77,13 @@ class Worst:
     def __init__(self, n:int): self.n, self.heap = n, []
 
     def add(self, losses, # tensor, (batch,)
-            where, # list of tuples: where each stands, which are compared
+            where, # int tensor, (batch, ...): where each stands, which is compared
             taken, # function: number in the batch -> what is kept of it
            ):
-        values = sortable(losses).tolist()
-        for i in sorted(range(len(values)), key=lambda i: -values[i])[:self.n]:
-            key = values[i], tuple(-x for x in where[i])
-            if len(self.heap) == self.n and key <= self.heap[0][:2]: continue
+        values, rows = sortable(losses).sort(descending=True, stable=True)
+        for value, i in zip(values[:self.n].tolist(), rows[:self.n].tolist(), strict=True):
+            key = value, tuple(-x for x in where[i].tolist())
+            if len(self.heap) == self.n and key <= self.heap[0][:2]: break
             push = heapq.heappush if len(self.heap) < self.n else heapq.heapreplace
             push(self.heap, (*key, taken(i)))
 
@@ -159,14 +159,15 @@ class SamplePass(Collect):
             found['loss'] = batch_losses(learn, self.loss_func, pred, targ)
         found |= as_classes(pred, targ, self.axis)
         rank = learn.ranks.rank if learn.ranks else 0
-        found['where'] = torch.tensor([[learn.iter, rank, i] for i in range(n)]).reshape(n, 3)
+        place = [torch.full((n,), learn.iter), torch.full((n,), rank), torch.arange(n)]
+        found['where'] = torch.stack(place, 1)
         found['index'] = self.dataset_order.of_batch(learn.iter, n)
         return found
 
     def keep_worst(self, found):
         "Inputs, predictions and targets of the samples with the highest losses"
         n, parts = len(found['where']), [unwrap(self._input), found['pred'], found['targ']]
-        self.worst.add(found['loss'].detach().cpu(), list(map(tuple, found['where'].tolist())),
+        self.worst.add(found['loss'].detach().cpu(), found['where'],
                        lambda i: [row_of(part, i, n) for part in parts])
 
 # %% ../../nbs/insight/02_sample_pass.ipynb #aeb9764c

@@ -66,7 +66,7 @@ class Worst:
     def add(self, losses: Any, where: Any, taken: Any) -> None:
         """Args:
             losses: tensor, (batch,)
-            where: list of tuples: where each stands, which are compared
+            where: int tensor, (batch, ...): where each stands, which is compared
             taken: function: number in the batch -> what is kept of it
         """
     def merged(self, others: Any) -> Any:

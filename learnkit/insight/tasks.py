@@ -107,9 +107,11 @@ def gives_logits(loss_func): # bool
 
 # %% ../../nbs/insight/00_tasks.ipynb #44eff640
 def listed(names): # list of str; None: it is no list of names
-    "Names by number, of a list or of a dict by name"
+    "Names by number, of a list, or of a dict by name or by number"
     if isinstance(names, Mapping):
-        is_by_name = sorted(names.values(), key=str) == sorted(range(len(names)), key=str)
+        numbers = set(range(len(names)))
+        if set(names) == numbers: return [str(names[i]) for i in range(len(names))]
+        is_by_name = {n for n in names.values() if type(n) is int} == numbers
         return [str(name) for name in sorted(names, key=names.get)] if is_by_name else None
     if isinstance(names, str) or not hasattr(names, '__len__') or not hasattr(names, '__iter__'):
         return None

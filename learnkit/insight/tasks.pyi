@@ -94,7 +94,7 @@ def gives_logits(loss_func: Any) -> bool:
     """
 
 def listed(names: Any) -> Any:
-    """Names by number, of a list or of a dict by name
+    """Names by number, of a list, or of a dict by name or by number
 
     Returns:
         list of str; None: it is no list of names

@@ -115,7 +115,7 @@ def test_dollar_signs_are_no_formulas():
     plot_tree(Nodes(node(1, None, 'costs $\\broken{$'))).figure.canvas.draw()
 
 
-@pytest.mark.parametrize('values', [(0.1, 0.93), (0.12345, 0.99999), (1000., 2000.), (1e-5, 3e-5)])
+@pytest.mark.parametrize('values', [(0., 0.93), (0., 0.0186), (0., 9300.)])
 def test_the_last_tick_is_in_the_picture(values):
     ax = plot_tree(Nodes(*(node(i, 1 if i else None, last=v) for i, v in enumerate(values))),
                    metric='accuracy')
