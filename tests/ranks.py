@@ -840,3 +840,23 @@ def interpreted():
                     'same': [here[i].tolist() for i in interp.ranking(3).tolist()],
                     'matrix': interp.confusion_matrix().to_numpy().tolist()}
     return found
+
+
+def metric_values(n_samples):
+    "A vector that is a mean, one of scikit-learn, and a matrix"
+    from sklearn.metrics import confusion_matrix, f1_score
+    def by_class(pred, targ): # (accuracy of each class, how often it is there)
+        n = torch.stack([(targ == c).sum() for c in range(2)])
+        right = torch.stack([((pred.argmax(1) == c) & (targ == c)).sum() for c in range(2)])
+        return right / n, n
+    found = {}
+    for n in n_samples:
+        dls = DataLoaders.from_tensors(tensors(9), tensors(n, 1), bs=4)
+        learn = learner(dls, metrics=[by_class, sklearn_metric(f1_score, average=None, name='f1'),
+                                      sklearn_metric(confusion_matrix, name='matrix')])
+        with learn.distributed():
+            learn.fit(1)
+            values = learn.validate()
+        matrix = values.pop('matrix').tolist()
+        found[str(n)] = {**values, 'matrix': matrix}
+    return found

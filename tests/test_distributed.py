@@ -68,6 +68,21 @@ def label(value): # the name of a parameter
 CONTAINED = 'datasets', 'accumulation', 'clip', 'adversaries', 'cycle' # in other cases
 
 
+# What is found of samples, and of metrics that are no single numbers
+
+@pytest.mark.parametrize('n', [2, slow(3)])
+def test_interpretations_are_those_of_one_process(n):
+    one = ranks.interpreted()
+    for found in one.values(): assert found['worst'] == found['same']
+    assert one['shuffled 13']['by_dataset'] and one['shuffled 13']['index'] != list(range(13))
+    for found in launch(ranks.interpreted, n=n): alike(one, found, 1e-6)
+
+
+def test_vectors_and_matrices_are_those_of_one_process():
+    one = ranks.metric_values((13, 1))
+    for found in launch(ranks.metric_values, (13, 1), n=2): alike(one, found, 1e-6)
+
+
 # How samples are divided and read does not depend on the strategy; that a process has none may
 
 @pytest.mark.parametrize('n, strategy, samples', [

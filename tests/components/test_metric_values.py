@@ -8,7 +8,6 @@ from sklearn.metrics import classification_report, confusion_matrix, f1_score
 from learnkit import DataLoaders, SaveBest, TensorLoader, ValidateEvery, accuracy, sklearn_metric
 from learnkit.components.metrics import MetricValueError
 from learnkit.files.tree import tree_digest
-from learnkit.processes.launch import launch
 from checkpoint_runs import make as make_kept
 from ranks import learner
 
@@ -113,19 +112,3 @@ def test_the_best_by_one_value():
     assert learn.validate()['f1_1'] == learn.recorder.df['f1_1'].max()
     with pytest.raises(ValueError, match="no metric 'f2_1' will be recorded"):
         learn.fit(1, cbs=SaveBest('f2_1'))
-
-
-def values_of_ranks(n_samples=13):
-    dls = DataLoaders.from_tensors(ranks.tensors(9), ranks.tensors(n_samples, 1), bs=4)
-    learn = learner(dls, metrics=[by_class, f1(), matrix()])
-    with learn.distributed():
-        learn.fit(1)
-        return {name: np.asarray(value).tolist() for name, value in learn.validate().items()}
-
-
-@pytest.mark.parametrize('n_samples', [13, 1])
-def test_several_processes(n_samples):
-    one = values_of_ranks(n_samples)
-    for found in launch(values_of_ranks, n_samples, n=2):
-        assert found.pop('matrix') == one['matrix']
-        assert found == {name: pytest.approx(one[name], nan_ok=True) for name in found}
