@@ -1912,6 +1912,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'learnkit/data/resumable.py'),
                                          'learnkit.data.resumable.draws_since': ( 'data/resumable.html#draws_since',
                                                                                   'learnkit/data/resumable.py'),
+                                         'learnkit.data.resumable.end_workers': ( 'data/resumable.html#end_workers',
+                                                                                  'learnkit/data/resumable.py'),
                                          'learnkit.data.resumable.generator_states': ( 'data/resumable.html#generator_states',
                                                                                        'learnkit/data/resumable.py'),
                                          'learnkit.data.resumable.hold_while': ( 'data/resumable.html#hold_while',

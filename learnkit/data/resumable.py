@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/data/02_resumable.ipynb #f57a9bcd
-import copy, itertools, signal, weakref
+import atexit, copy, itertools, os, signal, weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 import numpy as np
@@ -263,7 +263,12 @@ def hold_while(owner, x):
     """Keep an iterator with workers for as long as the loader that owns it. Where a cycle is
     collected python takes the queues of an iterator in it down first, and torch then waits for
     5 seconds for each worker, as these are never told to end"""
-    weakref.finalize(owner, [x].clear)
+    end = weakref.finalize(owner, end_workers, x, os.getpid())
+    atexit.register(end)  # python itself would send them a signal that they outlive, and wait
+
+def end_workers(iterator, pid:int):
+    "Let the workers of an iterator end, in the process that has started them"
+    if os.getpid() == pid: iterator._shutdown_workers()
 
 # %% ../../nbs/data/02_resumable.ipynb #575d0a46
 def generator_states(dl): # list of [class name, state]

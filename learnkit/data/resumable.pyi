@@ -198,6 +198,9 @@ def hold_while(owner: Any, x: Any) -> None:
     5 seconds for each worker, as these are never told to end
     """
 
+def end_workers(iterator: Any, pid: int) -> None:
+    """Let the workers of an iterator end, in the process that has started them"""
+
 def generator_states(dl: Any) -> Any:
     """The states of the random generators that a loader holds
 

@@ -1,5 +1,6 @@
 "Workers of loaders, and how they end"
-import gc
+import gc, subprocess
+import preloaded
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -25,3 +26,23 @@ def test_those_that_persist_end_with_a_learner_that_is_dropped(tmp_path, make):
     del learn, loader
     gc.collect()
     assert [worker.exitcode for worker in workers] == [0]  # they were told, and not killed
+
+
+SCRIPT = '''
+import sys, torch
+from torch.utils.data import DataLoader, TensorDataset
+from learnkit import *
+loader = DataLoader(TensorDataset(torch.zeros(8, 1), torch.zeros(8, 1)), 4, num_workers=1,
+                    persistent_workers=True)
+learn = Learner(DataLoaders(loader, loader), torch.nn.Linear(1, 1), torch.nn.functional.mse_loss,
+                device='cpu', cbs=Callback(after_train=lambda learn: 1 / int(sys.argv[1])))
+learn.fit(1)
+'''
+
+
+@pytest.mark.parametrize('value, code', [(1, 0), (0, 1)])
+def test_a_script_with_those_that_persist_ends(tmp_path, value, code):
+    (tmp_path/'script.py').write_text(SCRIPT)
+    done = subprocess.run([preloaded.python(), tmp_path/'script.py', str(value)], timeout=60,
+                          capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == code, done.stderr
