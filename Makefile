@@ -14,7 +14,7 @@ export OMP_NUM_THREADS := 1
 # Where it is set, each process compiles all modules and tests anew
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help train test test-slow export outputs readme docs bench clean
+.PHONY: help train test test-slow test-ecosystem export outputs readme docs bench clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -35,6 +35,9 @@ test: $(VENV)/.dev ## run all tests and every notebook; a part of them: make tes
 
 test-slow: $(VENV)/.dev ## run the tests that take minutes; a part of them: make test-slow K=store
 	$(PYTEST) -m slow
+
+test-ecosystem: $(VENV)/.ecosystem ## run the tests with libraries that few have, which it installs
+	$(PYTEST) tests/ecosystem
 
 export: $(VENV)/.dev ## write learnkit/ from the notebooks
 	$(BIN)/python tools/export.py
@@ -61,6 +64,10 @@ $(VENV)/.dev: settings.ini constraints.txt setup.py pyproject.toml
 	  { echo 'learnkit needs Python 3.11 or newer: make PYTHON=/path/to/python3.11'; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(EDITABLE) '.[dev]'
+	touch $@
+
+$(VENV)/.ecosystem: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(EDITABLE) '.[dev,ecosystem]'
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.dev

@@ -94,6 +94,7 @@ from .loop import plots as _plots
 from .loop.progress import (
     Progress,
 )
+from .loop import calls as _calls
 from .loop import losses as _losses
 from .loop import position as _position
 from .loop import samples as _samples
@@ -169,6 +170,19 @@ from .insight.interpretation import (
     Interpretation,
 )
 from .insight import interpretation_plots as _interpretation_plots
+from .loggers import feed as _feed
+from .loggers.logger import (
+    goes_on, Logger,
+)
+from .loggers.files import (
+    CSVLogger, JSONLogger,
+)
+from .loggers.tensorboard import (
+    TensorBoardLogger,
+)
+from .loggers.trackers import (
+    MLflowLogger, TrackioLogger, WandbLogger,
+)
 from .processes.launch import (
     launch,
 )
@@ -241,7 +255,8 @@ __all__ = [
     'TorchScheduler', 'LRFinderResult', 'SaveBest', 'AskToContinue', 'EarlyStopping', 'StopOnNaN',
     'ReduceLROnPlateau', 'MixedPrecision', 'GradientAccumulation', 'GradientClip', 'EMA', 'SWA',
     'ShortEpoch', 'StageFuncs', 'ValidateEvery', 'CutMix', 'MixUp', 'OverfitResult', 'ChannelsLast',
-    'Interpretation', 'launch', 'Ranks', 'Distributed', 'BEGINNING', 'StaleCheckpoint',
-    'Checkpointed', 'CheckpointedLearner', 'checkpoints_table', 'tree_text', 'plot_tree',
-    'explain_text', 'report_html', 'write_report',
+    'Interpretation', 'goes_on', 'Logger', 'CSVLogger', 'JSONLogger', 'TensorBoardLogger',
+    'MLflowLogger', 'TrackioLogger', 'WandbLogger', 'launch', 'Ranks', 'Distributed', 'BEGINNING',
+    'StaleCheckpoint', 'Checkpointed', 'CheckpointedLearner', 'checkpoints_table', 'tree_text',
+    'plot_tree', 'explain_text', 'report_html', 'write_report',
 ]

@@ -98,6 +98,14 @@ from .training.mix import MixUp as MixUp
 from .training.trials import OverfitResult as OverfitResult
 from .training.compiling import ChannelsLast as ChannelsLast
 from .insight.interpretation import Interpretation as Interpretation
+from .loggers.logger import goes_on as goes_on
+from .loggers.logger import Logger as Logger
+from .loggers.files import CSVLogger as CSVLogger
+from .loggers.files import JSONLogger as JSONLogger
+from .loggers.tensorboard import TensorBoardLogger as TensorBoardLogger
+from .loggers.trackers import MLflowLogger as MLflowLogger
+from .loggers.trackers import TrackioLogger as TrackioLogger
+from .loggers.trackers import WandbLogger as WandbLogger
 from .processes.launch import launch as launch
 from .processes.group import Ranks as Ranks
 from .processes.distributed import Distributed as Distributed
@@ -129,7 +137,8 @@ __all__ = [
     'AskToContinue', 'EarlyStopping', 'StopOnNaN', 'ReduceLROnPlateau', 'MixedPrecision',
     'GradientAccumulation', 'GradientClip', 'EMA', 'SWA', 'ShortEpoch', 'StageFuncs',
     'ValidateEvery', 'CutMix', 'MixUp', 'OverfitResult', 'ChannelsLast', 'Interpretation',
-    'launch', 'Ranks', 'Distributed', 'BEGINNING', 'StaleCheckpoint', 'Checkpointed',
-    'CheckpointedLearner', 'checkpoints_table', 'tree_text', 'plot_tree', 'explain_text',
-    'report_html', 'write_report'
+    'goes_on', 'Logger', 'CSVLogger', 'JSONLogger', 'TensorBoardLogger', 'MLflowLogger',
+    'TrackioLogger', 'WandbLogger', 'launch', 'Ranks', 'Distributed', 'BEGINNING',
+    'StaleCheckpoint', 'Checkpointed', 'CheckpointedLearner', 'checkpoints_table', 'tree_text',
+    'plot_tree', 'explain_text', 'report_html', 'write_report'
 ]

@@ -8,8 +8,9 @@ from house import LIB, NOTEBOOKS, ROOT, SETTINGS, cells, found, tree
 installed = lru_cache(packages_distributions) # dict: module -> its distributions
 
 # What a folder may import beside learnkit's own requirements
-EXTRAS = {LIB.name: ['notebook', 'testing', 'sklearn'], 'nbs': ['dev'], 'tests': ['dev'],
-          'tools': ['dev'], 'examples': ['dev'], 'benchmarks': ['dev'], 'docs': ['dev', 'docs']}
+EXTRAS = {LIB.name: ['notebook', 'testing', 'sklearn', 'ecosystem'], 'nbs': ['dev', 'ecosystem'],
+          'tests': ['dev', 'ecosystem'], 'tools': ['dev'],
+          'examples': ['dev'], 'benchmarks': ['dev'], 'docs': ['dev', 'docs']}
 
 # Named, though nothing imports them
 COMMANDS = {'jupytext': 'notebooks as text, as CONTRIBUTING.md says',

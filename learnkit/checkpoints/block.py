@@ -385,7 +385,8 @@ def fetch(self:Block, call, record, digests):
     if structural: return result
     ledger.report_fetched(self.node, record, call, differ, notes)
     ledger.write_files_again(self.node, record)
-    host.display.show_report(record.report, host.stateful_arguments(call.values))
+    stateful = host.stateful_arguments(call.values)
+    host.display.show_report(record.report, stateful, call.values)
     return ledger.unpack(call, record.returns_host, tree['result'])
 
 # %% ../../nbs/checkpoints/08_block.ipynb #200584de

@@ -56,7 +56,9 @@ class Display(HostPart):
         "What will tell, after a call, what is worth knowing of it besides its result"
         return lambda stateful: {}
 
-    def show_report(self, report, stateful):
+    def show_report(self, report, stateful,
+                    arguments:dict, # of the call, by name
+                   ):
         "Show of a call that was fetched what was shown when it was computed"
 
 # %% ../../nbs/checkpoints/02_host.ipynb #9b7ca612

@@ -56,8 +56,12 @@ class Display(HostPart):
         Returns:
             function: stateful arguments -> dict of plain values
         """
-    def show_report(self, report: Any, stateful: Any) -> None:
-        """Show of a call that was fetched what was shown when it was computed"""
+    def show_report(self, report: Any, stateful: Any, arguments: dict) -> None:
+        """Show of a call that was fetched what was shown when it was computed
+
+        Args:
+            arguments: of the call, by name
+        """
 
 class Reach(HostPart):
     """What belongs to an object, and how it was when it came into reach"""

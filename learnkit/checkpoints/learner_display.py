@@ -11,6 +11,7 @@ from types import MappingProxyType
 from fastcore.basics import patch
 from ..files.tree import tree_digest
 from ..components.callback import Callback
+from ..loop.calls import Run, one_run
 from ..loop.observed import observed_state, observed_text
 from ..loop.progress import Progress, show_message
 from ..training.save_best import SaveBest
@@ -22,6 +23,10 @@ class LearnerDisplay(Display):
     part_names = MappingProxyType({'model': 'weights', 'rng': 'random numbers',
                                    'observed': 'attributes',
                                    'data': 'positions in the data', 'ranks': 'processes'})
+
+    def __init__(self, obj):
+        super().__init__(obj)
+        self.untold = []  # reports of fetched calls whose history is not there yet, and callbacks
 
     def show(self, text): show_message(self.object, text)
 
@@ -52,14 +57,15 @@ def callbacks_in(value): # list of callbacks
 @patch
 def begin_report(self:LearnerDisplay): # function: callbacks -> dict
     "What will tell the rows of the history that a call has made, and the best model it has seen"
-    recorder = self.object.recorder
-    n_rows, run = recorder.n_rows, recorder.run
+    recorder, origin = self.object.recorder, self.object._origin
+    n_rows, run, logged = recorder.n_rows, recorder.run, origin.last_run
     def report(callbacks): # plain dict
         made = recorder.since('rows', n_rows)
         last = {name: value for name, value in (made[-1] if made else {}).items()
                 if name not in ('run', 'epoch')}
         return {'rows': [n_rows, recorder.n_rows], 'epochs': len(made),
                 'fits': recorder.run - run,
+                'log': None if origin.last_run is logged else origin.last_run.saved(),
                 'metrics': {name: finite(value) for name, value in last.items()},
                 'best': best_of(self.object, callbacks)}
     return report
@@ -77,12 +83,25 @@ def best_of(learn, callbacks): # dict: name, value, higher, place; None
             return {'name': cb.monitor, 'value': float(cb.best), 'higher': bool(cb.higher),
                     'place': path}
 
+# %% ../../nbs/checkpoints/09_learner_display.ipynb #269948bb
 @patch
-def show_report(self:LearnerDisplay, report, callbacks):
-    "Print the table again, and let the callbacks of the call be those of the last fit"
+def show_report(self:LearnerDisplay, report, callbacks, arguments):
+    "Print the table again, tell loggers, and let the call's callbacks be those of the last fit"
     learn, (first, end) = self.object, report['rows']
     rows, times = (learn.recorder.since(name, first)[:end - first] for name in ('rows', 'times'))
     for cb in learn.cbs:
         if isinstance(cb, Progress) and len(rows) == end - first:
             cb.show_again(rows, times, learn.recorder.evals)
     if report['fits']: learn.fit_cbs = [*learn.cbs, *(one.callback for one in callbacks)]
+    given = [cb for cb in given_callbacks(arguments) if cb.external and cb not in learn.cbs]
+    self.untold.append((report, given))
+    if learn.recorder.n_rows < end: return  # the state was not kept; a later call brings it
+    untold, self.untold = self.untold, []
+    for report, given in untold: tell_loggers(learn, report['log'], given)
+
+def tell_loggers(learn, log, given): # log: what `Run.saved` said; given: callbacks of a call
+    "Let callbacks hear of a run as if it were made now"
+    if log is None: return
+    with learn.added_cbs(given), one_run(learn, log['method'], dict):
+        learn._origin.run = Run(**{**log, 'done': {}, 'status': 'finished'})
+        learn('after_fetch')

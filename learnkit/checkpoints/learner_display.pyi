@@ -9,6 +9,8 @@ __all__ = []
 
 class LearnerDisplay(Display):
     """What is shown of a learner's calls"""
+    untold: list[Any]
+    def __init__(self, obj: Any) -> None: ...
     def show(self, text: Any) -> None: ...
     def argument_text(self, value: Any, text: Any) -> Any:
         """Callbacks as they were written
@@ -28,8 +30,8 @@ class LearnerDisplay(Display):
         Returns:
             function: callbacks -> dict
         """
-    def show_report(self, report: Any, callbacks: Any) -> None:
-        """Print the table again, and let the callbacks of the call be those of the last fit"""
+    def show_report(self, report: Any, callbacks: Any, arguments: Any) -> None:
+        """Print the table again, tell loggers, and let the call's callbacks be those of the last fit"""
 
 def given_callbacks(arguments: Any) -> Any:
     """Returns:
@@ -55,4 +57,11 @@ def best_of(learn: Learner, callbacks: Any) -> Any:
 
     Returns:
         dict: name, value, higher, place; None
+    """
+
+def tell_loggers(learn: Learner, log: Any, given: Any) -> Any:
+    """Let callbacks hear of a run as if it were made now
+
+    Returns:
+        log: what `Run.saved` said; given: callbacks of a call
     """

@@ -9,10 +9,11 @@ __all__ = []
 from contextlib import contextmanager, nullcontext
 from fastcore.basics import patch
 from ..base.randomness import set_rng_state
-from ..components.callback import without_classes
-from ..fingerprint.functions import signature_without_self
+from ..components.callback import has_state, is_compared, without_classes
+from ..fingerprint.functions import call_arguments, signature_without_self
+from ..loop.calls import one_run
 from ..loop.observed import (
-    forget_changes, has_own_state, load_observed, observed_state)
+    forget_changes, load_observed, observed_state)
 from ..loop.position import FitState
 from ..loop.provenance import class_attributes, frozen_modules, named_params, workers
 from ..loop.state import (
@@ -86,8 +87,11 @@ def call(self:LearnerHost, method, args, kwargs): # what it returns
     __tracebackhide__ = True
     learn = self.object
     learn._origin.written = {}
-    if method_kind(type(learn), method) != 'pure': return Host.call(self, method, args, kwargs)
-    with unchanged_parts(learn): return Host.call(self, method, args, kwargs)
+    if method_kind(type(learn), method) == 'pure':
+        with unchanged_parts(learn): return Host.call(self, method, args, kwargs)
+    def arguments(): return call_arguments(getattr(learn, method), args, kwargs)
+    with one_run(learn, method, arguments, lambda: place_of_run(learn.ledger)):
+        return Host.call(self, method, args, kwargs)
 
 @patch
 @contextmanager
@@ -103,12 +107,29 @@ def trying(self:LearnerHost, method, args, kwargs):
 def saving_to(self:LearnerHost, folder, store): # context manager
     return autosaving(self.object, folder, self.save_every, store)
 
+# %% ../../nbs/checkpoints/10_learner_host.ipynb #f6f21532
+def place_of_run(ledger): # dict: project, checkpoint, call, parent, parent_checkpoint
+    "Where the call that is made belongs, as far as a record says"
+    block, found = ledger.block, {'project': ledger.local_store.name}
+    if block is None: return found
+    node, k = block.node, len(block.made)
+    parent = last_run(node, k)
+    if parent is None and node.parent is not None:
+        if above := ledger.read(node.parent): parent = last_run(above, above.n_calls)
+    return {**found, 'checkpoint': node.id, 'call': k, 'parent_checkpoint': node.parent,
+            'parent': parent}
+
+def last_run(node, n): # id of a run; None where there is none
+    "The last run among the first `n` calls of a checkpoint"
+    runs = (node.call(k).report.get('log') for k in range(n - 1, -1, -1))
+    return next((run['id'] for run in runs if run), None)
+
 # %% ../../nbs/checkpoints/10_learner_host.ipynb #fec07bec
 @patch
 def stateful_arguments(self:LearnerHost, arguments) -> list: # of FollowedCallbacks
     "The callbacks among the arguments"
     return [FollowedCallback(self.object, cb) for cb in given_callbacks(arguments)
-            if not cb.observer and (not cb.external or has_own_state(cb))]
+            if is_compared(cb) or has_state(cb)]
 
 class FollowedCallback:
     "A callback given to a call, with what it says of itself and what is observed of it"

@@ -79,6 +79,20 @@ class LearnerHost(Host):
     def restore_needed(self, state: Any) -> None:
         """Load what a prediction follows from, whatever the optimizer"""
 
+def place_of_run(ledger: Any) -> Any:
+    """Where the call that is made belongs, as far as a record says
+
+    Returns:
+        dict: project, checkpoint, call, parent, parent_checkpoint
+    """
+
+def last_run(node: Any, n: Any) -> Any:
+    """The last run among the first `n` calls of a checkpoint
+
+    Returns:
+        id of a run; None where there is none
+    """
+
 class FollowedCallback:
     """A callback given to a call, with what it says of itself and what is observed of it"""
     learn: Any

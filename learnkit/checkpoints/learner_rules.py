@@ -9,7 +9,8 @@ __all__ = []
 from types import MappingProxyType
 from fastcore.basics import patch
 from ..files.records import referenced_digests
-from ..fingerprint.values import flatten
+from ..components.callback import class_named, is_optional
+from ..fingerprint.values import flatten, is_callback
 from ..fingerprint.words import as_text
 from ..loop.provenance import WEIGHTS_IN_STATE, drawn_at_start
 from .host import Rules
@@ -40,12 +41,13 @@ def drawn_at_start(self:LearnerRules) -> dict: # (part, name) -> 'parameter' or 
 # %% ../../nbs/checkpoints/09_learner_rules.ipynb #d2966198
 @patch
 def is_unnumbered(self:LearnerRules, method, args, kwargs): # bool
-    "Whether observers alone are added or removed"
+    "Whether callbacks from which nothing follows alone are added or removed"
     if method not in ('add_cb', 'remove_cb'): return False
     given = flatten([*args, *kwargs.values()])
     if method == 'remove_cb':  # classes stand for objects
         given = [cb for one in given for cb in self.object.cbs if cb is one or type(cb) is one]
-    return bool(given) and all(getattr(cb, 'observer', False) for cb in given)
+    given = [class_named(cb) if isinstance(cb, str) else cb for cb in given]
+    return bool(given) and all(is_callback(cb) and is_optional(cb) for cb in given)
 
 # %% ../../nbs/checkpoints/09_learner_rules.ipynb #e5121e91
 @patch

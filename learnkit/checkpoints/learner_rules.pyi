@@ -17,7 +17,7 @@ class LearnerRules(Rules):
             (part, name) -> 'parameter' or 'buffer'
         """
     def is_unnumbered(self, method: Any, args: Any, kwargs: Any) -> bool:
-        """Whether observers alone are added or removed
+        """Whether callbacks from which nothing follows alone are added or removed
 
         Returns:
             bool

@@ -10,6 +10,7 @@ import copy, inspect
 from contextlib import contextmanager
 from torch import nn
 from ..base.dtensors import unsharded_class
+from ..components.callback import is_optional
 from ..components.optim import opt_params
 from ..fingerprint.inspection import is_users_own, name_of
 from ..fingerprint.modules import Behaviour, without_owner
@@ -100,7 +101,7 @@ def structure_objects(learn) -> dict: # of live objects
 
 def stays(cb): # bool
     "Whether a callback is there or not, wherever the learner goes"
-    return cb.distributes or cb.observer
+    return cb.distributes or is_optional(cb)
 
 def put_together(learn, objects):
     "Put a learner together as it was; an optimizer that was another one is made anew"

@@ -15,6 +15,7 @@ import torch
 from fastcore.basics import patch
 from ..base.batches import tensors_in
 from ..base.dtensors import local_part
+from ..base.guard import is_learnkits
 from ..base.snapshots import MISSING, PLAIN, flat_bytes
 
 # %% ../../nbs/components/00_callback.ipynb #de174d65
@@ -153,7 +154,11 @@ class Callback:
     events = ()      # names of events of its own that start with before_, after_ or cleanup_
     tracks = ()      # columns it adds to the history; None: unknown before they come
     owns_lr = False  # whether it keeps the learning rate from fit to fit, so that no fit sets it
-    external = False # whether it writes outside the learner; such are left out of trials
+    external = False # whether it acts outside the learner alone: nothing follows from it, so that
+                     # it may come and go, and trials leave it out
+    in_trials = True # whether trials, as of `lr_find` and `dry_run`, have it take part
+    short_name = None # text that stands for an object of the class, made without arguments
+    logs = False     # whether it shows or writes down what is reached; `no_logging` leaves it out
     saves_to = None  # folder in which it keeps saves that a fit can go on from
     distributes = False  # whether it divides passes among the processes of its attribute `ranks`
     places_model = False # whether it brings the model to the device itself, in `after_create`
@@ -213,18 +218,23 @@ def settings(self:Callback): # plain tree
 # %% ../../nbs/components/00_callback.ipynb #f40efa20
 def is_compared(cb) -> bool:
     "Whether what is computed may follow from a callback"
-    return not cb.observer and cb.settings() is not None
+    return not is_optional(cb) and cb.settings() is not None
 
-def check_observer(cb):
-    "Raise TypeError for a callback that says it only looks, and does what changes a fit"
-    if not cb.observer: return
+def is_optional(cb) -> bool:
+    "Whether a callback says that nothing follows from it, so that it may come and go"
+    return cb.observer or cb.external
+
+def check_optional(cb):
+    "Raise TypeError for a callback that says nothing follows from it, and does what changes a fit"
+    if not is_optional(cb): return
+    said = 'observer' if cb.observer else 'external'
     acts = [name for name in STEPS if getattr(cb, name, None) is not None]
-    acts += [name for name in ('owns_lr', 'distributes', 'places_model', 'tracks', 'saves_to')
-             if getattr(cb, name)]
+    flags = 'owns_lr', 'distributes', 'places_model', 'tracks', *['saves_to'] * cb.observer
+    acts += [name for name in flags if getattr(cb, name)]
     if type(cb).weights is not Callback.weights: acts.append('weights')
     if acts:
-        raise TypeError(f'{cb!r} says observer = True, but has {acts[0]}, which is to change what '
-                        'is trained: leave observer out')
+        raise TypeError(f'{cb!r} says {said} = True, but has {acts[0]}, which is to change what '
+                        f'is trained: leave {said} out')
 
 # %% ../../nbs/components/00_callback.ipynb #75be54c7
 N_WHOLE = 10  # calls of each event of an observer that are compared in all that is known
@@ -306,25 +316,39 @@ class Watched:
         if changed: raise self.error(f'changed {changed[0]}')
 
     def error(self, what): # RuntimeError
-        return RuntimeError(f'{self.cb!r} says observer = True, but in {self.event} it has {what}: '
-                            'leave observer out, or let it work on a copy')
+        said = 'observer' if self.cb.observer else 'external'
+        return RuntimeError(f'{self.cb!r} says {said} = True, but in {self.event} it has {what}: '
+                            f'leave {said} out, or let it work on a copy')
 
 # %% ../../nbs/components/00_callback.ipynb #fefdb495
-def as_callbacks(cbs, # None, a Callback, a Callback class, or any nesting of iterables of them
+def as_callbacks(cbs, # None, a Callback, its class or short name, or iterables of them, nested
                 ): # list of callbacks
     "The callbacks in `cbs`, as a flat list"
     if cbs is None: return []
     if isinstance(cbs, Callback): return [cbs]
     if isinstance(cbs, type) and issubclass(cbs, Callback): return [cbs()]
-    if isinstance(cbs, Iterable) and not isinstance(cbs, (str, bytes)):
+    if isinstance(cbs, str): return [class_named(cbs)()]
+    if isinstance(cbs, Iterable) and not isinstance(cbs, bytes):
         return [cb for item in cbs for cb in as_callbacks(item)]
     hint = f' For a function use Callback(after_batch={cbs!r}).' if callable(cbs) else ''
     raise TypeError(f'{cbs!r} is no Callback, but a {type(cbs).__name__}.{hint}')
 
-def without_classes(cbs): # the same, or a list where there were classes
-    "Callbacks as they were given, with objects in place of classes"
+def class_named(name): # Callback class
+    "The class of a short name; TypeError where there is none"
+    found = {cls.short_name: cls for cls in subclasses(Callback) if vars(cls).get('short_name')}
+    if name in found: return found[name]
+    raise TypeError(f'{name!r} is no Callback, but a str, and none of the short names: '
+                    f'{", ".join(sorted(found))}')
+
+def subclasses(cls): # iterator of classes
+    for base in cls.__subclasses__():
+        yield base
+        yield from subclasses(base)
+
+def without_classes(cbs): # the same, or a list where there were classes or short names
+    "Callbacks as they were given, with objects in place of classes and short names"
     items = cbs if isinstance(cbs, (list, tuple)) else [cbs]
-    return as_callbacks(cbs) if any(isinstance(cb, type) for cb in items) else cbs
+    return as_callbacks(cbs) if any(isinstance(cb, (type, str)) for cb in items) else cbs
 
 # %% ../../nbs/components/00_callback.ipynb #b14c7b1e
 IN_TRIALS = MappingProxyType({
@@ -356,12 +380,19 @@ class BoundInPhase(dict):
             named = [(cb, event) for cb in heard for event in events_in_trial(cb, name)]
         methods = [(cb, event, getattr(cb, event, None)) for cb, event in named]
         return self.setdefault(name, tuple(
-            Watched(method, cb, event) if cb.observer else method
+            Watched(method, cb, event) if is_watched(cb, event) else method
             for cb, event, method in methods if method is not None))
 
 def takes_part(cb, phase): # bool
     "Whether a callback hears a phase; a trial, which is to leave no trace, not if it writes"
-    return phase in cb.phases and not (phase == 'lr_find' and cb.external)
+    return phase in cb.phases and (phase != 'lr_find' or is_in_trials(cb))
+
+def is_in_trials(cb) -> bool: return cb.in_trials and not cb.external
+
+def is_watched(cb, event): # bool
+    "Whether what a method does is compared with what its callback says of itself"
+    owner = next((base for base in type(cb).__mro__ if event in vars(base)), type(cb))
+    return cb.observer or cb.external and not is_learnkits(owner)
 
 # %% ../../nbs/components/00_callback.ipynb #28e1bbf5
 class Callbacks(MutableSequence):
@@ -395,7 +426,7 @@ class Callbacks(MutableSequence):
         if len(set(map(id, items))) < len(items):
             again = next(cb for i, cb in enumerate(items) if any(cb is c for c in items[:i]))
             raise ValueError(f'{again!r} is in the list already: it would hear each event twice')
-        for cb in items: check_observer(cb)
+        for cb in items: check_optional(cb)
         self.items, self.bound = items, Bound([*items, *self.inner.values()])
         self.distributed = next((cb for cb in items if cb.distributes), None)
 
@@ -452,7 +483,7 @@ def named_callbacks(cbs): # dict: name -> callback
 
 def has_state(cb): # bool
     "Whether a callback says by itself what of it must survive"
-    return type(cb).state_dict is not Callback.state_dict and not cb.observer
+    return type(cb).state_dict is not Callback.state_dict and not is_optional(cb)
 
 @patch
 def stateful(self:Callbacks): # dict: name -> callback

@@ -2,7 +2,7 @@
 # pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 # pyright: reportPrivateImportUsage=false
 """What happens at each event of the loop"""
-from collections.abc import MutableSequence
+from collections.abc import Iterator, MutableSequence
 from types import MappingProxyType
 from typing import Any
 from ..loop.learner import Learner
@@ -110,7 +110,13 @@ class Callback:
     owns_lr: bool
     """whether it keeps the learning rate from fit to fit, so that no fit sets it"""
     external: bool
-    """whether it writes outside the learner; such are left out of trials"""
+    """whether it acts outside the learner alone: nothing follows from it, so that"""
+    in_trials: bool
+    """whether trials, as of `lr_find` and `dry_run`, have it take part"""
+    short_name: str | None
+    """text that stands for an object of the class, made without arguments"""
+    logs: bool
+    """whether it shows or writes down what is reached; `no_logging` leaves it out"""
     saves_to: Any
     """folder in which it keeps saves that a fit can go on from"""
     distributes: bool
@@ -212,8 +218,11 @@ def plain_setting(x: Any) -> Any:
 def is_compared(cb: Any) -> bool:
     """Whether what is computed may follow from a callback"""
 
-def check_observer(cb: Any) -> None:
-    """Raise TypeError for a callback that says it only looks, and does what changes a fit"""
+def is_optional(cb: Any) -> bool:
+    """Whether a callback says that nothing follows from it, so that it may come and go"""
+
+def check_optional(cb: Any) -> None:
+    """Raise TypeError for a callback that says nothing follows from it, and does what changes a fit"""
 N_WHOLE: int
 N_VALUES: int
 
@@ -275,17 +284,29 @@ def as_callbacks(cbs: Any) -> Any:
     """The callbacks in `cbs`, as a flat list
 
     Args:
-        cbs: None, a Callback, a Callback class, or any nesting of iterables of them
+        cbs: None, a Callback, its class or short name, or iterables of them, nested
 
     Returns:
         list of callbacks
     """
 
-def without_classes(cbs: Any) -> Any:
-    """Callbacks as they were given, with objects in place of classes
+def class_named(name: Any) -> Any:
+    """The class of a short name; TypeError where there is none
 
     Returns:
-        the same, or a list where there were classes
+        Callback class
+    """
+
+def subclasses(cls: Any) -> Iterator[Any]:
+    """Returns:
+        iterator of classes
+    """
+
+def without_classes(cbs: Any) -> Any:
+    """Callbacks as they were given, with objects in place of classes and short names
+
+    Returns:
+        the same, or a list where there were classes or short names
     """
 IN_TRIALS: MappingProxyType
 
@@ -311,6 +332,15 @@ class BoundInPhase(dict):
 
 def takes_part(cb: Any, phase: Any) -> bool:
     """Whether a callback hears a phase; a trial, which is to leave no trace, not if it writes
+
+    Returns:
+        bool
+    """
+
+def is_in_trials(cb: Any) -> bool: ...
+
+def is_watched(cb: Any, event: Any) -> bool:
+    """Whether what a method does is compared with what its callback says of itself
 
     Returns:
         bool

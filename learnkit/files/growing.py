@@ -169,3 +169,13 @@ def rejoined(parts): # list of tensors, (columns, n) each
     if same == len(parts): return parts
     new = torch.cat(parts[same:], 1).split(sizes[same:], 1)
     return [*parts[:same], *(t.clone(memory_format=torch.contiguous_format) for t in new)]
+
+# %% ../../nbs/files/14_growing.ipynb #0f56637d
+@patch
+def since(self:GrowingTable, n, n_columns): # (n_columns, items)
+    "The items from number `n` on; those of earlier parts are not looked at"
+    found, start = [], len(self)
+    while start > n:
+        found.insert(0, self.parts[-1 - len(found)])
+        start -= found[0].shape[1]
+    return torch.cat([torch.empty(n_columns, 0).double(), *found], 1)[:, n - start:].numpy()

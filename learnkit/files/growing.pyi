@@ -119,6 +119,12 @@ class GrowingTable:
         """
     def load(self, parts: Any) -> None:
         """Take over what `state` returned"""
+    def since(self, n: Any, n_columns: Any) -> Any:
+        """The items from number `n` on; those of earlier parts are not looked at
+
+        Returns:
+            (n_columns, items)
+        """
 
 def rejoined(parts: Any) -> Any:
     """The same items in parts of the sizes that belong to their number

@@ -16,6 +16,7 @@ from ..base.text import as_seconds, caller_stacklevel
 from ..data.loaders import length
 from ..components.callback import Callback
 from ..components.optim import check_has_lr, opt_params, set_lr
+from .calls import as_run, join_run
 from .interrupts import Interrupts, interruptible, returns_after
 from .learner import Learner, as_dataloaders
 from .loop import Loop
@@ -73,6 +74,7 @@ def other_loaders(learn, dls):
 
 # %% ../../nbs/loop/11_fit.ipynb #3b9ae2d6
 @patch
+@as_run
 def fit(self:Learner,
         n_epoch:int=None, # epochs to train; exactly one of n_epoch and n_steps is given
         lr=None, # learning rate for this fit, as in `Learner`; None: the learner's
@@ -100,7 +102,11 @@ def fit(self:Learner,
         self._origin.n_fits += 1
         self.fit_cbs, self._fit = list(self.cbs), FitState(n_epoch, n_steps, length(self.dls.train))
         call, saved = self._plan(resume, lr, reset_opt)
-        if saved and saved.complete: return take_over(self, saved)
+        join_run(self, saved and saved.log)
+        if saved and saved.complete:
+            take_over(self, saved)
+            self._origin.run.done = {}  # who cannot tell what it has is told all
+            return self('after_fetch')
         set_fit_lr(self, lr)
         self.zero_grad()
         self._fit.call = call
@@ -136,7 +142,7 @@ def _run_fit(self:Learner):
             show_message(self, f'max_time is up: the fit made {fit.updates} updates')
         has_failed = False
     except KeyboardInterrupt as stop:
-        has_failed = False
+        has_failed, self._origin.run.status = False, 'killed'
         if not returns_after(self, stop): raise
         if is_main(): warn_interrupted(self)
     finally:

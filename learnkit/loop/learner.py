@@ -328,8 +328,8 @@ def no_bar(self:Learner):
 @patch
 @unrecorded
 def no_logging(self:Learner):
-    "Neither bars nor tables for the time of a `with` block"
-    return self.removed_cbs([cb for cb in self.cbs if isinstance(cb, Progress)])
+    "Neither bars, tables nor loggers for the time of a `with` block"
+    return self.removed_cbs([cb for cb in self.cbs if cb.logs])
 
 # %% ../../nbs/loop/10_learner.ipynb #621fa7a2
 @patch

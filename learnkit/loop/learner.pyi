@@ -11,6 +11,7 @@ from ..base.methods import pure, structural
 from ..components.callback import Callbacks
 from ..data.loaders import DataLoaders
 from ..insight.interpretation import Interpretation
+from ..loop.calls import as_run
 from ..loop.loop import Loop
 from ..loop.recorder import Recorder
 from ..processes.group import Ranks
@@ -123,6 +124,13 @@ class Learner(Loop):
             thresh: on the probability, where it is yes or no
             ignore_index: targets that do not count; None: what the loss leaves out
         """
+    def log(self, name: str, value: Any) -> None:
+        """Give something to the loggers of this learner, as part of its run; without any nothing happens
+
+        Args:
+            value: figure or axes, image, text, `Path` of a file, or a number
+        """
+    @as_run
     def fit(
             self,
             n_epoch: int | None = None,
@@ -238,7 +246,7 @@ class Learner(Loop):
     def no_bar(self: _Self) -> AbstractContextManager[_Self]:
         """No bars for the time of a `with` block; the table stays"""
     def no_logging(self) -> Any:
-        """Neither bars nor tables for the time of a `with` block"""
+        """Neither bars, tables nor loggers for the time of a `with` block"""
     def show_training_loop(self) -> None:
         """Print the events and steps of a fit in order, with the callbacks that answer them"""
     def __getstate__(self) -> dict:
@@ -450,6 +458,7 @@ class Learner(Loop):
             on: False: back to the model as it is
             kwargs: of `torch.compile`: mode, backend, dynamic, fullgraph ...
         """
+    @as_run
     def fine_tune(
             self,
             n_epoch: int,
@@ -505,6 +514,7 @@ class Learner(Loop):
     @structural
     def to_fp32(self: _Self) -> _Self:
         """Compute in full precision"""
+    @as_run
     def fit_one_cycle(
             self,
             n_epoch: Any = None,
@@ -528,6 +538,7 @@ class Learner(Loop):
             cbs: callbacks for this fit only
             kwargs: n_steps, max_time, dls, reset_opt, resume, resume_data: as in `fit`
         """
+    @as_run
     def fit_flat_cos(
             self,
             n_epoch: Any = None,
@@ -549,6 +560,7 @@ class Learner(Loop):
             cbs: callbacks for this fit only
             kwargs: n_steps, max_time, dls, reset_opt, resume, resume_data: as in `fit`
         """
+    @as_run
     def fit_wsd(
             self,
             n_epoch: Any = None,
@@ -572,6 +584,7 @@ class Learner(Loop):
             cbs: callbacks for this fit only
             kwargs: n_steps, max_time, dls, reset_opt, resume, resume_data: as in `fit`
         """
+    @as_run
     def fit_sgdr(
             self,
             n_cycles: int,

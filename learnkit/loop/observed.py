@@ -26,7 +26,8 @@ from ..files.errors import UnstorableError
 from ..files.tree import check_storable
 from ..fingerprint.inspection import is_user_module
 from ..data.resumable import FEW, DataMark, generators, is_large, is_stateful
-from ..components.callback import Callback, has_state, is_compared, named_callbacks
+from ..components.callback import (
+    Callback, has_state, is_compared, is_optional, named_callbacks)
 from ..components.optimizers import is_one_of, live_state_of, still_shared
 from .recorder import Recorder
 from .position import PassState
@@ -34,7 +35,7 @@ from .position import PassState
 # %% ../../nbs/loop/04_observed.ipynb #41708dd6
 def roots(learn): # dict: name -> object
     "The parts of a learner that training may change"
-    callbacks = {'callbacks': named_callbacks(cb for cb in learn._cbs if not cb.observer)}
+    callbacks = {'callbacks': named_callbacks(cb for cb in learn._cbs if not is_optional(cb))}
     model = getattr(learn.model, '_orig_mod', learn.model)  # what torch.compile has wrapped
     return {'model': model, 'loss_func': learn.loss_func, 'opt': learn.opt, **callbacks,
             'metrics': learn.metrics, 'data': learn.dls, 'learner': learn}
@@ -140,7 +141,7 @@ def follows(self:LearnerScope, x, path): # bool
     if x is self.learn: return True
     if isinstance(x, type): return is_user_module(x.__module__) and not is_learnkits(x)
     if isinstance(x, Callback):
-        return is_compared(x) and not (x.external or x.distributes or looks_at_trials(x))
+        return is_compared(x) and not (x.distributes or looks_at_trials(x))
     if isinstance(x, FUNCTIONS) and not self.functions: return False
     if path[0] == 'data' and is_stateful(x): return False  # it says where it is
     if isinstance(x, Iterator) or hasattr(x, 'dls') and hasattr(x, 'model'): return False
@@ -312,9 +313,12 @@ class Origin:
         self.n_fits, self.memo = 0, {}  # fits that have begun; of `fingerprint`
         self.made_again, self.made_in = [], set()  # what callbacks make as a fit begins, and where
         self.is_recorded = False  # whether a state that follows from the baseline is known
+        self.run, self.last_run = None, None  # `Run` of the call, of the last one; see `one_run`
+        self.describe_run, self.at_end = None, []  # functions
 
-    # What was seen of modules belongs to this process
-    def __getstate__(self): return {**vars(self), 'memo': {}}
+    # What was seen of modules, and a call that runs, belong to this process
+    def __getstate__(self):
+        return {**vars(self), 'memo': {}, 'run': None, 'describe_run': None, 'at_end': []}
 
     def begin(self, learn):
         "The first fit begins: what a script has set until now is how the learner was made"

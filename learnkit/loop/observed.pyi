@@ -241,6 +241,10 @@ class Origin:
     made_again: list[Any]
     made_in: Any
     is_recorded: bool
+    run: Any
+    last_run: Any
+    describe_run: Any
+    at_end: list[Any]
     def __init__(self) -> None: ...
     def __getstate__(self) -> Any: ...
     def begin(self, learn: Learner) -> None:

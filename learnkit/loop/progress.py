@@ -136,7 +136,7 @@ class LateValue:
 # %% ../../nbs/loop/01_progress.ipynb #7c4bcd4e
 class Progress(Callback):
     "Shows a bar over batches, a table with a row an epoch, and optionally a plot of the losses"
-    order, events = 90, ('after_evaluation',)
+    order, logs, events = 90, True, ('after_evaluation',)
     phases = ('train', 'valid', 'test', 'predict', 'lr_find')
 
     def __init__(self,

@@ -47,6 +47,7 @@ class Saved:
     times: list # seconds of the rows of its history
     source: str # what it was read from, for messages
     n_processes: int = 1 # by how many it was saved; the state is that of this one
+    log: dict = None # what lies beside it of the run that it is part of, see `run_mark`
 
     @property
     def fit(self): return self.state['fit']
@@ -80,7 +81,7 @@ def read_saved(learn,
     (times := GrowingList()).load(tree['times'])
     state = tree['learner']
     return Saved(localized(state, learn.ranks), times.items, short_path(path),
-                 1 + len(state.get('ranks', ())))
+                 1 + len(state.get('ranks', ())), tree.get('log'))
 
 def newest_saved(learn, resume, store): # (tree, Path), or None; called on process 0 alone
     source = resume_source(learn, resume)

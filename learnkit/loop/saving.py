@@ -19,6 +19,7 @@ from ..files.sharded import load_shards, remove_shards, save_shards
 from ..files.tensors import open_safetensors, save_tensors
 from ..files.written import tree_seal
 from ..files.tree import save_tree, set_at, tree_digest, value_at
+from .calls import run_mark
 from .loop import in_training
 from .state import gathered, live_state, load_state, model_state, n_bytes
 
@@ -109,6 +110,7 @@ def tree_for_file(learn,
                  ): # plain tree
     "What goes into a file: the state, and beside it the times, which are no part of it"
     state, beside = live_state(learn), {'times': learn.recorder.times_state()}
+    if mark := run_mark(learn): beside['log'] = mark
     sharded = path is not None and learn.ranks and is_sharded(learn.model)
     if sharded and n_bytes(state) > learn.cbs.distributed.gather_up_to:
         state, beside['parts'] = save_shards(state, path(), learn.ranks)

@@ -25,7 +25,7 @@ def objects_of_fit(learn): # dict: name -> list of objects
     found = {'loss_func': learn.loss_func, 'model': learn.model, 'dls': learn.dls, **loaders,
              'class of the optimizer': type(learn.opt)}
     return {**{name: [x] for name, x in found.items()},
-            'cbs': [cb for cb in learn.cbs if not cb.external and is_compared(cb)],
+            'cbs': [cb for cb in learn.cbs if is_compared(cb)],
             **{f'data of {name}': reading_of(dl) for name, dl in loaders.items()}}
 
 def reading_of(dl): # list of str and int

@@ -9,13 +9,16 @@ __all__ = []
 import warnings
 from numbers import Real
 from fastcore.basics import patch
+from ..base.text import caller_stacklevel
 from ..components.callback import as_callbacks
+from ..loop.calls import as_run
 from ..loop.learner import Learner
 from ..loop.resume import read_saved, store_of
 from .scheduled_fits import check_no_lr_owner
 
 # %% ../../nbs/training/03_fine_tune.ipynb #d893189a
 @patch
+@as_run
 def fine_tune(self:Learner,
               n_epoch:int, # epochs in which all layers learn
               base_lr:float=2e-3, # rate of the head, halved for all layers
@@ -44,7 +47,7 @@ def fine_tune(self:Learner,
         raise
     if not has_ended:
         return warnings.warn('fine_tune ended before its second fit, and the body is still frozen: '
-                             'call unfreeze(), or fine_tune again', stacklevel=2)
+                             'call unfreeze(), or fine_tune again', stacklevel=caller_stacklevel())
     self.unfreeze()
     rates = slice(base_lr / 2 / lr_mult, base_lr / 2)
     self.fit_one_cycle(n_epoch, rates, pct_start=pct_start, div=div,

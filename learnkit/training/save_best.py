@@ -155,7 +155,7 @@ class SaveBest(Tracker):
         self.restore, self.scope, self.path, self.k = restore, scope, path, k
         super().__init__(monitor, mode, min_delta)
         check_choice('SaveBest', 'scope', scope, ('fit', 'learner'))
-        self.external = path is not None
+        self.in_trials = path is None  # such are to leave no trace
 
     def reset(self):
         "There is no best model"

@@ -13,6 +13,7 @@ from ..components.callback import Callback, as_callbacks
 from ..components.optim import (
     check_has_lr, get_hyper, hyper_key, layer_rates, n_layers, set_hyper)
 from ..components.optimizers import has_modes, named_optimizers, optimizers_in
+from ..loop.calls import as_run
 from ..loop.learner import Learner
 from .arguments import check_share, check_whole
 from .schedule import (
@@ -118,6 +119,7 @@ def has_momentum(learn:Learner): # bool
 
 # %% ../../nbs/training/02_scheduled_fits.ipynb #b73579be
 @patch
+@as_run
 def fit_one_cycle(self:Learner,
                   n_epoch=None, # epochs; or give n_steps
                   lr_max=None, # top rate, as `lr` of `Learner`; None: the learner's
@@ -143,6 +145,7 @@ def fit_one_cycle(self:Learner,
 
 # %% ../../nbs/training/02_scheduled_fits.ipynb #1ee210bf
 @patch
+@as_run
 def fit_flat_cos(self:Learner,
                  n_epoch=None, # epochs; or give n_steps
                  lr=None, # rate of the flat part, as in `fit`
@@ -173,6 +176,7 @@ def decay_func(decay): # function of (start, end) -> schedule
 
 # %% ../../nbs/training/02_scheduled_fits.ipynb #8c97bdc2
 @patch
+@as_run
 def fit_wsd(self:Learner,
             n_epoch=None, # epochs; or give n_steps
             lr=None, # rate of the stable part, as in `fit`
@@ -196,6 +200,7 @@ def fit_wsd(self:Learner,
 
 # %% ../../nbs/training/02_scheduled_fits.ipynb #fce9488e
 @patch
+@as_run
 def fit_sgdr(self:Learner,
              n_cycles:int, # cosines
              cycle_len:int=1, # epochs of the first

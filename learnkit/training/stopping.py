@@ -108,7 +108,7 @@ def loss_text(loss): # str
 # %% ../../nbs/training/08_stopping.ipynb #e2a508c4
 class AskToContinue(Callback):
     "Asks after every n-th epoch whether the fit shall go on"
-    order, external = 94, True
+    order, in_trials = 94, False
 
     def __init__(self,
                  every:int=1, # epochs between two questions

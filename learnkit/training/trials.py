@@ -14,7 +14,7 @@ import torch
 from fastcore.basics import patch
 from ..base.batches import batch_size, map_tensors
 from ..base.methods import pure, result
-from ..components.callback import Callback
+from ..components.callback import Callback, is_in_trials
 from ..components.optim import set_lr
 from ..data.loaders import DataLoaders, set_epoch
 from ..data.resumable import reading_without_trace
@@ -33,7 +33,7 @@ from .steps import ShortEpoch
 # %% ../../nbs/training/15_trials.ipynb #037db1b9
 def silent_cbs(cbs): # list of callbacks
     "Those that neither show nor write anything"
-    return [cb for cb in cbs if not (cb.external or isinstance(cb, Progress))]
+    return [cb for cb in cbs if is_in_trials(cb) and not isinstance(cb, Progress)]
 
 # %% ../../nbs/training/15_trials.ipynb #2131509c
 def check_trial(learn, name):

@@ -441,8 +441,9 @@ def test_averages_of_another_form_are_an_error_that_loads_nothing():
     with pytest.raises(ValueError, match='weights that Average keeps'): best.load_best(other)
     assert whole(other) == before
 
-def test_external_only_with_a_path():
-    assert SaveBest(path='x').external and not SaveBest().external
+def test_in_trials_only_without_a_path():
+    assert SaveBest().in_trials and not SaveBest(path='x').in_trials
+    assert not SaveBest(path='x').external
 
 
 # In a file
