@@ -154,10 +154,8 @@ class Callback:
     events = ()      # names of events of its own that start with before_, after_ or cleanup_
     tracks = ()      # columns it adds to the history; None: unknown before they come
     owns_lr = False  # whether it keeps the learning rate from fit to fit, so that no fit sets it
-    external = False # whether it acts outside the learner alone: nothing follows from it, so that
-                     # it may come and go, and trials leave it out
+    external = False # whether it acts outside the learner alone: such come and go, not in trials
     in_trials = True # whether trials, as of `lr_find` and `dry_run`, have it take part
-    short_name = None # text that stands for an object of the class, made without arguments
     logs = False     # whether it shows or writes down what is reached; `no_logging` leaves it out
     saves_to = None  # folder in which it keeps saves that a fit can go on from
     distributes = False  # whether it divides passes among the processes of its attribute `ranks`

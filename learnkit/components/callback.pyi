@@ -110,11 +110,9 @@ class Callback:
     owns_lr: bool
     """whether it keeps the learning rate from fit to fit, so that no fit sets it"""
     external: bool
-    """whether it acts outside the learner alone: nothing follows from it, so that"""
+    """whether it acts outside the learner alone: such come and go, not in trials"""
     in_trials: bool
     """whether trials, as of `lr_find` and `dry_run`, have it take part"""
-    short_name: str | None
-    """text that stands for an object of the class, made without arguments"""
     logs: bool
     """whether it shows or writes down what is reached; `no_logging` leaves it out"""
     saves_to: Any

@@ -44,6 +44,7 @@ class FileLogger(Logger):
 
 class CSVLogger(FileLogger):
     """A table with a row for each step that is told, and a column for each name"""
+    short_name: str
     def __init__(self, path: Any = 'metrics.csv', every: int = 10) -> None:
         """A table with a row for each step that is told, and a column for each name
 
@@ -76,6 +77,7 @@ def csv_text(rows: Any) -> str:
 
 class JSONLogger(FileLogger):
     """A line of JSON for each step that is told, and for the beginning and the end of a run"""
+    short_name: str
     def __init__(self, path: Any = 'metrics.jsonl', every: int = 10) -> None:
         """A line of JSON for each step that is told, and for the beginning and the end of a run
 

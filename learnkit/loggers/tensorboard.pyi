@@ -11,6 +11,7 @@ __all__ = [
 
 class TensorBoardLogger(Logger):
     """Writes what TensorBoard shows"""
+    short_name: str
     log_dir: Any
     writer: SummaryWriter | None
     names: dict[Any, Any]

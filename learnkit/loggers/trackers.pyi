@@ -10,6 +10,7 @@ __all__ = [
 
 class WandbLogger(Logger):
     """Tells Weights & Biases"""
+    short_name: str
     project: str | None
     init: Any
     run: Any
@@ -34,6 +35,7 @@ class WandbLogger(Logger):
 
 class MLflowLogger(Logger):
     """Tells MLflow, by its client, so that no run of the script's own is touched"""
+    short_name: str
     experiment: str | None
     tracking_uri: str | None
     run_id: Any
@@ -74,6 +76,7 @@ def mlflow_name(name: Any) -> Any: ...
 
 class TrackioLogger(Logger):
     """Tells Trackio"""
+    short_name: str
     project: str | None
     init: Any
     run: Any
