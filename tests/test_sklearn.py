@@ -1,5 +1,5 @@
 "Estimators in scikit-learn's hands: its own checks, other processes, data of all kinds"
-import copy, pickle
+import copy, pickle, re
 from functools import partial
 import numpy as np
 import pandas as pd
@@ -29,6 +29,10 @@ from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from sklearn.utils.estimator_checks import estimator_checks_generator
 from learnkit.sklearn import (
     EXPECTED_FAILED_CHECKS, ArrayDict, LearnerClassifier, LearnerRegressor)
+
+
+def label(value): # the name of a parameter, the same in each process
+    return re.sub(' at 0x[0-9a-f]+', '', str(value))
 
 
 class Net(nn.Module):
@@ -246,7 +250,7 @@ def test_data_to_validate_on():
     {'opt_func': torch.optim.SGD, 'opt_func__momentum': 0.9}, {'learner__metrics': accuracy},
     {'loss_func': nn.CrossEntropyLoss(label_smoothing=0.1)}, {'module': net}, {'module': Net(5, 3)},
     {'module': nn.Sequential(nn.LazyLinear(4), nn.BatchNorm1d(4), nn.Linear(4, 3))},
-    {'valid_pct': 0.25, 'cbs': [EarlyStopping, EarlyStopping('train_loss')]}], ids=str)
+    {'valid_pct': 0.25, 'cbs': [EarlyStopping, EarlyStopping('train_loss')]}], ids=label)
 def test_pickled_goes_on_the_same(kwargs):
     one = classifier(**kwargs).fit(X, y)
     for again in (pickle.loads(pickle.dumps(one)), copy.deepcopy(one)):
@@ -423,7 +427,7 @@ def test_from_dict_to_array_and_back():
 @pytest.mark.parametrize('loss, last, n_out', [
     (None, nn.Identity(), 1), (nn.BCEWithLogitsLoss(), nn.Identity(), 1),
     (nn.BCELoss(), nn.Sigmoid(), 1), (nn.NLLLoss(), nn.LogSoftmax(1), 2),
-    (nn.CrossEntropyLoss, nn.Identity(), 2), (None, nn.Flatten(0), 1)], ids=str)
+    (nn.CrossEntropyLoss, nn.Identity(), 2), (None, nn.Flatten(0), 1)], ids=label)
 def test_two_classes(loss, last, n_out):
     def module(n_in): return nn.Sequential(Net(n_in, n_out), last)
     one = classifier(module, loss_func=loss, n_epoch=30, learner__metrics=None).fit(X, y2)
