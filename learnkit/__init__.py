@@ -68,6 +68,7 @@ from .components import optimizers as _optimizers
 from .components.optim import (
     no_decay, param_groups, spread_lr,
 )
+from .components import tally as _tally
 from .components import layer_table as _layer_table
 from .components import loss_weight as _loss_weight
 from .fingerprint import inspection as _inspection
@@ -172,7 +173,7 @@ from .insight.interpretation import (
 from .insight import interpretation_plots as _interpretation_plots
 from .loggers import feed as _feed
 from .loggers.logger import (
-    goes_on, Logger,
+    Logger,
 )
 from .loggers.files import (
     CSVLogger, JSONLogger,
@@ -255,8 +256,8 @@ __all__ = [
     'TorchScheduler', 'LRFinderResult', 'SaveBest', 'AskToContinue', 'EarlyStopping', 'StopOnNaN',
     'ReduceLROnPlateau', 'MixedPrecision', 'GradientAccumulation', 'GradientClip', 'EMA', 'SWA',
     'ShortEpoch', 'StageFuncs', 'ValidateEvery', 'CutMix', 'MixUp', 'OverfitResult', 'ChannelsLast',
-    'Interpretation', 'goes_on', 'Logger', 'CSVLogger', 'JSONLogger', 'TensorBoardLogger',
-    'MLflowLogger', 'TrackioLogger', 'WandbLogger', 'launch', 'Ranks', 'Distributed', 'BEGINNING',
+    'Interpretation', 'Logger', 'CSVLogger', 'JSONLogger', 'TensorBoardLogger', 'MLflowLogger',
+    'TrackioLogger', 'WandbLogger', 'launch', 'Ranks', 'Distributed', 'BEGINNING',
     'StaleCheckpoint', 'Checkpointed', 'CheckpointedLearner', 'checkpoints_table', 'tree_text',
     'plot_tree', 'explain_text', 'report_html', 'write_report',
 ]

@@ -98,7 +98,6 @@ from .training.mix import MixUp as MixUp
 from .training.trials import OverfitResult as OverfitResult
 from .training.compiling import ChannelsLast as ChannelsLast
 from .insight.interpretation import Interpretation as Interpretation
-from .loggers.logger import goes_on as goes_on
 from .loggers.logger import Logger as Logger
 from .loggers.files import CSVLogger as CSVLogger
 from .loggers.files import JSONLogger as JSONLogger
@@ -137,8 +136,8 @@ __all__ = [
     'AskToContinue', 'EarlyStopping', 'StopOnNaN', 'ReduceLROnPlateau', 'MixedPrecision',
     'GradientAccumulation', 'GradientClip', 'EMA', 'SWA', 'ShortEpoch', 'StageFuncs',
     'ValidateEvery', 'CutMix', 'MixUp', 'OverfitResult', 'ChannelsLast', 'Interpretation',
-    'goes_on', 'Logger', 'CSVLogger', 'JSONLogger', 'TensorBoardLogger', 'MLflowLogger',
-    'TrackioLogger', 'WandbLogger', 'launch', 'Ranks', 'Distributed', 'BEGINNING',
-    'StaleCheckpoint', 'Checkpointed', 'CheckpointedLearner', 'checkpoints_table', 'tree_text',
-    'plot_tree', 'explain_text', 'report_html', 'write_report'
+    'Logger', 'CSVLogger', 'JSONLogger', 'TensorBoardLogger', 'MLflowLogger', 'TrackioLogger',
+    'WandbLogger', 'launch', 'Ranks', 'Distributed', 'BEGINNING', 'StaleCheckpoint',
+    'Checkpointed', 'CheckpointedLearner', 'checkpoints_table', 'tree_text', 'plot_tree',
+    'explain_text', 'report_html', 'write_report'
 ]

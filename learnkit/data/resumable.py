@@ -264,7 +264,7 @@ def hold_while(owner, x):
     collected python takes the queues of an iterator in it down first, and torch then waits for
     5 seconds for each worker, as these are never told to end"""
     end = weakref.finalize(owner, end_workers, x, os.getpid())
-    atexit.register(end)  # python itself would send them a signal that they outlive, and wait
+    atexit.register(end)  # before python itself sends a signal, which they outlive, and waits
 
 def end_workers(iterator, pid:int):
     "Let the workers of an iterator end, in the process that has started them"

@@ -9,7 +9,6 @@ __all__ = []
 from collections.abc import Mapping
 from dataclasses import is_dataclass
 from functools import partial
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TypeVar
 import torch
-from torch import nn
 from ..base.guard import is_learnkits
 from ..base.ranks import world_size
 from ..components.callback import Callback, is_optional

@@ -12,7 +12,7 @@ from ..base.batches import detach, tensors_in
 from ..base.randomness import isolated_rng
 from ..base.text import caller_stacklevel
 from ..components.callback import Callback
-from ..components.metrics import MetricValueError, Tally
+from ..components.tally import MetricValueError, Tally
 from .state import unchanged_parts
 
 # %% ../../nbs/loop/07_first_batch.ipynb #a36d14ca

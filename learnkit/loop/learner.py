@@ -20,7 +20,7 @@ from ..base.randomness import set_seed
 from ..base.snapshots import slots
 from ..data.loaders import DataLoaders
 from ..components.callback import STEPS, Callback, Callbacks, as_callbacks
-from ..components.metrics import Tally
+from ..components.tally import Tally
 from ..components.optim import make_opt as new_opt
 from .first_batch import FirstBatch
 from ..components.optimizers import named_optimizers, optimizers_in, rate_by_name

@@ -13,7 +13,8 @@ import torch
 from fastcore.basics import patch
 from ..files.growing import GrowingList, GrowingTable
 from ..components.callback import Callback, Cancel, Interrupted
-from ..components.metrics import Mean, Tally
+from ..components.metrics import Mean
+from ..components.tally import Tally
 from ..components.optim import hyper_key
 from ..components.optimizers import current_lr, named_optimizers, rates_by_name
 

@@ -10,7 +10,7 @@ from numbers import Integral, Real
 import torch
 from fastcore.basics import patch
 from ..components.callback import Callback, Interrupted
-from ..components.metrics import named_metrics
+from ..components.tally import named_metrics
 from ..data.loaders import length
 from ..loop.predict import measure
 from ..loop.recorder import numbers_and_arrays

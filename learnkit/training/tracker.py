@@ -11,8 +11,8 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 from ..components.callback import Callback
-from ..components.metrics import (
-    Accumulates, SklearnMetric, Tally, base_metric, named_metrics)
+from ..components.metrics import Accumulates, SklearnMetric, base_metric
+from ..components.tally import Tally, named_metrics
 from ..loop.loop import overrides
 from .arguments import check_choice, check_number
 

@@ -6,7 +6,7 @@ import torch
 import torchmetrics
 from sklearn.metrics import classification_report, confusion_matrix, f1_score
 from learnkit import DataLoaders, SaveBest, TensorLoader, ValidateEvery, accuracy, sklearn_metric
-from learnkit.components.metrics import MetricValueError
+from learnkit.components.tally import MetricValueError
 from learnkit.files.tree import tree_digest
 from checkpoint_runs import make as make_kept
 from ranks import learner

@@ -10,8 +10,9 @@ from sklearn import metrics as sk
 from torch import nn
 from torch.nn import functional as F
 from learnkit.components.metrics import (
-    Mean, Tally, accuracy, binary_accuracy, error_rate, higher_is_better, mae, metric_name, mse,
+    Mean, accuracy, binary_accuracy, error_rate, higher_is_better, mae, metric_name, mse,
     perplexity, rmse, sklearn_metric, top_k_accuracy)
+from learnkit.components.tally import Tally
 
 few = settings(max_examples=60, deadline=None)
 pytestmark = pytest.mark.filterwarnings("ignore:A single label")
