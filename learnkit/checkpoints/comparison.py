@@ -53,8 +53,12 @@ def step_text(lineage, id): # str
 def accepted_text(lineage, id): # str
     "What was accepted of a checkpoint as it stands, and why"
     node = lineage.nodes.get(id)
-    texts = [one['why'] or '; '.join(one['differences']) for one in node.accepted] if node else []
+    texts = reasons_accepted(node) if node else []
     return f' (accepted: {"; ".join(texts)})' if texts else ''
+
+def reasons_accepted(node): # list of texts
+    "Why a checkpoint was accepted as it stands, or what was other"
+    return [one['why'] or '; '.join(one['differences']) for one in node.accepted]
 
 # %% ../../nbs/checkpoints/15_comparison.ipynb #fadd6e0d
 def calls_of(lineage, ids): # list of (id, CallRecord)
@@ -218,16 +222,19 @@ def items_text(items): # str
 # %% ../../nbs/checkpoints/15_comparison.ipynb #2fe5da93
 def call_lines(title, call): # list of lines
     "All that is known of a call"
-    report = call.report
-    numbers = [f'{name} {number_text(x)}' for name, x in (report.get('metrics') or {}).items()]
-    if best := report.get('best'):
-        numbers.append(f'best {best["name"]} {number_text(best["value"])}')
+    report, numbers = call.report, numbers_of_call(call)
     facts = [f'{report["epochs"]} epochs'] if report.get('epochs') else []
     if call.ended: facts.append(f'{duration_text(call.seconds)} on {time_text(call.ended)}')
     else: facts.append(f'begun on {time_text(call.started)}')
     if call.result is not None: facts.append(f'gave {cut(result_text(call.result), 70)}')
     return [title + call_text(call),
             *(f'   {", ".join(line)}' for line in (facts, numbers) if line)]
+
+def numbers_of_call(call): # list of texts
+    "The last row of the history that a call has made, and the best model it has seen"
+    rows, best = call.report.get('metrics') or {}, call.report.get('best')
+    best = {f'best {best["name"]}': best['value']} if best else {}
+    return [f'{name} {number_text(x)}' for name, x in (rows | best).items()]
 
 def time_text(seconds): return time.strftime('%Y-%m-%d %H:%M', time.localtime(seconds))
 def in_one_line(texts): return [text] if (text := ', '.join(texts)) else []

@@ -42,6 +42,13 @@ def accepted_text(lineage: Any, id: Any) -> str:
         str
     """
 
+def reasons_accepted(node: Any) -> Any:
+    """Why a checkpoint was accepted as it stands, or what was other
+
+    Returns:
+        list of texts
+    """
+
 def calls_of(lineage: Any, ids: Any) -> Any:
     """All numbered calls of some checkpoints
 
@@ -180,6 +187,13 @@ def call_lines(title: Any, call: Any) -> Any:
 
     Returns:
         list of lines
+    """
+
+def numbers_of_call(call: Any) -> Any:
+    """The last row of the history that a call has made, and the best model it has seen
+
+    Returns:
+        list of texts
     """
 
 def time_text(seconds: Any) -> Any: ...

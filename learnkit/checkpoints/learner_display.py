@@ -6,7 +6,6 @@
 __all__ = []
 
 # %% ../../nbs/checkpoints/09_learner_display.ipynb #159baac3
-import math
 from types import MappingProxyType
 from fastcore.basics import patch
 from ..files.tree import tree_digest
@@ -15,6 +14,7 @@ from ..loop.calls import Run, one_run
 from ..loop.observed import observed_state, observed_text
 from ..loop.progress import Progress, show_message
 from ..training.save_best import SaveBest
+from .record import finite
 from .host import Display
 
 # %% ../../nbs/checkpoints/09_learner_display.ipynb #2d4f7d2f
@@ -26,7 +26,7 @@ class LearnerDisplay(Display):
 
     def __init__(self, obj):
         super().__init__(obj)
-        self.untold = []  # reports of fetched calls whose history is not there yet, and callbacks
+        self.not_replayed = []  # (report, callbacks) of fetched calls without their history
 
     def show(self, text): show_message(self.object, text)
 
@@ -70,10 +70,6 @@ def begin_report(self:LearnerDisplay): # function: callbacks -> dict
                 'best': best_of(self.object, callbacks)}
     return report
 
-def finite(x): # float; None for nan and infinities, which JSON has not
-    "A number that JSON can hold"
-    return x if isinstance(x, (int, float)) and math.isfinite(x) else None
-
 def best_of(learn, callbacks): # dict: name, value, higher, place; None
     "The best model that a SaveBest of a call knows, and where its state lies in the record"
     given = [(one.callback, ['callbacks', i, 1, 'own']) for i, one in enumerate(callbacks)]
@@ -94,12 +90,12 @@ def show_report(self:LearnerDisplay, report, callbacks, arguments):
             cb.show_again(rows, times, learn.recorder.evals)
     if report['fits']: learn.fit_cbs = [*learn.cbs, *(one.callback for one in callbacks)]
     given = [cb for cb in given_callbacks(arguments) if cb.external and cb not in learn.cbs]
-    self.untold.append((report, given))
+    self.not_replayed.append((report, given))
     if learn.recorder.n_rows < end: return  # the state was not kept; a later call brings it
-    untold, self.untold = self.untold, []
-    for report, given in untold: tell_loggers(learn, report['log'], given)
+    waiting, self.not_replayed = self.not_replayed, []
+    for report, given in waiting: replay_log(learn, report['log'], given)
 
-def tell_loggers(learn, log, given): # log: what `Run.saved` said; given: callbacks of a call
+def replay_log(learn, log, given): # log: what `Run.saved` said; given: callbacks of a call
     "Let callbacks hear of a run as if it were made now"
     if log is None: return
     with learn.added_cbs(given), one_run(learn, log['method'], dict):

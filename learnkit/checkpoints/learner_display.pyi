@@ -9,7 +9,7 @@ __all__ = []
 
 class LearnerDisplay(Display):
     """What is shown of a learner's calls"""
-    untold: list[Any]
+    not_replayed: list[Any]
     def __init__(self, obj: Any) -> None: ...
     def show(self, text: Any) -> None: ...
     def argument_text(self, value: Any, text: Any) -> Any:
@@ -45,13 +45,6 @@ def callbacks_in(value: Any) -> Any:
         list of callbacks
     """
 
-def finite(x: Any) -> Any:
-    """A number that JSON can hold
-
-    Returns:
-        float; None for nan and infinities, which JSON has not
-    """
-
 def best_of(learn: Learner, callbacks: Any) -> Any:
     """The best model that a SaveBest of a call knows, and where its state lies in the record
 
@@ -59,7 +52,7 @@ def best_of(learn: Learner, callbacks: Any) -> Any:
         dict: name, value, higher, place; None
     """
 
-def tell_loggers(learn: Learner, log: Any, given: Any) -> Any:
+def replay_log(learn: Learner, log: Any, given: Any) -> Any:
     """Let callbacks hear of a run as if it were made now
 
     Returns:

@@ -6,7 +6,7 @@
 __all__ = ['BEGINNING', 'StaleCheckpoint']
 
 # %% ../../nbs/checkpoints/01_record.ipynb #d207b641
-import copy, json, time
+import copy, json, math, time
 from dataclasses import dataclass
 from fastcore.basics import patch
 from ..base.text import duration_text
@@ -365,3 +365,7 @@ def fetched_text(node, record, folder): # str
     when = time.strftime('%Y-%m-%d %H:%M', time.localtime(record.ended))
     return (f'checkpoint {id_text(node.id)}: {record.text} fetched from {folder}, '
             f'computed in {duration_text(record.seconds)} on {when}')
+
+def finite(x): # float; None for nan and infinities, which JSON has not
+    "A number that JSON can hold"
+    return x if isinstance(x, (int, float)) and math.isfinite(x) else None

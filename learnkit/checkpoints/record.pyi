@@ -359,3 +359,10 @@ def fetched_text(node: Any, record: Any, folder: Any) -> str:
     Returns:
         str
     """
+
+def finite(x: Any) -> Any:
+    """A number that JSON can hold
+
+    Returns:
+        float; None for nan and infinities, which JSON has not
+    """

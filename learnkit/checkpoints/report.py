@@ -18,14 +18,15 @@ from ..files.growing import GrowingList
 from ..files.ids import id_text
 from ..files.tree import json_digest
 from ..fingerprint.words import as_text
-from .record import Position, state_at
+from .record import Position, finite, state_at
 from .checkpointed import Checkpointed
 from .lineage import (
-    Lineage, last_metrics, metric_text, number_text, total_epochs)
+    Lineage, last_metrics, metric_text, total_epochs)
 from .tree import calls_text, description_text, one_line, summary
 from .figure import best_checkpoint, figure_metric, metric_values
 from .comparison import (
-    best_metric, call_text, ids_since, latest, result_text, step_text, structure_of, time_text)
+    best_metric, call_text, ids_since, latest, numbers_of_call, reasons_accepted, result_text,
+    step_text, structure_of, time_text)
 
 # %% ../../nbs/checkpoints/16_report.ipynb #2b574590
 ROW, STEP, WIDEST = 30, 18, 240  # pixels: of a row, from one column to the next, of all columns
@@ -60,7 +61,7 @@ def mark_kind(status, is_best): # str: classes of the style sheet
     return ' '.join(['best'] * is_best + ['open'] * (status != 'complete'))
 
 # %% ../../nbs/checkpoints/16_report.ipynb #dfcf866d
-def table_row(lineage, id, best_path, now): # dict
+def row_facts(lineage, id, best_path, now): # dict
     "A checkpoint in a line"
     node, status = lineage.nodes.get(id), lineage.status(id)
     row = {'id': id_text(id), 'description': description_text(lineage, id), 'status': status,
@@ -89,32 +90,27 @@ def history_columns(lineage, id): # dict: name of a column -> list; empty where 
     columns = {name: [finite(row.get(name)) for _, row in rows] for name in names}
     return {'epoch': [i for i, _ in rows], **columns} if columns else {}
 
-def finite(x): # number; None where there is none
-    return x if isinstance(x, (int, float)) and math.isfinite(x) else None
-
 MOST_CURVES = 8  # that are shown at first
 
-def shown_at_first(lineage, curves, best_path): # list of ids
+def shown_at_first(lineage, curves, best_path, children): # list of ids
     "The best checkpoint, and the last of those from which none goes on"
-    ends = [id for id in lineage.ids if id in curves and id not in lineage.children()]
+    ends = [id for id in lineage.ids if id in curves and id not in children]
     ends.sort(key=lambda id: -lineage.nodes[id].last_change)
     return list(dict.fromkeys([*(id for id in best_path[:1] if id in curves), *ends]))[:MOST_CURVES]
 
 # %% ../../nbs/checkpoints/16_report.ipynb #d3d614af
 def call_facts(call): # dict
     "What is known of a call, in words"
-    numbers = [f'{name} {number_text(x)}' for name, x in (call.report.get('metrics') or {}).items()]
-    if best := call.report.get('best'):
-        numbers.append(f'best {best["name"]} {number_text(best["value"])}')
     arguments = call.arguments if isinstance(call.arguments, dict) else {}
     return {'text': call_text(call), 'epochs': call.report.get('epochs'),
             'arguments': {name: as_text(value, 200) for name, value in arguments.items()
                           if value is not None},
             'time': duration_text(call.seconds) if call.ended else '',
-            'ended': time_text(call.ended) if call.ended else '', 'numbers': ', '.join(numbers),
+            'ended': time_text(call.ended) if call.ended else '', 
+            'numbers': ', '.join(numbers_of_call(call)),
             'result': '' if call.result is None else one_line(result_text(call.result))[:200]}
 
-def all_about(lineage, id): # dict
+def all_about(lineage, id, children): # dict; children: as from `Lineage.children`
     "What the report says of a checkpoint; each group is a list of (name, text)"
     known = {'id': id_text(id), 'status': lineage.status(id),
              'description': description_text(lineage, id),
@@ -122,13 +118,13 @@ def all_about(lineage, id): # dict
     if (node := lineage.nodes.get(id)) is None:
         return known | {'facts': [('why', lineage.damaged.get(id))]}
     versions = latest(lineage, id, 'versions')
-    accepted = [one['why'] or '; '.join(one['differences']) for one in node.accepted]
     return known | {
         'facts': [('lineage', ' → '.join(step_text(lineage, step)
                                          for step in ids_since(lineage, id, None))),
-                  ('forks', ', '.join(map(id_text, lineage.children().get(id, [])))),
+                  ('forks', ', '.join(map(id_text, children.get(id, [])))),
                   ('created', f'{time_text(node.created)}, by a {node.host}'),
-                  ('bytes', size_text(lineage.nbytes(id))), ('accepted', '; '.join(accepted)),
+                  ('bytes', size_text(lineage.nbytes(id))),
+                  ('accepted', '; '.join(reasons_accepted(node))),
                   ('state', ', '.join(lineage.digests_at(Position(id)) or ()))],
         'calls': list(map(call_facts, node.calls)),
         'answers': list(map(call_facts, node.answers)),
@@ -165,7 +161,8 @@ def report_facts(store, now): # dict: the variables of the template
     rows, (metric, best_path) = lineage.walk(), best_of_run(lineage)
     anchors = {row.id: f'c{i}' for i, row in enumerate(rows)}
     curves = {id: columns for id in lineage.nodes if (columns := history_columns(lineage, id))}
-    first = shown_at_first(lineage, curves, best_path)
+    children = lineage.children()
+    first = shown_at_first(lineage, curves, best_path, children)
     calls, built = [], {}
     compared = compared_facts(lineage, calls, built)
     for id, one in compared.items(): one['parent'] = anchors.get(lineage.parent(id))
@@ -175,10 +172,11 @@ def report_facts(store, now): # dict: the variables of the template
         'made': time_text(now), 'version': sys.modules['learnkit'].__version__,
         'damaged': [(id_text(id), one_line(why)) for id, why in lineage.damaged.items()],
         'drawing': drawing_of(lineage, rows, best_path, anchors), 'has_curves': bool(curves),
-        'rows': [table_row(lineage, row.id, best_path, now)
+        'rows': [row_facts(lineage, row.id, best_path, now)
                  | {'anchor': anchors[row.id], 'has_curve': row.id in curves,
                     'is_shown': row.id in first} for row in rows],
-        'checkpoints': [{'anchor': anchors[row.id], **all_about(lineage, row.id)} for row in rows],
+        'checkpoints': [{'anchor': anchors[row.id], **all_about(lineage, row.id, children)}
+                        for row in rows],
         'data': {'checkpoints': {anchors[id]: one for id, one in compared.items()},
                  'calls': calls, 'built': built, 'metrics': names[1:],
                  'metric': metric if metric in names else next(iter(names[1:]), None),

@@ -32,7 +32,7 @@ def mark_kind(status: Any, is_best: Any) -> Any:
         str: classes of the style sheet
     """
 
-def table_row(lineage: Any, id: Any, best_path: Any, now: Any) -> dict:
+def row_facts(lineage: Any, id: Any, best_path: Any, now: Any) -> dict:
     """A checkpoint in a line
 
     Returns:
@@ -46,14 +46,9 @@ def history_columns(lineage: Any, id: Any) -> Any:
     Returns:
         dict: name of a column -> list; empty where there is no history
     """
-
-def finite(x: Any) -> Any:
-    """Returns:
-        number; None where there is none
-    """
 MOST_CURVES: int
 
-def shown_at_first(lineage: Any, curves: Any, best_path: Any) -> Any:
+def shown_at_first(lineage: Any, curves: Any, best_path: Any, children: Any) -> Any:
     """The best checkpoint, and the last of those from which none goes on
 
     Returns:
@@ -67,11 +62,11 @@ def call_facts(call: Any) -> dict:
         dict
     """
 
-def all_about(lineage: Any, id: Any) -> dict:
+def all_about(lineage: Any, id: Any, children: Any) -> Any:
     """What the report says of a checkpoint; each group is a list of (name, text)
 
     Returns:
-        dict
+        dict; children: as from `Lineage.children`
     """
 
 def built_text(name: Any, tree: Any) -> Any: ...

@@ -161,14 +161,14 @@ def read_learner(learn, name):
 # %% ../../nbs/loop/06_saving.ipynb #e46fc7f1
 def export_weights(learn, name, meta, overwrite:bool): # Path
     "Write the weights alone"
-    path, metadata = save_path(learn, name), None if meta is None else {'meta': as_json(meta)}
+    path, metadata = save_path(learn, name), None if meta is None else {'meta': meta_text(meta)}
     if is_main(): path.parent.mkdir(parents=True, exist_ok=True)
     learn._origin.written[str(path)] = True
     with mode_of_pass(learn.opt, training=False, within=in_training(learn)):
         tensors = map_tensors(full_tensor, model_state(learn.model))
         return save_tensors(tensors, path, overwrite, metadata) if is_main() else path
 
-def as_json(meta): # str
+def meta_text(meta): # str
     "What goes along with weights, as text; TypeError for what would come back as something else"
     try: text = json.dumps(meta, allow_nan=False)
     except (TypeError, ValueError) as error:

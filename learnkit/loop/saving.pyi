@@ -113,7 +113,7 @@ def export_weights(learn: Learner, name: Any, meta: Any, overwrite: bool) -> Pat
         Path
     """
 
-def as_json(meta: Any) -> str:
+def meta_text(meta: Any) -> str:
     """What goes along with weights, as text; TypeError for what would come back as something else
 
     Returns:
