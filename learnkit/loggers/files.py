@@ -7,11 +7,10 @@ __all__ = ['CSVLogger', 'JSONLogger']
 
 # %% ../../nbs/loggers/02_files.ipynb #f652c900
 import csv, io, json, math, shutil
-from pathlib import Path
 from urllib.parse import quote
 from fastcore.basics import patch
 from ..files.durable import write_bytes
-from .logger import Logger, check_every
+from .logger import Logger
 
 # %% ../../nbs/loggers/02_files.ipynb #2b406547
 def append_line(path, text):
@@ -42,14 +41,15 @@ def drop_torn_line(path):
 class FileLogger(Logger):
     "Appends to a file; pictures, texts and files go into a folder beside it, one for each run"
     def __init__(self, path, every):
-        self.path, self.every = path, check_every(self, every)
+        super().__init__(every)
+        self.path = path
 
     @property
     def file(self): return self.folder / self.path # Path
 
     @property
     def extras(self): # Path
-        return self.file.with_suffix('') / self.telling.run.name
+        return self.file.with_suffix('') / self.log_state.run.name
 
     def begin(self, run):
         self.file.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,7 @@ class CSVLogger(FileLogger):
         self.write_run('running')
 
     def write_run(self, status):
-        run = self.telling.run
+        run = self.log_state.run
         facts = {'name': run.name, 'status': status, 'params': run.params, 'tags': run.tags}
         self.place('run.json').write_text(json.dumps(facts, indent=1) + '\n', 'utf-8')
 
@@ -103,7 +103,7 @@ class CSVLogger(FileLogger):
 # %% ../../nbs/loggers/02_files.ipynb #e6a7ae65
 @patch
 def metrics(self:CSVLogger, step, values):
-    row = {'run': self.telling.run.id, 'step': step,
+    row = {'run': self.log_state.run.id, 'step': step,
            **{name if name not in ('run', 'step') else f'{name}_': x for name, x in values.items()}}
     columns = self.columns()
     if new := [name for name in row if name not in columns]:
@@ -139,7 +139,7 @@ class JSONLogger(FileLogger):
         return max(steps, default=-1)
 
     def write(self, **facts):
-        line = json.dumps({'run': self.telling.run.id, **facts}, allow_nan=False)
+        line = json.dumps({'run': self.log_state.run.id, **facts}, allow_nan=False)
         append_line(self.file, line + '\n')
 
     def begin(self, run):

@@ -2,7 +2,6 @@
 # pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 # pyright: reportPrivateImportUsage=false
 """Logs that need nothing installed, one line a step"""
-from pathlib import Path
 from typing import Any
 from ..loggers.logger import Logger
 __all__ = [
@@ -29,7 +28,7 @@ class FileLogger(Logger):
     @property
     def file(self) -> Any: ...
     @property
-    def extras(self) -> Path:
+    def extras(self) -> Any:
         """Returns:
             Path
         """

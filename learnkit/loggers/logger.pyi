@@ -10,14 +10,16 @@ from ..loggers.feed import Feed
 from ..loop.calls import Run
 from ..loop.learner import Learner
 __all__ = [
-    'Logger', 'goes_on'
+    'Logger'
 ]
 
 class Logger(Callback):
     """Tells a tracker of a training: define those of its six methods that the tracker has a use for"""
     every: int
     """updates between two steps that are told, besides the last one of each epoch"""
-    telling: Telling
+    library: str | None
+    """that the tracker is, as `pip install 'learnkit[...]'` names it"""
+    log_state: LogState
     def __init__(self, every: int = 10) -> None:
         """Tells a tracker of a training: define those of its six methods that the tracker has a use for
 
@@ -62,23 +64,23 @@ class Logger(Callback):
         """Returns:
             of a call that was made before, here or elsewhere
         """
-    def tell(
+    def hand_over(
             self,
             learn: Learner,
             with_open: Any = False,
             hold: Any = False,
             opens: Any = True,
     ) -> None:
-        """Tell the tracker what it does not know yet; on process 0
+        """Give the tracker what it does not have yet; on process 0
 
         Args:
             opens: whether a run is opened of which there is nothing new to tell
         """
-    def prepare(self, learn: Learner, run: Any) -> Telling:
+    def prepare(self, learn: Learner, run: Any) -> LogState:
         """A run has begun, or goes on: see what the tracker has of it; nothing is opened yet
 
         Returns:
-            Telling
+            LogState
         """
     def send(self, entries: Any) -> None:
         """Open the run if it is not, and hand over what has come"""
@@ -96,7 +98,7 @@ class Logger(Callback):
         """Hand over a single thing"""
 
 @dataclass
-class Telling:
+class LogState:
     """How far a logger has told its tracker of a run"""
     run: Run | None = ...
     """the one that it tells of"""
@@ -104,8 +106,8 @@ class Telling:
     """what is to come"""
     known: int = ...
     """step up to which the tracker had the run when it was opened here"""
-    due: int = ...
-    """update after which the next steps are told"""
+    next_step: int = ...
+    """update after which steps are handed over again"""
     folder: Path = ...
     is_open: bool = ...
     """whether `begin` was called, and `end` was not"""
@@ -151,5 +153,5 @@ def kind_of(value: Any) -> Any:
         (method of a logger, value for it)
     """
 
-def goes_on(learn: Learner, loggers: Any) -> Any:
+def rejoin_run(learn: Learner, loggers: Any) -> Any:
     """What is logged between two calls belongs to the last one"""

@@ -8,19 +8,19 @@ __all__ = ['TensorBoardLogger']
 # %% ../../nbs/loggers/03_tensorboard.ipynb #9523c160
 import time
 from fastcore.basics import patch
-from .logger import Logger, check_every, check_installed
+from .logger import Logger
 
 # %% ../../nbs/loggers/03_tensorboard.ipynb #4a039f48
 class TensorBoardLogger(Logger):
     "Writes what TensorBoard shows"
-    short_name = 'tensorboard'
+    short_name = library = 'tensorboard'
 
     def __init__(self,
                  log_dir='runs', # folder with one for each run, below the learner's `path`
                  every:int=10, # updates between two steps that are told, besides epochs
                 ):
-        check_installed('tensorboard', type(self).__name__)
-        self.log_dir, self.every, self.writer = log_dir, check_every(self, every), None
+        super().__init__(every)
+        self.log_dir, self.writer = log_dir, None
         self.names, self.at = {}, 0  # of numbers an epoch has; the step that came last
         self.is_torn = False  # whether some of the step after the known ones was written
 
@@ -35,7 +35,7 @@ class TensorBoardLogger(Logger):
 
     def begin(self, run):
         from torch.utils.tensorboard import SummaryWriter
-        known = self.telling.known
+        known = self.log_state.known
         if self.is_torn: await_next_second(self.run_dir(run))
         # Readers forget what an earlier process has written of later steps
         self.writer = SummaryWriter(self.run_dir(run), flush_secs=10,
@@ -66,7 +66,7 @@ def artifact(self:TensorBoardLogger, name, path):  # TensorBoard keeps no files
 @patch
 def end(self:TensorBoardLogger, status):
     from torch.utils.tensorboard.summary import hparams
-    for summary in hparams(self.telling.run.params, self.names):
+    for summary in hparams(self.log_state.run.params, self.names):
         self.writer.file_writer.add_summary(summary)
     self.writer.add_text('status', status, self.at)
     self.writer.close()

@@ -10,21 +10,20 @@ import contextvars, json, re, time
 from html import escape
 from pathlib import Path
 from fastcore.basics import patch
-from .logger import Logger, check_every, check_installed
+from .logger import Logger
 
 # %% ../../nbs/loggers/04_trackers.ipynb #b4c3c8b6
 class WandbLogger(Logger):
     "Tells Weights & Biases"
-    short_name = 'wandb'
+    short_name = library = 'wandb'
 
     def __init__(self,
                  project:str=None, # None: the name of the checkpointed learner, or wandb's own
                  every:int=10, # updates between two steps that are told, besides epochs
                  **init, # what `wandb.init` takes: mode, entity, dir, ...
                 ):
-        check_installed('wandb', type(self).__name__)
-        self.project, self.every, self.init = project, check_every(self, every), init
-        self.run, self.at = None, 0
+        super().__init__(every)
+        self.project, self.init, self.run, self.at = project, init, None, 0
 
     @property
     def dir(self): return Path(self.init.get('dir') or self.folder).absolute() # Path
@@ -43,7 +42,7 @@ class WandbLogger(Logger):
                  'config': {**run.params, 'learnkit': run.tags}, 'reinit': 'create_new',
                  **self.init, 'dir': str(self.dir)}
         self.run = wandb.init(id=run.id, resume='allow', **given)
-        self.at = max(self.telling.known, 0)
+        self.at = max(self.log_state.known, 0)
 
 # %% ../../nbs/loggers/04_trackers.ipynb #ed82b2bd
 @patch
@@ -79,16 +78,15 @@ def end(self:WandbLogger, status):
 # %% ../../nbs/loggers/04_trackers.ipynb #9730d2b6
 class MLflowLogger(Logger):
     "Tells MLflow, by its client, so that no run of the script's own is touched"
-    short_name = 'mlflow'
+    short_name = library = 'mlflow'
 
     def __init__(self,
                  experiment:str=None, # None: the name of the checkpointed learner, or 'Default'
                  tracking_uri:str=None, # as 'sqlite:///mlflow.db'; None: MLflow's own
                  every:int=10, # updates between two steps that are told, besides epochs
                 ):
-        check_installed('mlflow', type(self).__name__)
-        self.experiment, self.tracking_uri = experiment, tracking_uri
-        self.every, self.run_id = check_every(self, every), None
+        super().__init__(every)
+        self.experiment, self.tracking_uri, self.run_id = experiment, tracking_uri, None
 
     @property
     def client(self):
@@ -156,16 +154,15 @@ def mlflow_name(name): return re.sub(r'[^\w\-. /]', '_', name) # which MLflow ta
 # %% ../../nbs/loggers/04_trackers.ipynb #f7dba976
 class TrackioLogger(Logger):
     "Tells Trackio"
-    short_name = 'trackio'
+    short_name = library = 'trackio'
 
     def __init__(self,
                  project:str=None, # None: the name of the checkpointed learner, or 'learnkit'
                  every:int=10, # updates between two steps that are told, besides epochs
                  **init, # what `trackio.init` takes: space_id, group, ...
                 ):
-        check_installed('trackio', type(self).__name__)
-        self.project, self.every, self.init = project, check_every(self, every), init
-        self.run, self.at = None, 0
+        super().__init__(every)
+        self.project, self.init, self.run, self.at = project, init, None, 0
 
     def project_of(self, run): # str
         return self.project or re.sub(r'[^\w-]', '-', run.project or 'learnkit')
@@ -185,7 +182,7 @@ def begin(self:TrackioLogger, run):
     # In a context of its own: it would end a run that is open in this one
     self.run = contextvars.Context().run(trackio.init, self.project_of(run), name=run.name,
                                          resume='allow', **given)
-    self.at = max(self.telling.known, 0)
+    self.at = max(self.log_state.known, 0)
 
 @patch
 def log_values(self:TrackioLogger, step, values):

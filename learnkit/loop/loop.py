@@ -242,17 +242,17 @@ def _run_step(self:Loop, name):
 def _evaluate_again(self:Loop): # the loss
     __tracebackhide__ = True
     self._run_step('zero_grad')
-    self._tell_again('before_batch')
+    self._repeat_event('before_batch')
     self._run_step('get_pred')
-    self._tell_again('after_pred')
+    self._repeat_event('after_pred')
     self._run_step('get_loss')
     self._sum_loss()
-    self._tell_again('after_loss')
+    self._repeat_event('after_loss')
     self._run_step('backward')
     return self.loss
 
 @patch
-def _tell_again(self:Loop, event):
+def _repeat_event(self:Loop, event):
     "Call those whose event belongs to every evaluation of the batch"
     __tracebackhide__ = True
     for method in self._cbs.bound[self.phase][event]:
