@@ -27,6 +27,7 @@ from .data.loaders import DataLoaders, DatasetLoader, TensorLoader
 from .data.order import epoch_seed, split_samples
 from .components.callback import Callback, as_callbacks, named_callbacks
 from .components.loss_weight import as_weight
+from .loop.loop import called
 from .loop.learner import Learner
 from .loop.predict import unreduced
 from .loop.state import model_state, on_host
@@ -108,16 +109,13 @@ def call(part, # of PARTS
     "Call with arguments that are parameters; an error says which parameter is wrong"
     try: signature(func).bind(**kwargs)
     except TypeError as error:
-        given = ', '.join(f'{part}__{name}={value!r}' for name, value in kwargs.items())
-        raise TypeError(f'{part}: {name_of(func)} {error}; it was given {given or "nothing"}') \
-            from None
+        given = ', '.join(f'{part}__{name}={x!r}' for name, x in kwargs.items()) or 'nothing'
+        raise TypeError(f'{part}: {called(func)} {error}; it was given {given}') from None
     return func(**kwargs)
 
 def signature(func): # inspect.Signature; that of anything for a builtin that has none
     try: return inspect.signature(func)
     except ValueError: return inspect.signature(lambda *args, **kwargs: None)
-
-def name_of(func): return getattr(func, '__name__', type(func).__name__) # str
 
 # %% ../nbs/92_sklearn.ipynb #b6e94d97
 def with_sizes(module, # class or function
@@ -135,12 +133,12 @@ def made_module(module, # class, function, or model
     if not callable(module):
         raise TypeError(f'module={module!r} is no class or function that makes a model')
     if isinstance(module, nn.Module) and kwargs:
-        raise TypeError(f'module is a {name_of(module)} that exists already: module__'
-                        f'{next(iter(kwargs))} needs the class, module={name_of(module)}')
+        raise TypeError(f'module is a {called(module)} that exists already: module__'
+                        f'{next(iter(kwargs))} needs the class, module={called(module)}')
     model = (copy.deepcopy(module) if isinstance(module, nn.Module) else
              call('module', module, with_sizes(module, kwargs, sizes)))
     if not isinstance(model, nn.Module):
-        raise TypeError(f'module: {name_of(module)} made a {type(model).__name__}, no nn.Module')
+        raise TypeError(f'module: {called(module)} made a {type(model).__name__}, no nn.Module')
     if any(map(nn.parameter.is_lazy, model.parameters())): find_sizes(model, batch)
     return model
 
@@ -238,7 +236,7 @@ class WeightedLoss(Callback):
         weights, losses = learn.batch[-1], unreduced(learn.loss_func, learn.pred, *learn.yb)
         if losses is None or losses.shape[:1] != weights.shape:
             raise ValueError(f'sample_weight needs the loss of each sample: '
-                             f'{name_of(learn.loss_func)} takes no reduction="none"')
+                             f'{called(learn.loss_func)} takes no reduction="none"')
         total = weights.sum()
         learn.loss = (losses.flatten(1).mean(1) if losses.ndim > 1 else losses) @ weights / total
         learn._loss_weight = as_weight(total.detach())
@@ -365,6 +363,11 @@ def _make_learner(self:LearnerEstimator, model,
                    **{'on_interrupt': 'raise', **extra['learner']})
 
 @patch
+def _begin(self:LearnerEstimator, X): # with a new model
+    self._fitted_params = self.get_params(deep=False)
+    self.learner_ = self._make_learner(self._make_model(X), self._fitted_params)
+
+@patch
 def _make_loss(self:LearnerEstimator, loss_func, kwargs:dict): # function or module
     if loss_func is None: loss_func = self._default_loss
     if isinstance(loss_func, type): return call('loss_func', loss_func, kwargs)
@@ -384,9 +387,8 @@ def fit(self:LearnerEstimator,
     if (X_val is None) != (y_val is None): raise ValueError('give X_val and y_val, or none of them')
     data = self._read(X, y, sample_weight, reset=True)
     valid = None if X_val is None else self._read(X_val, y_val)
-    self._fitted_params = self.get_params(deep=False)
     with self._seeded(0):
-        self.learner_ = self._make_learner(self._make_model(data[0]), self._fitted_params)
+        self._begin(data[0])
         kwargs = {'n_epoch': self.n_epoch} | arguments_of('fit', self._parameters)
         return self._train(self.method, kwargs, data, valid)
 
@@ -545,9 +547,7 @@ def _go_on(self:LearnerEstimator, X, y, sample_weight, n_epoch, **classes): # se
     data = self._read(X, y, sample_weight, reset=is_first, **classes)
     if not is_first: self._check_same_parts()
     with self._seeded(0 if is_first else self.learner_.epochs_done):
-        if is_first:
-            self._fitted_params = self.get_params(deep=False)
-            self.learner_ = self._make_learner(self._make_model(data[0]), self._fitted_params)
+        if is_first: self._begin(data[0])
         return self._train('fit', {'n_epoch': n_epoch}, data)
 
 @patch

@@ -101,8 +101,6 @@ def signature(func: Any) -> Any:
         inspect.Signature; that of anything for a builtin that has none
     """
 
-def name_of(func: Any) -> Any: ...
-
 def with_sizes(module: Any, kwargs: dict, sizes: dict) -> dict:
     """Arguments of a module, with the sizes that it asks for
 
