@@ -1934,6 +1934,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'learnkit/data/resumable.py'),
                                          'learnkit.data.resumable.end_workers': ( 'data/resumable.html#end_workers',
                                                                                   'learnkit/data/resumable.py'),
+                                         'learnkit.data.resumable.end_workers_in': ( 'data/resumable.html#end_workers_in',
+                                                                                     'learnkit/data/resumable.py'),
                                          'learnkit.data.resumable.generator_states': ( 'data/resumable.html#generator_states',
                                                                                        'learnkit/data/resumable.py'),
                                          'learnkit.data.resumable.hold_while': ( 'data/resumable.html#hold_while',

@@ -259,7 +259,10 @@ def perform(self:Ledger, call, folder=None): # (result, callbacks, dict: what is
     callbacks, report = host.stateful_arguments(call.values), host.display.begin_report()
     with nullcontext() if folder is None else host.saving_to(folder, self.local_store):
         try: result = self.make_call(call.method, call.args, call.kwargs)
-        finally: changed = self.on_main(lambda: self.note_changes_of(call))
+        except BaseException:
+            if is_main(): self.note_changes_of(call)  # other processes may not have failed
+            raise
+        changed = self.on_main(lambda: self.note_changes_of(call))
     if changed: self.report_globals(call, changed)
     seconds, ended = time.perf_counter() - start, time.time()
     return result, callbacks, {'returns_host': result is host.object, 'seconds': seconds,

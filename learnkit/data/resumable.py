@@ -6,12 +6,13 @@
 __all__ = []
 
 # %% ../../nbs/data/02_resumable.ipynb #f57a9bcd
-import atexit, copy, itertools, os, signal, weakref
+import atexit, copy, itertools, os, signal, traceback, weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from ..base.randomness import (
     generator_state, rng_state, set_generator_state, set_rng_state)
 from ..base.batches import tensors_in
@@ -245,6 +246,7 @@ def ignore_first(number, frame):
     "A signal handler for which a second signal acts as usual"
     signal.signal(number, signal.SIG_DFL)
 
+# %% ../../nbs/data/02_resumable.ipynb #c303cfcf
 @contextmanager
 def workers_outlive_signals(dl):
     "Workers started inside live through a signal that is sent to all processes of a group"
@@ -255,6 +257,9 @@ def workers_outlive_signals(dl):
     before, persisting = loader.worker_init_fn, loader._iterator
     loader.worker_init_fn = IgnoreSignals(before)
     try: yield
+    except BaseException as error:
+        end_workers_in(error, loader._iterator)
+        raise
     finally:
         loader.worker_init_fn = before
         if loader._iterator is not persisting: hold_while(loader, loader._iterator)
@@ -269,6 +274,13 @@ def hold_while(owner, x):
 def end_workers(iterator, pid:int):
     "Let the workers of an iterator end, in the process that has started them"
     if os.getpid() == pid: iterator._shutdown_workers()
+
+def end_workers_in(error, kept):
+    """Let the workers of iterators that an error came through end, except `kept`: torch has made a
+    cycle of the error of a worker and the iterator, see `hold_while`"""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        x = frame.f_locals.get('self')
+        if isinstance(x, _MultiProcessingDataLoaderIter) and x is not kept: x._shutdown_workers()
 
 # %% ../../nbs/data/02_resumable.ipynb #575d0a46
 def generator_states(dl): # list of [class name, state]

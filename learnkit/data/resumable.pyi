@@ -201,6 +201,11 @@ def hold_while(owner: Any, x: Any) -> None:
 def end_workers(iterator: Any, pid: int) -> None:
     """Let the workers of an iterator end, in the process that has started them"""
 
+def end_workers_in(error: Any, kept: Any) -> None:
+    """Let the workers of iterators that an error came through end, except `kept`: torch has made a
+    cycle of the error of a worker and the iterator, see `hold_while`
+    """
+
 def generator_states(dl: Any) -> Any:
     """The states of the random generators that a loader holds
 

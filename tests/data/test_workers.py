@@ -1,10 +1,10 @@
 "Workers of loaders, and how they end"
-import gc, subprocess
+import gc, multiprocessing, subprocess, time
 import preloaded
 import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
-from learnkit import CheckpointedLearner, DataLoaders, Learner, Progress
+from learnkit import CheckpointedLearner, DataLoaders, DatasetLoader, Learner, Progress
 
 
 class Numbers(Dataset):
@@ -46,3 +46,24 @@ def test_a_script_with_those_that_persist_ends(tmp_path, value, code):
     done = subprocess.run([preloaded.python(), tmp_path/'script.py', str(value)], timeout=60,
                           capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == code, done.stderr
+
+
+class Failing(Numbers):
+    def __getitem__(self, i):
+        if i == 5: raise LookupError('sample five is missing')
+        return super().__getitem__(i)
+
+
+@pytest.mark.parametrize('make, persists', [(DataLoader, False), (DataLoader, True),
+                                            (DatasetLoader, False)])
+def test_those_of_a_fit_that_fails_end(tmp_path, make, persists):
+    loader = make(Failing(8), 4, num_workers=1, persistent_workers=persists)
+    learn = Learner(DataLoaders(loader), torch.nn.Linear(1, 1), torch.nn.functional.mse_loss,
+                    device='cpu', path=tmp_path)
+    learn.remove_cb(Progress)
+    for _ in range(2):
+        with pytest.raises(LookupError): learn.fit(1)
+    start = time.monotonic()
+    gc.collect()
+    assert time.monotonic() - start < 4  # torch waits for 5 seconds for one that was not told
+    assert len(multiprocessing.active_children()) == persists
