@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/files/01_durable.ipynb #0a06a38b
-import errno, hashlib, os, re, secrets, shutil
+import errno, hashlib, os, re, secrets, shutil, stat
 from contextlib import suppress
 from pathlib import Path
 
@@ -93,7 +93,9 @@ def make_folder(path):
             with suppress(FileExistsError): mkdir(new)  # another process was faster
             sync_folder(new.parent)
         except OSError as error: raise write_error(error, new) from error
-    if not path.is_dir(): raise NotADirectoryError(errno.ENOTDIR, 'it is no folder', str(path))
+    with suppress(FileNotFoundError):  # another process has removed it again
+        if not stat.S_ISDIR(os.lstat(path).st_mode) and not path.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, 'it is no folder', str(path))
 
 def remove_folder(path):
     "Remove a folder with all that is in it; what a link points to stays"
