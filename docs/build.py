@@ -16,6 +16,7 @@ START = 'index', 'tutorials/checkpoints' # what is read first; other tutorials a
 FIRST_GUIDE = 'tutorials/training' # the others follow by the names of their files
 LEARNERS = 'Learner', 'Checkpointed', 'CheckpointedLearner' # what `learn` may be in prose
 
+LINK = r'(?<=\]\()(?!\w+:|#)([^)#\s]+)' # to a file, in markdown
 SHORT = 12 # lines of an exported cell that a page shows whole
 HIDDEN = {'hide', 'default_exp'} # directives
 FUNCTIONS = ast.FunctionDef, ast.AsyncFunctionDef
@@ -225,7 +226,7 @@ def linked(text, # markdown
         return match[0] if name is None else f'[`{match[1]}`]({names[name]})'
     def line(text):
         if text.startswith(('#', '    ')): return text
-        text = re.sub(r'(?<=\]\()(?!\w+:|#)([^)#\s]+)', lambda match: place(match[1]), text)
+        text = re.sub(LINK, lambda match: place(match[1]), text)
         return re.sub(r'(?<![\[`])`([\w.]+(?:\([^`]*\))?)`(?!`)', name_link, text)
     parts = re.split(r'(^```.*?^```$)', text, flags=re.S | re.M)
     parts[::2] = ['\n'.join(map(line, prose.split('\n'))) for prose in parts[::2]]

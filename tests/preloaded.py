@@ -87,7 +87,7 @@ class Server:
     def serve(self): # (request, files), in a copy
         while True:
             for key, _ in self.selector.select(timeout=10):
-                if key.fileobj not in self.selector.get_map(): continue  # its copy has just ended
+                if key not in self.selector.get_map().values(): continue  # it has just ended
                 request = key.data(key.fileobj)
                 if request: return request
             for pid, end in self.copies.items():

@@ -1,5 +1,5 @@
 "Pages of the documentation, made of small notebooks: what is shown or folded, what links where"
-import importlib.util, json
+import importlib.util, json, re
 import pytest
 from house import ROOT
 
@@ -64,6 +64,16 @@ def test_a_helper_is_linked_to_on_its_own_page_alone(pages):
 
 def test_links_between_notebooks_lead_to_pages(pages):
     assert 'Here [the loop](/loop/loop.md), `SaveBest()`.' in (pages / 'index.md').read_text()
+
+
+def test_what_pages_link_to_is_there():
+    "Anchors and the site's own pages are looked at where it is built"
+    pages = [*build.numbered(ROOT), *(ROOT / 'nbs').glob('*/*.ipynb'), ROOT / 'nbs/index.ipynb']
+    missing = [(page.name, link) for page in pages for cell in build.read(page)
+               if cell['cell_type'] == 'markdown'
+               for link in re.findall(build.LINK, re.sub(r'(?ms)^```.*?^```$', '', cell['source']))
+               if not build.target(ROOT, page, link).exists()]
+    assert not missing
 
 
 def test_navigation(root):
