@@ -6,7 +6,7 @@
 __all__ = ['rank', 'world_size', 'is_main', 'rank0_only', 'rank0_first', 'sum_over_ranks']
 
 # %% ../../nbs/base/00_ranks.ipynb #fd920c15
-import atexit, os
+import atexit, os, time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -72,8 +72,10 @@ def host_group(timeout:timedelta=None): # of `torch.distributed`; None: any
     return groups[timeout]
 
 def leave_host_group(world, group):
-    "End a group, unless all groups have been; its threads would abort a process that ends"
+    """End a group, unless all groups have been. Its threads may be held by others still, and give
+    back what they have exchanged last: past this point that would abort the process"""
     if in_group() and dist.group.WORLD is world: dist.destroy_process_group(group)
+    time.sleep(0.1)
 
 # %% ../../nbs/base/00_ranks.ipynb #5893d8e3
 @contextmanager

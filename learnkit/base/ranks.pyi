@@ -65,7 +65,9 @@ def host_group(timeout: timedelta | None = None) -> Any:
     """
 
 def leave_host_group(world: Any, group: Any) -> None:
-    """End a group, unless all groups have been; its threads would abort a process that ends"""
+    """End a group, unless all groups have been. Its threads may be held by others still, and give
+    back what they have exchanged last: past this point that would abort the process
+    """
 
 def rank0_first() -> AbstractContextManager[None]:
     """Run the block on rank 0, then on the others, which wait for it"""
