@@ -238,3 +238,12 @@ def test_modules_import_each_other_by_their_place():
     own = [path for path in LIB.rglob('*.py') if path.name != '__main__.py'
            and re.search(rf'^from {LIB.name}\.', path.read_text(), re.M)]
     assert own == []
+
+
+@pytest.mark.parametrize('path', MODULES, ids=short)
+def test_warnings_point_to_the_users_line(path):
+    calls = [node for node in ast.walk(tree(path)) if isinstance(node, ast.Call)
+             and ast.unparse(node.func) == 'warnings.warn']
+    for call in calls:
+        given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        assert given.get('stacklevel') == 'caller_stacklevel()', ast.unparse(call)

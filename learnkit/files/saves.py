@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/files/05_saves.ipynb #4a3d4f73
 import re, warnings
 from pathlib import Path
+from ..base.text import caller_stacklevel
 from .errors import DamagedError
 from .durable import is_left_over, make_folder, remove_path, rename, unlink
 from .tree import save_tree
@@ -60,7 +61,7 @@ def quarantine_save(path, error):
     renamed = path.with_suffix('.damaged')
     rename(path, renamed)
     warnings.warn(f'{error}. It is set aside as {renamed.name}, and the save before it is used',
-                  stacklevel=4)
+                  stacklevel=caller_stacklevel())
 
 def load_newest(folder, store=None): # (tree, Path); None when there is no save
     "The newest sound save in a folder; damaged ones are renamed, with a warning"

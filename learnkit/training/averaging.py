@@ -13,6 +13,7 @@ from fastcore.basics import patch
 from torch import nn
 from ..base.dtensors import (
     distribute_like, is_dtensor, is_sharded, reshard, split_by_dtensor)
+from ..base.text import caller_stacklevel
 from ..components.callback import Callback
 from ..loop.learner import Learner
 from ..loop.progress import show_message
@@ -275,4 +276,5 @@ class SWA(Average):
     def after_fit(self, learn):
         if self.count < self.every:
             warnings.warn(f'{self} has averaged nothing: the fit made {learn.updates} updates and '
-                          'ended before the average began; start it earlier', stacklevel=2)
+                          'ended before the average began; start it earlier',
+                          stacklevel=caller_stacklevel())

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 import numpy as np
 from fastcore.basics import noop, patch
+from ..base.text import caller_stacklevel
 from ..base.methods import pure, result
 from ..data.loaders import length, set_epoch
 from ..data.resumable import reading_without_trace
@@ -240,5 +241,5 @@ def make_result(lrs, losses, # arrays, (n,)
         swept = f'{lrs[0]:.1e} to {lrs[-1]:.1e}' if len(lrs) else 'none'
         warnings.warn(f'lr_find has no suggestion: {len(lrs)} rates ({swept}) are too few, or the '
                       'loss fell nowhere; try other rates or more batches, and look at the loss '
-                      'and the data', stacklevel=3)
+                      'and the data', stacklevel=caller_stacklevel())
     return LRFinderResult(lrs, losses, **found)

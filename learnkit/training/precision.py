@@ -10,6 +10,7 @@ import warnings
 from typing import Self
 import torch
 from fastcore.basics import patch
+from ..base.text import caller_stacklevel
 from ..base.batches import map_tensors
 from ..base.devices import default_device
 from ..base.dtensors import split_by_dtensor
@@ -179,7 +180,7 @@ def _keep_smallest_scale(self:MixedPrecision, learn):
     warnings.warn(f'{learn.steps_skipped + 1} updates were skipped so far: the gradients are '
                   'infinite or nan at every loss scale. Look for nan in the loss and the '
                   'data, or train in bf16',
-                  stacklevel=2)
+                  stacklevel=caller_stacklevel())
 
 @patch
 def cleanup_train(self:MixedPrecision, learn): self._rescale_grads(learn)

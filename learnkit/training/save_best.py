@@ -9,6 +9,7 @@ __all__ = ['SaveBest']
 import warnings
 import torch
 from fastcore.basics import patch
+from ..base.text import caller_stacklevel
 from ..base.batches import map_tensors
 from ..base.dtensors import distribute_like, full_tensor
 from ..base.ranks import is_main, rank0_first
@@ -68,7 +69,7 @@ def load_param_states(learn,
     "Load what was known about each parameter; rates and counters of the optimizer stay as they are"
     if why := why_other_states(learn, saved):
         return warnings.warn('the best weights are back, but the optimizer keeps the state it has: '
-                             f'{why}', stacklevel=4)
+                             f'{why}', stacklevel=caller_stacklevel())
     params = state_tensors(learn)
     for opt, states in zip(keeping(learn.opt), saved['states'], strict=True):
         for name, param in params.items():
@@ -174,7 +175,8 @@ class SaveBest(Tracker):
         if self.best is not None: return self.load_best(learn)
         if learn.recorder.newest('rows').get('run') == learn.recorder.run:
             warnings.warn(f'{self.title}: there is nothing to bring back, as {self.monitor} was '
-                          'never a number; the weights are those of the last step', stacklevel=2)
+                          'never a number; the weights are those of the last step',
+                          stacklevel=caller_stacklevel())
 
 # %% ../../nbs/training/07_save_best.ipynb #a8f2edd8
 def check_path_is_free(saver, learn):

@@ -9,6 +9,7 @@ __all__ = ['EarlyStopping', 'StopOnNaN', 'AskToContinue']
 import math, warnings
 import torch
 from fastcore.basics import patch
+from ..base.text import caller_stacklevel
 from ..base.ranks import is_main, sum_over_ranks, world_size
 from ..components.callback import Callback, CancelFit
 from ..components.optim import get_hyper
@@ -92,7 +93,7 @@ class StopOnNaN(Callback):
         warnings.warn(f'fit stopped: the loss is {loss_text(loss)} in epoch {learn.epoch}, batch '
                       f'{learn.iter}{lr}. Try a lower learning rate, gradient clipping, or bf16 '
                       'instead of fp16, and look for nan in this batch. SaveBest keeps the weights '
-                      'of a better epoch', stacklevel=2)
+                      'of a better epoch', stacklevel=caller_stacklevel())
         raise CancelFit  # on all processes
 
 # %% ../../nbs/training/08_stopping.ipynb #8b18c890
@@ -135,7 +136,7 @@ def ask_yes_no(ask, prompt:str): # bool
         try: answer = ask(prompt).strip().lower()
         except EOFError:
             warnings.warn('there is nobody to ask, as the input has ended: the fit goes on',
-                          stacklevel=3)
+                          stacklevel=caller_stacklevel())
             return True
         if answer in ('', 'y', 'yes'): return True
         if answer in ('n', 'no'): return False
