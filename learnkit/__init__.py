@@ -171,6 +171,14 @@ from .insight.interpretation import (
     Interpretation,
 )
 from .insight import interpretation_plots as _interpretation_plots
+from .insight import layout as _layout
+from .insight import step_clock as _step_clock
+from .insight.profile import (
+    ProfileResult,
+)
+from .insight.summary import (
+    SummaryResult,
+)
 from .loggers import feed as _feed
 from .loggers.logger import (
     Logger,
@@ -256,8 +264,8 @@ __all__ = [
     'TorchScheduler', 'LRFinderResult', 'SaveBest', 'AskToContinue', 'EarlyStopping', 'StopOnNaN',
     'ReduceLROnPlateau', 'MixedPrecision', 'GradientAccumulation', 'GradientClip', 'EMA', 'SWA',
     'ShortEpoch', 'StageFuncs', 'ValidateEvery', 'CutMix', 'MixUp', 'OverfitResult', 'ChannelsLast',
-    'Interpretation', 'Logger', 'CSVLogger', 'JSONLogger', 'TensorBoardLogger', 'MLflowLogger',
-    'TrackioLogger', 'WandbLogger', 'launch', 'Ranks', 'Distributed', 'BEGINNING',
-    'StaleCheckpoint', 'Checkpointed', 'CheckpointedLearner', 'checkpoints_table', 'tree_text',
-    'plot_tree', 'explain_text', 'report_html', 'write_report',
+    'Interpretation', 'ProfileResult', 'SummaryResult', 'Logger', 'CSVLogger', 'JSONLogger',
+    'TensorBoardLogger', 'MLflowLogger', 'TrackioLogger', 'WandbLogger', 'launch', 'Ranks',
+    'Distributed', 'BEGINNING', 'StaleCheckpoint', 'Checkpointed', 'CheckpointedLearner',
+    'checkpoints_table', 'tree_text', 'plot_tree', 'explain_text', 'report_html', 'write_report',
 ]

@@ -98,6 +98,8 @@ from .training.mix import MixUp as MixUp
 from .training.trials import OverfitResult as OverfitResult
 from .training.compiling import ChannelsLast as ChannelsLast
 from .insight.interpretation import Interpretation as Interpretation
+from .insight.profile import ProfileResult as ProfileResult
+from .insight.summary import SummaryResult as SummaryResult
 from .loggers.logger import Logger as Logger
 from .loggers.files import CSVLogger as CSVLogger
 from .loggers.files import JSONLogger as JSONLogger
@@ -136,8 +138,8 @@ __all__ = [
     'AskToContinue', 'EarlyStopping', 'StopOnNaN', 'ReduceLROnPlateau', 'MixedPrecision',
     'GradientAccumulation', 'GradientClip', 'EMA', 'SWA', 'ShortEpoch', 'StageFuncs',
     'ValidateEvery', 'CutMix', 'MixUp', 'OverfitResult', 'ChannelsLast', 'Interpretation',
-    'Logger', 'CSVLogger', 'JSONLogger', 'TensorBoardLogger', 'MLflowLogger', 'TrackioLogger',
-    'WandbLogger', 'launch', 'Ranks', 'Distributed', 'BEGINNING', 'StaleCheckpoint',
-    'Checkpointed', 'CheckpointedLearner', 'checkpoints_table', 'tree_text', 'plot_tree',
-    'explain_text', 'report_html', 'write_report'
+    'ProfileResult', 'SummaryResult', 'Logger', 'CSVLogger', 'JSONLogger', 'TensorBoardLogger',
+    'MLflowLogger', 'TrackioLogger', 'WandbLogger', 'launch', 'Ranks', 'Distributed',
+    'BEGINNING', 'StaleCheckpoint', 'Checkpointed', 'CheckpointedLearner', 'checkpoints_table',
+    'tree_text', 'plot_tree', 'explain_text', 'report_html', 'write_report'
 ]

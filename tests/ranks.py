@@ -513,7 +513,7 @@ def in_parts(gather_up_to=2**31):
         learn.fit(1)
         inside = (shares(learn), list(model.state_dict()) == names,
                   fingerprint(model, weights=False).digest, repr(learn),
-                  learn.summary().to_string())
+                  learn.summary().df.to_string())
     same = (all(a is b for a, b in zip(model.parameters(), params, strict=True)),
             classes == [type(m) for m in model.modules()],
             attributes == [sorted(vars(m)) for m in model.modules()])

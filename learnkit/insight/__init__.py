@@ -3,7 +3,13 @@
 from .interpretation import (
     Interpretation,
 )
+from .profile import (
+    ProfileResult,
+)
+from .summary import (
+    SummaryResult,
+)
 
 __all__ = [
-    'Interpretation',
+    'Interpretation', 'ProfileResult', 'SummaryResult',
 ]

@@ -2,6 +2,8 @@
 # pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 # pyright: reportPrivateImportUsage=false
 from .interpretation import Interpretation as Interpretation
+from .profile import ProfileResult as ProfileResult
+from .summary import SummaryResult as SummaryResult
 __all__ = [
-    'Interpretation'
+    'Interpretation', 'ProfileResult', 'SummaryResult'
 ]

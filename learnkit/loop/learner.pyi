@@ -11,6 +11,8 @@ from ..base.methods import pure, structural
 from ..components.callback import Callbacks
 from ..data.loaders import DataLoaders
 from ..insight.interpretation import Interpretation
+from ..insight.profile import ProfileResult
+from ..insight.summary import SummaryResult
 from ..loop.calls import as_run
 from ..loop.loop import Loop
 from ..loop.recorder import Recorder
@@ -123,6 +125,28 @@ class Learner(Loop):
             axis: of the classes among the scores; None: found
             thresh: on the probability, where it is yes or no
             ignore_index: targets that do not count; None: what the loss leaves out
+        """
+    def profile(
+            self,
+            steps: int = 20,
+            trace: Any = None,
+            cbs: Any = None,
+            overwrite: bool = False,
+    ) -> ProfileResult:
+        """Where the time of a step of training goes, in real steps that leave no trace
+
+        Args:
+            steps: updates that are timed
+            trace: file under `path` for a chrome trace, as 'trace.json'; None: none
+            cbs: further callbacks, as the fit to come will get
+            overwrite: whether a trace may take the place of a file
+        """
+    @pure
+    def summary(self, x: Any = None) -> SummaryResult:
+        """Layers, output shapes, parameters, arithmetic and memory of the model; changes nothing
+
+        Args:
+            x: inputs of a batch as for `predict`, or a shape; None: training data
         """
     def log(self, name: str, value: Any) -> None:
         """Give something to the loggers of this learner, as part of its run; without any nothing happens
@@ -392,13 +416,6 @@ class Learner(Loop):
 
         Args:
             everything: also what was frozen by hand
-        """
-    @pure
-    def summary(self) -> Any:
-        """The modules that hold parameters: shapes, sizes, group of layers, rate, whether they learn
-
-        Returns:
-            DataFrame
         """
     def track(self, name: str, value: Any, n: Any = None) -> None:
         """Record a value; several in one epoch are averaged, weighted by `n`

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 from ..base.methods import pure, structural, unrecorded
-from ..components.layer_table import layer_table
 from ..components.optim import freeze_layers, param_names
 from .learner import Learner
 from .predict import OwnBatches, losses_of_samples, measure, predictions
@@ -190,13 +189,6 @@ def unfreeze(self:Learner,
     if not everything: return
     self.frozen_by_freeze = tuple(named_opt_params(self))
     self.freeze_to(0)
-
-@patch
-@pure
-def summary(self:Learner): # DataFrame
-    "The modules that hold parameters: shapes, sizes, group of layers, rate, whether they learn"
-    import pandas as pd
-    return pd.DataFrame(layer_table(self.model, self.opt))
 
 # %% ../../nbs/loop/12_methods.ipynb #57c348e7
 @patch

@@ -58,6 +58,18 @@ def restored_attributes(cbs):
             value.clear()
             (value.extend if isinstance(value, list) else value.update)(before)
 
+# %% ../../nbs/training/15_trials.ipynb #361fa600
+@contextmanager
+def trial_fit(learn, cbs): # gives the `DataLoaders` to fit with
+    "A fit inside has all that belongs to it, and leaves no trace"
+    with (interruptible(learn), reading_without_trace(learn.dls.train) as train,
+          reading_without_trace(learn.dls.valid) as valid,
+          learn.no_trace(), learn.added_cbs(cbs), restored_attributes(learn.cbs)):
+        learn.recorder, learn.on_interrupt = Recorder(), 'raise'
+        others = [cb for cb in silent_cbs(learn.cbs) if not isinstance(cb, Recorder)]
+        learn.cbs[:] = [learn.recorder, *others]
+        yield DataLoaders(train, valid)
+
 # %% ../../nbs/training/15_trials.ipynb #aa2b6259
 @patch
 @pure
@@ -68,13 +80,8 @@ def dry_run(self:Learner,
     "Try a short epoch with everything that belongs to a fit, and leave no trace"
     check_trial(self, 'dry_run')
     check_whole('dry_run', 'steps', steps)
-    with (interruptible(self), reading_without_trace(self.dls.train) as train,
-          reading_without_trace(self.dls.valid) as valid,
-          self.no_trace(), self.added_cbs(cbs), restored_attributes(self.cbs)):
-        self.recorder, self.on_interrupt = Recorder(), 'raise'
-        others = [cb for cb in silent_cbs(self.cbs) if not isinstance(cb, Recorder)]
-        self.cbs[:] = [self.recorder, *others]
-        self.fit(1, cbs=ShortEpoch(steps), dls=DataLoaders(train, valid))
+    with trial_fit(self, cbs) as dls:
+        self.fit(1, cbs=ShortEpoch(steps), dls=dls)
         row = self.recorder.newest('rows')  # empty where a callback has ended it
         return {name: value for name, value in row.items() if name not in ('run', 'epoch', 'lr')}
 

@@ -27,6 +27,13 @@ def check_trial(learn: Learner, name: Any) -> None:
 def restored_attributes(cbs: Any) -> AbstractContextManager[None]:
     """Callbacks without a state get back their attributes, and what lists, dicts and sets held"""
 
+def trial_fit(learn: Learner, cbs: Any) -> AbstractContextManager[Any]:
+    """A fit inside has all that belongs to it, and leaves no trace
+
+    Returns:
+        gives the `DataLoaders` to fit with
+    """
+
 @result
 @dataclass(frozen=True, eq=False)
 class OverfitResult:

@@ -301,7 +301,7 @@ def test_without_a_rate_a_plain_fit_works_and_what_needs_one_is_refused(tmp_path
                     nn.MSELoss(), po.A2Grad, path=tmp_path, device='cpu')
     learn.remove_cb(Progress)
     learn.fit(1)
-    assert learn.recorder.df.lr.isna().all() and learn.summary().lr.isna().all()
+    assert learn.recorder.df.lr.isna().all() and learn.summary().df.lr.isna().all()
     scheduler = ParamScheduler({'lr': sched_const(1.)})
     for call in (lambda: learn.fit(1, lr=0.1), learn.lr_find, lambda: learn.fit_one_cycle(1),
                  lambda: learn.fit(1, cbs=scheduler), lambda: make(po.A2Grad, tmp_path)):
