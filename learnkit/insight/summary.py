@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SummaryResult']
 
-# %% ../../nbs/insight/08_summary.ipynb #fe397eb1
+# %% ../../nbs/insight/08_summary.ipynb #a127ce9e
 import copy, textwrap
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -30,7 +30,7 @@ from ..loop.learner import Learner
 from ..loop.loop import are_by_name, split_batch
 from ..loop.predict import Collect, OwnBatches, collected
 
-# %% ../../nbs/insight/08_summary.ipynb #9980679d
+# %% ../../nbs/insight/08_summary.ipynb #ca8601a6
 def shape_of(x): # str
     "The shapes of what a layer gives"
     if isinstance(x, torch.Tensor): return 'x'.join(map(str, x.shape)) or 'scalar'
@@ -53,7 +53,9 @@ class LayerNotes:
         self.open.append([module, self.counter.get_total_flops(), 0])
 
     def after(self, module, args, output):
-        while self.open[-1][0] is not module: self.open.pop()  # they failed, and somebody caught it
+        while self.open[-1][0] is not module:  # one that failed, and somebody caught it
+            within = self.open.pop()[2]
+            self.open[-1][2] += within
         _, before, within = self.open.pop()
         name, all_of_it = self.names[module], self.counter.get_total_flops() - before
         self.flops[name] = self.flops.get(name, 0) + all_of_it - within
@@ -62,7 +64,7 @@ class LayerNotes:
         if self.open: self.open[-1][2] += all_of_it
         else: self.end(all_of_it)
 
-# %% ../../nbs/insight/08_summary.ipynb #cf1714bb
+# %% ../../nbs/insight/08_summary.ipynb #6d5363cc
 @patch
 def begin(self:LayerNotes, args, kwargs):
     "The whole model is called"
@@ -90,7 +92,7 @@ def memory_of(t): # the same for tensors that share their memory
     plain = type(t) in (torch.Tensor, nn.Parameter) and t.layout is torch.strided
     return t.untyped_storage()._cdata if plain else ('object', id(t))
 
-# %% ../../nbs/insight/08_summary.ipynb #4c31bffb
+# %% ../../nbs/insight/08_summary.ipynb #ec41612c
 @contextmanager
 def noting(model): # gives `LayerNotes`
     "Inside, the forward passes of a model are noted; an error tells the layer"
@@ -111,7 +113,7 @@ def failed_text(module, names): # str
     where = f'layer {names[module]!r}, a ' if names[module] else ''
     return f'(in {where}{type(module).__name__})' # of the innermost one
 
-# %% ../../nbs/insight/08_summary.ipynb #1341e928
+# %% ../../nbs/insight/08_summary.ipynb #2a8d51ea
 NO_PROBE = torch.optim.LBFGS, torch.optim.SparseAdam  # which a step alone does not show
 
 def moments(opt, group): # float: numbers kept for each number of a parameter; None: unknown
@@ -143,7 +145,7 @@ def memory(learn, notes): # dict: name -> bytes; None: unknown
             'gradients': sum(p.nbytes for p in held.values() if p.requires_grad),
             'optimizer': None if None in opts else sum(opts), 'activations': kept}
 
-# %% ../../nbs/insight/08_summary.ipynb #8a5e3139
+# %% ../../nbs/insight/08_summary.ipynb #554d2981
 def plain_name(name): # str
     "Without what `torch.compile` puts in front"
     return '.'.join(part for part in name.split('.') if part != '_orig_mod')
@@ -164,7 +166,7 @@ def rows_of(model, opt, notes): # list of dicts
         rows.append(first | {key: value for key, value in row.items() if key not in first})
     return rows
 
-# %% ../../nbs/insight/08_summary.ipynb #4041910a
+# %% ../../nbs/insight/08_summary.ipynb #3849e8e5
 @result
 @dataclass(frozen=True, eq=False)
 class SummaryResult:
@@ -185,7 +187,7 @@ class SummaryResult:
         is_number = all(isinstance(row.get('layer'), int | None) for row in self.rows)
         return frame.astype({'layer': 'Int64'}) if is_number and self.rows else frame
 
-# %% ../../nbs/insight/08_summary.ipynb #1a986b85
+# %% ../../nbs/insight/08_summary.ipynb #6645b0db
 MOST = 9 # characters of a rate
 
 def count_text(n)->str:
@@ -218,7 +220,7 @@ def rate_text(row)->str:
     text = '' if lr is None else f'{lr:.3g}' if isinstance(lr, float) else lr
     return shortened_inside(text, MOST)
 
-# %% ../../nbs/insight/08_summary.ipynb #89990672
+# %% ../../nbs/insight/08_summary.ipynb #ae71e1f1
 def lines_below(found): # list of str
     "What stands below the table"
     frozen = found.params - found.trainable
@@ -248,7 +250,7 @@ def _repr_html_(self:SummaryResult):
     below = '<br>'.join(map(escape, lines_below(self)))
     return html_table(list(shown), rows, left=2) + f'<p>{below}</p>'
 
-# %% ../../nbs/insight/08_summary.ipynb #245e484d
+# %% ../../nbs/insight/08_summary.ipynb #b33a0fd2
 def is_shape(x): # bool
     return isinstance(x, (tuple, list)) and len(x) > 0 and all(type(n) is int for n in x)
 
@@ -297,7 +299,7 @@ def noted(learn, model, batch, n_inp): # `LayerNotes`
     finally: learn.n_inp = before
     return notes
 
-# %% ../../nbs/insight/08_summary.ipynb #2ae25c4a
+# %% ../../nbs/insight/08_summary.ipynb #4776a15f
 @patch
 @pure
 def summary(self:Learner,
