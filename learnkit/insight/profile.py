@@ -193,6 +193,7 @@ def advice_on(part:str, dl, device)->str:
     if device.type == 'cpu': return 'compile() may help, or a smaller model'
     return 'to_bf16(), compile() and larger batches may help'
 
+# %% ../../nbs/insight/07_profile.ipynb #89763d29
 def bottleneck(parts:dict, dl, device)->str: # parts: name -> seconds a step
     "One sentence on what takes the time, and what to do about it"
     whole = sum(parts.values()) or 1

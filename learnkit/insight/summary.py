@@ -230,7 +230,7 @@ def lines_below(found): # list of str
         lines.append(f'input {found.inputs}')
         lines.append(f'{count_text(found.flops) or 0} floating point operations forward')
     parts = {name: 'unknown' if n is None else size_text(n) for name, n in found.memory.items()}
-    if not found.inputs: del parts['activations']
+    if not found.inputs: parts.pop('activations', None)
     known = sum(n for n in found.memory.values() if n)
     listed = ', '.join(f'{name} {text}' for name, text in parts.items() if text != '0 B')
     return [*lines, f'memory of a step: {size_text(known)} ({listed})']
@@ -279,6 +279,7 @@ def with_shapes(model, batch, n_inp): # nn.Module
         made(**xb[0]) if are_by_name(made, xb) else made(*xb)
     return made
 
+# %% ../../nbs/insight/08_summary.ipynb #8e895dfc
 @contextmanager
 def eager_model(learn, batch, n_inp):
     "Without `torch.compile`; lazy layers get their shapes in a copy"
