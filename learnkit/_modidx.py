@@ -3388,6 +3388,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'learnkit/insight/summary.py'),
                                           'learnkit.insight.summary.Learner.summary': ( 'insight/summary.html#learner.summary',
                                                                                         'learnkit/insight/summary.py'),
+                                          'learnkit.insight.summary.NothingKept': ( 'insight/summary.html#nothingkept',
+                                                                                    'learnkit/insight/summary.py'),
                                           'learnkit.insight.summary.SummaryResult': ( 'insight/summary.html#summaryresult',
                                                                                       'learnkit/insight/summary.py'),
                                           'learnkit.insight.summary.SummaryResult.__repr__': ( 'insight/summary.html#summaryresult.__repr__',

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from html import escape
+from types import MappingProxyType
 import torch
 from fastcore.basics import patch
 from torch import nn
@@ -20,6 +21,7 @@ from ..base.dtensors import is_dtensor, is_sharded, unsharded_class
 from ..base.methods import pure, result
 from ..base.randomness import isolated_rng
 from ..base.text import size_text
+from ..components.callback import Callback
 from ..components.layer_table import layer_table
 from ..components.optim import opt_params
 from ..components.optimizers import optimizers_in
@@ -28,7 +30,7 @@ from ..data.resumable import reading_without_trace
 from .layout import WIDTH, html_table, shortened_inside, text_table
 from ..loop.learner import Learner
 from ..loop.loop import are_by_name, split_batch
-from ..loop.predict import Collect, OwnBatches, collected
+from ..loop.predict import OwnBatches, collected
 
 # %% ../../nbs/insight/08_summary.ipynb #ca8601a6
 def shape_of(x): # str
@@ -290,13 +292,15 @@ def eager_model(learn, batch, n_inp):
     try: yield model
     finally: learn.model, learn.compiled = before, compiled
 
+class NothingKept(Callback):
+    "Of a pass: neither predictions nor losses"
+    with_loss, buffers = False, MappingProxyType({})
+
 def noted(learn, model, batch, n_inp): # `LayerNotes`
     "What a batch does in the model"
     before, learn.n_inp = learn.n_inp, n_inp
-    nothing = Collect()
-    nothing.buffers = {}
     try:
-        with noting(model) as notes: collected(learn, OwnBatches([batch]), nothing)
+        with noting(model) as notes: collected(learn, OwnBatches([batch]), NothingKept())
     finally: learn.n_inp = before
     return notes
 

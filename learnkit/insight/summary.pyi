@@ -6,8 +6,10 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from types import MappingProxyType
 from typing import Any
 from ..base.methods import result
+from ..components.callback import Callback
 from ..loop.learner import Learner
 __all__ = [
     'SummaryResult'
@@ -181,6 +183,11 @@ def with_shapes(model: Any, batch: Any, n_inp: Any) -> Any:
 
 def eager_model(learn: Learner, batch: Any, n_inp: Any) -> AbstractContextManager[Any]:
     """Without `torch.compile`; lazy layers get their shapes in a copy"""
+
+class NothingKept(Callback):
+    """Of a pass: neither predictions nor losses"""
+    with_loss: bool
+    buffers: MappingProxyType
 
 def noted(learn: Learner, model: Any, batch: Any, n_inp: Any) -> Any:
     """What a batch does in the model
