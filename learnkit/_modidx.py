@@ -3231,8 +3231,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                             'learnkit/insight/profile.py'),
                                           'learnkit.insight.profile.StagedSteps.steps_of': ( 'insight/profile.html#stagedsteps.steps_of',
                                                                                              'learnkit/insight/profile.py'),
-                                          'learnkit.insight.profile.StagedSteps.stop_watching': ( 'insight/profile.html#stagedsteps.stop_watching',
-                                                                                                  'learnkit/insight/profile.py'),
                                           'learnkit.insight.profile.StagedSteps.watch': ( 'insight/profile.html#stagedsteps.watch',
                                                                                           'learnkit/insight/profile.py'),
                                           'learnkit.insight.profile.advice_on': ( 'insight/profile.html#advice_on',

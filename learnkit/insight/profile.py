@@ -121,15 +121,10 @@ def watch(self:StagedSteps, updates):
 def end_pass(self:StagedSteps, learn):
     self.clock.pause()
     if not self.clock.labels: return
-    self.stop_watching()
-    self.n_watched = learn.updates - self.first_watched
-    if not self.n_watched: self.profiler = None  # the pass had no batch left: it is the next one
-
-@patch
-def stop_watching(self:StagedSteps):
-    if not self.clock.labels: return
     self.clock.labels = False
     with quiet_profiler(): self.profiler.stop()
+    self.n_watched = learn.updates - self.first_watched
+    if not self.n_watched: self.profiler = None  # the pass had no batch left: it is the next one
 
 # %% ../../nbs/insight/07_profile.ipynb #20d9622b
 COUNTS_PEAK = 'cuda', 'xpu'  # kinds of devices
@@ -287,9 +282,8 @@ def run_stages(learn, staged:StagedSteps, dls):
     learn._cbs = TimedCallbacks(list(learn.cbs), learn.cbs.inner.values(), staged.clock,
                                 staged.begin_pass, staged.end_pass)
     # A checkpoint block that is open stands in the way of `learn.fit`, which it could not record
-    try: type(learn).fit(learn, n_steps=staged.n_steps, dls=dls,
-                         cbs=Callback(before_validate=one_batch))
-    finally: staged.stop_watching()
+    type(learn).fit(learn, n_steps=staged.n_steps, dls=dls,
+                    cbs=Callback(before_validate=one_batch))
     staged.end_stage()
 
 def write_trace(profiler, path, overwrite:bool): # Path

@@ -63,7 +63,6 @@ class StagedSteps:
     def watch(self, updates: Any) -> None:
         """Begin to watch, or count a step that was watched"""
     def end_pass(self, learn: Learner) -> None: ...
-    def stop_watching(self) -> None: ...
 KINETO_LOG: str
 
 def quiet_profiler() -> AbstractContextManager[None]:
