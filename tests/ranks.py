@@ -819,6 +819,19 @@ def caught():
     return found, round(learn.validate()['loss'], 4)
 
 
+def profiled(how):
+    "Whether a profile leaves no trace, what it finds, and what a fit after it makes"
+    foreign = DataLoader(TensorDataset(torch.ones(40, 4), torch.zeros(40).long()), 4)
+    learn = learner(DataLoaders(foreign) if how == 'foreign' else None)
+    with learn.distributed(strategy='fsdp' if how == 'fsdp' else 'ddp'):
+        learn.fit(1)
+        before = tree_digest(learn.state_dict())
+        found = learn.profile(6)
+        same = tree_digest(learn.state_dict()) == before
+        learn.fit(1)
+    return same, found.steps, found.batches, list(found.parts), weights(learn).tolist()
+
+
 def interpreted():
     "What `interpret` finds of loaders of several kinds, and whether numbers are those of the data"
     found = {}

@@ -78,6 +78,14 @@ def test_interpretations_are_those_of_one_process(n):
     for found in launch(ranks.interpreted, n=n): alike(one, found, 1e-6)
 
 
+@pytest.mark.parametrize('how', ['own', slow('foreign'), slow('fsdp')])
+def test_all_processes_profile_the_same_steps(how):
+    one, other = launch(ranks.profiled, how, n=2)
+    assert one[-1] == other[-1]
+    for found in (one, other):
+        assert found[:3] == (True, 6, 6) and 'callback Distributed' in found[3]
+
+
 def test_vectors_and_matrices_are_those_of_one_process():
     one = ranks.metric_values((13, 1))
     for found in launch(ranks.metric_values, (13, 1), n=2): alike(one, found, 1e-6)

@@ -184,7 +184,7 @@ def advice_on(part:str, dl, device)->str:
         case 'callback Recorder': return 'track fewer values, or average them first'
         case 'optimizer': return 'a fused one (fused=True), or larger batches'
         case _ if part.startswith('callback'):
-            return 'let it act every so many steps, or do less, or nothing that waits for a device'
+            return 'let it do less, or act every so many steps, and wait for no device'
     if device.type == 'cpu': return 'compile() may help, or a smaller model'
     return 'to_bf16(), compile() and larger batches may help'
 
@@ -303,6 +303,9 @@ def check_profile(learn, steps, path, overwrite):
     check_trial(learn, 'profile')
     check_whole('profile', 'steps', steps)
     if not has_updates(learn): raise ValueError('profile: no parameter is trainable')
+    if torch.autograd._profiler_enabled():
+        raise RuntimeError('profile: torch.profiler is running already, and there can be only one; '
+                           'call learn.profile() outside of its block')
     if path is not None and is_main(): check_target(path, overwrite)
 
 def made_profile(staged:StagedSteps, dl, left_out)->ProfileResult:

@@ -99,11 +99,13 @@ def memory_of(t): # the same for tensors that share their memory
 def noting(model): # gives `LayerNotes`
     "Inside, the forward passes of a model are noted; an error tells the layer"
     notes = LayerNotes(model)
-    hooks = [hook for module in notes.names for hook in (
+    plain = [m for m in notes.names if not isinstance(m, torch.jit.ScriptModule)]
+    hooks = [hook for module in plain for hook in (
         module.register_forward_pre_hook(notes.before, with_kwargs=True),
         module.register_forward_hook(notes.after))]
     def close(*args): notes.around.close()
-    hooks.append(model.register_forward_hook(close, always_call=True))  # also after an error
+    if model in plain:  # also after an error
+        hooks.append(model.register_forward_hook(close, always_call=True))
     try: yield notes
     except Exception as error:
         if notes.open: error.add_note(failed_text(notes.open[-1][0], notes.names))
@@ -318,6 +320,7 @@ def summary(self:Learner,
         n_inp = len(batch) if isinstance(batch, (tuple, list)) else 1
     with eager_model(self, batch, n_inp) as model:
         if batch is not None: notes = noted(self, model, batch, n_inp)
+        if notes and not notes.inputs: notes = None  # torch lets nobody look into a script
         rows = rows_of(model, self.opt, notes)
         params = [p for p in model.parameters() if not nn.parameter.is_lazy(p)]
         return SummaryResult(

@@ -12,11 +12,10 @@ from counting import Fits
 from learnkit import (
     EMA, Callback, CancelFit, DataLoaders, EarlyStopping, GradientAccumulation, GradientClip,
     Learner, MixedPrecision, MixUp, ParamScheduler, Progress, ReduceLROnPlateau, SaveBest,
-    SaveState, StageFuncs, TorchScheduler, ValidateEvery, accuracy, launch, sched_lin)
+    SaveState, StageFuncs, TorchScheduler, ValidateEvery, accuracy, sched_lin)
 from learnkit.files.tree import tree_digest
 from learnkit.insight import profile as page
 from learnkit.insight.step_clock import REST, StepClock
-from ranks import learner
 
 FIXED = 'data', 'to device', 'forward', 'loss', 'backward', 'optimizer', REST
 
@@ -396,6 +395,10 @@ def test_what_cannot_be_profiled_is_said():
     with pytest.raises(ValueError, match='no parameter is trainable'):
         plain(model=nn.Linear(4, 2).requires_grad_(False)).profile()
     with pytest.raises(ValueError, match=r'profile\(steps=2.5\)'): plain().profile(2.5)
+    with torch.profiler.profile() as running:
+        with pytest.raises(RuntimeError, match='is running already'): plain().profile()
+        torch.ones(2) + 1
+    assert any(event.key == 'aten::add' for event in running.key_averages())
     def stop(learn): raise CancelFit
     with pytest.raises(RuntimeError, match='ended after 1 of 28 updates'):
         plain(cbs=Callback(after_step=stop)).profile()
@@ -409,27 +412,3 @@ def test_a_fit_that_ends_early_has_what_was_timed():
     assert (found.steps, len(found.ops)) == (2, 0) and found.step_time < 0.04
     with pytest.raises(RuntimeError, match='there is no trace'):
         plain(cbs=cbs).profile(5, trace='a')
-
-
-# On several processes
-
-def profiled(how): # per process
-    foreign = DataLoader(TensorDataset(torch.ones(40, 4), torch.zeros(40).long()), 4)
-    learn = learner(DataLoaders(foreign) if how == 'foreign' else None)
-    with learn.distributed(strategy='fsdp' if how == 'fsdp' else 'ddp'):
-        learn.fit(1)
-        before = tree_digest(learn.state_dict())
-        found = learn.profile(6)
-        same = tree_digest(learn.state_dict()) == before
-        learn.fit(1)
-    model = tree_digest(learn.state_dict()['model'])
-    return same, found.steps, found.batches, [*found.parts], model
-
-
-@pytest.mark.parametrize('how', ['own', *(
-    pytest.param(how, marks=pytest.mark.slow) for how in ('foreign', 'fsdp'))])
-def test_all_processes_make_the_same_steps(how):
-    one, other = launch(profiled, how, n=2)
-    assert one[4] == other[4]
-    for found in (one, other):
-        assert found[:3] == (True, 6, 6) and 'callback Distributed' in found[3]

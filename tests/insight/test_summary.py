@@ -189,6 +189,15 @@ def test_a_compiled_model_is_looked_at_as_it_was_written(monkeypatch):
     assert repr(learn.summary()) == repr(eager)
 
 
+@pytest.mark.filterwarnings('ignore:.torch.jit.script')
+def test_a_script_has_what_it_holds():
+    script = torch.jit.script(nn.Sequential(nn.Linear(4, 3), nn.ReLU()))
+    found = plain(script, batch()).summary()
+    assert (found.flops, found.params, found.inputs) == (None, 15, '')
+    found = plain(nn.Sequential(script, nn.Linear(3, 2)), batch()).summary()
+    assert found.flops == 2 * 6 * (4 * 3 + 3 * 2) and found.df.flops.sum() == found.flops
+
+
 def test_without_data_what_is_held():
     learn = plain(Block())
     found = learn.summary()
