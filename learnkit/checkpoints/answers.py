@@ -47,7 +47,7 @@ def fetch_answer(self:Ledger, node, call, found):
     tree = self.store.get({'result': found.result, 'callbacks': found.callbacks})
     callbacks = self.matching_callbacks(call, tree['callbacks'])
     notes = self.check_code(node, found, call)
-    for cb, (_, state) in zip(callbacks, tree['callbacks'], strict=True): cb.load_state_dict(state)
+    for cb, state in callbacks: cb.load_state_dict(state)
     self.report_fetched(node, found, call, notes=notes)
     self.write_files_again(node, found)
     return self.unpack(call, found.returns_host, tree['result'])

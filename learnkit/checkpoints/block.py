@@ -401,7 +401,7 @@ def load(self:Block, call, record, with_state): # dict: result, callbacks, perha
     tree = ledger.store.get(roots, ledger.host.reach.known_tensors())
     callbacks = ledger.matching_callbacks(call, tree['callbacks']) if is_as_recorded else ()
     if with_state: self.load_state(tree, saved)
-    for cb, (_, state) in zip(callbacks, tree['callbacks'], strict=True): cb.load_state_dict(state)
+    for cb, state in callbacks: cb.load_state_dict(state)
     return tree
 
 @patch

@@ -9,7 +9,9 @@ __all__ = []
 from contextlib import contextmanager, nullcontext
 from fastcore.basics import patch
 from ..base.randomness import set_rng_state
-from ..components.callback import has_state, is_compared, without_classes
+from ..components.callback import (
+    beside_state, has_state, is_compared, keeps_beside, load_beside,
+    named_callbacks, without_classes)
 from ..fingerprint.functions import call_arguments, signature_without_self
 from ..loop.calls import one_run
 from ..loop.observed import (
@@ -128,11 +130,15 @@ def last_run(node, n): # id of a run; None where there is none
 @patch
 def stateful_arguments(self:LearnerHost, arguments) -> list: # of FollowedCallbacks
     "The callbacks among the arguments"
-    return [FollowedCallback(self.object, cb) for cb in given_callbacks(arguments)
-            if is_compared(cb) or has_state(cb)]
+    given = given_callbacks(arguments)
+    followed = [FollowedCallback(self.object, cb) for cb in given
+                if is_compared(cb) or has_state(cb)]
+    looking = named_callbacks(filter(keeps_beside, given))
+    return [*followed, *(LookingCallback(name, cb) for name, cb in looking.items())]
 
 class FollowedCallback:
     "A callback given to a call, with what it says of itself and what is observed of it"
+    is_optional = False
     def __init__(self, learn, callback): self.learn, self.callback = learn, callback
 
     @property
@@ -147,13 +153,20 @@ class FollowedCallback:
         self.callback.load_state_dict(state['own'])
         load_observed(self.learn, state['observed'], given=[self.callback])
 
+class LookingCallback:
+    "A callback given to a call that only looks, with what it has seen"
+    is_optional = True
+    def __init__(self, name, callback): self.name, self.callback = name, callback
+    def state_dict(self): return self.callback.kept_beside.state()
+    def load_state_dict(self, state): self.callback.kept_beside.load(state)
+
 # %% ../../nbs/checkpoints/10_learner_host.ipynb #085fdcc5
 @patch
 def extra_state(self:LearnerHost) -> dict: # plain tree
     "What belongs to a moment and is no part of the state"
-    learn = self.object
+    learn, seen = self.object, beside_state(self.object.cbs)
     return {'times': learn.recorder.times_state(), 'lr': learn.lr, 'still': frozen_modules(learn),
-            'places': learn._fit.outcome()}
+            'places': learn._fit.outcome(), **({'seen': seen} if seen else {})}
 
 def load_extra_state(learn, tree):
     "Take over what `LearnerHost.extra_state` returned"
@@ -163,6 +176,7 @@ def load_extra_state(learn, tree):
     modules = dict(learn.model.named_modules())
     learn.frozen_stats = [modules[name] for name in tree['still']]
     learn._fit = FitState(**tree['places'])
+    load_beside(learn.cbs, tree.get('seen', {}))
 
 # %% ../../nbs/checkpoints/10_learner_host.ipynb #4164956c
 @patch

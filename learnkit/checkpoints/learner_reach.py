@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/checkpoints/09_learner_reach.ipynb #c48ddb83
 from ..loop.observed import Baseline, as_built, data_marks, ids_in_reach
 from ..loop.provenance import known_objects
+from ..loop.state import known_digest, known_tensors
 from .host import Reach
 from .learner_display import given_callbacks
 
@@ -37,6 +38,6 @@ class LearnerReach(Reach):
         "The learner and its parts, which code may read as globals"
         return known_objects(self.object)
 
-    # The recorder seals what is complete of a history
-    def known_digest(self, t): return self.object.recorder.digest(t)
-    def known_tensors(self): return self.object.recorder.parts()
+    # What is complete of a history is sealed
+    def known_digest(self, t): return known_digest(self.object, t)
+    def known_tensors(self): return known_tensors(self.object)

@@ -216,9 +216,10 @@ def put_state(self:Ledger, result=None, callbacks=(), files=()): # (SavedState, 
     saved = SavedState(of_state(digests), of_state(root), root['beside'])
     return saved, {name: root[name] for name in ('result', 'callbacks', 'files')}
 
-def states_of(callbacks): # list of [class, state]
+def states_of(callbacks): # list of [class, state], and True for one that may come and go
     "The states of objects that were passed to a call"
-    return [[cb.name, map_tensors(full_tensor, cb.state_dict())] for cb in callbacks]
+    return [[cb.name, map_tensors(full_tensor, cb.state_dict()), *[True] * cb.is_optional]
+            for cb in callbacks]
 
 # %% ../../nbs/checkpoints/05_ledger.ipynb #319bb469
 @patch
@@ -368,11 +369,16 @@ def write_files_again(self:Ledger, node, record):
 
 # %% ../../nbs/checkpoints/05_ledger.ipynb #7e8dfc88
 @patch
-def matching_callbacks(self:Ledger, call, states) -> list:
+def matching_callbacks(self:Ledger, call, states) -> list: # of (callback, state or None)
     "The callbacks that were given; StaleCheckpoint unless the states are those of such"
     callbacks = self.host.stateful_arguments(call.values)
-    have, need = [cb.name for cb in callbacks], [name for name, _ in states]
-    if have == need: return callbacks
+    optional = {name: state for name, state, *is_optional in states if is_optional}
+    needed = [entry for entry in states if len(entry) == 2]
+    have, need = [cb.name for cb in callbacks if not cb.is_optional], [name for name, _ in needed]
+    if have == need:
+        found = [state for _, state in needed]
+        return [(cb, optional.get(cb.name) if cb.is_optional else found[i])
+                for i, cb in enumerate(callbacks)]
     raise StaleCheckpoint(f'{call.text}: the callbacks {need} have a state in the record, and here '
                           f'{have} have one')
 

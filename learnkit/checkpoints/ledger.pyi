@@ -318,7 +318,11 @@ class Ledger:
     def write_files_again(self, node: Any, record: Any) -> None:
         """Files that a recorded call left behind are there, as they were then"""
     def matching_callbacks(self, call: Any, states: Any) -> list:
-        """The callbacks that were given; StaleCheckpoint unless the states are those of such"""
+        """The callbacks that were given; StaleCheckpoint unless the states are those of such
+
+        Returns:
+            of (callback, state or None)
+        """
     def report_fetched(
             self,
             node: Any,
@@ -371,7 +375,7 @@ def states_of(callbacks: Any) -> Any:
     """The states of objects that were passed to a call
 
     Returns:
-        list of [class, state]
+        list of [class, state], and True for one that may come and go
     """
 
 class ChangedGlobalError(RuntimeError):

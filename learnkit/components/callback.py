@@ -161,6 +161,7 @@ class Callback:
     distributes = False  # whether it divides passes among the processes of its attribute `ranks`
     places_model = False # whether it brings the model to the device itself, in `after_create`
     observer = False # whether it only looks: such may come and go, nothing follows from them
+    kept_beside = None # what one that only looks has seen; see `beside_state`
     every_evaluation = False # whether its before_batch, after_pred and after_loss are also for the
                              # evaluations within a step, as LBFGS and SAM make them
 
@@ -389,8 +390,8 @@ def is_in_trials(cb) -> bool: return cb.in_trials and not cb.external
 
 def is_watched(cb, event): # bool
     "Whether what a method does is compared with what its callback says of itself"
-    owner = next((base for base in type(cb).__mro__ if event in vars(base)), type(cb))
-    return cb.observer or cb.external and not is_learnkits(owner)
+    owner = next((base for base in type(cb).__mro__ if event in vars(base)), None)
+    return is_optional(cb) and (owner is None or not is_learnkits(owner))
 
 # %% ../../nbs/components/00_callback.ipynb #28e1bbf5
 class Callbacks(MutableSequence):
@@ -513,3 +514,20 @@ def load_state_dict(self:Callbacks,
     "Give each callback its state back"
     self.check_state(state)
     for name, cb in self.stateful().items(): cb.load_state_dict(state[name])
+
+# %% ../../nbs/components/00_callback.ipynb #c9e1a838
+def beside_of(cbs): # dict: name -> what it keeps
+    "What callbacks that only look keep, by class name and occurrence"
+    return {name: cb.kept_beside for name, cb in named_callbacks(filter(keeps_beside, cbs)).items()}
+
+def keeps_beside(cb): return is_optional(cb) and cb.kept_beside is not None
+
+def beside_state(cbs): # dict: name -> plain tree
+    "What callbacks that only look have seen, to be kept beside a state"
+    return {name: kept.state() for name, kept in beside_of(cbs).items()}
+
+def load_beside(cbs,
+                states:dict, # what `beside_state` returned
+               ):
+    "Give each what it had seen then, which may be nothing"
+    for name, kept in beside_of(cbs).items(): kept.load(states.get(name))

@@ -3,6 +3,12 @@
 from .interpretation import (
     Interpretation,
 )
+from .activations import (
+    ActivationStats, check_has_hist,
+)
+from .gradient_stats import (
+    GradientStats, params_by_name,
+)
 from .profile import (
     ProfileResult,
 )
@@ -11,5 +17,6 @@ from .summary import (
 )
 
 __all__ = [
-    'Interpretation', 'ProfileResult', 'SummaryResult',
+    'Interpretation', 'ActivationStats', 'check_has_hist', 'GradientStats', 'params_by_name',
+    'ProfileResult', 'SummaryResult',
 ]

@@ -2,8 +2,13 @@
 # pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 # pyright: reportPrivateImportUsage=false
 from .interpretation import Interpretation as Interpretation
+from .activations import ActivationStats as ActivationStats
+from .activations import check_has_hist as check_has_hist
+from .gradient_stats import GradientStats as GradientStats
+from .gradient_stats import params_by_name as params_by_name
 from .profile import ProfileResult as ProfileResult
 from .summary import SummaryResult as SummaryResult
 __all__ = [
-    'Interpretation', 'ProfileResult', 'SummaryResult'
+    'Interpretation', 'ActivationStats', 'check_has_hist', 'GradientStats', 'params_by_name',
+    'ProfileResult', 'SummaryResult'
 ]

@@ -400,7 +400,7 @@ def digest(self:Recorder, t): # 64 hex digits; None for any other tensor
     return next((digest for digest in found if digest), None)
 
 @patch
-def parts(self:Recorder): # dict: digest -> tensor
+def tensors(self:Recorder): # dict: digest -> tensor
     "The parts of the history"
     return {digest: t for growing in self.growing.values()
             for digest, t in growing.sealed.tensors().items()}

@@ -234,7 +234,7 @@ class Recorder(Callback):
         Returns:
             64 hex digits; None for any other tensor
         """
-    def parts(self) -> Any:
+    def tensors(self) -> Any:
         """The parts of the history
 
         Returns:

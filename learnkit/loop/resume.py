@@ -8,7 +8,8 @@ __all__ = ['SaveState']
 # %% ../../nbs/loop/08_resume.ipynb #5866feda
 import itertools, math, re, sys, warnings
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from fastcore.basics import patch
 from ..base.batches import map_tensors
@@ -26,7 +27,7 @@ from ..data.resumable import (
     LastBatch, check_resumable, check_same_loader, restart_workers, generator_states, is_stateful,
     order_state, resume_batches, set_generator_states)
 from ..components.callback import (
-    Callback, Interrupted, as_callbacks, is_compared, plain_setting)
+    Callback, Interrupted, as_callbacks, is_compared, load_beside, plain_setting)
 from ..components.optim import copy_like, opt_params, opt_state
 from ..components.optimizers import named_optimizers
 from .progress import show_message
@@ -37,7 +38,8 @@ from .provenance import (
     compressed, decompressed, drawn_at_start, provenance,
     provenance_differs, repeats_weights, setting_differs)
 from .structure import FitStructure
-from .state import check_learner_state, live_state, load_state, names_of_params
+from .state import (
+    check_learner_state, known_digest, live_state, load_state, names_of_params)
 
 # %% ../../nbs/loop/08_resume.ipynb #f25425fb
 @dataclass
@@ -48,6 +50,7 @@ class Saved:
     source: str # what it was read from, for messages
     n_processes: int = 1 # by how many it was saved; the state is that of this one
     log: dict = None # what lies beside it of the run that it is part of, see `run_mark`
+    seen: dict = field(default_factory=dict) # likewise of callbacks that only look
 
     @property
     def fit(self): return self.state['fit']
@@ -81,7 +84,7 @@ def read_saved(learn,
     (times := GrowingList()).load(tree['times'])
     state = tree['learner']
     return Saved(localized(state, learn.ranks), times.items, short_path(path),
-                 1 + len(state.get('ranks', ())), tree.get('log'))
+                 1 + len(state.get('ranks', ())), tree.get('log'), tree.get('seen', {}))
 
 def newest_saved(learn, resume, store): # (tree, Path), or None; called on process 0 alone
     source = resume_source(learn, resume)
@@ -219,6 +222,7 @@ def take_over(learn, saved:Saved):
     load_state(learn, saved.state)
     if n != n_saved and not saved.complete: accept_other_processes(learn, n_saved, n)
     learn.recorder.times, fit = list(saved.times), learn._fit
+    load_beside(learn.cbs, saved.seen)
     fit.updates = saved.fit['updates']
     if saved.complete:
         fit.epoch, fit.fit_ended = saved.fit['epoch'], True
@@ -412,7 +416,7 @@ def at_rest(self:SaveState, learn):
     # Saves of an earlier fit go as soon as this one has its first
     keep, folder = 1 if self._is_first else self.keep, learn.path/self.saves_to
     tree = tree_for_file(learn, per_process=True, path=lambda: next_save_path(folder))
-    if is_main(): save_next(tree, folder, keep, learn.recorder.digest, store_of(learn))
+    if is_main(): save_next(tree, folder, keep, partial(known_digest, learn), store_of(learn))
     self._is_first, self._time_was_up = False, learn.time_is_up
     self._record_time(learn)
 

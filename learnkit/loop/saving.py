@@ -12,6 +12,7 @@ from torch import nn
 from ..base.batches import map_tensors
 from ..base.dtensors import full_tensor, is_dtensor, is_sharded
 from ..base.ranks import is_main, on_main
+from ..components.callback import beside_state, load_beside
 from ..components.optimizers import mode_of_pass, named_optimizers
 from ..files.errors import DamagedError
 from ..files.sidecars import load_save
@@ -108,8 +109,9 @@ def tree_for_file(learn,
                   per_process:bool=False, # called on all processes, with what each has alone
                   path=None, # function: the file, beside which shards may be written
                  ): # plain tree
-    "What goes into a file: the state, and beside it the times, which are no part of it"
+    "What goes into a file: the state, and beside it what is no part of it"
     state, beside = live_state(learn), {'times': learn.recorder.times_state()}
+    if seen := beside_state(learn.cbs): beside['seen'] = seen
     if mark := run_mark(learn): beside['log'] = mark
     sharded = path is not None and learn.ranks and is_sharded(learn.model)
     if sharded and n_bytes(state) > learn.cbs.distributed.gather_up_to:
@@ -157,6 +159,7 @@ def read_learner(learn, name):
     tree, _ = load_chosen(learn, lambda: (load_save(path), path))
     load_state(learn, with_shards(learn, tree, path)['learner'])
     learn.recorder.load_times(tree['times'])
+    load_beside(learn.cbs, tree.get('seen', {}))
 
 # %% ../../nbs/loop/06_saving.ipynb #e46fc7f1
 def export_weights(learn, name, meta, overwrite:bool): # Path

@@ -76,7 +76,7 @@ def local_buffers(learn: Learner) -> Any:
     """
 
 def tree_for_file(learn: Learner, per_process: bool = False, path: Any = None) -> Any:
-    """What goes into a file: the state, and beside it the times, which are no part of it
+    """What goes into a file: the state, and beside it what is no part of it
 
     Args:
         per_process: called on all processes, with what each has alone

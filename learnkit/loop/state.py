@@ -15,6 +15,7 @@ from ..base.batches import kind, map_tensors
 from ..base.dtensors import distribute_like, full_tensor, is_dtensor, unsharded_class
 from ..base.randomness import isolated_rng, rng_state, set_rng_state
 from ..base.snapshots import Snapshot, write_back
+from ..components.callback import beside_of, beside_state, load_beside
 from ..components.optim import check_opt_state, load_opt_state, opt_params, opt_state
 from ..components.optimizers import set_mode, still_shared
 from ..data.resumable import (
@@ -231,12 +232,29 @@ def reset_state(learn, initial):
     except BaseException:
         learn.opt = before
         raise
+    load_beside(learn.cbs, {})
+
+# %% ../../nbs/loop/05_state.ipynb #a4d7644e
+def histories(learn): # list of objects with `digest` and `tensors`
+    "The recorder, and what callbacks of the learner or of its last fit keep that only look"
+    cbs = dict.fromkeys((*learn.cbs, *learn.fit_cbs))
+    return [learn.recorder, *beside_of(cbs).values()]
+
+def known_digest(learn, t): # 64 hex digits; None for any other tensor
+    "The digest of a part of a history, which is written once and hashed once"
+    found = (history.digest(t) for history in histories(learn))
+    return next((digest for digest in found if digest), None)
+
+def known_tensors(learn): # dict: digest -> tensor
+    "The parts of histories"
+    return {digest: t for one in histories(learn) for digest, t in one.tensors().items()}
 
 # %% ../../nbs/loop/05_state.ipynb #d20dd119
 @contextmanager
 def unchanged_learner(learn):
     "Whatever happens inside, the learner is afterwards as it was before"
     attributes, items = dict(vars(learn)), list(learn.cbs)
+    seen = beside_state(items)
     inner = [(cb, dict(vars(cb))) for cb in learn.cbs.inner.values()]
     states = [(part, copied_tree(part.state_dict(), learn.recorder)) for part in
               (*learn.cbs.stateful().values(), *([learn.scaler] if learn.scaler else []))]
@@ -250,6 +268,7 @@ def unchanged_learner(learn):
             learn.cbs[:] = items
             for cb, held in inner: vars(cb).update(held)
             for part, state in states: part.load_state_dict(state)
+            load_beside(items, seen)
             before.put_back()
 
 # %% ../../nbs/loop/05_state.ipynb #a3083de2

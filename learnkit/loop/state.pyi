@@ -129,6 +129,27 @@ def load_scaler(learn: Learner, state: Any) -> None:
 def reset_state(learn: Learner, initial: Any) -> None:
     """Go back to the state before the first fit; an optimizer of another kind than then starts anew"""
 
+def histories(learn: Learner) -> Any:
+    """The recorder, and what callbacks of the learner or of its last fit keep that only look
+
+    Returns:
+        list of objects with `digest` and `tensors`
+    """
+
+def known_digest(learn: Learner, t: Any) -> Any:
+    """The digest of a part of a history, which is written once and hashed once
+
+    Returns:
+        64 hex digits; None for any other tensor
+    """
+
+def known_tensors(learn: Learner) -> Any:
+    """The parts of histories
+
+    Returns:
+        dict: digest -> tensor
+    """
+
 def unchanged_learner(learn: Learner) -> AbstractContextManager[None]:
     """Whatever happens inside, the learner is afterwards as it was before"""
 

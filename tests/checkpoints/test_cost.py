@@ -88,7 +88,7 @@ def test_a_long_history_is_a_few_tensors_and_hashed_once():
         recorder.flush()
         recorder.rows.append({'epoch': i})
         state = recorder.state_dict()
-        known = recorder.parts()
+        known = recorder.tensors()
         sizes.append(sum(t.nbytes for t in state['steps'] if recorder.digest(t) not in known))
     assert len(state['steps']) < 25 and len(state['rows']['parts']) < 14
     assert sum(sizes) < 6 * 12_000 * 48  # each step a few times, not three hundred
