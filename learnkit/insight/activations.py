@@ -129,12 +129,12 @@ class ActivationStats(Callback):
 def df(self:ActivationStats): # DataFrame: step, layer, mean, std, dead
     "A row for each layer and each batch that was looked at; step: updates made before it"
     import pandas as pd
-    steps, values = self.kept_beside.arrays()
+    steps, values, seen = self.kept_beside.arrays()
     names = self.kept_beside.names
-    mean, variance, dead = values.reshape(-1, values.shape[2])[:, :3].T
+    mean, variance, dead = values[:, :, :3].reshape(-1, 3).T
     found = pd.DataFrame({'step': np.repeat(steps, len(names)), 'layer': names * len(steps),
                           'mean': mean, 'std': np.sqrt(variance), 'dead': dead})
-    return found[found['dead'].notna()].reset_index(drop=True)
+    return found[seen.reshape(-1)].reset_index(drop=True)
 
 # %% ../../nbs/insight/06_activations.ipynb #1880fc21
 @patch
@@ -143,7 +143,7 @@ def plot_layer_stats(self:ActivationStats,
                     ): # list of three Axes
     "Mean, deviation and dead share of layers over the steps"
     picked = positions(self.kept_beside.names, layer)
-    steps, values = self.kept_beside.arrays()
+    steps, values, _ = self.kept_beside.arrays()
     names = [self.kept_beside.names[i] for i in picked]
     axes, colors = plot_axes(3), depth_colors(len(picked))
     series = values[:, :, 0], np.sqrt(values[:, :, 1]), values[:, :, 2]
@@ -165,7 +165,7 @@ def histograms(self:ActivationStats,
     import pandas as pd
     check_has_hist(self)
     i, (bins, low, high) = positions(self.kept_beside.names, layer)[0], self.hist
-    steps, values = self.kept_beside.arrays()
+    steps, values, _ = self.kept_beside.arrays()
     edges = np.linspace(low, high, bins + 1)[:-1]
     return pd.DataFrame(values[:, i, 3:], index=pd.Index(steps, name='step'), columns=edges)
 
@@ -183,13 +183,14 @@ def color_dim(self:ActivationStats,
     check_has_hist(self)
     names = self.kept_beside.names
     picked, (_, low, high) = positions(names, layer), self.hist
-    steps, values = self.kept_beside.arrays()
+    steps, values, _ = self.kept_beside.arrays()
     rows, columns = -(-len(picked) // 4), min(len(picked), 4)
     fig, axes = plt.subplots(rows, columns, figsize=(max(5., 3. * columns), 2.2 * rows + 0.4),
                              sharex=True, sharey=True, squeeze=False, layout='constrained')
     extent = steps[0] - 0.5, steps[-1] + 0.5, low, high
     for ax in axes.flat[len(picked):]: ax.set_visible(False)
     axes = list(axes.flat[:len(picked)])
+    for ax in axes[-columns:]: ax.tick_params(labelbottom=True)
     for ax, i in zip(axes, picked, strict=True):
         image = ax.imshow(values[:, i, 3:].T.clip(1e-4, 1), norm=LogNorm(1e-4, 1), aspect='auto',
                           origin='lower', extent=extent, interpolation='nearest')

@@ -82,13 +82,12 @@ def params_by_name(learn): # dict: name -> parameter
 def df(self:GradientStats): # DataFrame: step, param, norm, mean, std, ratio
     "A row for each parameter and update that was looked at; step: updates made before it"
     import pandas as pd
-    steps, values = self.kept_beside.arrays()
+    steps, values, seen = self.kept_beside.arrays()
     names = self.kept_beside.names
     columns = zip(('norm', 'mean', 'std', 'ratio'), values.reshape(-1, 4).T, strict=True)
     found = pd.DataFrame({'step': np.repeat(steps, len(names)), 'param': names * len(steps),
                           **dict(columns)})
-    seen = ~np.isnan(values.reshape(-1, 4)).all(1)
-    return found[seen].reset_index(drop=True)
+    return found[seen.reshape(-1)].reset_index(drop=True)
 
 # %% ../../nbs/insight/07_gradient_stats.ipynb #e8b6c1c7
 FEW, MANY = 1e-5, 1e-1  # share of a weight that an update changes, from which it is told
@@ -125,9 +124,9 @@ def plot(self:GradientStats,
     "Gradient norms, and changes by the size of the weights with a line where they usually are"
     names = self.kept_beside.names
     picked = positions(names, param)
-    steps, values = self.kept_beside.arrays()
+    steps, values, _ = self.kept_beside.arrays()
     axes, colors = plot_axes(2), depth_colors(len(picked))
-    titles = 'norm of the gradient', 'change by an update / size of the weight'
+    titles = 'norm of the gradient', 'size of the update / of the weight'
     for ax, column, title in zip(axes, (0, 3), titles, strict=True):
         found = np.where(values[:, :, column] > 0, values[:, :, column], np.nan)
         lines = [ax.plot(steps, found[:, i], color=color, lw=1.2)[0]

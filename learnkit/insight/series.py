@@ -47,26 +47,28 @@ class StepSeries:
         device = waiting[-1][2].device
         rows = torch.cat([rows.to(device) for *_, rows in waiting]).to('cpu', torch.float32).numpy()
         self.add_names(dict.fromkeys(name for _, names, _ in waiting for name in names))
-        found = np.full((len(waiting), len(self.known), self.width), np.nan, np.float32)
+        found = np.full((len(waiting), len(self.known), self.width + 1), np.nan, np.float32)
         where = {name: i for i, name in enumerate(self.known)}
         lines = [i for i, (_, names, _) in enumerate(waiting) for _ in names]
-        found[lines, [where[name] for _, names, _ in waiting for name in names]] = rows
+        columns = [where[name] for _, names, _ in waiting for name in names]
+        found[lines, columns] = np.pad(rows, ((0, 0), (0, 1)), constant_values=1)  # 1: was seen
         self.steps.add(np.array([[step for step, *_ in waiting]], np.float64))
         self.values.add(np.ascontiguousarray(found.reshape(len(waiting), -1).T))
 
     def add_names(self, names):
         new = [name for name in names if name not in self.known]
         self.known = [*self.known, *new]
-        self.values.widen(len(new) * self.width)
+        self.values.widen(len(new) * (self.width + 1))
 
 # %% ../../nbs/insight/05_series.ipynb #f3dfc627
 @patch
-def arrays(self:StepSeries): # (int64 array (steps,), float32 array (steps, names, width))
-    "All that there is; nan where a name was not seen at a step"
+def arrays(self:StepSeries): # int64 (steps,), float32 (steps, names, width), bool (steps, names)
+    "The steps, what was seen, and whether a name was seen at a step"
     n = len(self.names)  # which reads
     steps = self.steps.array(1)[0].astype(np.int64)
-    values = torch.cat([torch.empty(n * self.width, 0), *self.values.parts], 1)
-    return steps, values.numpy().T.reshape(len(steps), n, self.width)
+    values = torch.cat([torch.empty(n * (self.width + 1), 0), *self.values.parts], 1)
+    values = values.numpy().T.reshape(len(steps), n, self.width + 1)
+    return steps, values[..., :-1], values[..., -1] == 1
 
 # %% ../../nbs/insight/05_series.ipynb #0c040703
 @patch

@@ -43,10 +43,10 @@ class StepSeries:
         """Take over what waits, in one transfer"""
     def add_names(self, names: Any) -> None: ...
     def arrays(self) -> Any:
-        """All that there is; nan where a name was not seen at a step
+        """The steps, what was seen, and whether a name was seen at a step
 
         Returns:
-            (int64 array (steps,), float32 array (steps, names, width))
+            int64 (steps,), float32 (steps, names, width), bool (steps, names)
         """
     def state(self) -> dict:
         """All that there is, and how many steps were counted
