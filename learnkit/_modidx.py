@@ -3115,6 +3115,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'learnkit/insight/activations.py'),
                                               'learnkit.insight.activations.pooled': ( 'insight/activations.html#pooled',
                                                                                        'learnkit/insight/activations.py'),
+                                              'learnkit.insight.activations.some_of': ( 'insight/activations.html#some_of',
+                                                                                        'learnkit/insight/activations.py'),
                                               'learnkit.insight.activations.statistics': ( 'insight/activations.html#statistics',
                                                                                            'learnkit/insight/activations.py')},
             'learnkit.insight.class_counts': { 'learnkit.insight.class_counts.averages': ( 'insight/class_counts.html#averages',

@@ -6,11 +6,13 @@
 __all__ = ['ActivationStats', 'check_has_hist']
 
 # %% ../../nbs/insight/06_activations.ipynb #ab95fb06
+import math
 from functools import partial
 import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import nn
+from torch.linalg import vector_norm
 from ..base.batches import tensors_in
 from ..base.dtensors import local_part
 from ..base.ranks import is_main
@@ -32,13 +34,21 @@ def statistics(x, # float tensor
                near_zero:float, hist, # as in `ActivationStats`
               ): # float32 tensor: mean, variance, share near zero, shares of the bins
     x = x.float()
-    variance, mean = torch.var_mean(x, correction=0)
-    size = x.abs()
-    found = torch.stack([mean, variance, (size <= near_zero).float().mean()])
+    n, size, mean = x.numel(), x.abs(), x.mean()
+    variance = vector_norm(x - mean)**2 / n  # at a fiftieth of the time of torch.var on a CPU
+    found = torch.stack([mean, variance, torch.count_nonzero(size <= near_zero) / n])
     if hist is None: return found
     bins, low, high = hist
-    values = (size if low == 0 else x).clamp(low, high)
-    return torch.cat([found, torch.histc(values, bins, low, high) / x.numel()])
+    values = some_of(size if low == 0 else x).clamp(low, high)
+    return torch.cat([found, torch.histc(values, bins, low, high) / values.numel()])
+
+ENOUGH = 2**17 # values for a histogram
+
+def some_of(x): # tensor
+    "All values, or every so many-th, by a prime number, which fits no size of an image or layer"
+    every = -(-x.numel() // ENOUGH)
+    while any(every % k == 0 for k in range(2, math.isqrt(every) + 1)): every += 1
+    return x if every == 1 else x.flatten()[::every]
 
 def pooled(parts): # float32 tensor; parts: (number of values, statistics) of each call
     "The statistics of all values together"

@@ -24,6 +24,14 @@ def statistics(x: Any, near_zero: float, hist: Any) -> Any:
     Returns:
         float32 tensor: mean, variance, share near zero, shares of the bins
     """
+ENOUGH: int
+
+def some_of(x: Any) -> Any:
+    """All values, or every so many-th, by a prime number, which fits no size of an image or layer
+
+    Returns:
+        tensor
+    """
 
 def pooled(parts: Any) -> Any:
     """The statistics of all values together

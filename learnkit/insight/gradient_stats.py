@@ -6,6 +6,7 @@
 __all__ = ['GradientStats', 'params_by_name']
 
 # %% ../../nbs/insight/07_gradient_stats.ipynb #75472b9b
+import math
 import numpy as np
 import torch
 from fastcore.basics import patch
@@ -28,8 +29,8 @@ def as_values(t): # float32 tensor
 
 def gradient_row(grad): # float32 tensor: norm, mean, standard deviation
     values = as_values(grad)
-    variance, mean = torch.var_mean(values, correction=0)
-    return torch.stack([vector_norm(values), mean, variance.sqrt()])
+    norm, mean = vector_norm(values), values.mean()
+    return torch.stack([norm, mean, vector_norm(values - mean) / math.sqrt(values.numel())])
 
 def update_ratio(before, after): # 0-d float32 tensor; nan for weights of 0
     "The size of a change by the size of what was changed"
