@@ -4,7 +4,7 @@ from .interpretation import (
     Interpretation,
 )
 from .activations import (
-    ActivationStats, check_has_hist,
+    ActivationStats, check_has_hist, two_lines,
 )
 from .gradient_stats import (
     GradientStats, params_by_name,
@@ -17,6 +17,6 @@ from .summary import (
 )
 
 __all__ = [
-    'Interpretation', 'ActivationStats', 'check_has_hist', 'GradientStats', 'params_by_name',
-    'ProfileResult', 'SummaryResult',
+    'Interpretation', 'ActivationStats', 'check_has_hist', 'two_lines', 'GradientStats',
+    'params_by_name', 'ProfileResult', 'SummaryResult',
 ]

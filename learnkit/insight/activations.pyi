@@ -6,7 +6,7 @@ from typing import Any
 from ..components.callback import Callback
 from ..loop.learner import Learner
 __all__ = [
-    'ActivationStats', 'check_has_hist'
+    'ActivationStats', 'two_lines', 'check_has_hist'
 ]
 
 def output_values(out: Any) -> Any:
@@ -117,5 +117,12 @@ class ActivationStats(Callback):
         Returns:
             list of Axes
         """
+
+def two_lines(name: Any, most: int = 28) -> str:
+    """A layer's name and class, beside or below each other
+
+    Returns:
+        str
+    """
 
 def check_has_hist(stats: Any) -> None: ...

@@ -153,8 +153,14 @@ def depth_colors(n:int): # array (n, 4)
     import matplotlib.pyplot as plt
     return plt.get_cmap('viridis')(np.linspace(0.05, 0.85, n))
 
+def short_name(name, most:int): # str
+    "The end of a long name, which tells more than its beginning"
+    return name if len(name) <= most else f'…{name[1 - most:]}'
+
 def name_lines(ax, lines, names, most:int=12):
     "A legend beside the Axes; of very many lines only some are named, the first and last too"
+    names = [short_name(name, 36) for name in names]
+    ax.figure.set_figwidth(ax.figure.get_figwidth() + 0.5 + 0.07 * max(map(len, names)))
     shown = np.linspace(0, len(lines) - 1, min(most, len(lines)), dtype=int)
     ax.legend([lines[i] for i in shown], [names[i] for i in shown], frameon=False, fontsize=8,
               loc='center left', bbox_to_anchor=(1.01, 0.5))

@@ -112,5 +112,12 @@ def depth_colors(n: int) -> Any:
         array (n, 4)
     """
 
+def short_name(name: Any, most: int) -> str:
+    """The end of a long name, which tells more than its beginning
+
+    Returns:
+        str
+    """
+
 def name_lines(ax: Any, lines: Any, names: Any, most: int = 12) -> None:
     """A legend beside the Axes; of very many lines only some are named, the first and last too"""
