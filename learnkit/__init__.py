@@ -174,11 +174,11 @@ from .insight import interpretation_plots as _interpretation_plots
 from .insight import layout as _layout
 from .insight import series as _series
 from .insight.activations import (
-    ActivationStats, check_has_hist, two_lines,
+    ActivationStats,
 )
 from .insight import step_clock as _step_clock
 from .insight.gradient_stats import (
-    GradientStats, params_by_name,
+    GradientStats,
 )
 from .insight.profile import (
     ProfileResult,
@@ -271,9 +271,9 @@ __all__ = [
     'TorchScheduler', 'LRFinderResult', 'SaveBest', 'AskToContinue', 'EarlyStopping', 'StopOnNaN',
     'ReduceLROnPlateau', 'MixedPrecision', 'GradientAccumulation', 'GradientClip', 'EMA', 'SWA',
     'ShortEpoch', 'StageFuncs', 'ValidateEvery', 'CutMix', 'MixUp', 'OverfitResult', 'ChannelsLast',
-    'Interpretation', 'ActivationStats', 'check_has_hist', 'two_lines', 'GradientStats',
-    'params_by_name', 'ProfileResult', 'SummaryResult', 'Logger', 'CSVLogger', 'JSONLogger',
-    'TensorBoardLogger', 'MLflowLogger', 'TrackioLogger', 'WandbLogger', 'launch', 'Ranks',
-    'Distributed', 'BEGINNING', 'StaleCheckpoint', 'Checkpointed', 'CheckpointedLearner',
-    'checkpoints_table', 'tree_text', 'plot_tree', 'explain_text', 'report_html', 'write_report',
+    'Interpretation', 'ActivationStats', 'GradientStats', 'ProfileResult', 'SummaryResult',
+    'Logger', 'CSVLogger', 'JSONLogger', 'TensorBoardLogger', 'MLflowLogger', 'TrackioLogger',
+    'WandbLogger', 'launch', 'Ranks', 'Distributed', 'BEGINNING', 'StaleCheckpoint', 'Checkpointed',
+    'CheckpointedLearner', 'checkpoints_table', 'tree_text', 'plot_tree', 'explain_text',
+    'report_html', 'write_report',
 ]

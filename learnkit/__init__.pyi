@@ -99,10 +99,7 @@ from .training.trials import OverfitResult as OverfitResult
 from .training.compiling import ChannelsLast as ChannelsLast
 from .insight.interpretation import Interpretation as Interpretation
 from .insight.activations import ActivationStats as ActivationStats
-from .insight.activations import check_has_hist as check_has_hist
-from .insight.activations import two_lines as two_lines
 from .insight.gradient_stats import GradientStats as GradientStats
-from .insight.gradient_stats import params_by_name as params_by_name
 from .insight.profile import ProfileResult as ProfileResult
 from .insight.summary import SummaryResult as SummaryResult
 from .loggers.logger import Logger as Logger
@@ -143,9 +140,9 @@ __all__ = [
     'AskToContinue', 'EarlyStopping', 'StopOnNaN', 'ReduceLROnPlateau', 'MixedPrecision',
     'GradientAccumulation', 'GradientClip', 'EMA', 'SWA', 'ShortEpoch', 'StageFuncs',
     'ValidateEvery', 'CutMix', 'MixUp', 'OverfitResult', 'ChannelsLast', 'Interpretation',
-    'ActivationStats', 'check_has_hist', 'two_lines', 'GradientStats', 'params_by_name',
-    'ProfileResult', 'SummaryResult', 'Logger', 'CSVLogger', 'JSONLogger', 'TensorBoardLogger',
-    'MLflowLogger', 'TrackioLogger', 'WandbLogger', 'launch', 'Ranks', 'Distributed',
-    'BEGINNING', 'StaleCheckpoint', 'Checkpointed', 'CheckpointedLearner', 'checkpoints_table',
-    'tree_text', 'plot_tree', 'explain_text', 'report_html', 'write_report'
+    'ActivationStats', 'GradientStats', 'ProfileResult', 'SummaryResult', 'Logger', 'CSVLogger',
+    'JSONLogger', 'TensorBoardLogger', 'MLflowLogger', 'TrackioLogger', 'WandbLogger', 'launch',
+    'Ranks', 'Distributed', 'BEGINNING', 'StaleCheckpoint', 'Checkpointed',
+    'CheckpointedLearner', 'checkpoints_table', 'tree_text', 'plot_tree', 'explain_text',
+    'report_html', 'write_report'
 ]

@@ -873,3 +873,15 @@ def metric_values(n_samples):
         matrix = values.pop('matrix').tolist()
         found[str(n)] = {**values, 'matrix': matrix}
     return found
+
+
+def looked_at(strategy, folder):
+    "What a fit and one that is resumed have seen, on each process"
+    found = []
+    for resume in (None, 'latest'):
+        stats, grads = ActivationStats(every=2), GradientStats(every=2)
+        learn = learner(path=folder)
+        learn.fit(2, cbs=[stats, grads, Distributed(strategy=strategy), SaveState('run')],
+                  resume=resume)
+        found.append([stats.df.values.tolist(), grads.df.values.tolist(), weights(learn).tolist()])
+    return found

@@ -200,6 +200,15 @@ def test_what_was_broken_off_goes_on_with_the_same_bits(tmp_path, whole, stop, h
         assert rows_a == rows_b and [name for name in a if a[name] != b[name]] == []
 
 
+@pytest.mark.parametrize('strategy', ['ddp', 'fsdp'])
+def test_the_first_process_looks_at_layers_and_gradients(strategy, tmp_path):
+    (first, resumed), (other, also) = launch(ranks.looked_at, strategy, tmp_path, n=2)
+    assert first[0] and first[1] and not other[0] and not other[1]
+    assert first == resumed == also
+    names = {name for _, name, *_ in first[0]}
+    assert names == {'0 Linear', '2 ReLU', '4 Linear'} and first[2] == other[2]
+
+
 @pytest.mark.slow
 def test_another_number_of_processes_goes_on_by_samples(tmp_path, capfd):
     with pytest.raises(RuntimeError, match='143'):

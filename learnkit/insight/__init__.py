@@ -4,10 +4,10 @@ from .interpretation import (
     Interpretation,
 )
 from .activations import (
-    ActivationStats, check_has_hist, two_lines,
+    ActivationStats,
 )
 from .gradient_stats import (
-    GradientStats, params_by_name,
+    GradientStats,
 )
 from .profile import (
     ProfileResult,
@@ -17,6 +17,5 @@ from .summary import (
 )
 
 __all__ = [
-    'Interpretation', 'ActivationStats', 'check_has_hist', 'two_lines', 'GradientStats',
-    'params_by_name', 'ProfileResult', 'SummaryResult',
+    'Interpretation', 'ActivationStats', 'GradientStats', 'ProfileResult', 'SummaryResult',
 ]

@@ -3,13 +3,9 @@
 # pyright: reportPrivateImportUsage=false
 from .interpretation import Interpretation as Interpretation
 from .activations import ActivationStats as ActivationStats
-from .activations import check_has_hist as check_has_hist
-from .activations import two_lines as two_lines
 from .gradient_stats import GradientStats as GradientStats
-from .gradient_stats import params_by_name as params_by_name
 from .profile import ProfileResult as ProfileResult
 from .summary import SummaryResult as SummaryResult
 __all__ = [
-    'Interpretation', 'ActivationStats', 'check_has_hist', 'two_lines', 'GradientStats',
-    'params_by_name', 'ProfileResult', 'SummaryResult'
+    'Interpretation', 'ActivationStats', 'GradientStats', 'ProfileResult', 'SummaryResult'
 ]

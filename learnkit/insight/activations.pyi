@@ -6,7 +6,7 @@ from typing import Any
 from ..components.callback import Callback
 from ..loop.learner import Learner
 __all__ = [
-    'ActivationStats', 'two_lines', 'check_has_hist'
+    'ActivationStats'
 ]
 
 def output_values(out: Any) -> Any:

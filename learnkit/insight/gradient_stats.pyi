@@ -6,7 +6,7 @@ from typing import Any
 from ..components.callback import Callback
 from ..loop.learner import Learner
 __all__ = [
-    'GradientStats', 'params_by_name'
+    'GradientStats'
 ]
 
 def as_values(t: Any) -> Any:
@@ -26,6 +26,13 @@ def update_ratio(before: Any, after: Any) -> Any:
 
     Returns:
         0-d float32 tensor; nan for weights of 0
+    """
+
+def params_by_name(learn: Learner) -> Any:
+    """The parameters of the model, and of the loss if it has some
+
+    Returns:
+        dict: name -> parameter
     """
 
 class GradientStats(Callback):
@@ -62,13 +69,6 @@ class GradientStats(Callback):
         Returns:
             list of two Axes
         """
-
-def params_by_name(learn: Learner) -> Any:
-    """The parameters of the model, and of the loss if it has some
-
-    Returns:
-        dict: name -> parameter
-    """
 FEW: float
 MANY: float
 
