@@ -162,8 +162,7 @@ class Callback:
     places_model = False # whether it brings the model to the device itself, in `after_create`
     observer = False # whether it only looks: such may come and go, nothing follows from them
     kept_beside = None # what one that only looks has seen; see `beside_state`
-    every_evaluation = False # whether its before_batch, after_pred and after_loss are also for the
-                             # evaluations within a step, as LBFGS and SAM make them
+    every_evaluation = False # whether it hears evaluations within a step too, as of LBFGS and SAM
 
     def __new__(cls, *args, **kwargs):
         self = super().__new__(cls)

@@ -126,7 +126,7 @@ class Callback:
     kept_beside: Any
     """what one that only looks has seen; see `beside_state`"""
     every_evaluation: bool
-    """whether its before_batch, after_pred and after_loss are also for the"""
+    """whether it hears evaluations within a step too, as of LBFGS and SAM"""
     as_made: AsMade
     def __init__(
             self,

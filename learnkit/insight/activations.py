@@ -7,7 +7,6 @@ __all__ = ['ActivationStats']
 
 # %% ../../nbs/insight/06_activations.ipynb #ab95fb06
 import math
-from functools import partial
 import numpy as np
 import torch
 from fastcore.basics import patch
@@ -26,6 +25,7 @@ from .series import (
 def output_values(out): # plain tensor; None: there is none of floats
     "The first floating tensor that a layer gives out: of an LSTM its outputs, not its state"
     for t in tensors_in(out):
+        if torch._C._functorch.is_functorch_wrapped_tensor(t): continue  # one of many, inside vmap
         t = local_part(t.detach())
         if t.is_nested or t.is_sparse: t = t.values() if t.is_nested else t.coalesce().values()
         if t.is_floating_point() and t.numel(): return t
@@ -64,6 +64,15 @@ def is_layer(module): # bool
     has_weights = next(module.parameters(recurse=False), None) is not None
     return has_weights or type(module).__module__ == 'torch.nn.modules.activation'
 
+def layers_of(model, which): # dict: name and class -> module; which: as in `ActivationStats`
+    "The layers to be looked at; the model itself where it has weights of its own"
+    named = {name: m for name, m in model.named_modules() if name or is_layer(m)}
+    if which is None and not any(map(is_layer, named.values())):
+        raise ValueError('ActivationStats(): no module has weights of its own or is an activation '
+                         f'function; say which, modules={[*named][:3]} for example')
+    found = chosen(named, is_layer if which is None else which, 'ActivationStats')
+    return {f'{name} {unsharded_class(m).__name__}'.strip(): m for name, m in found.items()}
+
 def check_hist(hist): # (int, float, float), or None
     "ValueError unless it is: bins, lowest, highest value"
     if hist is None: return None
@@ -73,10 +82,13 @@ def check_hist(hist): # (int, float, float), or None
     raise ValueError(f'ActivationStats(hist={hist!r}): give (bins, lowest, highest value), such as '
                      '(40, 0, 10), or None')
 
+def is_compiled(module): # bool
+    by_script = isinstance(module, torch.jit.ScriptModule)
+    return by_script or '_orig_mod' in module._modules or module._compiled_call_impl is not None
+
 def check_not_compiled(learn):
     "Raise RuntimeError where hooks would not be called"
-    if learn.compiled is None and not any('_orig_mod' in m._modules or m._compiled_call_impl
-                                          for m in learn.model.modules()): return
+    if learn.compiled is None and not any(map(is_compiled, learn.model.modules())): return
     raise RuntimeError('ActivationStats cannot look into a compiled model: train some steps '
                        'without, learn.compile(on=False), or leave ActivationStats out')
 
@@ -100,39 +112,52 @@ class ActivationStats(Callback):
 
     def before_train(self, learn):
         check_not_compiled(learn)
-        named = {name: module for name, module in learn.model.named_modules() if name} or {
-            '': learn.model}
-        which = is_layer if self.modules is None else self.modules
-        found = chosen(named, which, 'ActivationStats')
-        self._layers = {f'{name} {unsharded_class(module).__name__}'.strip(): module
-                        for name, module in found.items()}
+        self._layers = layers_of(learn.model, self.modules)
 
     def cleanup_train(self, learn): self._layers = {}
 
-    def before_batch(self, learn):
-        if not self.kept_beside.is_due(self.every) or not is_main(): return
-        self._hooks = [module.register_forward_hook(partial(self._look, name))
-                       for name, module in self._layers.items()]
+# %% ../../nbs/insight/06_activations.ipynb #9dbbe497
+class Look:
+    "A hook; a copy of a model that is made meanwhile does not look"
+    def __init__(self, stats, learn, name): self.stats, self.learn, self.name = stats, learn, name
+    def __reduce__(self): return does_not_look, ()
 
-    def _look(self, name, module, args, out):
+    def __call__(self, module, args, out):
+        stats = self.stats
+        if all(cb is not stats for cb in self.learn.cbs):  # it was taken out in this batch
+            return stats.cleanup_batch(self.learn)
         if (x := output_values(out)) is None: return
-        with torch.no_grad(): found = statistics(x, self.near_zero, self.hist)
-        self._found.setdefault(name, []).append((x.numel(), found))
+        with torch.no_grad(): found = statistics(x, stats.near_zero, stats.hist)
+        stats._found.setdefault(self.name, []).append((x.numel(), found))
 
-    def after_pred(self, learn):
-        self._remove_hooks()
-        found, self._found = self._found, {}
-        if not found: return
-        rows = torch.stack([pooled(parts).to(learn.device) for parts in found.values()])
-        self.kept_beside.add(learn.steps_done, [*found], rows)
+def does_not_look(): return look_away # a hook
+def look_away(module, args, out): return None
 
-    def cleanup_batch(self, learn):
-        self._remove_hooks()
-        self._found = {}
+# %% ../../nbs/insight/06_activations.ipynb #eaedbda1
+@patch
+def before_batch(self:ActivationStats, learn):
+    if not self.kept_beside.is_due(self.every) or not is_main(): return
+    if not self._layers: self.before_train(learn)  # it was added within an epoch
+    self._hooks = [module.register_forward_hook(Look(self, learn, name))
+                   for name, module in self._layers.items()]
 
-    def _remove_hooks(self):
-        for hook in self._hooks: hook.remove()
-        self._hooks = []
+@patch
+def after_pred(self:ActivationStats, learn):
+    self._remove_hooks()
+    found, self._found = self._found, {}
+    if not found: return
+    rows = torch.stack([pooled(parts).to(learn.device) for parts in found.values()])
+    self.kept_beside.add(learn.steps_done, [*found], rows)
+
+@patch
+def cleanup_batch(self:ActivationStats, learn):
+    self._remove_hooks()
+    self._found = {}
+
+@patch
+def _remove_hooks(self:ActivationStats):
+    for hook in self._hooks: hook.remove()
+    self._hooks = []
 
 # %% ../../nbs/insight/06_activations.ipynb #bde77d28
 @patch(as_prop=True)

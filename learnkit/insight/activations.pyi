@@ -47,11 +47,23 @@ def is_layer(module: Any) -> bool:
         bool
     """
 
+def layers_of(model: Any, which: Any) -> Any:
+    """The layers to be looked at; the model itself where it has weights of its own
+
+    Returns:
+        dict: name and class -> module; which: as in `ActivationStats`
+    """
+
 def check_hist(hist: Any) -> Any:
     """ValueError unless it is: bins, lowest, highest value
 
     Returns:
         (int, float, float), or None
+    """
+
+def is_compiled(module: Any) -> bool:
+    """Returns:
+        bool
     """
 
 def check_not_compiled(learn: Learner) -> None:
@@ -117,6 +129,18 @@ class ActivationStats(Callback):
         Returns:
             list of Axes
         """
+
+class Look:
+    """A hook; a copy of a model that is made meanwhile does not look"""
+    stats: Any
+    learn: Any
+    name: Any
+    def __init__(self, stats: Any, learn: Learner, name: Any) -> None: ...
+    def __call__(self, module: Any, args: Any, out: Any) -> Any: ...
+
+def does_not_look() -> Any: ...
+
+def look_away(module: Any, args: Any, out: Any) -> Any: ...
 
 def two_lines(name: Any, most: int = 28) -> str:
     """A layer's name and class, beside or below each other

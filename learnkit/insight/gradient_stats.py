@@ -65,6 +65,7 @@ class GradientStats(Callback):
 
     def before_step(self, learn):
         if learn.steps_done % self.every or not is_main(): return
+        if not self._chosen: self.before_train(learn)  # it was added within an epoch
         self._seen = {name: (gradient_row(p.grad), as_values(p).clone())
                       for name, p in self._chosen.items()
                       if p.requires_grad and p.grad is not None and local_part(p).numel()}

@@ -40,25 +40,28 @@ class StepSeries:
         self.waiting.append((step, names, rows))
         if len(self.waiting) == 1024: self.read()
 
-    def read(self):
-        "Take over what waits, in one transfer"
-        if not self.waiting: return
-        waiting, self.waiting = self.waiting, []
-        device = waiting[-1][2].device
-        rows = torch.cat([rows.to(device) for *_, rows in waiting]).to('cpu', torch.float32).numpy()
-        self.add_names(dict.fromkeys(name for _, names, _ in waiting for name in names))
-        found = np.full((len(waiting), len(self.known), self.width + 1), np.nan, np.float32)
-        where = {name: i for i, name in enumerate(self.known)}
-        lines = [i for i, (_, names, _) in enumerate(waiting) for _ in names]
-        columns = [where[name] for _, names, _ in waiting for name in names]
-        found[lines, columns] = np.pad(rows, ((0, 0), (0, 1)), constant_values=1)  # 1: was seen
-        self.steps.add(np.array([[step for step, *_ in waiting]], np.float64))
-        self.values.add(np.ascontiguousarray(found.reshape(len(waiting), -1).T))
+# %% ../../nbs/insight/05_series.ipynb #74ee7a8c
+@patch
+def read(self:StepSeries):
+    "Take over what waits, in one transfer"
+    if not self.waiting: return
+    waiting, self.waiting = self.waiting, []
+    device = waiting[-1][2].device
+    rows = torch.cat([rows.to(device) for *_, rows in waiting]).to('cpu', torch.float32).numpy()
+    self.add_names(dict.fromkeys(name for _, names, _ in waiting for name in names))
+    found = np.full((len(waiting), len(self.known), self.width + 1), np.nan, np.float32)
+    where = {name: i for i, name in enumerate(self.known)}
+    lines = [i for i, (_, names, _) in enumerate(waiting) for _ in names]
+    columns = [where[name] for _, names, _ in waiting for name in names]
+    found[lines, columns] = np.pad(rows, ((0, 0), (0, 1)), constant_values=1)  # 1: was seen
+    self.steps.add(np.array([[step for step, *_ in waiting]], np.float64))
+    self.values.add(np.ascontiguousarray(found.reshape(len(waiting), -1).T))
 
-    def add_names(self, names):
-        new = [name for name in names if name not in self.known]
-        self.known = [*self.known, *new]
-        self.values.widen(len(new) * (self.width + 1))
+@patch
+def add_names(self:StepSeries, names):
+    new = [name for name in names if name not in self.known]
+    self.known = [*self.known, *new]
+    self.values.widen(len(new) * (self.width + 1))
 
 # %% ../../nbs/insight/05_series.ipynb #f3dfc627
 @patch

@@ -239,6 +239,42 @@ def test_only_training_is_looked_at():
     assert same(stats, before)
 
 
+def test_it_comes_and_goes_within_an_epoch():
+    both = [ActivationStats(every=1), GradientStats(every=1)]
+    def change(learn):
+        if learn.steps_done == 3: learn.cbs.extend(both)
+        if learn.steps_done == 7:
+            for cb in both: learn.remove_cb(cb)
+    learn = made()
+    learn.fit(2, cbs=Callback(before_batch=change, order=99))  # in the midst of a batch
+    steps = [cb.df['step'].unique().tolist() for cb in both]
+    assert steps[0] == [4, 5, 6] and steps[1] == [3, 4, 5, 6] and not hooks(learn.model)
+
+
+def test_models_without_layers_or_with_other_outputs():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.inner = nn.Parameter(torch.ones(3, 1)), nn.Sequential(nn.Flatten())
+        def forward(self, x): return self.inner(x) @ self.weight
+    class Mapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.last = nn.Linear(3, 3), nn.Linear(3, 1)
+        def forward(self, x): return self.last(torch.func.vmap(self.inner)(x))
+    for model, names in [(nn.Linear(3, 1), ['Linear']), (Own(), ['Own']),
+                         (Mapped(), ['last Linear'])]:
+        stats = ActivationStats(every=1)
+        made(model=model).fit(1, cbs=stats)
+        assert stats.kept_beside.names == names
+    with pytest.raises(ValueError, match=r"no module has weights .* modules=\['0'\] for example"):
+        made(model=nn.Sequential(nn.Flatten()), loss_func=lambda pred, targ: pred.mean()).fit(
+            1, cbs=[ActivationStats(), Callback(backward=print, step=print)])
+    script = torch.jit.script(nn.Sequential(nn.Linear(3, 1)))
+    with pytest.raises(RuntimeError, match='cannot look into a compiled model'):
+        made(model=script).fit(1, cbs=ActivationStats())
+
+
 @pytest.mark.parametrize('copied', [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 def test_a_learner_with_it_can_be_copied(copied):
     stats, grads = ActivationStats(every=1), GradientStats(every=1)
@@ -249,6 +285,19 @@ def test_a_learner_with_it_can_be_copied(copied):
     for one in (learn, other): one.fit(1)
     assert same(stats, other.cbs[-2]) and same(grads, other.cbs[-1])
     assert len(stats.df) == 2 * 12 * 4
+
+
+def test_copies_of_a_model_that_are_made_in_a_batch_do_not_look():
+    stats = ActivationStats(every=1)
+    for copied in (copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))):
+        def get_pred(learn, copied=copied):
+            other, learn.pred = copied(learn.model)(*learn.xb), learn.model(*learn.xb)
+            assert other.shape == learn.pred.shape
+        made().fit(1, cbs=[stats, Callback(get_pred=get_pred)])
+    plain = ActivationStats(every=1)
+    made().fit(1, cbs=plain)
+    assert len(stats.df) == 2 * len(plain.df)
+    assert stats.df['mean'].tolist()[:4] == plain.df['mean'].tolist()[:4]
 
 
 def test_steps_do_not_wait_for_it(monkeypatch):
