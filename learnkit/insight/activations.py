@@ -98,7 +98,7 @@ class ActivationStats(Callback):
     observer, phases, order = True, ('train',), 80
 
     def __init__(self,
-                 modules=None, # name or pattern, class, function of a module, list; None: see above
+                 modules=None, # pattern, class, module, function, list; None: weights, activations
                  every:int=10, # training batches; the first of each so many is looked at
                  hist=(40, 0, 10), # bins, lowest, highest value; from 0: of sizes; None: none
                  near_zero:float=0.05, # values of at most this size count as dead

@@ -85,7 +85,7 @@ class ActivationStats(Callback):
         """Mean, deviation, dead share and histogram of what layers give out, over a training
 
         Args:
-            modules: name or pattern, class, function of a module, list; None: see above
+            modules: pattern, class, module, function, list; None: weights, activations
             every: training batches; the first of each so many is looked at
             hist: bins, lowest, highest value; from 0: of sizes; None: none
             near_zero: values of at most this size count as dead
