@@ -172,19 +172,19 @@ from .insight.interpretation import (
 )
 from .insight import interpretation_plots as _interpretation_plots
 from .insight import layout as _layout
-from .insight import series as _series
-from .insight.activations import (
-    ActivationStats,
-)
 from .insight import step_clock as _step_clock
-from .insight.gradient_stats import (
-    GradientStats,
-)
 from .insight.profile import (
     ProfileResult,
 )
 from .insight.summary import (
     SummaryResult,
+)
+from .insight import series as _series
+from .insight.activations import (
+    ActivationStats,
+)
+from .insight.gradient_stats import (
+    GradientStats,
 )
 from .loggers import feed as _feed
 from .loggers.logger import (
@@ -271,7 +271,7 @@ __all__ = [
     'TorchScheduler', 'LRFinderResult', 'SaveBest', 'AskToContinue', 'EarlyStopping', 'StopOnNaN',
     'ReduceLROnPlateau', 'MixedPrecision', 'GradientAccumulation', 'GradientClip', 'EMA', 'SWA',
     'ShortEpoch', 'StageFuncs', 'ValidateEvery', 'CutMix', 'MixUp', 'OverfitResult', 'ChannelsLast',
-    'Interpretation', 'ActivationStats', 'GradientStats', 'ProfileResult', 'SummaryResult',
+    'Interpretation', 'ProfileResult', 'SummaryResult', 'ActivationStats', 'GradientStats',
     'Logger', 'CSVLogger', 'JSONLogger', 'TensorBoardLogger', 'MLflowLogger', 'TrackioLogger',
     'WandbLogger', 'launch', 'Ranks', 'Distributed', 'BEGINNING', 'StaleCheckpoint', 'Checkpointed',
     'CheckpointedLearner', 'checkpoints_table', 'tree_text', 'plot_tree', 'explain_text',

@@ -98,10 +98,10 @@ from .training.mix import MixUp as MixUp
 from .training.trials import OverfitResult as OverfitResult
 from .training.compiling import ChannelsLast as ChannelsLast
 from .insight.interpretation import Interpretation as Interpretation
-from .insight.activations import ActivationStats as ActivationStats
-from .insight.gradient_stats import GradientStats as GradientStats
 from .insight.profile import ProfileResult as ProfileResult
 from .insight.summary import SummaryResult as SummaryResult
+from .insight.activations import ActivationStats as ActivationStats
+from .insight.gradient_stats import GradientStats as GradientStats
 from .loggers.logger import Logger as Logger
 from .loggers.files import CSVLogger as CSVLogger
 from .loggers.files import JSONLogger as JSONLogger
@@ -140,7 +140,7 @@ __all__ = [
     'AskToContinue', 'EarlyStopping', 'StopOnNaN', 'ReduceLROnPlateau', 'MixedPrecision',
     'GradientAccumulation', 'GradientClip', 'EMA', 'SWA', 'ShortEpoch', 'StageFuncs',
     'ValidateEvery', 'CutMix', 'MixUp', 'OverfitResult', 'ChannelsLast', 'Interpretation',
-    'ActivationStats', 'GradientStats', 'ProfileResult', 'SummaryResult', 'Logger', 'CSVLogger',
+    'ProfileResult', 'SummaryResult', 'ActivationStats', 'GradientStats', 'Logger', 'CSVLogger',
     'JSONLogger', 'TensorBoardLogger', 'MLflowLogger', 'TrackioLogger', 'WandbLogger', 'launch',
     'Ranks', 'Distributed', 'BEGINNING', 'StaleCheckpoint', 'Checkpointed',
     'CheckpointedLearner', 'checkpoints_table', 'tree_text', 'plot_tree', 'explain_text',

@@ -3,19 +3,19 @@
 from .interpretation import (
     Interpretation,
 )
-from .activations import (
-    ActivationStats,
-)
-from .gradient_stats import (
-    GradientStats,
-)
 from .profile import (
     ProfileResult,
 )
 from .summary import (
     SummaryResult,
 )
+from .activations import (
+    ActivationStats,
+)
+from .gradient_stats import (
+    GradientStats,
+)
 
 __all__ = [
-    'Interpretation', 'ActivationStats', 'GradientStats', 'ProfileResult', 'SummaryResult',
+    'Interpretation', 'ProfileResult', 'SummaryResult', 'ActivationStats', 'GradientStats',
 ]

@@ -2,10 +2,10 @@
 # pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 # pyright: reportPrivateImportUsage=false
 from .interpretation import Interpretation as Interpretation
-from .activations import ActivationStats as ActivationStats
-from .gradient_stats import GradientStats as GradientStats
 from .profile import ProfileResult as ProfileResult
 from .summary import SummaryResult as SummaryResult
+from .activations import ActivationStats as ActivationStats
+from .gradient_stats import GradientStats as GradientStats
 __all__ = [
-    'Interpretation', 'ActivationStats', 'GradientStats', 'ProfileResult', 'SummaryResult'
+    'Interpretation', 'ProfileResult', 'SummaryResult', 'ActivationStats', 'GradientStats'
 ]
