@@ -117,11 +117,17 @@ def metric(higher_is_better:bool=None, # None: unknown
 # %% ../../nbs/components/01_metrics.ipynb #4da38b0c
 def check_same_shape(pred, targ, # tensors
                what:str, # what is compared, for the error
+               hint:str='', # what to do about it
               ):
     "Raise ValueError unless the shapes are equal: broadcasting gives wrong numbers in silence"
     if pred.shape != targ.shape:
         raise ValueError(f'{what}: predictions of shape {tuple(pred.shape)} do not match '
-                         f'targets of shape {tuple(targ.shape)}')
+                         f'targets of shape {tuple(targ.shape)}{hint}')
+
+def axis_hint(pred, targ, axis): # str
+    "Where the classes may be instead"
+    is_second = axis != 1 and pred.shape[:1] + pred.shape[2:] == targ.shape
+    return '; for classes in axis 1: partial(accuracy, axis=1)' if is_second else ''
 
 def float_type(t): # torch.dtype
     "That of exact fractions: float64 where the device has it"
@@ -142,7 +148,8 @@ def accuracy(pred, # scores, (batch, ..., classes)
             ): # 0-d tensor
     "Part of the targets that have the highest score"
     best = pred.argmax(axis)
-    check_same_shape(best, targ, f'accuracy, after argmax over axis {axis}')
+    check_same_shape(best, targ, f'accuracy, after argmax over axis {axis}',
+                     axis_hint(pred, targ, axis))
     return fraction_of_counted(best == targ, targ, ignore_index)
 
 @metric(higher_is_better=False)

@@ -117,12 +117,20 @@ def metric(
         decorator, function -> `Metric`
     """
 
-def check_same_shape(pred: Any, targ: Any, what: str) -> None:
+def check_same_shape(pred: Any, targ: Any, what: str, hint: str = '') -> None:
     """Raise ValueError unless the shapes are equal: broadcasting gives wrong numbers in silence
 
     Args:
         pred, targ: tensors
         what: what is compared, for the error
+        hint: what to do about it
+    """
+
+def axis_hint(pred: Any, targ: Any, axis: Any) -> str:
+    """Where the classes may be instead
+
+    Returns:
+        str
     """
 
 def float_type(t: Any) -> Any:
