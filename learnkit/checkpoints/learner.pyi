@@ -45,7 +45,7 @@ class CheckpointedLearner(Checkpointed, Learner):
             loss_func: (pred, *targets) -> scalar or parts; None: the model has it
             opt_func: class or partial, called with (groups, lr=), or dict; None: AdamW
             lr: default learning rate of a fit: float, slice(first, last), list or dict
-            splitter: model -> lists of parameters that get their own rate, or a dict
+            splitter: model -> lists of parameters or modules with own rates, or a dict
             cbs: callbacks besides `Recorder` and `Progress`
             metrics: function, metric object, list of them, or dict by name
             wd: weight decay, not applied to norms and biases; None: the optimizer's own

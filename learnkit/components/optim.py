@@ -28,15 +28,19 @@ def no_decay(model:nn.Module): # set of ids of parameters
 
 # %% ../../nbs/components/02_optim.ipynb #586cf42c
 def param_groups(model:nn.Module,
-                 splitter=None, # function of the model -> lists of parameters; None: one list
+                 splitter=None, # model -> lists of parameters, or modules; None: one list
                  wd=None, # weight decay of the decaying parameters; None: leave it to the optimizer
                 ): # list of dicts for a torch optimizer
     "The parameters of `model` as optimizer groups"
-    split = [list(model.parameters())] if splitter is None else [list(g) for g in splitter(model)]
+    split = [model] if splitter is None else splitter(model)
+    split = [params_in(part) for part in split]
     if splitter is not None: check_split(model, split)
     return groups_of(model, split, wd)
 
 # %% ../../nbs/components/02_optim.ipynb #f3fa664e
+def params_in(part): # list of parameters; part: a module, or an iterable of parameters
+    return list(part.parameters() if isinstance(part, nn.Module) else part)
+
 def groups_of(model, split, wd, first=0): # split: lists of parameters; first: number of a list
     "Lists of parameters as optimizer groups"
     if wd is None: groups = [(i, ps, {}) for i, ps in enumerate(split, first)]
@@ -221,9 +225,9 @@ def parts_of(model:nn.Module,
 
 def as_lists(params): # list of lists of parameters
     "Parameters as one list; lists of them as they are"
-    params = list(params)
+    params = params_in(params)
     is_one = all(isinstance(p, torch.Tensor) for p in params)
-    return [params] if is_one else [list(ps) for ps in params]
+    return [params] if is_one else [params_in(part) for part in params]
 
 def part_named(model, name, names): # iterator of parameters
     "The parameters of a part of a model"

@@ -22,11 +22,16 @@ def param_groups(model: nn.Module, splitter: Any = None, wd: Any = None) -> Any:
     """The parameters of `model` as optimizer groups
 
     Args:
-        splitter: function of the model -> lists of parameters; None: one list
+        splitter: model -> lists of parameters, or modules; None: one list
         wd: weight decay of the decaying parameters; None: leave it to the optimizer
 
     Returns:
         list of dicts for a torch optimizer
+    """
+
+def params_in(part: Any) -> Any:
+    """Returns:
+        list of parameters; part: a module, or an iterable of parameters
     """
 
 def groups_of(model: Any, split: Any, wd: Any, first: Any = 0) -> Any:

@@ -42,7 +42,7 @@ class Learner(Loop):
                  loss_func=None, # (pred, *targets) -> scalar or parts; None: the model has it
                  opt_func=None, # class or partial, called with (groups, lr=), or dict; None: AdamW
                  lr=1e-3, # default learning rate of a fit: float, slice(first, last), list or dict
-                 splitter=None, # model -> lists of parameters that get their own rate, or a dict
+                 splitter=None, # model -> lists of parameters or modules with own rates, or a dict
                  cbs=None, # callbacks besides `Recorder` and `Progress`
                  metrics=None, # function, metric object, list of them, or dict by name
                  wd=None, # weight decay, not applied to norms and biases; None: the optimizer's own
