@@ -149,16 +149,23 @@ def same_value(interp, i:int): # bool; None where there is no right and wrong
         return bool((interp.preds[i] == interp.targs[i]).all()) if is_single else None
     return None
 
+# %% ../../nbs/insight/04_interpretation_plots.ipynb #f4464219
 def draw_masks(ax, x, pred, targ):
     "Of a picture of classes: in colours what was predicted, in lines where the truth begins"
     is_mask = isinstance(targ, torch.Tensor) and targ.ndim == 2 and pred.shape[-2:] == targ.shape
     if not is_mask or not isinstance(x, torch.Tensor) or x.shape[-2:] != targ.shape: return
     pred = pred if pred.ndim == 2 else pred[0] > 0
-    n = max(int(targ.max()), int(pred.max()), 1)
     ax.imshow(np.ma.masked_equal(pred.numpy(), 0), cmap='tab10', alpha=0.45, vmin=0, vmax=9,
               interpolation='nearest')
-    levels = np.arange(n) + 0.5
-    ax.contour(targ.clamp(0).numpy(), levels=levels, colors='white', linewidths=1)
+    from matplotlib.collections import LineCollection
+    ax.add_collection(LineCollection(border_lines(targ), colors='white', linewidths=1))
+
+def border_lines(mask): # array, (lines, 2 ends, x and y)
+    "Where pixels of one class meet those of another, in the coordinates of imshow"
+    across, along = np.array([[-0.5, 0.5], [0.5, 0.5]]), np.array([[0.5, -0.5], [0.5, 0.5]])
+    below = (mask[1:] != mask[:-1]).nonzero().flip(1).numpy()[:, None]
+    beside = (mask[:, 1:] != mask[:, :-1]).nonzero().flip(1).numpy()[:, None]
+    return np.concatenate([below + across, beside + along])
 
 # %% ../../nbs/insight/04_interpretation_plots.ipynb #6da71c14
 WITH_NUMBERS, TICKS = 20, 50 # classes

@@ -93,6 +93,13 @@ def same_value(interp: Any, i: int) -> Any:
 
 def draw_masks(ax: Any, x: Any, pred: Any, targ: Any) -> None:
     """Of a picture of classes: in colours what was predicted, in lines where the truth begins"""
+
+def border_lines(mask: Any) -> Any:
+    """Where pixels of one class meet those of another, in the coordinates of imshow
+
+    Returns:
+        array, (lines, 2 ends, x and y)
+    """
 WITH_NUMBERS: int
 TICKS: int
 
