@@ -65,6 +65,7 @@ def describe_dataset_attributes(ds, walk): # dict: name -> JSON value
     "What a dataset holds, as it was before calls; what cannot be described is known by its class"
     found = {}
     for name, value in attributes(ds).items():
+        if is_place(ds, name): continue
         if 'cache' in name.lower() and (value is None or isinstance(value, dict)): continue
         worked, node = walk.try_describe_at(name, value, walk.describe_data_at)
         if not worked: node = {'$unknown': name_of(type(value))}
@@ -87,6 +88,11 @@ def is_data_of(x, n): # bool
     if not isinstance(x, (list, tuple)) or len(x) < n or not x: return False
     inner = x[0] if isinstance(x[0], (list, tuple)) else [x[0]]
     return any(isinstance(item, (torch.Tensor, np.ndarray, bytes)) for item in inner)
+
+# %% ../../nbs/fingerprint/09_loaders.ipynb #d792290f
+def is_place(x, name): # bool
+    "Whether an attribute is the epoch that each fit tells a dataset or a loader anew"
+    return name in ('epoch', '_epoch') and callable(getattr(x, 'set_epoch', None))
 
 # %% ../../nbs/fingerprint/09_loaders.ipynb #e1dae37a
 N_SAMPLES = 8
@@ -235,6 +241,13 @@ def describe_batches(key, dl, walk): # JSON value
         if known or hasattr(type(dl), '__fingerprint__'): return walk.describe(dl)
         if hasattr(dl, '__len__') and hasattr(dl, '__getitem__'):
             return describe_by_samples(dl, walk)
-        if attributes(dl): return walk.describe(dl)
+        if attributes(dl): return without_place(dl, walk.describe(dl))
         walk.refuse(dl, f'{type(dl)} does not say where its batches come from: give it a method '
                         '__fingerprint__ that returns plain values')
+
+def without_place(dl, node): # JSON value
+    "The description of a loader without the epoch it has been told"
+    def left(names): return [name for name in names if not is_place(dl, name)]
+    if not isinstance(node, dict) or 'with' not in node: return node
+    node = {**node, 'with': {name: node['with'][name] for name in left(node['with'])}}
+    return node if 'given' not in node else {**node, 'given': left(node['given'])}

@@ -43,6 +43,13 @@ def is_data_of(x: Any, n: Any) -> bool:
     Returns:
         bool
     """
+
+def is_place(x: Any, name: Any) -> bool:
+    """Whether an attribute is the epoch that each fit tells a dataset or a loader anew
+
+    Returns:
+        bool
+    """
 N_SAMPLES: int
 
 def cached_samples_digest(ds: Any, described: Any, walk: Any) -> Any:
@@ -120,6 +127,13 @@ def describe_loaders(x: Any, walk: Any) -> Any: ...
 
 def describe_batches(key: Any, dl: Any, walk: Any) -> Any:
     """Anything that gives batches
+
+    Returns:
+        JSON value
+    """
+
+def without_place(dl: Any, node: Any) -> Any:
+    """The description of a loader without the epoch it has been told
 
     Returns:
         JSON value

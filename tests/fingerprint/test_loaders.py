@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import (
-    ConcatDataset, DataLoader, RandomSampler, SequentialSampler, Subset, SubsetRandomSampler,
-    TensorDataset)
+    ConcatDataset, DataLoader, IterableDataset, RandomSampler, SequentialSampler, Subset,
+    SubsetRandomSampler, TensorDataset)
 from learnkit.base.randomness import rng_state
-from learnkit.data.loaders import DataLoaders, DatasetLoader, TensorLoader
+from learnkit.data.loaders import DataLoaders, DatasetLoader, TensorLoader, set_epoch
 from learnkit.files.tree import tree_digest
 from learnkit.fingerprint.values import UnfingerprintableError, fingerprint
 from fingerprint_helpers import code, digest, error, loaders, Order, same, seeded, Squares, tree
@@ -174,6 +174,27 @@ def test_iterables_of_batches():
     assert 'is an iterator' in error({'data': DataLoaders(iter([1]))})
     assert same(DataLoaders([(a, a)]), DataLoaders([(a, a)], None))
     assert not same(DataLoaders([(a, a)]), DataLoaders([(a, a)], [(a, a)]))
+
+
+def test_the_epoch_that_a_fit_tells_does_not_count():
+    class Stream(IterableDataset):
+        def __init__(self, n): self.n, self.epoch = n, 0
+        def set_epoch(self, epoch): self.epoch = epoch
+        def __iter__(self): return iter([torch.ones(2)] * self.n)
+    class Batches:
+        def __init__(self, n): self.n, self._epoch = n, 0
+        def set_epoch(self, epoch): self._epoch = epoch
+        def __iter__(self): return iter([torch.ones(2)] * self.n)
+    class Fixed(Stream): set_epoch = None
+    def told(dl, epoch):
+        set_epoch(dl, epoch)
+        return DataLoaders(dl)
+    for made in (lambda n: DataLoader(Stream(n), 2), Batches):
+        assert same(told(made(3), 0), told(made(3), 5))
+        assert not same(told(made(3), 0), told(made(4), 0))
+    a, b = Fixed(3), Fixed(3)
+    b.epoch = 5 # an attribute like any other
+    assert not same(DataLoader(a, 2), DataLoader(b, 2))
 
 
 def test_samples_are_read_once_for_a_memo():
