@@ -14,6 +14,9 @@ ROOMS = runpy.run_path(str(ROOT / 'tools' / 'export.py'))['ROOMS'] # the lowest 
 MOST_USED = 'loop', 'data', 'training', 'checkpoints' # these come first; then from the top down
 START = 'index', 'tutorials/checkpoints' # what is read first; other tutorials are guides
 FIRST_GUIDE = 'tutorials/training' # the others follow by the names of their files
+TASKS = [f'tutorials/{name}' for name in (  # jobs that somebody has, each on data at hand
+    'tabular', 'images', 'segmentation', 'pictures', 'text', 'streams', 'contrastive', 'folds',
+    'debugging')]
 LEARNERS = 'Learner', 'Checkpointed', 'CheckpointedLearner' # what `learn` may be in prose
 
 LINK = r'(?<=\]\()(?!\w+:|#)([^)#\s]+)' # to a file, in markdown
@@ -45,11 +48,17 @@ def numbered(root): # list of paths
     return [notebook for notebooks in rooms(root).values() for notebook in notebooks]
 
 
+def named(root, names): # list of paths
+    "Notebooks by their names below nbs/, those that there are"
+    paths = (root / 'nbs' / f'{name}.ipynb' for name in names)
+    return [path for path in paths if path.exists()]
+
+
 def guides(root): # list of paths
-    "The notebooks of nbs/guides and nbs/tutorials that are not read first"
+    "The notebooks of nbs/guides and nbs/tutorials that are neither read first nor tasks"
     nbs = root / 'nbs'
-    first = {nbs / f'{name}.ipynb' for name in START}
-    found = {*nbs.glob('guides/*.ipynb'), *nbs.glob('tutorials/*.ipynb')} - first
+    elsewhere = {*named(root, START), *named(root, TASKS)}
+    found = {*nbs.glob('guides/*.ipynb'), *nbs.glob('tutorials/*.ipynb')} - elsewhere
     return sorted(found, key=lambda path: (path != nbs / f'{FIRST_GUIDE}.ipynb', path))
 
 
@@ -311,14 +320,14 @@ def write_page(root, notebook, names, pages):
 
 
 def navigation(root): # nested lists of {title: group or notebook}
-    "Start, Guides, and Reference by room"
+    "Start, Guides, Tasks, and Reference by room"
     def entries(notebooks): return [{title(notebook): notebook} for notebook in notebooks]
-    start = [root / 'nbs' / f'{name}.ipynb' for name in START]
+    start = named(root, START)
     by_room = rooms(root)
     in_no_room = entries(by_room.pop(''))
     reference = [{room.capitalize(): entries(found)} for room, found in by_room.items() if found]
     return [{'Start': [{'Home': start[0]}, *entries(start[1:])]}, {'Guides': entries(guides(root))},
-            {'Reference': [*reference, *in_no_room]}]
+            {'Tasks': entries(named(root, TASKS))}, {'Reference': [*reference, *in_no_room]}]
 
 
 def map_leaves(func, nested): # the same nesting of lists and dicts

@@ -31,7 +31,7 @@ def root(tmp_path):
     write(nbs / 'base/00_core.ipynb', ['# Core', 'Here `run_level` and `Learner`.'])
     write(nbs / '22_cli.ipynb', ['# Command line'])
     write(nbs / 'index.ipynb', ['# learnkit', 'Here [the loop](loop/05_loop.ipynb), `SaveBest()`.'])
-    for name in (*build.START[1:], 'tutorials/more', 'guides/first'):
+    for name in (*build.START[1:], *build.TASKS[:2], 'tutorials/more', 'guides/first'):
         write(nbs / f'{name}.ipynb', [f'# {name}'])
     return tmp_path
 
@@ -77,10 +77,12 @@ def test_what_pages_link_to_is_there():
 
 
 def test_navigation(root):
-    start, guides, reference = build.write_pages(root, root / '_docs')
+    start, guides, tasks, reference = build.write_pages(root, root / '_docs')
     assert start['Start'][0] == {'Home': 'index.md'}
     assert guides == {'Guides': [{'guides/first': 'guides/first.md'},
                                  {'tutorials/more': 'tutorials/more.md'}]}
+    assert tasks == {'Tasks': [{'tutorials/tabular': 'tutorials/tabular.md'},
+                               {'tutorials/images': 'tutorials/images.md'}]}
     assert reference == {'Reference': [{'Loop': [{'The loop': 'loop/loop.md'}]},
                                        {'Base': [{'Core': 'base/core.md'}]},
                                        {'Command line': 'cli.md'}]}
@@ -88,7 +90,8 @@ def test_navigation(root):
 
 def test_every_notebook_has_a_page():
     "None lies where the documentation does not look"
-    start = [ROOT / 'nbs' / f'{name}.ipynb' for name in build.START]
-    found = {*build.numbered(ROOT), *build.guides(ROOT), *start}
+    named = build.named(ROOT, [*build.START, *build.TASKS])
+    assert len(named) == len(build.START) + len(build.TASKS)
+    found = {*build.numbered(ROOT), *build.guides(ROOT), *named}
     every = {path for path in (ROOT / 'nbs').rglob('*.ipynb') if path.parent.name[0] != '.'}
     assert found == every
