@@ -36,8 +36,9 @@ test: $(VENV)/.dev ## run all tests and every notebook; a part of them: make tes
 test-slow: $(VENV)/.dev ## run the tests that take minutes; a part of them: make test-slow K=store
 	$(PYTEST) -m slow
 
+# In one process: what these libraries import starts threads, which a copy of it would lack
 test-ecosystem: $(VENV)/.ecosystem ## run the tests with libraries that few have, which it installs
-	$(PYTEST) tests/ecosystem
+	$(BIN)/python -m pytest -p no:xdist $(if $(K),-k '$(K)') tests/ecosystem
 
 export: $(VENV)/.dev ## write learnkit/ from the notebooks
 	$(BIN)/python tools/export.py

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sized
 from dataclasses import fields, is_dataclass
 import numpy as np
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 # %% ../../nbs/base/03_batches.ipynb #3cd85d41
 NO_TENSORS = frozenset((type(None), bool, int, float, str))
@@ -110,6 +111,17 @@ def batch_size(batch)->int:
     return len(batch) if isinstance(batch, Sized) and not number else 1
 
 # %% ../../nbs/base/03_batches.ipynb #a8f50e20
+def plain_tensor(t): # tensor
+    "Without what a class of a library holds beside the values, as those of a single image"
+    return t if type(t) is torch.Tensor or not holds_values(t) else t.as_subclass(torch.Tensor)
+
+def holds_values(t): # bool
+    "Whether a tensor has memory of its own, rather than other tensors inside"
+    return not is_traceable_wrapper_subclass(t) and t.layout is torch.strided
+
+def plain_on_host(batch): # the same nesting
+    return map_tensors(plain_tensor, to_host(batch))
+
 def check_rows(rows, like): # tensors
     "Raise ValueError unless rows have the dtype and the shape of others"
     if rows.dtype != like.dtype:
@@ -128,7 +140,8 @@ class RowBuffer:
 
     def add(self, tensor): # (batch, ...), or 0-d: one row
         "Append the rows of `tensor`"
-        tensor = tensor.detach() if tensor.ndim else tensor.detach()[None]
+        tensor = plain_tensor(tensor.detach())
+        if not tensor.ndim: tensor = tensor[None]
         if self.buffer is None:
             self.buffer = tensor.new_empty((self.n, *tensor.shape[1:]), device='cpu')
         check_rows(tensor, self.buffer)
@@ -159,7 +172,7 @@ class BatchBuffer:
     def add(self, batch): # any nesting of tensors; anything else is kept as a list of batches
         "Append the samples of `batch`"
         leaves = []
-        template = map_tensors(lambda tensor: leaves.append(tensor) or tensor.new_empty(0), batch)
+        template = map_tensors(lambda tensor: leaves.append(tensor) or torch.empty(0), batch)
         sizes = {len(tensor) for tensor in leaves if tensor.ndim}
         listed = not only_tensors(batch) or len(sizes) > 1 or isinstance(batch, list)
         form = 'listed' if listed else len(leaves)
@@ -169,7 +182,7 @@ class BatchBuffer:
         if form != self.form:
             raise ValueError('the batches of this pass differ in structure '
                              'and cannot be put together')
-        if listed: return self.batches.append(to_host(batch))
+        if listed: return self.batches.append(plain_on_host(batch))
         for rows, tensor in zip(self.rows, leaves, strict=True): rows.add(tensor)
 
     def read(self): # nesting, list of batches, or None when nothing was added
@@ -189,7 +202,7 @@ def only_tensors(x): # bool
 # %% ../../nbs/base/03_batches.ipynb #c8e9a5a6
 class BatchList(list):
     "Batches on the host, one by one: they need not fit together"
-    def add(self, batch): self.append(to_host(batch))
+    def add(self, batch): self.append(plain_on_host(batch))
 
     def read(self): # list; None when nothing was added
         "What was added"

@@ -91,6 +91,25 @@ def n_rows(x: Any) -> Any:
 def batch_size(batch: Any) -> int:
     """How many samples: the first dimension of the first tensor, else `len`, else 1"""
 
+def plain_tensor(t: Any) -> Any:
+    """Without what a class of a library holds beside the values, as those of a single image
+
+    Returns:
+        tensor
+    """
+
+def holds_values(t: Any) -> bool:
+    """Whether a tensor has memory of its own, rather than other tensors inside
+
+    Returns:
+        bool
+    """
+
+def plain_on_host(batch: Any) -> Any:
+    """Returns:
+        the same nesting
+    """
+
 def check_rows(rows: Any, like: Any) -> Any:
     """Raise ValueError unless rows have the dtype and the shape of others
 

@@ -8,7 +8,7 @@ __all__ = ['Cancel', 'CancelFit', 'CancelEpoch', 'CancelTrain', 'CancelValidate'
 
 # %% ../../nbs/components/00_callback.ipynb #646a4fa1
 import difflib, functools, random, re
-from collections.abc import Iterable, MutableSequence
+from collections.abc import Iterable, Mapping, MutableSequence, Sequence
 from types import FunctionType, MappingProxyType
 import numpy as np
 import torch
@@ -193,8 +193,9 @@ def plain_setting(x): # plain values as they are, anything else as the name of i
     "An argument in a form that can be stored and compared"
     if isinstance(x, np.generic): x = x.item()
     if x is None or type(x) in (bool, int, float, str): return x
-    if isinstance(x, (list, tuple)): return [plain_setting(item) for item in x]
-    if isinstance(x, dict): return {str(key): plain_setting(value) for key, value in x.items()}
+    if isinstance(x, Mapping): return {str(key): plain_setting(value) for key, value in x.items()}
+    if isinstance(x, Sequence) and not isinstance(x, (str, bytes, range)):
+        return [plain_setting(item) for item in x]
     if isinstance(x, slice): return [plain_setting(x.start), plain_setting(x.stop)]
     return getattr(x, '__qualname__', type(x).__qualname__)
 

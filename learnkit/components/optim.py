@@ -14,7 +14,7 @@ from torch import nn
 from ..base.batches import map_tensors
 from ..base.dtensors import distribute_like, is_dtensor
 from .optimizers import (
-    Optimizers, named_optimizers, needs_closure, rate_by_name, set_mode)
+    Optimizers, named_optimizers, needs_closure, plain_rates, rate_by_name, set_mode)
 
 # %% ../../nbs/components/02_optim.ipynb #b2c65da7
 NORM_LAYERS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
@@ -71,6 +71,7 @@ def spread_lr(lr, # float, list of n floats, slice(a, b) or slice(b)
               n:int, # number of groups of layers
              ): # list of n floats
     "`lr` as one learning rate for each group of layers"
+    lr = plain_rates(lr)
     if isinstance(lr, slice):
         if lr.step is not None or not lr.stop or not 0 < lr.stop < math.inf:
             raise ValueError(f'lr={lr}: use slice(first, last) or slice(last)')

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/components/01_optimizers.ipynb #a4bd0b5e
 import inspect, math
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 import torch
@@ -89,8 +90,15 @@ def is_one_of(one, opt): # bool
     "Whether an optimizer is another, or one of several"
     return one is opt or any(one is other for other in named_optimizers(opt).values())
 
+def plain_rates(lr): # the same, or a list or dict
+    "A rate; lists and dicts of other classes, as those of configurations, as plain ones"
+    if isinstance(lr, Mapping): return {name: plain_rates(one) for name, one in lr.items()}
+    if isinstance(lr, (tuple, str)) or not isinstance(lr, Sequence): return lr
+    return [plain_rates(one) for one in lr]
+
 def rate_by_name(lr, names): # dict: name -> rate
     "The learning rate of each of several optimizers"
+    lr = plain_rates(lr)
     if not isinstance(lr, dict): return dict.fromkeys(names, lr)
     if lr.keys() != {*names}:
         raise ValueError(f'lr={lr}: give a rate for each of {", ".join(names)}, or one for all')

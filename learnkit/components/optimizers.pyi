@@ -73,6 +73,13 @@ def is_one_of(one: Any, opt: Any) -> bool:
         bool
     """
 
+def plain_rates(lr: Any) -> Any:
+    """A rate; lists and dicts of other classes, as those of configurations, as plain ones
+
+    Returns:
+        the same, or a list or dict
+    """
+
 def rate_by_name(lr: Any, names: Any) -> Any:
     """The learning rate of each of several optimizers
 

@@ -166,5 +166,6 @@ def modules_behind(names): # dict: name of a module of the user's own -> file
         found[name] = file
         try: tree = ast.parse(Path(file).read_bytes())
         except (OSError, SyntaxError): continue
-        todo += imported_modules(tree, name.rpartition('.')[0])
+        is_package = Path(file).name == '__init__.py'
+        todo += imported_modules(tree, name if is_package else name.rpartition('.')[0])
     return dict(sorted(found.items()))

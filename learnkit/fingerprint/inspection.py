@@ -17,7 +17,8 @@ from ..base.snapshots import MISSING, closure_cells, closure_read
 # %% ../../nbs/fingerprint/00_inspection.ipynb #c22cb834
 def is_user_module(name:str): # bool
     "Whether the code of a module is the user's: not python's, not of a package, not learnkit's"
-    top = (name or '').partition('.')[0]
+    if not isinstance(name, str): return False  # of a compiled class that keeps it elsewhere
+    top = name.partition('.')[0]
     if top == 'learnkit' or top == 'builtins': return False
     file = getattr(sys.modules.get(name), '__file__', None)
     if file is None: return top not in sys.stdlib_module_names and not is_package(top)

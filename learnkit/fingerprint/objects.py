@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/fingerprint/07_objects.ipynb #097d2676
-import enum, inspect, types
+import enum, inspect, types, weakref
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterator
 from functools import lru_cache
@@ -108,9 +108,16 @@ def describe_learner(x, walk): # JSON value; None for anything else
     if not any(cls.__name__ == 'Learner' for cls in type(x).__mro__): return None
     return {'$object': name_of(type(x)), 'with': {'model': walk.describe_at('model', x.model)}}
 
+def describe_config(x, walk): # JSON value; None for anything else
+    "A part of a configuration as what it holds, wherever it was taken from"
+    from omegaconf import Container, OmegaConf
+    if not isinstance(x, Container): return None
+    return walk.describe(OmegaConf.to_container(x, resolve=True))
+
 BY_LIBRARY = types.MappingProxyType({
     'learnkit': describe_learner,
     'pandas': describe_pandas, 'PIL': describe_image, 'torch': describe_torch_function,
+    'omegaconf': describe_config,
     'pybind11_builtins': describe_torch_function, 'typing': describe_annotation})
 
 # %% ../../nbs/fingerprint/07_objects.ipynb #aa76ae39
@@ -157,6 +164,13 @@ def derived_as_json(x, value, walk): # JSON value
     more = {name: held for name, held in attributes(x).items() if name[:2] != '__'}
     return {'$object': name_of(type(x)), 'value': value, 'with': walk.describe_named(more)}
 
+@describe.register(weakref.ref)
+def describe_weak(x, walk):
+    "What is referred to; of what holds the reference itself, how far up it is"
+    target = x()
+    if id(target) not in walk.enclosing: return {'$weak': walk.describe(target)}
+    return {'$weak': len(walk.enclosing) - walk.enclosing[id(target)]}
+
 @describe.register(enum.Enum)
 def describe_enum(x, walk):
     "A member of an enumeration, by its name and value"
@@ -174,7 +188,8 @@ def describe_callback(cb, walk):
     arguments = call_arguments(init, args, kwargs)
     if is_learnkits(type(cb)): # as it understands them itself
         arguments |= {k: value for k, value in cb.settings().items() if k in arguments}
-    with walk.within(outside='given'): described = walk.describe_named(arguments)
+    with walk.within(outside='given', callback=type(cb).__name__):
+        described = walk.describe_named(arguments)
     params = inspect.signature(init).parameters
     at_default = [name for name, param in params.items() if name in described and
                   (described[name] == {'$tuple': []} or is_default(param, described[name], walk))]

@@ -65,6 +65,13 @@ def describe_learner(x: Any, walk: Any) -> Any:
     Returns:
         JSON value; None for anything else
     """
+
+def describe_config(x: Any, walk: Any) -> Any:
+    """A part of a configuration as what it holds, wherever it was taken from
+
+    Returns:
+        JSON value; None for anything else
+    """
 BY_LIBRARY: types.MappingProxyType
 
 def describe_self_describing(x: Any, walk: Any) -> Any:
@@ -80,6 +87,9 @@ def derived_as_json(x: Any, value: Any, walk: Any) -> Any:
     Returns:
         JSON value
     """
+
+def describe_weak(x: Any, walk: Any) -> Any:
+    """What is referred to; of what holds the reference itself, how far up it is"""
 
 def describe_enum(x: Any, walk: Any) -> Any:
     """A member of an enumeration, by its name and value"""

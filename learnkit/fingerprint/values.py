@@ -288,7 +288,10 @@ def refuse(self:Walk, x, why=None, cause=None):
     why = why or (f'{type(x)} has no fingerprint: give it a method __fingerprint__ that '
                   'returns plain values')
     name = self.around.get('leave_out') or (self.path[0] if self.named and self.path else None)
-    if name is not None: why += f', or leave it out with ignore=({name!r},)'
+    if callback := self.around.get('callback'): # among others, which are not to be left out
+        why += (f'; or where nothing that is trained follows from {callback}, say so in its class: '
+                'external = True, or observer = True')
+    elif name is not None: why += f', or leave it out with ignore=({name!r},)'
     raise UnfingerprintableError(f'{self.path_text()}: {why}') from cause
 
 # %% ../../nbs/fingerprint/01_values.ipynb #81af132a

@@ -23,7 +23,8 @@ from ..components.callback import STEPS, Callback, Callbacks, as_callbacks
 from ..components.tally import Tally
 from ..components.optim import make_opt as new_opt
 from .first_batch import FirstBatch
-from ..components.optimizers import named_optimizers, optimizers_in, rate_by_name
+from ..components.optimizers import (
+    named_optimizers, optimizers_in, plain_rates, rate_by_name)
 from .interrupts import EndOnSignal, Interrupts, pending_signal
 from .loop import Loop, training_loop
 from .observed import Origin
@@ -135,6 +136,7 @@ def chosen_lr(lr, # the learner's
               opt_func, # the learner's
              ): # the learning rate to use
     "`lr`, or the one fixed in a partial when the learner's is left at its default"
+    lr = plain_rates(lr)
     if isinstance(opt_func, dict):
         rates = rate_by_name(lr, opt_func)
         rates = {name: chosen_lr(rates[name], func) for name, func in opt_func.items()}

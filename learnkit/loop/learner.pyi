@@ -356,12 +356,13 @@ class Learner(Loop):
         """Go back to the state before the first fit; an optimizer of another kind than then starts anew"""
     def no_trace(self) -> AbstractContextManager[None]:
         """Whatever happens inside, the learner is afterwards as it was before"""
-    def save(self, name: Any, overwrite: bool = True) -> Path:
+    def save(self, name: Any, overwrite: bool = True, trainable_only: bool = False) -> Path:
         """Write the learner's state to a file
 
         Args:
             name: file name under `path`, '.safetensors' is added
             overwrite: False: FileExistsError when the file is there
+            trainable_only: leave out parameters that do not learn, as below adapters
 
         Returns:
             of the file

@@ -109,9 +109,10 @@ def no_trace(self:Learner):
 def save(self:Learner,
          name, # file name under `path`, '.safetensors' is added
          overwrite:bool=True, # False: FileExistsError when the file is there
+         trainable_only:bool=False, # leave out parameters that do not learn, as below adapters
         ) -> Path: # of the file
     "Write the learner's state to a file"
-    return write_learner(self, name, overwrite)
+    return write_learner(self, name, overwrite, trainable_only)
 
 @patch
 def load(self:Learner,

@@ -79,7 +79,8 @@ class LearnerScope(Scope):
         if path[0] == 'data': found = self.without_loaded(x, found)
         if isinstance(x, torch.optim.Optimizer): return found | self.opt_slots(x)
         if isinstance(x, nn.Module): return self.module_slots(x, path, found)
-        if isinstance(x, Callback): return arguments_last(found) if self.looks_into(x) else {}
+        if isinstance(x, Callback):
+            return arguments_last(found, type(x)) if self.looks_into(x) else {}
         if isinstance(x, TensorDataset): return {**found, 'tensors': None}  # data of any size
         if is_learnkits(type(x)): return {}
         return found | {OWN: x.state_dict()} if has_own_state(x) and not self.exact else found
@@ -131,8 +132,13 @@ def set(self:LearnerScope, x, name, value):
     if name != OWN: return Scope.set(self, x, name, value)
     with still_shared(self.learn.opt): x.load_state_dict(value)
 
-def arguments_last(found): # dict: name -> value
-    "What a callback calls something goes before what its constructor was given"
+def arguments_last(found, # of a callback, by name
+                   cls, # the callback's
+                  ): # dict: name -> value
+    """What a callback calls something goes before what its constructor was given; that is left out
+    where it may be what the class calls transient"""
+    left_out = {'init_args'} if any('transient' in vars(base) for base in cls.__mro__) else ()
+    found = {name: value for name, value in found.items() if name not in left_out}
     return dict(sorted(found.items(), key=lambda slot: slot[0] == 'init_args'))
 
 # %% ../../nbs/loop/04_observed.ipynb #3c3195db
@@ -402,7 +408,8 @@ def packed_slot(now, path, name, baseline, again, to_record): # dict; {}: gone; 
     except (NotPlainError, UnstorableError) as error:
         lenient = has_own_state(x) or isinstance(x, FUNCTIONS) and not to_record
         if lenient or again.intersection(map(id, origins(held))): return None
-        raise UnstorableError(refusal(x, path_text(path, name), error)) from None
+        holder = users_holder(now, path, name)
+        raise UnstorableError(refusal(x, path_text(path, name), error, holder)) from None
     return {'value': tree, 'marks': marks}
 
 # %% ../../nbs/loop/04_observed.ipynb #0b5e7fd1
@@ -412,11 +419,21 @@ def observed_text(entry): # str; entry: of an observed state, or None
     if 'value' not in entry: return 'not there'
     return shorten(repr(entry['value']), 40, placeholder=' ...')
 
-def refusal(x, text, error): # str
-    name = text.rpartition('.')[2]
+def users_holder(now, path, name): # (class, name of an attribute), or None
+    "Whose attribute leads to a slot: of the user's classes the innermost"
+    for i in range(len(path), 0, -1):
+        cls = type(now.objects.get(path[:i]))
+        if is_user_module(cls.__module__): return cls, (*path, name)[i]
+    return None
+
+def refusal(x, text, error,
+            holder=None, # as from `users_holder`
+           ): # str
+    cls, name = holder or (type(x), text.rpartition('.')[2])
+    whose = 'its class' if cls is type(x) else cls.__name__
     return (f'{text} has changed since the beginning, and cannot be stored: {error}. Give the '
             f'{type(x).__name__} a state_dict and load_state_dict that say what of it counts, or, '
-            f'if it does not matter, let its class say so: transient = ({name!r},)')
+            f'if it does not matter, let {whose} say so: transient = ({name!r},)')
 
 # %% ../../nbs/loop/04_observed.ipynb #3fe72873
 def check_observed(learn, saved:dict):

@@ -103,8 +103,13 @@ class LearnerScope(Scope):
             dict: name -> value
         """
 
-def arguments_last(found: Any) -> Any:
-    """What a callback calls something goes before what its constructor was given
+def arguments_last(found: Any, cls: Any) -> Any:
+    """What a callback calls something goes before what its constructor was given; that is left out
+    where it may be what the class calls transient
+
+    Args:
+        found: of a callback, by name
+        cls: the callback's
 
     Returns:
         dict: name -> value
@@ -307,8 +312,18 @@ def observed_text(entry: Any) -> Any:
         str; entry: of an observed state, or None
     """
 
-def refusal(x: Any, text: Any, error: Any) -> str:
-    """Returns:
+def users_holder(now: Any, path: Any, name: Any) -> Any:
+    """Whose attribute leads to a slot: of the user's classes the innermost
+
+    Returns:
+        (class, name of an attribute), or None
+    """
+
+def refusal(x: Any, text: Any, error: Any, holder: Any = None) -> str:
+    """Args:
+        holder: as from `users_holder`
+
+    Returns:
         str
     """
 

@@ -32,7 +32,7 @@ from ..components.optim import copy_like, opt_params, opt_state
 from ..components.optimizers import named_optimizers
 from .progress import show_message
 from .saving import (
-    load_chosen, localized, read_on_main, save_path, tree_for_file, with_shards)
+    load_chosen, localized, read_on_main, save_path, tree_for_file, whole_tree)
 from .observed import observed_state
 from .provenance import (
     compressed, decompressed, drawn_at_start, provenance,
@@ -75,7 +75,7 @@ def read_saved(learn,
     found = load_chosen(learn, lambda: newest_saved(learn, resume, store), store)
     if found is None: return None
     tree, path = found
-    try: with_shards(learn, tree, path)
+    try: whole_tree(learn, tree, path)
     except DamagedError as error:
         damage = error
         if read_on_main(learn, lambda: resume_source(learn, resume).is_file()): raise

@@ -22,7 +22,8 @@ from ..files.written import tree_seal
 from ..files.tree import save_tree, set_at, tree_digest, value_at
 from .calls import run_mark
 from .loop import in_training
-from .state import gathered, live_state, load_state, model_state, n_bytes
+from .state import (
+    frozen_names, gathered, live_state, load_state, model_state, n_bytes)
 
 # %% ../../nbs/loop/06_saving.ipynb #5402c2f0
 def save_path(learn, name): # Path
@@ -104,14 +105,44 @@ def local_buffers(learn): # dict: part of a state -> names
     return {part: [name for name, _ in module.named_buffers()]
             for part, module in parts.items() if isinstance(module, nn.Module)}
 
+# %% ../../nbs/loop/06_saving.ipynb #a6de94bb
+def without_frozen(model): # (dict: name -> tensor, dict: name -> digest)
+    "The state of a model without parameters that do not learn, and the digests of these"
+    state, frozen = model_state(model), frozen_names(model)
+    return ({name: value for name, value in state.items() if name not in frozen},
+            {name: tree_digest(full_tensor(state[name])) for name in state if name in frozen})
+
+def with_frozen(model, state,
+                frozen:dict, # name -> digest
+                path, # what was read, for the error
+               ): # dict: name -> tensor
+    "A state with the parameters that were left out of it, as the model has them; else ValueError"
+    here = model_state(model)
+    lost = [name for name in frozen if name not in here]
+    other = [name for name, digest in frozen.items()
+             if name in here and tree_digest(full_tensor(here[name])) != digest]
+    if not lost and not other: return {**state, **{name: here[name] for name in frozen}}
+    problems = {'missing here': lost, 'others here': other}
+    what = '; '.join(f'{problem}: {names_text(names)}' for problem, names in problems.items()
+                     if names)
+    raise ValueError(f'{path} holds {len(state)} tensors of the model, and not the {len(frozen)} '
+                     'that were frozen when it was saved: these must be as they were then. '
+                     f'{what}. Load the weights that the training began from first. Nothing was '
+                     'loaded.')
+
+def names_text(names): # str
+    return f'{", ".join(names[:3])}{f" and {len(names) - 3} more" if len(names) > 3 else ""}'
+
 # %% ../../nbs/loop/06_saving.ipynb #76ce615f
 def tree_for_file(learn,
                   per_process:bool=False, # called on all processes, with what each has alone
                   path=None, # function: the file, beside which shards may be written
+                  trainable_only:bool=False, # of parameters that do not learn the digests alone
                  ): # plain tree
     "What goes into a file: the state, and beside it what is no part of it"
     state, beside = live_state(learn), {'times': learn.recorder.times_state()}
     if seen := beside_state(learn.cbs): beside['seen'] = seen
+    if trainable_only: state['model'], beside['frozen'] = without_frozen(learn.model)
     if mark := run_mark(learn): beside['log'] = mark
     sharded = path is not None and learn.ranks and is_sharded(learn.model)
     if sharded and n_bytes(state) > learn.cbs.distributed.gather_up_to:
@@ -128,25 +159,30 @@ def check_holds_learner(tree, path):
     raise ValueError(f'{path} holds no learner' + (
         ', but a best model: SaveBest(path=...).load_best(learn) loads it' if best else ''))
 
-def with_shards(learn, tree, path): # the tree
-    "What was read from the file of a learner, with the shards that lie beside it"
+def whole_tree(learn, tree, path): # the tree
+    "What was read from the file of a learner, with shards beside it and what was left out of it"
     check_holds_learner(tree, path)
-    if 'parts' not in tree: return tree
-    state, shards = tree['learner'], tree['parts']
+    state = tree['learner']
+    if 'parts' in tree: add_shards(learn, state, tree['parts'], path)
+    if frozen := tree.get('frozen'):
+        state['model'] = with_frozen(learn.model, state['model'], frozen, path)
+    return tree
+
+def add_shards(learn, state, shards, path):
+    "Read into a state what lies beside its file"
     like = next(filter(is_dtensor, learn.model.parameters()), None)
     load_shards(state, shards, path, learn.ranks, like=like)
     for above, value in itertools.chain(*state.get('ranks', ())):  # what others had has gaps too
         for keys in shards['tensors'].values():
             if keys[:len(above)] == above:
                 set_at(value, keys[len(above):], value_at(state, keys))
-    return tree
 
 # %% ../../nbs/loop/06_saving.ipynb #4f4b60e0
-def write_learner(learn, name, overwrite:bool): # Path
+def write_learner(learn, name, overwrite:bool, trainable_only:bool): # Path
     "Write the state to a file"
     path = save_path(learn, name)
     if is_main(): path.parent.mkdir(parents=True, exist_ok=True)
-    tree = tree_for_file(learn, path=lambda: path)
+    tree = tree_for_file(learn, path=lambda: path, trainable_only=trainable_only)
     if 'parts' not in tree: learn._origin.written[str(path)] = True # parts lie elsewhere
     if not is_main(): return path  # process 0 writes
     save_tree(tree, path, overwrite=overwrite)
@@ -157,7 +193,7 @@ def read_learner(learn, name):
     "Go back to the state in a file; an error changes nothing"
     path = save_path(learn, name)
     tree, _ = load_chosen(learn, lambda: (load_save(path), path))
-    load_state(learn, with_shards(learn, tree, path)['learner'])
+    load_state(learn, whole_tree(learn, tree, path)['learner'])
     learn.recorder.load_times(tree['times'])
     load_beside(learn.cbs, tree.get('seen', {}))
 

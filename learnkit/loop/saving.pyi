@@ -75,12 +75,41 @@ def local_buffers(learn: Learner) -> Any:
         dict: part of a state -> names
     """
 
-def tree_for_file(learn: Learner, per_process: bool = False, path: Any = None) -> Any:
+def without_frozen(model: Any) -> Any:
+    """The state of a model without parameters that do not learn, and the digests of these
+
+    Returns:
+        (dict: name -> tensor, dict: name -> digest)
+    """
+
+def with_frozen(model: Any, state: Any, frozen: dict, path: Any) -> Any:
+    """A state with the parameters that were left out of it, as the model has them; else ValueError
+
+    Args:
+        frozen: name -> digest
+        path: what was read, for the error
+
+    Returns:
+        dict: name -> tensor
+    """
+
+def names_text(names: Any) -> str:
+    """Returns:
+        str
+    """
+
+def tree_for_file(
+        learn: Learner,
+        per_process: bool = False,
+        path: Any = None,
+        trainable_only: bool = False,
+) -> Any:
     """What goes into a file: the state, and beside it what is no part of it
 
     Args:
         per_process: called on all processes, with what each has alone
         path: function: the file, beside which shards may be written
+        trainable_only: of parameters that do not learn the digests alone
 
     Returns:
         plain tree
@@ -89,14 +118,17 @@ def tree_for_file(learn: Learner, per_process: bool = False, path: Any = None) -
 def check_holds_learner(tree: Any, path: Any) -> None:
     """Raise ValueError for what was read from a file that something else was saved to"""
 
-def with_shards(learn: Learner, tree: Any, path: Any) -> Any:
-    """What was read from the file of a learner, with the shards that lie beside it
+def whole_tree(learn: Learner, tree: Any, path: Any) -> Any:
+    """What was read from the file of a learner, with shards beside it and what was left out of it
 
     Returns:
         the tree
     """
 
-def write_learner(learn: Learner, name: Any, overwrite: bool) -> Path:
+def add_shards(learn: Learner, state: Any, shards: Any, path: Any) -> None:
+    """Read into a state what lies beside its file"""
+
+def write_learner(learn: Learner, name: Any, overwrite: bool, trainable_only: bool) -> Path:
     """Write the state to a file
 
     Returns:

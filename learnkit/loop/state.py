@@ -34,6 +34,12 @@ def model_state(model:nn.Module): # dict: plain name -> live tensor
     state = model.state_dict()
     return {plain: state[name] for plain, name in plain_names(model).items()}
 
+def frozen_names(model:nn.Module): # set of plain names
+    "The parameters that do not learn"
+    return {name.replace('_orig_mod.', '')
+            for name, param in model.named_parameters(remove_duplicate=False)
+            if not param.requires_grad}
+
 def load_model_state(model:nn.Module, state):
     "Load what `model_state` returned"
     names, now = plain_names(model), model.state_dict()

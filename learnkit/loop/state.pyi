@@ -22,6 +22,13 @@ def model_state(model: nn.Module) -> Any:
         dict: plain name -> live tensor
     """
 
+def frozen_names(model: nn.Module) -> Any:
+    """The parameters that do not learn
+
+    Returns:
+        set of plain names
+    """
+
 def load_model_state(model: nn.Module, state: Any) -> None:
     """Load what `model_state` returned"""
 

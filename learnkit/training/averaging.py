@@ -14,7 +14,7 @@ from torch import nn
 from ..base.dtensors import (
     distribute_like, is_dtensor, is_sharded, reshard, split_by_dtensor)
 from ..base.text import caller_stacklevel
-from ..components.callback import Callback
+from ..components.callback import Callback, write_count
 from ..loop.learner import Learner
 from ..loop.progress import show_message
 from .arguments import check_whole
@@ -57,6 +57,11 @@ def names_to_copy(locations:dict): # set of names
     return {name for name, (tensors, key) in locations.items() if not can_average(tensors[key])
             or key not in RUNNING and not isinstance(tensors[key], nn.Parameter)}
 
+def is_frozen(tensor): # bool
+    "Whether a parameter does not learn, so that it is its own average"
+    is_param = isinstance(tensor, nn.Parameter) and can_average(tensor)
+    return is_param and not tensor.requires_grad
+
 def average_dtype(tensor): # torch.dtype
     "That of its average: float32 at least"
     return torch.promote_types(tensor.dtype, torch.float32) if can_average(tensor) else tensor.dtype
@@ -86,18 +91,26 @@ class Average(Callback):
 
     def __init__(self, every, evaluate):
         check_whole(type(self).__name__, 'every', every)
-        self.every, self.evaluate, self.average, self.count = every, evaluate, None, 0
+        self.every, self.evaluate = every, evaluate
+        self.drop_weights()
         self._locations, self._copied_names, self._raw, self._depth = None, None, None, 0
+        self._write_counts = {}
 
-    def state_dict(self): return {'average': self.average, 'count': self.count}
+    def state_dict(self):
+        state = {'average': self.average, 'count': self.count}
+        return {**state, 'shared': {**self.shared}} if self.shared else state
 
     def load_state_dict(self, state):
         average = state['average']
         self.average = None if average is None else {name: t.clone() for name, t in average.items()}
-        self.count, self._locations, self._copied_names = state['count'], None, None
+        self.shared, self.count = dict(state.get('shared', {})), state['count']
+        self._locations, self._copied_names = None, None
 
     def weights(self): return self.average
-    def drop_weights(self): self.average, self.count = None, 0
+
+    def drop_weights(self):
+        self.average, self.count = None, 0
+        self.shared = {}  # name of a frozen parameter, which is its own average -> list: its shape
 
     def model(self, learn) -> nn.Module:
         "A copy of the model, in evaluation mode, with this average in it"
@@ -108,9 +121,11 @@ class Average(Callback):
                                'single process')
         model = copy.deepcopy(learn.model).eval()
         tensors = tensors_at(tensor_locations(model))
-        if [*tensors] != [name for name in self.average if not name.startswith(OF_LOSS)]:
+        averaged = {name: t for name, t in self.average.items() if not name.startswith(OF_LOSS)}
+        shared = {name for name in self.shared if not name.startswith(OF_LOSS)}
+        if tensors.keys() != {*averaged, *shared}:
             raise ValueError(f'{self} holds the average of another model than the learner has now')
-        copy_into(self.average, tensors)
+        copy_into(averaged, {name: tensors[name] for name in averaged})
         return model
 
 # %% ../../nbs/training/12_averaging.ipynb #df5ab401
@@ -130,7 +145,7 @@ def before_fit(self:Average, learn):
     self._locations, self._copied_names = locations_of(learn), None
     if self.average is not None and self._first_difference():
         show_message(learn, f'{self}: the model has changed, so the average starts anew')
-        self.average, self.count = None, 0
+        self.drop_weights()
     if self.average is not None: self._match(learn)
 
 @patch
@@ -139,7 +154,7 @@ def before_validate(self:Average, learn):
     if not self.evaluate or self.average is None or self._raw is not None: return
     reshard(learn.model)
     self._match(learn)
-    live = tensors_at(self._locations)
+    live = self._live(self.average)
     self._raw, self._depth = {name: t.clone() for name, t in live.items()}, len(learn.levels)
     copy_into(self.average, live)
     if learn.ranks: learn.cbs.distributed.broadcast_buffers(learn)  # each has averaged its own
@@ -148,16 +163,40 @@ def before_validate(self:Average, learn):
 def cleanup_validate(self:Average, learn):
     if self._raw is None or len(learn.levels) != self._depth: return
     reshard(learn.model)
-    copy_into(self._raw, tensors_at(self._locations))
+    copy_into(self._raw, self._live(self._raw))
     self._raw = None
+
+@patch
+def before_step(self:Average, learn):
+    "What was frozen and learns from this update on has been its own average until now"
+    if self.average is None or not self.shared: return
+    if self._locations is None: self._match(learn)  # the average was loaded
+    for name, count in self._write_counts.items():
+        tensors, key = self._locations[name]
+        if is_frozen(tensors[key]) and write_count(tensors[key]) == count: continue
+        del self.shared[name]
+        self.average[name] = as_average(tensors[key].data)
+    self._count_writes()
 
 # %% ../../nbs/training/12_averaging.ipynb #4488214d
 @patch
 def _first_difference(self:Average): # str, or None
     "A name where the average and the model in `_locations` differ"
-    shapes, others = [{name: tensor.shape for name, tensor in tensors.items()}
+    shapes, others = [{name: list(tensor.shape) for name, tensor in tensors.items()}
                       for tensors in (tensors_at(self._locations), self.average)]
+    others |= self.shared
     return next((name for name in (*shapes, *others) if shapes.get(name) != others.get(name)), None)
+
+@patch
+def _live(self:Average, names): # dict: name -> live tensor
+    return tensors_at({name: self._locations[name] for name in names})
+
+@patch
+def _count_writes(self:Average):
+    "Note how often what is shared was written to"
+    self._write_counts = {name: write_count(tensors[key])
+                          for name, (tensors, key) in self._locations.items()
+                          if name in self.shared}
 
 @patch
 def _match(self:Average, learn):
@@ -167,21 +206,25 @@ def _match(self:Average, learn):
         raise ValueError(f'{self} holds the average of another model, {name!r} differs: '
                          'a fit starts a new one, or remove the callback')
     self.average = {name: cast_like(self.average[name], tensor)
-                    for name, tensor in tensors_at(self._locations).items()}
+                    for name, tensor in self._live(self.average).items()}
+    self._count_writes()
 
 @patch
 def _start(self:Average, learn):
     "The average of the weights as they are now alone"
     self._locations = locations_of(learn)
-    live = tensors_at(self._locations)
-    self.average = {name: as_average(tensor) for name, tensor in live.items()}
+    shared = [name for name, (tensors, key) in self._locations.items() if is_frozen(tensors[key])]
+    self.average = {name: as_average(tensor) for name, tensor
+                    in tensors_at(self._locations).items() if name not in shared}
+    self.shared = {name: list(tensor.shape) for name, tensor in self._live(shared).items()}
+    self._count_writes()
 
 @patch
 def _add(self:Average, learn, weight):
     "average = (1 - weight) * average + weight * weights"
     if self._locations is None: self._match(learn)  # the average was loaded
     if self._copied_names is None: self._copied_names = names_to_copy(self._locations)
-    live, averaged, weights = tensors_at(self._locations), [], []
+    live, averaged, weights = self._live(self.average), [], []
     for name, value in self.average.items():
         if name in self._copied_names: value.copy_(live[name])
         else:
@@ -262,7 +305,7 @@ class SWA(Average):
         self.start = start
 
     def before_fit(self, learn):
-        self.average, self.count = None, 0
+        self.drop_weights()
         super().before_fit(learn)
 
     def after_step(self, learn):

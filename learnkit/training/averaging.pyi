@@ -47,6 +47,13 @@ def names_to_copy(locations: dict) -> Any:
         set of names
     """
 
+def is_frozen(tensor: Any) -> bool:
+    """Whether a parameter does not learn, so that it is its own average
+
+    Returns:
+        bool
+    """
+
 def average_dtype(tensor: Any) -> Any:
     """That of its average: float32 at least
 
@@ -81,7 +88,8 @@ class Average(Callback):
     every: Any
     evaluate: Any
     average: dict[Any, Any] | None
-    count: int
+    shared: Any
+    count: Any
     def __init__(self, every: Any, evaluate: Any) -> None: ...
     def state_dict(self) -> Any: ...
     def load_state_dict(self, state: Any) -> None: ...
@@ -92,6 +100,8 @@ class Average(Callback):
     def before_fit(self, learn: Learner) -> None: ...
     def before_validate(self, learn: Learner) -> None: ...
     def cleanup_validate(self, learn: Learner) -> None: ...
+    def before_step(self, learn: Learner) -> None:
+        """What was frozen and learns from this update on has been its own average until now"""
 
 def averages(learn: Learner) -> Any:
     """Returns:

@@ -21,7 +21,7 @@ from ..files.tree import load_tree, save_tree
 from ..loop.loop import in_training
 from ..loop.resume import is_saved
 from ..loop.observed import state_tensors
-from ..loop.saving import save_path
+from ..loop.saving import save_path, with_frozen, without_frozen
 from ..loop.state import (
     check_loss_state, check_model_state, load_model_state, loss_state, model_state, names_of_params)
 from .arguments import check_choice, check_whole
@@ -46,14 +46,20 @@ def param_states(learn): # dict: kind, states (name of a parameter -> what is ke
               for opt in keeping(learn.opt)]
     return {'kind': type(learn.opt).__name__, 'states': states}
 
-def live_snapshot(learn): # plain tree of live tensors
+def live_snapshot(learn, trainable_only=False): # plain tree of live tensors
     "What belongs to the model as it is now"
     opt = param_states(learn) if learn.opt else None
     beside = {name: cb.weights() for name, cb in weight_keepers(learn).items()}
-    return {'model': model_state(learn.model), 'loss_func': loss_state(learn.loss_func), 'opt': opt,
+    tree = {'model': model_state(learn.model), 'loss_func': loss_state(learn.loss_func), 'opt': opt,
             'weights': {name: weights for name, weights in beside.items() if weights is not None}}
+    if trainable_only: tree['model'], tree['frozen'] = without_frozen(learn.model)
+    return tree
 
 # %% ../../nbs/training/07_save_best.ipynb #4ca04cef
+def as_averaged(saved, have, model): # dict: name -> tensor
+    "An average that was kept, with weights that were frozen then and are averaged by now"
+    return {**saved, **{name: model[name] for name in have if name in model and name not in saved}}
+
 def check_same_shapes(name, have, saved):
     "Raise ValueError unless two dicts of tensors have the same names and shapes"
     shapes = [{key: tuple(t.shape) for key, t in tensors.items()} for tensors in (have, saved)]
@@ -90,10 +96,14 @@ def load_snapshot(learn,
                   tree, # as from `live_snapshot`, on any device
                  ):
     "Bring a snapshot back into the model, the optimizer and the callbacks"
+    if frozen := tree.get('frozen'):
+        weights = with_frozen(learn.model, tree['model'], frozen, 'the best model')
+        tree = {**tree, 'model': weights}
     check_model_state(learn.model, tree['model'])
     check_loss_state(learn.loss_func, tree['loss_func'])
     keepers, saved_weights = weight_keepers(learn), tree['weights']
-    both = [(name, cb.weights(), saved_weights[name]) for name, cb in keepers.items()
+    both = [(name, cb.weights(), as_averaged(saved_weights[name], cb.weights(), tree['model']))
+            for name, cb in keepers.items()
             if name in saved_weights and cb.weights() is not None]
     for name, have, saved in both: check_same_shapes(name, have, saved)
     for name, cb in keepers.items():
@@ -151,9 +161,11 @@ class SaveBest(Tracker):
                  scope:str='fit', # best of each 'fit', or of all fits of the 'learner'
                  path=None, # file for the best, relative to the learner's path; None: in memory
                  k:int=1, # how many of the best are kept, see `kept`
+                 trainable_only:bool=False, # leave out parameters that do not learn
                 ):
         check_whole('SaveBest', 'k', k)
         self.restore, self.scope, self.path, self.k = restore, scope, path, k
+        self.trainable_only = trainable_only
         super().__init__(monitor, mode, min_delta)
         check_choice('SaveBest', 'scope', scope, ('fit', 'learner'))
         self.in_trials = path is None  # such are to leave no trace
@@ -216,7 +228,7 @@ def keep(self:SaveBest, learn, row, models):
             'best_epoch': row['epoch'], 'best_step': learn.steps_done}
     # The weights that were evaluated are the best ones, also in the middle of an epoch
     with mode_of_pass(learn.opt, training=False, within=in_training(learn)):
-        file_name, tree = None, live_snapshot(learn)
+        file_name, tree = None, live_snapshot(learn, self.trainable_only)
         if self.path is None: tree = map_tensors(lambda t: t.detach().to('cpu', copy=True), tree)
         else:
             file_name, tree = self.name_of_file(best), map_tensors(full_tensor, tree)

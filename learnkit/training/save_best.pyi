@@ -30,11 +30,18 @@ def param_states(learn: Learner) -> Any:
         dict: kind, states (name of a parameter -> what is kept of it)
     """
 
-def live_snapshot(learn: Learner) -> Any:
+def live_snapshot(learn: Learner, trainable_only: Any = False) -> Any:
     """What belongs to the model as it is now
 
     Returns:
         plain tree of live tensors
+    """
+
+def as_averaged(saved: Any, have: Any, model: Any) -> Any:
+    """An average that was kept, with weights that were frozen then and are averaged by now
+
+    Returns:
+        dict: name -> tensor
     """
 
 def check_same_shapes(name: Any, have: Any, saved: Any) -> None:
@@ -94,6 +101,7 @@ class SaveBest(Tracker):
     scope: str
     path: Any
     k: int
+    trainable_only: bool
     best_run: Any
     best_epoch: Any
     best_step: Any
@@ -109,6 +117,7 @@ class SaveBest(Tracker):
             scope: str = 'fit',
             path: Any = None,
             k: int = 1,
+            trainable_only: bool = False,
     ) -> None:
         """Keeps the best model, and brings it back after the fit
 
@@ -120,6 +129,7 @@ class SaveBest(Tracker):
             scope: best of each 'fit', or of all fits of the 'learner'
             path: file for the best, relative to the learner's path; None: in memory
             k: how many of the best are kept, see `kept`
+            trainable_only: leave out parameters that do not learn
         """
     def reset(self) -> None:
         """There is no best model"""

@@ -11,6 +11,7 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader
 from learnkit.components.metrics import accuracy
 from learnkit.data.loaders import DataLoaders, DatasetLoader
+from learnkit.fingerprint.by_name import modules_behind
 from learnkit.fingerprint.code import versions
 from learnkit.training.save_best import SaveBest
 from fingerprint_helpers import code, Hook, hook_a, hooked, loss, net, Order, Squares
@@ -167,3 +168,14 @@ def test_a_cell_with_its_imports():
     assert instructions_digest(of(whole)) == instructions_digest(of(alone))
     other = compile('def f(x):\n    if x: return x\n    return torch.relu(x)\n', 'a', 'exec')
     assert instructions_digest(of(other)) != instructions_digest(of(alone))
+
+
+def test_a_package_imports_from_itself_and_from_above(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    files = {'kept/__init__.py': 'from .inner import x', 'kept/inner/__init__.py':
+             'from ..side import x\nfrom .leaf import y', 'kept/side.py': 'x = 1',
+             'kept/inner/leaf.py': 'y = 1'}
+    for name, text in files.items():
+        (tmp_path/name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path/name).write_text(text)
+    assert [*modules_behind(['kept'])] == ['kept', 'kept.inner', 'kept.inner.leaf', 'kept.side']

@@ -1,5 +1,5 @@
 "What a value is, whatever process describes it; errors for all else"
-import itertools, json, math, os, queue, socket, sys, threading
+import itertools, json, math, os, queue, socket, sys, threading, weakref
 from collections import OrderedDict
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from torch.optim import SGD
 from learnkit.base.randomness import rng_state
 from learnkit.components.callback import Callback
 from learnkit.files.tree import tree_digest
+from learnkit.fingerprint.inspection import is_user_module
 from learnkit.fingerprint.values import Fingerprint, fingerprint
 from learnkit.loop.progress import Progress
 from learnkit.training.averaging import EMA
@@ -125,9 +126,28 @@ def test_anything_else_is_an_error_that_names_the_place_and_the_way_out(make):
     said = error({'n_epoch': 1, 'cbs': [Callback(after_batch=partial(loss, weight=x))]})
     assert said.startswith(
         'fit: cbs[0].after_batch.weight: ') or said.startswith('fit: cbs[0].after_batch.weight.')
-    assert said.endswith("leave it out with ignore=('cbs',)")
+    assert said.endswith('where nothing that is trained follows from Callback, say so in its '
+                         'class: external = True, or observer = True')  # others matter
     assert fingerprint({'n_epoch': 1, 'cbs': x}, ignore=('cbs',)).tree == {'n_epoch': 1}
     if hasattr(x, 'fileno'): x.close()
+
+
+class Child:
+    def __init__(self, parent): self.parent = weakref.ref(parent)
+
+class Parent:
+    def __init__(self, n): self.n, self.child = n, Child(self)
+
+def test_a_weak_reference_is_what_it_refers_to():
+    assert same(Parent(1), Parent(1)) and not same(Parent(1), Parent(2))
+    one, other = Parent(1), Parent(2)
+    assert not same(Child(one), Child(other))
+
+
+def test_a_compiled_class_may_keep_its_module_elsewhere():
+    Made = type('Made', (), {'__module__': property(lambda self: 'made')})
+    assert not is_user_module(Made.__module__)
+    assert same(Made(), Made())
 
 
 def test_the_error_of_a_class_names_it_and_fingerprint():

@@ -319,6 +319,25 @@ def plain_learner(cls=Learner, cbs=(), **kwargs):
     return learn
 
 
+class Draws:
+    "As of a library: keeps what it drew last"
+    last = None
+    def __call__(self): self.last = lambda: None
+
+Draws.__module__ = 'torch.draws'
+
+
+class Holds(Callback):
+    def __init__(self, draws): self.draws = draws
+    def after_step(self, learn): self.draws()
+
+class HoldsInPassing(Holds): transient = ('draws',)
+
+def test_what_an_object_of_a_library_changes_is_left_out_by_the_one_who_holds_it(tmp_path):
+    with pytest.raises(UnstorableError, match=r"let Holds say so: transient = \('draws',\)"):
+        plain_learner(cbs=Holds(Draws())).fit(1, cbs=SaveState(tmp_path/'a'))
+    plain_learner(cbs=HoldsInPassing(Draws())).fit(1, cbs=SaveState(tmp_path/'b'))
+
 def test_what_cannot_be_stored_is_refused_within_the_first_update(tmp_path):
     learn = plain_learner(cbs=Odd())
     with pytest.raises(UnstorableError, match='callbacks.Odd.f has changed .* transient') as caught:
