@@ -25,9 +25,13 @@ def private_names(cls): # set of str
     names = {name for base in bases for name in (*vars(base), *inspect.get_annotations(base))}
     return {name for name in names if name[0] == '_' and name[:2] != '__'}
 
+def top_module(cls): # str
+    "The package of a class; '' for a compiled one that does not say it in its `__module__`"
+    return cls.__module__.partition('.')[0] if isinstance(cls.__module__, str) else ''
+
 def is_learnkits(cls): # bool
     "Whether a class is one of learnkit's own"
-    return cls.__module__.partition('.')[0] == 'learnkit'
+    return top_module(cls) == 'learnkit'
 
 def clash_text(base, cls, name): # str
     owner = next(owner.__name__ for owner in cls.__mro__ if is_learnkits(owner)

@@ -16,6 +16,13 @@ def private_names(cls: Any) -> Any:
         set of str
     """
 
+def top_module(cls: Any) -> str:
+    """The package of a class; '' for a compiled one that does not say it in its `__module__`
+
+    Returns:
+        str
+    """
+
 def is_learnkits(cls: Any) -> bool:
     """Whether a class is one of learnkit's own
 

@@ -14,9 +14,11 @@ from pathlib import PurePath
 from types import MappingProxyType
 import numpy as np
 import torch
+from .guard import top_module
 from fastcore.basics import patch
 from torch import nn
 from .dtensors import FSDP_ATTRIBUTES, is_dtensor, local_part
+from .guard import top_module
 from .randomness import generator_state, makes_generators, set_generator_state
 
 # %% ../../nbs/base/09_snapshots.ipynb #5dc23bf0
@@ -237,7 +239,7 @@ def acts_outside(x): # bool
 
 @functools.lru_cache(maxsize=4096)
 def is_of_outside(cls): # bool
-    module = cls.__module__
+    module = str(cls.__module__)
     return module.partition('.')[0] in NEVER_STATE or (
         module.startswith(('torch.utils.tensorboard', 'torch.utils.hooks', 'torch.distributed.',
                            'torch._dynamo', 'torch._functorch', 'torch._inductor'))
@@ -311,7 +313,7 @@ def kind_of_class(cls): # str
 
 def moves(cls): # bool
     "Whether objects of a class are iterators, which go on when they are asked, or tables"
-    if cls.__module__.partition('.')[0] == 'pandas': return hasattr(cls, 'equals')
+    if top_module(cls) == 'pandas': return hasattr(cls, 'equals')
     return cls.__module__ in ('builtins', 'itertools') and issubclass(cls, Iterator)
 
 # %% ../../nbs/base/09_snapshots.ipynb #668ff612

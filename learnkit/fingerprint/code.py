@@ -12,6 +12,7 @@ from functools import lru_cache, partial
 import numpy as np
 import torch
 from ..base.devices import accelerator
+from ..base.guard import top_module
 from ..files.tree import json_digest
 from ..components.metrics import Metric
 from .values import json_text
@@ -310,7 +311,7 @@ def record_class(cls, walk):
         if id(base) in walk.recorded: continue
         walk.recorded[id(base)] = base
         of_user = is_user_module(base.__module__)
-        if not of_user: walk.packages.add(base.__module__)
+        if not of_user and top_module(base): walk.packages.add(base.__module__)
         if of_user: walk.code.setdefault(name_of(base), set()).add(class_digest(base))
         if of_user:
             for func in methods(base): record_mentioned(func, walk)

@@ -14,6 +14,7 @@ import torch
 from fastcore.basics import patch
 from torch.utils.data import (
     ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset, default_collate)
+from ..base.guard import top_module
 from ..base.randomness import (
     generator_state, isolated_rng, seed_generator, set_generator_state)
 from ..base.snapshots import MISSING, Scope, Snapshot
@@ -43,7 +44,7 @@ def describe_dataset(ds, walk):
 def describe_data(key, ds, walk): # JSON value
     "Anything that samples are taken from"
     known = describe.dispatch(type(ds)) is not describe.dispatch(object)
-    of_library = type(ds).__module__.partition('.')[0] in BY_LIBRARY
+    of_library = top_module(type(ds)) in BY_LIBRARY
     describes_itself = hasattr(type(ds), '__fingerprint__')
     if known or of_library or describes_itself or not hasattr(ds, '__getitem__'):
         return walk.describe_at(key, ds)

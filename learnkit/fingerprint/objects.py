@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 import numpy as np
 import torch
-from ..base.guard import is_learnkits
+from ..base.guard import is_learnkits, top_module
 from ..base.snapshots import MISSING
 from ..files.tree import text_digest
 from ..components.callback import Callback, is_compared
@@ -59,7 +59,7 @@ def describe_object(x, walk):
         walk.refuse(x, f'this {type(x).__name__} is an iterator, and reading it uses it up: give a '
                        'list, a loader, or an object with __fingerprint__')
     for base in type(x).__mro__:
-        of_library = BY_LIBRARY.get(base.__module__.partition('.')[0])
+        of_library = BY_LIBRARY.get(top_module(base))
         if of_library and (found := of_library(x, walk)) is not None: return found
     if walk.is_read and is_external(x): return {'$external': name_of(type(x))}
     if type(x) is object: walk.refuse(x)

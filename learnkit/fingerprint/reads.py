@@ -9,6 +9,7 @@ __all__ = []
 import io, logging, os, socket, subprocess, types
 from collections import deque
 from fastcore.basics import patch
+from ..base.guard import top_module
 from ..base.randomness import generator_state
 from ..base.snapshots import ACTING, MISSING
 from ..files.tree import tree_digest
@@ -48,7 +49,8 @@ def is_only_added_to(variable, uses): # bool
 # %% ../../nbs/fingerprint/03_reads.ipynb #66b71525
 def is_external(x): # bool
     "Whether it acts outside of the program or orders its threads, and is no value"
-    modules = {base.__module__ for base in type(x).__mro__ if not is_user_module(base.__module__)}
+    modules = {base.__module__ for base in type(x).__mro__
+               if top_module(base) and not is_user_module(base.__module__)}
     tops = {name.partition('.')[0] for name in modules}
     return isinstance(x, EXTERNAL) or bool((modules | tops) & EXTERNAL_MODULES)
 

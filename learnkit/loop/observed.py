@@ -163,7 +163,7 @@ OF_WORKERS = '_iterator', 'worker_init_fn'  # of a `DataLoader`; what they do is
 @patch
 def is_data(self:LearnerScope, x, path, owner): # bool
     "Whether it is what a dataset gives out, rather than how it does that"
-    if type(x).__module__.startswith('learnkit.processes.'): return True  # theirs to take away
+    if str(type(x).__module__).startswith('learnkit.processes.'): return True  # theirs to take away
     if path[0] != 'data': return False
     if is_cache(path): return True
     return path[-1] not in self.learn._origin.baseline.of(owner) and is_large(x)
