@@ -69,6 +69,9 @@ $(VENV)/.dev: settings.ini constraints.txt setup.py pyproject.toml
 
 $(VENV)/.ecosystem: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(EDITABLE) '.[dev,ecosystem]'
+# One of another build than torch, for CPU or CUDA, fails in whatever imports it: better none
+	$(BIN)/python -c 'import torchvision' 2> /dev/null || \
+	  $(BIN)/python -m pip uninstall --quiet --yes torchvision
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.dev

@@ -15,6 +15,9 @@ EXTRAS = {LIB.name: ['notebook', 'testing', 'sklearn', 'ecosystem'], 'nbs': ['de
 # Named, though nothing imports them
 COMMANDS = {'jupytext': 'notebooks as text, as CONTRIBUTING.md says',
             'ipykernel': 'notebooks in an editor',
+            'accelerate': 'accelerate launch, in tests/ecosystem',
+            'onnxscript': 'torch.onnx.export',
+            'torchvision': 'timm',
             'pytest-xdist': 'pytest -n 2',
             'ruff': 'tests/test_house.py',
             'pyright': 'tests/test_types.py',
