@@ -166,9 +166,8 @@ def derived_as_json(x, value, walk): # JSON value
 
 @describe.register(weakref.ref)
 def describe_weak(x, walk):
-    "What is referred to; of what holds the reference itself, how far up it is"
-    target = x()
-    if id(target) not in walk.enclosing: return {'$weak': walk.describe(target)}
+    "Of a reference to what holds it, how far up that is"
+    if id(target := x()) not in walk.enclosing: walk.refuse(x)
     return {'$weak': len(walk.enclosing) - walk.enclosing[id(target)]}
 
 @describe.register(enum.Enum)

@@ -89,7 +89,7 @@ def derived_as_json(x: Any, value: Any, walk: Any) -> Any:
     """
 
 def describe_weak(x: Any, walk: Any) -> Any:
-    """What is referred to; of what holds the reference itself, how far up it is"""
+    """Of a reference to what holds it, how far up that is"""
 
 def describe_enum(x: Any, walk: Any) -> Any:
     """A member of an enumeration, by its name and value"""

@@ -6,7 +6,7 @@
 __all__ = ['Fingerprint', 'UnfingerprintableError', 'fingerprint']
 
 # %% ../../nbs/fingerprint/01_values.ipynb #4d08662f
-import datetime, decimal, fractions, hashlib, json, math, re, sys, types, uuid, weakref
+import datetime, decimal, fractions, hashlib, json, math, re, sys, types, uuid
 from collections import OrderedDict, defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -315,7 +315,6 @@ def describe_cycle(self:Walk, x): # JSON value
     "A value inside itself: functions may call themselves, what is given may not hold itself"
     up = len(self.enclosing) - self.enclosing[id(x)]
     if isinstance(x, types.FunctionType): return {'$function': name_of(x), 'up': up}
-    if isinstance(x, weakref.ref): return {'$weak': up}
     if self.is_read or 'model_depth' in self.around: return {'$up': up}
     self.refuse(x, f'this {type(x).__name__} contains itself; give a class of yours a method '
                    '__fingerprint__')

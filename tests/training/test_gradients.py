@@ -462,7 +462,8 @@ def test_all_that_a_model_holds():
     assert model.norm.num_batches_tracked == 6 and torch.equal(model.frozen, torch.ones(4))
     assert not model.frozen.requires_grad
     assert model.second.weight is model.first.weight and model.mask.tolist() == [0., -math.inf]
-    assert set(cb.weights()) == set(learn.model.state_dict()) - {'second.weight', 'view'}
+    assert {*cb.weights(), *cb.shared} == {*learn.model.state_dict()} - {'second.weight', 'view'}
+    assert [*cb.shared] == ['frozen']
     assert model.seen.item() == 6  # a mean of counts has no meaning
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
