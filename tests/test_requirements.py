@@ -39,6 +39,9 @@ def everything_named(): return named().union(*map(named, sum(EXTRAS.values(), []
 
 def modules(node): # list of names
     if isinstance(node, ast.Import): return [alias.name for alias in node.names]
+    match node:  # what is skipped where it is not there
+        case ast.Call(func=ast.Name(id='library') | ast.Attribute(attr='importorskip'),
+                      args=[ast.Constant(value=str(name)), *_]): return [name]
     return [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
 
 
@@ -57,7 +60,7 @@ def imported(folder): # set of names of distributions
             for name in modules(node)}
     own = {path.stem for path in found(folder, '*.py')} | {LIB.name}
     # What is named need not be installed; it then goes by the name of its module
-    homes = {name: [name] for name in everything_named()} | installed()
+    homes = {name.replace('-', '_'): [name] for name in everything_named()} | installed()
     return {distribution(homes[top][0]) for top in tops - sys.stdlib_module_names - own
             if top in homes}
 

@@ -164,6 +164,7 @@ def derived_as_json(x, value, walk): # JSON value
     more = {name: held for name, held in attributes(x).items() if name[:2] != '__'}
     return {'$object': name_of(type(x)), 'value': value, 'with': walk.describe_named(more)}
 
+# %% ../../nbs/fingerprint/07_objects.ipynb #177ec725
 @describe.register(weakref.ref)
 def describe_weak(x, walk):
     "Of a reference to what holds it, how far up that is"

@@ -159,6 +159,7 @@ def check_holds_learner(tree, path):
     raise ValueError(f'{path} holds no learner' + (
         ', but a best model: SaveBest(path=...).load_best(learn) loads it' if best else ''))
 
+# %% ../../nbs/loop/06_saving.ipynb #5cc5b695
 def whole_tree(learn, tree, path): # the tree
     "What was read from the file of a learner, with shards beside it and what was left out of it"
     check_holds_learner(tree, path)

@@ -112,72 +112,6 @@ class Average(Callback):
         self.average, self.count = None, 0
         self.shared = {}  # name of a frozen parameter, which is its own average -> list: its shape
 
-    def model(self, learn) -> nn.Module:
-        "A copy of the model, in evaluation mode, with this average in it"
-        if self.average is None: raise ValueError(f'{self} has averaged nothing yet')
-        if is_sharded(learn.model):
-            raise RuntimeError('this would be a copy of the whole model, which lies in parts: read '
-                               'it after the block of learn.distributed, or load a save in a '
-                               'single process')
-        model = copy.deepcopy(learn.model).eval()
-        tensors = tensors_at(tensor_locations(model))
-        averaged = {name: t for name, t in self.average.items() if not name.startswith(OF_LOSS)}
-        shared = {name for name in self.shared if not name.startswith(OF_LOSS)}
-        if tensors.keys() != {*averaged, *shared}:
-            raise ValueError(f'{self} holds the average of another model than the learner has now')
-        copy_into(averaged, {name: tensors[name] for name in averaged})
-        return model
-
-# %% ../../nbs/training/12_averaging.ipynb #df5ab401
-def averages(learn): # list of Averages, those of the last fit too
-    return [cb for cb in dict.fromkeys((*learn.cbs, *learn.fit_cbs)) if isinstance(cb, Average)]
-
-def check_one_is_evaluated(learn):
-    "Raise ValueError unless it is clear which average evaluations see"
-    found = [cb for cb in learn.cbs if isinstance(cb, Average) and cb.evaluate]
-    if len(found) > 1:
-        raise ValueError(f'{found[0]} and {found[1]} exclude each other: evaluations can see only '
-                         'one average, so give the others evaluate=False')
-
-@patch
-def before_fit(self:Average, learn):
-    check_one_is_evaluated(learn)
-    self._locations, self._copied_names = locations_of(learn), None
-    if self.average is not None and self._first_difference():
-        show_message(learn, f'{self}: the model has changed, so the average starts anew')
-        self.drop_weights()
-    if self.average is not None: self._match(learn)
-
-@patch
-def before_validate(self:Average, learn):
-    check_one_is_evaluated(learn)
-    if not self.evaluate or self.average is None or self._raw is not None: return
-    reshard(learn.model)
-    self._match(learn)
-    live = self._live(self.average)
-    self._raw, self._depth = {name: t.clone() for name, t in live.items()}, len(learn.levels)
-    copy_into(self.average, live)
-    if learn.ranks: learn.cbs.distributed.broadcast_buffers(learn)  # each has averaged its own
-
-@patch
-def cleanup_validate(self:Average, learn):
-    if self._raw is None or len(learn.levels) != self._depth: return
-    reshard(learn.model)
-    copy_into(self._raw, self._live(self._raw))
-    self._raw = None
-
-@patch
-def before_step(self:Average, learn):
-    "What was frozen and learns from this update on has been its own average until now"
-    if self.average is None or not self.shared: return
-    if self._locations is None: self._match(learn)  # the average was loaded
-    for name, count in self._write_counts.items():
-        tensors, key = self._locations[name]
-        if is_frozen(tensors[key]) and write_count(tensors[key]) == count: continue
-        del self.shared[name]
-        self.average[name] = as_average(tensors[key].data)
-    self._count_writes()
-
 # %% ../../nbs/training/12_averaging.ipynb #4488214d
 @patch
 def _first_difference(self:Average): # str, or None
@@ -219,6 +153,76 @@ def _start(self:Average, learn):
     self.shared = {name: list(tensor.shape) for name, tensor in self._live(shared).items()}
     self._count_writes()
 
+# %% ../../nbs/training/12_averaging.ipynb #c1393336
+@patch
+def model(self:Average, learn) -> nn.Module:
+    "A copy of the model, in evaluation mode, with this average in it"
+    if self.average is None: raise ValueError(f'{self} has averaged nothing yet')
+    if is_sharded(learn.model):
+        raise RuntimeError('this would be a copy of the whole model, which lies in parts: read '
+                           'it after the block of learn.distributed, or load a save in a '
+                           'single process')
+    model = copy.deepcopy(learn.model).eval()
+    tensors = tensors_at(tensor_locations(model))
+    averaged = {name: t for name, t in self.average.items() if not name.startswith(OF_LOSS)}
+    shared = {name for name in self.shared if not name.startswith(OF_LOSS)}
+    if tensors.keys() != {*averaged, *shared}:
+        raise ValueError(f'{self} holds the average of another model than the learner has now')
+    copy_into(averaged, {name: tensors[name] for name in averaged})
+    return model
+
+# %% ../../nbs/training/12_averaging.ipynb #df5ab401
+def averages(learn): # list of Averages, those of the last fit too
+    return [cb for cb in dict.fromkeys((*learn.cbs, *learn.fit_cbs)) if isinstance(cb, Average)]
+
+def check_one_is_evaluated(learn):
+    "Raise ValueError unless it is clear which average evaluations see"
+    found = [cb for cb in learn.cbs if isinstance(cb, Average) and cb.evaluate]
+    if len(found) > 1:
+        raise ValueError(f'{found[0]} and {found[1]} exclude each other: evaluations can see only '
+                         'one average, so give the others evaluate=False')
+
+@patch
+def before_fit(self:Average, learn):
+    check_one_is_evaluated(learn)
+    self._locations, self._copied_names = locations_of(learn), None
+    if self.average is not None and self._first_difference():
+        show_message(learn, f'{self}: the model has changed, so the average starts anew')
+        self.drop_weights()
+    if self.average is not None: self._match(learn)
+
+@patch
+def before_validate(self:Average, learn):
+    check_one_is_evaluated(learn)
+    if not self.evaluate or self.average is None or self._raw is not None: return
+    reshard(learn.model)
+    self._match(learn)
+    live = self._live(self.average)
+    self._raw, self._depth = {name: t.clone() for name, t in live.items()}, len(learn.levels)
+    copy_into(self.average, live)
+    if learn.ranks: learn.cbs.distributed.broadcast_buffers(learn)  # each has averaged its own
+
+@patch
+def cleanup_validate(self:Average, learn):
+    if self._raw is None or len(learn.levels) != self._depth: return
+    reshard(learn.model)
+    copy_into(self._raw, self._live(self._raw))
+    self._raw = None
+
+# %% ../../nbs/training/12_averaging.ipynb #0c2336dd
+@patch
+def before_step(self:Average, learn):
+    "What was frozen and learns from this update on has been its own average until now"
+    if self.average is None or not self.shared: return
+    if self._locations is None: self._match(learn)  # the average was loaded
+    for name, count in self._write_counts.items():
+        tensors, key = self._locations[name]
+        if is_frozen(tensors[key]) and write_count(tensors[key]) == count: continue
+        del self.shared[name]
+        self.average[name] = as_average(tensors[key].data)
+    self._count_writes()
+
+# %% ../../nbs/training/12_averaging.ipynb #3ef4b12a
 @patch
 def _add(self:Average, learn, weight):
     "average = (1 - weight) * average + weight * weights"

@@ -182,13 +182,15 @@ class SaveBest(Tracker):
         if self.scope == 'fit': self.reset()
         self.n_values = 0
 
-    def after_fit(self, learn):
-        if not self.restore: return
-        if self.best is not None: return self.load_best(learn)
-        if learn.recorder.newest('rows').get('run') == learn.recorder.run:
-            warnings.warn(f'{self.title}: there is nothing to bring back, as {self.monitor} was '
-                          'never a number; the weights are those of the last step',
-                          stacklevel=caller_stacklevel())
+# %% ../../nbs/training/07_save_best.ipynb #d6f5090e
+@patch
+def after_fit(self:SaveBest, learn):
+    if not self.restore: return
+    if self.best is not None: return self.load_best(learn)
+    if learn.recorder.newest('rows').get('run') == learn.recorder.run:
+        warnings.warn(f'{self.title}: there is nothing to bring back, as {self.monitor} was '
+                      'never a number; the weights are those of the last step',
+                      stacklevel=caller_stacklevel())
 
 # %% ../../nbs/training/07_save_best.ipynb #a8f2edd8
 def check_path_is_free(saver, learn):
