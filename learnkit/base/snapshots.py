@@ -14,7 +14,6 @@ from pathlib import PurePath
 from types import MappingProxyType
 import numpy as np
 import torch
-from .guard import top_module
 from fastcore.basics import patch
 from torch import nn
 from .dtensors import FSDP_ATTRIBUTES, is_dtensor, local_part
