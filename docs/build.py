@@ -303,15 +303,19 @@ def address(root, notebook): # the page of a notebook, as other pages name it
     return f'/{page_of(root, notebook).as_posix()}'
 
 
+def bring(root, file, pages): # its path below the folder of pages
+    "Copy a file of the repository that a page links to"
+    to = pages / file.relative_to(root)
+    to.parent.mkdir(parents=True, exist_ok=True)
+    return Path(shutil.copy(file, to)).relative_to(pages).as_posix()
+
+
 def write_page(root, notebook, names, pages):
     "One notebook as markdown; the files of the repository that it links to come along"
     def place(link):
         file = target(root, notebook, link)
         if not file.is_file(): return link # mkdocs complains
-        if file.suffix == '.ipynb': return address(root, file)
-        copy = pages / file.relative_to(root)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        return '/' + Path(shutil.copy(file, copy)).relative_to(pages).as_posix()
+        return address(root, file) if file.suffix == '.ipynb' else f'/{bring(root, file, pages)}'
     page, names = pages / page_of(root, notebook), {**names, **own_links(notebook)}
     page.parent.mkdir(parents=True, exist_ok=True)
     save = image_saver(page.parent / 'images', page.stem, 'images', half_width)
@@ -320,14 +324,15 @@ def write_page(root, notebook, names, pages):
 
 
 def navigation(root): # nested lists of {title: group or notebook}
-    "Start, Guides, Tasks, and Reference by room"
+    "Start, Guides, Tasks, Reference by room, and what was measured"
     def entries(notebooks): return [{title(notebook): notebook} for notebook in notebooks]
     start = named(root, START)
     by_room = rooms(root)
     in_no_room = entries(by_room.pop(''))
     reference = [{room.capitalize(): entries(found)} for room, found in by_room.items() if found]
     return [{'Start': [{'Home': start[0]}, *entries(start[1:])]}, {'Guides': entries(guides(root))},
-            {'Tasks': entries(named(root, TASKS))}, {'Reference': [*reference, *in_no_room]}]
+            {'Tasks': entries(named(root, TASKS))}, {'Reference': [*reference, *in_no_room]},
+            {'Benchmarks': root / 'benchmarks' / 'RESULTS.md'}]
 
 
 def map_leaves(func, nested): # the same nesting of lists and dicts
@@ -341,6 +346,7 @@ def write_pages(root, pages): # the navigation, as mkdocs wants it
     names = {name: f'{address(root, notebook)}#{anchor(name)}'
              for notebook in numbered(root) for name in public_names(notebook)}
     def write(notebook):
+        if notebook.suffix == '.md': return bring(root, notebook, pages)
         write_page(root, notebook, names, pages)
         return page_of(root, notebook).as_posix()
     return map_leaves(write, navigation(root))

@@ -33,6 +33,8 @@ def root(tmp_path):
     write(nbs / 'index.ipynb', ['# learnkit', 'Here [the loop](loop/05_loop.ipynb), `SaveBest()`.'])
     for name in (*build.START[1:], *build.TASKS[:2], 'tutorials/more', 'guides/first'):
         write(nbs / f'{name}.ipynb', [f'# {name}'])
+    (tmp_path / 'benchmarks').mkdir()
+    (tmp_path / 'benchmarks/RESULTS.md').touch()
     return tmp_path
 
 
@@ -77,7 +79,7 @@ def test_what_pages_link_to_is_there():
 
 
 def test_navigation(root):
-    start, guides, tasks, reference = build.write_pages(root, root / '_docs')
+    start, guides, tasks, reference, benchmarks = build.write_pages(root, root / '_docs')
     assert start['Start'][0] == {'Home': 'index.md'}
     assert guides == {'Guides': [{'guides/first': 'guides/first.md'},
                                  {'tutorials/more': 'tutorials/more.md'}]}
@@ -86,6 +88,7 @@ def test_navigation(root):
     assert reference == {'Reference': [{'Loop': [{'The loop': 'loop/loop.md'}]},
                                        {'Base': [{'Core': 'base/core.md'}]},
                                        {'Command line': 'cli.md'}]}
+    assert benchmarks == {'Benchmarks': 'benchmarks/RESULTS.md'}
 
 
 def test_every_notebook_has_a_page():
