@@ -133,6 +133,10 @@ def float_type(t): # torch.dtype
     "That of exact fractions: float64 where the device has it"
     return torch.float32 if t.device.type == 'mps' else torch.float64
 
+def is_number(pred, axis): # bool tensor without the axis
+    "Where no score is nan: the place of a nan is no prediction, and never right"
+    return ~pred.amax(axis).isnan()
+
 def fraction_of_counted(hits, targ, ignore_index): # (0-d tensor, 0-d tensor: how many)
     "The part that is true where targets count; nan if none does"
     counted = targ != ignore_index
@@ -150,7 +154,7 @@ def accuracy(pred, # scores, (batch, ..., classes)
     best = pred.argmax(axis)
     check_same_shape(best, targ, f'accuracy, after argmax over axis {axis}',
                      axis_hint(pred, targ, axis))
-    return fraction_of_counted(best == targ, targ, ignore_index)
+    return fraction_of_counted((best == targ) & is_number(pred, axis), targ, ignore_index)
 
 @metric(higher_is_better=False)
 def error_rate(pred, targ, axis:int=-1, ignore_index:int=-100): # as `accuracy`
@@ -170,7 +174,8 @@ def top_k_accuracy(pred, # scores, (batch, ..., classes)
         raise ValueError(f'top_k_accuracy: k={k}, but there are {pred.shape[-1]} classes')
     best = pred.topk(k, dim=-1).indices
     check_same_shape(best[..., 0], targ, 'top_k_accuracy, without the axis of classes')
-    return fraction_of_counted((best == targ[..., None]).any(-1), targ, ignore_index)
+    hits = (best == targ[..., None]).any(-1) & is_number(pred, -1)
+    return fraction_of_counted(hits, targ, ignore_index)
 
 # %% ../../nbs/components/01_metrics.ipynb #74c50231
 @metric(higher_is_better=True)
@@ -182,7 +187,8 @@ def binary_accuracy(pred, # logits, any shape; probabilities with from_logits=Fa
     "Part of the entries on the right side of the threshold"
     check_same_shape(pred, targ, 'binary_accuracy')
     prob = pred.sigmoid() if from_logits else pred
-    return ((prob > thresh) == (targ > 0.5)).mean(dtype=float_type(prob))
+    hits = ((prob > thresh) == (targ > 0.5)) & ~prob.isnan()
+    return hits.mean(dtype=float_type(prob))
 
 # %% ../../nbs/components/01_metrics.ipynb #6d13fa8e
 def float_difference(pred, targ, # tensors of one shape

@@ -140,6 +140,13 @@ def float_type(t: Any) -> Any:
         torch.dtype
     """
 
+def is_number(pred: Any, axis: Any) -> Any:
+    """Where no score is nan: the place of a nan is no prediction, and never right
+
+    Returns:
+        bool tensor without the axis
+    """
+
 def fraction_of_counted(hits: Any, targ: Any, ignore_index: Any) -> Any:
     """The part that is true where targets count; nan if none does
 

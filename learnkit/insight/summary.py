@@ -6,7 +6,7 @@
 __all__ = ['SummaryResult']
 
 # %% ../../nbs/insight/08_summary.ipynb #a127ce9e
-import copy, textwrap
+import copy, math, textwrap
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from types import MappingProxyType
 import torch
 from fastcore.basics import patch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from ..base.batches import kind, tensors_in
 from ..base.dtensors import is_dtensor, is_sharded, unsharded_class
 from ..base.methods import pure, result
@@ -32,6 +32,20 @@ from ..loop.learner import Learner
 from ..loop.loop import are_by_name, split_batch
 from ..loop.predict import OwnBatches, collected
 
+# %% ../../nbs/insight/08_summary.ipynb #0806278c
+def rnn_flops(x, w_in, w_hidden, *args, out_shape=None, **kwargs): # int; arguments: shapes
+    "Of a layer of an LSTM: at each step, the products with the input and with what was before"
+    steps = math.prod(x[:-1])
+    return 2 * steps * (math.prod(w_in) + math.prod(w_hidden))
+
+def attention_flops(query, key, value, *args, out_shape=None, **kwargs): # int
+    return sdpa_flop_count(query, key, value)
+
+# Operations of CPUs that torch does not count
+KERNELS = MappingProxyType({
+    torch.ops.aten.mkldnn_rnn_layer: rnn_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops})
+
 # %% ../../nbs/insight/08_summary.ipynb #ca8601a6
 def shape_of(x): # str
     "The shapes of what a layer gives"
@@ -44,7 +58,7 @@ class LayerNotes:
     "What happens in each module while a batch goes through a model"
     def __init__(self, model:nn.Module):
         self.names = {module: name for name, module in model.named_modules()}
-        self.root, self.counter = model, FlopCounterMode(display=False)
+        self.root, self.counter = model, FlopCounterMode(display=False, custom_mapping=KERNELS)
         self.open = []  # [module, operations before, those within it]
         self.output, self.calls, self.flops = {}, {}, {}  # by name
         self.total, self.kept, self.inputs = 0, {}, ''

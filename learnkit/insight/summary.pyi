@@ -15,6 +15,33 @@ __all__ = [
     'SummaryResult'
 ]
 
+def rnn_flops(
+        x: Any,
+        w_in: Any,
+        w_hidden: Any,
+        *args: Any,
+        out_shape: Any = None,
+        **kwargs: Any,
+) -> Any:
+    """Of a layer of an LSTM: at each step, the products with the input and with what was before
+
+    Returns:
+        int; arguments: shapes
+    """
+
+def attention_flops(
+        query: Any,
+        key: Any,
+        value: Any,
+        *args: Any,
+        out_shape: Any = None,
+        **kwargs: Any,
+) -> int:
+    """Returns:
+        int
+    """
+KERNELS: MappingProxyType
+
 def shape_of(x: Any) -> str:
     """The shapes of what a layer gives
 

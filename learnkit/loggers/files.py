@@ -9,6 +9,7 @@ __all__ = ['CSVLogger', 'JSONLogger']
 import csv, io, json, math, shutil
 from urllib.parse import quote
 from fastcore.basics import patch
+from filelock import FileLock
 from ..files.durable import write_bytes
 from .logger import Logger
 
@@ -51,9 +52,14 @@ class FileLogger(Logger):
     def extras(self): # Path
         return self.file.with_suffix('') / self.log_state.run.name
 
+    def locked(self): # context manager
+        "Others that write to this file wait"
+        folder = self.file.with_suffix('')
+        folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(folder/'lock')
+
     def begin(self, run):
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        drop_torn_line(self.file)
+        with self.locked(): drop_torn_line(self.file)
 
     def place(self, name): # Path; called when there is something to put there
         self.extras.mkdir(parents=True, exist_ok=True)
@@ -86,6 +92,7 @@ class CSVLogger(FileLogger):
         return list(csv.DictReader(io.StringIO(whole_lines(self.file), newline='')))
 
     def last_step(self, run):
+        self.columns()  # an error for a file of something else
         steps = [int(row['step']) for row in self.rows() if row['run'] == run.id]
         return max(steps, default=-1)
 
@@ -105,18 +112,22 @@ class CSVLogger(FileLogger):
 def metrics(self:CSVLogger, step, values):
     row = {'run': self.log_state.run.id, 'step': step,
            **{name if name not in ('run', 'step') else f'{name}_': x for name, x in values.items()}}
-    columns = self.columns()
-    if new := [name for name in row if name not in columns]:
-        columns = [*columns, *new]
-        write_bytes(self.file, csv_text([columns, *(
-            [old.get(name, '') for name in columns] for old in self.rows())]).encode())
-    append_line(self.file, csv_text([[row.get(name, '') for name in columns]]))
+    with self.locked():
+        columns = self.columns()
+        if new := [name for name in row if name not in columns]:
+            columns = [*columns, *new]
+            write_bytes(self.file, csv_text([columns, *(
+                [old.get(name, '') for name in columns] for old in self.rows())]).encode())
+        append_line(self.file, csv_text([[row.get(name, '') for name in columns]]))
 
 @patch
 def columns(self:CSVLogger): # list of str
     "The names in the first line of the file"
     if not self.file.exists(): return []
-    with open(self.file, newline='', encoding='utf-8') as file: return next(csv.reader(file), [])
+    with open(self.file, newline='', encoding='utf-8') as file: found = next(csv.reader(file), [])
+    if not found or {'run', 'step'} <= {*found}: return found
+    raise ValueError(f'{self.file} was not written by a CSVLogger, as it has no columns '
+                     '"run" and "step": give this one another path')
 
 def csv_text(rows): # str
     csv.writer(text := io.StringIO(newline=''), lineterminator='\n').writerows(rows)
@@ -140,7 +151,7 @@ class JSONLogger(FileLogger):
 
     def write(self, **facts):
         line = json.dumps({'run': self.log_state.run.id, **facts}, allow_nan=False)
-        append_line(self.file, line + '\n')
+        with self.locked(): append_line(self.file, line + '\n')
 
     def begin(self, run):
         super().begin(run)

@@ -32,6 +32,12 @@ class FileLogger(Logger):
         """Returns:
             Path
         """
+    def locked(self) -> Any:
+        """Others that write to this file wait
+
+        Returns:
+            context manager
+        """
     def begin(self, run: Any) -> None: ...
     def place(self, name: Any) -> Any:
         """Returns:

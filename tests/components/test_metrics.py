@@ -245,3 +245,20 @@ def test_a_metric_of_a_users_may_say_how_much_it_counts(weight):
     tally.add(torch.ones(1), (0,), None, 10)
     tally.add(torch.ones(5), (0,), None, 10)
     assert tally.compute() == {'loss': pytest.approx(math.nan, nan_ok=True), 'half': 3.}
+
+
+@pytest.mark.parametrize('metric, classes', [(accuracy, True), (binary_accuracy, False),
+                                             (partial(top_k_accuracy, k=2), True)])
+def test_a_prediction_of_nan_is_never_right(metric, classes):
+    pred = torch.zeros(4, 3)
+    targ = torch.zeros(4).long() if classes else torch.zeros(4, 3)
+    def value(): return float(torch.as_tensor(as_pair(metric(pred, targ))[0]))
+    assert value() == 1
+    pred[0] = math.nan
+    assert value() == 0.75
+    pred[:] = math.nan
+    assert value() == 0
+    if metric is accuracy: assert float(as_pair(error_rate(pred, targ))[0]) == 1
+
+
+def as_pair(found): return found if isinstance(found, tuple) else (found, 1)

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils.flop_counter import FlopCounterMode
@@ -78,7 +79,8 @@ def test_counts_are_torchs(name):
     make_model, shape = MODELS[name]
     model = make_model()
     found = plain(model).summary(shape)
-    with FlopCounterMode(display=False) as counter: copy.deepcopy(model).eval()(torch.zeros(shape))
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        copy.deepcopy(model).eval()(torch.zeros(shape))
     assert found.flops == counter.get_total_flops() == found.df.get('flops', torch.zeros(1)).sum()
     assert found.params == sum(p.numel() for p in model.parameters()) == found.df.params.sum()
     lines = repr(found).splitlines()
@@ -285,3 +287,21 @@ def test_is_kept_in_a_checkpoint(tmp_path, monkeypatch):
         again, learn = script(1e-2)
     assert repr(again) == repr(one) and Fits.n == n and again.df.equals(one.df)
     assert learn.cache(1).summary((2, 4)).flops * 18 == learn.cache(1).summary((36, 4)).flops
+
+
+class Attends(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 4, batch_first=True)
+    def forward(self, x): return self.attention(x, x, x, need_weights=False)[0]
+
+
+@pytest.mark.parametrize('model, flops', [
+    (nn.LSTM(8, 16, batch_first=True), 6 * 5 * 2 * 4 * 16 * (8 + 16)),
+    (nn.LSTM(8, 16, 2, bidirectional=True, batch_first=True),
+     6 * 5 * 2 * 4 * 16 * 2 * ((8 + 16) + (32 + 16))),
+    (nn.GRU(8, 16, batch_first=True), 6 * 5 * 2 * 3 * 16 * (8 + 16)),
+    (Attends(), 6 * 5 * 2 * 16 * 16 * 4 + 2 * 2 * 6 * 5 * 5 * 16)])
+def test_layers_that_are_one_operation_on_a_cpu_are_counted(model, flops):
+    x = torch.randn(6, 5, 16 if isinstance(model, Attends) else 8)
+    assert plain(model, (x, torch.zeros(6).long())).summary(x).flops == flops
