@@ -383,7 +383,7 @@ def errors_by(self:Interpretation,
     errors = sample_errors(self)
     frame = pd.DataFrame(errors | ({} if self.losses is None else {'loss': self.losses.numpy()}))
     groups = frame.groupby(values, dropna=False, observed=True)
-    found = groups.mean()
+    found = groups.agg(lambda column: column.to_numpy().mean())  # nan where one is among them
     found.insert(0, 'n', groups.size())
     if 'error_rate' in found: found.insert(1, 'errors', whole(groups['error_rate'].sum()))
     by = 'mae' if self.task == 'regression' else 'error_rate'

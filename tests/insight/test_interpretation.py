@@ -1,5 +1,5 @@
 "What a model gets wrong: as scikit-learn counts it, whatever the data, and without a trace"
-import warnings
+import math, warnings
 import matplotlib
 import numpy as np
 import pandas as pd
@@ -481,3 +481,13 @@ def test_axes_that_are_given():
 
 def test_it_is_a_method_of_checkpointed_learners_too():
     assert CheckpointedLearner.interpret.kind == 'pure'
+
+
+def test_a_loss_of_nan_is_not_left_out_of_its_group():
+    x = torch.eye(3)[torch.arange(8) % 3]
+    x[1] = math.nan
+    learn = Learner(DataLoaders(None, DataLoader(TensorDataset(x, torch.arange(8) % 3), 4)),
+                    nn.Identity(), nn.CrossEntropyLoss(), device='cpu')
+    found = learn.interpret().errors_by(['a'] * 4 + ['b'] * 4)
+    assert found.loc['a', 'errors'] == 1 and math.isnan(found.loc['a', 'loss'])
+    assert found.loc['b', 'errors'] == 0 and found.loc['b', 'loss'] < 1
