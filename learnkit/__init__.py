@@ -10,6 +10,7 @@ from .base.ranks import (
 from .base.devices import (
     default_device,
 )
+from .base import compiled as _compiled
 from .base.randomness import (
     isolated_rng, rng_state, set_rng_state, set_seed,
 )

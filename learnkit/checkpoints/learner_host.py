@@ -10,8 +10,7 @@ from contextlib import contextmanager, nullcontext
 from fastcore.basics import patch
 from ..base.randomness import set_rng_state
 from ..components.callback import (
-    beside_state, has_state, is_compared, keeps_beside, load_beside,
-    named_callbacks, without_classes)
+    has_state, is_compared, named_callbacks, without_classes)
 from ..fingerprint.functions import call_arguments, signature_without_self
 from ..loop.calls import one_run
 from ..loop.observed import (
@@ -19,7 +18,8 @@ from ..loop.observed import (
 from ..loop.position import FitState
 from ..loop.provenance import class_attributes, frozen_modules, named_params, workers
 from ..loop.state import (
-    check_loss_state, check_model_state, load_model_state, unchanged_parts)
+    beside_state, check_loss_state, check_model_state, keeps_beside, load_beside,
+    load_model_state, unchanged_parts)
 from ..loop.saving import localized
 from ..loop.resume import as_period, autosaving
 from ..training.torch_schedulers import torch_schedulers

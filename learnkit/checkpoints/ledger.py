@@ -373,12 +373,12 @@ def matching_callbacks(self:Ledger, call, states) -> list: # of (callback, state
     "The callbacks that were given; StaleCheckpoint unless the states are those of such"
     callbacks = self.host.stateful_arguments(call.values)
     optional = {name: state for name, state, *is_optional in states if is_optional}
-    needed = [entry for entry in states if len(entry) == 2]
+    needed = [(name, state) for name, state, *is_optional in states if not is_optional]
     have, need = [cb.name for cb in callbacks if not cb.is_optional], [name for name, _ in needed]
     if have == need:
-        found = [state for _, state in needed]
-        return [(cb, optional.get(cb.name) if cb.is_optional else found[i])
-                for i, cb in enumerate(callbacks)]
+        found = iter(needed)
+        return [(cb, optional.get(cb.name) if cb.is_optional else next(found)[1])
+                for cb in callbacks]
     raise StaleCheckpoint(f'{call.text}: the callbacks {need} have a state in the record, and here '
                           f'{have} have one')
 

@@ -106,7 +106,7 @@ def call_facts(call): # dict
             'arguments': {name: as_text(value, 200) for name, value in arguments.items()
                           if value is not None},
             'time': duration_text(call.seconds) if call.ended else '',
-            'ended': time_text(call.ended) if call.ended else '', 
+            'ended': time_text(call.ended) if call.ended else '',
             'numbers': ', '.join(numbers_of_call(call)),
             'result': '' if call.result is None else one_line(result_text(call.result))[:200]}
 

@@ -10,7 +10,7 @@ import functools, inspect, types, typing
 from contextlib import suppress
 import numpy as np
 import torch
-from ..base.guard import is_learnkits
+from ..base.guard import is_learnkits, top_module
 from ..base.methods import result_kind
 from ..files.errors import UnstorableError
 from ..files.tree import CONTAINERS, KIND_NAMES, PLAIN, Packer, Parts
@@ -102,7 +102,7 @@ def may_be_kept(cls, own): # bool
     known = {type(None), bool, torch.Tensor, np.ndarray, Parts, *PLAIN, *KIND_NAMES, *CONTAINERS,
              *registered, *own}
     derived_too = torch.Tensor, np.generic, *PLAIN, *registered
-    is_table = cls.__module__.partition('.')[0] == 'pandas' and cls.__name__ in TABLES
+    is_table = top_module(cls) == 'pandas' and cls.__name__ in TABLES
     is_abstract = inspect.isabstract(cls) or getattr(cls, '_is_protocol', False)
     return (is_open(cls) or is_table or is_abstract or issubclass(cls, derived_too)
             or any(issubclass(one, cls) for one in known))

@@ -161,7 +161,7 @@ class Callback:
     distributes = False  # whether it divides passes among the processes of its attribute `ranks`
     places_model = False # whether it brings the model to the device itself, in `after_create`
     observer = False # whether it only looks: such may come and go, nothing follows from them
-    kept_beside = None # what one that only looks has seen; see `beside_state`
+    kept_beside = None # what one that only looks has seen; as `learnkit.loop.state` has it
     every_evaluation = False # whether it hears evaluations within a step too, as of LBFGS and SAM
 
     def __new__(cls, *args, **kwargs):
@@ -514,20 +514,3 @@ def load_state_dict(self:Callbacks,
     "Give each callback its state back"
     self.check_state(state)
     for name, cb in self.stateful().items(): cb.load_state_dict(state[name])
-
-# %% ../../nbs/components/00_callback.ipynb #c9e1a838
-def beside_of(cbs): # dict: name -> what it keeps
-    "What callbacks that only look keep, by class name and occurrence"
-    return {name: cb.kept_beside for name, cb in named_callbacks(filter(keeps_beside, cbs)).items()}
-
-def keeps_beside(cb): return is_optional(cb) and cb.kept_beside is not None
-
-def beside_state(cbs): # dict: name -> plain tree
-    "What callbacks that only look have seen, to be kept beside a state"
-    return {name: kept.state() for name, kept in beside_of(cbs).items()}
-
-def load_beside(cbs,
-                states:dict, # what `beside_state` returned
-               ):
-    "Give each what it had seen then, which may be nothing"
-    for name, kept in beside_of(cbs).items(): kept.load(states.get(name))

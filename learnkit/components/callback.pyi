@@ -124,7 +124,7 @@ class Callback:
     observer: bool
     """whether it only looks: such may come and go, nothing follows from them"""
     kept_beside: Any
-    """what one that only looks has seen; see `beside_state`"""
+    """what one that only looks has seen; as `learnkit.loop.state` has it"""
     every_evaluation: bool
     """whether it hears evaluations within a step too, as of LBFGS and SAM"""
     as_made: AsMade
@@ -414,27 +414,4 @@ def has_state(cb: Any) -> bool:
 
     Returns:
         bool
-    """
-
-def beside_of(cbs: Any) -> Any:
-    """What callbacks that only look keep, by class name and occurrence
-
-    Returns:
-        dict: name -> what it keeps
-    """
-
-def keeps_beside(cb: Any) -> Any: ...
-
-def beside_state(cbs: Any) -> Any:
-    """What callbacks that only look have seen, to be kept beside a state
-
-    Returns:
-        dict: name -> plain tree
-    """
-
-def load_beside(cbs: Any, states: dict) -> None:
-    """Give each what it had seen then, which may be nothing
-
-    Args:
-        states: what `beside_state` returned
     """

@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/components/03_layer_table.ipynb #0515a513
 import math
 from torch import nn
+from ..base.compiled import plain_name
 from ..base.dtensors import unsharded_class
 from .optim import get_hyper
 
@@ -25,8 +26,7 @@ def layer_table(model:nn.Module,
         found = [by_param[id(p)] for p in params if id(p) in by_param]
         hypers = {key: one_or_text([h[key] for h in found]) for key in ('layer', 'lr')}
         if has_decay: hypers['wd'] = found[0]['wd'] if found else None  # the weight's
-        name = '.'.join(part for part in name.split('.') if part != '_orig_mod')  # torch.compile's
-        rows.append({'name': name, 'kind': unsharded_class(module).__name__,
+        rows.append({'name': plain_name(name), 'kind': unsharded_class(module).__name__,
                      'shape': shape_text(params), 'params': count_new(params, seen),
                      'buffers': count_new(buffers, seen), **hypers,
                      'trainable': how_trainable(params)})

@@ -18,6 +18,7 @@ from fastcore.basics import noop, patch
 from torch.utils.data import (
     BatchSampler, DataLoader, Dataset, IterableDataset, Sampler, default_collate, get_worker_info)
 from ..base.devices import default_device
+from ..base.guard import top_module
 from ..base.randomness import generator_state, seed_generator
 from .order import (
     Share, checked_weights, epoch_order, epoch_seed, split_samples, weighted_order)
@@ -114,7 +115,7 @@ numbers_of_table = ('a table is no tensor; give its numbers, inputs as '
 
 def is_table(x): # bool
     "Whether it is a DataFrame or a Series, of pandas or polars"
-    return type(x).__module__.partition('.')[0] in ('pandas', 'polars')
+    return top_module(type(x)) in ('pandas', 'polars')
 
 # %% ../../nbs/data/01_loaders.ipynb #1e786c81
 class TensorLoader(EpochLoader):

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+from ..base.guard import top_module
 from ..base.randomness import (
     generator_state, rng_state, set_generator_state, set_rng_state)
 from ..base.batches import tensors_in
@@ -93,7 +94,7 @@ def is_large(x): # bool
     if isinstance(x, (list, tuple, dict, set, frozenset)):
         items = x.values() if isinstance(x, dict) else x
         return len(x) > FEW or any(map(is_large, items))
-    return type(x).__module__.partition('.')[0] in ('pandas', 'polars', 'pyarrow', 'datasets')
+    return top_module(type(x)) in ('pandas', 'polars', 'pyarrow', 'datasets')
 
 # %% ../../nbs/data/02_resumable.ipynb #f4dec881
 class DataMark:
@@ -116,7 +117,7 @@ def mark_of(x): # list or dict: what shows a change, without a copy of numbers
     if isinstance(x, (list, tuple)): return list(map(item_mark, x))
     if isinstance(x, np.ndarray): return array_mark(x) if x.flags.writeable else [id(x)]
     if isinstance(x, torch.Tensor): return tensor_mark(x)
-    is_pandas = type(x).__module__.partition('.')[0] == 'pandas'
+    is_pandas = top_module(type(x)) == 'pandas'
     return table_mark(x) if is_pandas and hasattr(x, 'iloc') else [id(x)]
 
 def item_mark(x): # plain value, or list; None for what is not there yet

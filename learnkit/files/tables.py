@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/files/11_tables.ipynb #1c923446
 import numpy as np
+from ..base.guard import top_module
 from .errors import UnstorableError
 from .tree import Parts
 
@@ -147,7 +148,7 @@ TABLES = {
 def table_parts(x): # Parts; None for anything that is not of pandas
     "A table, index, column or single value of pandas as what it consists of"
     cls = type(x)
-    if cls.__module__.partition('.')[0] != 'pandas' or cls.__name__ not in TABLES: return None
+    if top_module(cls) != 'pandas' or cls.__name__ not in TABLES: return None
     return Parts(f'pandas.{cls.__name__}', TABLES[cls.__name__][0](x))
 
 def table_from(parts): # what `table_parts` was given; None for parts of anything else

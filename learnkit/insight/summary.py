@@ -17,7 +17,9 @@ from fastcore.basics import patch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from ..base.batches import kind, tensors_in
-from ..base.dtensors import is_dtensor, is_sharded, unsharded_class
+from ..base.compiled import plain_name, uncompiled
+from ..base.dtensors import is_sharded, unsharded_class
+from ..base.guard import top_module
 from ..base.methods import pure, result
 from ..base.randomness import isolated_rng
 from ..base.text import size_text
@@ -136,7 +138,7 @@ NO_PROBE = torch.optim.LBFGS, torch.optim.SparseAdam  # which a step alone does 
 
 def moments(opt, group): # float: numbers kept for each number of a parameter; None: unknown
     "What one of torch's optimizers will keep for the parameters of a group"
-    if type(opt).__module__.partition('.')[0] != 'torch' or isinstance(opt, NO_PROBE): return None
+    if top_module(type(opt)) != 'torch' or isinstance(opt, NO_PROBE): return None
     param = nn.Parameter(torch.zeros(2, 3))
     param.grad = torch.zeros(2, 3)
     hypers = {name: value for name, value in group.items() if name not in ('params', 'param_names')}
@@ -164,10 +166,6 @@ def memory(learn, notes): # dict: name -> bytes; None: unknown
             'optimizer': None if None in opts else sum(opts), 'activations': kept}
 
 # %% ../../nbs/insight/08_summary.ipynb #554d2981
-def plain_name(name): # str
-    "Without what `torch.compile` puts in front"
-    return '.'.join(part for part in name.split('.') if part != '_orig_mod')
-
 EMPTY = {'shape': '', 'params': 0, 'buffers': 0, 'layer': None, 'lr': None, 'trainable': ''}
 
 def rows_of(model, opt, notes): # list of dicts
@@ -302,7 +300,7 @@ def with_shapes(model, batch, n_inp): # nn.Module
 def eager_model(learn, batch, n_inp):
     "Without `torch.compile`; lazy layers get their shapes in a copy"
     before, compiled, model = learn.model, learn.compiled, learn.model
-    model = getattr(model, '_orig_mod', model)
+    model = uncompiled(model)
     if batch is not None and is_lazy(model): model = with_shapes(model, batch, n_inp)
     learn.model, learn.compiled = model, None
     try: yield model

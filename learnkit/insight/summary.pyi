@@ -114,13 +114,6 @@ def memory(learn: Learner, notes: Any) -> Any:
     Returns:
         dict: name -> bytes; None: unknown
     """
-
-def plain_name(name: Any) -> str:
-    """Without what `torch.compile` puts in front
-
-    Returns:
-        str
-    """
 EMPTY: dict[str, Any]
 
 def rows_of(model: Any, opt: Any, notes: Any) -> Any:

@@ -17,6 +17,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 from torch.utils.data import TensorDataset
+from ..base.compiled import plain_name, uncompiled
 from ..base.guard import assigned_names, is_learnkits
 from ..base.snapshots import (
     HELD, MISSING, SEQUENCES, HeldItems, Opaque, Reference, Scope,
@@ -36,9 +37,8 @@ from .position import PassState
 def roots(learn): # dict: name -> object
     "The parts of a learner that training may change"
     callbacks = {'callbacks': named_callbacks(cb for cb in learn._cbs if not is_optional(cb))}
-    model = getattr(learn.model, '_orig_mod', learn.model)  # what torch.compile has wrapped
-    return {'model': model, 'loss_func': learn.loss_func, 'opt': learn.opt, **callbacks,
-            'metrics': learn.metrics, 'data': learn.dls, 'learner': learn}
+    return {'model': uncompiled(learn.model), 'loss_func': learn.loss_func, 'opt': learn.opt,
+            **callbacks, 'metrics': learn.metrics, 'data': learn.dls, 'learner': learn}
 
 def generators_of_data(learn): # dict: name -> generator
     "Those of loaders and samplers, of which the state has a part of its own"
@@ -54,7 +54,7 @@ def state_tensors(learn): # dict: name -> tensor
             found |= {f'{part}.{name}': t for name, t in module.state_dict(keep_vars=True).items()
                       if isinstance(t, torch.Tensor)}
             found |= {f'{part}.{name}': p for name, p in module.named_parameters()}
-    return {name.replace('_orig_mod.', ''): t for name, t in found.items()}
+    return {plain_name(name): t for name, t in found.items()}
 
 # %% ../../nbs/loop/04_observed.ipynb #321e2960
 FUNCTIONS, OWN = (FunctionType, MethodType), 'state_dict()'

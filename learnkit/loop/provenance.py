@@ -10,6 +10,7 @@ import json, zlib
 from contextlib import nullcontext
 from textwrap import shorten
 from torch import nn
+from ..base.compiled import plain_name
 from ..base.dtensors import full_tensor
 from ..base.guard import is_learnkits
 from ..base.ranks import on_main
@@ -85,7 +86,7 @@ def drawn_at_start(learn): # dict: (part of the state, name) -> 'parameter' or '
     if isinstance(loss, nn.Module):
         found |= {('loss_func', name): 'buffer' for name, _ in loss.named_buffers()}
         found |= {('loss_func', name): 'parameter' for name, _ in loss.named_parameters()}
-    return {(part, name.replace('_orig_mod.', '')): kind for (part, name), kind in found.items()}
+    return {(part, plain_name(name)): kind for (part, name), kind in found.items()}
 
 # %% ../../nbs/loop/07_provenance.ipynb #82fe2a38
 def fit_structure(learn): # dict: name -> value

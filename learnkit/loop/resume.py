@@ -27,7 +27,7 @@ from ..data.resumable import (
     LastBatch, check_resumable, check_same_loader, restart_workers, generator_states, is_stateful,
     order_state, resume_batches, set_generator_states)
 from ..components.callback import (
-    Callback, Interrupted, as_callbacks, is_compared, load_beside, plain_setting)
+    Callback, Interrupted, as_callbacks, is_compared, plain_setting)
 from ..components.optim import copy_like, opt_params, opt_state
 from ..components.optimizers import named_optimizers
 from .progress import show_message
@@ -39,7 +39,7 @@ from .provenance import (
     provenance_differs, repeats_weights, setting_differs)
 from .structure import FitStructure
 from .state import (
-    check_learner_state, known_digest, live_state, load_state, names_of_params)
+    check_learner_state, known_digest, live_state, load_beside, load_state, names_of_params)
 
 # %% ../../nbs/loop/08_resume.ipynb #f25425fb
 @dataclass

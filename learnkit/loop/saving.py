@@ -12,7 +12,6 @@ from torch import nn
 from ..base.batches import map_tensors
 from ..base.dtensors import full_tensor, is_dtensor, is_sharded
 from ..base.ranks import is_main, on_main
-from ..components.callback import beside_state, load_beside
 from ..components.optimizers import mode_of_pass, named_optimizers
 from ..files.errors import DamagedError
 from ..files.sidecars import load_save
@@ -23,7 +22,8 @@ from ..files.tree import save_tree, set_at, tree_digest, value_at
 from .calls import run_mark
 from .loop import in_training
 from .state import (
-    frozen_names, gathered, live_state, load_state, model_state, n_bytes)
+    beside_state, frozen_names, gathered, live_state,
+    load_beside, load_state, model_state, n_bytes)
 
 # %% ../../nbs/loop/06_saving.ipynb #5402c2f0
 def save_path(learn, name): # Path

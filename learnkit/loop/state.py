@@ -12,10 +12,11 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from ..base.batches import kind, map_tensors
+from ..base.compiled import plain_name
 from ..base.dtensors import distribute_like, full_tensor, is_dtensor, unsharded_class
 from ..base.randomness import isolated_rng, rng_state, set_rng_state
 from ..base.snapshots import Snapshot, write_back
-from ..components.callback import beside_of, beside_state, load_beside
+from ..components.callback import is_optional, named_callbacks
 from ..components.optim import check_opt_state, load_opt_state, opt_params, opt_state
 from ..components.optimizers import set_mode, still_shared
 from ..data.resumable import (
@@ -27,7 +28,7 @@ from .observed import (
 # %% ../../nbs/loop/05_state.ipynb #df45db17
 def plain_names(model:nn.Module): # dict: name -> name in the model
     "Names of a state without the prefix that torch.compile gives to what it wraps"
-    return {name.replace('_orig_mod.', ''): name for name in model.state_dict()}
+    return {plain_name(name): name for name in model.state_dict()}
 
 def model_state(model:nn.Module): # dict: plain name -> live tensor
     "The state of a model, the same for compiled and eager ones"
@@ -36,8 +37,7 @@ def model_state(model:nn.Module): # dict: plain name -> live tensor
 
 def frozen_names(model:nn.Module): # set of plain names
     "The parameters that do not learn"
-    return {name.replace('_orig_mod.', '')
-            for name, param in model.named_parameters(remove_duplicate=False)
+    return {plain_name(name) for name, param in model.named_parameters(remove_duplicate=False)
             if not param.requires_grad}
 
 def load_model_state(model:nn.Module, state):
@@ -239,6 +239,23 @@ def reset_state(learn, initial):
         learn.opt = before
         raise
     load_beside(learn.cbs, {})
+
+# %% ../../nbs/loop/05_state.ipynb #c9e1a838
+def beside_of(cbs): # dict: name -> what it keeps
+    "What callbacks that only look keep, by class name and occurrence"
+    return {name: cb.kept_beside for name, cb in named_callbacks(filter(keeps_beside, cbs)).items()}
+
+def keeps_beside(cb): return is_optional(cb) and cb.kept_beside is not None
+
+def beside_state(cbs): # dict: name -> plain tree
+    "What callbacks that only look have seen, to be kept beside a state"
+    return {name: kept.state() for name, kept in beside_of(cbs).items()}
+
+def load_beside(cbs,
+                states:dict, # what `beside_state` returned
+               ):
+    "Give each what it had seen then, which may be nothing"
+    for name, kept in beside_of(cbs).items(): kept.load(states.get(name))
 
 # %% ../../nbs/loop/05_state.ipynb #a4d7644e
 def histories(learn): # list of objects with `digest` and `tensors`

@@ -136,6 +136,29 @@ def load_scaler(learn: Learner, state: Any) -> None:
 def reset_state(learn: Learner, initial: Any) -> None:
     """Go back to the state before the first fit; an optimizer of another kind than then starts anew"""
 
+def beside_of(cbs: Any) -> Any:
+    """What callbacks that only look keep, by class name and occurrence
+
+    Returns:
+        dict: name -> what it keeps
+    """
+
+def keeps_beside(cb: Any) -> Any: ...
+
+def beside_state(cbs: Any) -> Any:
+    """What callbacks that only look have seen, to be kept beside a state
+
+    Returns:
+        dict: name -> plain tree
+    """
+
+def load_beside(cbs: Any, states: dict) -> None:
+    """Give each what it had seen then, which may be nothing
+
+    Args:
+        states: what `beside_state` returned
+    """
+
 def histories(learn: Learner) -> Any:
     """The recorder, and what callbacks of the learner or of its last fit keep that only look
 

@@ -13,6 +13,7 @@ from fastcore.basics import patch
 from torch import nn
 from ..base.dtensors import (
     distribute_like, is_dtensor, is_sharded, reshard, split_by_dtensor)
+from ..base.compiled import plain_name
 from ..base.text import caller_stacklevel
 from ..components.callback import Callback, write_count
 from ..loop.learner import Learner
@@ -29,7 +30,7 @@ def tensor_locations(model:nn.Module): # dict: plain name -> (dict of a module, 
                 if tensor is None or key in module._non_persistent_buffers_set: continue
                 if id(tensor) in seen or 0 in tensor.stride(): continue  # is not written to
                 seen.add(id(tensor))
-                found[f'{prefix}.{key}'.replace('_orig_mod.', '').lstrip('.')] = tensors, key
+                found[plain_name(f'{prefix}.{key}').lstrip('.')] = tensors, key
     return found
 
 # %% ../../nbs/training/12_averaging.ipynb #e57a9318
@@ -215,12 +216,11 @@ def before_step(self:Average, learn):
     "What was frozen and learns from this update on has been its own average until now"
     if self.average is None or not self.shared: return
     if self._locations is None: self._match(learn)  # the average was loaded
-    for name, count in self._write_counts.items():
+    for name, count in [*self._write_counts.items()]:
         tensors, key = self._locations[name]
         if is_frozen(tensors[key]) and write_count(tensors[key]) == count: continue
-        del self.shared[name]
+        del self.shared[name], self._write_counts[name]
         self.average[name] = as_average(tensors[key].data)
-    self._count_writes()
 
 # %% ../../nbs/training/12_averaging.ipynb #3ef4b12a
 @patch

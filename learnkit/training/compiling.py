@@ -10,6 +10,7 @@ from typing import Self
 import torch
 from fastcore.basics import patch
 from ..base.batches import map_tensors
+from ..base.compiled import uncompiled
 from ..base.methods import structural
 from ..components.callback import Callback
 from ..loop.learner import Learner
@@ -44,11 +45,6 @@ def to_channels_last(self:Learner) -> Self:
             values[name] = torch.empty_like(param, dtype=value.dtype).copy_(value)
     if not any(isinstance(cb, ChannelsLast) for cb in self.cbs): self.add_cb(ChannelsLast())
     return self
-
-# %% ../../nbs/training/16_compiling.ipynb #b6eaad88
-def uncompiled(model): # nn.Module
-    "The model that `torch.compile` has wrapped, or the model itself"
-    return getattr(model, '_orig_mod', model)
 
 # %% ../../nbs/training/16_compiling.ipynb #023e2e5d
 class CompiledModel(Callback):

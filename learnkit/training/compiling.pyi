@@ -21,13 +21,6 @@ def channels_last(x: Any) -> Any:
         tensor
     """
 
-def uncompiled(model: Any) -> Any:
-    """The model that `torch.compile` has wrapped, or the model itself
-
-    Returns:
-        nn.Module
-    """
-
 class CompiledModel(Callback):
     """Compiles anew when the learner was given another model"""
     kwargs: Any
