@@ -10,7 +10,6 @@ import math
 import numpy as np
 import torch
 from fastcore.basics import patch
-from torch import nn
 from torch.linalg import vector_norm
 from ..base.batches import tensors_in
 from ..base.dtensors import local_part, unsharded_class
@@ -19,7 +18,7 @@ from ..components.callback import Callback
 from ..loop.plots import plot_axes
 from ..training.arguments import check_whole
 from .series import (
-    StepSeries, chosen, depth_colors, name_lines, positions, short_name)
+    StepSeries, chosen, draw_lines, name_lines, positions, short_name)
 
 # %% ../../nbs/insight/10_activations.ipynb #019440d3
 def output_values(out): # plain tensor; None: there is none of floats
@@ -163,13 +162,8 @@ def _remove_hooks(self:ActivationStats):
 @patch(as_prop=True)
 def df(self:ActivationStats): # DataFrame: step, layer, mean, std, dead
     "A row for each layer and each batch that was looked at; step: updates made before it"
-    import pandas as pd
-    steps, values, seen = self.kept_beside.arrays()
-    names = self.kept_beside.names
-    mean, variance, dead = values[:, :, :3].reshape(-1, 3).T
-    found = pd.DataFrame({'step': np.repeat(steps, len(names)), 'layer': names * len(steps),
-                          'mean': mean, 'std': np.sqrt(variance), 'dead': dead})
-    return found[seen.reshape(-1)].reset_index(drop=True)
+    found = self.kept_beside.frame('layer', ('mean', 'std', 'dead'))
+    return found.assign(std=np.sqrt(found['std']))  # what is kept is the variance
 
 # %% ../../nbs/insight/10_activations.ipynb #1880fc21
 @patch
@@ -180,13 +174,11 @@ def plot_layer_stats(self:ActivationStats,
     picked = positions(self.kept_beside.names, layer)
     steps, values, _ = self.kept_beside.arrays()
     names = [self.kept_beside.names[i] for i in picked]
-    axes, colors = plot_axes(3), depth_colors(len(picked))
+    axes = plot_axes(3)
     series = values[:, :, 0], np.sqrt(values[:, :, 1]), values[:, :, 2]
     titles = 'mean', 'standard deviation', f'share within {self.near_zero:g} of zero'
     for ax, found, title in zip(axes, series, titles, strict=True):
-        lines = [ax.plot(steps, found[:, i], color=color, lw=1.2)[0]
-                 for i, color in zip(picked, colors, strict=True)]
-        ax.set(title=title, xlabel='step')
+        lines = draw_lines(ax, steps, found, picked, title=title)
     axes[2].set_ylim(-0.02, 1.02)
     name_lines(axes[2], lines, names)
     return axes

@@ -12,13 +12,14 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 from torch.linalg import vector_norm
+from ..base.compiled import plain_name
 from ..base.dtensors import local_part
 from ..base.ranks import is_main
 from ..components.callback import Callback
 from ..loop.plots import plot_axes
 from ..training.arguments import check_whole
 from .series import (
-    StepSeries, chosen, depth_colors, name_lines, positions)
+    StepSeries, chosen, draw_lines, name_lines, positions)
 
 # %% ../../nbs/insight/11_gradient_stats.ipynb #fde1844d
 def as_values(t): # float32 tensor
@@ -40,7 +41,7 @@ def update_ratio(before, after): # 0-d float32 tensor; nan for weights of 0
 # %% ../../nbs/insight/11_gradient_stats.ipynb #a4ba3480
 def params_by_name(learn): # dict: name -> parameter
     "The parameters of the model, and of the loss if it has some"
-    found = {name.replace('_orig_mod.', ''): p for name, p in learn.model.named_parameters()}
+    found = {plain_name(name): p for name, p in learn.model.named_parameters()}
     if not isinstance(learn.loss_func, nn.Module): return found
     return found | {f'loss_func.{name}': p for name, p in learn.loss_func.named_parameters()}
 
@@ -84,13 +85,7 @@ class GradientStats(Callback):
 @patch(as_prop=True)
 def df(self:GradientStats): # DataFrame: step, param, norm, mean, std, ratio
     "A row for each parameter and update that was looked at; step: updates made before it"
-    import pandas as pd
-    steps, values, seen = self.kept_beside.arrays()
-    names = self.kept_beside.names
-    columns = zip(('norm', 'mean', 'std', 'ratio'), values.reshape(-1, 4).T, strict=True)
-    found = pd.DataFrame({'step': np.repeat(steps, len(names)), 'param': names * len(steps),
-                          **dict(columns)})
-    return found[seen.reshape(-1)].reset_index(drop=True)
+    return self.kept_beside.frame('param', ('norm', 'mean', 'std', 'ratio'))
 
 # %% ../../nbs/insight/11_gradient_stats.ipynb #e8b6c1c7
 FEW, MANY = 1e-5, 1e-1  # share of a weight that an update changes, from which it is told
@@ -128,13 +123,11 @@ def plot(self:GradientStats,
     names = self.kept_beside.names
     picked = positions(names, param)
     steps, values, _ = self.kept_beside.arrays()
-    axes, colors = plot_axes(2), depth_colors(len(picked))
+    axes = plot_axes(2)
     titles = 'norm of the gradient', 'size of the update / of the weight'
     for ax, column, title in zip(axes, (0, 3), titles, strict=True):
         found = np.where(values[:, :, column] > 0, values[:, :, column], np.nan)
-        lines = [ax.plot(steps, found[:, i], color=color, lw=1.2)[0]
-                 for i, color in zip(picked, colors, strict=True)]
-        ax.set(title=title, xlabel='step', yscale='log')
+        lines = draw_lines(ax, steps, found, picked, title=title, yscale='log')
     axes[1].axhline(1e-3, color='gray', ls='--', lw=1)
     name_lines(axes[1], lines, [names[i] for i in picked])
     return axes

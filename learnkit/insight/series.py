@@ -73,6 +73,19 @@ def arrays(self:StepSeries): # int64 (steps,), float32 (steps, names, width), bo
     values = values.numpy().T.reshape(len(steps), n, self.width + 1)
     return steps, values[..., :-1], values[..., -1] == 1
 
+# %% ../../nbs/insight/09_series.ipynb #e2133bdf
+@patch
+def frame(self:StepSeries,
+          of:str, # what names are of: 'layer', 'param'
+          columns, # names of the first numbers of a row
+         ): # DataFrame: step, what names are of, columns
+    "A row for each step and name that was seen at it"
+    import pandas as pd
+    steps, values, seen = self.arrays()
+    found = {'step': np.repeat(steps, len(self.names)), of: self.names * len(steps)}
+    for i, column in enumerate(columns): found[column] = values[:, :, i].reshape(-1)
+    return pd.DataFrame(found)[seen.reshape(-1)].reset_index(drop=True)
+
 # %% ../../nbs/insight/09_series.ipynb #0c040703
 @patch
 def state(self:StepSeries) -> dict: # plain tree
@@ -155,6 +168,16 @@ def depth_colors(n:int): # array (n, 4)
     "Colours for layers, by their place; readable on white and on black"
     import matplotlib.pyplot as plt
     return plt.get_cmap('viridis')(np.linspace(0.05, 0.85, n))
+
+def draw_lines(ax, steps, values, # (steps, names)
+               picked, # numbers of the names that are shown
+               **settings, # of the Axes
+              ): # list of lines
+    "A line over the steps for each name"
+    colors = depth_colors(len(picked))
+    ax.set(xlabel='step', **settings)
+    return [ax.plot(steps, values[:, i], color=color, lw=1.2)[0]
+            for i, color in zip(picked, colors, strict=True)]
 
 def short_name(name, most:int): # str
     "The end of a long name, which tells more than its beginning"

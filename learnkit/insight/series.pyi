@@ -48,6 +48,16 @@ class StepSeries:
         Returns:
             int64 (steps,), float32 (steps, names, width), bool (steps, names)
         """
+    def frame(self, of: str, columns: Any) -> Any:
+        """A row for each step and name that was seen at it
+
+        Args:
+            of: what names are of: 'layer', 'param'
+            columns: names of the first numbers of a row
+
+        Returns:
+            DataFrame: step, what names are of, columns
+        """
     def state(self) -> dict:
         """All that there is, and how many steps were counted
 
@@ -110,6 +120,18 @@ def depth_colors(n: int) -> Any:
 
     Returns:
         array (n, 4)
+    """
+
+def draw_lines(ax: Any, steps: Any, values: Any, picked: Any, **settings: Any) -> Any:
+    """A line over the steps for each name
+
+    Args:
+        ax, steps, values: (steps, names)
+        picked: numbers of the names that are shown
+        settings: of the Axes
+
+    Returns:
+        list of lines
     """
 
 def short_name(name: Any, most: int) -> str:
