@@ -29,7 +29,11 @@ from .base import packing as _packing
 from .files.errors import (
     DamagedError, LockedError, StoreError, UnstorableError,
 )
+from .files import owners as _owners
 from .files import durable as _durable
+from .files.leases import (
+    Lease, LostLeaseError,
+)
 from .files.tensors import (
     save_tensors,
 )
@@ -46,7 +50,7 @@ from .files.store import (
 )
 from .files import states as _states
 from .files.garbage import (
-    Garbage,
+    Garbage, remove_if_empty,
 )
 from .files import tables as _tables
 from .files import objects as _objects
@@ -221,7 +225,9 @@ from .checkpoints.record import (
 )
 from .checkpoints import host as _host
 from .checkpoints import direct_calls as _direct_calls
-from .checkpoints import shared_store as _shared_store
+from .checkpoints.shared_store import (
+    HEARD_EVERY, SharedStore,
+)
 from .checkpoints import digests as _digests
 from .checkpoints import ledger as _ledger
 from .checkpoints import beginning as _beginning
@@ -261,20 +267,21 @@ __all__ = [
     'default_device', 'isolated_rng', 'rng_state', 'set_rng_state', 'set_seed', 'batch_size',
     'detach', 'map_tensors', 'to_device', 'to_host', 'field_values', 'from_field_values', 'pure',
     'register_result', 'result', 'structural', 'DamagedError', 'LockedError', 'StoreError',
-    'UnstorableError', 'save_tensors', 'load_tree', 'save_tree', 'tree_digest', 'Store', 'Garbage',
-    'DataLoaders', 'DatasetLoader', 'TensorLoader', 'Callback', 'Cancel', 'CancelBackward',
-    'CancelBatch', 'CancelEpoch', 'CancelFit', 'CancelStep', 'CancelTrain', 'CancelValidate',
-    'has_state', 'named_callbacks', 'accuracy', 'binary_accuracy', 'error_rate', 'mae', 'Metric',
-    'metric', 'mse', 'perplexity', 'rmse', 'sklearn_metric', 'top_k_accuracy', 'no_decay',
-    'param_groups', 'spread_lr', 'Fingerprint', 'fingerprint', 'UnfingerprintableError', 'Recorder',
-    'Progress', 'exported_meta', 'SaveState', 'Learner', 'combine_scheds', 'sched_const',
-    'sched_cos', 'sched_exp', 'sched_lin', 'sched_poly', 'sched_warmup', 'ParamScheduler',
-    'TorchScheduler', 'LRFinderResult', 'SaveBest', 'AskToContinue', 'EarlyStopping', 'StopOnNaN',
-    'ReduceLROnPlateau', 'MixedPrecision', 'GradientAccumulation', 'GradientClip', 'EMA', 'SWA',
-    'ShortEpoch', 'StageFuncs', 'ValidateEvery', 'CutMix', 'MixUp', 'OverfitResult', 'ChannelsLast',
-    'Interpretation', 'ProfileResult', 'SummaryResult', 'ActivationStats', 'GradientStats',
-    'Logger', 'CSVLogger', 'JSONLogger', 'TensorBoardLogger', 'MLflowLogger', 'TrackioLogger',
-    'WandbLogger', 'launch', 'Ranks', 'Distributed', 'BEGINNING', 'StaleCheckpoint', 'Checkpointed',
-    'CheckpointedLearner', 'checkpoints_table', 'tree_text', 'plot_tree', 'explain_text',
-    'report_html', 'write_report',
+    'UnstorableError', 'Lease', 'LostLeaseError', 'save_tensors', 'load_tree', 'save_tree',
+    'tree_digest', 'Store', 'Garbage', 'remove_if_empty', 'DataLoaders', 'DatasetLoader',
+    'TensorLoader', 'Callback', 'Cancel', 'CancelBackward', 'CancelBatch', 'CancelEpoch',
+    'CancelFit', 'CancelStep', 'CancelTrain', 'CancelValidate', 'has_state', 'named_callbacks',
+    'accuracy', 'binary_accuracy', 'error_rate', 'mae', 'Metric', 'metric', 'mse', 'perplexity',
+    'rmse', 'sklearn_metric', 'top_k_accuracy', 'no_decay', 'param_groups', 'spread_lr',
+    'Fingerprint', 'fingerprint', 'UnfingerprintableError', 'Recorder', 'Progress', 'exported_meta',
+    'SaveState', 'Learner', 'combine_scheds', 'sched_const', 'sched_cos', 'sched_exp', 'sched_lin',
+    'sched_poly', 'sched_warmup', 'ParamScheduler', 'TorchScheduler', 'LRFinderResult', 'SaveBest',
+    'AskToContinue', 'EarlyStopping', 'StopOnNaN', 'ReduceLROnPlateau', 'MixedPrecision',
+    'GradientAccumulation', 'GradientClip', 'EMA', 'SWA', 'ShortEpoch', 'StageFuncs',
+    'ValidateEvery', 'CutMix', 'MixUp', 'OverfitResult', 'ChannelsLast', 'Interpretation',
+    'ProfileResult', 'SummaryResult', 'ActivationStats', 'GradientStats', 'Logger', 'CSVLogger',
+    'JSONLogger', 'TensorBoardLogger', 'MLflowLogger', 'TrackioLogger', 'WandbLogger', 'launch',
+    'Ranks', 'Distributed', 'BEGINNING', 'StaleCheckpoint', 'HEARD_EVERY', 'SharedStore',
+    'Checkpointed', 'CheckpointedLearner', 'checkpoints_table', 'tree_text', 'plot_tree',
+    'explain_text', 'report_html', 'write_report',
 ]

@@ -28,12 +28,15 @@ from .files.errors import DamagedError as DamagedError
 from .files.errors import LockedError as LockedError
 from .files.errors import StoreError as StoreError
 from .files.errors import UnstorableError as UnstorableError
+from .files.leases import Lease as Lease
+from .files.leases import LostLeaseError as LostLeaseError
 from .files.tensors import save_tensors as save_tensors
 from .files.tree import load_tree as load_tree
 from .files.tree import save_tree as save_tree
 from .files.tree import tree_digest as tree_digest
 from .files.store import Store as Store
 from .files.garbage import Garbage as Garbage
+from .files.garbage import remove_if_empty as remove_if_empty
 from .data.loaders import DataLoaders as DataLoaders
 from .data.loaders import DatasetLoader as DatasetLoader
 from .data.loaders import TensorLoader as TensorLoader
@@ -114,6 +117,8 @@ from .processes.group import Ranks as Ranks
 from .processes.distributed import Distributed as Distributed
 from .checkpoints.record import BEGINNING as BEGINNING
 from .checkpoints.record import StaleCheckpoint as StaleCheckpoint
+from .checkpoints.shared_store import HEARD_EVERY as HEARD_EVERY
+from .checkpoints.shared_store import SharedStore as SharedStore
 from .checkpoints.checkpointed import Checkpointed as Checkpointed
 from .checkpoints.learner import CheckpointedLearner as CheckpointedLearner
 from .checkpoints.tree import checkpoints_table as checkpoints_table
@@ -128,21 +133,21 @@ __all__ = [
     'default_device', 'isolated_rng', 'rng_state', 'set_rng_state', 'set_seed', 'batch_size',
     'detach', 'map_tensors', 'to_device', 'to_host', 'field_values', 'from_field_values',
     'pure', 'register_result', 'result', 'structural', 'DamagedError', 'LockedError',
-    'StoreError', 'UnstorableError', 'save_tensors', 'load_tree', 'save_tree', 'tree_digest',
-    'Store', 'Garbage', 'DataLoaders', 'DatasetLoader', 'TensorLoader', 'Callback', 'Cancel',
-    'CancelBackward', 'CancelBatch', 'CancelEpoch', 'CancelFit', 'CancelStep', 'CancelTrain',
-    'CancelValidate', 'has_state', 'named_callbacks', 'accuracy', 'binary_accuracy',
-    'error_rate', 'mae', 'Metric', 'metric', 'mse', 'perplexity', 'rmse', 'sklearn_metric',
-    'top_k_accuracy', 'no_decay', 'param_groups', 'spread_lr', 'Fingerprint', 'fingerprint',
-    'UnfingerprintableError', 'Recorder', 'Progress', 'exported_meta', 'SaveState', 'Learner',
-    'combine_scheds', 'sched_const', 'sched_cos', 'sched_exp', 'sched_lin', 'sched_poly',
-    'sched_warmup', 'ParamScheduler', 'TorchScheduler', 'LRFinderResult', 'SaveBest',
-    'AskToContinue', 'EarlyStopping', 'StopOnNaN', 'ReduceLROnPlateau', 'MixedPrecision',
-    'GradientAccumulation', 'GradientClip', 'EMA', 'SWA', 'ShortEpoch', 'StageFuncs',
-    'ValidateEvery', 'CutMix', 'MixUp', 'OverfitResult', 'ChannelsLast', 'Interpretation',
-    'ProfileResult', 'SummaryResult', 'ActivationStats', 'GradientStats', 'Logger', 'CSVLogger',
-    'JSONLogger', 'TensorBoardLogger', 'MLflowLogger', 'TrackioLogger', 'WandbLogger', 'launch',
-    'Ranks', 'Distributed', 'BEGINNING', 'StaleCheckpoint', 'Checkpointed',
-    'CheckpointedLearner', 'checkpoints_table', 'tree_text', 'plot_tree', 'explain_text',
-    'report_html', 'write_report'
+    'StoreError', 'UnstorableError', 'Lease', 'LostLeaseError', 'save_tensors', 'load_tree',
+    'save_tree', 'tree_digest', 'Store', 'Garbage', 'remove_if_empty', 'DataLoaders',
+    'DatasetLoader', 'TensorLoader', 'Callback', 'Cancel', 'CancelBackward', 'CancelBatch',
+    'CancelEpoch', 'CancelFit', 'CancelStep', 'CancelTrain', 'CancelValidate', 'has_state',
+    'named_callbacks', 'accuracy', 'binary_accuracy', 'error_rate', 'mae', 'Metric', 'metric',
+    'mse', 'perplexity', 'rmse', 'sklearn_metric', 'top_k_accuracy', 'no_decay', 'param_groups',
+    'spread_lr', 'Fingerprint', 'fingerprint', 'UnfingerprintableError', 'Recorder', 'Progress',
+    'exported_meta', 'SaveState', 'Learner', 'combine_scheds', 'sched_const', 'sched_cos',
+    'sched_exp', 'sched_lin', 'sched_poly', 'sched_warmup', 'ParamScheduler', 'TorchScheduler',
+    'LRFinderResult', 'SaveBest', 'AskToContinue', 'EarlyStopping', 'StopOnNaN',
+    'ReduceLROnPlateau', 'MixedPrecision', 'GradientAccumulation', 'GradientClip', 'EMA', 'SWA',
+    'ShortEpoch', 'StageFuncs', 'ValidateEvery', 'CutMix', 'MixUp', 'OverfitResult',
+    'ChannelsLast', 'Interpretation', 'ProfileResult', 'SummaryResult', 'ActivationStats',
+    'GradientStats', 'Logger', 'CSVLogger', 'JSONLogger', 'TensorBoardLogger', 'MLflowLogger',
+    'TrackioLogger', 'WandbLogger', 'launch', 'Ranks', 'Distributed', 'BEGINNING',
+    'StaleCheckpoint', 'HEARD_EVERY', 'SharedStore', 'Checkpointed', 'CheckpointedLearner',
+    'checkpoints_table', 'tree_text', 'plot_tree', 'explain_text', 'report_html', 'write_report'
 ]

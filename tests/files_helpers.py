@@ -1,6 +1,7 @@
 "Random trees and ids, stores that are filled, and operations that fail or kill"
 import math, os, struct, subprocess, textwrap
 from collections import Counter, defaultdict, deque, OrderedDict
+from dataclasses import replace
 from datetime import date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from fractions import Fraction
@@ -223,10 +224,20 @@ def prepared(folder):
     for name in ('c/0', 'c/1', 'gone'):
         save_next({'epoch': name}, run.work(name.split('/')[0]) / Path(name).name)
     (folder / 'packs' / 'bad.damaged').write_bytes(b'bad')
+    for part in ('.', 'nodes', 'packs', 'work/c/0'): left_over(folder / part).write_bytes(b'half')
+
+
+def ended(): # Owner
+    "A process that is no more"
     pid = subprocess.Popen(['true'])
+    owner = replace(store.this_process(), pid=pid.pid, started=store.start_of(pid.pid))
     pid.wait()
-    for part in ('.', 'nodes', 'packs', 'work/c/0'):
-        (folder / part / f'.learnkit-{pid.pid}-00ff').write_bytes(b'half')
+    return owner
+
+
+def left_over(folder): # Path
+    "A temporary file that such a process would have left"
+    return folder / f'.learnkit-{ended()}-00ff'
 
 
 def sound(folder, *possible, lost=()):

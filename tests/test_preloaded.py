@@ -2,7 +2,7 @@
 import os, signal, subprocess, sys, time
 import pytest
 from house import run
-from learnkit.files.durable import is_alive
+from learnkit.files.owners import exists
 from preloaded import python
 
 WAITS = 'import os, time; print(os.getpid(), flush=True); time.sleep(60)'
@@ -67,8 +67,8 @@ def test_a_signal_gets_through(signum):
 
 def has_ended(pid): # bool
     end = time.monotonic() + 10
-    while is_alive(pid) and time.monotonic() < end: time.sleep(0.01)
-    return not is_alive(pid)
+    while exists(pid) and time.monotonic() < end: time.sleep(0.01)
+    return not exists(pid)
 
 
 def test_what_a_copy_has_started_ends_with_it():

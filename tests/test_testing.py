@@ -2,7 +2,7 @@
 import os, time
 import pytest
 import preloaded, ranks
-from learnkit.files.durable import is_alive
+from learnkit.files.owners import exists
 from learnkit.testing import two_processes
 
 
@@ -23,7 +23,7 @@ def test_what_does_not_end_is_ended(two_processes, tmp_path):
         two_processes(ranks.waits, str(tmp_path), timeout=2)
     assert time.monotonic() - start < 40
     assert len(list(tmp_path.iterdir())) == 2
-    assert not any(is_alive(int(path.read_text())) for path in tmp_path.iterdir())
+    assert not any(exists(int(path.read_text())) for path in tmp_path.iterdir())
 
 
 def test_processes_use_no_accelerator(two_processes):

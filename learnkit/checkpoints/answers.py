@@ -68,7 +68,8 @@ def compute_answer(self:Ledger, node, call, key, folder=None):
     answer = {'key': key, 'method': call.method, 'text': call.text, 'kind': call.kind,
               'arguments': call.arguments.tree, 'code': call.code,
               'versions': self.arithmetic_of(call), 'seals': seals}
-    self.store.write_answer(node.id, answer | facts | self.store.put(tree)[0])
+    with self.commit(lambda: self.store.put(tree)[0]) as roots:
+        self.store.write_answer(node.id, answer | facts | roots)
     return self.unpack(call, facts['returns_host'], packed, copy=True)
 
 # %% ../../nbs/checkpoints/07_answers.ipynb #0177290c
@@ -88,7 +89,7 @@ def call_on(self:Ledger, id, name, args, kwargs):
     self.reason = f'{call.text}: not asked before of checkpoint {id_text(id)}'
     if self.planning: raise PlanEnds(f'cache({id_text(id)}).{call.text} would be computed')
     self.check_will_be_kept(call)
-    with self.store.writing():
+    with self.claimed(id, key):
         node = self.node(id)
         if found := self.find_answer(node, key, call): return self.fetch_answer(node, call, found)
         return self.compute_on(node, call, key)

@@ -33,12 +33,13 @@ from .renewal import (
 # %% ../../nbs/checkpoints/08_block.ipynb #39cdd6c5
 class Block:
     "An open checkpoint: its calls are compared with what is recorded, fetched or computed"
-    def __init__(self, ledger, node, structure, known):
+    def __init__(self, ledger, node, structure, known, n_versions):
         self.ledger, self.id, self.node, self.structure = ledger, node.id, node, structure
         self.made = []  # Calls that were fetched or computed
         self.diverged = False  # whether the object is not where the record says it is
-        self.lock, self.is_locked = ExitStack(), False
+        self.held, self.is_claimed = ExitStack(), False  # what it holds while it computes
         self.known = known  # what is known to be on disk, see `content_text`
+        self.n_versions = n_versions  # likewise, in its history
         self.has_adopted = False  # whether the record has taken over what was asked for
         self.has_compared = False  # whether the beginning of the run was compared
         self.findings = {'code_changed': []}  # what else is to be written into the node
@@ -57,7 +58,7 @@ def open_block(ledger, id, description='', parent=None): # Block
     go_to_start(ledger, id, node, parent)
     ledger.check_finished(ledger.position)
     structure = {**ledger.structure(), **(ledger.root if ledger.position is None else {})}
-    known = content_text(node)
+    known, n_versions = content_text(node), node.last_version if node else 0
     problems = [] if node is None else ledger.start_differs(node, structure)
     if problems and (older := ledger.older_from_here(node, structure)): node, problems = older, []
     if ledger.accepts(node, problems) if node else False:
@@ -72,19 +73,21 @@ def open_block(ledger, id, description='', parent=None): # Block
         start = state_before(ledger.read, node, 0)
         ledger.starts[id] = start, ledger.position
     ledger.structures[id, 0] = ledger.host.structure_objects()
-    ledger.block = Block(ledger, node, structure, known)
+    ledger.block = Block(ledger, node, structure, known, n_versions)
     return ledger.block
 
 # %% ../../nbs/checkpoints/08_block.ipynb #54a74f22
 @patch
-def acquire_lock(self:Block) -> bool:
-    "Take the writer's lock for the rest of the block; False if the record has changed meanwhile"
-    if self.is_locked: return True
+def claim(self:Block) -> bool:
+    "Claim the id for the rest of the block; False if the record has changed meanwhile"
+    if self.is_claimed: return True
     ledger = self.ledger
-    self.lock.enter_context(ledger.store.writing())
-    self.is_locked = True
+    self.held.enter_context(ledger.claimed(self.id))
+    self.is_claimed = True
     stored, node = ledger.read(self.id), self.node
-    if content_text(stored) == self.known: return True
+    if content_text(stored) == self.known:
+        if stored: node.drop_versions(stored, self.n_versions)
+        return True
     n = len(self.made)
     follows = stored is not None and self.known == content_text(node) and (
         stored.calls[:n] == node.calls[:n]
@@ -126,27 +129,38 @@ def stored_state(self:Block, digests) -> SavedState:
     saved, _ = self.ledger.put_state()
     return SavedState(digests, saved.state, saved.extra)
 
+@patch
+def check_parent(self:Block):
+    "Raise RuntimeError where the checkpoint is to begin at another's end that is no longer there"
+    node, parent = self.node, self.node.parent_position
+    if parent is None or node.start.state is not None: return
+    end = state_at(self.ledger.read, parent)
+    if end is None or end.digests != node.start.digests:
+        raise RuntimeError(f'checkpoint {id_text(parent.id)}, which checkpoint {id_text(self.id)} '
+                           'goes on from, was deleted or computed anew by another process while '
+                           'this block was open: run it again')
+
 # %% ../../nbs/checkpoints/08_block.ipynb #e50d1a09
 @patch
 def write(self:Block, k=None): # number of the one call that has changed; None: write all
     "Write the record; where all else is as it was written, the call alone"
     node, store, head = self.node, self.ledger.store, head_text(self.node)
-    # Times and the like may differ between processes, but all of them write the same
-    if self.ledger.on_main(lambda: k is None or head != self.written):
-        store.write(node.json)
-        self.written, self.described = head_text(node), set(node.descriptions)
-        return
-    new = {digest: node.descriptions[digest] for digest in node.descriptions.keys()
-           - self.described}
-    store.write_call(self.id, k, node.call(k).json, new)
-    self.described |= new.keys()
+    with store.writing():
+        # Times and the like may differ between processes, but all of them write the same
+        if self.ledger.on_main(lambda: k is None or head != self.written):
+            store.write(node.json)
+            self.written, self.described = head_text(node), set(node.descriptions)
+            return
+        new = {digest: node.descriptions[digest] for digest in node.descriptions.keys()
+               - self.described}
+        store.write_call(self.id, k, node.call(k).json, new)
+        self.described |= new.keys()
 
 @patch
 def note(self:Block, record, **facts):
     "Note of a call that has failed what a next run may want to know"
     record.json.update(facts)
     self.write(len(self.made))
-
 
 # %% ../../nbs/checkpoints/08_block.ipynb #cafa6c2f
 @patch
@@ -224,8 +238,30 @@ def compute(self:Block, call, digests, record):
         raise PlanEnds(f'checkpoint {id_text(self.id)}: {call.text} would be computed: '
                        f'{ledger.reason}')
     ledger.check_will_be_kept(call)
-    if not self.acquire_lock(): return self.numbered_call(call)
-    node = self.node
+    if not self.claim(): return self.numbered_call(call)
+    is_new, folder = not self.node.has_begun, ledger.store.work(self.id)/str(k)
+    running = self.begin_call(call, digests, record)
+    if record is None: forget_saves(folder)
+    with ledger.store.writing():
+        if not self.is_stored(running, is_new): running = self.begin_call(call, digests, record)
+        self.check_parent()
+        self.node.set_call(k, running)
+        self.write(k)
+    return self.make(call, running, folder)
+
+@patch
+def is_stored(self:Block, running, is_new) -> bool:
+    "Whether all is there that the record is about to name: a gc may have come in between"
+    node, store = self.node, self.ledger.store
+    if not store.holds([running.json['begin'], is_new and node.json['begin']]):
+        if is_new: node.json['begin'] = None
+        return False
+    return True
+
+@patch
+def begin_call(self:Block, call, digests, record) -> CallRecord:
+    "Bring the object to the state before a call; the record of the call that is about to run"
+    ledger, node, k = self.ledger, self.node, len(self.made)
     if not node.has_begun: self.record_start(digests)
     saved = state_before(ledger.read, node, k)
     if self.diverged or record and digests != saved.digests or ledger.lacks and saved.is_whole:
@@ -233,23 +269,13 @@ def compute(self:Block, call, digests, record):
         digests = saved.digests
     check_retained(ledger, node.parent if k == 0 and node.start.state is None else self.id, call,
                ledger.lacks)
-    running = self.begin_call(call, digests, saved, record)
-    folder = ledger.store.work(self.id)/str(k)
-    if record is None: forget_saves(folder)
-    node.set_call(k, running)
-    self.write(k)
-    return self.make(call, running, folder)
-
-@patch
-def begin_call(self:Block, call, digests, saved, record) -> CallRecord:
-    "The record of a call that is about to run"
     running = running_call(call.method, call.text, call.kind, call.arguments.tree,
                            digests_of(call.structure), digests, call.code,
-                           self.ledger.arithmetic_of(call))
+                           ledger.arithmetic_of(call))
     if self.has_left(saved, digests): running.start = self.stored_state(digests)
     elif record: running.start = record.start
-    self.node.add_descriptions(call.structure)
-    self.node.closed = False
+    node.add_descriptions(call.structure)
+    node.closed = False
     return running
 
 # %% ../../nbs/checkpoints/08_block.ipynb #9b429ac1
@@ -273,13 +299,14 @@ def make(self:Block, call, record, folder):
     try:
         if call.kind == 'changes': self.check_structure_kept(call, structure, data)
         packed, (seals, files) = ledger.pack(call, result), ledger.written_files(self.node, call)
-        saved, roots = ledger.put_state(packed, callbacks, files)
+        with ledger.commit(lambda: ledger.put_state(packed, callbacks, files)) as (saved, roots):
+            record.complete(saved, structure_after=digests_of(structure), seals=seals, **roots,
+                            **facts)
+            self.node.add_descriptions(structure)
+            self.write(len(self.made))
     except (RuntimeError, UnstorableError):
         self.note(record, was_made=True)
         raise
-    record.complete(saved, structure_after=digests_of(structure), seals=seals, **roots, **facts)
-    self.node.add_descriptions(structure)
-    self.write(len(self.made))
     forget_saves(folder)
     self.diverged = False
     self.add_made(call)
@@ -311,7 +338,7 @@ def close(self:Block):
             removed = [f'removed: {call.text}' for call in extra]
             ledger.report_change(self.node, n - 1, removed)
             self.node.keep_version('; '.join(removed))
-        self.acquire_lock()
+        if not self.claim(): return self.close()
         self.node.drop_calls(n)
     if not n: self.record_bookmark()
     note_findings(self)
@@ -320,7 +347,7 @@ def close(self:Block):
     node, droppable = self.node, droppable_states(ledger, self.node)
     if ledger.read(self.id) == node and node.closed and not droppable: return
     if ledger.planning: return
-    if not self.acquire_lock(): return self.close()
+    if not self.claim(): return self.close()
     drop_states(ledger, self.node)
     self.node.closed = True
     self.write()
@@ -335,8 +362,11 @@ def record_bookmark(self:Block):
     node = self.node
     if not node.has_begun:
         if ledger.planning: raise PlanEnds(f'checkpoint {id_text(self.id)} would be recorded')
-        if not self.acquire_lock(): return self.record_bookmark()
-        return self.record_start(digests)
+        if not self.claim(): return self.record_bookmark()
+        with ledger.store.writing():
+            self.record_start(digests)
+            self.check_parent()
+            return self.write()
     differ = differing(node.start.digests, digests)
     allowed = ledger.allowed_differences(node, 0, digests)
     if wrong := [part for part in differ if part not in allowed]:
@@ -358,7 +388,7 @@ def break_off(self:Block):
 def release(self:Block):
     "The block is over, with or without an error"
     self.ledger.block = None
-    self.lock.close()
+    self.held.close()
 
 # %% ../../nbs/checkpoints/08_block.ipynb #55d6f338
 @patch
@@ -457,10 +487,22 @@ def answer_pure_call(self:Block, call):
     ledger.reason = f'{call.text}: not asked before at this state'
     if ledger.planning:
         raise PlanEnds(f'checkpoint {id_text(self.id)}: {call.text} would be computed')
-    if not self.acquire_lock(): return self.answer_pure_call(call)
     if not self.node.has_begun:
-        self.record_start(recorded)
-        self.write()
+        if not self.claim(): return self.answer_pure_call(call)
+        with ledger.store.writing():
+            self.record_start(recorded)
+            self.check_parent()
+            self.write()
+    with ledger.claimed(self.id, key):
+        if found := ledger.find_answer(self.node, key, call):  # another process has been faster
+            return ledger.fetch_answer(self.node, call, found)
+        return self.compute_answer(call, key, recorded, digests)
+
+@patch
+def compute_answer(self:Block, call, key, recorded, digests):
+    "Compute an answer on exactly the state that is recorded"
+    __tracebackhide__ = True
+    ledger = self.ledger
     whole = ledger.lacks and state_before(ledger.read, self.node, len(self.made)).is_whole
     if self.diverged or recorded != digests or whole: self.go_before_call(len(self.made))
     check_retained(ledger, self.id, call, ledger.lacks)

@@ -15,24 +15,34 @@ class Block:
     structure: Any
     made: list[Any]
     diverged: bool
-    lock: ExitStack
-    is_locked: bool
+    held: ExitStack
+    is_claimed: bool
     known: Any
+    n_versions: Any
     has_adopted: bool
     has_compared: bool
     findings: dict[str, Any]
     written: Any
     described: Any
-    def __init__(self, ledger: Any, node: Any, structure: Any, known: Any) -> None: ...
+    def __init__(
+            self,
+            ledger: Any,
+            node: Any,
+            structure: Any,
+            known: Any,
+            n_versions: Any,
+    ) -> None: ...
     def __repr__(self) -> str: ...
-    def acquire_lock(self) -> bool:
-        """Take the writer's lock for the rest of the block; False if the record has changed meanwhile"""
+    def claim(self) -> bool:
+        """Claim the id for the rest of the block; False if the record has changed meanwhile"""
     def record_start(self, digests: Any) -> None:
         """Record where the checkpoint begins; its state is stored unless it is its parent's end"""
     def has_left(self, saved: Any, digests: Any) -> bool:
         """Whether the object has moved on from a recorded state, or what lies beside it was changed"""
     def stored_state(self, digests: Any) -> SavedState:
         """Store the state that the object is in"""
+    def check_parent(self) -> None:
+        """Raise RuntimeError where the checkpoint is to begin at another's end that is no longer there"""
     def write(self, k: Any = None) -> Any:
         """Write the record; where all else is as it was written, the call alone
 
@@ -55,8 +65,10 @@ class Block:
         """A call is fetched or computed"""
     def compute(self, call: Any, digests: Any, record: Any) -> Any:
         """Make the call, from exactly the state before it, and record it"""
-    def begin_call(self, call: Any, digests: Any, saved: Any, record: Any) -> CallRecord:
-        """The record of a call that is about to run"""
+    def is_stored(self, running: Any, is_new: Any) -> bool:
+        """Whether all is there that the record is about to name: a gc may have come in between"""
+    def begin_call(self, call: Any, digests: Any, record: Any) -> CallRecord:
+        """Bring the object to the state before a call; the record of the call that is about to run"""
     def make(self, call: Any, record: Any, folder: Any) -> Any:
         """Make a call and record what came of it; if it fails the record says that it runs"""
     def check_structure_kept(self, call: Any, after: Any, data: Any) -> Any:
@@ -89,6 +101,8 @@ class Block:
         """Make a call whose state was not kept once more"""
     def answer_pure_call(self, call: Any) -> Any:
         """Fetch the answer of a pure method, or compute it"""
+    def compute_answer(self, call: Any, key: Any, recorded: Any, digests: Any) -> Any:
+        """Compute an answer on exactly the state that is recorded"""
     def digests_without_drift(self, digests: Any) -> dict:
         """Those of the recorded state where the object differs only in what may, else the given ones"""
 

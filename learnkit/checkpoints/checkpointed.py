@@ -137,7 +137,7 @@ def accept(self:Checkpointed,
     "What is asked now is what a checkpoint holds: the next block that would be stale keeps it"
     ledger = self.ledger
     ledger.check_idle('accept')
-    with ledger.store.writing():
+    with ledger.claimed(id), ledger.store.writing():
         node = ledger.node(id)
         if not node.is_finished:
             raise RuntimeError(f'checkpoint {id_text(node.id)} is not finished: what is running '

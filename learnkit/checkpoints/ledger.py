@@ -7,14 +7,14 @@ __all__ = []
 
 # %% ../../nbs/checkpoints/05_ledger.ipynb #0132a371
 import inspect, time
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from fastcore.basics import patch
 from ..base.batches import map_tensors
 from ..base.dtensors import full_tensor
 from ..base.methods import full_name
 from ..base.ranks import is_main, world_size
-from ..files.errors import UnstorableError
+from ..files.errors import UnstorableError, holder_text
 from ..files.ids import check_id, id_text
 from ..files.written import file_content, file_seal, write_content
 from ..files.objects import as_tree, from_tree
@@ -216,6 +216,20 @@ def put_state(self:Ledger, result=None, callbacks=(), files=()): # (SavedState, 
     saved = SavedState(of_state(digests), of_state(root), root['beside'])
     return saved, {name: root[name] for name in ('result', 'callbacks', 'files')}
 
+@patch
+@contextmanager
+def commit(self:Ledger, put): # what `put` has returned
+    "Inside the block, which holds the lock, all is there that `put` has stored before it"
+    found = put()
+    with self.store.writing():
+        if not self.store.holds(roots_in(found)): found = put()  # a gc came in between
+        yield found
+
+def roots_in(found): # JSON values
+    "All that is named by what `put_state` and the like return"
+    if isinstance(found, SavedState): return [found.state, found.extra]
+    return [*map(roots_in, found)] if isinstance(found, tuple) else found
+
 def states_of(callbacks): # list of [class, state], and True for one that may come and go
     "The states of objects that were passed to a call"
     return [[cb.name, map_tensors(full_tensor, cb.state_dict()), *[True] * cb.is_optional]
@@ -406,9 +420,24 @@ def new_node(self:Ledger, id, description, old) -> Node:
 
 # %% ../../nbs/checkpoints/05_ledger.ipynb #78d77230
 @patch
+def wait_for(self:Ledger, id):
+    "If another process computes a checkpoint just now, wait until it is done or has ended"
+    if self.store.is_anothers(id):
+        with self.claimed(id): pass
+
+@patch
+def claimed(self:Ledger, id, key=None): # context manager
+    "A claim, as soon as nobody else has it"
+    what = f'checkpoint {id_text(id)}' if key is None else f'an answer of checkpoint {id_text(id)}'
+    def tell(holder):
+        self.show(f'{what} is being computed by {holder_text(holder)}: waiting for it')
+    return self.store.claim(id, key, None, tell)
+
+@patch
 def check_finished(self:Ledger, position):
     "Raise RuntimeError unless others can go on from a position"
     if position is None: return
+    self.wait_for(position.id)
     node, text = self.read(position.id), id_text(position.id)
     if node is None:
         raise RuntimeError(f'the learner stands on checkpoint {text}, which was deleted: roll back '

@@ -243,6 +243,12 @@ class Ledger:
         Returns:
             (SavedState, dict of roots)
         """
+    def commit(self, put: Any) -> AbstractContextManager[Any]:
+        """Inside the block, which holds the lock, all is there that `put` has stored before it
+
+        Returns:
+            what `put` has returned
+        """
     def note_lacks(self, saved: SavedState) -> Any:
         """Note what the object lacks of a recorded state
 
@@ -334,6 +340,14 @@ class Ledger:
         """Show a line on a call that was fetched, in what it had begun otherwise, and what else to know"""
     def new_node(self, id: Any, description: Any, old: Any) -> Node:
         """A checkpoint that goes on from where the object stands"""
+    def wait_for(self, id: Any) -> None:
+        """If another process computes a checkpoint just now, wait until it is done or has ended"""
+    def claimed(self, id: Any, key: Any = None) -> Any:
+        """A claim, as soon as nobody else has it
+
+        Returns:
+            context manager
+        """
     def check_finished(self, position: Any) -> None:
         """Raise RuntimeError unless others can go on from a position"""
     def check_idle(self, what: Any) -> None:
@@ -370,6 +384,13 @@ class Call:
     """name -> digest, of the user's own that it refers to"""
     text: str
     """as in a script"""
+
+def roots_in(found: Any) -> Any:
+    """All that is named by what `put_state` and the like return
+
+    Returns:
+        JSON values
+    """
 
 def states_of(callbacks: Any) -> Any:
     """The states of objects that were passed to a call

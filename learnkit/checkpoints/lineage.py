@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/checkpoints/12_lineage.ipynb #30307d36
+from contextlib import ExitStack
 from dataclasses import dataclass
 from fastcore.basics import patch
 from ..base.methods import unrecorded
@@ -178,10 +179,14 @@ def delete_checkpoint(store, id,
     "Delete a checkpoint with its answers; `gc` then frees the space"
     id = check_id(id)
     if id not in (lineage := Lineage(store)).damaged: lineage.node(id)  # before anything is written
-    with store.writing():
+    children = Lineage(store).children().get(id, [])
+    if children and not force: raise HasChildren(id, children)
+    with ExitStack() as held:
+        for each in sort_ids([id, *children]): held.enter_context(store.claim(each, wait=20.))
+        held.enter_context(store.writing())
         lineage = Lineage(store)
-        children = lineage.children().get(id, [])
-        if children and not force: raise HasChildren(id, children)
+        if new := [child for child in lineage.children().get(id, []) if child not in children]:
+            raise HasChildren(id, new)  # recorded just now
         for child in [lineage.nodes[child] for child in children]:
             if child.has_begun: child.adopt_start(state_after(lineage.nodes.get, child, 0))
             store.write(child.json)

@@ -245,11 +245,23 @@ def is_finished(self:Node) -> bool:
     "Whether the block has ended, with all of its calls"
     return self.closed and all(call.is_complete for call in self.calls)
 
+@patch(as_prop=True)
+def last_version(self:Node) -> int:
+    "The number of the newest version in the history; 0 where there is none"
+    return max([version['n'] for version in self.json['history']], default=0)
+
+@patch
+def drop_versions(self:Node, stored:Node, last:int):
+    "Drop from the history up to a number what is stored no more"
+    kept = {version['n'] for version in stored.json['history']}
+    self.json['history'] = [version for version in self.json['history']
+                            if version['n'] in kept or version['n'] > last]
+
 @patch
 def keep_version(self:Node, why): # a text
     "Put what is recorded into the history, if anything was completed"
     if not self.closed and not any(call.is_complete for call in self.calls): return
-    n = max([version['n'] for version in self.json['history']], default=0) + 1
+    n = self.last_version + 1
     version = {name: self.json[name] for name in VERSION}
     self.json['history'] = [*self.json['history'],
                             {'n': n, 'why': why, 'replaced': time.time(), **copy.deepcopy(version)}]

@@ -209,6 +209,11 @@ class Node(View):
     @property
     def is_finished(self) -> bool:
         """Whether the block has ended, with all of its calls"""
+    @property
+    def last_version(self) -> int:
+        """The number of the newest version in the history; 0 where there is none"""
+    def drop_versions(self, stored: Node, last: int) -> None:
+        """Drop from the history up to a number what is stored no more"""
     def keep_version(self, why: Any) -> Any:
         """Put what is recorded into the history, if anything was completed
 

@@ -88,4 +88,4 @@ def note_findings(block):
             store.write(store.read(block.id, answers=False) | block.findings)
             return True
         return False
-    if block.is_locked or ledger.on_main(write): block.node.json.update(block.findings)
+    if block.is_claimed or ledger.on_main(write): block.node.json.update(block.findings)

@@ -5,7 +5,9 @@
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 _Self = TypeVar('_Self')
-__all__ = []
+__all__ = [
+    'HEARD_EVERY', 'SharedStore'
+]
 
 def on_main(ranks: Any, function: Any) -> Any:
     """Call a function on process 0; an error there is one everywhere
@@ -17,6 +19,7 @@ def on_main(ranks: Any, function: Any) -> Any:
         what it returns, on all processes
     """
 ERRORS: tuple[Any, ...]
+HEARD_EVERY: float
 
 class SharedStore:
     """A store for processes that train together: process 0 reads and writes"""
@@ -36,5 +39,13 @@ class SharedStore:
         """Write a call; times and the like are those of process 0"""
     def writing(self: _Self) -> AbstractContextManager[_Self]:
         """Inside, process 0 holds the writer's lock"""
+    def claim(
+            self: _Self,
+            id: Any,
+            key: Any = None,
+            wait: Any = None,
+            on_wait: Any = None,
+    ) -> AbstractContextManager[_Self]:
+        """Inside, process 0 holds a claim; while it waits for it the others hear of it"""
     def gc(self, dry_run: Any, needed: Any = None) -> Any:
         """Free what no checkpoint needs; process 0 says what that is, the others None"""

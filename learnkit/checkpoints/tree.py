@@ -222,7 +222,7 @@ def restore(self:Checkpointed,
     "Let a checkpoint hold an older version again; what it held becomes history"
     ledger, id = self.ledger, check_id(id)
     ledger.check_idle('restore')
-    with ledger.store.writing():
+    with ledger.claimed(id), ledger.store.writing():
         node = ledger.node(id).older(n)
         if node is None:
             have = ', '.join(str(old['n']) for old in ledger.node(id).json['history'])

@@ -6,9 +6,13 @@
 __all__ = []
 
 # %% ../../nbs/files/01_durable.ipynb #0a06a38b
-import errno, hashlib, os, re, secrets, shutil, stat
+import errno, hashlib, os, secrets, shutil, stat, time
 from contextlib import suppress
 from pathlib import Path
+from .owners import has_ended, parse_owner, this_process
+
+try: import fcntl
+except ImportError: fcntl = None  # Windows
 
 # %% ../../nbs/files/01_durable.ipynb #be8b4243
 def create(path): return open(path, 'xb', buffering=0)
@@ -51,6 +55,27 @@ def sync_folder(path):
             raise OSError(error.errno, error.strerror, str(path)) from error
     finally: os.close(fd)
 
+# %% ../../nbs/files/01_durable.ipynb #02f155da
+TEMP = '.learnkit-'
+
+def temp_path(folder): # Path
+    "A name for a file that is not finished, which says whose it is"
+    return Path(folder)/f'{TEMP}{this_process()}-{secrets.token_hex(4)}'
+
+def lock(file):
+    "Show all processes of this kernel, other containers among them, that the file has an owner"
+    if fcntl:
+        with suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+def is_unlocked(path): # bool; False where nothing here can tell
+    "Whether no process of this kernel has the file open after `lock`"
+    if not fcntl: return False
+    try:
+        with open(path, 'rb') as file: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError: return False
+    return True
+
 # %% ../../nbs/files/01_durable.ipynb #400356b0
 def write_error(error:OSError, path): # OSError of the same class
     "An error of the system, naming the file that was to be written and what is in the way"
@@ -68,9 +93,10 @@ def atomic_write(path, # file to write
     "Write a file that is there as a whole or not at all"
     path = Path(path)
     check_target(path, overwrite)
-    temp = path.with_name(f'.learnkit-{os.getpid()}-{secrets.token_hex(4)}')
+    temp = temp_path(path.parent)
     try:
         with create(temp) as file:
+            lock(file)
             path = fill(file) or path
             fsync(file.fileno())
         rename_temp(temp, path, overwrite)
@@ -121,15 +147,16 @@ def bytes_on_disk(path): # int
     return sum(map(bytes_on_disk, path.iterdir()))
 
 # %% ../../nbs/files/01_durable.ipynb #bc21b0c9
-def is_alive(pid:int): # bool
-    "Whether there is a process of this number on this machine"
-    if os.name == 'nt' or not 0 < pid < 2**31: return True  # there os.kill would end it
-    try: os.kill(pid, 0)
-    except ProcessLookupError: return False
-    except PermissionError: return True  # it belongs to another user
-    return True
+def age(path): # seconds since it was last written to, as far as clocks agree
+    return time.time() - os.lstat(path).st_mtime
 
 def is_left_over(temp): # bool
-    "Whether a temporary file was left by a process of this machine that is no more"
-    found = re.fullmatch(r'\.learnkit-(\d+)-\w+', temp.name)
-    return bool(found) and not is_alive(int(found[1]))
+    "Whether a temporary file was left by a process that is no more"
+    text, _, random = temp.name.removeprefix(TEMP).rpartition('-')
+    owner = parse_owner(text) if temp.name.startswith(TEMP) and random else None
+    if owner is None: return False
+    if (ended := has_ended(owner)) is not None: return ended
+    try:
+        if owner.boot == this_process().boot and age(temp) > 60 and is_unlocked(temp): return True
+        return age(temp) > 24 * 3600  # of a host that cannot be asked
+    except FileNotFoundError: return False  # it has its final name by now

@@ -30,6 +30,24 @@ def rename_temp(temp: Any, path: Any, overwrite: bool) -> Any:
 
 def sync_folder(path: Any) -> None:
     """Make the names in a folder durable"""
+TEMP: str
+
+def temp_path(folder: Any) -> Path:
+    """A name for a file that is not finished, which says whose it is
+
+    Returns:
+        Path
+    """
+
+def lock(file: Any) -> None:
+    """Show all processes of this kernel, other containers among them, that the file has an owner"""
+
+def is_unlocked(path: Any) -> Any:
+    """Whether no process of this kernel has the file open after `lock`
+
+    Returns:
+        bool; False where nothing here can tell
+    """
 
 def write_error(error: OSError, path: Any) -> Any:
     """An error of the system, naming the file that was to be written and what is in the way
@@ -80,15 +98,13 @@ def bytes_on_disk(path: Any) -> int:
         int
     """
 
-def is_alive(pid: int) -> bool:
-    """Whether there is a process of this number on this machine
-
-    Returns:
-        bool
+def age(path: Any) -> Any:
+    """Returns:
+        seconds since it was last written to, as far as clocks agree
     """
 
 def is_left_over(temp: Any) -> bool:
-    """Whether a temporary file was left by a process of this machine that is no more
+    """Whether a temporary file was left by a process that is no more
 
     Returns:
         bool

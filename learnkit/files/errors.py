@@ -27,11 +27,12 @@ def holder_text(holder:dict): # str
 
 # %% ../../nbs/files/00_errors.ipynb #bac0ef2d
 class LockedError(StoreError):
-    "Another process writes to the store; `path` says which store, `holder` who: host, pid, since"
-    def __init__(self, path, holder:dict=None):
-        super().__init__(path, holder)
-        self.path, self.holder = path, holder
+    """Another process writes to what is to be written: `path` says which store, `holder` who: host,
+    pid, since; `what` what it is, if not the whole store"""
+    def __init__(self, path, holder:dict=None, what:str=None):
+        super().__init__(path, holder, what)
+        self.path, self.holder, self.what = path, holder, what
 
     def __str__(self):
-        return (f'{self.path} is locked by {holder_text(self.holder)}. '
+        return (f'{self.what or self.path} is locked by {holder_text(self.holder)}. '
                 'Try again when it is done, or stop it')

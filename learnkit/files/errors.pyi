@@ -24,8 +24,11 @@ def holder_text(holder: dict) -> str:
     """
 
 class LockedError(StoreError):
-    """Another process writes to the store; `path` says which store, `holder` who: host, pid, since"""
+    """Another process writes to what is to be written: `path` says which store, `holder` who: host,
+    pid, since; `what` what it is, if not the whole store
+    """
     path: Any
     holder: dict | None
-    def __init__(self, path: Any, holder: dict | None = None) -> None: ...
+    what: str | None
+    def __init__(self, path: Any, holder: dict | None = None, what: str | None = None) -> None: ...
     def __str__(self) -> str: ...

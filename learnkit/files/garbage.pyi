@@ -5,7 +5,7 @@
 from dataclasses import dataclass
 from typing import Any
 __all__ = [
-    'Garbage'
+    'Garbage', 'remove_if_empty'
 ]
 
 @dataclass
@@ -30,3 +30,6 @@ def is_save_needed(record: dict, name: Any) -> bool:
     Returns:
         bool
     """
+
+def remove_if_empty(folder: Any) -> None:
+    """Other runs may be below, or the next writer is already there"""

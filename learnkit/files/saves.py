@@ -39,6 +39,7 @@ def save_next(tree, # as in `save_tree`
     "Write the next of the numbered saves, then remove what is too old"
     folder = Path(folder)
     make_folder(folder)
+    if store is not None: store.check_claims()  # who was thought dead must not write over others
     for path in folder.glob('.learnkit-*'):
         if is_left_over(path): unlink(path)
     older = list_saves(folder)

@@ -147,7 +147,8 @@ def put(self:Store,
         known:Callable=None, # tensor -> its digest if that is known, else None
        )->tuple[object, dict]: # (root, digest of each key)
     "Store a tree; what no pack holds yet goes into one new pack"
-    self.check_locked('storing a state')
+    if not (self.folder/'format.json').exists():
+        with self.writing(): pass  # makes the store
     exact, canonical = Packer(), Packer(canonical=True)
     root, form = exact.pack(tree), canonical.pack(tree)
     if self.listed != self.last_change(): self.refresh()  # else nobody else has written

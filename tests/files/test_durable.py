@@ -156,7 +156,7 @@ def test_killed_while_writing(path):
         assert len(load_tree(path).unique()) == 1
         for name in os.listdir(path.parent):
             if name == path.name: continue
-            assert name.startswith(f'.learnkit-{pid}-')
+            assert f'-{pid}-' in name and store.is_left_over(path.parent / name)
             (path.parent / name).unlink()
 
 

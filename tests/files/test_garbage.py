@@ -106,7 +106,7 @@ def test_any_sequence_of_steps(folder, seed):
 
 def test_gc_of_work_temporary_and_damaged_files(folder):
     prepared(folder)
-    live = f'packs/.learnkit-{os.getpid()}-00ff'
+    live = f'packs/{store.temp_path(".")}'
     (folder / live).write_bytes(b'being written')
     (folder / 'work' / '.DS_Store').touch()
     (folder / 'other').mkdir()
@@ -223,6 +223,6 @@ def test_destroy_leaves_other_runs(tmp_path):
 def test_a_full_disk_keeps_no_gc_from_making_room(folder, monkeypatch):
     run = filled(folder, a=OLD['a'])
     with run.writing(): run.delete('a')
-    def full(path): raise OSError(errno.ENOSPC, 'No space left on device', str(path))
-    monkeypatch.setattr(store, 'create', full)
+    def full(file, data): raise OSError(errno.ENOSPC, 'No space left on device', file.name)
+    monkeypatch.setattr(store, 'write', full)
     assert len(run.gc(dry_run=False).packs) == 1 and packs(run) == []

@@ -93,15 +93,15 @@ def test_words_that_are_no_id(text):
 
 
 def test_names_of_runs():
-    for name in ('digits', 'notebook/digits', 'a/b/c', 'Digits', 'v1.2', 'packs2', 'locks', '1',
+    for name in ('digits', 'notebook/digits', 'a/b/c', 'Digits', 'v1.2', 'packs2', 'lock', '1',
                  'a' * 64):
         assert check_run_name(name) == name
 
 
 @pytest.mark.parametrize('name', [
     '', '/', '/a', 'a/', 'a//b', '.', '..', 'a/../b', '../a', 'a\\b', 'C:', 'a b', 'a.', 'a./b',
-    '-a', 'é', 'a\n', 'a' * 65, 'nodes', 'Packs', 'a/WORK', 'lock', 'LOCK/a', 'format.json',
-    'holder.json', 'Format.JSON',
+    '-a', 'é', 'a\n', 'a' * 65, 'nodes', 'Packs', 'a/WORK', 'locks', 'LOCKS/a',
+    'format.json', 'Format.JSON',
     'con', 'CON', 'nul', 'aux.txt', 'a/Com1', 'lpt9.x', '.git'])
 def test_names_that_are_refused(name):
     with pytest.raises(ValueError, match='is no name for a run: .'): check_run_name(name)

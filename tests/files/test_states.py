@@ -10,7 +10,7 @@ from files_helpers import (
     damage, failing_at, files, filled, HOLDS, OLD, packs, record, same, script, shuffled, state,
     TREES, X, Y)
 from learnkit.files import states
-from learnkit.files.errors import DamagedError, StoreError, UnstorableError
+from learnkit.files.errors import DamagedError, LockedError, StoreError, UnstorableError
 from learnkit.files.saves import load_newest, save_next
 from learnkit.files.store import Store
 from learnkit.files.tree import load_tree, save_tree, tree_digest
@@ -386,23 +386,23 @@ def test_lengths_that_are_lies(folder, header):
 
 def test_files_of_absurd_size(folder):
     "Sparse ones, which take no room on the disk"
-    for name in ('nodes/a.json', 'format.json', 'holder.json'):
+    for name in ('nodes/a.json', 'format.json', 'locks/run.000001'):
         run = filled(folder, a=1)
         with open(folder / name, 'wb') as file: file.truncate(2**40)
-        if name == 'holder.json': assert run.holder() is None
+        if 'locks' in name: assert run.lock.is_anothers() and run.holder() is None
         else:
             with pytest.raises(DamagedError, match='1,099,511,627,776 bytes'):
                 Store(folder).read('a')
         shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize('name', ['nodes/a.json', 'format.json', 'pack', 'holder.json'])
+@pytest.mark.parametrize('name', ['nodes/a.json', 'format.json', 'pack', 'locks/run.000001'])
 def test_pipes_block_nobody(folder, name):
     run = filled(folder, a=OLD['a'])
     if name == 'pack': name = f'packs/{packs(run)[0].name}'
     (folder / name).unlink(missing_ok=True)
     os.mkfifo(folder / name)
-    if name == 'holder.json':
-        with run.writing(): assert run.holder()
+    if 'locks' in name:
+        with pytest.raises(LockedError, match='another process'): run.writing(wait=0).__enter__()
     else:
         with pytest.raises(DamagedError): state(Store(folder), 'a')
