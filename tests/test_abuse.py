@@ -388,10 +388,10 @@ def test_who_waits_is_told_for_whom(tmp_path, capsys):
     def kill():
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-    threading.Timer(.5, kill).start()
     with make(tmp_path).checkpoint(1) as cp:
         cp.fit(1)
         assert 'is being computed' not in capsys.readouterr().out
+        threading.Timer(.5, kill).start()
         cp.fit(1)
     host = os.uname().nodename
     assert f'checkpoint 1 is being computed by process {pid} on {host}' in capsys.readouterr().out

@@ -1,5 +1,6 @@
 "The command line: every command, its errors and exit codes, pipes and terminals"
 import io, os, re, signal, subprocess, sys
+from functools import partialmethod
 from pathlib import Path
 import preloaded
 import pytest
@@ -184,8 +185,7 @@ def test_rm_while_another_process_writes(root, command, monkeypatch):
     other = subprocess.Popen([preloaded.python(), '-c', code], stdout=subprocess.PIPE, text=True)
     try:
         pid = other.stdout.readline().strip()
-        acquire = Store.acquire
-        monkeypatch.setattr(Store, 'acquire', lambda self, lock, wait: acquire(self, lock, 0.1))
+        monkeypatch.setattr(Store, 'writing', partialmethod(Store.writing, wait=0.1))
         assert pid in command('rm digits 3 --yes', 1)
         assert ids() == [1, 2, 3, 'abc'] and command('tree digits')
     finally:

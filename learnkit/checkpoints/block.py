@@ -249,6 +249,7 @@ def compute(self:Block, call, digests, record):
         self.write(k)
     return self.make(call, running, folder)
 
+# %% ../../nbs/checkpoints/08_block.ipynb #0b67bfbe
 @patch
 def is_stored(self:Block, running, is_new) -> bool:
     "Whether all is there that the record is about to name: a gc may have come in between"
@@ -463,6 +464,7 @@ def go_before_call(self:Block, k):
     for i in range(j, k): self.make_again(i)
     self.diverged = False
 
+# %% ../../nbs/checkpoints/08_block.ipynb #d8f2289d
 @patch
 def make_again(self:Block, i):
     "Make a call whose state was not kept once more"

@@ -50,7 +50,7 @@ class Checkpointed:
                  **kwargs): # as the class beside it takes
         ignore = ignore if isinstance(ignore, str) else tuple(ignore)
         options = Options(on_change, keep, code, ignore)
-        store = Store(Path(root)/check_run_name(name), name)
+        store = Store(Path(root).absolute()/check_run_name(name), name)  # whatever chdir does later
         given = self.ledger
         arguments = call_arguments(super().__init__, args, kwargs)
         super().__init__(*args, **kwargs)

@@ -14,6 +14,7 @@ from ..base.batches import map_tensors
 from ..base.dtensors import full_tensor
 from ..base.methods import full_name
 from ..base.ranks import is_main, world_size
+from ..base.text import short_path
 from ..files.errors import UnstorableError, holder_text
 from ..files.ids import check_id, id_text
 from ..files.written import file_content, file_seal, write_content
@@ -103,7 +104,8 @@ def node(self:Ledger, id) -> Node:
     "What is recorded under an id; KeyError for one that is not there"
     if (node := self.read(check_id(id))) is not None: return node
     have = ', '.join(map(id_text, self.store.ids())) or 'none'
-    raise KeyError(f'there is no checkpoint {id_text(id)} in {self.store.folder}; have: {have}')
+    raise KeyError(f'there is no checkpoint {id_text(id)} in '
+                   f'{short_path(self.store.folder)}; have: {have}')
 
 # %% ../../nbs/checkpoints/05_ledger.ipynb #d788051f
 @patch
@@ -407,7 +409,7 @@ def report_fetched(self:Ledger, node, record, call, differ=(), notes=()):
     notes += dict.fromkeys(each.sampled_text for each in found if each.sampled)
     notes += dict.fromkeys(each.unseen_text for each in found if each.unseen)
     text = f' ({"; ".join(notes)})' if notes else ''
-    self.show(fetched_text(node, record, self.store.folder) + text)
+    self.show(fetched_text(node, record, short_path(self.store.folder)) + text)
 
 # %% ../../nbs/checkpoints/05_ledger.ipynb #fe88277a
 @patch
@@ -433,6 +435,7 @@ def claimed(self:Ledger, id, key=None): # context manager
         self.show(f'{what} is being computed by {holder_text(holder)}: waiting for it')
     return self.store.claim(id, key, None, tell)
 
+# %% ../../nbs/checkpoints/05_ledger.ipynb #9ed1249d
 @patch
 def check_finished(self:Ledger, position):
     "Raise RuntimeError unless others can go on from a position"

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from fastcore.basics import patch
 from ..base.methods import unrecorded
+from ..base.text import short_path
 from ..files.errors import DamagedError, StoreError
 from ..files.ids import check_id, id_text, sort_ids
 from ..files.tree import json_digest
@@ -171,7 +172,8 @@ def node(self:Lineage, id) -> Node:
     if id in self.nodes: return self.nodes[id]
     if id in self.damaged: raise DamagedError(self.damaged[id])
     have = ', '.join(map(id_text, self.ids)) or 'none'
-    raise NoCheckpoint(f'there is no checkpoint {id_text(id)} in {self.store.folder}; have: {have}')
+    raise NoCheckpoint(f'there is no checkpoint {id_text(id)} in '
+                       f'{short_path(self.store.folder)}; have: {have}')
 
 def delete_checkpoint(store, id,
                       force:bool=False, # also when others go on from it; they keep what they need

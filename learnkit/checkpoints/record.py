@@ -266,6 +266,7 @@ def keep_version(self:Node, why): # a text
     self.json['history'] = [*self.json['history'],
                             {'n': n, 'why': why, 'replaced': time.time(), **copy.deepcopy(version)}]
 
+# %% ../../nbs/checkpoints/01_record.ipynb #306d5f1c
 @patch
 def older(self:Node, n=None) -> Node: # None where there is no such version
     "The checkpoint as it was in a version, by default the last one; what is recorded is kept"

@@ -8,6 +8,7 @@ __all__ = ['HEARD_EVERY', 'SharedStore']
 # %% ../../nbs/checkpoints/03_shared_store.ipynb #3e25a1a1
 import time
 from contextlib import ExitStack, contextmanager
+from fastcore.basics import patch
 from ..base.ranks import on_main as call_on_main
 from ..files.errors import DamagedError, LockedError, UnstorableError
 from ..fingerprint.values import UnfingerprintableError
@@ -24,8 +25,6 @@ ERRORS = (StaleCheckpoint, DamagedError, LockedError, UnstorableError, Unfingerp
           KeyError, ValueError, TypeError)
 
 # %% ../../nbs/checkpoints/03_shared_store.ipynb #f06a61a9
-HEARD_EVERY = 10.  # seconds that process 0 waits at most without a word to the others
-
 class SharedStore:
     "A store for processes that train together: process 0 reads and writes"
     def __init__(self, store, ranks): self.local, self.ranks = store, ranks
@@ -60,26 +59,30 @@ class SharedStore:
             on_main(self.ranks, lambda: held.enter_context(self.local.writing()) and None)
             yield self
 
-    @contextmanager
-    def claim(self, id, key=None, wait=None, on_wait=None):
-        "Inside, process 0 holds a claim; while it waits for it the others hear of it"
-        lease, start, told = self.local.claim_of(id, key), time.monotonic(), []
-        def tell(holder):
-            if on_wait and not told: told.append(on_wait(holder))
-        def attempt(): # bool
-            if (id, key) in self.local.claimed: return True
-            try: lease.acquire(HEARD_EVERY if wait is None else min(wait, HEARD_EVERY), tell)
-            except LockedError:
-                if wait is not None and time.monotonic() - start >= wait: raise
-                return False
-            held.enter_context(self.local.holding(lease, id, key))
-            return True
-        with ExitStack() as held:
-            while not on_main(self.ranks, attempt): pass
-            yield self
-
     def gc(self, dry_run, needed=None):
         "Free what no checkpoint needs; process 0 says what that is, the others None"
         found = []
         on_main(self.ranks, lambda: found.append(self.local.gc(dry_run, needed)))
         return found[0] if found else None
+
+# %% ../../nbs/checkpoints/03_shared_store.ipynb #19715393
+HEARD_EVERY = 10.  # seconds that process 0 waits at most without a word to the others
+
+@patch
+@contextmanager
+def claim(self:SharedStore, id, key=None, wait=None, on_wait=None):
+    "Inside, process 0 holds a claim; while it waits for it the others hear of it"
+    lease, start, told = self.local.claim_of(id, key), time.monotonic(), []
+    def tell(holder):
+        if on_wait and not told: told.append(on_wait(holder))
+    def attempt(): # bool
+        if (id, key) in self.local.claimed: return True
+        try: lease.acquire(HEARD_EVERY if wait is None else min(wait, HEARD_EVERY), tell)
+        except LockedError:
+            if wait is not None and time.monotonic() - start >= wait: raise
+            return False
+        held.enter_context(self.local.holding(lease, id, key))
+        return True
+    with ExitStack() as held:
+        while not on_main(self.ranks, attempt): pass
+        yield self

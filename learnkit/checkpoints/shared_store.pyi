@@ -19,7 +19,6 @@ def on_main(ranks: Any, function: Any) -> Any:
         what it returns, on all processes
     """
 ERRORS: tuple[Any, ...]
-HEARD_EVERY: float
 
 class SharedStore:
     """A store for processes that train together: process 0 reads and writes"""
@@ -39,6 +38,8 @@ class SharedStore:
         """Write a call; times and the like are those of process 0"""
     def writing(self: _Self) -> AbstractContextManager[_Self]:
         """Inside, process 0 holds the writer's lock"""
+    def gc(self, dry_run: Any, needed: Any = None) -> Any:
+        """Free what no checkpoint needs; process 0 says what that is, the others None"""
     def claim(
             self: _Self,
             id: Any,
@@ -47,5 +48,4 @@ class SharedStore:
             on_wait: Any = None,
     ) -> AbstractContextManager[_Self]:
         """Inside, process 0 holds a claim; while it waits for it the others hear of it"""
-    def gc(self, dry_run: Any, needed: Any = None) -> Any:
-        """Free what no checkpoint needs; process 0 says what that is, the others None"""
+HEARD_EVERY: float

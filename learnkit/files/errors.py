@@ -6,11 +6,18 @@
 __all__ = ['StoreError', 'UnstorableError', 'DamagedError', 'LockedError']
 
 # %% ../../nbs/files/00_errors.ipynb #3a0320bc
-import time
+import os, time
+
+# %% ../../nbs/files/00_errors.ipynb #272e5c2b
+def as_seen_from_here(text): # str
+    "A text in which paths below the current folder begin there"
+    try: return text.replace(f'{os.getcwd()}{os.sep}', '')
+    except FileNotFoundError: return text  # the folder was removed
 
 # %% ../../nbs/files/00_errors.ipynb #3cf15a01
 class StoreError(Exception):
     "A tree that cannot be stored, or a file that cannot be read; the text says why"
+    def __str__(self): return as_seen_from_here(super().__str__())
 
 class UnstorableError(StoreError, TypeError):
     "A value that no file can hold; the text begins with its path in the tree"
@@ -34,5 +41,5 @@ class LockedError(StoreError):
         self.path, self.holder, self.what = path, holder, what
 
     def __str__(self):
-        return (f'{self.what or self.path} is locked by {holder_text(self.holder)}. '
-                'Try again when it is done, or stop it')
+        text = f'{self.what or self.path} is locked by {holder_text(self.holder)}. '
+        return as_seen_from_here(text) + 'Try again when it is done, or stop it'

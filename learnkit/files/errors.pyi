@@ -7,8 +7,16 @@ __all__ = [
     'StoreError', 'UnstorableError', 'DamagedError', 'LockedError'
 ]
 
+def as_seen_from_here(text: Any) -> str:
+    """A text in which paths below the current folder begin there
+
+    Returns:
+        str
+    """
+
 class StoreError(Exception):
     """A tree that cannot be stored, or a file that cannot be read; the text says why"""
+    def __str__(self) -> str: ...
 
 class UnstorableError(StoreError, TypeError):
     """A value that no file can hold; the text begins with its path in the tree"""

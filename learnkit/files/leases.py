@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from fastcore.basics import patch
-from .errors import LockedError, holder_text
+from .errors import LockedError, as_seen_from_here, holder_text
 from .owners import Owner, has_ended, parse_owner, this_process
 from .durable import (
     create, is_unlocked, link, lock, make_folder, temp_path, unlink, write, write_error)
@@ -41,6 +41,7 @@ def new_claim(): # Claim, of this thread
     return Claim(this_process(), threading.get_ident(), platform.node(), time.time(),
                  secrets.token_hex(8))
 
+# %% ../../nbs/files/02_leases.ipynb #5db2fb7b
 UNKNOWN = Claim(None, 0, '', 0., '')  # of a file that was not written to its end
 AGAIN = Claim(None, 0, 'again', 0., '')  # somebody else was faster, just now
 
@@ -105,11 +106,13 @@ class Lease:
         return self.depth > 0 and self.claim.is_mine
 
 class LostLeaseError(LockedError):
-    "Another process has taken over, as this one had not been heard of"
+    "What this process had claimed is not its own any more"
     def __str__(self):
-        return (f'{self.what or self.path} was taken over by {holder_text(self.holder)}, as this '
-                f'process had shown no sign of life for {PATIENCE:.0f} seconds. What it was about '
-                'to write is not written: run it again')
+        if self.holder is None: why = 'removed or moved away while this process was at work on it'
+        else: why = (f'taken over by {holder_text(self.holder)}, as this process had shown no sign '
+                     f'of life for {PATIENCE:.0f} seconds')
+        return as_seen_from_here(f'{self.what or self.path} was {why}. What it was about to write '
+                                 'is not written: run it again')
 
 # %% ../../nbs/files/02_leases.ipynb #e2bed4a2
 @patch
@@ -124,6 +127,7 @@ def mark_of(file): # what tells it from all files that are there at the same tim
     found = os.fstat(file.fileno())
     return found.st_dev, found.st_ino
 
+# %% ../../nbs/files/02_leases.ipynb #e8bfca5c
 def make_claimed(path, claim): # open file; None where the name is taken
     "Make the file of a lease, whole or not at all"
     temp = temp_path(path.parent)
@@ -174,6 +178,7 @@ def attempt(self:Lease): # Claim of who is in the way; None: it is taken
     self.path, self.file, self.mark = path, file, mark_of(file)
     self.took_over, self.depth = bool(there), 1
 
+# %% ../../nbs/files/02_leases.ipynb #d97a0ee3
 @patch
 def enter(self:Lease, path, claim): # None
     "Take it again inside of where this thread holds it, or where giving it back has failed"
@@ -209,6 +214,7 @@ def acquire(self:Lease,
         raise
     if beats and self.path: self.heart = beating(self.path)
 
+# %% ../../nbs/files/02_leases.ipynb #3de4d45f
 @patch
 def wait_for_it(self:Lease, wait, on_wait):
     "Try until it is taken, or it is too late"

@@ -162,7 +162,7 @@ class Lease:
         """Whether somebody holds it who has not ended, and not this thread"""
 
 class LostLeaseError(LockedError):
-    """Another process has taken over, as this one had not been heard of"""
+    """What this process had claimed is not its own any more"""
     def __str__(self) -> str: ...
 
 def mark_of(file: Any) -> Any:

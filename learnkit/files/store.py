@@ -155,6 +155,7 @@ def claim(self:Store, id, key=None, # of an answer; None: all else of the checkp
         lease.acquire(wait, on_wait)
         with self.holding(lease, id, key): yield self
 
+# %% ../../nbs/files/08_store.ipynb #3c949611
 @patch
 @contextmanager
 def holding(self:Store, lease, id, key=None):
