@@ -28,6 +28,7 @@ from .files.errors import DamagedError as DamagedError
 from .files.errors import LockedError as LockedError
 from .files.errors import StoreError as StoreError
 from .files.errors import UnstorableError as UnstorableError
+from .files.leases import ended_leases as ended_leases
 from .files.leases import Lease as Lease
 from .files.leases import LostLeaseError as LostLeaseError
 from .files.tensors import save_tensors as save_tensors
@@ -133,21 +134,22 @@ __all__ = [
     'default_device', 'isolated_rng', 'rng_state', 'set_rng_state', 'set_seed', 'batch_size',
     'detach', 'map_tensors', 'to_device', 'to_host', 'field_values', 'from_field_values',
     'pure', 'register_result', 'result', 'structural', 'DamagedError', 'LockedError',
-    'StoreError', 'UnstorableError', 'Lease', 'LostLeaseError', 'save_tensors', 'load_tree',
-    'save_tree', 'tree_digest', 'Store', 'Garbage', 'remove_if_empty', 'DataLoaders',
-    'DatasetLoader', 'TensorLoader', 'Callback', 'Cancel', 'CancelBackward', 'CancelBatch',
-    'CancelEpoch', 'CancelFit', 'CancelStep', 'CancelTrain', 'CancelValidate', 'has_state',
-    'named_callbacks', 'accuracy', 'binary_accuracy', 'error_rate', 'mae', 'Metric', 'metric',
-    'mse', 'perplexity', 'rmse', 'sklearn_metric', 'top_k_accuracy', 'no_decay', 'param_groups',
-    'spread_lr', 'Fingerprint', 'fingerprint', 'UnfingerprintableError', 'Recorder', 'Progress',
-    'exported_meta', 'SaveState', 'Learner', 'combine_scheds', 'sched_const', 'sched_cos',
-    'sched_exp', 'sched_lin', 'sched_poly', 'sched_warmup', 'ParamScheduler', 'TorchScheduler',
-    'LRFinderResult', 'SaveBest', 'AskToContinue', 'EarlyStopping', 'StopOnNaN',
-    'ReduceLROnPlateau', 'MixedPrecision', 'GradientAccumulation', 'GradientClip', 'EMA', 'SWA',
-    'ShortEpoch', 'StageFuncs', 'ValidateEvery', 'CutMix', 'MixUp', 'OverfitResult',
-    'ChannelsLast', 'Interpretation', 'ProfileResult', 'SummaryResult', 'ActivationStats',
-    'GradientStats', 'Logger', 'CSVLogger', 'JSONLogger', 'TensorBoardLogger', 'MLflowLogger',
-    'TrackioLogger', 'WandbLogger', 'launch', 'Ranks', 'Distributed', 'BEGINNING',
-    'StaleCheckpoint', 'HEARD_EVERY', 'SharedStore', 'Checkpointed', 'CheckpointedLearner',
-    'checkpoints_table', 'tree_text', 'plot_tree', 'explain_text', 'report_html', 'write_report'
+    'StoreError', 'UnstorableError', 'ended_leases', 'Lease', 'LostLeaseError', 'save_tensors',
+    'load_tree', 'save_tree', 'tree_digest', 'Store', 'Garbage', 'remove_if_empty',
+    'DataLoaders', 'DatasetLoader', 'TensorLoader', 'Callback', 'Cancel', 'CancelBackward',
+    'CancelBatch', 'CancelEpoch', 'CancelFit', 'CancelStep', 'CancelTrain', 'CancelValidate',
+    'has_state', 'named_callbacks', 'accuracy', 'binary_accuracy', 'error_rate', 'mae',
+    'Metric', 'metric', 'mse', 'perplexity', 'rmse', 'sklearn_metric', 'top_k_accuracy',
+    'no_decay', 'param_groups', 'spread_lr', 'Fingerprint', 'fingerprint',
+    'UnfingerprintableError', 'Recorder', 'Progress', 'exported_meta', 'SaveState', 'Learner',
+    'combine_scheds', 'sched_const', 'sched_cos', 'sched_exp', 'sched_lin', 'sched_poly',
+    'sched_warmup', 'ParamScheduler', 'TorchScheduler', 'LRFinderResult', 'SaveBest',
+    'AskToContinue', 'EarlyStopping', 'StopOnNaN', 'ReduceLROnPlateau', 'MixedPrecision',
+    'GradientAccumulation', 'GradientClip', 'EMA', 'SWA', 'ShortEpoch', 'StageFuncs',
+    'ValidateEvery', 'CutMix', 'MixUp', 'OverfitResult', 'ChannelsLast', 'Interpretation',
+    'ProfileResult', 'SummaryResult', 'ActivationStats', 'GradientStats', 'Logger', 'CSVLogger',
+    'JSONLogger', 'TensorBoardLogger', 'MLflowLogger', 'TrackioLogger', 'WandbLogger', 'launch',
+    'Ranks', 'Distributed', 'BEGINNING', 'StaleCheckpoint', 'HEARD_EVERY', 'SharedStore',
+    'Checkpointed', 'CheckpointedLearner', 'checkpoints_table', 'tree_text', 'plot_tree',
+    'explain_text', 'report_html', 'write_report'
 ]

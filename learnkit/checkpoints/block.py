@@ -510,6 +510,7 @@ def compute_answer(self:Block, call, key, recorded, digests):
     check_retained(ledger, self.id, call, ledger.lacks)
     return ledger.compute_answer(self.node, call, key)
 
+# %% ../../nbs/checkpoints/08_block.ipynb #e8e2391d
 @patch
 def digests_without_drift(self:Block, digests) -> dict:
     "Those of the recorded state where the object differs only in what may, else the given ones"

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from fastcore.basics import patch
 from .errors import LockedError
-from .leases import Lease
+from .leases import Lease, ended_leases
 from .durable import (
     bytes_on_disk, is_left_over, remove_path, rmdir, sync_folder, unlink)
 from .tensors import max_header_size, widest_first
@@ -83,11 +83,12 @@ def stale_answers(self:Store, records:dict): # list of Paths
 
 @patch
 def left_over_files(self:Store, stale): # list of Paths
-    "Temporary files of processes that are no more, but for those in stale folders"
+    "Temporary files and leases of processes that are no more, but for those in stale folders"
     hidden = chain(self.folder.glob('.*'),
                    *(self.subfolder(name).rglob('.*') for name in (*SUBFOLDERS, 'locks')))
-    return [path for path in sorted(hidden) if is_left_over(path)
-            and not any(path.is_relative_to(folder) for folder in stale)]
+    left_over = [path for path in sorted(hidden) if is_left_over(path)
+                 and not any(path.is_relative_to(folder) for folder in stale)]
+    return left_over + ended_leases(self.subfolder('locks'))
 
 @patch
 def bytes_of(self:Store, path, digests): # int

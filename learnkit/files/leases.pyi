@@ -10,7 +10,7 @@ from ..files.errors import LockedError
 from ..files.owners import Owner
 _Self = TypeVar('_Self')
 __all__ = [
-    'Lease', 'LostLeaseError'
+    'Lease', 'LostLeaseError', 'ended_leases'
 ]
 
 @dataclass(frozen=True)
@@ -189,4 +189,11 @@ def beating(path: Any) -> Any:
 
     Returns:
         threading.Event that ends it
+    """
+
+def ended_leases(folder: Any) -> Any:
+    """The files of owners that are proven to have ended
+
+    Returns:
+        list of Paths
     """

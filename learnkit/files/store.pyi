@@ -52,7 +52,7 @@ class Store:
             list of Paths
         """
     def left_over_files(self, stale: Any) -> Any:
-        """Temporary files of processes that are no more, but for those in stale folders
+        """Temporary files and leases of processes that are no more, but for those in stale folders
 
         Returns:
             list of Paths

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/fingerprint/02_code.ipynb #4be76d8f
-import ast, dis, importlib.metadata, linecache, platform, re, sys, types
+import ast, dis, importlib.metadata, inspect, linecache, platform, re, sys, types
 from bisect import bisect
 from functools import lru_cache, partial
 import numpy as np
@@ -89,13 +89,23 @@ def first_line(node): # int
 # %% ../../nbs/fingerprint/02_code.ipynb #78e83040
 def lambdas_of(code, nodes): # list of at most one node
     "Of several lambdas in a line, the one whose body the instructions come from"
+    nodes = [node for node in nodes if isinstance(node, ast.Lambda)]
     spans = [(p[0], p[2], p[1], p[3]) for p in code.co_positions()
              if None not in p and (p[0], p[2]) != (p[1], p[3])]
+    if not spans: return [node for node in nodes if gives(node, code)][:1]  # as of a constant
     begin, end = min(s[:2] for s in spans), max(s[2:] for s in spans)
-    around = [node for node in nodes if isinstance(node, ast.Lambda)
-              and (node.body.lineno, node.body.col_offset) <= begin
+    around = [node for node in nodes
+              if (node.body.lineno, node.body.col_offset) <= begin
               and end <= (node.body.end_lineno, node.body.end_col_offset)]
     return sorted(around, key=lambda node: (node.lineno, node.col_offset))[-1:]
+
+def gives(node, code): # bool
+    "Whether a lambda that reads nothing from around it is compiled to these instructions"
+    outer = ast.parse('lambda: 0', mode='eval').body
+    inside = ast.copy_location(ast.Lambda(outer.args, node), node)
+    whole = node if not code.co_flags & inspect.CO_NESTED else inside  # as one in a function
+    found = nested_code(compile(ast.Expression(whole), '<source>', 'eval', dont_inherit=True))
+    return instructions_digest(code) in map(instructions_digest, found)
 
 def class_nodes(tree, prefix=''): # dict: qualified name -> node
     "The classes in a syntax tree, those in functions too"

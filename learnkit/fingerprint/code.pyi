@@ -63,6 +63,13 @@ def lambdas_of(code: Any, nodes: Any) -> Any:
         list of at most one node
     """
 
+def gives(node: Any, code: Any) -> bool:
+    """Whether a lambda that reads nothing from around it is compiled to these instructions
+
+    Returns:
+        bool
+    """
+
 def class_nodes(tree: Any, prefix: Any = '') -> Any:
     """The classes in a syntax tree, those in functions too
 

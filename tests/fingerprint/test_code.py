@@ -179,3 +179,14 @@ def test_a_package_imports_from_itself_and_from_above(tmp_path, monkeypatch):
         (tmp_path/name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path/name).write_text(text)
     assert [*modules_behind(['kept'])] == ['kept', 'kept.inner', 'kept.inner.leaf', 'kept.side']
+
+
+def test_lambdas_of_constants_in_one_line():
+    "Some versions of Python do not say where in the line their instructions come from"
+    from learnkit.fingerprint.code import code_digest, gives
+    import ast
+    one, two, again = lambda: 1, lambda: 2, lambda: 1
+    digests = [code_digest(each.__code__) for each in (one, two, again)]
+    assert digests[0] == digests[2] != digests[1]
+    nodes = [ast.parse(text, mode='eval').body for text in ('lambda: 1', 'lambda: 2')]
+    assert [gives(node, one.__code__) for node in nodes] == [True, False]
