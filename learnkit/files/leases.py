@@ -108,9 +108,10 @@ class Lease:
 class LostLeaseError(LockedError):
     "What this process had claimed is not its own any more"
     def __str__(self):
-        if self.holder is None: why = 'removed or moved away while this process was at work on it'
-        else: why = (f'taken over by {holder_text(self.holder)}, as this process had shown no sign '
-                     f'of life for {PATIENCE:.0f} seconds')
+        why = 'removed, moved away or taken over while this process was at work on it'
+        if self.holder:
+            why = (f'taken over by {holder_text(self.holder)}, as this process had shown no sign '
+                   f'of life for {PATIENCE:.0f} seconds')
         return as_seen_from_here(f'{self.what or self.path} was {why}. What it was about to write '
                                  'is not written: run it again')
 

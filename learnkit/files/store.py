@@ -6,7 +6,7 @@
 __all__ = ['Store']
 
 # %% ../../nbs/files/08_store.ipynb #7146b67d
-import json, os, time
+import json, os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path

@@ -142,7 +142,7 @@ def test_a_late_write_is_refused(tmp_path, monkeypatch):
         run.claimed['a', None].heart.set()
     with host(monkeypatch, 'b'), other.claim('a'), other.writing(): other.write({'id': 'a', 'n': 2})
     with host(monkeypatch, 'a'):
-        with run.writing(), pytest.raises(LostLeaseError, match="checkpoint 'a' of .*was taken"):
+        with run.writing(), pytest.raises(LostLeaseError, match="'a' of .*was removed, moved"):
             run.write({'id': 'a', 'n': 1})
         with pytest.raises(LostLeaseError): run.check_claims()
         claim.__exit__(None, None, None)
