@@ -92,7 +92,17 @@ def same_items(a, b): # bool
     if getattr(a.origin, 'maxlen', None) != getattr(b.origin, 'maxlen', None): return False
     same_keys = all(x is y or isinstance(x, (*PLAIN, tuple)) and same_trees(x, y)
                     for x, y in zip(a.keys, b.keys, strict=True))
+    if isinstance(a.origin, (set, frozenset)): return same_in_any_order(a.values, b.values)
     return same_keys and all(map(is_same, a.values, b.values))
+
+def same_in_any_order(found, others): # bool; lists of held values, as many in each
+    "Whether two sets hold the same: their order tells how they were filled, not what they are"
+    by_hash = {}
+    for held in others: by_hash.setdefault(hash(origin_of(held)), []).append(held)
+    return all(any(is_same(held, other) for other in by_hash.get(hash(origin_of(held)), ()))
+               for held in found)
+
+def origin_of(held): return held.origin if type(held) in HELD else held # what was held
 
 # %% ../../nbs/base/09_snapshots.ipynb #52f0bf00
 def same_arrays(a, b): # bool
@@ -402,7 +412,7 @@ def returned(self:Snapshot, held): # the object that was held
     if isinstance(held, HeldItems): refill(held.origin, held.keys, map(self.returned, held.values))
     elif isinstance(held, HeldArray): write_back(held.origin, held.copy)
     elif isinstance(held, HeldGenerator): set_generator_state(held.origin, held.state)
-    return getattr(held, 'origin', held) if type(held) in HELD else held
+    return origin_of(held)
 
 # %% ../../nbs/base/09_snapshots.ipynb #cbb2ee4b
 def refill(x, keys, values):
@@ -413,9 +423,13 @@ def refill(x, keys, values):
         x.clear()
         for key, value in zip(keys, values, strict=True): x[key] = value  # a Counter's update adds
     elif isinstance(x, list): x[:] = values
-    elif isinstance(x, (deque, set)):
+    elif isinstance(x, set):
+        if set(map(id, x)) == set(map(id, values)): return  # filled anew its order may be another
         x.clear()
-        (x.extend if isinstance(x, deque) else x.update)(values)
+        x.update(values)
+    elif isinstance(x, deque):
+        x.clear()
+        x.extend(values)
 
 def write_back(x, copy):
     "Give a tensor or an array the values it had"

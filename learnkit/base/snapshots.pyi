@@ -67,6 +67,15 @@ def same_items(a: Any, b: Any) -> bool:
         bool
     """
 
+def same_in_any_order(found: Any, others: Any) -> Any:
+    """Whether two sets hold the same: their order tells how they were filled, not what they are
+
+    Returns:
+        bool; lists of held values, as many in each
+    """
+
+def origin_of(held: Any) -> Any: ...
+
 def same_arrays(a: Any, b: Any) -> bool:
     """Whether shape, dtype, strides and bits are equal
 

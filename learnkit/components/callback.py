@@ -124,13 +124,15 @@ class Identity:
     "Equal for the same object alone, which it keeps: once that is gone another may have its id"
     def __init__(self, x): self.x = x
     def __eq__(self, other): return isinstance(other, Identity) and other.x is self.x
+    def __hash__(self): return id(self.x)
 
 def frozen(x, depth=0): # what tells a value from others, and from itself once it was changed
     if isinstance(x, torch.Tensor): return frozen_tensor(x)
     if isinstance(x, np.ndarray): return x.tobytes() if x.nbytes <= 2**16 else Identity(x)
     if isinstance(x, dict) and len(x) <= 1000: return frozen(list(x.items()), depth + 1)
     if isinstance(x, (list, tuple, set, frozenset)) and len(x) <= 1000 and depth < 10:
-        return type(x), [frozen(item, depth + 1) for item in x]
+        together = frozenset if isinstance(x, (set, frozenset)) else tuple  # of any order, or not
+        return type(x), together(frozen(item, depth + 1) for item in x)
     return x if isinstance(x, PLAIN) else Identity(x)
 
 def frozen_tensor(t): # bytes of a small one
