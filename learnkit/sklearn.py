@@ -87,8 +87,7 @@ PARTS = 'module', 'loss_func', 'opt_func', 'callbacks', 'fit', 'learner'
 
 def is_argument(name): # bool
     "Whether a parameter is an argument of a part"
-    part, _, argument = name.partition('__')
-    return part in PARTS and argument != ''
+    return name.partition('__')[0] in PARTS and name.partition('__')[2] != ''
 
 def check_parameters(cls, names):
     "Raise TypeError for a parameter that an estimator does not have"
@@ -473,8 +472,7 @@ def _encode(self:LearnerClassifier, y, reset=False, classes=None): # int64 tenso
     elif classes is not None and not np.array_equal(np.unique(classes), self.classes_):
         raise ValueError(f'classes={classes}: the model was made for {self.classes_}')
     if len(self.classes_) < 2:
-        raise ValueError(f'y has {len(self.classes_)} class: a classifier needs samples of two '
-                         'classes at least')
+        raise ValueError(f'y has {len(self.classes_)} class: a classifier needs samples of two')
     numbers = np.searchsorted(self.classes_, y).clip(max=len(self.classes_) - 1)
     if (unknown := self.classes_[numbers] != y).any():
         raise ValueError(f'y has the label {y[unknown].tolist()[0]!r}, which is none of the '
@@ -499,8 +497,10 @@ def predict_proba(self:LearnerClassifier, X) -> np.ndarray: # float32, (samples,
 @patch
 def predict(self:LearnerClassifier, X) -> np.ndarray: # (samples,)
     "The most probable class of each sample"
-    best = self.predict_proba(X).argmax(1)
-    return self.classes_[best]
+    prob = self.predict_proba(X)
+    if n := np.isnan(prob).any(1).sum():
+        raise ValueError(f'the model gives nan for {n} of {len(prob)} samples, which is no class')
+    return self.classes_[prob.argmax(1)]
 
 # %% ../nbs/92_sklearn.ipynb #165cfc49
 class LearnerRegressor(RegressorMixin, LearnerEstimator):

@@ -438,6 +438,15 @@ def test_two_classes(loss, last, n_out):
     assert weighted.predict(X).mean() > one.predict(X).mean()
 
 
+@pytest.mark.parametrize('n_out', [1, 2])
+def test_nan_is_no_class(n_out):
+    def module(n_in): return Net(n_in, n_out)
+    one = classifier(module).fit(X, y2)
+    with torch.no_grad(): layers(one.learner_.model)[1][1].fill_(torch.nan)
+    with pytest.raises(ValueError, match='gives nan for 120 of 120 samples'): one.score(X, y2)
+    assert np.isnan(one.predict_proba(X)).all()
+
+
 def test_first_of_several_outputs():
     class Two(Net):
         def forward(self, x): return self.layers(x), x

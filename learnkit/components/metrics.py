@@ -7,11 +7,15 @@ __all__ = ['Metric', 'metric', 'accuracy', 'error_rate', 'top_k_accuracy', 'bina
            'sklearn_metric']
 
 # %% ../../nbs/components/01_metrics.ipynb #67c35c98
+import warnings
 from functools import partial, update_wrapper
+from numbers import Number
 from typing import Protocol, runtime_checkable
+import numpy as np
 import torch
 import torch.nn.functional as F
 from fastcore.basics import camel2snake, patch
+from ..base.text import caller_stacklevel
 
 # %% ../../nbs/components/01_metrics.ipynb #60546bb2
 AT_ONCE = 1024  # values that are kept on their device until they are read
@@ -133,9 +137,15 @@ def float_type(t): # torch.dtype
     "That of exact fractions: float64 where the device has it"
     return torch.float32 if t.device.type == 'mps' else torch.float64
 
+NO_CLASS = -1 # of a prediction with nan
+
 def is_number(pred, axis): # bool tensor without the axis
     "Where no score is nan: the place of a nan is no prediction, and never right"
     return ~pred.amax(axis).isnan()
+
+def best_class(scores, axis): # int64 tensor, without the axis
+    "The class with the highest score; NO_CLASS where scores are nan"
+    return scores.argmax(axis).masked_fill(~is_number(scores, axis), NO_CLASS)
 
 def fraction_of_counted(hits, targ, ignore_index): # (0-d tensor, 0-d tensor: how many)
     "The part that is true where targets count; nan if none does"
@@ -277,7 +287,11 @@ class SklearnMetric:
     def compute(self): # what func gives
         pred, targ = torch.cat(self.preds), torch.cat(self.targs)
         if self.pred == 'argmax': pred, targ = pred.flatten(), targ.flatten()
-        return self.func(targ.numpy(), pred.numpy(), **self.kwargs)
+        if is_predicted(pred).all(): return self.func(targ.numpy(), pred.numpy(), **self.kwargs)
+        warnings.warn(f'{self.name} is nan, as predictions are nan or inf: the model gives no '
+                      'numbers; StopOnNaN ends such a training', stacklevel=caller_stacklevel())
+        with warnings.catch_warnings(action='ignore'):  # of what stands in for them
+            return of_nan(self.func(targ.numpy(), stand_in(pred).numpy(), **self.kwargs))
 
 # %% ../../nbs/components/01_metrics.ipynb #94eece34
 def sklearn_metric(func, # (y_true, y_pred, **kwargs) -> float
@@ -298,10 +312,28 @@ def sklearn_pred(pred, # output of a model, (batch, classes), (batch, 1) or (bat
                  form:str, # 'argmax', 'raw', 'prob' or 'binary'
                 ): # tensor
     "The class, the output itself, the probability, or whether a single logit means yes"
-    if form == 'argmax': return pred.argmax(-1)
+    if form == 'argmax': return best_class(pred, -1)
     pred = as_vector(pred.float())
     if form == 'raw': return pred
-    if form == 'binary': return (pred > 0).long()  # probability above 0.5
+    if form == 'binary':  # probability above 0.5
+        return (pred > 0).long().masked_fill(pred.isnan(), NO_CLASS)
     if pred.ndim == 1: return pred.sigmoid()
     prob = pred.softmax(-1)
     return prob[:, 1] if prob.shape[1] == 2 else prob  # of two classes, the second one's
+
+# %% ../../nbs/components/01_metrics.ipynb #43731926
+def is_predicted(pred): # bool tensor; pred: as `sklearn_pred` gives it
+    "Where there is a class, or a finite number"
+    return pred.isfinite() if pred.is_floating_point() else pred != NO_CLASS
+
+def stand_in(pred): # tensor
+    "Predictions of which a function makes a value of the shape that it always has"
+    if not pred.is_floating_point(): return pred.clamp(min=0)
+    return torch.full_like(pred, 1 / (pred.shape[1] if pred.ndim == 2 else 2))
+
+def of_nan(value): # the same nesting of numbers and arrays
+    "A value of the same shape that says nothing"
+    if isinstance(value, dict): return {name: of_nan(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)): return [of_nan(item) for item in value]
+    is_numeric = isinstance(value, (Number, np.ndarray, torch.Tensor))
+    return np.full(np.shape(value), np.nan)[()] if is_numeric else value

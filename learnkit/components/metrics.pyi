@@ -139,12 +139,20 @@ def float_type(t: Any) -> Any:
     Returns:
         torch.dtype
     """
+NO_CLASS: int
 
 def is_number(pred: Any, axis: Any) -> Any:
     """Where no score is nan: the place of a nan is no prediction, and never right
 
     Returns:
         bool tensor without the axis
+    """
+
+def best_class(scores: Any, axis: Any) -> Any:
+    """The class with the highest score; NO_CLASS where scores are nan
+
+    Returns:
+        int64 tensor, without the axis
     """
 
 def fraction_of_counted(hits: Any, targ: Any, ignore_index: Any) -> Any:
@@ -345,4 +353,25 @@ def sklearn_pred(pred: Any, form: str) -> Any:
 
     Returns:
         tensor
+    """
+
+def is_predicted(pred: Any) -> Any:
+    """Where there is a class, or a finite number
+
+    Returns:
+        bool tensor; pred: as `sklearn_pred` gives it
+    """
+
+def stand_in(pred: Any) -> Any:
+    """Predictions of which a function makes a value of the shape that it always has
+
+    Returns:
+        tensor
+    """
+
+def of_nan(value: Any) -> Any:
+    """A value of the same shape that says nothing
+
+    Returns:
+        the same nesting of numbers and arrays
     """

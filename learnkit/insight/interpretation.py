@@ -13,6 +13,7 @@ import torch
 from fastcore.basics import patch
 from ..base.batches import kind
 from ..base.methods import pure, result
+from ..components.metrics import NO_CLASS, best_class
 from ..data.loaders import check_loader
 from ..loop.learner import Learner
 from ..loop.predict import collected
@@ -21,7 +22,7 @@ from .class_counts import (
     normalized, pair_counts, report_rows, sample_averages)
 from .sample_pass import SamplePass, is_in_order, noting_order, sortable
 from .tasks import (
-    NO_CLASS, TASKS, best_class, checked_names, class_axis, found_names,
+    TASKS, checked_names, class_axis, found_names,
     gives_logits, is_above, task_of, without_ones)
 
 # %% ../../nbs/insight/03_interpretation.ipynb #9adad791

@@ -10,10 +10,11 @@ import copy, heapq, math
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Sampler, SequentialSampler
 from ..base.batches import BatchList, batch_size, to_host
+from ..components.metrics import best_class
 from ..data.loaders import EpochLoader, length
 from ..loop.loop import overrides
 from ..loop.predict import Collect, losses_of_samples, unreduced, unwrap
-from .tasks import best_class, class_axis, picked
+from .tasks import class_axis, picked
 
 # %% ../../nbs/insight/02_sample_pass.ipynb #8335ffda
 class NotedSampler(Sampler):

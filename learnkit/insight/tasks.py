@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from ..base.batches import kind
-from ..components.metrics import is_number
+from ..components.metrics import NO_CLASS
 
 # %% ../../nbs/insight/00_tasks.ipynb #9aba7690
 USUAL = {'pred': ('logits', 'out', 'pred', 'preds', 'output'),
@@ -88,12 +88,6 @@ def task_of(pred, targ, # tensors
     return 'binary' if is_one else 'multilabel'
 
 # %% ../../nbs/insight/00_tasks.ipynb #521a1002
-NO_CLASS = -1 # of a prediction with nan
-
-def best_class(scores, axis): # int64 tensor, without the axis
-    "The class with the highest score; NO_CLASS where scores are nan"
-    return scores.argmax(axis).masked_fill(~is_number(scores, axis), NO_CLASS)
-
 def is_above(scores, # logits, or probabilities
              thresh, # on the probability
              from_logits:bool):

@@ -69,14 +69,6 @@ def task_of(pred: Any, targ: Any, loss_func: Any) -> Any:
     Returns:
         str; None for what no table of errors can be made of
     """
-NO_CLASS: int
-
-def best_class(scores: Any, axis: Any) -> Any:
-    """The class with the highest score; NO_CLASS where scores are nan
-
-    Returns:
-        int64 tensor, without the axis
-    """
 
 def is_above(scores: Any, thresh: Any, from_logits: bool) -> Any:
     """Whether it is a yes, 0 or 1; NO_CLASS for nan

@@ -2,6 +2,7 @@
 import math
 import pickle
 from functools import partial
+import numpy as np
 import pytest
 import torch
 import torchmetrics
@@ -9,6 +10,7 @@ from hypothesis import given, settings, strategies as st
 from sklearn import metrics as sk
 from torch import nn
 from torch.nn import functional as F
+from learnkit import Callback, DataLoaders, Learner, SaveBest
 from learnkit.components.metrics import (
     Mean, accuracy, binary_accuracy, error_rate, higher_is_better, mae, metric_name, mse,
     perplexity, rmse, sklearn_metric, top_k_accuracy)
@@ -262,3 +264,49 @@ def test_a_prediction_of_nan_is_never_right(metric, classes):
 
 
 def as_pair(found): return found if isinstance(found, tuple) else (found, 1)
+
+
+# Functions of scikit-learn get no class for a prediction of nan
+
+FORMS = {
+    'argmax': (sk.f1_score, dict(average='macro'), torch.randn(12, 3)),
+    'argmax, each': (sk.f1_score, dict(average=None), torch.randn(12, 3)),
+    'argmax, matrix': (sk.confusion_matrix, {}, torch.randn(12, 3)),
+    'argmax, tuple': (sk.precision_recall_fscore_support, dict(average=None), torch.randn(12, 3)),
+    'binary': (sk.f1_score, {}, torch.randn(12, 1)),
+    'prob': (sk.roc_auc_score, {}, torch.randn(12)),
+    'prob, classes': (sk.roc_auc_score, dict(multi_class='ovr'), torch.randn(12, 3)),
+    'raw': (sk.r2_score, {}, torch.randn(12))}
+
+@pytest.mark.parametrize('where', [slice(0, 1), slice(None)])
+@pytest.mark.parametrize('name', FORMS)
+def test_what_scikit_learn_makes_of_nan_is_nan(name, where):
+    func, kwargs, pred = FORMS[name]
+    n = pred.shape[1] if pred.shape[1:] == (3,) else 2
+    pred, targ = pred.clone(), torch.arange(12) % n
+    def value():
+        m.reset()
+        for part in (slice(0, 5), slice(5, 12)): m.update(pred[part], targ[part])
+        return m.compute()
+    m = sklearn_metric(func, pred=name.partition(',')[0], name='it', **kwargs)
+    before = value()
+    pred[where] = math.nan
+    with pytest.warns(UserWarning, match='it is nan, as predictions are nan or inf') as said:
+        dead = value()
+    assert len(said) == 1 and np.shape(dead) == np.shape(before) and np.isnan(dead).all()
+
+
+def test_the_best_is_no_dead_model():
+    "Class 0 is the most frequent; the weights become nan in the second epoch"
+    x = torch.randn(20, 4)
+    y = (torch.arange(20) < 3).long()
+    def die(learn):
+        if learn.epoch == 1: learn.model.weight.data.fill_(math.nan)
+    best = SaveBest('f1')
+    learn = Learner(DataLoaders.from_tensors((x, y), (x, y)), nn.Linear(4, 2),
+                    F.cross_entropy, lr=0, cbs=[best, Callback(after_train=die)], device='cpu',
+                    metrics=sklearn_metric(sk.f1_score, name='f1', average='micro'))
+    learn.model.bias.data.copy_(torch.tensor([-9., 9.]))
+    with pytest.warns(UserWarning, match='f1 is nan'): learn.fit(3)
+    assert [math.isnan(row['f1']) for row in learn.recorder.rows] == [False, True, True]
+    assert best.best == 0.15 and not learn.model.weight.isnan().any()
