@@ -83,6 +83,12 @@ def label_totals(targ, pred): # arrays of 0 and 1, (samples, labels); pred: -1 f
     "The same for labels of which a sample may have several"
     return ((targ == 1) & (pred == 1)).sum(0), (pred == 1).sum(0), (targ == 1).sum(0)
 
+def label_counts(targ, pred): # int64 array, (labels, 2, 2), or (labels, 2, 3) with those of none
+    "A matrix for each label: rows 0 and 1 as is true, columns 0, 1 and -1 as was predicted"
+    kinds = (0, 1, -1) if (pred == -1).any() else (0, 1)
+    cells = [[((targ == true) & (pred == kind)).sum(0) for kind in kinds] for true in (0, 1)]
+    return np.moveaxis(np.array(cells), -1, 0)
+
 # %% ../../nbs/insight/01_class_counts.ipynb #ceab3e7e
 def sample_averages(targ, pred): # arrays of 0 and 1, (samples, labels) -> (precision, recall, F1)
     "The means over samples of what each sample's labels give"

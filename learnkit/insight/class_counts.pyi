@@ -89,6 +89,13 @@ def label_totals(targ: Any, pred: Any) -> Any:
         arrays of 0 and 1, (samples, labels); pred: -1 for none
     """
 
+def label_counts(targ: Any, pred: Any) -> Any:
+    """A matrix for each label: rows 0 and 1 as is true, columns 0, 1 and -1 as was predicted
+
+    Returns:
+        int64 array, (labels, 2, 2), or (labels, 2, 3) with those of none
+    """
+
 def sample_averages(targ: Any, pred: Any) -> Any:
     """The means over samples of what each sample's labels give
 

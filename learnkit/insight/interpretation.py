@@ -6,8 +6,8 @@
 __all__ = ['Interpretation']
 
 # %% ../../nbs/insight/03_interpretation.ipynb #e9adca8d
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 import numpy as np
 import torch
 from fastcore.basics import patch
@@ -17,13 +17,14 @@ from ..components.metrics import NO_CLASS, best_class
 from ..data.loaders import check_loader
 from ..loop.learner import Learner
 from ..loop.predict import collected
+from ..training.arguments import check_whole
 from .class_counts import (
-    COLUMNS, class_totals, confusions, label_totals,
+    COLUMNS, class_totals, confusions, label_counts, label_totals,
     normalized, pair_counts, report_rows, sample_averages)
 from .sample_pass import SamplePass, is_in_order, noting_order, sortable
 from .tasks import (
-    TASKS, checked_names, class_axis, found_names,
-    gives_logits, is_above, task_of, without_ones)
+    IGNORED, LABELLED, TASKS, checked_names, class_axis, flags_of, found_names,
+    gives_logits, ignored, is_above, short_number, task_of, without_ones)
 
 # %% ../../nbs/insight/03_interpretation.ipynb #9adad791
 @result
@@ -39,17 +40,22 @@ class Interpretation:
     by_dataset: bool # whether the loader tells the numbers in its dataset
     n_classes: int | None = None # classes or labels
     names: list | None = None # of the classes or labels
-    ignore_index: int = -100 # targets that do not count, besides all below 0
+    ignore_index: int = IGNORED # targets that do not count, besides all below 0
     from_logits: bool = True # whether a sigmoid makes probabilities of the scores, of yes or no
     worst: dict = field(default_factory=dict) # sample -> [input, prediction, target]
 
     def __len__(self): return len(self.index)
 
     def __repr__(self):
-        text = f'Interpretation({len(self)} samples, task={self.task}'
-        if self.n_classes: text += f', {self.n_classes} classes'
-        if self.targs is not None and self.task in ('classes', 'binary', 'multilabel'):
-            text += f', {self.error_rate():.2%} wrong'
+        size = element_size(self)
+        of_size = f' of {"x".join(map(str, size))}' if size else ''
+        text = f'Interpretation({len(self)} samples{of_size}, task={self.task}'
+        what = 'labels' if self.task == 'multilabel' else 'classes'
+        if self.n_classes: text += f', {self.n_classes} {what}'
+        if self.targs is not None and self.task in LABELLED:
+            rate = self.error_rate()
+            if rate == rate: text += f', {rate:.2%} {wrong_of(self)}'
+        if n := n_left_out(self): text += f', {n} targets left out'
         if self.n_nan: text += f', {self.n_nan} predictions of nan'
         return text + (')' if self.by_dataset else ', index: place in the pass)')
 
@@ -68,9 +74,6 @@ def sizes(x): # int64 tensor, (samples,): how many elements each sample has
     return torch.full((len(x),), x[0].numel() if len(x) else 1)
 
 # %% ../../nbs/insight/03_interpretation.ipynb #10107554
-def short_number(x): # str
-    return f'{x:.4g}' if isinstance(x, float) else str(x)
-
 def needs(interp, what, *tasks):
     "Raise ValueError where something is asked that there is no answer to"
     if interp.targs is None and tasks:
@@ -92,22 +95,19 @@ def needs_losses(interp, what):
 @patch
 def elements(self:Interpretation): # (predicted, true, sample): int arrays
     "What counts, one by one; a sample has one element, a picture of classes one a pixel"
-    needs(self, 'elements', 'classes', 'binary', 'multilabel')
+    needs(self, 'elements', *LABELLED)
     if self.task == 'multilabel': return label_elements(self)
     pred, targ = flat(self.preds).numpy(), flat(self.targs).numpy()
     sample = torch.arange(len(self)).repeat_interleave(sizes(self.preds)).numpy()
     counts = (targ >= 0) & (targ != self.ignore_index)
-    pred, targ, sample = pred[counts], targ[counts], sample[counts]
-    if len(targ) and targ.max() >= self.n_classes:
-        raise ValueError(f'a target is {targ.max()}, and there are {self.n_classes} classes, from '
-                         '0 on; of targets that do not count say interpret(ignore_index=...)')
-    return pred, targ, sample
+    return pred[counts], targ[counts], sample[counts]
 
 @patch
 def error_rate(self:Interpretation)->float:
-    "The part of the elements that is wrong"
+    "The part that is wrong: of the samples, of all pixels or tokens, of all labels of all samples"
     pred, targ, _ = self.elements()
-    return float((pred != targ).mean()) if targ.size else float('nan')
+    wrong = (pred != targ)[targ != IGNORED]
+    return float(wrong.mean()) if wrong.size else float('nan')
 
 @patch(as_prop=True)
 def n_nan(self:Interpretation)->int:
@@ -122,13 +122,32 @@ def labels(self:Interpretation)->list:
 
 # %% ../../nbs/insight/03_interpretation.ipynb #fed0b501
 def label_elements(interp): # (predicted, true, sample): (elements, labels), (elements,)
-    "As `elements`, where each element has several labels"
+    "As `elements`, where each element has several labels; both IGNORED where one does not count"
     def rows(x): return torch.cat([each.movedim(0, -1).reshape(-1, interp.n_classes) for each in x])
     if not len(interp): return *(np.zeros((0, interp.n_classes), int),) * 2, np.zeros(0, int)
     pred, targ = rows(interp.preds).numpy(), rows(interp.targs).numpy()
+    pred[targ == IGNORED] = IGNORED
     return pred, targ, np.repeat(np.arange(len(interp)), len(pred) // len(interp))
 
-def label_of(interp, number): # name or number; 'nan' for none
+def element_size(interp): # tuple; empty where samples have one element, or differ
+    "How many elements a sample has, by axis: height and width of a picture"
+    if isinstance(interp.preds, list) or interp.task not in LABELLED: return ()
+    is_single = interp.preds.ndim < 2 or interp.preds[0].numel() == 1 if len(interp) else True
+    if is_single: return ()
+    return tuple(n for n in interp.preds.shape[1 + (interp.task == 'multilabel'):] if n != 1)
+
+def wrong_of(interp): # str
+    if interp.task == 'multilabel': return 'of labels wrong'
+    is_many = isinstance(interp.preds, list) or element_size(interp)
+    return 'of elements wrong' if is_many else 'wrong'
+
+def n_left_out(interp): # int
+    "How many targets do not count"
+    if interp.targs is None or interp.task not in LABELLED: return 0
+    targ = flat(interp.targs)
+    return int(((targ < 0) | (targ == interp.ignore_index)).sum())
+
+def label_of(interp, number): # name or number of a prediction; 'nan' for none
     return 'nan' if number == NO_CLASS else interp.labels[number]
 
 # %% ../../nbs/insight/03_interpretation.ipynb #6eec4b93
@@ -136,6 +155,7 @@ def decoded(pred, targ, # as from `together`
             task, # one of TASKS
             axis=None, n_classes=None, # of the classes; None: they are found
             thresh=0.5, from_logits=True, # of yes or no
+           ignore_index=IGNORED, # targets that do not count
            ): # (predicted, true, scores, number of classes)
     "What was predicted and what was true, of what the model gave"
     if task == 'classes':
@@ -148,8 +168,10 @@ def decoded(pred, targ, # as from `together`
     pred = pred.reshape(targ.shape)
     if task == 'regression': return pred.float(), targ.float(), None, None
     n = 2 if task == 'binary' else targ.shape[1]
-    return is_above(pred.float(), thresh, from_logits), (targ > 0.5).long(), pred.float(), n
+    flags = flags_of(targ, ignore_index)
+    return is_above(pred.float(), thresh, from_logits), flags, pred.float(), n
 
+# %% ../../nbs/insight/03_interpretation.ipynb #86f3099d
 def of_scores(pred, targ, axis): # the same, of scores of classes
     if targ.ndim == pred.ndim == 2 and targ.shape[1] == 1: targ = targ[:, 0]
     if targ.shape == pred.shape:  # shares of classes
@@ -160,17 +182,20 @@ def of_scores(pred, targ, axis): # the same, of scores of classes
         raise ValueError(shapes_text(pred, targ, 'classes'))
     return best_class(pred, axis), targ.long(), pred.float(), pred.shape[axis]
 
+def check_range(targ, n_classes, ignore_index):
+    "Raise ValueError for a target that is no class and counts"
+    known = targ[targ != ignore_index]
+    if len(known) and known.max() >= n_classes:
+        raise ValueError(f'interpret: a target is {known.max().item()}, and there are {n_classes} '
+                         'classes, from 0 on; of targets that do not count say '
+                         'interpret(ignore_index=...)')
+
 def shapes_text(pred, targ, task): # str
     return (f'interpret: the model gives {kind(pred)} and the targets are {kind(targ)}, which does '
             f'not fit task {task!r}; say which tensors count (pred=, targ=), or which axis the '
             'classes are (axis=)')
 
 # %% ../../nbs/insight/03_interpretation.ipynb #6f0ac42a
-def ignored(loss_func): # int
-    "The targets that a loss leaves out"
-    if isinstance(loss_func, partial): return loss_func.keywords.get('ignore_index', -100)
-    return getattr(loss_func, 'ignore_index', -100)
-
 def by_number(worst, where): # dict: sample -> what was kept of it
     "By the numbers of the samples in the pass; where: tensor, (samples, 3)"
     found = {place: (where == torch.tensor(place)).all(1).nonzero() for place in worst}
@@ -178,27 +203,28 @@ def by_number(worst, where): # dict: sample -> what was kept of it
 
 def made_interpretation(found:dict, # kind -> what `SamplePass` has gathered of each batch
                         worst:dict, # where -> what was kept of a sample
-                        task, loss_func, axis, thresh, from_logits, # as of `interpret`
+                        task, loss_func, axis, thresh, ignore_index, # as of `interpret`
                        ): # Interpretation
     pred = together(found['pred'])
     targ = together(found['targ']) if found['targ'] else None
     if targ is not None and len(targ) != len(pred):
         raise ValueError(f'interpret: {len(pred)} predictions, but {len(targ)} targets')
     n_classes = int(found['n_classes'][0]) if found['n_classes'] else None
-    scores = None
+    scores, from_logits = None, gives_logits(loss_func)
     if targ is not None:
         is_listed = isinstance(pred, list)
         task = task or ('classes' if n_classes is not None else task_of(
             *(flat(x) if is_listed else x for x in (pred, targ)), loss_func))
         if task: pred, targ, scores, n_classes = decoded(pred, targ, task, axis, n_classes, thresh,
-                                                         from_logits)
+                                                         from_logits, ignore_index)
+        if task == 'classes': check_range(flat(targ), n_classes, ignore_index)
     is_known = len(found['index']) == len(found['pred'])
     where = torch.cat(found['where'])
     return Interpretation(
         task if targ is not None else None, pred, targ, scores,
         together(found['loss']).float() if found['loss'] else None,
         torch.cat(found['index']) if is_known else torch.arange(len(pred)), is_known, n_classes,
-        from_logits=from_logits, worst=by_number(worst, where))
+        None, ignore_index, from_logits, by_number(worst, where))
 
 # %% ../../nbs/insight/03_interpretation.ipynb #631c05cd
 @patch
@@ -225,11 +251,10 @@ def interpret(self:Learner,
     gather = SamplePass(keep, pred, targ, loss_func, axis, noted)
     found = dict(zip(gather.buffers, collected(self, read, gather), strict=True))
     loss_func = loss_func or self.loss_func
+    if ignore_index is None: ignore_index = ignored(loss_func)
     made = made_interpretation({kind: batches or [] for kind, batches in found.items()},
-                               gather.worst.by_place(), task, loss_func, axis, thresh,
-                               gives_logits(loss_func))
+                               gather.worst.by_place(), task, loss_func, axis, thresh, ignore_index)
     made.by_dataset = made.by_dataset or is_in_order(dl, len(made))
-    made.ignore_index = ignored(loss_func) if ignore_index is None else ignore_index
     if names is not None: made.names = checked_names(names, made.n_classes)
     elif made.n_classes: made.names = found_names(made.n_classes, dl, self.dls)
     return made
@@ -263,17 +288,25 @@ def value_text(interp, name, i:int): # name, number or str
     if x.numel() == 1:
         value = x.item()
         if interp.task not in ('classes', 'binary'): return value
-        return label_of(interp, value) if value >= NO_CLASS else value
-    if interp.task not in ('classes', 'binary', 'multilabel'):
+        if name == 'pred': return label_of(interp, value)
+        return interp.labels[value] if 0 <= value < interp.n_classes else value
+    if interp.task not in LABELLED:
         return ', '.join(map(short_number, x.tolist())) if x.ndim == 1 and len(x) < 9 else kind(x)
     if name == 'targ': return kind(x)
     targ = interp.targs[i]
     counts = (targ >= 0) & (targ != interp.ignore_index)
+    if not counts.any(): return 'none counts'
     return f'{(x == targ)[counts].float().mean().item():.1%} right'
 
 # %% ../../nbs/insight/03_interpretation.ipynb #de234205
+def nan_by_class(interp, pred, targ): # int array, (n_classes,)
+    "How many predictions of nan there are where a class is true, or of a label"
+    if interp.task == 'multilabel': return (pred == NO_CLASS).sum(0)
+    return np.bincount(targ[pred == NO_CLASS], minlength=interp.n_classes)
+
 MOST_CLASSES = 4096 # of a matrix
-LABEL_CELLS = 'true negative', 'false positive', 'false negative', 'true positive'
+LABEL_CELLS = ('true negative', 'false positive', 'nan for negative',
+               'false negative', 'true positive', 'nan for positive')
 
 def matrix_frame(interp, counts): # DataFrame
     "A matrix with names of classes, and a last column for predictions of nan"
@@ -283,20 +316,20 @@ def matrix_frame(interp, counts): # DataFrame
                         columns=pd.Index([*interp.labels, *more], name='predicted'))
 
 def label_frame(interp, pred, targ, how): # DataFrame
-    "For each label how often it was there and found, and so on"
+    "For each label how often it was there and found, and so on; with columns for nan if there is"
     import pandas as pd
-    hits, found, true = label_totals(targ, pred)
-    cells = np.stack([len(targ) - true - found + hits, found - hits, true - hits, hits], 1)
-    rows = np.stack([normalized(each.reshape(2, 2), how).reshape(4) for each in cells])
-    return pd.DataFrame(rows, index=pd.Index(interp.labels, name='label'), columns=LABEL_CELLS)
+    counts = label_counts(targ, pred)
+    columns = [name for name in LABEL_CELLS if counts.shape[2] == 3 or name[:3] != 'nan']
+    rows = [normalized(each, how).flatten() for each in counts]
+    return pd.DataFrame(rows, index=pd.Index(interp.labels, name='label'), columns=columns)
 
 # %% ../../nbs/insight/03_interpretation.ipynb #e0ae9dea
 @patch
 def confusion_matrix(self:Interpretation,
                      normalize=None, # 'true' (or True), 'pred', 'all': shares; None: counts
-                    ): # DataFrame, (classes, classes); of labels (labels, 4)
+                    ): # DataFrame, (classes, classes); of labels (labels, 4); more with nan
     "How often each class was taken for each; of several labels how often each was found or missed"
-    needs(self, 'confusion_matrix', 'classes', 'binary', 'multilabel')
+    needs(self, 'confusion_matrix', *LABELLED)
     pred, targ, _ = self.elements()
     if self.task == 'multilabel': return label_frame(self, pred, targ, normalize)
     if self.n_classes > MOST_CLASSES:
@@ -321,15 +354,19 @@ def most_confused(self:Interpretation,
 # %% ../../nbs/insight/03_interpretation.ipynb #751c6efc
 @patch
 def class_report(self:Interpretation): # DataFrame: precision, recall, f1-score, support
-    "Precision, recall and F1 of each class, and their averages"
+    "Precision, recall and F1 of each class, and their averages; a column of how many are nan"
     import pandas as pd
-    needs(self, 'class_report', 'classes', 'binary', 'multilabel')
+    needs(self, 'class_report', *LABELLED)
     pred, targ, _ = self.elements()
     if self.task == 'multilabel':
         totals, more = label_totals(targ, pred), {'samples': sample_averages(targ, pred)}
     else: totals, more = class_totals(targ, pred, self.n_classes), None
     rows = report_rows(*totals, map(str, self.labels), more)
-    return pd.DataFrame(rows, columns=['', *COLUMNS]).set_index('').rename_axis(None)
+    found = pd.DataFrame(rows, columns=['', *COLUMNS]).set_index('').rename_axis(None)
+    n_nan = nan_by_class(self, pred, targ)
+    if n_nan.any(): found['nan'] = np.append(n_nan, [n_nan.sum()] * (len(found) - len(n_nan)))
+    return found
+
 
 # %% ../../nbs/insight/03_interpretation.ipynb #9e2a350d
 def column_values(interp, column): # Series, (samples,)
@@ -338,11 +375,17 @@ def column_values(interp, column): # Series, (samples,)
     if isinstance(column, str):
         raise TypeError(f'errors_by({column!r}): give the values, one for each sample, as '
                         f'table[{column!r}]')
-    if isinstance(column, torch.Tensor): column = column.detach().cpu().numpy()
+    if isinstance(column, Mapping):
+        raise TypeError(f'errors_by: a dict of {len(column)}; give one of its columns')
+    if isinstance(column, torch.Tensor):
+        column = column.detach().cpu()
+        column = (column.float() if column.dtype == torch.bfloat16 else column).numpy()
     if getattr(column, 'ndim', 1) != 1:
         raise ValueError(f'errors_by: {kind(column)} of shape {tuple(column.shape)}; give one '
                          'column')
     values = pd.Series(column).reset_index(drop=True)
+    if values.dtype == object and (odd := [x for x in values if not isinstance(x, Hashable)]):
+        raise TypeError(f'errors_by: {odd[0]!r} names no group; give numbers, texts or dates')
     index = interp.index.numpy() if interp.by_dataset else np.arange(len(interp))
     if len(index) and len(values) <= index.max() or len(values) < len(index):
         raise ValueError(f'errors_by: {len(values)} values, but there are samples up to number '
@@ -353,6 +396,28 @@ def column_values(interp, column): # Series, (samples,)
                          'order')
     return values.iloc[index].reset_index(drop=True).rename(values.name or 'group')
 
+# %% ../../nbs/insight/03_interpretation.ipynb #c11a0938
+def in_bins(values, # Series
+            bins:int, # at most
+           ): # Series of intervals, each from its lowest value to its highest
+    "Ordered values in groups of about as many each; equal ones are in one, nan in none"
+    import pandas as pd
+    check_whole('errors_by', 'bins', bins)
+    types = pd.api.types
+    is_time = types.is_datetime64_any_dtype(values) or types.is_timedelta64_dtype(values)
+    if not is_time and (not types.is_numeric_dtype(values) or types.is_bool_dtype(values)
+                        or types.is_complex_dtype(values)):
+        raise TypeError(f'errors_by(bins={bins}): bins are of numbers or dates, the column is '
+                        f'{values.dtype}: leave bins out, or make it so (astype, pd.to_datetime)')
+    known = (values if is_time else values.astype(float)).dropna().sort_values()
+    last = np.ceil(np.arange(1, bins + 1) * len(known) / bins).astype(int) - 1
+    highest = pd.Index(known.iloc[last[last >= 0]].unique())
+    number = pd.Series(highest.searchsorted(known), known.index)
+    groups = pd.IntervalIndex.from_arrays(known.groupby(number).min(), highest, closed='both')
+    codes = number.reindex(values.index, fill_value=-1)
+    return pd.Series(pd.Categorical.from_codes(codes, groups), name=values.name)
+
+# %% ../../nbs/insight/03_interpretation.ipynb #56039a6a
 def sample_errors(interp): # dict: name -> array, (samples,)
     "How wrong each sample is"
     if interp.task == 'regression':
@@ -360,7 +425,8 @@ def sample_errors(interp): # dict: name -> array, (samples,)
         return {'mae': off.abs().mean(1).numpy(), 'bias': off.mean(1).numpy()}
     pred, targ, sample = interp.elements()
     wrong = (pred != targ) if pred.ndim == 1 else (pred != targ).any(1)
-    n = np.bincount(sample, minlength=len(interp))
+    counts = (targ != IGNORED).reshape(len(targ), -1).any(1) if len(targ) else []
+    n = np.bincount(sample, counts, len(interp))
     with np.errstate(invalid='ignore'):
         return {'error_rate': np.bincount(sample, wrong, len(interp)) / n}
 
@@ -371,18 +437,18 @@ def whole(values): # Series; of int where they are
 @patch
 def errors_by(self:Interpretation,
               column, # a value for each sample of the dataset: list, array, Series, tensor
-              bins:int=None, # put numbers into so many groups of about equal size
+              bins:int=None, # put numbers or dates into at most so many groups of about equal size
              ): # DataFrame: n, errors and error_rate, or mae and bias; mean loss
+    # errors: samples; of several labels those with any wrong, of pixels and tokens their shares
     "How groups of samples fare, the worst first; bins in their order"
     import pandas as pd
     needs(self, 'errors_by', *TASKS)
     values = column_values(self, column)
-    if bins is not None and not pd.api.types.is_numeric_dtype(values):
-        raise TypeError(f'errors_by(bins={bins}): bins are of numbers, the column is '
-                        f'{values.dtype}')
-    if bins is not None: values = pd.qcut(values, bins, duplicates='drop')
+    if bins is not None: values = in_bins(values, bins)
     errors = sample_errors(self)
     frame = pd.DataFrame(errors | ({} if self.losses is None else {'loss': self.losses.numpy()}))
+    if 'error_rate' in errors: # samples of which nothing counts are in no group
+        frame, values = [x[frame['error_rate'].notna()] for x in (frame, values)]
     groups = frame.groupby(values, dropna=False, observed=True)
     found = groups.agg(lambda column: column.to_numpy().mean())  # nan where one is among them
     found.insert(0, 'n', groups.size())

@@ -47,7 +47,7 @@ class Interpretation:
             (predicted, true, sample): int arrays
         """
     def error_rate(self) -> float:
-        """The part of the elements that is wrong"""
+        """The part that is wrong: of the samples, of all pixels or tokens, of all labels of all samples"""
     @property
     def n_nan(self) -> int:
         """How many predictions are of scores with nan"""
@@ -77,7 +77,7 @@ class Interpretation:
             normalize: 'true' (or True), 'pred', 'all': shares; None: counts
 
         Returns:
-            DataFrame, (classes, classes); of labels (labels, 4)
+            DataFrame, (classes, classes); of labels (labels, 4); more with nan
         """
     def most_confused(self, min: int = 1) -> Any:
         """The pairs of classes that are confused most
@@ -89,7 +89,7 @@ class Interpretation:
             DataFrame: true, predicted, n
         """
     def class_report(self) -> Any:
-        """Precision, recall and F1 of each class, and their averages
+        """Precision, recall and F1 of each class, and their averages; a column of how many are nan
 
         Returns:
             DataFrame: precision, recall, f1-score, support
@@ -99,10 +99,11 @@ class Interpretation:
 
         Args:
             column: a value for each sample of the dataset: list, array, Series, tensor
-            bins: put numbers into so many groups of about equal size
+            bins: put numbers or dates into at most so many groups of about equal size
 
         Returns:
-            DataFrame: n, errors and error_rate, or mae and bias; mean loss
+            errors: samples; of several labels those with any wrong, of pixels and tokens their
+                shares
         """
     def plot_top_losses(
             self,
@@ -165,11 +166,6 @@ def sizes(x: Any) -> Any:
         int64 tensor, (samples,): how many elements each sample has
     """
 
-def short_number(x: Any) -> str:
-    """Returns:
-        str
-    """
-
 def needs(interp: Any, what: Any, *tasks: Any) -> None:
     """Raise ValueError where something is asked that there is no answer to"""
 
@@ -177,15 +173,34 @@ def needs_losses(interp: Any, what: Any) -> None:
     """Raise ValueError where there are no losses of single samples"""
 
 def label_elements(interp: Any) -> Any:
-    """As `elements`, where each element has several labels
+    """As `elements`, where each element has several labels; both IGNORED where one does not count
 
     Returns:
         (predicted, true, sample): (elements, labels), (elements,)
     """
 
+def element_size(interp: Any) -> Any:
+    """How many elements a sample has, by axis: height and width of a picture
+
+    Returns:
+        tuple; empty where samples have one element, or differ
+    """
+
+def wrong_of(interp: Any) -> str:
+    """Returns:
+        str
+    """
+
+def n_left_out(interp: Any) -> int:
+    """How many targets do not count
+
+    Returns:
+        int
+    """
+
 def label_of(interp: Any, number: Any) -> Any:
     """Returns:
-        name or number; 'nan' for none
+        name or number of a prediction; 'nan' for none
     """
 
 def decoded(
@@ -196,6 +211,7 @@ def decoded(
         n_classes: Any = None,
         thresh: Any = 0.5,
         from_logits: Any = True,
+        ignore_index: Any = ...,
 ) -> Any:
     """What was predicted and what was true, of what the model gave
 
@@ -204,6 +220,7 @@ def decoded(
         task: one of TASKS
         axis, n_classes: of the classes; None: they are found
         thresh, from_logits: of yes or no
+        ignore_index: targets that do not count
 
     Returns:
         (predicted, true, scores, number of classes)
@@ -214,16 +231,12 @@ def of_scores(pred: Any, targ: Any, axis: Any) -> Any:
         the same, of scores of classes
     """
 
+def check_range(targ: Any, n_classes: Any, ignore_index: Any) -> None:
+    """Raise ValueError for a target that is no class and counts"""
+
 def shapes_text(pred: Any, targ: Any, task: Any) -> str:
     """Returns:
         str
-    """
-
-def ignored(loss_func: Any) -> int:
-    """The targets that a loss leaves out
-
-    Returns:
-        int
     """
 
 def by_number(worst: Any, where: Any) -> Any:
@@ -240,12 +253,12 @@ def made_interpretation(
         loss_func: Any,
         axis: Any,
         thresh: Any,
-        from_logits: Any,
+        ignore_index: Any,
 ) -> Interpretation:
     """Args:
         found: kind -> what `SamplePass` has gathered of each batch
         worst: where -> what was kept of a sample
-        task, loss_func, axis, thresh, from_logits: as of `interpret`
+        task, loss_func, axis, thresh, ignore_index: as of `interpret`
 
     Returns:
         Interpretation
@@ -256,6 +269,13 @@ def value_text(interp: Any, name: Any, i: int) -> Any:
 
     Returns:
         name, number or str
+    """
+
+def nan_by_class(interp: Any, pred: Any, targ: Any) -> Any:
+    """How many predictions of nan there are where a class is true, or of a label
+
+    Returns:
+        int array, (n_classes,)
     """
 MOST_CLASSES: int
 LABEL_CELLS: tuple[str, ...]
@@ -268,7 +288,7 @@ def matrix_frame(interp: Any, counts: Any) -> Any:
     """
 
 def label_frame(interp: Any, pred: Any, targ: Any, how: Any) -> Any:
-    """For each label how often it was there and found, and so on
+    """For each label how often it was there and found, and so on; with columns for nan if there is
 
     Returns:
         DataFrame
@@ -279,6 +299,17 @@ def column_values(interp: Any, column: Any) -> Any:
 
     Returns:
         Series, (samples,)
+    """
+
+def in_bins(values: Any, bins: int) -> Any:
+    """Ordered values in groups of about as many each; equal ones are in one, nan in none
+
+    Args:
+        values: Series
+        bins: at most
+
+    Returns:
+        Series of intervals, each from its lowest value to its highest
     """
 
 def sample_errors(interp: Any) -> Any:

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from ..loop.plots import plot_axes
-from .interpretation import (
-    Interpretation, needs, short_number, value_text)
+from ..components.metrics import NO_CLASS
+from .tasks import IGNORED, LABELLED, short_number
+from .interpretation import Interpretation, label_of, needs, value_text
 
 # %% ../../nbs/insight/04_interpretation_plots.ipynb #aca080ee
 def short(x, width=22): # str
@@ -22,9 +23,11 @@ def short(x, width=22): # str
 
 def sureness(interp, i:int): # float; None where the model gives no probability
     "The probability of what was predicted"
-    if interp.scores is None or interp.scores.ndim > 2 or interp.task == 'multilabel': return None
-    row, pred = interp.scores[i], int(interp.preds[i])
-    if interp.task == 'classes': return row.softmax(-1)[pred].item() if pred >= 0 else None
+    if interp.scores is None or interp.task not in ('classes', 'binary'): return None
+    if interp.preds[i].numel() != 1: return None
+    row, pred = interp.scores[i].flatten(), int(interp.preds[i])
+    if pred == NO_CLASS: return None
+    if interp.task == 'classes': return row.softmax(-1)[pred].item()
     prob = (row.sigmoid() if interp.from_logits else row).item()
     return prob if pred else 1 - prob
 
@@ -34,7 +37,8 @@ def title_text(interp, i:int): # str
     pred, targ = [short_number(x) if isinstance(x, float) else short(x) for x in values]
     sure = sureness(interp, i)
     loss = f'loss {interp.losses[i]:.3g}' + (f', {sure:.0%} sure' if sure is not None else '')
-    is_mask = interp.task == 'classes' and interp.targs[i].numel() > 1
+    is_mask = interp.task in LABELLED and interp.targs[i].squeeze().ndim > (
+        interp.task == 'multilabel')
     gap = ', ' if len(f'{pred}{targ}') < 18 else '\n'
     return f'{pred}\n{loss}' if is_mask else f'{pred}{gap}is {targ}\n{loss}'
 
@@ -114,12 +118,14 @@ def plot_top_losses(self:Interpretation,
     if not chosen: raise ValueError('plot_top_losses: there are no samples')
     found = [input_of(self, i, inputs) for i in chosen]
     axes = sample_axes(len(chosen))
+    drawn = set()
     for ax, i, x in zip(axes, chosen, found, strict=True):
         show_input(ax, x, show)
-        if i in self.worst: draw_masks(ax, x, *self.worst[i][1:])
+        if has_mask(self, i, x): drawn |= draw_mask(ax, self, i)
         is_right = same_value(self, i)
         color = {True: 'C2', False: 'C3', None: 'black'}[is_right]
         ax.set_title(title_text(self, i), fontsize=9, color=color)
+    if drawn: name_masks(axes[0].figure, self, drawn)
     fit_height(axes)
     return axes
 
@@ -144,22 +150,52 @@ def fit_height(axes):
 
 def same_value(interp, i:int): # bool; None where there is no right and wrong
     "Whether a sample is right"
-    if interp.task in ('classes', 'binary', 'multilabel') and interp.targs[i].numel() < 1000:
-        is_single = interp.task == 'multilabel' or interp.targs[i].numel() == 1
-        return bool((interp.preds[i] == interp.targs[i]).all()) if is_single else None
-    return None
+    if interp.task not in LABELLED or interp.targs[i].numel() >= 1000: return None
+    if interp.task != 'multilabel' and interp.targs[i].numel() != 1: return None
+    pred, targ = interp.preds[i], interp.targs[i]
+    return bool((pred == targ)[targ != IGNORED].all())
 
 # %% ../../nbs/insight/04_interpretation_plots.ipynb #f4464219
-def draw_masks(ax, x, pred, targ):
-    "Of a picture of classes: in colours what was predicted, in lines where the truth begins"
-    is_mask = isinstance(targ, torch.Tensor) and targ.ndim == 2 and pred.shape[-2:] == targ.shape
-    if not is_mask or not isinstance(x, torch.Tensor) or x.shape[-2:] != targ.shape: return
-    pred = pred if pred.ndim == 2 else pred[0] > 0
-    ax.imshow(np.ma.masked_equal(pred.numpy(), 0), cmap='tab10', alpha=0.45, vmin=0, vmax=9,
-              interpolation='nearest')
-    from matplotlib.collections import LineCollection
-    ax.add_collection(LineCollection(border_lines(targ), colors='white', linewidths=1))
+def has_mask(interp, i:int, x): # bool; x: the input of a sample
+    "Whether a sample is a picture with a class for each of its pixels"
+    if interp.task not in ('classes', 'binary') or not isinstance(x, torch.Tensor): return False
+    size = interp.targs[i].squeeze().shape
+    return len(size) == 2 and size in (x.shape[-2:], x.shape[:2])
 
+def class_colors(n): # array, (n + 1, 4): of classes, the last one of nan
+    "A colour for each class, and none for the first"
+    import matplotlib.pyplot as plt
+    few, many = plt.get_cmap('tab10')(np.arange(n)), plt.get_cmap('hsv')(np.arange(n) * 0.618 % 1)
+    colors = np.array([*(few if n <= 10 else many), (0, 0, 0, 1)])  # neighbours are far apart
+    colors[:, 3] = np.where(np.arange(n + 1) == 0, 0, 0.45)
+    return colors
+
+# %% ../../nbs/insight/04_interpretation_plots.ipynb #9ce09171
+def draw_mask(ax, interp, i:int): # set of the classes that were predicted
+    "In colours what was predicted, in lines where the truth begins"
+    from matplotlib.collections import LineCollection
+    pred, targ = interp.preds[i].squeeze(), interp.targs[i].squeeze()
+    ax.imshow(class_colors(interp.n_classes)[pred.numpy()], interpolation='nearest')
+    ax.add_collection(LineCollection(border_lines(targ), colors='white', linewidths=1))
+    return set(pred.unique().tolist())
+
+def name_masks(figure, interp, drawn:set):
+    "A legend of the colours beside the pictures"
+    from matplotlib.patches import Patch
+    colors = class_colors(interp.n_classes)
+    shown = sorted(drawn - {NO_CLASS})[:MOST_NAMED] + sorted(drawn & {NO_CLASS})
+    keys = [Patch(facecolor=colors[k], edgecolor='0.7', label=short(label_of(interp, k)))
+            for k in shown]
+    if n_more := len(drawn) - len(shown): keys.append(Patch(alpha=0, label=f'… {n_more} more'))
+    keys.append(Patch(facecolor='0.6', edgecolor='white', lw=2, label='true border'))
+    longest = max(len(key.get_label()) for key in keys)
+    figure.set_figwidth(figure.get_figwidth() + 0.6 + 0.07 * longest)
+    figure.legend(handles=keys, loc='outside right upper', frameon=False, fontsize=8,
+                  title='predicted', title_fontsize=9, alignment='left')
+
+MOST_NAMED = 20 # classes in a legend
+
+# %% ../../nbs/insight/04_interpretation_plots.ipynb #8cc8b861
 def border_lines(mask): # array, (lines, 2 ends, x and y)
     "Where pixels of one class meet those of another, in the coordinates of imshow"
     across, along = np.array([[-0.5, 0.5], [0.5, 0.5]]), np.array([[0.5, -0.5], [0.5, 0.5]])

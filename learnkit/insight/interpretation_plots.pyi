@@ -91,8 +91,30 @@ def same_value(interp: Any, i: int) -> Any:
         bool; None where there is no right and wrong
     """
 
-def draw_masks(ax: Any, x: Any, pred: Any, targ: Any) -> None:
-    """Of a picture of classes: in colours what was predicted, in lines where the truth begins"""
+def has_mask(interp: Any, i: int, x: Any) -> Any:
+    """Whether a sample is a picture with a class for each of its pixels
+
+    Returns:
+        bool; x: the input of a sample
+    """
+
+def class_colors(n: Any) -> Any:
+    """A colour for each class, and none for the first
+
+    Returns:
+        array, (n + 1, 4): of classes, the last one of nan
+    """
+
+def draw_mask(ax: Any, interp: Any, i: int) -> Any:
+    """In colours what was predicted, in lines where the truth begins
+
+    Returns:
+        set of the classes that were predicted
+    """
+
+def name_masks(figure: Any, interp: Any, drawn: set) -> None:
+    """A legend of the colours beside the pictures"""
+MOST_NAMED: int
 
 def border_lines(mask: Any) -> Any:
     """Where pixels of one class meet those of another, in the coordinates of imshow

@@ -8,13 +8,15 @@ __all__ = []
 # %% ../../nbs/insight/02_sample_pass.ipynb #14dceee4
 import copy, heapq, math
 import torch
+from fastcore.basics import patch
 from torch.utils.data import BatchSampler, DataLoader, Sampler, SequentialSampler
 from ..base.batches import BatchList, batch_size, to_host
 from ..components.metrics import best_class
 from ..data.loaders import EpochLoader, length
 from ..loop.loop import overrides
 from ..loop.predict import Collect, losses_of_samples, unreduced, unwrap
-from .tasks import class_axis, picked
+from .tasks import (
+    check_classes, class_axis, class_problem, ignored, picked)
 
 # %% ../../nbs/insight/02_sample_pass.ipynb #8335ffda
 class NotedSampler(Sampler):
@@ -123,6 +125,8 @@ def batch_losses(learn, loss_func, pred, targ): # tensor, (batch,)
     except Exception as error:
         error.add_note('(in the loss of single samples; interpret(loss_func=False) does '
                        'without, another function takes its place)')
+        problem = class_problem(pred, targ, loss_func or learn.loss_func)
+        if problem: error.add_note(f'({problem})')
         raise
 
 def has_sample_losses(learn, loss_func): # bool
@@ -157,7 +161,7 @@ class SamplePass(Collect):
         targ = picked(unwrap(learn.yb), self.how['targ'], 'targ')
         found, n = {'pred': pred, 'targ': targ}, batch_size(pred)
         if targ is not None and has_sample_losses(learn, self.loss_func):
-            found['loss'] = batch_losses(learn, self.loss_func, pred, targ)
+            found['loss'] = self.losses(learn, pred, targ)
         found |= as_classes(pred, targ, self.axis)
         rank = learn.ranks.rank if learn.ranks else 0
         place = [torch.full((n,), learn.iter), torch.full((n,), rank), torch.arange(n)]
@@ -170,6 +174,16 @@ class SamplePass(Collect):
         n, parts = len(found['where']), [unwrap(self._input), found['pred'], found['targ']]
         self.worst.add(found['loss'].detach().cpu(), found['where'],
                        lambda i: [row_of(part, i, n) for part in parts])
+
+# %% ../../nbs/insight/02_sample_pass.ipynb #a7c5f662
+@patch
+def losses(self:SamplePass, learn, pred, targ): # tensor, (batch,)
+    "The loss of each sample; 0 where none of its targets counts, of which there is no mean"
+    loss_func = self.loss_func or learn.loss_func
+    if self.loss_func or not overrides(learn, 'get_loss'): check_classes(pred, targ, loss_func)
+    losses = batch_losses(learn, self.loss_func, pred, targ)
+    if targ.is_floating_point() or not targ.numel(): return losses
+    return losses.where((targ != ignored(loss_func)).reshape(len(targ), -1).any(1), 0)
 
 # %% ../../nbs/insight/02_sample_pass.ipynb #aeb9764c
 def as_classes(pred, targ, # tensors, of a batch

@@ -134,6 +134,12 @@ class SamplePass(Collect):
         """
     def keep_worst(self, found: Any) -> None:
         """Inputs, predictions and targets of the samples with the highest losses"""
+    def losses(self, learn: Learner, pred: Any, targ: Any) -> Any:
+        """The loss of each sample; 0 where none of its targets counts, of which there is no mean
+
+        Returns:
+            tensor, (batch,)
+        """
 
 def as_classes(pred: Any, targ: Any, axis: Any) -> Any:
     """Classes in place of scores, where each sample has many of them

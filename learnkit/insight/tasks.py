@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/insight/00_tasks.ipynb #cd360849
+import inspect
 from collections.abc import Mapping
 from dataclasses import is_dataclass
 from functools import partial
@@ -43,7 +44,8 @@ def picked(x, # what a model gave, or the targets of a batch
                      f'position or a function: interpret({role}=...)')
 
 # %% ../../nbs/insight/00_tasks.ipynb #7b7dd951
-TASKS = 'classes', 'binary', 'multilabel', 'regression'
+LABELLED = 'classes', 'binary', 'multilabel'
+TASKS = *LABELLED, 'regression'
 LOSSES = {'classes': (nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss),
           'binary': (nn.BCEWithLogitsLoss, nn.BCELoss, F.binary_cross_entropy,
                      F.binary_cross_entropy_with_logits, nn.MultiLabelSoftMarginLoss),
@@ -63,6 +65,10 @@ def task_of_loss(loss_func): # str; None where it does not tell
 def without_ones(t): # tensor
     "Without the dimensions of size 1, but for the first"
     return t.reshape(t.shape[:1] + tuple(n for n in t.shape[1:] if n != 1))
+
+def is_mask_shape(shape): # bool
+    "Of a yes or no for each pixel: (samples, height, width), or with a channel behind"
+    return len(shape) == 3 or len(shape) == 4 and shape[-1] == 1
 
 def class_axis(pred, targ): # int; None where there is none
     "Which axis of the scores are classes, if the targets are classes: the second, or the last"
@@ -84,7 +90,7 @@ def task_of(pred, targ, # tensors
     if said == 'classes': return said if pred.ndim > 1 and pred.shape[1] > 1 else None
     is_flag = bool(((targ == 0) | (targ == 1)).all())
     if said == 'regression' or not said and not (is_flag and targ.numel()): return 'regression'
-    is_one = pred.ndim == 1 or pred.shape[1] == 1
+    is_one = pred.ndim == 1 or pred.shape[1] == 1 or is_mask_shape(pred.shape)
     return 'binary' if is_one else 'multilabel'
 
 # %% ../../nbs/insight/00_tasks.ipynb #521a1002
@@ -95,9 +101,58 @@ def is_above(scores, # logits, or probabilities
     prob = scores.sigmoid() if from_logits else scores
     return (prob > thresh).long().masked_fill(scores.isnan(), NO_CLASS)
 
+def flags_of(targ, # tensor
+             ignore_index:int): # int64 tensor: 0, 1, or IGNORED where it does not count
+    "What is true of yes and no: shares count as what they are nearer to"
+    counts = (targ >= 0) & (targ != ignore_index)
+    if (targ[counts] > 1).any():
+        raise ValueError(f'a target is {short_number(targ[counts].max().item())}, and those of yes '
+                         'and no are 0 and 1; if it is one that does not count, say '
+                         'interpret(ignore_index=...); of values to hit, task=\'regression\'')
+    return (targ > 0.5).long().masked_fill(~counts, IGNORED)
+
+def short_number(x): # str
+    return f'{x:.4g}' if isinstance(x, float) else str(x)
+
 def gives_logits(loss_func): # bool
     "Whether a sigmoid is still to be applied, as the loss has it"
     return base_loss(loss_func) not in (nn.BCELoss, F.binary_cross_entropy)
+
+# %% ../../nbs/insight/00_tasks.ipynb #04b9f53a
+IGNORED = -100 # what losses of torch leave out, unless they are told otherwise
+
+def ignored(loss_func): # int
+    "The target that a loss leaves out"
+    while isinstance(loss_func, partial):
+        if 'ignore_index' in loss_func.keywords: return loss_func.keywords['ignore_index']
+        loss_func = loss_func.func
+    parts = loss_func.modules() if isinstance(loss_func, nn.Module) else [loss_func]
+    found = [getattr(part, 'ignore_index', None) for part in parts]
+    try: found.append(inspect.signature(loss_func).parameters['ignore_index'].default)
+    except (KeyError, TypeError, ValueError): pass  # it has none, or is nothing to be called
+    return next((n for n in found if type(n) is int), IGNORED)
+
+# %% ../../nbs/insight/00_tasks.ipynb #6e031f00
+def class_problem(pred, targ, # tensors, of a batch
+                  loss_func): # str; None
+    "What a loss of classes cannot take about targets that stand beside scores of classes"
+    if pred.ndim == targ.ndim == 2 and targ.shape[1] == 1 < pred.shape[1]:
+        return f'the targets are {kind(targ)}, and a loss of classes takes {kind(targ[:, 0])}'
+    if class_axis(pred, targ) != 1 or targ.is_complex(): return None
+    if targ.dtype not in (torch.int64, torch.uint8):
+        return (f'the targets are {kind(targ)}, and classes are int64: make them so in the '
+                'dataset, as by targ.long()')
+    n, left_out = pred.shape[1], ignored(loss_func)
+    wrong = targ[((targ < 0) | (targ >= n)) & (targ != left_out)]
+    return None if not len(wrong) else (
+        f'a target is {wrong[0].item()}, and the model gives scores of {n} classes, 0 to {n - 1}. '
+        f'If it is a target that does not count, the loss is to know: '
+        f'ignore_index={wrong[0].item()} (now {left_out})')
+
+def check_classes(pred, targ, loss_func):
+    "Raise ValueError for targets that a loss of torch's own of classes cannot take"
+    if task_of_loss(loss_func) != 'classes': return
+    if problem := class_problem(pred, targ, loss_func): raise ValueError(f'interpret: {problem}')
 
 # %% ../../nbs/insight/00_tasks.ipynb #44eff640
 def listed(names): # list of str; None: it is no list of names

@@ -30,6 +30,7 @@ def picked(x: Any, how: Any, role: str) -> Any:
     Returns:
         tensor; None for no targets
     """
+LABELLED: tuple[str, ...]
 TASKS: tuple[str, ...]
 LOSSES: dict[str, Any]
 
@@ -50,6 +51,13 @@ def without_ones(t: Any) -> Any:
 
     Returns:
         tensor
+    """
+
+def is_mask_shape(shape: Any) -> bool:
+    """Of a yes or no for each pixel: (samples, height, width), or with a channel behind
+
+    Returns:
+        bool
     """
 
 def class_axis(pred: Any, targ: Any) -> Any:
@@ -78,12 +86,48 @@ def is_above(scores: Any, thresh: Any, from_logits: bool) -> Any:
         thresh: on the probability
     """
 
+def flags_of(targ: Any, ignore_index: int) -> Any:
+    """What is true of yes and no: shares count as what they are nearer to
+
+    Args:
+        targ: tensor
+
+    Returns:
+        int64 tensor: 0, 1, or IGNORED where it does not count
+    """
+
+def short_number(x: Any) -> str:
+    """Returns:
+        str
+    """
+
 def gives_logits(loss_func: Any) -> bool:
     """Whether a sigmoid is still to be applied, as the loss has it
 
     Returns:
         bool
     """
+IGNORED: int
+
+def ignored(loss_func: Any) -> int:
+    """The target that a loss leaves out
+
+    Returns:
+        int
+    """
+
+def class_problem(pred: Any, targ: Any, loss_func: Any) -> Any:
+    """What a loss of classes cannot take about targets that stand beside scores of classes
+
+    Args:
+        pred, targ: tensors, of a batch
+
+    Returns:
+        str; None
+    """
+
+def check_classes(pred: Any, targ: Any, loss_func: Any) -> None:
+    """Raise ValueError for targets that a loss of torch's own of classes cannot take"""
 
 def listed(names: Any) -> Any:
     """Names by number, of a list, or of a dict by name or by number

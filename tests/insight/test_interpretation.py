@@ -1,5 +1,6 @@
 "What a model gets wrong: as scikit-learn counts it, whatever the data, and without a trace"
-import math, warnings
+import datetime, math, re, warnings
+from functools import partial
 import matplotlib
 import numpy as np
 import pandas as pd
@@ -491,3 +492,218 @@ def test_a_loss_of_nan_is_not_left_out_of_its_group():
     found = learn.interpret().errors_by(['a'] * 4 + ['b'] * 4)
     assert found.loc['a', 'errors'] == 1 and math.isnan(found.loc['a', 'loss'])
     assert found.loc['b', 'errors'] == 0 and found.loc['b', 'loss'] < 1
+
+
+# Labels of nan
+
+def test_labels_of_nan_are_no_negatives():
+    logits = torch.randn(20, 3, generator=generator())
+    targ = (torch.rand(20, 3, generator=generator(1)) < 0.5).float()
+    before = interpretation(logits, targ, nn.BCEWithLogitsLoss())
+    assert len(before.confusion_matrix().columns) == 4 and 'nan' not in before.class_report()
+    logits[:5, 0] = math.nan
+    interp = interpretation(logits, targ, nn.BCEWithLogitsLoss())
+    matrix, n_true = interp.confusion_matrix(), int(targ[:5, 0].sum())
+    assert matrix.loc[0, ['nan for negative', 'nan for positive']].tolist() == [5 - n_true, n_true]
+    assert matrix.loc[1:, ['nan for negative', 'nan for positive']].to_numpy().sum() == 0
+    assert (matrix.sum(axis=1) == 20).all()
+    assert (matrix.iloc[1:].drop(columns=['nan for negative', 'nan for positive'])
+            == before.confusion_matrix().iloc[1:]).all(axis=None)
+    assert interp.confusion_matrix('true').sum(axis=1).tolist() == pytest.approx([2, 2, 2])
+    assert interp.class_report()['nan'].tolist() == [5, 0, 0, *[5] * 4]
+    interp.plot_confusion_matrix()
+
+
+def test_what_is_wrong_of_what():
+    logits = torch.randn(8, 3, generator=generator())
+    targ = (logits > 0).float()
+    targ[0] = 1 - targ[0]
+    interp = interpretation(logits, targ, nn.BCEWithLogitsLoss())
+    assert '3 labels, 12.50% of labels wrong' in repr(interp)
+    targ[1, 0] = 1 - targ[1, 0]  # a sample with any label wrong is an error
+    found = interpretation(logits, targ, nn.BCEWithLogitsLoss()).errors_by([1] * 8)
+    assert found['errors'].tolist() == [2]
+    assert '100.00% wrong' in repr(interpretation(-logits, logits.argmax(1)))
+    scores = torch.randn(2, 3, 4, 5, generator=generator())
+    pixels = interpretation(scores, (scores.argmax(1) + 1) % 3)
+    assert '2 samples of 4x5' in repr(pixels) and '100.00% of elements wrong' in repr(pixels)
+
+
+# Targets that do not count, or cannot be
+
+class Mixed(nn.Module):
+    "A loss that is made of one of torch's"
+    def __init__(self, n):
+        super().__init__()
+        self.entropy = nn.CrossEntropyLoss(ignore_index=n)
+    def forward(self, pred, targ): return 2 * self.entropy(pred, targ)
+
+
+def of_255(pred, targ, ignore_index=255): return F.cross_entropy(pred, targ,
+                                                                 ignore_index=ignore_index)
+
+
+@pytest.mark.parametrize('loss_func', [
+    nn.CrossEntropyLoss(ignore_index=255), partial(partial(F.cross_entropy, ignore_index=255)),
+    Mixed(255), of_255])
+@pytest.mark.parametrize('size', [(), (4, 5)])
+def test_what_the_loss_leaves_out(loss_func, size):
+    scores = torch.randn(6, 3, *size, generator=generator())
+    targ = torch.randint(0, 3, (6, *size), generator=generator(1))
+    targ[1] = 255
+    interp = interpretation(scores, targ, loss_func)
+    n_out = targ[1].numel()
+    assert f'{n_out} targets left out' in repr(interp) and interp.losses[1] == 0
+    assert interp.confusion_matrix().to_numpy().sum() == targ.numel() - n_out
+    assert interp.top_losses()['index'].tolist()[-1] == 1
+    groups = interp.errors_by(list('aabbbb'))
+    assert groups.loc['a', 'n'] == 1 and groups.notna().all(axis=None)
+
+
+@pytest.mark.parametrize('targ, text', [
+    (torch.tensor([0, 7, 2]), 'a target is 7, and the model gives scores of 3 classes, 0 to 2'),
+    (torch.tensor([0, -1, 2]), r'ignore_index=-1 \(now -100\)'),
+    (torch.tensor([0., 1, 2]), r'the targets are float32\[3\], and classes are int64'),
+    (torch.tensor([0, 1, 2]).int(), r'the targets are int32\[3\], and classes are int64'),
+    (torch.tensor([[0], [1], [2]]), r'int64\[3, 1\], and a loss of classes takes int64\[3\]')])
+def test_targets_that_a_loss_of_classes_cannot_take(targ, text):
+    scores = torch.randn(3, 3, generator=generator())
+    for loss_func in (nn.CrossEntropyLoss(), F.cross_entropy, nn.NLLLoss()):
+        with pytest.raises(ValueError, match=text): interpretation(scores, targ, loss_func)
+    def own(pred, targ): return F.cross_entropy(pred, targ)
+    with pytest.raises(Exception) as info: interpretation(scores, targ, own)  # noqa: PT011
+    assert any(re.search(text, note) for note in info.value.__notes__)
+
+
+@pytest.mark.parametrize('task', ['binary', 'multilabel'])
+def test_labels_that_nobody_has_given(task):
+    "Below 0, or what is said to be left out"
+    logits = torch.randn(8, 3, generator=generator())
+    targ = (logits > 0).float()
+    targ[0, 0], targ[4] = -1, 9
+    def loss(pred, targ): return (pred * ((targ >= 0) & (targ < 2))).mean()
+    interp = interpretation(logits, targ, loss, task=task, ignore_index=9)
+    assert '0.00%' in repr(interp) and '4 targets left out' in repr(interp)
+    assert interp.error_rate() == 0 and interp.confusion_matrix().to_numpy().sum() == 20
+    assert interp.errors_by(range(8))['errors'].tolist() == [0] * 7
+    assert interp.plot_top_losses(8)[0].get_title()
+    with pytest.raises(ValueError, match='a target is 9, and those of yes and no are 0 and 1'):
+        interpretation(logits, targ, loss, task=task)
+
+
+# Masks
+
+@pytest.mark.parametrize('pred, targ', [((5, 6), (5, 6)), ((1, 5, 6), (1, 5, 6)),
+                                        ((1, 5, 6), (5, 6)), ((5, 6, 1), (5, 6, 1))])
+def test_masks_with_and_without_channel(pred, targ):
+    logits = torch.randn(4, *pred, generator=generator())
+    truth = (torch.rand(4, *targ, generator=generator(1)) < 0.3).float()
+    def loss(pred, targ): return F.binary_cross_entropy_with_logits(pred.reshape(targ.shape), targ)
+    for loss_func in ((loss,) if pred != targ else (loss, nn.BCEWithLogitsLoss())):
+        interp = interpretation(logits, truth, loss_func)
+        assert 'samples of 5x6, task=binary, 2 classes' in repr(interp)
+        assert (interp.confusion_matrix().to_numpy()
+                == sk.confusion_matrix(truth.flatten(), logits.flatten() > 0)).all()
+
+
+def test_three_axes_of_labels_are_said():
+    logits = torch.randn(4, 5, 6, generator=generator())
+    interp = interpretation(logits, (logits > 0).float(), nn.BCEWithLogitsLoss(), task='multilabel')
+    assert '4 samples of 6, task=multilabel, 5 labels' in repr(interp)
+    assert len(interp.confusion_matrix()) == 5
+    many = torch.randn(4, 3, 5, 6, generator=generator())
+    assert interpretation(many, (many > 0).float(), nn.BCEWithLogitsLoss()).task == 'multilabel'
+
+
+class Pictures(nn.Module):
+    "Takes pictures, gives what it is given"
+    def __init__(self, out):
+        super().__init__()
+        self.out = out
+    def forward(self, x): return self.out[:len(x)]
+
+
+def legend(axes): return [text.get_text() for text in axes[0].figure.legends[0].get_texts()]
+
+
+def drawn(out, targ, loss_func, **kwargs):
+    dl = TensorLoader((torch.rand(len(out), 3, *targ.shape[1:]), targ), len(out))
+    learn = Learner(DataLoaders(None, dl), Pictures(out), loss_func, device='cpu')
+    return learn.interpret(**kwargs).plot_top_losses(2)
+
+
+@pytest.mark.parametrize('n', [3, 15, 40])
+def test_a_legend_says_what_colours_are(n):
+    targ = (torch.arange(72).view(2, 6, 6) % n)
+    out = F.one_hot(targ, n).movedim(-1, 1).float()
+    names = [f'class {i}' for i in range(n)]
+    found = legend(drawn(out, targ, nn.CrossEntropyLoss(), names=names))
+    assert found == [*names[:20], *[f'… {n - 20} more'][:n > 20], 'true border']
+    out[0, :, 0] = math.nan
+    assert 'nan' in legend(drawn(out, targ, nn.CrossEntropyLoss()))[-3:]
+
+
+def test_masks_are_drawn_as_they_were_decided():
+    "By the threshold, where the model gives no axis of channels"
+    targ = torch.tensor([[[0, 1.], [1, 0]]])
+    axes = drawn(torch.tensor([[[0.2, 0.4], [0.6, 0.2]]]), targ, nn.BCELoss(), thresh=0.5)
+    assert legend(axes) == ['0', '1', 'true border']
+    colors = axes[0].images[1].get_array()
+    assert (colors[..., 3] > 0).tolist() == [[False, False], [True, False]]
+    assert '75.0% right' in axes[0].get_title() and 'int64' not in axes[0].get_title()
+
+
+# Groups of odd columns
+
+INF = math.inf
+ODD = {  # column, bins -> how many in each group, by the order of bins
+    'constant': ([5.] * 12, 4, [12]),
+    'two values': ([0, 1] * 6, 4, [6, 6]),
+    'with inf': ([INF, -INF, *range(10)], 3, [4, 4, 4]),
+    'inf alone': ([INF] * 12, 3, [12]),
+    'more bins than values': (range(12), 100, [1] * 12),
+    'nan alone': ([math.nan] * 12, 3, [12]),
+    'with nan': ([math.nan, 1, 2] * 4, 2, [4, 4, 4]),
+    'dates': (pd.date_range('2020', periods=12), 3, [4, 4, 4]),
+    'dates with a zone': (pd.date_range('2020', periods=12, tz='UTC'), 3, [4, 4, 4]),
+    'one date': ([pd.Timestamp('2020')] * 12, 3, [12]),
+    'spans of time': (pd.to_timedelta(range(12), unit='D'), 3, [4, 4, 4]),
+    'numbers that may be missing': (pd.array([1, None, 2] * 4, dtype='Int64'), 2, [4, 4, 4]),
+    'half precision': (torch.arange(12).bfloat16(), 3, [4, 4, 4])}
+
+
+def in_groups(column, **kwargs):
+    scores = torch.randn(12, 3, generator=generator())
+    return interpretation(scores, torch.zeros(12).long()).errors_by(column, **kwargs)
+
+
+@pytest.mark.filterwarnings('error')
+@pytest.mark.parametrize('name', ODD)
+def test_bins_of_odd_columns(name):
+    column, bins, expected = ODD[name]
+    assert in_groups(column, bins=bins)['n'].tolist() == expected
+    assert in_groups(column, bins=1)['n'].sum() == 12
+    assert in_groups(column)['n'].sum() == 12
+
+
+@pytest.mark.filterwarnings('error')
+@pytest.mark.parametrize('column', [[True, False] * 6, [1, 'a', 2.5] * 4, [None, 'a', 'b'] * 4,
+                                    [datetime.date(2020, 1, 1)] * 12, [(1, 2), (3,)] * 6])
+def test_columns_without_bins(column):
+    assert sorted(in_groups(column)['n']) == sorted(pd.Series(column).value_counts(dropna=False))
+    with pytest.raises(TypeError, match='bins are of numbers or dates'): in_groups(column, bins=2)
+
+
+@pytest.mark.parametrize('kwargs, error, text', [
+    (dict(column=range(12), bins=0), ValueError, r'errors_by\(bins=0\): must be a whole number'),
+    (dict(column=range(12), bins=1.5), ValueError, r'errors_by\(bins=1.5\)'),
+    (dict(column=range(12), bins=True), ValueError, r'errors_by\(bins=True\)'),
+    (dict(column=[[1]] * 12), TypeError, r'\[1\] names no group; give numbers, texts or dates'),
+    (dict(column=dict.fromkeys(range(12))), TypeError, 'a dict of 12; give one of its columns')])
+def test_columns_that_make_no_groups(kwargs, error, text):
+    with pytest.raises(error, match=text): in_groups(**kwargs)
+
+
+def test_bins_are_told_by_their_values():
+    found = in_groups([0, 1, 2, 9] * 3, bins=2)
+    assert [(one.left, one.right) for one in found.index] == [(0, 1), (2, 9)]
