@@ -18,7 +18,7 @@ from ..components.callback import Callback
 from ..loop.plots import plot_axes
 from ..training.arguments import check_whole
 from .series import (
-    StepSeries, chosen, draw_lines, name_lines, positions, short_name)
+    StepSeries, chosen, draw_lines, name_lines, positions, selection_text, short_name)
 
 # %% ../../nbs/insight/10_activations.ipynb #019440d3
 def output_values(out): # plain tensor; None: there is none of floats
@@ -105,8 +105,9 @@ class ActivationStats(Callback):
         check_whole('ActivationStats', 'every', every)
         self.modules, self.every, self.hist = modules, every, check_hist(hist)
         self.near_zero = float(near_zero)
-        self.kept_beside = StepSeries(3 + (self.hist[0] if self.hist else 0), hist=self.hist,
-                                      near_zero=self.near_zero)
+        self.kept_beside = StepSeries(
+            3 + (self.hist[0] if self.hist else 0), modules=selection_text(modules), every=every,
+            hist=self.hist, near_zero=self.near_zero)
         self._layers, self._hooks, self._found = {}, [], {}
 
     def before_train(self, learn):
@@ -171,7 +172,7 @@ def plot_layer_stats(self:ActivationStats,
                      layer=None, # name, class or pattern; number; a list of such; None: all
                     ): # list of three Axes
     "Mean, deviation and dead share of layers over the steps"
-    picked = positions(self.kept_beside.names, layer)
+    picked = positions(self.kept_beside, layer)
     steps, values, _ = self.kept_beside.arrays()
     names = [self.kept_beside.names[i] for i in picked]
     axes = plot_axes(3)
@@ -191,7 +192,7 @@ def histograms(self:ActivationStats,
     "How the values of a layer were distributed: the share of each bin, the last with all beyond"
     import pandas as pd
     check_has_hist(self)
-    i, (bins, low, high) = positions(self.kept_beside.names, layer)[0], self.hist
+    i, (bins, low, high) = positions(self.kept_beside, layer)[0], self.hist
     steps, values, _ = self.kept_beside.arrays()
     edges = np.linspace(low, high, bins + 1)[:-1]
     return pd.DataFrame(values[:, i, 3:], index=pd.Index(steps, name='step'), columns=edges)
@@ -215,7 +216,7 @@ def color_dim(self:ActivationStats,
     from matplotlib.colors import LogNorm
     check_has_hist(self)
     names = self.kept_beside.names
-    picked, (_, low, high) = positions(names, layer), self.hist
+    picked, (_, low, high) = positions(self.kept_beside, layer), self.hist
     steps, values, _ = self.kept_beside.arrays()
     rows = -(-len(picked) // 4)
     columns = -(-len(picked) // rows)

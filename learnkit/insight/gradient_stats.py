@@ -19,7 +19,7 @@ from ..components.callback import Callback
 from ..loop.plots import plot_axes
 from ..training.arguments import check_whole
 from .series import (
-    StepSeries, chosen, draw_lines, name_lines, positions)
+    StepSeries, chosen, draw_lines, name_lines, positions, selection_text)
 
 # %% ../../nbs/insight/11_gradient_stats.ipynb #fde1844d
 def as_values(t): # float32 tensor
@@ -55,7 +55,8 @@ class GradientStats(Callback):
                  every:int=10, # updates; the first of each so many is looked at
                 ):
         check_whole('GradientStats', 'every', every)
-        self.params, self.every, self.kept_beside = params, every, StepSeries(4)
+        self.params, self.every = params, every
+        self.kept_beside = StepSeries(4, params=selection_text(params), every=every)
         self._chosen, self._seen = {}, {}  # _seen: name -> (gradient's row, weight before the step)
 
     def before_train(self, learn):
@@ -106,7 +107,7 @@ def param_findings(norm, ratio): # list of str; arrays, (steps,) of one paramete
 @patch
 def summary(self:GradientStats) -> str:
     "What is wrong with gradients and updates, a line for each parameter, or that nothing is"
-    positions(self.kept_beside.names, None)
+    positions(self.kept_beside, None)
     lines = [f'{name} {text}' for name, rows in self.df.groupby('param', sort=False)
              for text in param_findings(rows['norm'].values, rows['ratio'].values)]
     if lines: return '\n'.join(lines)
@@ -121,7 +122,7 @@ def plot(self:GradientStats,
         ): # list of two Axes
     "Gradient norms, and changes by the size of the weights with a line where they usually are"
     names = self.kept_beside.names
-    picked = positions(names, param)
+    picked = positions(self.kept_beside, param)
     steps, values, _ = self.kept_beside.arrays()
     axes = plot_axes(2)
     titles = 'norm of the gradient', 'size of the update / of the weight'

@@ -8,20 +8,23 @@ __all__ = []
 # %% ../../nbs/insight/09_series.ipynb #54194034
 import fnmatch, warnings
 from collections.abc import Callable
+from types import FunctionType
 import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import nn
 from ..base.text import caller_stacklevel
 from ..files.growing import GrowingTable
+from ..fingerprint.code import code_digest, lambda_source
+from ..fingerprint.values import is_plain
 
 # %% ../../nbs/insight/09_series.ipynb #3bd1a34d
 class StepSeries:
     "Rows of numbers by step and name, kept on their device until they are read"
     def __init__(self, width:int, # numbers in a row
-                 **settings, # what they were computed with; a state with others is not taken over
+                 **settings, # what they were recorded with; a state with others is not taken over
                 ):
-        self.width, self.settings = width, settings
+        self.width, self.settings, self.left_out = width, settings, None
         self.steps, self.values = GrowingTable(), GrowingTable()
         self.n_steps, self.known, self.waiting = 0, [], []  # waiting: (step, names, rows)
 
@@ -98,15 +101,28 @@ def load(self:StepSeries,
          state, # what `state` returned; None: nothing was seen
         ):
     "Take over what was seen"
+    if state is None or len(state['steps']): self.left_out = None
     if state is not None and state['settings'] != self.settings:
-        warnings.warn(f'what was saved was seen with {state["settings"]}, here it is '
-                      f'{self.settings}: it is left out, and what is seen from now on stands alone',
-                      stacklevel=caller_stacklevel())
+        if len(state['steps']): self.leave_out(state['settings'])
         state = None
     state = state or {'n_steps': 0, 'names': [], 'steps': [], 'values': []}
     self.n_steps, self.known, self.waiting = state['n_steps'], list(state['names']), []
     self.steps.load(state['steps'])
     self.values.load(state['values'])
+
+@patch
+def leave_out(self:StepSeries, settings):
+    "Say that what was recorded with other settings is not shown as if it were of these"
+    then, here = differing(settings, self.settings), differing(self.settings, settings)
+    self.left_out = (f'what was recorded was seen with {then}, here it is {here}: it is left out, '
+                     'and what is seen from now on stands alone. It is shown with the arguments of '
+                     'then; to see others, train anew, under a checkpoint id of its own')
+    warnings.warn(self.left_out, stacklevel=caller_stacklevel())
+
+def differing(settings, others): # str
+    "The settings that are others there"
+    return ', '.join(f'{name}={value}' for name, value in settings.items()
+                     if name not in others or others[name] != value) or 'no such arguments'
 
 @patch
 def digest(self:StepSeries, t): # 64 hex digits; None for any other tensor
@@ -146,16 +162,37 @@ def is_meant(name, x, which): # bool
     raise TypeError(f'{which!r} is none of: a name or pattern, a class, a function, one of the '
                     'model, or a list of such')
 
+# %% ../../nbs/insight/09_series.ipynb #b1c7bc6d
+def selection_text(which): # str; which: as for `chosen`, or None
+    "What is meant in words, which are the same in each process"
+    if isinstance(which, (list, tuple)): return f'[{", ".join(map(selection_text, which))}]'
+    if which is None or isinstance(which, str): return repr(which)
+    if isinstance(which, type): return which.__qualname__
+    if isinstance(which, torch.Tensor): return f'a parameter of shape {tuple(which.shape)}'
+    if isinstance(which, nn.Module): return f'{type(which).__name__}({which.extra_repr()})'
+    return function_text(which) if isinstance(which, FunctionType) else type(which).__qualname__
+
+def function_text(func): # str
+    "Its name and a digest of its code, or a lambda as it is written, with the values that it holds"
+    source = lambda_source(func) if func.__name__ == '<lambda>' else None
+    text = source if isinstance(source, str) else (
+        f'{func.__qualname__} {code_digest(func.__code__)[:8]}')
+    held = [*(cell.cell_contents for cell in func.__closure__ or ()), *(func.__defaults__ or ())]
+    plain = [value for value in held if is_plain(value)]
+    return f'{text} with {plain}' if plain else text
+
 # %% ../../nbs/insight/09_series.ipynb #5ee3f910
-def positions(names, # as they were recorded: 'name' or 'name Class'
+def positions(series, # StepSeries, whose names are 'name' or 'name Class'
               which, # None: all; name, class or pattern; number; a list of such
              ): # list of int
     "Which of the recorded ones are asked for"
+    names = series.names
     if not names:
-        raise ValueError('nothing was recorded: train with this callback. A call that was made '
-                         'without it, and is fetched, has nothing to show either')
+        raise ValueError(series.left_out or 'nothing was recorded: train with this callback. A '
+                         'call that was made without it, and is fetched, has nothing to show '
+                         'either')
     if which is None: return list(range(len(names)))
-    if isinstance(which, (list, tuple)): return [i for one in which for i in positions(names, one)]
+    if isinstance(which, (list, tuple)): return [i for one in which for i in positions(series, one)]
     if isinstance(which, str):
         found = [i for i, name in enumerate(names) if any(
             fnmatch.fnmatchcase(text, which) for text in {name, *name.rsplit(' ', 1)})]

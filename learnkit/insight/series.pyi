@@ -10,6 +10,7 @@ class StepSeries:
     """Rows of numbers by step and name, kept on their device until they are read"""
     width: int
     settings: Any
+    left_out: str | None
     steps: GrowingTable
     values: GrowingTable
     n_steps: int
@@ -20,7 +21,7 @@ class StepSeries:
 
         Args:
             width: numbers in a row
-            settings: what they were computed with; a state with others is not taken over
+            settings: what they were recorded with; a state with others is not taken over
         """
     @property
     def names(self) -> list:
@@ -70,6 +71,8 @@ class StepSeries:
         Args:
             state: what `state` returned; None: nothing was seen
         """
+    def leave_out(self, settings: Any) -> None:
+        """Say that what was recorded with other settings is not shown as if it were of these"""
     def digest(self, t: Any) -> Any:
         """The digest of a part, which is hashed once
 
@@ -86,6 +89,13 @@ class StepSeries:
         """Returns:
             a copy does not share what waits on a device
         """
+
+def differing(settings: Any, others: Any) -> str:
+    """The settings that are others there
+
+    Returns:
+        str
+    """
 
 def chosen(named: dict, which: Any, owner: str) -> Any:
     """Those that are meant, in their order
@@ -104,11 +114,25 @@ def is_meant(name: Any, x: Any, which: Any) -> bool:
         bool
     """
 
-def positions(names: Any, which: Any) -> Any:
+def selection_text(which: Any) -> Any:
+    """What is meant in words, which are the same in each process
+
+    Returns:
+        str; which: as for `chosen`, or None
+    """
+
+def function_text(func: Any) -> str:
+    """Its name and a digest of its code, or a lambda as it is written, with the values that it holds
+
+    Returns:
+        str
+    """
+
+def positions(series: Any, which: Any) -> Any:
     """Which of the recorded ones are asked for
 
     Args:
-        names: as they were recorded: 'name' or 'name Class'
+        series: StepSeries, whose names are 'name' or 'name Class'
         which: None: all; name, class or pattern; number; a list of such
 
     Returns:

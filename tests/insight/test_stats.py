@@ -1,5 +1,5 @@
 "ActivationStats and GradientStats: what they measure, and that nothing follows from their looking"
-import copy, json, pickle
+import copy, json, pickle, warnings
 import matplotlib
 import numpy as np
 import pandas as pd
@@ -12,6 +12,7 @@ from learnkit import (
     ActivationStats, Callback, CheckpointedLearner, DataLoaders, GradientAccumulation, GradientClip,
     GradientStats, Learner, MixedPrecision, Progress, SaveState, ValidateEvery)
 from learnkit.files.tree import tree_digest
+from learnkit.insight.series import selection_text
 
 matplotlib.use('Agg')
 BOTH = ActivationStats, GradientStats
@@ -460,6 +461,55 @@ def test_cost_of_saves_does_not_grow_with_the_series(tmp_path):
     learn.fit(10, cbs=[SaveState('run', '50 steps'), Callback(at_rest=size, order=999)])
     whole = sum(t.nbytes for t in learn.cbs[-1].kept_beside.tensors().values())
     assert whole > 500_000 and max(sizes[len(sizes) // 2:]) < whole / 4
+
+
+OTHERS = {  # what was recorded with, what is asked with, what is said of both
+    'every': (ActivationStats(every=2), ActivationStats(every=3), 'every=2, here it is every=3'),
+    'modules': (ActivationStats('0', 2), ActivationStats('[02]', 2),
+                r"modules='0', here it is modules='\[02\]'"),
+    'classes': (ActivationStats(nn.ReLU, 2), ActivationStats([nn.ReLU, nn.Linear], 2),
+                r'modules=ReLU, here it is modules=\[ReLU, Linear\]'),
+    'functions': (ActivationStats(lambda m: isinstance(m, nn.ReLU), 2),
+                  ActivationStats(lambda m: isinstance(m, nn.Linear), 2), 'nn.ReLU.*nn.Linear'),
+    'hist': (ActivationStats(every=2), ActivationStats(every=2, hist=None), 'hist=None'),
+    'params': (GradientStats('0.*', 2), GradientStats(every=2),
+               r"params='0.\*', here it is params=None"),
+    'every of gradients': (GradientStats(every=2), GradientStats(every=1), 'every=1')}
+
+def shown(stats):
+    return stats.summary() if isinstance(stats, GradientStats) else stats.plot_layer_stats()
+
+
+@pytest.mark.parametrize('given', [True, False])
+@pytest.mark.parametrize('name', OTHERS)
+def test_series_are_not_shown_under_other_arguments(name, given, tmp_path):
+    then, now, text = OTHERS[name]
+    then, now = copy.deepcopy(then), copy.deepcopy(now)
+    def run(cb): return recorded(tmp_path, **{'cbs' if given else 'own': [cb]})
+    run(then)
+    with pytest.warns(UserWarning, match=text): learn = run(now)
+    assert len(now.df) == 0
+    with pytest.raises(ValueError, match=text): shown(now)
+    learn.validate()
+    with pytest.raises(ValueError, match='It is shown with the arguments of then'): shown(now)
+    again = copy.deepcopy(then)
+    again.kept_beside.load(None)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        run(again)
+        shown(again)
+    assert same(then, again)
+
+
+def test_what_is_meant_in_words():
+    def held(n): return lambda module: module == n
+    def named(module): return module
+    one, other = held(1), held(2)
+    assert selection_text(one) != selection_text(other) and selection_text(one).endswith('with [1]')
+    assert selection_text(named) == selection_text(copy.copy(named))
+    assert selection_text([None, nn.Linear(2, 3), torch.ones(2), len]) == (
+        '[None, Linear(in_features=2, out_features=3, bias=True), a parameter of shape (2,), '
+        'builtin_function_or_method]')
 
 
 # Series
