@@ -90,12 +90,31 @@ def df(self:GradientStats): # DataFrame: step, param, norm, mean, std, ratio
 
 # %% ../../nbs/insight/11_gradient_stats.ipynb #e8b6c1c7
 FEW, MANY = 1e-5, 1e-1  # share of a weight that an update changes, from which it is told
+TOO_FAST = 3  # of what begins near 0: that share, by what it is where updates point anywhere
 
-def param_findings(norm, ratio): # list of str; arrays, (steps,) of one parameter
+def near_zero(ratio): # int; None
+    "From which row on a parameter grows from about 0, where an update is larger than the weight"
+    is_small = np.isnan(ratio) | (ratio > 1)
+    first = int(is_small.argmax())
+    return first if is_small[first] and 2 * first < len(ratio) else None
+
+def growth_findings(step, ratio): # list of str; of a parameter that began near 0
+    "As `param_findings`; k updates of one size make a weight of k of them, or of the root of k"
+    if len(ratio) > 1 and np.isnan(ratio).all():
+        return ['stays at 0, although it gets gradients: nothing moves it, is its rate 0?']
+    updates = step - step[0]
+    known = np.isfinite(ratio) & (updates > 0)
+    if not known.any() or np.median(ratio[known] * updates[known]**0.5) <= TOO_FAST: return []
+    return [f'began near 0, and still changes by {np.median(ratio[known]):.0e} of its size in an '
+            'update: its gradients explode, or the rate is too high']
+
+def param_findings(step, norm, ratio): # list of str; arrays, (steps,) of one parameter
     "What is wrong with the gradients of a parameter"
     bad = int((~np.isfinite(norm)).sum())
     if bad: return [f'has had gradients of inf or nan, in {bad} of {len(norm)} updates']
     if not norm.any(): return ['gets gradients of 0 alone: nothing that it does reaches the loss']
+    first = near_zero(ratio)
+    if first is not None: return growth_findings(step[first:], ratio[first:])
     middle = np.median(ratio[np.isfinite(ratio)]) if np.isfinite(ratio).any() else 1e-3
     if middle < FEW: return [f'changes by {middle:.0e} of its size in an update: its gradients '
                              'vanish, or the rate is too low']
@@ -103,17 +122,26 @@ def param_findings(norm, ratio): # list of str; arrays, (steps,) of one paramete
                               'explode, or the rate is too high']
     return []
 
+# %% ../../nbs/insight/11_gradient_stats.ipynb #ff2677ce
+def all_is_well(ratios): # str; grouped by parameter
+    "How much parameters change where nothing is wrong"
+    from_zero = [name for name, ratio in ratios if near_zero(ratio.values) is not None]
+    middle, found = ratios.median().drop(from_zero), []
+    if len(middle):
+        found.append(f'{len(middle)} parameters change by {middle.min():.0e} to {middle.max():.0e} '
+                     'of their size in an update, none too little or too much (usual: about 1e-03)')
+    if from_zero:
+        found.append(f'{len(from_zero)} parameters began near 0, and grow as such do')
+    return '; '.join(found)
+
 # %% ../../nbs/insight/11_gradient_stats.ipynb #017a8beb
 @patch
 def summary(self:GradientStats) -> str:
     "What is wrong with gradients and updates, a line for each parameter, or that nothing is"
     positions(self.kept_beside, None)
     lines = [f'{name} {text}' for name, rows in self.df.groupby('param', sort=False)
-             for text in param_findings(rows['norm'].values, rows['ratio'].values)]
-    if lines: return '\n'.join(lines)
-    middle = self.df.groupby('param')['ratio'].median()
-    return (f'{len(middle)} parameters change by {middle.min():.0e} to {middle.max():.0e} of their '
-            'size in an update, none too little or too much (usual: about 1e-03)')
+             for text in param_findings(*rows[['step', 'norm', 'ratio']].values.T)]
+    return '\n'.join(lines) or all_is_well(self.df.groupby('param')['ratio'])
 
 # %% ../../nbs/insight/11_gradient_stats.ipynb #ce6a4cc4
 @patch

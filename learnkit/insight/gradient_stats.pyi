@@ -71,10 +71,32 @@ class GradientStats(Callback):
         """
 FEW: float
 MANY: float
+TOO_FAST: int
 
-def param_findings(norm: Any, ratio: Any) -> Any:
+def near_zero(ratio: Any) -> Any:
+    """From which row on a parameter grows from about 0, where an update is larger than the weight
+
+    Returns:
+        int; None
+    """
+
+def growth_findings(step: Any, ratio: Any) -> Any:
+    """As `param_findings`; k updates of one size make a weight of k of them, or of the root of k
+
+    Returns:
+        list of str; of a parameter that began near 0
+    """
+
+def param_findings(step: Any, norm: Any, ratio: Any) -> Any:
     """What is wrong with the gradients of a parameter
 
     Returns:
         list of str; arrays, (steps,) of one parameter
+    """
+
+def all_is_well(ratios: Any) -> Any:
+    """How much parameters change where nothing is wrong
+
+    Returns:
+        str; grouped by parameter
     """

@@ -111,20 +111,6 @@ def load(self:StepSeries,
     self.values.load(state['values'])
 
 @patch
-def leave_out(self:StepSeries, settings):
-    "Say that what was recorded with other settings is not shown as if it were of these"
-    then, here = differing(settings, self.settings), differing(self.settings, settings)
-    self.left_out = (f'what was recorded was seen with {then}, here it is {here}: it is left out, '
-                     'and what is seen from now on stands alone. It is shown with the arguments of '
-                     'then; to see others, train anew, under a checkpoint id of its own')
-    warnings.warn(self.left_out, stacklevel=caller_stacklevel())
-
-def differing(settings, others): # str
-    "The settings that are others there"
-    return ', '.join(f'{name}={value}' for name, value in settings.items()
-                     if name not in others or others[name] != value) or 'no such arguments'
-
-@patch
 def digest(self:StepSeries, t): # 64 hex digits; None for any other tensor
     "The digest of a part, which is hashed once"
     return self.steps.sealed.digest(t) or self.values.sealed.digest(t)
@@ -138,6 +124,21 @@ def tensors(self:StepSeries): # dict: digest -> tensor
 def __getstate__(self:StepSeries): # a copy does not share what waits on a device
     self.read()
     return vars(self)
+
+# %% ../../nbs/insight/09_series.ipynb #6668cc8e
+@patch
+def leave_out(self:StepSeries, settings):
+    "Say that what was recorded with other settings is not shown as if it were of these"
+    then, here = differing(settings, self.settings), differing(self.settings, settings)
+    self.left_out = (f'what was recorded was seen with {then}, here it is {here}: it is left out, '
+                     'and what is seen from now on stands alone. It is shown with the arguments of '
+                     'then; to see others, train anew, under a checkpoint id of its own')
+    warnings.warn(self.left_out, stacklevel=caller_stacklevel())
+
+def differing(settings, others): # str
+    "The settings that are others there"
+    return ', '.join(f'{name}={value}' for name, value in settings.items()
+                     if name not in others or others[name] != value) or 'no such arguments'
 
 # %% ../../nbs/insight/09_series.ipynb #2f21f31e
 def chosen(named:dict, # name -> layer, or parameter

@@ -71,8 +71,6 @@ class StepSeries:
         Args:
             state: what `state` returned; None: nothing was seen
         """
-    def leave_out(self, settings: Any) -> None:
-        """Say that what was recorded with other settings is not shown as if it were of these"""
     def digest(self, t: Any) -> Any:
         """The digest of a part, which is hashed once
 
@@ -89,6 +87,8 @@ class StepSeries:
         """Returns:
             a copy does not share what waits on a device
         """
+    def leave_out(self, settings: Any) -> None:
+        """Say that what was recorded with other settings is not shown as if it were of these"""
 
 def differing(settings: Any, others: Any) -> str:
     """The settings that are others there

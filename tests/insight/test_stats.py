@@ -1,5 +1,6 @@
 "ActivationStats and GradientStats: what they measure, and that nothing follows from their looking"
 import copy, json, pickle, warnings
+from functools import partial
 import matplotlib
 import numpy as np
 import pandas as pd
@@ -565,3 +566,51 @@ def test_what_is_wrong_is_said():
     assert '1 parameters change by' not in said(scaled(float('nan')))
     assert 'inf or nan, in 12 of 12 updates' in said(scaled(float('nan')))
     assert 'none too little or too much' in said(scaled(1.), 1e-2)
+
+
+# Parameters that begin at 0, or near it
+
+def grown(start, opt_func=torch.optim.SGD, lr=0.05, n=24, every=1, seed=0, change=None):
+    "What is said of a weight, with gradients of the noise of a training"
+    class Weight(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.full((50,), float(start)))
+        def forward(self, x): return self.weight * 1
+    rng, grads = torch.Generator().manual_seed(seed), GradientStats(every=every)
+    def noise(learn):
+        grad = change(learn) if change else torch.randn(50, generator=rng)
+        learn.model.weight.grad = grad
+    x = torch.zeros(n, 1)
+    learn = Learner(DataLoaders(DataLoader(x, batch_size=1)), Weight(), lambda pred: pred.mean(),
+                    opt_func, cbs=[grads, Callback(after_backward=noise)], device='cpu')
+    learn.remove_cb(Progress)
+    learn.fit(1, lr)
+    return grads.summary()
+
+
+@pytest.mark.parametrize('start', [0, 1e-6])
+@pytest.mark.parametrize('opt_func', [torch.optim.SGD, partial(torch.optim.SGD, momentum=0.9),
+                                      torch.optim.AdamW, torch.optim.RMSprop])
+@pytest.mark.parametrize('n, every', [(1, 1), (2, 1), (12, 1), (60, 10)])
+def test_what_begins_near_0_does_not_explode(start, opt_func, n, every):
+    said = grown(start, opt_func, n=n, every=every)
+    assert said == '1 parameters began near 0, and grow as such do'
+
+
+def test_what_begins_near_0_and_never_grows():
+    def back_and_forth(learn): return 50 * learn.model.weight.detach() + 1
+    said = grown(1e-6, lr=0.04, n=40, change=back_and_forth)  # each step to the other side of 0
+    assert said.startswith('weight began near 0, and still changes by ') and 'explode' in said
+    assert 'explode' in grown(1., lr=0.5, change=lambda learn: learn.model.weight.detach().clone())
+    said = grown(0, lr=0.)
+    assert said.startswith('weight stays at 0, although it gets gradients')
+    assert 'gets gradients of 0 alone' in grown(0, change=lambda learn: torch.zeros(50))
+
+
+def test_a_network_with_biases_at_0():
+    grads, learn = GradientStats(every=1), made(opt_func=torch.optim.SGD)
+    for name, p in learn.model.named_parameters():
+        if 'bias' in name: nn.init.zeros_(p)
+    learn.fit(1, 1e-2, cbs=grads)
+    assert 'explode' not in grads.summary() and 'began near 0' in grads.summary()
