@@ -92,8 +92,8 @@ def same_items(a, b): # bool
     if getattr(a.origin, 'maxlen', None) != getattr(b.origin, 'maxlen', None): return False
     same_keys = all(x is y or isinstance(x, (*PLAIN, tuple)) and same_trees(x, y)
                     for x, y in zip(a.keys, b.keys, strict=True))
-    if isinstance(a.origin, (set, frozenset)): return same_in_any_order(a.values, b.values)
-    return same_keys and all(map(is_same, a.values, b.values))
+    if same_keys and all(map(is_same, a.values, b.values)): return True
+    return isinstance(a.origin, (set, frozenset)) and same_in_any_order(a.values, b.values)
 
 def same_in_any_order(found, others): # bool; lists of held values, as many in each
     "Whether two sets hold the same: their order tells how they were filled, not what they are"

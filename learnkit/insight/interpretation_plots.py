@@ -158,9 +158,9 @@ def same_value(interp, i:int): # bool; None where there is no right and wrong
 # %% ../../nbs/insight/04_interpretation_plots.ipynb #f4464219
 def has_mask(interp, i:int, x): # bool; x: the input of a sample
     "Whether a sample is a picture with a class for each of its pixels"
-    if interp.task not in ('classes', 'binary') or not isinstance(x, torch.Tensor): return False
+    if interp.task not in ('classes', 'binary') or not hasattr(x, 'shape'): return False
     size = interp.targs[i].squeeze().shape
-    return len(size) == 2 and size in (x.shape[-2:], x.shape[:2])
+    return len(size) == 2 and tuple(size) in (tuple(x.shape[-2:]), tuple(x.shape[:2]))
 
 def class_colors(n): # array, (n + 1, 4): of classes, the last one of nan
     "A colour for each class, and none for the first"

@@ -138,8 +138,11 @@ def class_problem(pred, targ, # tensors, of a batch
     "What a loss of classes cannot take about targets that stand beside scores of classes"
     if pred.ndim == targ.ndim == 2 and targ.shape[1] == 1 < pred.shape[1]:
         return f'the targets are {kind(targ)}, and a loss of classes takes {kind(targ[:, 0])}'
+    if pred.shape == targ.shape and not targ.is_floating_point() and pred.ndim > 1:
+        return (f'the targets are {kind(targ)}, one for each score, and shares of classes are '
+                'floats: targ.float(), or give classes by number: targ.argmax(1)')
     if class_axis(pred, targ) != 1 or targ.is_complex(): return None
-    if targ.dtype not in (torch.int64, torch.uint8):
+    if targ.dtype != torch.int64 and (targ.dtype != torch.uint8 or targ.ndim > 1):
         return (f'the targets are {kind(targ)}, and classes are int64: make them so in the '
                 'dataset, as by targ.long()')
     n, left_out = pred.shape[1], ignored(loss_func)
