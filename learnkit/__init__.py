@@ -191,6 +191,7 @@ from .insight.activations import (
 from .insight.gradient_stats import (
     GradientStats,
 )
+from .loggers import entries as _entries
 from .loggers import feed as _feed
 from .loggers.logger import (
     Logger,

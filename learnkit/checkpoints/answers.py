@@ -49,6 +49,7 @@ def fetch_answer(self:Ledger, node, call, found):
     notes = self.check_code(node, found, call)
     for cb, state in callbacks: cb.load_state_dict(state)
     self.report_fetched(node, found, call, notes=notes)
+    self.host.display.show_answer()
     self.write_files_again(node, found)
     return self.unpack(call, found.returns_host, tree['result'])
 

@@ -61,6 +61,9 @@ class Display(HostPart):
                    ):
         "Show of a call that was fetched what was shown when it was computed"
 
+    def show_answer(self):
+        "Likewise of a pure call"
+
 # %% ../../nbs/checkpoints/02_host.ipynb #9b7ca612
 class Reach(HostPart):
     "What belongs to an object, and how it was when it came into reach"

@@ -62,6 +62,8 @@ class Display(HostPart):
         Args:
             arguments: of the call, by name
         """
+    def show_answer(self) -> None:
+        """Likewise of a pure call"""
 
 class Reach(HostPart):
     """What belongs to an object, and how it was when it came into reach"""

@@ -10,7 +10,8 @@ from types import MappingProxyType
 from fastcore.basics import patch
 from ..files.tree import tree_digest
 from ..components.callback import Callback
-from ..loop.calls import Run, one_run
+from ..files.growing import GrowingList
+from ..loop.calls import Run, keeping_logged, one_run
 from ..loop.observed import observed_state, observed_text
 from ..loop.progress import Progress, show_message
 from ..training.save_best import SaveBest
@@ -26,7 +27,8 @@ class LearnerDisplay(Display):
 
     def __init__(self, obj):
         super().__init__(obj)
-        self.not_replayed = []  # (report, callbacks) of fetched calls without their history
+        self.not_replayed = []  # of fetched calls without their history
+        self.logged = GrowingList()  # by the call that is fetched
 
     def show(self, text): show_message(self.object, text)
 
@@ -88,16 +90,31 @@ def show_report(self:LearnerDisplay, report, callbacks, arguments):
     for cb in learn.cbs:
         if isinstance(cb, Progress) and len(rows) == end - first:
             cb.show_again(rows, times, learn.recorder.evals)
-    if report['fits']: learn.fit_cbs = [*learn.cbs, *(one.callback for one in callbacks)]
+    if report['fits']:
+        learn.fit_cbs = [*learn.cbs, *(one.callback for one in callbacks if one.callback)]
     given = [cb for cb in given_callbacks(arguments) if cb.external and cb not in learn.cbs]
-    self.not_replayed.append((report, given))
+    self.not_replayed.append((report['log'], self.take_logged(), given))
     if learn.recorder.n_rows < end: return  # the state was not kept; a later call brings it
     waiting, self.not_replayed = self.not_replayed, []
-    for report, given in waiting: replay_log(learn, report['log'], given)
+    for log, logged, given in waiting: replay_log(learn, log, logged, given)
 
-def replay_log(learn, log, given): # log: what `Run.saved` said; given: callbacks of a call
+def replay_log(learn, log, # what `Run.saved` said
+               logged, # what was logged inside
+               given=(), # callbacks of the call
+              ):
     "Let callbacks hear of a run as if it were made now"
     if log is None: return
     with learn.added_cbs(given), one_run(learn, log['method'], dict):
-        learn._origin.run = Run(**{**log, 'done': {}, 'status': 'finished'})
-        learn('after_fetch')
+        learn._origin.run = Run(**{**log, 'done': {}, 'status': 'finished', 'goes_on': True})
+        with keeping_logged(learn, logged): learn('after_fetch')
+
+@patch
+def show_answer(self:LearnerDisplay):
+    "Tell loggers what a pure call has logged"
+    if not (logged := self.take_logged()): return
+    with keeping_logged(self.object, logged): self.object('after_fetch')
+
+@patch
+def take_logged(self:LearnerDisplay): # GrowingList
+    logged, self.logged = self.logged, GrowingList()
+    return logged

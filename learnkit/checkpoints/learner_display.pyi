@@ -4,12 +4,14 @@
 """What is shown of a learner's calls"""
 from typing import Any
 from ..checkpoints.host import Display
+from ..files.growing import GrowingList
 from ..loop.learner import Learner
 __all__ = []
 
 class LearnerDisplay(Display):
     """What is shown of a learner's calls"""
     not_replayed: list[Any]
+    logged: GrowingList
     def __init__(self, obj: Any) -> None: ...
     def show(self, text: Any) -> None: ...
     def argument_text(self, value: Any, text: Any) -> Any:
@@ -32,6 +34,12 @@ class LearnerDisplay(Display):
         """
     def show_report(self, report: Any, callbacks: Any, arguments: Any) -> None:
         """Print the table again, tell loggers, and let the call's callbacks be those of the last fit"""
+    def show_answer(self) -> None:
+        """Tell loggers what a pure call has logged"""
+    def take_logged(self) -> GrowingList:
+        """Returns:
+            GrowingList
+        """
 
 def given_callbacks(arguments: Any) -> Any:
     """Returns:
@@ -52,9 +60,11 @@ def best_of(learn: Learner, callbacks: Any) -> Any:
         dict: name, value, higher, place; None
     """
 
-def replay_log(learn: Learner, log: Any, given: Any) -> Any:
+def replay_log(learn: Learner, log: Any, logged: Any, given: Any = ()) -> None:
     """Let callbacks hear of a run as if it were made now
 
-    Returns:
-        log: what `Run.saved` said; given: callbacks of a call
+    Args:
+        learn, log: what `Run.saved` said
+        logged: what was logged inside
+        given: callbacks of the call
     """

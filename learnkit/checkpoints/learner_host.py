@@ -12,7 +12,8 @@ from ..base.randomness import set_rng_state
 from ..components.callback import (
     has_state, is_compared, named_callbacks, without_classes)
 from ..fingerprint.functions import call_arguments, signature_without_self
-from ..loop.calls import one_run
+from ..files.growing import GrowingList
+from ..loop.calls import join_without_fit, keeping_logged, one_run
 from ..loop.observed import (
     forget_changes, load_observed, observed_state)
 from ..loop.position import FitState
@@ -42,6 +43,7 @@ class LearnerHost(Host):
     def __init__(self, learn, construction, save_every='1 epoch'):
         as_period(save_every)  # an error now
         super().__init__(learn, construction, save_every)
+        self.logged = GrowingList()  # what the last call has logged
 
     @property
     def ranks(self): return self.object.ranks
@@ -88,12 +90,21 @@ def call(self:LearnerHost, method, args, kwargs): # what it returns
     "Call a method of the learner; a pure one leaves everything in reach as it was"
     __tracebackhide__ = True
     learn = self.object
-    learn._origin.written = {}
+    learn._origin.written, self.logged = {}, GrowingList()
     if method_kind(type(learn), method) == 'pure':
-        with unchanged_parts(learn): return Host.call(self, method, args, kwargs)
+        with keeping_logged(learn, self.logged), unchanged_parts(learn):
+            return Host.call(self, method, args, kwargs)
     def arguments(): return call_arguments(getattr(learn, method), args, kwargs)
-    with one_run(learn, method, arguments, lambda: place_of_run(learn.ledger)):
-        return Host.call(self, method, args, kwargs)
+    with (keeping_logged(learn, self.logged),
+          one_run(learn, method, arguments, lambda: place_of_run(learn.ledger))):
+        try: return Host.call(self, method, args, kwargs)
+        finally: tell_logged(learn, self.logged)
+
+def tell_logged(learn, logged):
+    "What a call has logged without a fit is told when it is over, as a run of its own"
+    if not logged or learn._origin.run.first is not None: return
+    join_without_fit(learn)
+    learn('after_fetch')
 
 @patch
 @contextmanager
@@ -134,7 +145,8 @@ def stateful_arguments(self:LearnerHost, arguments) -> list: # of FollowedCallba
     followed = [FollowedCallback(self.object, cb) for cb in given
                 if is_compared(cb) or has_state(cb)]
     looking = named_callbacks(filter(keeps_beside, given))
-    return [*followed, *(LookingCallback(name, cb) for name, cb in looking.items())]
+    return [*followed, *(LookingCallback(name, cb) for name, cb in looking.items()),
+            LoggedInCall(self)]
 
 class FollowedCallback:
     "A callback given to a call, with what it says of itself and what is observed of it"
@@ -152,6 +164,15 @@ class FollowedCallback:
         forget_changes(self.learn, given=[self.callback])
         self.callback.load_state_dict(state['own'])
         load_observed(self.learn, state['observed'], given=[self.callback])
+
+class LoggedInCall:
+    "What a call has logged, for loggers that come late"
+    is_optional, name, callback = True, 'learn.log', None
+    def __init__(self, host): self.host = host
+    def state_dict(self): return self.host.logged.state()
+    def load_state_dict(self, state):
+        logged = self.host.display.logged = GrowingList()
+        if state is not None: logged.load(state)
 
 class LookingCallback:
     "A callback given to a call that only looks, with what it has seen"

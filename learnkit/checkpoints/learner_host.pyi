@@ -5,11 +5,13 @@
 from contextlib import AbstractContextManager
 from typing import Any
 from ..checkpoints.host import Host
+from ..files.growing import GrowingList
 from ..loop.learner import Learner
 __all__ = []
 
 class LearnerHost(Host):
     """What a record has to know of a learner"""
+    logged: GrowingList
     def __init__(self, learn: Learner, construction: Any, save_every: Any = '1 epoch') -> None: ...
     @property
     def ranks(self) -> Any: ...
@@ -79,6 +81,9 @@ class LearnerHost(Host):
     def restore_needed(self, state: Any) -> None:
         """Load what a prediction follows from, whatever the optimizer"""
 
+def tell_logged(learn: Learner, logged: Any) -> None:
+    """What a call has logged without a fit is told when it is over, as a run of its own"""
+
 def place_of_run(ledger: Any) -> Any:
     """Where the call that is made belongs, as far as a record says
 
@@ -101,6 +106,16 @@ class FollowedCallback:
     def __init__(self, learn: Learner, callback: Any) -> None: ...
     @property
     def name(self) -> Any: ...
+    def state_dict(self) -> Any: ...
+    def load_state_dict(self, state: Any) -> None: ...
+
+class LoggedInCall:
+    """What a call has logged, for loggers that come late"""
+    is_optional: bool
+    name: str
+    callback: Any
+    host: Any
+    def __init__(self, host: Any) -> None: ...
     def state_dict(self) -> Any: ...
     def load_state_dict(self, state: Any) -> None: ...
 

@@ -11,6 +11,7 @@ import numpy as np
 from fastcore.basics import patch
 from ..loop.calls import Run
 from ..loop.recorder import OPEN, STEPS
+from .entries import Logged, as_logged
 
 # %% ../../nbs/loggers/00_feed.ipynb #77354c2f
 def lines_since(recorder, n, with_open:bool): # dict: column -> array
@@ -29,7 +30,7 @@ def lines_since(recorder, n, with_open:bool): # dict: column -> array
     return {name: np.append(found.get(name, np.full(n_old, math.nan)), opened[name])
             for name in [*STEPS, *names]}
 
-LINE, EVALUATION, ROW = 0, 1, 2  # in which order what belongs to one step is put together
+LINE, EVALUATION, ROW, THING = range(4)  # in which order what belongs to one step is put together
 
 def line_values(lines, i): # dict
     "What is logged of a step"
@@ -56,11 +57,13 @@ class Feed:
         self.n_lines = int(np.searchsorted(runs, run.first))
         self.n_rows, self.n_evals = begins['rows'], begins['evals']
         self.at = learn.steps_done  # updates made after the last line
+        self.kept, self.n_kept = None, 0  # what the call has logged, and how much of it was taken
 
     def new(self, learn, with_open=False, # whether lines of the running epoch are told
             hold=False, # whether what belongs to the last step waits for more
-           ): # list of (step, values)
+           ): # list of (step, values), and of (step, Logged)
         "What has come since the last time, in order"
+        self.take_logged(learn._origin.logged)
         self.take_evals(learn.recorder)
         self.take_lines_and_rows(learn, with_open)
         self.events.sort(key=lambda event: event[:2])
@@ -70,16 +73,32 @@ class Feed:
         return together(ready)
 
 def together(events): # list of (step, values)
-    "Events of one step as one, but for a second epoch that has made no update"
+    "Numbers of one step as one, but for a second epoch that has made no update"
     found, last = [], None
     for step, kind, values in events:
-        if found and found[-1][0] == step and (kind > last or kind == EVALUATION):
+        if kind == THING: found.append((step, values))
+        elif found and found[-1][0] == step and (kind > last or kind == EVALUATION):
             found[-1][1].update(values)
         else: found.append((step, dict(values)))
         last = kind
     return found
 
 # %% ../../nbs/loggers/00_feed.ipynb #606f667a
+@patch
+def add(self:Feed, thing:Logged):
+    "Something was logged"
+    if thing.method == 'metrics' and thing.in_fit:
+        self.events.append((thing.step, EVALUATION, {thing.name: thing.value}))
+    else: self.events.append((thing.step, THING, thing))
+
+@patch
+def take_logged(self:Feed, kept):
+    "What the call that runs, or is fetched, has logged"
+    if kept is not self.kept: self.kept, self.n_kept = kept, 0
+    if kept is None: return
+    for one in kept.since(self.n_kept): self.add(as_logged(one))
+    self.n_kept = len(kept)
+
 @patch
 def take_evals(self:Feed, recorder):
     "Evaluations inside epochs"

@@ -3,6 +3,7 @@
 # pyright: reportPrivateImportUsage=false
 """Steps, evaluations and epochs of a run, in order, each once"""
 from typing import Any
+from ..loggers.entries import Logged
 from ..loop.calls import Run
 from ..loop.learner import Learner
 __all__ = []
@@ -13,9 +14,10 @@ def lines_since(recorder: Any, n: Any, with_open: bool) -> Any:
     Returns:
         dict: column -> array
     """
-LINE: int
-EVALUATION: int
-ROW: int
+LINE: Any
+EVALUATION: Any
+ROW: Any
+THING: Any
 
 def line_values(lines: Any, i: Any) -> dict:
     """What is logged of a step
@@ -40,6 +42,8 @@ class Feed:
     n_rows: Any
     n_evals: Any
     at: Any
+    kept: Any
+    n_kept: int
     def __init__(self, learn: Learner, run: Run, every: int) -> None: ...
     def new(self, learn: Learner, with_open: Any = False, hold: Any = False) -> Any:
         """What has come since the last time, in order
@@ -49,15 +53,19 @@ class Feed:
             hold: whether what belongs to the last step waits for more
 
         Returns:
-            list of (step, values)
+            list of (step, values), and of (step, Logged)
         """
+    def add(self, thing: Logged) -> None:
+        """Something was logged"""
+    def take_logged(self, kept: Any) -> None:
+        """What the call that runs, or is fetched, has logged"""
     def take_evals(self, recorder: Any) -> None:
         """Evaluations inside epochs"""
     def take_lines_and_rows(self, learn: Learner, with_open: Any) -> None:
         """Steps, every so many updates, and epochs, by the updates after their last step"""
 
 def together(events: Any) -> Any:
-    """Events of one step as one, but for a second epoch that has made no update
+    """Numbers of one step as one, but for a second epoch that has made no update
 
     Returns:
         list of (step, values)

@@ -11,6 +11,7 @@ from urllib.parse import quote
 from fastcore.basics import patch
 from filelock import FileLock
 from ..files.durable import write_bytes
+from .entries import is_same, path_digest
 from .logger import Logger
 
 # %% ../../nbs/loggers/02_files.ipynb #2b406547
@@ -61,20 +62,38 @@ class FileLogger(Logger):
     def begin(self, run):
         with self.locked(): drop_torn_line(self.file)
 
-    def place(self, name): # Path; called when there is something to put there
+    def place(self, name): return self.extras / quote(name, safe=' ') # Path
+
+    def figure(self, name, image, step): self.put(f'{name}-{step}.png', png(image))
+    def text(self, name, text, step): self.put(f'{name}-{step}.txt', text.encode())
+
+    def put(self, name, content):
         self.extras.mkdir(parents=True, exist_ok=True)
-        return self.extras / quote(name, safe=' ')
-
-    def figure(self, name, image, step):
-        from matplotlib.image import imsave
-        imsave(self.place(f'{name}-{step}.png'), image)
-
-    def text(self, name, text, step): self.place(f'{name}-{step}.txt').write_text(text, 'utf-8')
+        self.place(name).write_bytes(content)
 
     def artifact(self, name, path):
-        copy = shutil.copytree if path.is_dir() else shutil.copy
-        suffix = '' if name.endswith(path.suffix) else path.suffix
-        copy(path, self.place(name + suffix))
+        self.extras.mkdir(parents=True, exist_ok=True)
+        if not path.is_dir(): return shutil.copy(path, self.place(artifact_name(name, path)))
+        shutil.copytree(path, self.place(artifact_name(name, path)), dirs_exist_ok=True)
+
+    def has(self, thing):
+        name, value, file = thing.name, thing.value, f'{thing.name}-{thing.step}'
+        if thing.method == 'metrics': return self.has_number(thing.step, name, value)
+        if thing.method == 'artifact':
+            found = path_digest(self.place(artifact_name(name, value)))
+            return found is not None and found == path_digest(value)
+        file, content = (f'{file}.txt', value.encode()) if thing.method == 'text' else (
+            f'{file}.png', png(value))
+        place = self.place(file)
+        return place.exists() and place.read_bytes() == content
+
+def artifact_name(name, path): # str
+    return name if name.endswith(path.suffix) else name + path.suffix
+
+def png(image): # bytes
+    from matplotlib.image import imsave
+    imsave(file := io.BytesIO(), image, format='png')
+    return file.getvalue()
 
 # %% ../../nbs/loggers/02_files.ipynb #56971aab
 class CSVLogger(FileLogger):
@@ -93,8 +112,14 @@ class CSVLogger(FileLogger):
 
     def last_step(self, run):
         self.columns()  # an error for a file of something else
-        steps = [int(row['step']) for row in self.rows() if row['run'] == run.id]
-        return max(steps, default=-1)
+        return max((int(row['step']) for row in self.rows_of(run)), default=-1)
+
+    def rows_of(self, run): return [row for row in self.rows() if row['run'] == run.id]
+
+    def has_number(self, step, name, value):
+        found = [row.get(column_name(name)) for row in self.rows_of(self.log_state.run)
+                 if int(row['step']) == step]
+        return any(x and is_same(float(x), value) for x in found)
 
     def begin(self, run):
         super().begin(run)
@@ -103,7 +128,7 @@ class CSVLogger(FileLogger):
     def write_run(self, status):
         run = self.log_state.run
         facts = {'name': run.name, 'status': status, 'params': run.params, 'tags': run.tags}
-        self.place('run.json').write_text(json.dumps(facts, indent=1) + '\n', 'utf-8')
+        self.put('run.json', (json.dumps(facts, indent=1) + '\n').encode())
 
     def end(self, status): self.write_run(status)
 
@@ -111,7 +136,7 @@ class CSVLogger(FileLogger):
 @patch
 def metrics(self:CSVLogger, step, values):
     row = {'run': self.log_state.run.id, 'step': step,
-           **{name if name not in ('run', 'step') else f'{name}_': x for name, x in values.items()}}
+           **{column_name(name): x for name, x in values.items()}}
     with self.locked():
         columns = self.columns()
         if new := [name for name in row if name not in columns]:
@@ -129,6 +154,8 @@ def columns(self:CSVLogger): # list of str
     raise ValueError(f'{self.file} was not written by a CSVLogger, as it has no columns '
                      '"run" and "step": give this one another path')
 
+def column_name(name): return f'{name}_' if name in ('run', 'step') else name # str
+
 def csv_text(rows): # str
     csv.writer(text := io.StringIO(newline=''), lineterminator='\n').writerows(rows)
     return text.getvalue()
@@ -145,9 +172,22 @@ class JSONLogger(FileLogger):
         super().__init__(path, every)
 
     def last_step(self, run):
-        lines = map(json.loads, whole_lines(self.file).splitlines())
-        steps = [line['step'] for line in lines if line['run'] == run.id and 'step' in line]
-        return max(steps, default=-1)
+        return max((line['step'] for line in self.lines_of(run) if 'step' in line), default=-1)
+
+    def lines_of(self, run): # list of dicts
+        found = map(json.loads, whole_lines(self.file).splitlines())
+        return [line for line in found if line['run'] == run.id]
+
+    def has_number(self, step, name, value):
+        found = [line['values'].get(name) for line in self.lines_of(self.log_state.run)
+                 if line.get('step') == step]
+        return any(x is not None and is_same(float(x), value) for x in found)
+
+    def has(self, thing):
+        if thing.method != 'text': return super().has(thing)
+        wanted = text_facts(thing.name, thing.value, thing.step).items()
+        return any(wanted <= line.items() for line in self.lines_of(self.log_state.run)
+                   if 'values' not in line and 'params' not in line)
 
     def write(self, **facts):
         line = json.dumps({'run': self.log_state.run.id, **facts}, allow_nan=False)
@@ -160,10 +200,13 @@ class JSONLogger(FileLogger):
     def metrics(self, step, values):
         self.write(step=step, values={name: json_number(x) for name, x in values.items()})
 
-    def text(self, name, text, step): self.write(event='text', at=step, name=name, text=text)
+    def text(self, name, text, step): self.write(**text_facts(name, text, step))
     def end(self, status): self.write(event='end', status=status)
 
 # %% ../../nbs/loggers/02_files.ipynb #d8c0761a
+def text_facts(name, text, step): # dict
+    return {'event': 'text', 'at': step, 'name': name, 'text': text}
+
 def json_number(x): # JSON has neither nan nor infinities
     "A number, or as text what JSON has no number for: 'NaN', 'Infinity', '-Infinity'"
     if math.isfinite(x): return x

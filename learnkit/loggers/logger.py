@@ -7,21 +7,19 @@ __all__ = ['Logger']
 
 # %% ../../nbs/loggers/01_logger.ipynb #9a1189a9
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
-from numbers import Real
 from pathlib import Path
-import numpy as np
-import torch
 from fastcore.basics import patch
 from ..base.methods import unrecorded
 from ..base.randomness import isolated_rng
 from ..base.ranks import is_main
 from ..base.text import caller_stacklevel
 from ..components.callback import Callback
-from ..loop.calls import Run, join_run, one_run
+from ..loop.calls import Run, join_without_fit, one_run
 from ..loop.learner import Learner
-from .feed import EVALUATION, Feed
+from .entries import Logged, kind_of
+from .feed import Feed
 
 # %% ../../nbs/loggers/01_logger.ipynb #0490b049
 class Logger(Callback):
@@ -61,6 +59,11 @@ def last_step(self:Logger, run:Run): # int; -1: it has nothing of the run; None:
     "Up to which step the tracker has a run already; called before `begin`"
     return None
 
+@patch
+def has(self:Logger, thing:Logged): # bool
+    "Whether the tracker has something that was logged by hand already; called before `begin`"
+    return False
+
 @patch(as_prop=True)
 def folder(self:Logger): # Path
     "The learner's own, to which paths are relative"
@@ -83,6 +86,7 @@ class LogState:
     is_open: bool = False # whether `begin` was called, and `end` was not
     has_failed: bool = False
     unsent: tuple = () # what a tracker that has failed did not take
+    told: list = field(default_factory=list) # keys of what was logged by hand
 
 def logger_again(cls, args, kwargs): return cls(*args, **kwargs) # a Logger
 
@@ -118,31 +122,49 @@ def cleanup_fit(self:Logger, learn): # another callback may have ended it before
 
 @patch
 def after_fetch(self:Logger, learn): # of a call that was made before, here or elsewhere
-    self.hand_over(learn, opens=False)
+    with one_run(learn, 'log', dict):
+        if learn._origin.run.first is None: rejoin_run(learn, [self])
+        self.hand_over(learn, opens=False)
 
 @patch
 def hand_over(self:Logger, learn, with_open=False, hold=False,
               opens=True, # whether a run is opened of which there is nothing new to tell
              ):
     "Give the tracker what it does not have yet; on process 0"
-    run, state = learn._origin.run, self.log_state
+    run = learn._origin.run
     if not is_main() or run is None: return
-    if state.run is not run: state = self.prepare(learn, run)
+    state = self.follow(learn, run)
     found = state.feed.new(learn, with_open, hold)
     state.next_step = learn.steps_done + 1 if state.feed.events else (
         learn.steps_done + self.every - learn.steps_done % self.every)
-    entries = [entry for entry in found if entry[0] > state.known]
+    entries = [entry for entry in found if self.lacks(entry)]
     if entries or opens: self.send(entries)
 
 # %% ../../nbs/loggers/01_logger.ipynb #a1f6c230
 @patch
-def prepare(self:Logger, learn, run): # LogState
-    "A run has begun, or goes on: see what the tracker has of it; nothing is opened yet"
+def follow(self:Logger, learn, run): # LogState
+    "That of a run which has begun, or goes on"
+    if self.log_state.run is not run: self.prepare(learn, run)
+    if self.finish not in learn._origin.at_end: learn._origin.at_end.append(self.finish)
+    return self.log_state
+
+@patch
+def prepare(self:Logger, learn, run):
+    "See what the tracker has of a run; nothing is opened yet"
     self.log_state = state = LogState(run, Feed(learn, run, self.every), folder=learn.path)
-    learn._origin.at_end.append(self.finish)
     last = self.call('last_step', run)
     state.known = run.done.get(repr(self), -1) if last is None else last
-    return state
+
+@patch
+def lacks(self:Logger, entry): # bool
+    "Whether the tracker is to be told of something, as far as it knows what it has"
+    (step, values), state = entry, self.log_state
+    if not isinstance(values, Logged): return step > state.known
+    if step < state.known or state.run.goes_on and self.call('has', values): return False
+    if not values.differs(): return True
+    warnings.warn(f'{self!r} lacks {values.name!r}: {values.value} is not there any more as it was '
+                  'logged', stacklevel=caller_stacklevel())
+    return False
 
 @patch
 def send(self:Logger, entries):
@@ -152,9 +174,14 @@ def send(self:Logger, entries):
     if not state.has_failed: self.open()
     while state.unsent and not state.has_failed:
         step, values = state.unsent[0]
-        self.call('metrics', step, values)
-        if state.has_failed: return
-        state.run.done[repr(self)], state.unsent = step, state.unsent[1:]
+        is_thing = isinstance(values, Logged)
+        if is_thing: self.call(values.method, *values.args)
+        else: self.call('metrics', step, values)
+        if state.has_failed and not is_thing: return  # of things there is no second try
+        state.unsent = state.unsent[1:]
+        if state.has_failed: continue
+        state.run.done[repr(self)] = step
+        if is_thing: state.told.append(values.key)
 
 @patch
 def open(self:Logger):
@@ -190,44 +217,6 @@ def finish(self:Logger, learn, run):
     if state.is_open: self.call('end', state.run.status)
     state.is_open, state.known = False, max(state.known, state.run.done.get(repr(self), -1))
 
-# %% ../../nbs/loggers/01_logger.ipynb #c91fc611
-def as_image(x): # uint8 array, (height, width, 3)
-    "A figure, axes, a picture of PIL, or an array or tensor with channels first or last, as pixels"
-    if hasattr(x, 'get_figure') and not hasattr(x, 'savefig'): x = x.get_figure()
-    if hasattr(x, 'savefig'): x = drawn(x)
-    if isinstance(x, torch.Tensor): x = x.detach().cpu().numpy()
-    x = np.asarray(x)
-    is_first = x.ndim == 3 and x.shape[0] in (1, 3, 4) and x.shape[2] not in (1, 3, 4)
-    if is_first: x = x.transpose(1, 2, 0)
-    if x.ndim == 2: x = x[..., None]
-    if x.ndim != 3 or x.shape[2] not in (1, 3, 4):
-        raise ValueError(f'an array of shape {x.shape} is no image: (height, width), with 1, 3 or '
-                         '4 channels before or behind')
-    if x.dtype == bool or x.dtype.kind == 'f': x = np.nan_to_num(x.astype(float)).clip(0, 1) * 255
-    x = x.clip(0, 255).astype(np.uint8)
-    return np.ascontiguousarray(x[..., :3] if x.shape[2] >= 3 else x.repeat(3, 2))
-
-def drawn(figure): # uint8 array, (height, width, 4)
-    "What a figure of matplotlib looks like"
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    before = figure.canvas
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    figure.set_canvas(before)
-    return np.asarray(canvas.buffer_rgba())
-
-def kind_of(value): # (method of a logger, value for it)
-    "What something is to a logger"
-    if isinstance(value, Path): return 'artifact', value
-    if isinstance(value, str): return 'text', value
-    if isinstance(value, (Real, np.generic)): return 'metrics', float(value)
-    if isinstance(value, torch.Tensor) and value.numel() == 1: return 'metrics', value.item()
-    if isinstance(value, (torch.Tensor, np.ndarray)) or any(
-            hasattr(value, name) for name in ('savefig', 'get_figure', '__array_interface__')):
-        return 'figure', as_image(value)
-    raise TypeError(f'log: a {type(value).__name__} is none of: figure or axes, image, text, Path '
-                    'of a file, number')
-
 # %% ../../nbs/loggers/01_logger.ipynb #d4f5f0a7
 @patch
 @unrecorded
@@ -237,31 +226,33 @@ def log(self:Learner,
        ) -> None:
     "Give something to the loggers of this learner, as part of its run; without any nothing happens"
     method, value = kind_of(value)
+    if not is_main(): return
+    thing = Logged(self.steps_done, method, name, value, self.levels[:1] == ['fit'])
+    run, kept = self._origin.run, self._origin.logged
+    if kept is not None: kept.append(thing.kept())
     loggers = {id(cb): cb for cb in (*self.cbs, *self.fit_cbs) if isinstance(cb, Logger)}.values()
-    if not is_main() or not loggers: return
+    if not loggers or kept is not None and run is not None and run.first is None: return
+    # Before the first fit of a recorded call there is no saying yet which run goes on
     with one_run(self, 'log', lambda: {'name': name}):
         if self._origin.run.first is None: rejoin_run(self, loggers)
-        for cb in loggers: cb.add(self, method, name, value)
+        for cb in loggers: cb.add(self, thing)
 
 # %% ../../nbs/loggers/01_logger.ipynb #37030535
 def rejoin_run(learn, loggers):
     "What is logged between two calls belongs to the last one"
     last = next((cb.log_state.run for cb in loggers if cb.log_state.run is not None), None)
-    if last is None: return join_run(learn, None)
+    if last is None: return join_without_fit(learn)
     learn._origin.run = last
 
 # %% ../../nbs/loggers/01_logger.ipynb #96b7940f
 @patch
-def add(self:Logger, learn, method, name, value):
-    "Hand over a single thing"
-    run, step = learn._origin.run, learn.steps_done
-    if self.log_state.run is not run: self.prepare(learn, run)
-    elif self.finish not in learn._origin.at_end: learn._origin.at_end.append(self.finish)
-    state = self.log_state
-    if state.has_failed or step < state.known: return
-    if method == 'metrics' and learn.levels: # goes with the others of its step
-        return state.feed.events.append((step, EVALUATION, {name: value}))
-    self.open()
-    args = {'figure': (name, value, step), 'text': (name, value, step), 'artifact': (name, value),
-            'metrics': (step, {name: value})}[method]
-    if not state.has_failed: self.call(method, *args)
+def add(self:Logger, learn, thing):
+    "Hand over a single thing: in a fit with the others of its step, but files as they are now"
+    run, kept = learn._origin.run, learn._origin.logged
+    feed = self.follow(learn, run).feed
+    if kept is None: feed.add(thing)
+    else: feed.take_logged(kept)
+    if thing.method == 'artifact':
+        entry = feed.events.pop()[0], thing
+        if self.lacks(entry): self.send([entry])
+    elif not thing.in_fit: self.hand_over(learn, opens=False)

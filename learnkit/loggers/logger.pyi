@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from ..components.callback import Callback
+from ..loggers.entries import Logged
 from ..loggers.feed import Feed
 from ..loop.calls import Run
 from ..loop.learner import Learner
@@ -48,6 +49,12 @@ class Logger(Callback):
         Returns:
             int; -1: it has nothing of the run; None: there is no telling
         """
+    def has(self, thing: Logged) -> bool:
+        """Whether the tracker has something that was logged by hand already; called before `begin`
+
+        Returns:
+            bool
+        """
     @property
     def folder(self) -> Path:
         """The learner's own, to which paths are relative
@@ -76,11 +83,19 @@ class Logger(Callback):
         Args:
             opens: whether a run is opened of which there is nothing new to tell
         """
-    def prepare(self, learn: Learner, run: Any) -> LogState:
-        """A run has begun, or goes on: see what the tracker has of it; nothing is opened yet
+    def follow(self, learn: Learner, run: Any) -> LogState:
+        """That of a run which has begun, or goes on
 
         Returns:
             LogState
+        """
+    def prepare(self, learn: Learner, run: Any) -> None:
+        """See what the tracker has of a run; nothing is opened yet"""
+    def lacks(self, entry: Any) -> bool:
+        """Whether the tracker is to be told of something, as far as it knows what it has
+
+        Returns:
+            bool
         """
     def send(self, entries: Any) -> None:
         """Open the run if it is not, and hand over what has come"""
@@ -94,8 +109,8 @@ class Logger(Callback):
     def warn(self, method: Any, error: Any) -> None: ...
     def finish(self, learn: Learner, run: Any) -> None:
         """The call is over, in one way or another"""
-    def add(self, learn: Learner, method: Any, name: Any, value: Any) -> Any:
-        """Hand over a single thing"""
+    def add(self, learn: Learner, thing: Any) -> None:
+        """Hand over a single thing: in a fit with the others of its step, but files as they are now"""
 
 @dataclass
 class LogState:
@@ -114,6 +129,8 @@ class LogState:
     has_failed: bool = ...
     unsent: tuple = ...
     """what a tracker that has failed did not take"""
+    told: list = ...
+    """keys of what was logged by hand"""
 
 def logger_again(cls: Any, args: Any, kwargs: Any) -> Any: ...
 
@@ -130,27 +147,6 @@ def has_row_to_come(learn: Learner) -> bool:
 
     Returns:
         bool
-    """
-
-def as_image(x: Any) -> Any:
-    """A figure, axes, a picture of PIL, or an array or tensor with channels first or last, as pixels
-
-    Returns:
-        uint8 array, (height, width, 3)
-    """
-
-def drawn(figure: Any) -> Any:
-    """What a figure of matplotlib looks like
-
-    Returns:
-        uint8 array, (height, width, 4)
-    """
-
-def kind_of(value: Any) -> Any:
-    """What something is to a logger
-
-    Returns:
-        (method of a logger, value for it)
     """
 
 def rejoin_run(learn: Learner, loggers: Any) -> Any:

@@ -7,7 +7,9 @@ __all__ = ['TensorBoardLogger']
 
 # %% ../../nbs/loggers/03_tensorboard.ipynb #9523c160
 import time
+import numpy as np
 from fastcore.basics import patch
+from .entries import pixels
 from .logger import Logger
 
 # %% ../../nbs/loggers/03_tensorboard.ipynb #4a039f48
@@ -32,6 +34,10 @@ class TensorBoardLogger(Logger):
         if not any(folder.glob('events.*')): return -1
         whole, self.is_torn = last_whole_step(folder)
         return whole
+
+    def has(self, thing):
+        folder = self.run_dir(self.log_state.run)
+        return any(folder.glob('events.*')) and has_thing(events_in(folder), thing)
 
     def begin(self, run):
         from torch.utils.tensorboard import SummaryWriter
@@ -61,7 +67,7 @@ def figure(self:TensorBoardLogger, name, image, step):
 def text(self:TensorBoardLogger, name, text, step): self.writer.add_text(name, text, step)
 @patch
 def artifact(self:TensorBoardLogger, name, path):  # TensorBoard keeps no files
-    self.writer.add_text(name, f'`{path.absolute()}`', self.at)
+    self.writer.add_text(name, path_text(path), self.at)
 
 @patch
 def end(self:TensorBoardLogger, status):
@@ -79,11 +85,29 @@ def facts_table(facts): # Markdown
     rows = [f'| {cell(name)} | {cell(value)} |' for name, value in facts.items()]
     return '\n'.join(['| | |', '|-|-|', *rows])
 
+def path_text(path): return f'`{path.absolute()}`' # Markdown
+
+def events_in(folder): # EventAccumulator
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    return EventAccumulator(str(folder), {'scalars': 0, 'tensors': 0, 'images': 0}).Reload()
+
+def has_thing(events, thing): # bool
+    "Whether something that was logged is among the events"
+    read = {'metrics': (events.Scalars, 'scalars', lambda event: event.value),
+            'figure': (events.Images, 'images', lambda event: pixels(event.encoded_image_string)),
+            }.get(thing.method, (events.Tensors, 'tensors',
+                                 lambda event: event.tensor_proto.string_val[0].decode()))
+    get, kind, value_of = read
+    name = f'{thing.name}/text_summary' if kind == 'tensors' else thing.name
+    if name not in events.Tags()[kind]: return False
+    wanted = {'metrics': np.float32, 'artifact': path_text}.get(thing.method, np.asarray)(
+        thing.value)
+    return any(event.step == thing.step and np.array_equal(
+        value_of(event), wanted, equal_nan=kind == 'scalars') for event in get(name))
+
 def last_whole_step(folder): # (int, bool)
     "The last step of which everything was written for sure, -1: none; whether there is more"
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    found = EventAccumulator(str(folder), {'scalars': 0, 'tensors': 0})
-    found.Reload()
+    found = events_in(folder)
     tags = found.Tags()
     steps = {event.step for name in tags['scalars'] for event in found.Scalars(name)}
     has_ended = 'status/text_summary' in tags['tensors'] and (

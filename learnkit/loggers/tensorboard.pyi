@@ -2,6 +2,7 @@
 # pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 # pyright: reportPrivateImportUsage=false
 """Curves, pictures and hyperparameters in files that TensorBoard reads"""
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 from typing import Any
 from ..loggers.logger import Logger
@@ -26,6 +27,7 @@ class TensorBoardLogger(Logger):
         """
     def run_dir(self, run: Any) -> Any: ...
     def last_step(self, run: Any) -> Any: ...
+    def has(self, thing: Any) -> Any: ...
     def begin(self, run: Any) -> None: ...
     def metrics(self, step: Any, values: Any) -> None: ...
     def figure(self, name: Any, image: Any, step: Any) -> None: ...
@@ -41,6 +43,20 @@ def facts_table(facts: Any) -> Any:
 
     Returns:
         Markdown
+    """
+
+def path_text(path: Any) -> str: ...
+
+def events_in(folder: Any) -> EventAccumulator:
+    """Returns:
+        EventAccumulator
+    """
+
+def has_thing(events: Any, thing: Any) -> bool:
+    """Whether something that was logged is among the events
+
+    Returns:
+        bool
     """
 
 def last_whole_step(folder: Any) -> Any:

@@ -9,7 +9,9 @@ __all__ = ['WandbLogger', 'MLflowLogger', 'TrackioLogger']
 import contextvars, json, re, time
 from html import escape
 from pathlib import Path
+import numpy as np
 from fastcore.basics import patch
+from .entries import is_same, pixels
 from .logger import Logger
 
 # %% ../../nbs/loggers/04_trackers.ipynb #b4c3c8b6
@@ -29,11 +31,20 @@ class WandbLogger(Logger):
     def dir(self): return Path(self.init.get('dir') or self.folder).absolute() # Path
 
     def last_step(self, run):
-        folders = list(self.dir.glob(f'wandb/*run-*-{run.id}*'))
-        known = [json.loads(path.read_text())['step']
-                 for folder in folders for path in folder.glob('learnkit.json')]
-        if not folders and self.init.get('mode') == 'offline': return -1
+        known = [notes['step'] for notes in self.notes(run)]
+        if not self.folders(run) and self.init.get('mode') == 'offline': return -1
         return max(known) if known else None
+
+    def folders(self, run): return [*self.dir.glob(f'wandb/*run-*-{run.id}*')]
+
+    def notes(self, run): # list of dicts
+        "What earlier processes have left of a run here"
+        return [json.loads(path.read_text()) for folder in self.folders(run)
+                for path in folder.glob('learnkit.json')]
+
+    def has(self, thing):
+        return any(thing.key in notes.get('things', ())
+                   for notes in self.notes(self.log_state.run))
 
     def begin(self, run):
         import wandb
@@ -72,7 +83,8 @@ def end(self:WandbLogger, status):
     self.run.summary['status'] = status
     place = Path(self.run.dir).parent / 'learnkit.json'
     self.run.finish(exit_code=0 if status == 'finished' else 1)
-    if place.parent.exists(): place.write_text(json.dumps({'step': self.at}))
+    if place.parent.exists():
+        place.write_text(json.dumps({'step': self.at, 'things': self.log_state.told}))
     self.run = None
 
 # %% ../../nbs/loggers/04_trackers.ipynb #9730d2b6
@@ -111,6 +123,13 @@ def last_step(self:MLflowLogger, run):
     names = self.client.get_run(id).data.metrics
     return max((metric.step for name in names
                 for metric in self.client.get_metric_history(id, name)), default=-1)
+
+@patch
+def has(self:MLflowLogger, thing):  # files of the same name are replaced
+    id = self.find(self.log_state.run, self.log_state.run.id)
+    if id is None or thing.method != 'metrics': return False
+    found = self.client.get_metric_history(id, mlflow_name(thing.name))
+    return any(x.step == thing.step and is_same(x.value, thing.value) for x in found)
 
 @patch
 def begin(self:MLflowLogger, run):
@@ -173,6 +192,13 @@ class TrackioLogger(Logger):
         last = SQLiteStorage.get_max_step_for_run(self.project_of(run), run.name)
         return -1 if last is None else last
 
+    def has(self, thing):  # a file of the same content is no new version of it
+        run = self.log_state.run
+        if self.last_step(run) in (None, -1): return False
+        from trackio.sqlite_storage import SQLiteStorage
+        return any(row['step'] == thing.step and holds(row.get(thing.name), thing.value)
+                   for row in SQLiteStorage.get_logs(self.project_of(run), run.name))
+
 # %% ../../nbs/loggers/04_trackers.ipynb #d9e60ac6
 @patch
 def begin(self:TrackioLogger, run):
@@ -183,6 +209,14 @@ def begin(self:TrackioLogger, run):
     self.run = contextvars.Context().run(trackio.init, self.project_of(run), name=run.name,
                                          resume='allow', **given)
     self.at = max(self.log_state.known, 0)
+
+def holds(stored, value): # bool; stored: what Trackio has
+    "Whether a number, text or picture is what was stored"
+    if not isinstance(stored, dict): return stored is not None and is_same(stored, value)
+    if '_value' in stored: return stored['_value'] == value
+    from trackio.utils import MEDIA_DIR
+    path = Path(MEDIA_DIR)/stored.get('file_path', '')
+    return path.is_file() and np.array_equal(pixels(path.read_bytes()), value)
 
 @patch
 def log_values(self:TrackioLogger, step, values):

@@ -16,6 +16,7 @@ from ..base.ranks import world_size
 from ..components.callback import Callback, is_optional
 from ..components.optim import opt_params
 from ..components.optimizers import named_optimizers
+from ..files.growing import GrowingList
 from ..fingerprint.code import versions
 
 # %% ../../nbs/loop/02_calls.ipynb #5a9f4fc1
@@ -72,6 +73,7 @@ class Run:
     last: int = None # likewise of its last one
     done: dict = field(default_factory=dict) # logger, as text -> step up to which it has been told
     status: str = 'running' # or 'finished', 'failed', 'killed'
+    goes_on: bool = False # whether a tracker may have heard of it before
 
     @property
     def name(self): # str
@@ -136,6 +138,7 @@ def one_run(learn, method:str,
         yield
         return
     run, cbs = Run(method=method, started=time.time()), own_callbacks(learn)
+    kept = origin.logged
     def describe(): # where there is something to log
         run.arguments, run.system = as_params(arguments()), system_facts(learn)
         run.learner = {**learner_facts(learn), **as_params({'cbs': cbs})}
@@ -148,6 +151,7 @@ def one_run(learn, method:str,
     finally:
         if error is not None or run.status == 'running': run.status = status_of(error)
         at_end, origin.at_end, origin.run, origin.describe_run = origin.at_end, [], None, None
+        origin.logged = kept
         if run.first is not None: origin.last_run = run
         for end in at_end: end(learn, run)
 
@@ -166,17 +170,38 @@ def as_run(method:T)->T:
     return call
 
 # %% ../../nbs/loop/02_calls.ipynb #a76c63db
-def join_run(learn, log): # log: what `run_mark` said when the fit was saved; None: it begins
+def join_run(learn, log, # what `run_mark` said when the fit was saved; None: it begins
+             is_saved=False, # whether another fit may go on from it
+            ):
     "A fit begins, or goes on, as part of the run of its call"
-    run, number = learn._origin.run, learn.recorder.run + 1
+    origin, run, number = learn._origin, learn._origin.run, learn.recorder.run + 1
+    if origin.logged is None and (is_saved or log): origin.logged = GrowingList()
+    if log and 'logged' in log: origin.logged.load(log['logged'])
     if run.first is None:
         run.first = number
-        learn._origin.describe_run()
-        if log: run.id, run.first, run.done = log['id'], log['first'], dict(log['done'])
+        origin.describe_run()
+        if log:
+            run.id, run.first, run.done = log['id'], log['first'], dict(log['done'])
+            run.goes_on = True
     run.last = number if log is None else log['last']
+
+def join_without_fit(learn):
+    "Something is logged in a run that has not trained anything yet"
+    join_run(learn, None)
+    learn._origin.run.last -= 1
 
 def run_mark(learn): # plain dict; None where no fit runs
     "What lies beside a save, for the run to go on"
-    run = learn._origin.run
+    origin, run = learn._origin, learn._origin.run
     if run is None or run.first is None: return None
-    return {name: getattr(run, name) for name in ('id', 'first', 'last', 'done')}
+    logged = {'logged': origin.logged.state()} if origin.logged else {}
+    return {name: getattr(run, name) for name in ('id', 'first', 'last', 'done')} | logged
+
+# %% ../../nbs/loop/02_calls.ipynb #48db1a67
+@contextmanager
+def keeping_logged(learn, kept:GrowingList):
+    "What `learn.log` is given in a `with` block is kept in a list, too, for loggers that come late"
+    origin, before = learn._origin, learn._origin.logged
+    origin.logged = kept
+    try: yield
+    finally: origin.logged = before

@@ -5,6 +5,7 @@
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from ..files.growing import GrowingList
 from ..loop.learner import Learner
 __all__ = []
 T = TypeVar('T')
@@ -61,6 +62,8 @@ class Run:
     """logger, as text -> step up to which it has been told"""
     status: str = ...
     """or 'finished', 'failed', 'killed'"""
+    goes_on: bool = ...
+    """whether a tracker may have heard of it before"""
     @property
     def name(self) -> str:
         """What people call it, and no other run
@@ -128,12 +131,16 @@ def one_run(
 def as_run(method: T) -> T:
     """Decorator: all fits of a call of the method are one run"""
 
-def join_run(learn: Learner, log: Any) -> Any:
+def join_run(learn: Learner, log: Any, is_saved: Any = False) -> None:
     """A fit begins, or goes on, as part of the run of its call
 
-    Returns:
-        log: what `run_mark` said when the fit was saved; None: it begins
+    Args:
+        learn, log: what `run_mark` said when the fit was saved; None: it begins
+        is_saved: whether another fit may go on from it
     """
+
+def join_without_fit(learn: Learner) -> None:
+    """Something is logged in a run that has not trained anything yet"""
 
 def run_mark(learn: Learner) -> Any:
     """What lies beside a save, for the run to go on
@@ -141,3 +148,6 @@ def run_mark(learn: Learner) -> Any:
     Returns:
         plain dict; None where no fit runs
     """
+
+def keeping_logged(learn: Learner, kept: GrowingList) -> AbstractContextManager[None]:
+    """What `learn.log` is given in a `with` block is kept in a list, too, for loggers that come late"""

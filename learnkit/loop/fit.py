@@ -24,7 +24,7 @@ from .position import FitState
 from .progress import show_message
 from .provenance import note_changes
 from .resume import (
-    ResumePoint, describe_call, find_saved, noted_provenance, store_of, take_over)
+    ResumePoint, describe_call, find_saved, is_saved, noted_provenance, store_of, take_over)
 from .state import live_state, on_host
 
 # %% ../../nbs/loop/11_fit.ipynb #d54a3329
@@ -102,7 +102,7 @@ def fit(self:Learner,
         self._origin.n_fits += 1
         self.fit_cbs, self._fit = list(self.cbs), FitState(n_epoch, n_steps, length(self.dls.train))
         call, saved = self._plan(resume, lr, reset_opt)
-        join_run(self, saved and saved.log)
+        join_run(self, saved and saved.log, is_saved(self))
         if saved and saved.complete:
             take_over(self, saved)
             self._origin.run.done = {}  # who cannot tell what it has is told all

@@ -321,10 +321,12 @@ class Origin:
         self.is_recorded = False  # whether a state that follows from the baseline is known
         self.run, self.last_run = None, None  # `Run` of the call, of the last one; see `one_run`
         self.describe_run, self.at_end = None, []  # functions
+        self.logged = None  # GrowingList of what the call has logged; None: nobody keeps it
 
     # What was seen of modules, and a call that runs, belong to this process
     def __getstate__(self):
-        return {**vars(self), 'memo': {}, 'run': None, 'describe_run': None, 'at_end': []}
+        return {**vars(self), 'memo': {}, 'run': None, 'describe_run': None, 'at_end': [],
+                'logged': None}
 
     def begin(self, learn):
         "The first fit begins: what a script has set until now is how the learner was made"

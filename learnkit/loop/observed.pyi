@@ -250,6 +250,7 @@ class Origin:
     last_run: Any
     describe_run: Any
     at_end: list[Any]
+    logged: Any
     def __init__(self) -> None: ...
     def __getstate__(self) -> Any: ...
     def begin(self, learn: Learner) -> None:

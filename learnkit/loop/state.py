@@ -259,9 +259,9 @@ def load_beside(cbs,
 
 # %% ../../nbs/loop/05_state.ipynb #a4d7644e
 def histories(learn): # list of objects with `digest` and `tensors`
-    "The recorder, and what callbacks of the learner or of its last fit keep that only look"
-    cbs = dict.fromkeys((*learn.cbs, *learn.fit_cbs))
-    return [learn.recorder, *beside_of(cbs).values()]
+    "The recorder, what is logged, and what callbacks of now or the last fit keep that only look"
+    cbs, logged = dict.fromkeys((*learn.cbs, *learn.fit_cbs)), learn._origin.logged
+    return [learn.recorder, *([logged.sealed] if logged else []), *beside_of(cbs).values()]
 
 def known_digest(learn, t): # 64 hex digits; None for any other tensor
     "The digest of a part of a history, which is written once and hashed once"

@@ -160,7 +160,7 @@ def load_beside(cbs: Any, states: dict) -> None:
     """
 
 def histories(learn: Learner) -> Any:
-    """The recorder, and what callbacks of the learner or of its last fit keep that only look
+    """The recorder, what is logged, and what callbacks of now or the last fit keep that only look
 
     Returns:
         list of objects with `digest` and `tensors`

@@ -38,6 +38,15 @@ def nothing():
     from contextlib import nullcontext
     return nullcontext()
 
+def rerun_thrice(logger): # Learner
+    "A script that logs after a checkpoint"
+    for _ in range(3):
+        learn = made(Recorded, name='run', root='ckpts', cbs=logger())
+        with learn.checkpoint(1) as cp: cp.fit(2)
+        log_things(learn)
+        learn.log('final', 0.5)
+    return learn
+
 def log_things(learn):
     learn.log('a/picture', np.full((4, 5), 7, np.uint8))
     learn.log('note', 'some <words>')
@@ -112,6 +121,11 @@ def test_checkpoints_are_nested_runs_and_fetched_ones_fill_a_new_store(client, u
             assert runs[id].data.tags['mlflow.parentRunId'] == runs['1'].info.run_id
         found.append({id: metrics_of(here, run) for id, run in runs.items()})
     assert found[0] == found[1]
+
+def test_what_is_logged_around_blocks_is_in_mlflow_once(client, uri):
+    rerun_thrice(lambda: MLflowLogger('again', uri))
+    run, = of_mlflow(client, 'again')
+    assert metrics_of(client, run)['final'] == [(16, 0.5)]
 
 def test_a_store_that_cannot_be_written_is_a_warning():
     pytest.importorskip('mlflow')
@@ -214,6 +228,14 @@ def test_a_fetched_call_is_told_wandb_once():
     found, expected = of_wandb(folder)[0], of_wandb(folders()[0])[0]
     assert found == expected
 
+def test_what_is_logged_around_blocks_is_in_wandb_once():
+    pytest.importorskip('wandb')
+    rerun_thrice(lambda: WandbLogger('tests'))
+    assert sum('final' in of_wandb(folder)[0] for folder in folders()) == 1
+    n = len(folders())
+    rerun_thrice(lambda: WandbLogger('tests'))
+    assert len(folders()) == n
+
 
 # Trackio
 
@@ -263,3 +285,8 @@ def test_a_fetched_call_is_told_trackio_once(trackio):
         with learn.checkpoint(1) as cp: cp.fit(2)
     found, = of_trackio('run').values()
     check(found, 3)
+
+def test_what_is_logged_around_blocks_is_in_trackio_once(trackio):
+    rerun_thrice(lambda: TrackioLogger('again'))
+    found, = of_trackio('again').values()
+    assert [len(found[name]) for name in ('final', 'note', 'a/picture')] == [1, 1, 1]

@@ -434,3 +434,144 @@ def test_what_was_not_taken_is_told_at_the_end():
 def test_every_is_checked():
     for every in (0, -1, 2.5, True, 'often'):
         with pytest.raises(ValueError, match='a whole number'): Logger(every)
+
+
+# By hand, in and around calls that are recorded
+
+class Logs(Callback):
+    "Logs something of each kind in every epoch, and a number in each second step"
+    observer = True
+    def after_step(self, learn):
+        if learn.steps_done % 2: learn.log('half', learn.steps_done / 2)
+
+    def after_epoch(self, learn):
+        learn.log('epochs', learn.epoch + 0.5)
+        learn.log('note', f'epoch {learn.epoch}')
+        learn.log('picture', np.full((4, 5), 10 * learn.epoch, np.uint8))
+        Path('file.txt').write_text('content')
+        learn.log('file', Path('file.txt'))
+
+def things(keeps): # list of what was logged by hand
+    return [one for one in keeps.told if one[0] in ('note', 'picture', 'file')]
+
+def logged_script(root, cbs=None, after=True, n=2, **kwargs):
+    learn = made(Recorded, name='run', root=root, cbs=[Logs(), *([cbs] if cbs else [])], **kwargs)
+    with learn.checkpoint(1) as cp: cp.fit(1)
+    with learn.checkpoint(2) as cp: cp.fit(1)
+    if not after: return learn
+    learn.log('final', 0.25)
+    learn.log('verdict', 'good')
+    learn.log('curve', np.full((3, 2), 7, np.uint8))
+    learn.log('config', Path('file.txt'))
+    return learn
+
+@pytest.mark.parametrize('keep', ['calls', 'last', 'weights'])
+def test_a_late_logger_is_told_what_was_logged_inside_a_recorded_call(tmp_path, keep):
+    first, late = Keeps(3), Keeps(3)
+    logged_script(tmp_path, first, after=False, keep=keep)
+    logged_script(tmp_path, late, after=False, keep=keep)
+    assert late.entries == first.entries and len(things(late)) == 6
+    assert sorted(map(str, late.told)) == sorted(map(str, first.told))
+    other = tmp_path/'other'
+    logged_script(other, after=False, keep=keep)  # without any logger
+    logged_script(other, late := Keeps(3), after=False, keep=keep)
+    assert without_times(late.entries) == without_times(first.entries)
+    assert sorted(map(str, things(late))) == sorted(map(str, things(first)))
+
+def test_a_file_that_has_changed_since_is_not_told_as_what_was_logged(tmp_path):
+    logged_script(tmp_path, after=False)
+    Path('file.txt').write_text('other content')
+    with pytest.warns(UserWarning, match="lacks 'file': file.txt is not there any more"):
+        logged_script(tmp_path, late := Keeps(), after=False)
+    assert len(things(late)) == 4
+
+def content(folder='.'): # dict: path -> content
+    return {str(path): path.read_bytes() for path in Path(folder).rglob('*') if path.is_file()
+            and path.name != 'lock'}
+
+@pytest.mark.parametrize('logger', ['csv', 'json'])
+def test_what_is_logged_around_blocks_is_there_once_however_often_the_script_runs(tmp_path, logger):
+    before = None
+    for _ in range(3):
+        learn = made(Recorded, name='run', root=tmp_path/'ckpts', cbs=logger)
+        with learn.checkpoint(1) as cp: cp.fit(1)
+        for value in (0.25, math.nan, math.inf): learn.log(f'final {value}', value)
+        learn.log('run', 3)
+        learn.log('verdict', 'good')
+        learn.log('curve', np.full((3, 2), 7, np.uint8))
+        Path('folder').mkdir(exist_ok=True)
+        Path('folder/file.txt').write_text('content')
+        learn.log('folder', Path('folder'))
+        assert before in (None, content())
+        before = content()
+    learn.log('verdict', 'very good')
+    learn.log('final', 0.5)
+    assert content() != before and 'very good' in str(content())
+
+def test_another_value_of_a_script_that_was_edited_is_told(tmp_path):
+    for value in (0.25, 0.25, 0.5, 0.5):
+        logged_script(tmp_path, 'json', after=False).log('final', value)
+    assert open('metrics.jsonl').read().count('"final"') == 2
+
+class Scores(Recorded):
+    "Methods of its own that log"
+    def score(self): self.log('score', 0.5), self.log('how', 'by hand')
+    def train(self):
+        self.log('begins', 'now')
+        self.fit(1)
+        self.log('ends', 0.125)
+
+def test_methods_that_log_are_replayed_too(tmp_path):
+    def run(*cbs):
+        learn = made(Scores, name='run', root=tmp_path, cbs=list(cbs))
+        learn.cbs.append(Callback(observer=True, after_validate=lambda learn: (
+            learn.log('validated', f'{learn.epoch}') if learn.levels == ['validate'] else None)))
+        with learn.checkpoint(1) as cp:
+            cp.score()
+            cp.train()
+            cp.validate()
+        return learn
+    first, again, late = Keeps(), Keeps(), Keeps()
+    run(first, 'json')
+    before = content()
+    run(again, 'json')
+    assert content() == before
+    run(late)
+    assert first.told == again.told == late.told
+    names = [one[0] for one in first.told if isinstance(one[0], str)]
+    assert names == ['begin', 'how', 'end', 'begin', 'begins', 'end', 'begin', 'validated', 'end']
+    assert {'score': 0.5} in [values for _, values in first.entries]
+    begun = [one[1] for one in first.told if one[0] == 'begin']
+    assert begun[1] == begun[2] != begun[0]
+
+@pytest.mark.parametrize('at', [3, 8, 11])
+def test_what_was_logged_before_a_kill_is_told_once_by_all(at, tmp_path):
+    def run(*cbs):
+        learn = made(Recorded, name='run', root='ckpts', save_every='2 steps', cbs=[Logs(), *cbs])
+        with learn.checkpoint(1) as cp: cp.fit(2)
+    def kill(learn):
+        if learn.steps_done == at: os._exit(9)
+    assert in_child(lambda: run('json', Callback(at_rest=kill, order=98, observer=True))) == 9
+    run('json', late := Keeps(10))
+    run(later := Keeps(10))
+    assert len(things(late)) == len(things(later)) == 6
+    lines = [line for line in open('metrics.jsonl') if '"event": "text"' in line]
+    assert len(lines) == 2
+    for keeps in (late, later):
+        halves = [values['half'] for _, values in keeps.entries if 'half' in values]
+        assert halves == [step / 2 for step in range(1, 17, 2)]
+
+def test_a_picture_of_a_save_is_told_to_a_logger_that_comes_as_it_is_taken_up():
+    with pytest.warns(UserWarning, match='interrupted'):
+        made().fit(3, cbs=[SaveState('run', '1 step'), Logs(), Stops(20)])
+    made().fit(3, cbs=[SaveState('run', '1 step'), Logs(), late := Keeps()], resume='latest')
+    assert [one[2] for one in things(late) if one[0] == 'picture'] == [8, 16, 24]
+
+def test_nothing_is_kept_of_what_nobody_can_ask_for():
+    learn = made(cbs=Keeps())
+    kept = []
+    looks = Callback(after_epoch=lambda learn: kept.append(learn._origin.logged), observer=True)
+    learn.fit(1, cbs=[Logs(), looks])
+    assert kept == [None]
+    learn.fit(1, cbs=[Logs(), SaveState('run')])
+    assert learn._origin.logged is None

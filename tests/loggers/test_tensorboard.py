@@ -82,6 +82,20 @@ def test_a_fetched_call_is_told_once(tmp_path):
     assert scalars(only('runs/*')) == scalars(only('other/*'))
     assert len(list(Path().glob('runs/*/*'))) == 1
 
+def test_what_is_logged_around_blocks_is_there_once(tmp_path):
+    def everything(): return {str(path): path.stat().st_size for path in Path('runs').rglob('*')}
+    before = None
+    for _ in range(3):
+        learn = made(Recorded, name='run', root=tmp_path, cbs='tensorboard')
+        with learn.checkpoint(1) as cp: cp.fit(1)
+        for name, value in (('third', 1 / 3), ('nan', math.nan), ('note', 'some *words*'),
+                            ('pixels', np.full((4, 5), 7, np.uint8)), ('file', Path('a.txt'))):
+            learn.log(name, value)
+        assert before in (None, everything())
+        before = everything()
+    learn.log('note', 'other words')
+    assert everything() != before
+
 def test_a_folder_that_cannot_be_made_is_a_warning():
     Path('runs').write_text('a file')
     with pytest.warns(UserWarning, match='failed in begin'): made().fit(1, cbs='tensorboard')
