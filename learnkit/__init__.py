@@ -260,7 +260,7 @@ from .checkpoints.comparison import (
     explain_text,
 )
 from .checkpoints.report import (
-    report_html, write_report,
+    is_report, MARK, report_html, write_report,
 )
 
 __all__ = [
@@ -284,5 +284,5 @@ __all__ = [
     'Logger', 'CSVLogger', 'JSONLogger', 'TensorBoardLogger', 'MLflowLogger', 'TrackioLogger',
     'WandbLogger', 'launch', 'Ranks', 'Distributed', 'BEGINNING', 'StaleCheckpoint', 'HEARD_EVERY',
     'SharedStore', 'Checkpointed', 'CheckpointedLearner', 'checkpoints_table', 'tree_text',
-    'plot_tree', 'explain_text', 'report_html', 'write_report',
+    'plot_tree', 'explain_text', 'is_report', 'MARK', 'report_html', 'write_report',
 ]

@@ -126,6 +126,8 @@ from .checkpoints.tree import checkpoints_table as checkpoints_table
 from .checkpoints.tree import tree_text as tree_text
 from .checkpoints.figure import plot_tree as plot_tree
 from .checkpoints.comparison import explain_text as explain_text
+from .checkpoints.report import is_report as is_report
+from .checkpoints.report import MARK as MARK
 from .checkpoints.report import report_html as report_html
 from .checkpoints.report import write_report as write_report
 __version__: str
@@ -151,5 +153,5 @@ __all__ = [
     'JSONLogger', 'TensorBoardLogger', 'MLflowLogger', 'TrackioLogger', 'WandbLogger', 'launch',
     'Ranks', 'Distributed', 'BEGINNING', 'StaleCheckpoint', 'HEARD_EVERY', 'SharedStore',
     'Checkpointed', 'CheckpointedLearner', 'checkpoints_table', 'tree_text', 'plot_tree',
-    'explain_text', 'report_html', 'write_report'
+    'explain_text', 'is_report', 'MARK', 'report_html', 'write_report'
 ]

@@ -7,6 +7,7 @@ from learnkit import (
     accuracy, CheckpointedLearner, DamagedError, DataLoaders, Progress, SaveBest)
 from learnkit.checkpoints.comparison import explain_text
 from learnkit.checkpoints.lineage import Lineage
+from learnkit.checkpoints.record import without_infinities
 from learnkit.checkpoints.tree import tree_text
 from learnkit.files.store import Store
 from learnkit.files.tree import json_digest
@@ -23,13 +24,15 @@ def call(method='fit', n=2, last=None, best=None, metric='accuracy', higher=True
     metrics = {'train_loss': 0.5, 'valid_loss': 0.4,
                'lr': 1e-3} | ({metric: last} if last is not None else {})
     best = None if best is None else {'name': metric, 'value': best, 'higher': higher, 'place': []}
+    report = without_infinities({'rows': [0, n], 'epochs': n, 'fits': 1, 'metrics': metrics,
+                                 'best': best})
     return {'method': method, 'text': text or f'{method}({n})', 'kind': 'changes',
             'status': 'complete',
             'arguments': fingerprint({'n_epoch': n, **values}).tree, 'structure': structure,
             'structure_after': structure, 'before': {}, 'begin': None, 'after': after,
             'state': state,
             'beside': None, 'result': None, 'callbacks': [], 'returns_host': False,
-            'report': {'rows': [0, n], 'epochs': n, 'fits': 1, 'metrics': metrics, 'best': best},
+            'report': report,
             'code': code or {}, 'versions': versions or {'torch': '2.13.0'}, 'started': NOW - 400,
             'ended': NOW - 300, 'seconds': 60.}
 

@@ -276,7 +276,15 @@ def roll_back(self:Ledger, position, schedules=True):
     if self.lacks:
         self.show(f"the moments of the optimizer at {position_text(position)} were not kept: "
                        'outside of a block training goes on with new ones')
+    self.stand_at(position)
+
+@patch
+def stand_at(self:Ledger, position): # Position; None: the beginning
+    "The object is somewhere else now, or is new"
+    node = None if position is None else self.node(position.id)
     self.position = position
+    n = 0 if node is None else self.n_calls_at(node, position)
+    self.host.display.stands_at(self, node, n)
 
 @patch
 def n_calls_at(self:Ledger, node, position) -> int:
@@ -307,7 +315,7 @@ def go_to_beginning(self:Ledger):
     if start.state is None: raise not_kept(node)
     if structure is None: self.check_put_together(node, node.start_structure)
     self.restore(start, structure)
-    self.position = None
+    self.stand_at(None)
 
 # %% ../../nbs/checkpoints/06_changes.ipynb #95a85f09
 def go_to_start(ledger, id, node, parent):

@@ -57,6 +57,7 @@ class Checkpointed:
         construction = Construction(given.args, given.kwargs, arguments)
         self.ledger = Ledger(make_host(self, construction, save_every), store, options)
         self.ledger.host.reach.observe(anew=True)
+        self.ledger.stand_at(None)
 
 # %% ../../nbs/checkpoints/09_checkpointed.ipynb #9aac66e4
 @dataclass

@@ -132,7 +132,7 @@ class Checkpointed:
         """Write all of the run as one page of HTML: tree, curves, calls, results, differences
 
         Args:
-            path: file to write; one that is there is replaced
+            path: file to write; an older report that is there is replaced
         """
     @property
     def checkpoints(self) -> Any:

@@ -13,16 +13,17 @@ from types import MappingProxyType
 from fastcore.basics import patch
 from ..base.methods import unrecorded
 from ..files.ids import id_text
+from .record import finite
 from .checkpointed import Checkpointed
 from .lineage import Lineage, best_value, last_metrics, main_metric, number_text
 from .tree import columns_of, cut, description_text, title_text
 
 # %% ../../nbs/checkpoints/14_figure.ipynb #c1abf5ba
-def metric_values(node, metric): # (last, best), nan where there is none
+def metric_values(node, metric): # (last, best), None where there is none
     "A metric at the end of a checkpoint, and the best that its SaveBest has seen"
-    best, last = best_value(node), last_metrics(node).get(metric)
-    best = best['value'] if best and best['name'] == metric else None
-    return tuple(math.nan if value is None else value for value in (last, best))
+    best = best_value(node)
+    return (last_metrics(node).get(metric),
+            best['value'] if best and best['name'] == metric else None)
 
 def figure_metric(lineage,
                   metric=None, # name; None: the one that most checkpoints name
@@ -36,17 +37,24 @@ def figure_metric(lineage,
         raise ValueError(f'metric={metric!r}: no checkpoint has it; have: {names}')
     votes = Counter([best['name'] for best in bests] or filter(None, map(main_metric, rows)))
     if metric is None and votes: metric = votes.most_common(1)[0][0]
-    known = {best['name']: best['higher'] for best in bests}
+    known = {name: higher for node in lineage.nodes.values()
+             for name, higher in known_directions(node).items()}
+    known |= {best['name']: best['higher'] for best in bests}
     return metric, known.get(metric, False if metric and metric.endswith('_loss') else None)
 
-def shown_value(last, best): return last if math.isnan(best) else best
+def known_directions(node): # dict: name -> whether higher is better
+    "What the metrics of a checkpoint's fits have said of themselves"
+    return {name: higher for call in node.calls
+            for name, higher in call.report.get('higher', {}).items()}
+
+def shown_value(last, best): return last if best is None else best # float; None
 
 def best_checkpoint(values:dict, # id -> (last, best)
                     higher, # bool; None: unknown
                    ): # id; None
     "The checkpoint with the best value"
     shown = {id: shown_value(*pair) for id, pair in values.items()}
-    known = {id: value for id, value in shown.items() if not math.isnan(value)}
+    known = {id: value for id, value in shown.items() if finite(value) is not None}
     if higher is None or not known: return None
     return (max if higher else min)(known, key=known.get)
 
@@ -121,8 +129,8 @@ def draw_texts(self:Figure):
         if self.is_best(row.id): style |= {'weight': 'bold', 'color': 'C0'}
         self.ax.annotate(cut(text, room - columns_of(name) - 1), (1, 0.5), xycoords=start,
                          xytext=(5, 0), textcoords='offset points', **style)
-        value = shown_value(*self.values.get(row.id, (math.nan, math.nan)))
-        if not math.isnan(value):
+        value = shown_value(*self.values.get(row.id, (None, None)))
+        if value is not None:
             self.ax.text(self.end, i, number_text(value), ha='right', **style)
 
 # %% ../../nbs/checkpoints/14_figure.ipynb #03656ae0
@@ -130,13 +138,14 @@ def draw_texts(self:Figure):
 def draw_metric(self:Figure, panel, metric):
     "Last and best value of each checkpoint on an axis of their own"
     for i, row in enumerate(self.rows):
-        last, best = self.values.get(row.id, (math.nan, math.nan))
+        last, best = (math.nan if finite(x) is None else x
+                      for x in self.values.get(row.id, (None, None)))
         color = TEXT_COLORS.get(self.lineage.status(row.id), '0.35')
         if self.is_best(row.id): color = 'C0'
         panel.plot([last, best], [i, i], color=color, lw=1)
         panel.plot(last, i, 'o', ms=5, mfc='white', mec=color)
         panel.plot(best, i, 'o', ms=5, color=color)
-    both = any(last != best == best for last, best in self.values.values())
+    both = any(best not in (None, last) for last, best in self.values.values())
     panel.set_xlabel(f'{metric} (dot: best, ring: last)' if both else metric, fontsize=8.5)
     panel.set(ylim=self.ax.get_ylim(), yticks=[])
     panel.tick_params(labelsize=8)

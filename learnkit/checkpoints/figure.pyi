@@ -14,7 +14,7 @@ def metric_values(node: Any, metric: Any) -> Any:
     """A metric at the end of a checkpoint, and the best that its SaveBest has seen
 
     Returns:
-        (last, best), nan where there is none
+        (last, best), None where there is none
     """
 
 def figure_metric(lineage: Any, metric: Any = None) -> Any:
@@ -25,6 +25,13 @@ def figure_metric(lineage: Any, metric: Any = None) -> Any:
 
     Returns:
         (name, whether higher is better); (None, None) without any
+    """
+
+def known_directions(node: Any) -> Any:
+    """What the metrics of a checkpoint's fits have said of themselves
+
+    Returns:
+        dict: name -> whether higher is better
     """
 
 def shown_value(last: Any, best: Any) -> Any: ...

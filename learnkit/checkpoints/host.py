@@ -64,6 +64,9 @@ class Display(HostPart):
     def show_answer(self):
         "Likewise of a pure call"
 
+    def stands_at(self, ledger, node, n):
+        "The object is behind the first `n` calls of a checkpoint now; node None: at the beginning"
+
 # %% ../../nbs/checkpoints/02_host.ipynb #9b7ca612
 class Reach(HostPart):
     "What belongs to an object, and how it was when it came into reach"

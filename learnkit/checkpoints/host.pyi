@@ -64,6 +64,8 @@ class Display(HostPart):
         """
     def show_answer(self) -> None:
         """Likewise of a pure call"""
+    def stands_at(self, ledger: Any, node: Any, n: Any) -> None:
+        """The object is behind the first `n` calls of a checkpoint now; node None: at the beginning"""
 
 class Reach(HostPart):
     """What belongs to an object, and how it was when it came into reach"""

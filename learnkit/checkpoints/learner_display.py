@@ -8,14 +8,15 @@ __all__ = []
 # %% ../../nbs/checkpoints/09_learner_display.ipynb #159baac3
 from types import MappingProxyType
 from fastcore.basics import patch
-from ..files.tree import tree_digest
+from ..files.tree import json_digest, tree_digest
 from ..components.callback import Callback
 from ..files.growing import GrowingList
-from ..loop.calls import Run, keeping_logged, one_run
+from ..loop.calls import Run, as_made_before, keeping_logged, one_run
 from ..loop.observed import observed_state, observed_text
 from ..loop.progress import Progress, show_message
+from ..training.tracker import known_monitors
 from ..training.save_best import SaveBest
-from .record import finite
+from .record import without_infinities
 from .host import Display
 
 # %% ../../nbs/checkpoints/09_learner_display.ipynb #2d4f7d2f
@@ -65,11 +66,12 @@ def begin_report(self:LearnerDisplay): # function: callbacks -> dict
         made = recorder.since('rows', n_rows)
         last = {name: value for name, value in (made[-1] if made else {}).items()
                 if name not in ('run', 'epoch')}
-        return {'rows': [n_rows, recorder.n_rows], 'epochs': len(made),
-                'fits': recorder.run - run,
-                'log': None if origin.last_run is logged else origin.last_run.saved(),
-                'metrics': {name: finite(value) for name, value in last.items()},
-                'best': best_of(self.object, callbacks)}
+        known = known_monitors(self.object) if made else {}
+        return without_infinities({
+            'rows': [n_rows, recorder.n_rows], 'epochs': len(made), 'fits': recorder.run - run,
+            'log': None if origin.last_run is logged else origin.last_run.saved(),
+            'metrics': last, 'best': best_of(self.object, callbacks),
+            'higher': {name: known[name] for name in last if known.get(name) is not None}})
     return report
 
 def best_of(learn, callbacks): # dict: name, value, higher, place; None
@@ -93,7 +95,7 @@ def show_report(self:LearnerDisplay, report, callbacks, arguments):
     if report['fits']:
         learn.fit_cbs = [*learn.cbs, *(one.callback for one in callbacks if one.callback)]
     given = [cb for cb in given_callbacks(arguments) if cb.external and cb not in learn.cbs]
-    self.not_replayed.append((report['log'], self.take_logged(), given))
+    self.not_replayed.append((report['log'], taken_logged(self), given))
     if learn.recorder.n_rows < end: return  # the state was not kept; a later call brings it
     waiting, self.not_replayed = self.not_replayed, []
     for log, logged, given in waiting: replay_log(learn, log, logged, given)
@@ -105,16 +107,33 @@ def replay_log(learn, log, # what `Run.saved` said
     "Let callbacks hear of a run as if it were made now"
     if log is None: return
     with learn.added_cbs(given), one_run(learn, log['method'], dict):
-        learn._origin.run = Run(**{**log, 'done': {}, 'status': 'finished', 'goes_on': True})
+        learn._origin.run, learn._origin.here = as_made_before(log), None
         with keeping_logged(learn, logged): learn('after_fetch')
 
 @patch
 def show_answer(self:LearnerDisplay):
     "Tell loggers what a pure call has logged"
-    if not (logged := self.take_logged()): return
+    if not (logged := taken_logged(self)): return
     with keeping_logged(self.object, logged): self.object('after_fetch')
 
-@patch
-def take_logged(self:LearnerDisplay): # GrowingList
-    logged, self.logged = self.logged, GrowingList()
+def taken_logged(display): # GrowingList
+    "What the fetched call has logged, which is told once"
+    logged, display.logged = display.logged, GrowingList()
     return logged
+
+# %% ../../nbs/checkpoints/09_learner_display.ipynb #285786bf
+def last_run(ledger, node, n): # as `Run.saved` has it; None where there is none
+    "The last run among the first `n` calls of a checkpoint, or before it"
+    while node is not None:
+        runs = (node.call(k).report.get('log') for k in range(n - 1, -1, -1))
+        if found := next(filter(None, runs), None): return found
+        position, node = node.parent_position, None
+        if position is not None: node = ledger.read(position.id)
+        if node is not None: n = ledger.n_calls_at(node, position)
+
+@patch
+def stands_at(self:LearnerDisplay, ledger, node, n):
+    "What is logged now belongs to the run that has led here, or to the one of all before it"
+    log = last_run(ledger, node, n)
+    self.object._origin.here = as_made_before(log) if log else Run(
+        json_digest(str(ledger.local_store.folder.absolute()))[:10], goes_on=True)

@@ -36,10 +36,8 @@ class LearnerDisplay(Display):
         """Print the table again, tell loggers, and let the call's callbacks be those of the last fit"""
     def show_answer(self) -> None:
         """Tell loggers what a pure call has logged"""
-    def take_logged(self) -> GrowingList:
-        """Returns:
-            GrowingList
-        """
+    def stands_at(self, ledger: Any, node: Any, n: Any) -> None:
+        """What is logged now belongs to the run that has led here, or to the one of all before it"""
 
 def given_callbacks(arguments: Any) -> Any:
     """Returns:
@@ -67,4 +65,18 @@ def replay_log(learn: Learner, log: Any, logged: Any, given: Any = ()) -> None:
         learn, log: what `Run.saved` said
         logged: what was logged inside
         given: callbacks of the call
+    """
+
+def taken_logged(display: Any) -> GrowingList:
+    """What the fetched call has logged, which is told once
+
+    Returns:
+        GrowingList
+    """
+
+def last_run(ledger: Any, node: Any, n: Any) -> Any:
+    """The last run among the first `n` calls of a checkpoint, or before it
+
+    Returns:
+        as `Run.saved` has it; None where there is none
     """

@@ -26,7 +26,7 @@ from ..loop.resume import as_period, autosaving
 from ..training.torch_schedulers import torch_schedulers
 from ..training.save_best import SaveBest
 from .host import Host, method_kind
-from .learner_display import LearnerDisplay, given_callbacks
+from .learner_display import LearnerDisplay, given_callbacks, last_run
 from .learner_files import LearnerFiles
 from .learner_reach import LearnerReach
 from .learner_rules import LearnerRules
@@ -106,6 +106,7 @@ def tell_logged(learn, logged):
     join_without_fit(learn)
     learn('after_fetch')
 
+# %% ../../nbs/checkpoints/10_learner_host.ipynb #a93e3baf
 @patch
 @contextmanager
 def trying(self:LearnerHost, method, args, kwargs):
@@ -126,16 +127,9 @@ def place_of_run(ledger): # dict: project, checkpoint, call, parent, parent_chec
     block, found = ledger.block, {'project': ledger.local_store.name}
     if block is None: return found
     node, k = block.node, len(block.made)
-    parent = last_run(node, k)
-    if parent is None and node.parent is not None:
-        if above := ledger.read(node.parent): parent = last_run(above, above.n_calls)
+    parent = last_run(ledger, node, k)
     return {**found, 'checkpoint': node.id, 'call': k, 'parent_checkpoint': node.parent,
-            'parent': parent}
-
-def last_run(node, n): # id of a run; None where there is none
-    "The last run among the first `n` calls of a checkpoint"
-    runs = (node.call(k).report.get('log') for k in range(n - 1, -1, -1))
-    return next((run['id'] for run in runs if run), None)
+            'parent': parent and parent['id']}
 
 # %% ../../nbs/checkpoints/10_learner_host.ipynb #fec07bec
 @patch
@@ -165,6 +159,7 @@ class FollowedCallback:
         self.callback.load_state_dict(state['own'])
         load_observed(self.learn, state['observed'], given=[self.callback])
 
+# %% ../../nbs/checkpoints/10_learner_host.ipynb #ca4cd6fa
 class LoggedInCall:
     "What a call has logged, for loggers that come late"
     is_optional, name, callback = True, 'learn.log', None

@@ -91,13 +91,6 @@ def place_of_run(ledger: Any) -> Any:
         dict: project, checkpoint, call, parent, parent_checkpoint
     """
 
-def last_run(node: Any, n: Any) -> Any:
-    """The last run among the first `n` calls of a checkpoint
-
-    Returns:
-        id of a run; None where there is none
-    """
-
 class FollowedCallback:
     """A callback given to a call, with what it says of itself and what is observed of it"""
     is_optional: bool

@@ -186,6 +186,12 @@ class Ledger:
         """
     def roll_back(self, position: Any, schedules: Any = True) -> Any:
         """Bring the object to a recorded state, or to where the run begins"""
+    def stand_at(self, position: Any) -> Any:
+        """The object is somewhere else now, or is new
+
+        Returns:
+            Position; None: the beginning
+        """
     def n_calls_at(self, node: Any, position: Any) -> int:
         """How many calls of its checkpoint lie before a position"""
     def go_to_beginning(self) -> None:

@@ -97,11 +97,36 @@ class CallRecord(View):
         "What the object was made of, as far as the call has come"
         return self.json.get('structure_after') or self.structure
 
+# %% ../../nbs/checkpoints/01_record.ipynb #84aa48d1
+def finite(x): # float; None for nan and infinities, which JSON has not
+    "A number that JSON can hold"
+    return x if isinstance(x, (int, float)) and math.isfinite(x) else None
+
+def without_infinities(report): # dict
+    "A report as JSON can hold it: nan and infinities as text, beside the numbers"
+    metrics, best = report['metrics'], report['best']
+    odd = {name: str(x) for name, x in metrics.items()
+           if isinstance(x, float) and finite(x) is None}
+    is_odd = best is not None and finite(best['value']) is None
+    if is_odd: report = {**report, 'best': {**best, 'value': None}}
+    found = {'metrics': odd} if odd else {}
+    if is_odd: found['best'] = str(best['value'])
+    return {**report, 'metrics': {name: finite(x) for name, x in metrics.items()},
+            **({'not_finite': found} if found else {})}
+
+def with_infinities(report): # dict
+    "A report as it was, from how JSON holds it"
+    if not (found := report.get('not_finite')): return report
+    odd = {name: float(x) for name, x in found.get('metrics', {}).items()}
+    best = report['best']
+    if 'best' in found: best = {**best, 'value': float(found['best'])}
+    return {**report, 'metrics': {**report['metrics'], **odd}, 'best': best}
+
 # %% ../../nbs/checkpoints/01_record.ipynb #d4acc7b4
 @patch(as_prop=True)
 def report(self:CallRecord) -> dict: # rows, epochs, fits, metrics, best; empty while the call runs
     "What is worth knowing of the call besides its result"
-    return self.json.get('report') or {}
+    return with_infinities(self.json.get('report') or {})
 
 @patch(as_prop=True)
 def after(self:CallRecord) -> SavedState:
@@ -378,7 +403,3 @@ def fetched_text(node, record, folder): # str
     when = time.strftime('%Y-%m-%d %H:%M', time.localtime(record.ended))
     return (f'checkpoint {id_text(node.id)}: {record.text} fetched from {folder}, '
             f'computed in {duration_text(record.seconds)} on {when}')
-
-def finite(x): # float; None for nan and infinities, which JSON has not
-    "A number that JSON can hold"
-    return x if isinstance(x, (int, float)) and math.isfinite(x) else None

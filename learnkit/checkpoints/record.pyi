@@ -123,6 +123,27 @@ class CallRecord(View):
     def complete(self, saved: Any, **facts: Any) -> None:
         """The call has ended: the state it left behind, and what else is known of it"""
 
+def finite(x: Any) -> Any:
+    """A number that JSON can hold
+
+    Returns:
+        float; None for nan and infinities, which JSON has not
+    """
+
+def without_infinities(report: Any) -> dict:
+    """A report as JSON can hold it: nan and infinities as text, beside the numbers
+
+    Returns:
+        dict
+    """
+
+def with_infinities(report: Any) -> dict:
+    """A report as it was, from how JSON holds it
+
+    Returns:
+        dict
+    """
+
 def saved_state(json: Any) -> Any: ...
 
 def state_json(saved: Any) -> dict:
@@ -363,11 +384,4 @@ def fetched_text(node: Any, record: Any, folder: Any) -> str:
 
     Returns:
         str
-    """
-
-def finite(x: Any) -> Any:
-    """A number that JSON can hold
-
-    Returns:
-        float; None for nan and infinities, which JSON has not
     """

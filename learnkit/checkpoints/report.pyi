@@ -5,17 +5,17 @@
 from pathlib import Path
 from typing import Any
 __all__ = [
-    'report_html', 'write_report'
+    'MARK', 'report_html', 'write_report', 'is_report'
 ]
 ROW: int
 STEP: int
 WIDEST: int
 
 def best_of_run(lineage: Any) -> Any:
-    """Which number is shown, and where it is best
+    """Which number is shown, where it is best, and by what, or why none is marked
 
     Returns:
-        (metric, ids on the way to the best checkpoint, that one first)
+        (metric, ids on the way to the best checkpoint, that one first, text)
     """
 
 def drawing_of(lineage: Any, rows: Any, best_path: Any, anchors: Any) -> Any:
@@ -91,6 +91,14 @@ def report_html(store: Any, now: Any = None) -> str:
     Args:
         now: seconds since 1970; None: as it is
     """
+MARK: str
 
 def write_report(store: Any, path: Any) -> Path:
-    """Write `report_html`; a file that is there is replaced"""
+    """Write `report_html`; an older report that is there is replaced, and nothing else"""
+
+def is_report(path: Any) -> bool:
+    """Whether a file is empty, or begins as a report does
+
+    Returns:
+        bool
+    """

@@ -41,6 +41,7 @@ def drawn(figure): # uint8 array, (height, width, 4)
     figure.set_canvas(before)
     return np.asarray(canvas.buffer_rgba())
 
+# %% ../../nbs/loggers/00_entries.ipynb #84815695
 def pixels(data): # uint8 array, (height, width, 3)
     "Those of the content of a file"
     from PIL import Image
@@ -88,6 +89,7 @@ class Logged:
         "Whether a file is not there any more as it was logged"
         return self.digest is not None and self.digest != path_digest(self.value)
 
+# %% ../../nbs/loggers/00_entries.ipynb #e40124eb
 def as_logged(kept): # Logged
     value = kept['value']
     return Logged(**{**kept, 'value': unpacked_image(value) if type(value) is dict else value})

@@ -99,6 +99,7 @@ def take_logged(self:Feed, kept):
     for one in kept.since(self.n_kept): self.add(as_logged(one))
     self.n_kept = len(kept)
 
+# %% ../../nbs/loggers/00_feed.ipynb #80d25059
 @patch
 def take_evals(self:Feed, recorder):
     "Evaluations inside epochs"

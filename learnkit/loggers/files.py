@@ -76,16 +76,19 @@ class FileLogger(Logger):
         if not path.is_dir(): return shutil.copy(path, self.place(artifact_name(name, path)))
         shutil.copytree(path, self.place(artifact_name(name, path)), dirs_exist_ok=True)
 
-    def has(self, thing):
-        name, value, file = thing.name, thing.value, f'{thing.name}-{thing.step}'
-        if thing.method == 'metrics': return self.has_number(thing.step, name, value)
-        if thing.method == 'artifact':
-            found = path_digest(self.place(artifact_name(name, value)))
-            return found is not None and found == path_digest(value)
-        file, content = (f'{file}.txt', value.encode()) if thing.method == 'text' else (
-            f'{file}.png', png(value))
-        place = self.place(file)
-        return place.exists() and place.read_bytes() == content
+# %% ../../nbs/loggers/02_files.ipynb #7fcf3409
+@patch
+def has(self:FileLogger, thing): # bool
+    "Whether a file has it: a row or line a number, one beside it all else"
+    name, value, file = thing.name, thing.value, f'{thing.name}-{thing.step}'
+    if thing.method == 'metrics': return self.has_number(thing.step, name, value)
+    if thing.method == 'artifact':
+        found = path_digest(self.place(artifact_name(name, value)))
+        return found is not None and found == path_digest(value)
+    file, content = (f'{file}.txt', value.encode()) if thing.method == 'text' else (
+        f'{file}.png', png(value))
+    place = self.place(file)
+    return place.exists() and place.read_bytes() == content
 
 def artifact_name(name, path): # str
     return name if name.endswith(path.suffix) else name + path.suffix
@@ -183,12 +186,6 @@ class JSONLogger(FileLogger):
                  if line.get('step') == step]
         return any(x is not None and is_same(float(x), value) for x in found)
 
-    def has(self, thing):
-        if thing.method != 'text': return super().has(thing)
-        wanted = text_facts(thing.name, thing.value, thing.step).items()
-        return any(wanted <= line.items() for line in self.lines_of(self.log_state.run)
-                   if 'values' not in line and 'params' not in line)
-
     def write(self, **facts):
         line = json.dumps({'run': self.log_state.run.id, **facts}, allow_nan=False)
         with self.locked(): append_line(self.file, line + '\n')
@@ -204,6 +201,13 @@ class JSONLogger(FileLogger):
     def end(self, status): self.write(event='end', status=status)
 
 # %% ../../nbs/loggers/02_files.ipynb #d8c0761a
+@patch
+def has(self:JSONLogger, thing): # bool
+    if thing.method != 'text': return FileLogger.has(self, thing)
+    wanted = text_facts(thing.name, thing.value, thing.step).items()
+    return any(wanted <= line.items() for line in self.lines_of(self.log_state.run)
+               if 'values' not in line and 'params' not in line)
+
 def text_facts(name, text, step): # dict
     return {'event': 'text', 'at': step, 'name': name, 'text': text}
 

@@ -87,6 +87,7 @@ class LogState:
     has_failed: bool = False
     unsent: tuple = () # what a tracker that has failed did not take
     told: list = field(default_factory=list) # keys of what was logged by hand
+    earlier: dict = field(default_factory=dict) # id of an earlier run -> step, like `known`
 
 def logger_again(cls, args, kwargs): return cls(*args, **kwargs) # a Logger
 
@@ -151,10 +152,14 @@ def follow(self:Logger, learn, run): # LogState
 @patch
 def prepare(self:Logger, learn, run):
     "See what the tracker has of a run; nothing is opened yet"
-    self.log_state = state = LogState(run, Feed(learn, run, self.every), folder=learn.path)
+    before, feed = self.log_state, Feed(learn, run, self.every)
+    earlier = before.earlier | ({before.run.id: before.known} if before.run else {})
+    self.log_state = state = LogState(run, feed, folder=learn.path, earlier=earlier)
     last = self.call('last_step', run)
-    state.known = run.done.get(repr(self), -1) if last is None else last
+    if last is None: last = run.done.get(repr(self), earlier.get(run.id, -1))
+    state.known = last
 
+# %% ../../nbs/loggers/01_logger.ipynb #fd36a171
 @patch
 def lacks(self:Logger, entry): # bool
     "Whether the tracker is to be told of something, as far as it knows what it has"
@@ -239,10 +244,13 @@ def log(self:Learner,
 
 # %% ../../nbs/loggers/01_logger.ipynb #37030535
 def rejoin_run(learn, loggers):
-    "What is logged between two calls belongs to the last one"
-    last = next((cb.log_state.run for cb in loggers if cb.log_state.run is not None), None)
-    if last is None: return join_without_fit(learn)
-    learn._origin.run = last
+    "What is logged between two calls belongs to the one that has led here"
+    here, heard = learn._origin.here, [run for cb in loggers if (run := cb.log_state.run)]
+    last = next((run for run in heard if here is None or run.id == here.id), here)
+    if last is not None and last.first is not None: learn._origin.run = last
+    else:
+        if last is not None: learn._origin.run.id, learn._origin.run.goes_on = last.id, True
+        join_without_fit(learn)
 
 # %% ../../nbs/loggers/01_logger.ipynb #96b7940f
 @patch

@@ -131,6 +131,8 @@ class LogState:
     """what a tracker that has failed did not take"""
     told: list = ...
     """keys of what was logged by hand"""
+    earlier: dict = ...
+    """id of an earlier run -> step, like `known`"""
 
 def logger_again(cls: Any, args: Any, kwargs: Any) -> Any: ...
 
@@ -149,5 +151,5 @@ def has_row_to_come(learn: Learner) -> bool:
         bool
     """
 
-def rejoin_run(learn: Learner, loggers: Any) -> Any:
-    """What is logged between two calls belongs to the last one"""
+def rejoin_run(learn: Learner, loggers: Any) -> None:
+    """What is logged between two calls belongs to the one that has led here"""

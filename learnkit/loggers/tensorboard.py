@@ -35,10 +35,6 @@ class TensorBoardLogger(Logger):
         whole, self.is_torn = last_whole_step(folder)
         return whole
 
-    def has(self, thing):
-        folder = self.run_dir(self.log_state.run)
-        return any(folder.glob('events.*')) and has_thing(events_in(folder), thing)
-
     def begin(self, run):
         from torch.utils.tensorboard import SummaryWriter
         known = self.log_state.known
@@ -85,6 +81,12 @@ def facts_table(facts): # Markdown
     rows = [f'| {cell(name)} | {cell(value)} |' for name, value in facts.items()]
     return '\n'.join(['| | |', '|-|-|', *rows])
 
+# %% ../../nbs/loggers/03_tensorboard.ipynb #c8e7228b
+@patch
+def has(self:TensorBoardLogger, thing): # bool
+    folder = self.run_dir(self.log_state.run)
+    return any(folder.glob('events.*')) and has_thing(events_in(folder), thing)
+
 def path_text(path): return f'`{path.absolute()}`' # Markdown
 
 def events_in(folder): # EventAccumulator
@@ -105,6 +107,7 @@ def has_thing(events, thing): # bool
     return any(event.step == thing.step and np.array_equal(
         value_of(event), wanted, equal_nan=kind == 'scalars') for event in get(name))
 
+# %% ../../nbs/loggers/03_tensorboard.ipynb #06ba12ff
 def last_whole_step(folder): # (int, bool)
     "The last step of which everything was written for sure, -1: none; whether there is more"
     found = events_in(folder)

@@ -218,6 +218,7 @@ def holds(stored, value): # bool; stored: what Trackio has
     path = Path(MEDIA_DIR)/stored.get('file_path', '')
     return path.is_file() and np.array_equal(pixels(path.read_bytes()), value)
 
+# %% ../../nbs/loggers/04_trackers.ipynb #fe8c0491
 @patch
 def log_values(self:TrackioLogger, step, values):
     self.run.log(values, step=step)

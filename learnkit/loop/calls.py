@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import TypeVar
 import torch
+from fastcore.basics import patch
 from ..base.guard import is_learnkits
 from ..base.ranks import world_size
 from ..components.callback import Callback, is_optional
@@ -75,27 +76,32 @@ class Run:
     status: str = 'running' # or 'finished', 'failed', 'killed'
     goes_on: bool = False # whether a tracker may have heard of it before
 
-    @property
-    def name(self): # str
-        "What people call it, and no other run"
-        where = '' if self.checkpoint is None else f'{self.checkpoint}-'
-        return f'{where}{self.method}-{self.id}'
-
-    @property
-    def params(self): # dict: name -> plain value
-        "Everything it follows from, as far as a table of hyperparameters goes"
-        return {'method': self.method, **self.arguments,
-                **{f'learner.{name}': value for name, value in self.learner.items()}}
-
-    @property
-    def tags(self): # dict of str
-        "Where it belongs"
-        found = {name: getattr(self, name) for name in (
-            'project', 'checkpoint', 'call', 'parent', 'parent_checkpoint')}
-        found = {'run': self.id, **found, **{f'system.{k}': v for k, v in self.system.items()}}
-        return {name: str(value) for name, value in found.items() if value is not None}
-
     def saved(self): return {**asdict(self), 'done': {}} # plain dict
+
+# %% ../../nbs/loop/02_calls.ipynb #670dcf5b
+@patch(as_prop=True)
+def name(self:Run): # str
+    "What people call it, and no other run"
+    where = '' if self.checkpoint is None else f'{self.checkpoint}-'
+    return f'{where}{self.method}-{self.id}'
+
+@patch(as_prop=True)
+def params(self:Run): # dict: name -> plain value
+    "Everything it follows from, as far as a table of hyperparameters goes"
+    return {'method': self.method, **self.arguments,
+            **{f'learner.{name}': value for name, value in self.learner.items()}}
+
+@patch(as_prop=True)
+def tags(self:Run): # dict of str
+    "Where it belongs"
+    found = {name: getattr(self, name) for name in (
+        'project', 'checkpoint', 'call', 'parent', 'parent_checkpoint')}
+    found = {'run': self.id, **found, **{f'system.{k}': v for k, v in self.system.items()}}
+    return {name: str(value) for name, value in found.items() if value is not None}
+
+def as_made_before(saved): # Run; what `Run.saved` said
+    "A run of an earlier process, of which trackers may have heard"
+    return Run(**{**saved, 'done': {}, 'status': 'finished', 'goes_on': True})
 
 # %% ../../nbs/loop/02_calls.ipynb #8705ad5e
 def system_facts(learn): # dict: name -> str or int
@@ -152,7 +158,7 @@ def one_run(learn, method:str,
         if error is not None or run.status == 'running': run.status = status_of(error)
         at_end, origin.at_end, origin.run, origin.describe_run = origin.at_end, [], None, None
         origin.logged = kept
-        if run.first is not None: origin.last_run = run
+        if run.first is not None: origin.last_run, origin.here = run, None
         for end in at_end: end(learn, run)
 
 # %% ../../nbs/loop/02_calls.ipynb #036fe982

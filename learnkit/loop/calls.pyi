@@ -64,6 +64,7 @@ class Run:
     """or 'finished', 'failed', 'killed'"""
     goes_on: bool = ...
     """whether a tracker may have heard of it before"""
+    def saved(self) -> Any: ...
     @property
     def name(self) -> str:
         """What people call it, and no other run
@@ -85,7 +86,13 @@ class Run:
         Returns:
             dict of str
         """
-    def saved(self) -> Any: ...
+
+def as_made_before(saved: Any) -> Any:
+    """A run of an earlier process, of which trackers may have heard
+
+    Returns:
+        Run; what `Run.saved` said
+    """
 
 def system_facts(learn: Learner) -> Any:
     """What a number may follow from besides the call

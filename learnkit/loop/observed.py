@@ -320,6 +320,7 @@ class Origin:
         self.made_again, self.made_in = [], set()  # what callbacks make as a fit begins, and where
         self.is_recorded = False  # whether a state that follows from the baseline is known
         self.run, self.last_run = None, None  # `Run` of the call, of the last one; see `one_run`
+        self.here = None  # the run that has led to where a record says the learner stands
         self.describe_run, self.at_end = None, []  # functions
         self.logged = None  # GrowingList of what the call has logged; None: nobody keeps it
 

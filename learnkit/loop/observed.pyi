@@ -248,6 +248,7 @@ class Origin:
     is_recorded: bool
     run: Any
     last_run: Any
+    here: Any
     describe_run: Any
     at_end: list[Any]
     logged: Any

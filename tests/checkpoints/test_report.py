@@ -1,14 +1,16 @@
 "The page of a run: complete, and harmless whatever its names are"
-import json
+import json, math, re
 from contextlib import nullcontext
 from html.parser import HTMLParser
 from pathlib import Path
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from torch import nn
 from checkpoint_nodes import node, saved
 from checkpoint_runs import make, script
-from learnkit import Callback, Checkpointed, cli
+from learnkit import accuracy, Callback, Checkpointed, cli, SaveBest
+from learnkit.checkpoints.comparison import show_text
 from learnkit.checkpoints.report import MOST_CURVES, MOST_POINTS, report_html
 from learnkit.files.store import Store
 
@@ -153,3 +155,87 @@ def test_the_command_writes_it_and_nothing_else(tmp_path, capsys, monkeypatch):
     assert cli.main(['report', 'run', '-o', 'no/where.html']) == 1
     assert sorted(Path('ckpts').rglob('*')) == before
     assert Page(Path('report.html').read_text()).tags[0] == 'html'
+
+
+# What is not a number, what is best, what is replaced
+
+@pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf])
+def test_what_is_no_finite_number_is_shown_as_what_it_is(tmp_path, capsys, value):
+    text = str(value)
+    def broken(pred, targ): return torch.tensor(value)
+    learn = make(tmp_path, metrics=[broken, accuracy])
+    with learn.checkpoint(1) as cp: cp.fit(1)
+    learn.model[0].weight.data.fill_(value)
+    with learn.checkpoint(2) as cp: cp.fit(1)
+    print('\n'.join(show_text(learn.ledger.store, 1)))
+    assert f'broken {text}' in capsys.readouterr().out
+    learn.explain(1, 2)
+    found = capsys.readouterr().out
+    assert text in next(line for line in found.splitlines() if 'broken' in line)
+    assert '?' not in found
+    html = page(learn.ledger.store)
+    assert f'broken {text}' in html.text and '?' not in html.text
+    assert html.data['checkpoints']['c0']['metrics']['broken'] == text
+    ax = learn.plot_tree(metric='broken')
+    assert text in [one.get_text() for one in ax.texts]
+    plt.close(ax.figure)
+
+def test_an_infinite_best_is_kept(tmp_path, capsys):
+    def endless(pred, targ): return torch.tensor(-math.inf)
+    for _ in range(2):
+        learn = make(tmp_path, metrics=endless)
+        with learn.checkpoint(1) as cp: cp.fit(1, cbs=SaveBest('endless', mode='min'))
+        learn.rollback(1, which='best')
+    print('\n'.join(show_text(learn.ledger.store, 1)))
+    assert 'best endless -inf' in capsys.readouterr().out
+
+def best_of(store): # (id of the checkpoint that is marked, text of the page)
+    html = report_html(store)
+    marked = re.findall(r'<a href="#c\d+" class="best">(\w+)</a>', html)
+    return marked, Page(html).text
+
+def scores(folder, values, **kwargs): # Store with checkpoints 1, 2, ...
+    saved(folder, *(node(i + 1, i or None, last=value, metric='score', **kwargs)
+                    for i, value in enumerate(values)))
+    return Store(folder, 'run')
+
+def test_the_best_is_marked_by_what_the_metric_says_of_itself(tmp_path):
+    learn = make(tmp_path, metrics=accuracy)
+    for id, lr in ((1, 1e-6), (2, 3e-2), (3, 1e-6)):
+        with learn.checkpoint(id) as cp: cp.fit(3, lr=lr)
+    last = learn.recorder.df.accuracy[2::3].tolist()
+    marked, text = best_of(learn.ledger.store)
+    assert marked == [str(1 + last.index(max(last)))]
+    assert f'Marked: {marked[0]}, with the highest accuracy' in text
+
+def test_where_nobody_knows_what_is_better_the_page_says_so(tmp_path):
+    marked, text = best_of(scores(tmp_path, [0.1, 0.3, 0.2]))
+    assert not marked and "whether more of score is better, SaveBest('score', mode='max')" in text
+
+@pytest.mark.parametrize('values, id', [([0.1, 0.3, 0.2], '2'), ([math.inf, 0.1, math.nan], '2'),
+                                        ([math.nan] * 3, None)])
+def test_what_is_no_finite_number_is_not_the_best(tmp_path, values, id):
+    store = scores(tmp_path, values)
+    for one in (1, 2, 3):
+        record = store.read(one)
+        record['calls'][0]['report']['higher'] = {'score': True}
+        with store.writing(): store.write(record)
+    marked, text = best_of(store)
+    assert marked == ([id] if id else [])
+    assert (f'Marked: {id}, with the highest score' if id else 'none has a finite score') in text
+
+def test_only_an_older_report_is_replaced(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    learn = script(make(Path('ckpts')))
+    for _ in range(2): assert learn.report() == Path('report.html')
+    Path('notes.html').write_text('<html>my notes</html>')
+    with pytest.raises(FileExistsError, match='notes.html is there already, and is no report'):
+        learn.report('notes.html')
+    with pytest.raises(IsADirectoryError, match='ckpts is a folder: name a file in it'):
+        learn.report('ckpts')
+    assert cli.main(['report', 'run', '-o', 'notes.html']) == 1
+    assert 'give another path, or remove it first' in capsys.readouterr().err
+    assert Path('notes.html').read_text() == '<html>my notes</html>'
+    assert cli.main(['report', 'run']) == 0
+    Path('empty.html').touch()  # as mkstemp leaves it
+    assert learn.report('empty.html').stat().st_size > 1000

@@ -508,6 +508,32 @@ def test_what_is_logged_around_blocks_is_there_once_however_often_the_script_run
     learn.log('final', 0.5)
     assert content() != before and 'very good' in str(content())
 
+def test_what_is_logged_before_any_call_or_after_a_rollback_is_there_once_too(tmp_path):
+    before = None
+    for _ in range(3):
+        learn = made(Recorded, name='run', root=tmp_path/'ckpts', cbs=['json', keeps := Keeps()])
+        learn.log('data', 'all of it')
+        learn.log('size', 64)
+        for id in (1, 2):
+            with learn.checkpoint(id) as cp: cp.fit(1)
+        learn.rollback(1)
+        learn.log('first', 0.5)
+        learn.rollback()
+        learn.log('data', 'half of it')
+        assert before in (None, content())
+        before = content()
+        runs = {}
+        for one in keeps.told:
+            if one[0] == 'begin': run = one[1]
+            runs.setdefault(run, []).append(one)
+        zero, one, two = runs.values()
+        assert ('data', 'half of it', 0) in zero and (8, {'first': 0.5}) in one
+        assert [x[0] for x in one if type(x[0]) is int] == [3, 6, 8, 8]  # no step twice
+    learn = made(Recorded, name='run', root=tmp_path/'ckpts', cbs='json')
+    learn.rollback(1)
+    learn.log('first', 0.5)
+    assert content() == before
+
 def test_another_value_of_a_script_that_was_edited_is_told(tmp_path):
     for value in (0.25, 0.25, 0.5, 0.5):
         logged_script(tmp_path, 'json', after=False).log('final', value)
