@@ -101,6 +101,7 @@ from .loop.progress import (
     Progress,
 )
 from .loop import calls as _calls
+from .loop import inputs as _inputs
 from .loop import losses as _losses
 from .loop import position as _position
 from .loop import samples as _samples

@@ -195,7 +195,8 @@ def make_parser(): # ArgumentParser
     add_command(commands, tree, name)
     add_command(commands, show, name, ('id', an_id))
     add_command(commands, diff, name, ('a', an_id), ('b', an_id))
-    output = dict(default='report.html', help='file to write; an older report is replaced (default: report.html)')
+    output = dict(default='report.html',
+                  help='file to write; an older report is replaced (default: report.html)')
     add_command(commands, report, name, ('-o', output | {'dest': 'output', 'metavar': 'FILE'}))
     add_command(commands, rm, name, ('id', dict(an_id, nargs='?')), force, yes)
     add_command(commands, gc, name, yes)

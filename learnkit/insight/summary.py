@@ -31,7 +31,7 @@ from ..data.loaders import set_epoch
 from ..data.resumable import reading_without_trace
 from .layout import WIDTH, html_table, shortened_inside, text_table
 from ..loop.learner import Learner
-from ..loop.loop import are_by_name, split_batch
+from ..loop.inputs import called_on, split_batch
 from ..loop.predict import OwnBatches, collected
 
 # %% ../../nbs/insight/08_summary.ipynb #0806278c
@@ -291,8 +291,7 @@ def with_shapes(model, batch, n_inp): # nn.Module
     made = copy.deepcopy(model, {id(b): nn.UninitializedBuffer(device=b.device, dtype=b.dtype)
                                  for b in lazy}).eval()
     xb, _ = split_batch(batch, n_inp)
-    with torch.no_grad(), isolated_rng():
-        made(**xb[0]) if are_by_name(made, xb) else made(*xb)
+    with torch.no_grad(), isolated_rng(): called_on(made, xb)
     return made
 
 # %% ../../nbs/insight/08_summary.ipynb #8e895dfc

@@ -6,10 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/loop/03_loop.ipynb #99402ff6
-import inspect
-from collections.abc import Mapping
 from contextlib import contextmanager
-from functools import lru_cache
 import numpy as np
 import torch
 from fastcore.basics import patch
@@ -25,6 +22,7 @@ from ..components.optim import opt_params
 from ..components.optimizers import advice_for_step, mode_of_pass, needs_closure, take_step
 from ..data.loaders import is_table, length, set_epoch
 from ..data.resumable import workers_outlive_signals
+from .inputs import called_on, dict_advice, split_batch
 from .losses import loss_of, summed
 from .position import FitState, PassState
 from .samples import rows_of_both, samples_of_batch
@@ -174,7 +172,7 @@ def _count_epoch(self:Loop): self.epochs_done, self._fit.stage = self.epochs_don
 def get_pred(self:Loop):
     "Sets `pred`: the model's output for the inputs, by their names if it takes them so"
     model = self.model if self.compiled is None else self.compiled
-    self.pred = model(**self.xb[0]) if are_by_name(self.model, self.xb) else model(*self.xb)
+    self.pred = called_on(model, self.xb, self.model)
 
 @patch
 @unrecorded
@@ -206,21 +204,6 @@ def zero_grad(self:Loop):
     if self.opt:  # what Optimizer.zero_grad does, at a tenth of its cost
         for group in self.opt.param_groups:
             for param in group['params']: param.grad = None
-
-# %% ../../nbs/loop/03_loop.ipynb #ec8b5bb2
-def are_by_name(model, xb): # bool
-    "Whether inputs are a dict whose keys are arguments of the model, as Hugging Face has it"
-    if len(xb) != 1 or type(xb[0]) is torch.Tensor or not isinstance(xb[0], Mapping): return False
-    return takes_names(type(model), tuple(xb[0]))
-
-@lru_cache(maxsize=256)
-def takes_names(cls, names): # bool
-    "Whether `forward` of a class takes all names, and no dict as its first argument instead"
-    params = [*inspect.signature(cls.forward).parameters.values()][1:]
-    if not all(isinstance(name, str) for name in names): return False
-    named = {p.name for p in params if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
-    takes_others = any(p.kind is p.VAR_KEYWORD for p in params)
-    return (takes_others or named >= {*names}) and (not named or bool(named & {*names}))
 
 # %% ../../nbs/loop/03_loop.ipynb #2c58789b
 @patch
@@ -318,16 +301,6 @@ def _check_no_batches(self:Loop):
     raise ValueError((where if self.levels[0] == 'fit' else 'the loader gave no batch') + (
         ': an iterator can be read only once, give a loader or a list' if again else ''))
 
-# %% ../../nbs/loop/03_loop.ipynb #cbdee52f
-def split_batch(batch, # what a loader gave
-                n_inp=None, # how many items are inputs; None: all but the last
-               ): # (inputs, targets), tuples
-    "The inputs and the targets of a batch"
-    if isinstance(batch, (tuple, list)):
-        n = n_inp if n_inp is not None else max(len(batch) - 1, 1)
-        return tuple(batch[:n]), tuple(batch[n:])
-    return (batch,), () if isinstance(batch, torch.Tensor) else (batch,)
-
 # %% ../../nbs/loop/03_loop.ipynb #4243b88e
 @patch(as_prop=True)
 def batch(self:Loop):
@@ -408,8 +381,7 @@ def add_step(learn, error, name):
     if text := no_float32_text(learn): error.add_note(f'({text})')
 
 def what_a_step_does(learn, name): # str
-    n_x, n_all = len(learn.xb), len(learn.xb) + len(learn.yb)
-    n = f'; n_inp={learn.n_inp}: {n_x} of {n_all} items are inputs'
+    n = how_it_is_split(learn, name)
     match name:
         case 'get_pred': return f': {called(learn.model)}({kinds(learn.xb)}){n}'
         case 'get_loss' if learn.loss_func is not None:
@@ -417,6 +389,16 @@ def what_a_step_does(learn, name): # str
         case 'get_loss': return f': the model gave {kind(learn.pred)}'
         case 'backward': return f': the loss is {kind(learn.loss)}'
     return f': {called(learn.opt)}'
+
+def how_it_is_split(learn, name): # str
+    "What of the batch are inputs; of a dict how it is taken"
+    is_split = isinstance(learn.batch, (tuple, list))
+    parts = learn.xb if name == 'get_pred' else learn.yb
+    texts = [dict_advice(learn.model, parts[0], name)] if len(parts) == 1 else []
+    if is_split:
+        n_x, n_all = len(learn.xb), len(learn.xb) + len(learn.yb)
+        texts.insert(0, f'n_inp={learn.n_inp}: {n_x} of {n_all} items are inputs')
+    return ''.join(f'; {text}' for text in texts if text)
 
 def kinds(items): return ', '.join(map(kind, items)) # str
 

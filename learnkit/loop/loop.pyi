@@ -2,7 +2,6 @@
 # pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 # pyright: reportPrivateImportUsage=false
 """Fit, epoch, batch: levels, their events, five steps"""
-from functools import lru_cache
 from typing import Any
 from ..base.guard import Guarded
 from ..loop.learner import Learner
@@ -65,21 +64,6 @@ def training_loop() -> Any:
         list of (depth, event or step); depth is negative in validation
     """
 
-def are_by_name(model: Any, xb: Any) -> bool:
-    """Whether inputs are a dict whose keys are arguments of the model, as Hugging Face has it
-
-    Returns:
-        bool
-    """
-
-@lru_cache(maxsize=256)
-def takes_names(cls: Any, names: Any) -> bool:
-    """Whether `forward` of a class takes all names, and no dict as its first argument instead
-
-    Returns:
-        bool
-    """
-
 def overrides(learn: Learner, step: str) -> bool:
     """Whether a callback or a subclass does this step in its own way
 
@@ -111,17 +95,6 @@ def in_training(learn: Learner) -> bool:
 def set_modes(learn: Learner) -> None:
     """Training or evaluation; parts that were put into evaluation by hand stay so, as in the loss"""
 
-def split_batch(batch: Any, n_inp: Any = None) -> Any:
-    """The inputs and the targets of a batch
-
-    Args:
-        batch: what a loader gave
-        n_inp: how many items are inputs; None: all but the last
-
-    Returns:
-        (inputs, targets), tuples
-    """
-
 def step_of_loss(learn: Learner) -> Any:
     """The step in which the loss is computed
 
@@ -137,6 +110,13 @@ def add_step(learn: Learner, error: Any, name: Any) -> None:
 
 def what_a_step_does(learn: Learner, name: Any) -> str:
     """Returns:
+        str
+    """
+
+def how_it_is_split(learn: Learner, name: Any) -> str:
+    """What of the batch are inputs; of a dict how it is taken
+
+    Returns:
         str
     """
 
