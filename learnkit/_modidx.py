@@ -4162,6 +4162,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'learnkit.loop.fit.check_plan': ('loop/fit.html#check_plan', 'learnkit/loop/fit.py'),
                                    'learnkit.loop.fit.check_trained': ('loop/fit.html#check_trained', 'learnkit/loop/fit.py'),
                                    'learnkit.loop.fit.other_loaders': ('loop/fit.html#other_loaders', 'learnkit/loop/fit.py'),
+                                   'learnkit.loop.fit.own_loader': ('loop/fit.html#own_loader', 'learnkit/loop/fit.py'),
                                    'learnkit.loop.fit.set_fit_lr': ('loop/fit.html#set_fit_lr', 'learnkit/loop/fit.py'),
                                    'learnkit.loop.fit.warn_interrupted': ('loop/fit.html#warn_interrupted', 'learnkit/loop/fit.py')},
             'learnkit.loop.inputs': { 'learnkit.loop.inputs.are_by_name': ('loop/inputs.html#are_by_name', 'learnkit/loop/inputs.py'),

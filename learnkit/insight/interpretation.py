@@ -15,6 +15,7 @@ from ..base.batches import kind
 from ..base.methods import pure, result
 from ..components.metrics import NO_CLASS, best_class
 from ..data.loaders import check_loader
+from ..loop.fit import own_loader
 from ..loop.learner import Learner
 from ..loop.predict import collected
 from ..training.arguments import check_whole
@@ -242,7 +243,7 @@ def interpret(self:Learner,
               ignore_index:int=None, # targets that do not count; None: what the loss leaves out
              ) -> Interpretation:
     "What the model gets wrong over a loader: samples, classes, groups; changes nothing"
-    dl = self.dls.valid if dl is None else dl
+    dl = own_loader(self, 'valid', 'interpret') if dl is None else dl
     if dl is None: raise ValueError('interpret: no data; give a loader, as dls.valid is None')
     if task not in (None, *TASKS):
         raise ValueError(f'interpret(task={task!r}): must be one of {", ".join(TASKS)}')

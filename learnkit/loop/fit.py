@@ -64,13 +64,30 @@ def check_trained(learn):
                          'such in all. If the model was changed call make_opt() or '
                          'fit(reset_opt=True); parameters of a loss go into a group by a splitter')
 
+# %% ../../nbs/loop/11_fit.ipynb #a6731ace
 @contextmanager
 def other_loaders(learn, dls):
     "Other data for the time of a `with` block, if any are given"
     before = learn.dls
     if dls is not None: learn.dls = as_dataloaders(dls)
+    learn._origin.other_data = frozenset(
+        part for part in ('valid', 'test')
+        if (loader := getattr(learn.dls, part)) is not None
+        and loader is not getattr(before, part))
     try: yield
     finally: learn.dls = before
+
+def own_loader(learn, part, # 'valid' or 'test'
+               method, # that is called without a loader
+              ): # loader; None
+    "The learner's own data; where the last fit was given others, which are of that fit, say so"
+    own, origin = getattr(learn.dls, part), learn._origin
+    is_told = learn.levels or method in origin.told  # in a fit its data are the learner's own
+    if own is not None and part in origin.other_data and not is_told:
+        origin.told.add(method)
+        show_message(learn, f"{method}() takes the learner's own data, learn.dls.{part}, and the "
+                     f'last fit had others, its dls=: {method}(dls.{part}) is on those')
+    return own
 
 # %% ../../nbs/loop/11_fit.ipynb #3b9ae2d6
 @patch

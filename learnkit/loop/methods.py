@@ -13,6 +13,7 @@ from fastcore.basics import patch
 from ..base.methods import pure, structural, unrecorded
 from ..components.optim import freeze_layers, param_names
 from .learner import Learner
+from .fit import own_loader
 from .predict import OwnBatches, losses_of_samples, measure, predictions
 from .resume import autosaving, without_saving
 from .saving import export_weights, read_learner, tree_for_file, write_learner
@@ -27,7 +28,7 @@ def validate(self:Learner,
              dl=None, # loader with targets; None: `dls.valid`
             ) -> dict[str, float]: # loss and metrics
     "Loss and metrics over `dl`, exact means over its samples; changes nothing"
-    return measure(self, 'valid', self.dls.valid if dl is None else dl)
+    return measure(self, 'valid', own_loader(self, 'valid', 'validate') if dl is None else dl)
 
 @patch
 @pure
@@ -35,7 +36,7 @@ def test(self:Learner,
          dl=None, # loader with targets; None: `dls.test`
         ) -> dict[str, float]: # loss and metrics
     "As `validate`, on the test data, in phase 'test'"
-    return measure(self, 'test', self.dls.test if dl is None else dl)
+    return measure(self, 'test', own_loader(self, 'test', 'test') if dl is None else dl)
 
 # %% ../../nbs/loop/12_methods.ipynb #39b9e311
 @patch
@@ -49,8 +50,8 @@ def get_preds(self:Learner,
                                 # others None; 'none': each what it has computed, unordered
              ) -> tuple: # preds, targs[, losses][, inputs] on the host, (samples, ...) each
     "Predictions and targets over `dl`, in its order; changes nothing"
-    return predictions(self, self.dls.valid if dl is None else dl, with_loss, with_input,
-                       concat, gather)
+    if dl is None: dl = own_loader(self, 'valid', 'get_preds')
+    return predictions(self, dl, with_loss, with_input, concat, gather)
 
 @patch
 @pure

@@ -317,6 +317,7 @@ class Origin:
         self.baseline, self.state = Baseline(), None
         self.written = {}  # names of files that were saved or exported since a call has begun
         self.n_fits, self.memo = 0, {}  # fits that have begun; of `fingerprint`
+        self.other_data, self.told = frozenset(), set()  # see `own_loader`
         self.made_again, self.made_in = [], set()  # what callbacks make as a fit begins, and where
         self.is_recorded = False  # whether a state that follows from the baseline is known
         self.run, self.last_run = None, None  # `Run` of the call, of the last one; see `one_run`

@@ -243,6 +243,8 @@ class Origin:
     written: dict[Any, Any]
     n_fits: int
     memo: dict[Any, Any]
+    other_data: frozenset[Any]
+    told: Any
     made_again: list[Any]
     made_in: Any
     is_recorded: bool

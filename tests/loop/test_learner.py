@@ -603,3 +603,43 @@ def test_inputs_of_padded_text_come_along():
     assert torch.equal(torch.cat(preds), learn.get_preds()[0])
     assert [text.shape[1] for text in inputs] == [3, 2, 5] and [len(x) for x in losses] == [2, 2, 1]
     assert inputs[1][:, 0, 0].tolist() == [2., 3.]
+
+
+# Data of one fit
+
+def lines_of(act, capsys): # list of lines that are printed
+    capsys.readouterr()
+    act()
+    return capsys.readouterr().out.splitlines()
+
+def test_after_a_fit_on_other_data_the_own_ones_are_said_to_be_taken_once(capsys):
+    learn = make(valid=data())
+    learn.add_cb(Progress())
+    fold = DataLoaders(data(seed=1), data(seed=2), data(seed=3))
+    learn.fit(1, dls=fold)
+    assert lines_of(lambda: learn.validate(fold.valid), capsys) == []
+    said, = lines_of(learn.validate, capsys)
+    assert said == ("validate() takes the learner's own data, learn.dls.valid, and the last fit had "
+                    'others, its dls=: validate(dls.valid) is on those')
+    assert lines_of(learn.validate, capsys) == []
+    assert 'get_preds(dls.valid)' in lines_of(learn.get_preds, capsys)[0]
+
+@pytest.mark.parametrize('dls', [None, 'own', DataLoaders(data(seed=1)),
+                                 'their own training data'])
+def test_nothing_is_said_where_the_data_are_meant(dls, capsys):
+    learn = make(valid=data())
+    learn.add_cb(Progress())
+    learn.fit(1, dls=DataLoaders(data(seed=1), data(seed=2)))
+    other = DataLoaders(data(seed=1), learn.dls.valid)
+    learn.fit(1, dls={'own': learn.dls, 'their own training data': other}.get(dls, dls)
+              if isinstance(dls, str) else dls)
+    assert lines_of(learn.validate, capsys) == []
+
+def test_within_a_fit_its_data_are_the_learners_own(capsys):
+    found = []
+    def look(learn): found.append(learn.validate()['loss'])
+    learn = make(valid=data())
+    learn.add_cb(Progress())
+    learn.fit(1, dls=DataLoaders(data(seed=1), data(seed=2)), cbs=Callback(after_epoch=look))
+    assert found == [learn.recorder.rows[0]['valid_loss']]
+    assert 'takes the learner' not in capsys.readouterr().out
