@@ -1091,6 +1091,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'learnkit/checkpoints/record.py'),
                                              'learnkit.checkpoints.record.Node.calls': ( 'checkpoints/record.html#node.calls',
                                                                                          'learnkit/checkpoints/record.py'),
+                                             'learnkit.checkpoints.record.Node.current_answers': ( 'checkpoints/record.html#node.current_answers',
+                                                                                                   'learnkit/checkpoints/record.py'),
                                              'learnkit.checkpoints.record.Node.described_as': ( 'checkpoints/record.html#node.described_as',
                                                                                                 'learnkit/checkpoints/record.py'),
                                              'learnkit.checkpoints.record.Node.drop_calls': ( 'checkpoints/record.html#node.drop_calls',

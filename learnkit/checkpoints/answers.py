@@ -55,7 +55,9 @@ def fetch_answer(self:Ledger, node, call, found):
 
 # %% ../../nbs/checkpoints/07_answers.ipynb #253717b4
 @patch
-def compute_answer(self:Ledger, node, call, key, folder=None):
+def compute_answer(self:Ledger, node, call, key,
+                   at, # digests of the parts of the state that it is asked at
+                   folder=None):
     "Make a call and put the answer into the table of the checkpoint"
     __tracebackhide__ = True
     result, callbacks, facts = self.perform(call, folder)
@@ -66,7 +68,7 @@ def compute_answer(self:Ledger, node, call, key, folder=None):
         return result
     seals, files = self.written_files(node, call)
     tree = {'result': packed, 'callbacks': states_of(callbacks), 'files': files}
-    answer = {'key': key, 'method': call.method, 'text': call.text, 'kind': call.kind,
+    answer = {'key': key, 'at': at, 'method': call.method, 'text': call.text, 'kind': call.kind,
               'arguments': call.arguments.tree, 'code': call.code,
               'versions': self.arithmetic_of(call), 'seals': seals}
     with self.commit(lambda: self.store.put(tree)[0]) as roots:
@@ -85,7 +87,7 @@ def call_on(self:Ledger, id, name, args, kwargs):
     kind = method_kind(type(self.host.object), name)
     if kind in (None, 'structural'): return self.run_unrecorded(node, name, args, kwargs)
     call = self.describe_call(name, args, kwargs)
-    key = self.key_at(node, call)
+    key, at = self.key_at(node, call)
     if found := self.find_answer(node, key, call): return self.fetch_answer(node, call, found)
     self.reason = f'{call.text}: not asked before of checkpoint {id_text(id)}'
     if self.planning: raise PlanEnds(f'cache({id_text(id)}).{call.text} would be computed')
@@ -93,17 +95,17 @@ def call_on(self:Ledger, id, name, args, kwargs):
     with self.claimed(id, key):
         node = self.node(id)
         if found := self.find_answer(node, key, call): return self.fetch_answer(node, call, found)
-        return self.compute_on(node, call, key)
+        return self.compute_on(node, call, key, at)
 
 @patch
-def compute_on(self:Ledger, node, call, key):
+def compute_on(self:Ledger, node, call, key, at):
     "Compute an answer on the state of a checkpoint; what trains saves while it runs"
     folder = None
     if call.kind != 'pure':
         folder = (self.store.work(node.id)/f'answer-{key[:16]}').absolute()
     check_retained(self, node.id, call, state_after(self.read, node, node.n_calls).lacks)
     with self.on_state_of(node, call.method):
-        result = self.compute_answer(node, call, key, folder)
+        result = self.compute_answer(node, call, key, at, folder)
     if folder: forget_saves(folder)
     return result
 
@@ -124,12 +126,12 @@ def forget_saves(folder):
 
 # %% ../../nbs/checkpoints/07_answers.ipynb #48c2c006
 @patch
-def key_at(self:Ledger, node, call): # 64 hex digits
-    "The key of an answer on the state of a checkpoint"
+def key_at(self:Ledger, node, call): # (64 hex digits, dict: part of the state -> digest)
+    "The key of an answer on the state of a checkpoint, and what of that it follows from"
     unneeded = self.host.rules.unneeded_by.get(call.method, ())
     digests = state_after(self.read, node, node.n_calls).digests
     used = {part: digest for part, digest in digests.items() if part not in unneeded}
-    return answer_key(call, used, self.structure_for(node, call, unneeded))
+    return answer_key(call, used, self.structure_for(node, call, unneeded)), used
 
 @patch
 def structure_for(self:Ledger, node, call, unneeded=()) -> dict: # name -> digest

@@ -508,7 +508,7 @@ def compute_answer(self:Block, call, key, recorded, digests):
     whole = ledger.lacks and state_before(ledger.read, self.node, len(self.made)).is_whole
     if self.diverged or recorded != digests or whole: self.go_before_call(len(self.made))
     check_retained(ledger, self.id, call, ledger.lacks)
-    return ledger.compute_answer(self.node, call, key)
+    return ledger.compute_answer(self.node, call, key, recorded)
 
 # %% ../../nbs/checkpoints/08_block.ipynb #e8e2391d
 @patch

@@ -254,7 +254,7 @@ def show_text(store, id): # list of lines
         'forks': in_one_line(map(id_text, lineage.children().get(id, []))),
         'bytes': [size_text(lineage.nbytes(id))],
         'calls': [line for k, call in enumerate(node.calls) for line in call_lines(f'{k}  ', call)],
-        'answers': [line for answer in node.answers for line in call_lines('', answer)],
+        'answers': [line for answer in node.current_answers for line in call_lines('', answer)],
         'built of': [f'{name}: {as_text(tree.get(name, tree))}' for name, tree in built.items()],
         'state': in_one_line(lineage.digests_at(Position(id)) or ()),
         'code': in_one_line(latest(lineage, id, 'code')),

@@ -69,19 +69,23 @@ class Ledger:
         """
     def fetch_answer(self, node: Any, call: Any, found: Any) -> Any:
         """The recorded answer, reported in a line"""
-    def compute_answer(self, node: Any, call: Any, key: Any, folder: Any = None) -> Any:
-        """Make a call and put the answer into the table of the checkpoint"""
+    def compute_answer(self, node: Any, call: Any, key: Any, at: Any, folder: Any = None) -> Any:
+        """Make a call and put the answer into the table of the checkpoint
+
+        Args:
+            at: digests of the parts of the state that it is asked at
+        """
     def call_on(self, id: Any, name: Any, args: Any, kwargs: Any) -> Any:
         """A call on the state of a checkpoint, fetched or computed; the object stays as it is"""
-    def compute_on(self, node: Any, call: Any, key: Any) -> Any:
+    def compute_on(self, node: Any, call: Any, key: Any, at: Any) -> Any:
         """Compute an answer on the state of a checkpoint; what trains saves while it runs"""
     def run_unrecorded(self, node: Any, name: Any, args: Any, kwargs: Any) -> Any:
         """A call that is not recorded, on the state of a checkpoint"""
     def key_at(self, node: Any, call: Any) -> Any:
-        """The key of an answer on the state of a checkpoint
+        """The key of an answer on the state of a checkpoint, and what of that it follows from
 
         Returns:
-            64 hex digits
+            (64 hex digits, dict: part of the state -> digest)
         """
     def structure_for(self, node: Any, call: Any, unneeded: Any = ()) -> dict:
         """The structure of a checkpoint, over the data and constants that are here now

@@ -191,6 +191,16 @@ class Node(View):
         "The state that the checkpoint goes on from"
         return None if self.parent is None else Position(self.parent, self.json['parent_call'])
 
+# %% ../../nbs/checkpoints/01_record.ipynb #37936799
+@patch(as_prop=True)
+def current_answers(self:Node): # list of CallRecords
+    "The answers at a state that the checkpoint has now; others belong to what it was before"
+    states = [self.start.digests] if self.has_begun else []
+    states += [call.after.digests for call in self.calls if call.is_complete]
+    def is_current(at): return any(at.items() <= digests.items() for digests in states)
+    return [answer for answer in self.answers
+            if (at := answer.json.get('at')) is None or is_current(at)]
+
 # %% ../../nbs/checkpoints/01_record.ipynb #64907424
 def new_node(id, description, host, # name of the class of the object whose calls are recorded
              position, # where it stands; None: at the beginning

@@ -205,6 +205,13 @@ class Node(View):
         Returns:
             Position; None for one that goes on from no other
         """
+    @property
+    def current_answers(self) -> Any:
+        """The answers at a state that the checkpoint has now; others belong to what it was before
+
+        Returns:
+            list of CallRecords
+        """
     def described_as(self, description: Any) -> Node:
         """A copy, with another description if one is given"""
     def set_start(self, saved: Any, structure: dict) -> None:

@@ -135,7 +135,7 @@ def all_about(lineage, id, children): # dict; children: as from `Lineage.childre
                   ('accepted', '; '.join(reasons_accepted(node))),
                   ('state', ', '.join(lineage.digests_at(Position(id)) or ()))],
         'calls': list(map(call_facts, node.calls)),
-        'answers': list(map(call_facts, node.answers)),
+        'answers': list(map(call_facts, node.current_answers)),
         'built': [(name, built_text(name, tree)) for name, tree in structure_of(node).items()
                   if tree is not None],
         'environment': [('code', ', '.join(latest(lineage, id, 'code'))),

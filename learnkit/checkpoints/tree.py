@@ -89,8 +89,8 @@ def calls_text(calls): # str
     return ', '.join(text if n == 1 else f'{text} ×{n}' for text, n in runs)
 
 def answers_text(node): # str
-    "The methods whose answers a checkpoint keeps"
-    counts = Counter(answer.method for answer in node.answers)
+    "The methods whose answers a checkpoint keeps at the states that it has now"
+    counts = Counter(answer.method for answer in node.current_answers)
     texts = [name if n == 1 else f'{name} ×{n}' for name, n in counts.items()]
     return f'asked {", ".join(texts)}' if texts else ''
 

@@ -69,7 +69,7 @@ def calls_text(calls: Any) -> str:
     """
 
 def answers_text(node: Any) -> str:
-    """The methods whose answers a checkpoint keeps
+    """The methods whose answers a checkpoint keeps at the states that it has now
 
     Returns:
         str

@@ -7,6 +7,9 @@ from torch.optim import SGD
 from checkpoint_runs import data, make, digest, script, CALLS, Own
 from counting import Fits
 from learnkit import Callback, SaveBest, StaleCheckpoint
+from learnkit.checkpoints.comparison import show_text
+from learnkit.checkpoints.lineage import Lineage
+from learnkit.checkpoints.tree import answers_text
 
 
 @pytest.fixture(autouse=True)
@@ -109,3 +112,24 @@ def test_a_broken_cache_call_goes_on(tmp_path):
     again = SaveBest('accuracy')
     learn.cache(1).fit(3, cbs=again)
     assert again.best == best.best and Fits.n == 6
+
+
+def test_only_answers_at_a_state_that_is_there_now_are_counted(tmp_path):
+    def asked(learn): return answers_text(Lineage(learn.ledger.store).nodes[1])
+    def run(n, again=False):
+        learn = make(tmp_path, on_change='rerun')
+        with learn.checkpoint(1) as cp:
+            cp.fit(1)
+            cp.validate()
+            cp.fit(n)
+            cp.validate()
+            if again: cp.validate(cp.dls.train)
+        learn.cache(1).get_preds()
+        return learn
+    assert asked(run(1)) == asked(run(1)) == 'asked validate ×2, get_preds'
+    assert asked(run(2)) == 'asked validate ×2, get_preds'  # the first is at a state that has stayed
+    assert asked(run(2, again=True)) == 'asked validate ×3, get_preds'
+    learn = run(1)
+    assert asked(learn) == 'asked validate ×2, get_preds'
+    text = '\n'.join(show_text(learn.ledger.store, 1))
+    assert text.count('validate(') == 2

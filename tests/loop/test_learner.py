@@ -619,8 +619,8 @@ def test_after_a_fit_on_other_data_the_own_ones_are_said_to_be_taken_once(capsys
     learn.fit(1, dls=fold)
     assert lines_of(lambda: learn.validate(fold.valid), capsys) == []
     said, = lines_of(learn.validate, capsys)
-    assert said == ("validate() takes the learner's own data, learn.dls.valid, and the last fit had "
-                    'others, its dls=: validate(dls.valid) is on those')
+    assert said == ("validate() takes the learner's own data, learn.dls.valid, and the last fit "
+                    'had others, its dls=: validate(dls.valid) is on those')
     assert lines_of(learn.validate, capsys) == []
     assert 'get_preds(dls.valid)' in lines_of(learn.get_preds, capsys)[0]
 
