@@ -5,10 +5,11 @@ from pathlib import Path
 # Folders of nbs/ and learnkit/, the lowest first: a module imports lower rooms, and lower numbers
 # of its own room
 ROOMS = ('base', 'files', 'data', 'components', 'fingerprint', 'loop', 'training', 'insight',
-         'loggers', 'processes', 'checkpoints')
-GATHERED = ('insight', 'loggers')  # rooms whose names can be imported from the room itself, too
+         'loggers', 'processes', 'checkpoints', 'sklearn')
+# Rooms whose names can be imported from the room itself, too
+GATHERED = ('insight', 'loggers', 'sklearn')
 
-# Modules whose names are imported from them alone, as they load a library that not everybody has
+# Rooms whose names are imported from them alone, as they load a library that not everybody has
 BY_ITSELF = {'sklearn'}
 
 HEAD = '''"{description}"
@@ -54,6 +55,9 @@ def public_names(module): # list of str
     return []
 
 
+def is_by_itself(module): return module.partition('.')[0] in BY_ITSELF # bool
+
+
 def gathered(names, # dict: module -> list of public names
             ): # source text
     "Explicit imports and `__all__`, which type checkers and readers can follow"
@@ -93,7 +97,7 @@ def main(root=Path()):
     modules = [module_name(root, notebook) for notebook in notebooks(root)]
     names = {module: public_names(lib / f'{module.replace(".", "/")}.py') for module in modules}
     check_clashes(names)
-    together = {module: some for module, some in names.items() if module not in BY_ITSELF}
+    together = {module: some for module, some in names.items() if not is_by_itself(module)}
     source = HEAD.format(**config['DEFAULT']) + gathered(together)
     (lib / '__init__.py').write_text(source, encoding='utf-8')
     for room in GATHERED:

@@ -14,7 +14,7 @@ from ..files.growing import GrowingList
 from ..loop.calls import Run, as_made_before, keeping_logged, one_run
 from ..loop.observed import observed_state, observed_text
 from ..loop.progress import Progress, show_message
-from ..training.tracker import known_monitors
+from ..components.tally import Tally
 from ..training.save_best import SaveBest
 from .record import without_infinities
 from .host import Display
@@ -66,7 +66,7 @@ def begin_report(self:LearnerDisplay): # function: callbacks -> dict
         made = recorder.since('rows', n_rows)
         last = {name: value for name, value in (made[-1] if made else {}).items()
                 if name not in ('run', 'epoch')}
-        known = known_monitors(self.object) if made else {}
+        known = Tally(self.object.metrics).directions if made else {}
         return without_infinities({
             'rows': [n_rows, recorder.n_rows], 'epochs': len(made), 'fits': recorder.run - run,
             'log': None if origin.last_run is logged else origin.last_run.saved(),

@@ -127,7 +127,7 @@ def test_only_answers_at_a_state_that_is_there_now_are_counted(tmp_path):
         learn.cache(1).get_preds()
         return learn
     assert asked(run(1)) == asked(run(1)) == 'asked validate ×2, get_preds'
-    assert asked(run(2)) == 'asked validate ×2, get_preds'  # the first is at a state that has stayed
+    assert asked(run(2)) == 'asked validate ×2, get_preds'
     assert asked(run(2, again=True)) == 'asked validate ×3, get_preds'
     learn = run(1)
     assert asked(learn) == 'asked validate ×2, get_preds'

@@ -5,183 +5,12 @@
 import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 import threading
-from torch.utils.data import Dataset
 from typing import Any, TypeVar
-from .components.callback import Callback
-from .loop.learner import Learner
+from ..loop.learner import Learner
 _Self = TypeVar('_Self')
 __all__ = [
-    'EXPECTED_FAILED_CHECKS', 'ArrayDict', 'LearnerEstimator', 'LearnerClassifier',
-    'LearnerRegressor'
+    'EXPECTED_FAILED_CHECKS', 'LearnerEstimator', 'LearnerClassifier', 'LearnerRegressor'
 ]
-
-class ArrayDict(dict):
-    """Inputs by name, whose samples can be selected as those of one array"""
-    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
-    @property
-    def shape(self) -> Any: ...
-    def __getitem__(self, key: Any) -> Any:
-        """Returns:
-            of str: array; else ArrayDict
-        """
-
-def as_array(name: Any, x: Any) -> Any:
-    """An input of a model that has several
-
-    Returns:
-        array, or sparse matrix
-    """
-
-def samples_of(X: Any, rows: Any) -> Any:
-    """Some of the inputs, on their way to a model
-
-    Args:
-        X: array, sparse matrix, or `ArrayDict`
-        rows: numbers of samples
-
-    Returns:
-        tensor, or dict of tensors
-    """
-
-class Samples(Dataset):
-    """Inputs that are no single array, and targets; it gives whole batches"""
-    X: Any
-    columns: Any
-    def __init__(self, X: Any, columns: Any) -> None: ...
-    def __len__(self) -> int: ...
-    def __getitems__(self, rows: Any) -> Any: ...
-
-def make_loader(
-        X: Any,
-        columns: Any = (),
-        bs: int = 64,
-        shuffle: Any = False,
-        seed: Any = None,
-) -> Any:
-    """Batches of inputs and what belongs to them
-
-    Args:
-        X: array, sparse matrix, or `ArrayDict`
-        columns: tensors beside it: targets, weights
-
-    Returns:
-        loader
-    """
-PARTS: tuple[str, ...]
-
-def is_argument(name: Any) -> bool:
-    """Whether a parameter is an argument of a part
-
-    Returns:
-        bool
-    """
-
-def check_parameters(cls: Any, names: Any) -> None:
-    """Raise TypeError for a parameter that an estimator does not have"""
-
-def arguments_of(part: Any, params: Any) -> Any:
-    """What the parameters of an estimator say of one of its parts
-
-    Returns:
-        dict: argument -> value
-    """
-
-def call(part: Any, func: Any, kwargs: Any) -> Any:
-    """Call with arguments that are parameters; an error says which parameter is wrong
-
-    Args:
-        part: of PARTS
-
-    Returns:
-        what it returns
-    """
-
-def signature(func: Any) -> Any:
-    """Returns:
-        inspect.Signature; that of anything for a builtin that has none
-    """
-
-def with_sizes(module: Any, kwargs: dict, sizes: dict) -> dict:
-    """Arguments of a module, with the sizes that it asks for
-
-    Args:
-        module: class or function
-
-    Returns:
-        dict
-    """
-
-def made_module(module: Any, kwargs: dict, sizes: dict, batch: Any) -> Any:
-    """A new model
-
-    Args:
-        module: class, function, or model
-        kwargs, sizes: argument -> number
-        batch: some inputs
-
-    Returns:
-        nn.Module
-    """
-
-def find_sizes(model: Any, batch: Any) -> None:
-    """Run some inputs through lazy layers, which leave no other trace"""
-
-def init_arguments(cb: Any) -> Any:
-    """The arguments that a callback was made with, defaults included
-
-    Returns:
-        dict: name -> value
-    """
-
-def new_callbacks(cbs: Any, params: dict) -> Any:
-    """Copies of callbacks, some with other arguments
-
-    Args:
-        cbs: as a learner takes them
-        params: 'EarlyStopping__patience' -> value
-
-    Returns:
-        list of callbacks
-    """
-
-def callback_parameters(cbs: Any) -> Any:
-    """What can be set of callbacks
-
-    Returns:
-        dict: parameter -> value
-    """
-
-def classification_loss(pred: Any, targ: Any, reduction: Any = 'mean') -> Any:
-    """Cross entropy, binary where there is one number per sample"""
-
-def regression_loss(pred: Any, targ: Any, reduction: Any = 'mean') -> Any:
-    """Mean square"""
-
-def first_output(pred: Any) -> Any:
-    """The prediction in a model's output: all of it, or the first of several
-
-    Returns:
-        tensor
-    """
-
-def aligned(pred: Any, targ: Any, n_classes: Any = None) -> Any:
-    """Targets as a loss takes them beside a prediction
-
-    Returns:
-        tensor
-    """
-
-class AlignTargets(Callback):
-    """Brings targets into the form that the loss takes beside the prediction"""
-    n_classes: Any
-    def __init__(self, n_classes: Any = None) -> None: ...
-    def before_batch(self, learn: Learner) -> None: ...
-    def after_pred(self, learn: Learner) -> None: ...
-
-class WeightedLoss(Callback):
-    """The weighted mean of the losses of samples; the weights are the third item of a batch"""
-    def before_fit(self, learn: Learner) -> None: ...
-    def get_loss(self, learn: Learner) -> Any: ...
 
 class LearnerEstimator(BaseEstimator):
     """Base of the estimators: a model that is made and trained by `fit`"""
@@ -197,7 +26,6 @@ class LearnerEstimator(BaseEstimator):
     seed: int
     device: Any
     verbose: bool
-    input_names_: Any
     learner_: Any
     def __init__(
             self,
@@ -274,8 +102,6 @@ class LearnerEstimator(BaseEstimator):
             dict
         """
     def __setstate__(self, state: Any) -> None: ...
-
-def inputs_text(names: Any) -> Any: ...
 ONE_AT_A_TIME: threading.RLock
 
 def fit_method(learn: Learner, name: Any) -> Any:
