@@ -96,7 +96,9 @@ def show_report(self:LearnerDisplay, report, callbacks, arguments):
         learn.fit_cbs = [*learn.cbs, *(one.callback for one in callbacks if one.callback)]
     given = [cb for cb in given_callbacks(arguments) if cb.external and cb not in learn.cbs]
     self.not_replayed.append((report['log'], taken_logged(self), given))
-    if learn.recorder.n_rows < end: return  # the state was not kept; a later call brings it
+    if learn.recorder.n_rows < end:  # the state was not kept; a later call brings it
+        if report['log']: learn._origin.here = as_made_before(report['log'])
+        return
     waiting, self.not_replayed = self.not_replayed, []
     for log, logged, given in waiting: replay_log(learn, log, logged, given)
 

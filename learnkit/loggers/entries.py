@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../../nbs/loggers/00_entries.ipynb #f659fa7b
 import io, zlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
 import numpy as np
@@ -78,7 +78,7 @@ class Logged:
 
     def kept(self): # plain dict
         packed = packed_image(self.value) if self.method == 'figure' else self.value
-        return {**asdict(self), 'value': packed, 'digest': path_digest(self.value)}
+        return {**vars(self), 'value': packed, 'digest': path_digest(self.value)}
 
     @property
     def key(self): # 64 hex digits, that tell it from anything else of its run

@@ -44,7 +44,7 @@ class FileLogger(Logger):
     "Appends to a file; pictures, texts and files go into a folder beside it, one for each run"
     def __init__(self, path, every):
         super().__init__(every)
-        self.path = path
+        self.path, self.known = path, []  # lines that the file has of the run, as it was opened
 
     @property
     def file(self): return self.folder / self.path # Path
@@ -115,13 +115,11 @@ class CSVLogger(FileLogger):
 
     def last_step(self, run):
         self.columns()  # an error for a file of something else
-        return max((int(row['step']) for row in self.rows_of(run)), default=-1)
-
-    def rows_of(self, run): return [row for row in self.rows() if row['run'] == run.id]
+        self.known = [row for row in self.rows() if row['run'] == run.id]
+        return max((int(row['step']) for row in self.known), default=-1)
 
     def has_number(self, step, name, value):
-        found = [row.get(column_name(name)) for row in self.rows_of(self.log_state.run)
-                 if int(row['step']) == step]
+        found = [row.get(column_name(name)) for row in self.known if int(row['step']) == step]
         return any(x and is_same(float(x), value) for x in found)
 
     def begin(self, run):
@@ -175,15 +173,12 @@ class JSONLogger(FileLogger):
         super().__init__(path, every)
 
     def last_step(self, run):
-        return max((line['step'] for line in self.lines_of(run) if 'step' in line), default=-1)
-
-    def lines_of(self, run): # list of dicts
         found = map(json.loads, whole_lines(self.file).splitlines())
-        return [line for line in found if line['run'] == run.id]
+        self.known = [line for line in found if line['run'] == run.id]
+        return max((line['step'] for line in self.known if 'step' in line), default=-1)
 
     def has_number(self, step, name, value):
-        found = [line['values'].get(name) for line in self.lines_of(self.log_state.run)
-                 if line.get('step') == step]
+        found = [line['values'].get(name) for line in self.known if line.get('step') == step]
         return any(x is not None and is_same(float(x), value) for x in found)
 
     def write(self, **facts):
@@ -205,8 +200,7 @@ class JSONLogger(FileLogger):
 def has(self:JSONLogger, thing): # bool
     if thing.method != 'text': return FileLogger.has(self, thing)
     wanted = text_facts(thing.name, thing.value, thing.step).items()
-    return any(wanted <= line.items() for line in self.lines_of(self.log_state.run)
-               if 'values' not in line and 'params' not in line)
+    return any(wanted <= line.items() for line in self.known if line.get('event') == 'text')
 
 def text_facts(name, text, step): # dict
     return {'event': 'text', 'at': step, 'name': name, 'text': text}

@@ -86,7 +86,7 @@ class LogState:
     is_open: bool = False # whether `begin` was called, and `end` was not
     has_failed: bool = False
     unsent: tuple = () # what a tracker that has failed did not take
-    told: list = field(default_factory=list) # keys of what was logged by hand
+    told: dict = field(default_factory=dict) # keys of what was logged by hand
     earlier: dict = field(default_factory=dict) # id of an earlier run -> step, like `known`
 
 def logger_again(cls, args, kwargs): return cls(*args, **kwargs) # a Logger
@@ -165,7 +165,8 @@ def lacks(self:Logger, entry): # bool
     "Whether the tracker is to be told of something, as far as it knows what it has"
     (step, values), state = entry, self.log_state
     if not isinstance(values, Logged): return step > state.known
-    if step < state.known or state.run.goes_on and self.call('has', values): return False
+    if step < state.known or values.key in state.told: return False
+    if state.run.goes_on and self.call('has', values): return False
     if not values.differs(): return True
     warnings.warn(f'{self!r} lacks {values.name!r}: {values.value} is not there any more as it was '
                   'logged', stacklevel=caller_stacklevel())
@@ -186,7 +187,7 @@ def send(self:Logger, entries):
         state.unsent = state.unsent[1:]
         if state.has_failed: continue
         state.run.done[repr(self)] = step
-        if is_thing: state.told.append(values.key)
+        if is_thing: state.told[values.key] = True
 
 @patch
 def open(self:Logger):

@@ -6,7 +6,7 @@
 __all__ = ['TensorBoardLogger']
 
 # %% ../../nbs/loggers/03_tensorboard.ipynb #9523c160
-import time
+import math, time
 import numpy as np
 from fastcore.basics import patch
 from .entries import pixels
@@ -25,14 +25,18 @@ class TensorBoardLogger(Logger):
         self.log_dir, self.writer = log_dir, None
         self.names, self.at = {}, 0  # of numbers an epoch has; the step that came last
         self.is_torn = False  # whether some of the step after the known ones was written
+        self.known_events = None  # EventAccumulator, as the run was opened; None: there are none
+        self.purged_from = math.inf  # step from which readers forget what was there
 
     def run_dir(self, run): return self.folder / self.log_dir / run.name # Path
 
     def last_step(self, run):
         folder = self.run_dir(run)
-        self.is_torn = False
+        self.is_torn, self.known_events, self.purged_from = False, None, math.inf
         if not any(folder.glob('events.*')): return -1
-        whole, self.is_torn = last_whole_step(folder)
+        self.known_events = events_in(folder)
+        whole, self.is_torn = last_whole_step(self.known_events)
+        if self.is_torn: self.purged_from = whole + 1
         return whole
 
     def begin(self, run):
@@ -47,14 +51,15 @@ class TensorBoardLogger(Logger):
             for name, facts in (('params', run.params), ('tags', run.tags)):
                 self.writer.add_text(name, facts_table(facts), 0)
 
-    def metrics(self, step, values):
-        for name, value in values.items(): self.writer.add_scalar(name, value, step)
-        if 'train_loss' in values:
-            self.names |= {name: value for name, value in values.items() if name != 'epoch'}
-            self.writer.flush()
-        self.at = step
-
 # %% ../../nbs/loggers/03_tensorboard.ipynb #021f6355
+@patch
+def metrics(self:TensorBoardLogger, step, values):
+    for name, value in values.items(): self.writer.add_scalar(name, value, step)
+    if 'train_loss' in values:
+        self.names |= {name: value for name, value in values.items() if name != 'epoch'}
+        self.writer.flush()
+    self.at = step
+
 @patch
 def figure(self:TensorBoardLogger, name, image, step):
     self.writer.add_image(name, image, step, dataformats='HWC')
@@ -84,8 +89,8 @@ def facts_table(facts): # Markdown
 # %% ../../nbs/loggers/03_tensorboard.ipynb #c8e7228b
 @patch
 def has(self:TensorBoardLogger, thing): # bool
-    folder = self.run_dir(self.log_state.run)
-    return any(folder.glob('events.*')) and has_thing(events_in(folder), thing)
+    if self.known_events is None or thing.step >= self.purged_from: return False
+    return has_thing(self.known_events, thing)
 
 def path_text(path): return f'`{path.absolute()}`' # Markdown
 
@@ -108,9 +113,8 @@ def has_thing(events, thing): # bool
         value_of(event), wanted, equal_nan=kind == 'scalars') for event in get(name))
 
 # %% ../../nbs/loggers/03_tensorboard.ipynb #06ba12ff
-def last_whole_step(folder): # (int, bool)
+def last_whole_step(found): # (int, bool)
     "The last step of which everything was written for sure, -1: none; whether there is more"
-    found = events_in(folder)
     tags = found.Tags()
     steps = {event.step for name in tags['scalars'] for event in found.Scalars(name)}
     has_ended = 'status/text_summary' in tags['tensors'] and (

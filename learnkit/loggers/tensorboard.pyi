@@ -18,6 +18,8 @@ class TensorBoardLogger(Logger):
     names: dict[Any, Any]
     at: int
     is_torn: bool
+    known_events: Any
+    purged_from: Any
     def __init__(self, log_dir: Any = 'runs', every: int = 10) -> None:
         """Writes what TensorBoard shows
 
@@ -62,7 +64,7 @@ def has_thing(events: Any, thing: Any) -> bool:
         bool
     """
 
-def last_whole_step(folder: Any) -> Any:
+def last_whole_step(found: Any) -> Any:
     """The last step of which everything was written for sure, -1: none; whether there is more
 
     Returns:

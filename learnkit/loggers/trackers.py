@@ -84,7 +84,7 @@ def end(self:WandbLogger, status):
     place = Path(self.run.dir).parent / 'learnkit.json'
     self.run.finish(exit_code=0 if status == 'finished' else 1)
     if place.parent.exists():
-        place.write_text(json.dumps({'step': self.at, 'things': self.log_state.told}))
+        place.write_text(json.dumps({'step': self.at, 'things': [*self.log_state.told]}))
     self.run = None
 
 # %% ../../nbs/loggers/04_trackers.ipynb #9730d2b6

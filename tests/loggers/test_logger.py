@@ -539,6 +539,27 @@ def test_another_value_of_a_script_that_was_edited_is_told(tmp_path):
         logged_script(tmp_path, 'json', after=False).log('final', value)
     assert open('metrics.jsonl').read().count('"final"') == 2
 
+def test_a_cell_that_runs_twice_logs_once(tmp_path):
+    learn = logged_script(tmp_path, keeps := Keeps(), after=False)
+    for value in (0.25, 0.25, 0.5, 0.25): learn.log('final', value)
+    for path, text in (('a.txt', 'one'), ('a.txt', 'one'), ('a.txt', 'other')):
+        Path(path).write_text(text)
+        learn.log('file', Path(path))
+    found = [values['final'] for _, values in keeps.entries if 'final' in values]
+    assert found == [0.25, 0.5] and keeps.told.count(('file', Path('a.txt'))) == 2
+
+@pytest.mark.parametrize('keep', ['calls', 'last'])
+def test_what_is_logged_between_the_calls_of_a_block_is_there_once(tmp_path, keep):
+    before = None
+    for _ in range(3):
+        learn = made(Recorded, name='run', root=tmp_path/'ckpts', keep=keep, cbs='json')
+        with learn.checkpoint(1) as cp:
+            cp.fit(1)
+            learn.log('between', 0.5)
+            cp.fit(1)
+        assert before in (None, content())
+        before = content()
+
 class Scores(Recorded):
     "Methods of its own that log"
     def score(self): self.log('score', 0.5), self.log('how', 'by hand')

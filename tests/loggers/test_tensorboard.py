@@ -96,6 +96,20 @@ def test_what_is_logged_around_blocks_is_there_once(tmp_path):
     learn.log('note', 'other words')
     assert everything() != before
 
+@pytest.mark.parametrize('at', [3, 9, 12])
+def test_what_a_killed_run_had_logged_is_there_after_it_went_on(at):
+    def log(learn): learn.log('note', f'{learn.steps_done}')
+    def kill(learn):
+        if learn.steps_done == at: os._exit(9)
+    def run(*cbs):
+        made().fit(2, cbs=[SaveState('run', '5 steps'), TensorBoardLogger(every=2),
+                           Callback(after_step=log, observer=True), *cbs], resume='latest')
+    assert in_child(lambda: run(Callback(at_rest=kill, order=98, observer=True))) == 9
+    run()
+    folder = max(Path('runs').glob('*'), key=lambda path: path.stat().st_mtime)
+    found = {event.step for event in read(folder).Tensors('note/text_summary')}
+    assert found == {*range(1, 17)}
+
 def test_a_folder_that_cannot_be_made_is_a_warning():
     Path('runs').write_text('a file')
     with pytest.warns(UserWarning, match='failed in begin'): made().fit(1, cbs='tensorboard')
