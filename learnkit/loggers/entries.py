@@ -43,9 +43,9 @@ def drawn(figure): # uint8 array, (height, width, 4)
 
 # %% ../../nbs/loggers/00_entries.ipynb #84815695
 def pixels(data): # uint8 array, (height, width, 3)
-    "Those of the content of a file"
-    from PIL import Image
-    return np.asarray(Image.open(io.BytesIO(data)).convert('RGB'))
+    "Those of the content of a PNG file"
+    from matplotlib.image import imread
+    return np.round(imread(io.BytesIO(data), format='png')[..., :3] * 255).astype(np.uint8)
 
 def kind_of(value): # (method of a logger, value for it)
     "What something is to a logger"

@@ -21,7 +21,7 @@ def drawn(figure: Any) -> Any:
     """
 
 def pixels(data: Any) -> Any:
-    """Those of the content of a file
+    """Those of the content of a PNG file
 
     Returns:
         uint8 array, (height, width, 3)

@@ -77,18 +77,6 @@ def other_loaders(learn, dls):
     try: yield
     finally: learn.dls = before
 
-def own_loader(learn, part, # 'valid' or 'test'
-               method, # that is called without a loader
-              ): # loader; None
-    "The learner's own data; where the last fit was given others, which are of that fit, say so"
-    own, origin = getattr(learn.dls, part), learn._origin
-    is_told = learn.levels or method in origin.told  # in a fit its data are the learner's own
-    if own is not None and part in origin.other_data and not is_told:
-        origin.told.add(method)
-        show_message(learn, f"{method}() takes the learner's own data, learn.dls.{part}, and the "
-                     f'last fit had others, its dls=: {method}(dls.{part}) is on those')
-    return own
-
 # %% ../../nbs/loop/11_fit.ipynb #3b9ae2d6
 @patch
 @as_run
@@ -171,3 +159,16 @@ def warn_interrupted(learn):
     warnings.warn(f'fit interrupted in epoch {learn.epoch}, batch {last}; the learner keeps the '
                   f'state of {learn.steps_done} updates',
                   stacklevel=caller_stacklevel())
+
+# %% ../../nbs/loop/11_fit.ipynb #09c83ddf
+def own_loader(learn, part, # 'valid' or 'test'
+               method, # that is called without a loader
+              ): # loader; None
+    "The learner's own data; where the last fit was given others, which are of that fit, say so"
+    own, origin = getattr(learn.dls, part), learn._origin
+    is_told = learn.levels or method in origin.told  # in a fit its data are the learner's own
+    if own is not None and part in origin.other_data and not is_told:
+        origin.told.add(method)
+        show_message(learn, f"{method}() takes the learner's own data, learn.dls.{part}, and the "
+                     f'last fit had others, its dls=: {method}(dls.{part}) is on those')
+    return own

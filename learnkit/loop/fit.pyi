@@ -19,6 +19,8 @@ def check_trained(learn: Learner) -> None:
 def other_loaders(learn: Learner, dls: Any) -> AbstractContextManager[None]:
     """Other data for the time of a `with` block, if any are given"""
 
+def warn_interrupted(learn: Learner) -> None: ...
+
 def own_loader(learn: Learner, part: Any, method: Any) -> Any:
     """The learner's own data; where the last fit was given others, which are of that fit, say so
 
@@ -29,5 +31,3 @@ def own_loader(learn: Learner, part: Any, method: Any) -> Any:
     Returns:
         loader; None
     """
-
-def warn_interrupted(learn: Learner) -> None: ...

@@ -25,9 +25,9 @@ from ..loop.learner import Learner
 from ..loop.state import model_state, on_host
 from .inputs import (
     ArrayDict, make_loader, make_loaders, read_inputs, samples_of, without_zero_weights)
-from learnkit.sklearn.parts import (
-    PARTS, arguments_of, call, callback_parameters, check_parameters, is_argument, made_module,
-    new_callbacks)
+from .parts import (
+    PARTS, arguments_of, call, callback_parameters,
+    check_parameters, is_argument, made_module, new_callbacks)
 from .targets import (
     AlignTargets, WeightedLoss, classification_loss, first_output, regression_loss)
 

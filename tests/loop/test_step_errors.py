@@ -30,7 +30,8 @@ class Broken(torch.optim.SGD):
      '(in get_loss: mse_loss(float32[6, 2], float32[5, 2]); n_inp=None: 1 of 2 items are inputs)'),
     (dict(loss_func=F.mse_loss, y={'a': torch.zeros(6)}),
      '(in get_loss: mse_loss(float32[6, 2], {a: float32[6]}); n_inp=None: 1 of 2 items are '
-     'inputs)'),
+     'inputs; the target is a dict with the keys a, which loss_func gets as a whole: let it take '
+     'what it needs from that, or write a get_loss of your own)'),
     (dict(loss_func=F.mse_loss, y=torch.zeros(6, 2), n_inp=2),
      '(in get_pred: Linear(float32[6, 3], float32[6, 2]); n_inp=2: 2 of 2 items are inputs)'),
     (dict(loss_func=None, y=torch.zeros(6)), '(in get_loss: the model gave float32[6, 2])'),
