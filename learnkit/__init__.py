@@ -30,6 +30,7 @@ from .files.errors import (
     DamagedError, LockedError, StoreError, UnstorableError,
 )
 from .files import owners as _owners
+from .files import regular as _regular
 from .files import durable as _durable
 from .files.leases import (
     ended_leases, Lease, LostLeaseError,

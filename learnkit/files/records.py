@@ -6,20 +6,19 @@
 __all__ = []
 
 # %% ../../nbs/files/07_records.ipynb #e0c39fdb
-import hashlib, json, os, re, stat
-from pathlib import Path
+import hashlib, json, os, re
 from .errors import DamagedError, UnstorableError
+from .regular import open_regular
 
 # %% ../../nbs/files/07_records.ipynb #9a08f2a9
 MAX_TEXT = 100_000_000  # bytes of a record; more would not be read
 
 def read_limited(path): # bytes
     "The content of a regular file of at most MAX_TEXT bytes"
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode): raise DamagedError(f'{path} is no regular file')
-    if status.st_size > MAX_TEXT:
-        raise DamagedError(f'{path} is damaged: it has {status.st_size:,} bytes')
-    return Path(path).read_bytes()
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_TEXT: raise DamagedError(f'{path} is damaged: it has {size:,} bytes')
+        return file.readall()
 
 def reject_duplicate_keys(pairs): # dict
     if len(pairs) == len(found := dict(pairs)): return found

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/files/04_sharded.ipynb #785196b0
-import os, secrets, time, warnings
+import math, os, re, secrets, time, warnings
 from contextlib import contextmanager
 from pathlib import Path
 import torch
@@ -52,6 +52,16 @@ def unwrap_failure(folder):
 
 def shards_folder(path): return path.with_suffix('.parts')
 
+def named_shards(path, shards): # (Path of their folder, dict: name of a file -> digest)
+    "The shards that a file names; DamagedError for any that are not in a folder beside it"
+    folder, files = shards.get('folder'), shards.get('files')
+    fits = type(folder) is str and FOLDER.fullmatch(folder) and type(files) is dict
+    if not fits or not all(type(name) is str and FILE.fullmatch(name) for name in files):
+        raise DamagedError(f'{path} is damaged: it names shards that are not in a folder beside it')
+    return shards_folder(path)/folder, files
+
+FOLDER, FILE = re.compile('[0-9a-f]{8}'), re.compile(r'[A-Za-z0-9][A-Za-z0-9._-]*')
+
 def new_shards_folder(path, ranks): # Path, the same in all processes
     "Make a new folder for the shards of a file"
     if ranks.rank == 0: make_folder(folder := shards_folder(path)/secrets.token_hex(4))
@@ -93,10 +103,23 @@ def save_shards(tree, # dicts and lists; other containers hold no DTensors
     return without, {'folder': folder.name, 'files': digests, 'tensors': paths}
 
 # %% ../../nbs/files/04_sharded.ipynb #f65637d9
+def saved_tensors(reader, folder, files, path): # dict: name -> what torch says of a tensor
+    "What there is to be read; DamagedError for tensors that are larger than the files they are in"
+    room = sum(os.stat(folder/name).st_size for name in files)
+    try:
+        found = reader.read_metadata().state_dict_metadata
+        claimed = sum(math.prod(one.size) * one.properties.dtype.itemsize for one in found.values())
+    except Exception as error:  # whatever torch says of a header
+        raise DamagedError(f'{path} is damaged: {folder} cannot be read ({error})') from error
+    if claimed <= room: return found
+    raise DamagedError(f'{path} is damaged: the tensors in {folder} are to have {claimed:,} bytes, '
+                       f'and its files have {room:,}')
+
 def check_shards(folder, digests:dict, path, ranks):
     "Raise DamagedError, in all processes, unless the files of a folder have these digests"
     found = file_digests(folder, digests, ranks)
     bad = [name for name, digest in found.items() if digest != digests[name]]
+    bad += sorted({file.name for file in folder.glob('*.safetensors')} - digests.keys())
     if ranks: bad = sum(ranks.gather(bad), [])
     if bad: raise DamagedError(f'{folder/bad[0]} is damaged or gone, and {path} needs it')
 
@@ -119,10 +142,10 @@ def load_shards(tree, # with None for each DTensor; it is filled in
                ):
     "Read what `save_shards` has written; DamagedError, in all processes, if it is not as it was"
     import torch.distributed.checkpoint as dcp
-    folder = shards_folder(path)/shards['folder']
-    check_shards(folder, shards['files'], path, ranks)
+    folder, files = named_shards(path, shards)
+    check_shards(folder, files, path, ranks)
     reader = dcp.HuggingFaceStorageReader(str(folder))
-    saved = reader.read_metadata().state_dict_metadata
+    saved = saved_tensors(reader, folder, files, path)
     tensors = {name: empty_tensor(saved[name], like) for name in shards['tensors']}
     with warnings.catch_warnings(), unwrap_failure(folder):
         warnings.filterwarnings('ignore', 'torch.distributed is disabled')  # by no_dist
@@ -135,5 +158,5 @@ def remove_shards(path, tree):
     "Remove the shards beside a file that its tree does not name"
     shards, folder = tree.get('parts') if isinstance(tree, dict) else None, shards_folder(path)
     if shards is None: return remove_path(folder)
-    for entry in folder.iterdir():
-        if entry.name != shards['folder']: remove_path(entry)
+    for entry in folder.iterdir():  # a folder that learnkit has not made may be anybody's
+        if entry.name != shards['folder'] and FOLDER.fullmatch(entry.name): remove_path(entry)

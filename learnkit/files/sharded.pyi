@@ -22,6 +22,15 @@ def unwrap_failure(folder: Any) -> AbstractContextManager[None]:
 
 def shards_folder(path: Any) -> Any: ...
 
+def named_shards(path: Any, shards: Any) -> Any:
+    """The shards that a file names; DamagedError for any that are not in a folder beside it
+
+    Returns:
+        (Path of their folder, dict: name of a file -> digest)
+    """
+FOLDER: Any
+FILE: Any
+
 def new_shards_folder(path: Any, ranks: Any) -> Any:
     """Make a new folder for the shards of a file
 
@@ -49,6 +58,13 @@ def save_shards(tree: Any, path: Any, ranks: Any) -> Any:
 
     Returns:
         (the tree without them, a tree that `load_shards` takes)
+    """
+
+def saved_tensors(reader: Any, folder: Any, files: Any, path: Any) -> Any:
+    """What there is to be read; DamagedError for tensors that are larger than the files they are in
+
+    Returns:
+        dict: name -> what torch says of a tensor
     """
 
 def check_shards(folder: Any, digests: dict, path: Any, ranks: Any) -> None:

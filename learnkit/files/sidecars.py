@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/files/04_sidecars.ipynb #8939c729
-import json
+import json, re
 from .errors import DamagedError
 from .durable import unlink
 from .tensors import host_tensor, open_safetensors, read_with_digests, save_named
@@ -27,6 +27,16 @@ def split_off(tree, # dicts and lists; other containers keep what they hold
         if digest is None: return x
         found.setdefault(digest, (x, []))[1].append(path)
     return without(tree, []), found
+
+def named_sidecars(tree, path): # dict: digest -> list of paths in the tree
+    "The sidecars that the tree of a save names; DamagedError for what is no digest, but a path"
+    names = tree.get('sidecars', {}) if type(tree) is dict else {}
+    fits = type(names) is dict and all(type(name) is str and DIGEST.fullmatch(name)
+                                       for name in names)
+    if fits: return names
+    raise DamagedError(f'{path} is damaged: its sidecars are not named by their digests')
+
+DIGEST = re.compile('[0-9a-f]{64}')
 
 def sidecar_path(folder, digest): return folder/f'tensor-{digest}.safetensors' # Path
 
@@ -61,10 +71,13 @@ def load_save(path, # file that `save_tree` has written
              ): # tree
     "Read a file and its sidecars; DamagedError if any of it is not as it was written"
     tree = load_tree(path)
-    names = tree.pop('sidecars', {}) if type(tree) is dict else {}
-    for digest, paths in names.items():
+    for digest, places in named_sidecars(tree, path).items():
         t = read_sidecar(path.parent, digest, path, store)
-        for keys in paths: set_at(tree, keys, t)
+        try:
+            for keys in places: set_at(tree, keys, t)
+        except Exception as error:  # whatever a list of keys can lead to that nobody wrote
+            raise DamagedError(f'{path} is damaged: a sidecar has no place: {error}') from error
+    if type(tree) is dict: tree.pop('sidecars', None)
     return tree
 
 def remove_unneeded_sidecars(folder, saves): # saves: Paths
@@ -77,5 +90,8 @@ def remove_unneeded_sidecars(folder, saves): # saves: Paths
 
 def sidecars_of(path): # dict: digest -> paths
     "The sidecars that a save needs, by its header"
-    with open_safetensors(path) as file: tree = json.loads(file.metadata()['tree'])
-    return tree.get('sidecars', {})
+    try:
+        with open_safetensors(path) as file: tree = json.loads(file.metadata()['tree'])
+    except (TypeError, KeyError, ValueError, RecursionError) as error:
+        raise DamagedError(f'{path} is damaged: its header is not as it was written') from error
+    return named_sidecars(tree, path)

@@ -17,6 +17,14 @@ def split_off(tree: Any, known: Any) -> Any:
         (the same nesting with None for them, dict: digest -> (tensor, list of paths))
     """
 
+def named_sidecars(tree: Any, path: Any) -> Any:
+    """The sidecars that the tree of a save names; DamagedError for what is no digest, but a path
+
+    Returns:
+        dict: digest -> list of paths in the tree
+    """
+DIGEST: Any
+
 def sidecar_path(folder: Any, digest: Any) -> Any: ...
 
 def write_sidecars(tree: Any, folder: Any, known: Any, store: Any = None) -> Any:

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/files/09_states.ipynb #406d4c02
-import os, stat, time
+import os, time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache, lru_cache
@@ -15,6 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from fastcore.basics import patch
 from .errors import DamagedError, LockedError, StoreError
+from .regular import regular_status
 from .durable import atomic_write, make_folder, rename, sync_folder
 from .tensors import (
     OVERLAP_FROM, host_tensor, max_header_size, open_safetensors, read_with_digests,
@@ -45,8 +46,7 @@ def sizes_at(path:str, *mark): return pack_sizes(Path(path))
 
 def known_sizes(path): # dict: digest -> number of bytes; not to be written to
     "What `pack_sizes` returns; a file that is as this process has seen it is not read again"
-    found = os.stat(path)
-    if not stat.S_ISREG(found.st_mode): raise FileNotFoundError(path)  # a pipe would not end
+    found = regular_status(path)
     is_new = abs(time.time_ns() - found.st_mtime_ns) < 2 * 10**9  # it may change without a trace
     if is_new: return pack_sizes(path)
     return sizes_at(str(path), found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
@@ -84,7 +84,7 @@ def add_pack(self:Store, path):
     self.unreadable.pop(path, None)
     try: sizes = known_sizes(path)
     except FileNotFoundError: return  # removed by a `gc` at this moment
-    except DamagedError as error: self.unreadable[path] = error
+    except (DamagedError, OSError) as error: self.unreadable[path] = error
     else:
         self.packs[path] = sizes
         self.pack_names.add(path.name)

@@ -9,6 +9,7 @@ __all__ = ['save_tensors']
 import ctypes, hashlib, json, os, struct
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from itertools import chain, islice
 from pathlib import Path
 import torch
@@ -17,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from ..base.text import is_valid_unicode
 from .errors import DamagedError, StoreError, UnstorableError
+from .regular import open_regular
 from .durable import atomic_write, check_target, fsync, write
 
 # %% ../../nbs/files/02_tensors.ipynb #83531b41
@@ -155,10 +157,16 @@ def save_named(path, items:list, metadata:dict=None, overwrite:bool=True): # Pat
     return atomic_write(path, fill, overwrite)
 
 # %% ../../nbs/files/02_tensors.ipynb #99b13edd
+@cache
+def memory_size(): # bytes
+    "How much memory this machine has"
+    try: return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    except (AttributeError, ValueError, OSError): return 2**34  # Windows does not say
+
 @contextmanager
 def open_safetensors(path): # file of safetensors
     "Open a safetensors file; DamagedError if it is none"
-    with open(path, 'rb'): pass  # python says best why a file cannot be opened
+    open_regular(path).close()  # python says best why a file cannot be opened
     try: file = safe_open(path, 'pt', backend='pread')  # mmap would die if the file shrank
     except SafetensorError as error: raise DamagedError(f'{path} is damaged: {error}') from error
     with file: yield file
@@ -176,7 +184,7 @@ def read_with_digests(file, names): # (dict: name -> tensor, dict: name -> diges
 # %% ../../nbs/files/02_tensors.ipynb #0204ed7e
 def tensor_sizes(path): # dict: name -> number of bytes
     "What is in a safetensors file, by its header alone; DamagedError if it is none"
-    with open(path, 'rb', buffering=0) as file:
+    with open_regular(path) as file:
         start = file.read(2**12)  # all of most headers
         try:
             size = 8 + struct.unpack('<Q', start[:8])[0]

@@ -133,6 +133,13 @@ def save_named(path: Any, items: list, metadata: dict | None = None, overwrite: 
         Path of the file
     """
 
+def memory_size() -> bytes:
+    """How much memory this machine has
+
+    Returns:
+        bytes
+    """
+
 def open_safetensors(path: Any) -> AbstractContextManager[Any]:
     """Open a safetensors file; DamagedError if it is none
 

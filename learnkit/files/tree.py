@@ -26,8 +26,8 @@ from ..base.text import is_valid_unicode
 from .errors import DamagedError, StoreError, UnstorableError
 from .durable import atomic_write, check_target
 from .tensors import (
-    OVERLAP_FROM, host_tensor, max_header_size, open_safetensors, read_with_digests, tensor_bytes,
-    tensor_digests, why_unstorable, widest_first, write_safetensors)
+    OVERLAP_FROM, host_tensor, max_header_size, memory_size, open_safetensors, read_with_digests,
+    tensor_bytes, tensor_digests, why_unstorable, widest_first, write_safetensors)
 
 # %% ../../nbs/files/03_tree.ipynb #db49a3bf
 MAX_DEPTH = 100
@@ -60,7 +60,7 @@ class Kind(NamedTuple):
 
 def torch_dtype(name): # torch.dtype
     found = getattr(torch, name)
-    if type(found) is not torch.dtype: raise StoreError(f'there is no dtype {name!r}')
+    if type(found) is not torch.dtype: raise ValueError(f'there is no dtype {name!r}')
     return found
 
 def moment_parts(x): # tuple
@@ -281,11 +281,18 @@ class Unpacker:
                  whole:Callable=None, # Parts -> what they are the parts of; None: they stay
                 ):
         self.tensors, self.used, self.whole = tensors, set(), whole or (lambda parts: parts)
+        self.copied = 0  # bytes
 
     def tensor(self, name): # a tensor with memory of its own, also where the file has it once
-        if name in self.used: return self.tensors[name].clone()
-        self.used.add(name)
-        return self.tensors[name]
+        t = self.tensors[name]
+        if name not in self.used:
+            self.used.add(name)
+            return t
+        self.copied += t.nbytes
+        if self.copied > memory_size() // 2:
+            raise ValueError('its entries refer to the same tensors so often that the copies would '
+                             'take more than half of all memory')
+        return t.clone()
 
     def unpack(self, node):
         "The value that was packed"
@@ -316,7 +323,7 @@ def unpack_kind(self:Unpacker, kind:str, value):
     if kind == 'str': return bytes.fromhex(value).decode('utf-8', 'surrogatepass')
     if kind == 'int': return int(value, 16)
     if kind == 'float': return struct.unpack('>d', bytes.fromhex(value))[0]
-    raise StoreError(f'there is no {kind} {value!r}')
+    raise ValueError(f'there is no {kind} {value!r}')
 
 # %% ../../nbs/files/03_tree.ipynb #6a762e17
 @patch
@@ -328,17 +335,22 @@ def unpack_mapping(self:Unpacker, mapping, items): # the mapping, filled
 def unpack_array(self:Unpacker, *packed): # array of text, times, other objects
     if len(packed) == 2:
         shape, items = packed
-        array = np.empty(math.prod(shape), object)
+        if math.prod(shape) != len(items): raise ValueError(f'{len(items)} values for {shape}')
+        array = np.empty(len(items), object)
         for i, item in enumerate(items): array[i] = self.unpack(item)  # which may be a list
         return array.reshape(shape)
     dtype, shape = np.dtype(packed[0]), packed[1]
-    if dtype.hasobject: raise StoreError(f'{dtype} is no dtype of a file')
+    if dtype.hasobject or min(shape, default=0) < 0:
+        raise ValueError(f'{dtype} of shape {shape} is no array of a file')
     return np.ndarray(shape, dtype, self.unpack(packed[2]).numpy())
 
 # %% ../../nbs/files/03_tree.ipynb #d56db8a4
 def with_strides(x, strides): # tensor or array
     "The same values, laid out in memory as they were"
     t = torch.as_tensor(x)
+    order = sorted(range(t.ndim), key=lambda dim: strides[dim], reverse=True)
+    if t.permute(order).contiguous().stride() != tuple(strides[dim] for dim in order):
+        raise ValueError(f'no tensor of shape {list(t.shape)} is laid out as {strides}')
     new = torch.empty_strided(t.shape, strides, dtype=t.dtype).copy_(t)
     return new if isinstance(x, torch.Tensor) else new.numpy()
 

@@ -189,6 +189,7 @@ class Unpacker:
     tensors: dict
     used: Any
     whole: Any
+    copied: int
     def __init__(self, tensors: dict, whole: Callable | None = None) -> None:
         """Turns JSON values back into a tree
 

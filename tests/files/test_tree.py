@@ -384,4 +384,4 @@ def test_files_of_others(path):
         path.write_bytes(content)
         with pytest.raises(StoreError): load_tree(path)
     with pytest.raises(FileNotFoundError): load_tree(path.parent / 'none')
-    with pytest.raises(IsADirectoryError): load_tree(path.parent)
+    with pytest.raises(DamagedError, match="a folder"): load_tree(path.parent)
