@@ -221,7 +221,7 @@ def get(self:Store,
                 except FileNotFoundError:  # a gc has just moved what is needed to another pack
                     self.refresh()
                     break
-        return Unpacker(tensors).unpack(root)
+        return Unpacker(tensors).unpack_file(root)
     except (StoreError, OSError, MemoryError): raise
     except Exception as error:
         raise DamagedError(f'a state in {self.folder} is damaged: {error}') from error

@@ -281,18 +281,11 @@ class Unpacker:
                  whole:Callable=None, # Parts -> what they are the parts of; None: they stay
                 ):
         self.tensors, self.used, self.whole = tensors, set(), whole or (lambda parts: parts)
-        self.copied = 0  # bytes
 
     def tensor(self, name): # a tensor with memory of its own, also where the file has it once
-        t = self.tensors[name]
-        if name not in self.used:
-            self.used.add(name)
-            return t
-        self.copied += t.nbytes
-        if self.copied > memory_size() // 2:
-            raise ValueError('its entries refer to the same tensors so often that the copies would '
-                             'take more than half of all memory')
-        return t.clone()
+        if name in self.used: return self.tensors[name].clone()
+        self.used.add(name)
+        return self.tensors[name]
 
     def unpack(self, node):
         "The value that was packed"
@@ -326,6 +319,26 @@ def unpack_kind(self:Unpacker, kind:str, value):
     raise ValueError(f'there is no {kind} {value!r}')
 
 # %% ../../nbs/files/03_tree.ipynb #6a762e17
+def copied_bytes(root, tensors): # int
+    "What the copies of tensors take that a tree refers to more than once"
+    counts, todo = Counter(), [root]
+    while todo:
+        node = todo.pop()
+        if type(node) is list: todo += node
+        elif type(node) is dict:
+            todo += node.values()
+            name = node.get('$tensor', node.get('$array'))
+            if type(name) is str: counts[name] += 1
+    return sum((n - 1) * tensors[name].nbytes for name, n in counts.items())
+
+@patch
+def unpack_file(self:Unpacker, root): # the tree
+    "The tree that was read from a file; ValueError for one that would take all memory"
+    if copied_bytes(root, self.tensors) > memory_size() // 2:
+        raise ValueError('its entries refer to the same tensors so often that the copies would '
+                         'take more than half of all memory')
+    return self.unpack(root)
+
 @patch
 def unpack_mapping(self:Unpacker, mapping, items): # the mapping, filled
     for key, item in items: mapping[self.unpack(key)] = self.unpack(item)
@@ -456,7 +469,7 @@ def load_tree(path:str|Path): # the tree, its tensors on the cpu
             check_seal(path, metadata := file.metadata() or {})
             tensors, found = read_with_digests(file, file.keys())
         check_tensors(path, found, json.loads(metadata['tensors']))
-        return Unpacker(tensors).unpack(json.loads(metadata['tree']))
+        return Unpacker(tensors).unpack_file(json.loads(metadata['tree']))
     except (StoreError, OSError, MemoryError): raise
     except Exception as error: raise DamagedError(f'{path} is damaged: {error}') from error
 

@@ -189,7 +189,6 @@ class Unpacker:
     tensors: dict
     used: Any
     whole: Any
-    copied: int
     def __init__(self, tensors: dict, whole: Callable | None = None) -> None:
         """Turns JSON values back into a tree
 
@@ -204,6 +203,12 @@ class Unpacker:
         """The value that was packed"""
     def unpack_kind(self, kind: str, value: Any) -> Any:
         """The value of `{'$kind': value}`"""
+    def unpack_file(self, root: Any) -> Any:
+        """The tree that was read from a file; ValueError for one that would take all memory
+
+        Returns:
+            the tree
+        """
     def unpack_mapping(self, mapping: Any, items: Any) -> Any:
         """Returns:
             the mapping, filled
@@ -212,6 +217,13 @@ class Unpacker:
         """Returns:
             array of text, times, other objects
         """
+
+def copied_bytes(root: Any, tensors: Any) -> int:
+    """What the copies of tensors take that a tree refers to more than once
+
+    Returns:
+        int
+    """
 
 def with_strides(x: Any, strides: Any) -> Any:
     """The same values, laid out in memory as they were
