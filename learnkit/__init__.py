@@ -38,6 +38,7 @@ from .files.leases import (
 from .files.tensors import (
     save_tensors,
 )
+from .files import spans as _spans
 from .files.tree import (
     load_tree, save_tree, tree_digest,
 )

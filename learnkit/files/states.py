@@ -13,13 +13,15 @@ from functools import cache, lru_cache
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
+import torch
 from fastcore.basics import patch
 from .errors import DamagedError, LockedError, StoreError
-from .regular import regular_status
+from .regular import open_regular, regular_status
 from .durable import atomic_write, make_folder, rename, sync_folder
 from .tensors import (
     OVERLAP_FROM, host_tensor, max_header_size, open_safetensors, read_with_digests,
     tensor_digests, tensor_sizes, widest_first, write_safetensors)
+from .spans import sound_spans, span_tensor
 from .tree import Packer, Unpacker, fill_in_names, json_digest, text_digest
 from .records import referenced_digests
 from .store import Store
@@ -252,18 +254,32 @@ def quarantine_pack(self:Store, path, error): # DamagedError, to be raised
     except (LockedError, OSError) as why: done = f'It stays where it is ({why})'
     return DamagedError(f'{error}. {done}. {WAY_OUT}')
 
+def is_whole_pack(path, sound): # bool; sound: as from `sound_spans`
+    "Whether nothing is wrong with a pack"
+    try:
+        with open_safetensors(path): return pack_sizes(path).keys() == sound.keys()
+    except DamagedError: return False
+
+def copy_spans(path, spans): # spans: digest -> Span
+    "Write some tensors of a file into a new pack, one after the other"
+    sizes = widest_first([(digest, torch.empty(span.shape, dtype=span.dtype, device='meta'))
+                          for digest, span in spans.items()])
+    with open_regular(path) as file:
+        items = ((digest, span_tensor(file, spans[digest])) for digest, _ in sizes)
+        return write_pack(path.parent, items, max_header_size(sizes))
+
 @patch
 def replace_pack(self:Store, path): # str, what was done
     "Write the sound tensors of a damaged pack to a new one, and rename the pack"
     sound = {}
-    if not path.exists(): return 'Another process has set it aside'
-    with suppress(DamagedError): sound = sound_tensors(path, pack_sizes(path))
-    if pack_name(sound) == path.name:
+    if not os.path.lexists(path): return 'Another process has set it aside'
+    with suppress(DamagedError): sound = sound_spans(path)
+    if is_whole_pack(path, sound):
         return 'Read once more it is sound: the disk or the memory may be failing'
-    if sound:
-        items = widest_first(sound.items())
-        write_pack(path.parent, items, max_header_size(items))
-    rename(path, renamed := path.with_suffix('.damaged'))
-    sync_folder(path.parent)
+    if sound: copy_spans(path, sound)
+    if pack_name(sound) != path.name:  # else it is written anew
+        rename(path, renamed := path.with_suffix('.damaged'))
+        sync_folder(path.parent)
     self.refresh()
+    if pack_name(sound) == path.name: return 'It is written anew: all of its tensors were sound'
     return f'It is set aside as {renamed.name}'

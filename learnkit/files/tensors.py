@@ -54,9 +54,11 @@ def tensor_bytes(t:torch.Tensor): # memoryview; `t` must be contiguous and on th
 def tensor_digest(t:torch.Tensor): # 64 hex digits
     "sha256 over dtype, shape and bytes"
     t = host_tensor(t)
-    sha = hashlib.sha256(f'{t.dtype}{list(t.shape)}'.encode())
+    sha = hashlib.sha256(digest_head(t.dtype, t.shape))
     sha.update(tensor_bytes(t))
     return sha.hexdigest()
+
+def digest_head(dtype, shape): return f'{dtype}{list(shape)}'.encode() # bytes, hashed first
 
 def memory_of(t:torch.Tensor): # array of bytes, not a copy; `t` must be contiguous, on the cpu
     "The memory of a tensor; `numpy()` would mark it as shared with numpy"
@@ -184,21 +186,29 @@ def read_with_digests(file, names): # (dict: name -> tensor, dict: name -> diges
 # %% ../../nbs/files/02_tensors.ipynb #0204ed7e
 def tensor_sizes(path): # dict: name -> number of bytes
     "What is in a safetensors file, by its header alone; DamagedError if it is none"
-    with open_regular(path) as file:
-        start = file.read(2**12)  # all of most headers
-        try:
-            size = 8 + struct.unpack('<Q', start[:8])[0]
-            if size > MAX_HEADER: raise ValueError(f'its header is to have {size:,} bytes')
-            entries = json.loads((start + file.read(max(size - len(start), 0)))[8:size])
-            spans = {name: entry['data_offsets'] for name, entry in entries.items()
-                     if name != '__metadata__'}
-            whole = size + max((end for _, end in spans.values()), default=0)
-            if os.fstat(file.fileno()).st_size != whole: raise ValueError('its length is another')
-            return {name: end - begin for name, (begin, end) in spans.items()}
-        except (struct.error, ValueError, KeyError, TypeError, AttributeError,
-                RecursionError) as error:
-            raise DamagedError(f'{path} is damaged: its header is not as it was written '
-                               f'({error})') from error
+    with open_regular(path) as file, damaged_header(path):
+        size, entries = read_header(file)
+        spans = {name: entry['data_offsets'] for name, entry in entries.items()}
+        whole = size + max((end for _, end in spans.values()), default=0)
+        if os.fstat(file.fileno()).st_size != whole: raise ValueError('its length is another')
+        return {name: end - begin for name, (begin, end) in spans.items()}
+
+def read_header(file): # (number of bytes before the tensors, dict: name -> entry)
+    "What the header of an open safetensors file says of its tensors"
+    start = file.read(2**12)  # all of most headers
+    size = 8 + struct.unpack('<Q', start[:8])[0]
+    if size > MAX_HEADER: raise ValueError(f'its header is to have {size:,} bytes')
+    entries = json.loads((start + file.read(max(size - len(start), 0)))[8:size])
+    return size, {name: entry for name, entry in entries.items() if name != '__metadata__'}
+
+@contextmanager
+def damaged_header(path):
+    "Errors inside mean that the header of a file cannot be read"
+    try: yield
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError,
+            RecursionError) as error:
+        raise DamagedError(f'{path} is damaged: its header is not as it was written '
+                           f'({error})') from error
 
 # %% ../../nbs/files/02_tensors.ipynb #6cd4e27d
 def save_tensors(tensors:dict, # name -> tensor

@@ -40,6 +40,8 @@ def tensor_digest(t: torch.Tensor) -> Any:
         64 hex digits
     """
 
+def digest_head(dtype: Any, shape: Any) -> Any: ...
+
 def memory_of(t: torch.Tensor) -> Any:
     """The memory of a tensor; `numpy()` would mark it as shared with numpy
 
@@ -160,6 +162,16 @@ def tensor_sizes(path: Any) -> Any:
     Returns:
         dict: name -> number of bytes
     """
+
+def read_header(file: Any) -> Any:
+    """What the header of an open safetensors file says of its tensors
+
+    Returns:
+        (number of bytes before the tensors, dict: name -> entry)
+    """
+
+def damaged_header(path: Any) -> AbstractContextManager[None]:
+    """Errors inside mean that the header of a file cannot be read"""
 
 def save_tensors(
         tensors: dict,

@@ -308,6 +308,7 @@ def test_a_damaged_header(folder, position):
     for known in (True, False):
         reader = Store(folder)
         if known: reader.refresh() # it has read the header before
+        path = Store(folder).locate({store.tensor_digest(Y)}).popitem()[0]
         damage(path, position)
         with pytest.raises(DamagedError, match='It is set aside as'): state(reader, 'a')
         assert not reader.holds(reader.read('a')['state']) and path.with_suffix('.damaged').exists()
