@@ -58,6 +58,7 @@ from .files import tables as _tables
 from .files import objects as _objects
 from .files import written as _written
 from .files import growing as _growing
+from .files import checks as _checks
 from .data import order as _order
 from .data.loaders import (
     DataLoaders, DatasetLoader, TensorLoader,
