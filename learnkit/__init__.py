@@ -266,6 +266,10 @@ from .checkpoints.comparison import (
 from .checkpoints.report import (
     is_report, MARK, report_html, write_report,
 )
+from .checkpoints import run_checks as _run_checks
+from .checkpoints.verify import (
+    verify, VerifyResult,
+)
 
 __all__ = [
     'is_main', 'rank', 'rank0_first', 'rank0_only', 'sum_over_ranks', 'world_size',
@@ -288,5 +292,6 @@ __all__ = [
     'Logger', 'CSVLogger', 'JSONLogger', 'TensorBoardLogger', 'MLflowLogger', 'TrackioLogger',
     'WandbLogger', 'launch', 'Ranks', 'Distributed', 'BEGINNING', 'StaleCheckpoint', 'HEARD_EVERY',
     'SharedStore', 'Checkpointed', 'CheckpointedLearner', 'checkpoints_table', 'tree_text',
-    'plot_tree', 'explain_text', 'is_report', 'MARK', 'report_html', 'write_report',
+    'plot_tree', 'explain_text', 'is_report', 'MARK', 'report_html', 'write_report', 'verify',
+    'VerifyResult',
 ]

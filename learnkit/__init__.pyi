@@ -130,6 +130,8 @@ from .checkpoints.report import is_report as is_report
 from .checkpoints.report import MARK as MARK
 from .checkpoints.report import report_html as report_html
 from .checkpoints.report import write_report as write_report
+from .checkpoints.verify import verify as verify
+from .checkpoints.verify import VerifyResult as VerifyResult
 __version__: str
 __all__ = [
     'is_main', 'rank', 'rank0_first', 'rank0_only', 'sum_over_ranks', 'world_size',
@@ -153,5 +155,5 @@ __all__ = [
     'JSONLogger', 'TensorBoardLogger', 'MLflowLogger', 'TrackioLogger', 'WandbLogger', 'launch',
     'Ranks', 'Distributed', 'BEGINNING', 'StaleCheckpoint', 'HEARD_EVERY', 'SharedStore',
     'Checkpointed', 'CheckpointedLearner', 'checkpoints_table', 'tree_text', 'plot_tree',
-    'explain_text', 'is_report', 'MARK', 'report_html', 'write_report'
+    'explain_text', 'is_report', 'MARK', 'report_html', 'write_report', 'verify', 'VerifyResult'
 ]

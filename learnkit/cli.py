@@ -8,13 +8,13 @@ __all__ = []
 # %% ../nbs/90_cli.ipynb #38d17a73
 import argparse, os, sys, time
 from pathlib import Path
-from .base.text import age_text, size_text
+from .base.text import age_text, one_line, size_text
 from .files.errors import StoreError
 from .files.durable import bytes_on_disk
 from .files.ids import RESERVED, check_run_name, id_text, parse_id
 from .files.store import Store
 from .checkpoints.lineage import HasChildren, Lineage, NoCheckpoint, delete_checkpoint
-from .checkpoints.tree import one_line, print_text, terminal_width, tree_text
+from .checkpoints.tree import print_text, terminal_width, tree_text
 from .checkpoints.comparison import explain_text, show_text
 from .checkpoints.report import write_report
 

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/base/06_text.ipynb #f39db138
-import math, re, sys
+import html, math, re, sys
 from pathlib import Path
 from types import MappingProxyType
 
@@ -68,3 +68,16 @@ def is_valid_unicode(s:str): # bool
     "Whether a string can be encoded in UTF-8"
     try: return s.isascii() or s.encode() is not None
     except UnicodeEncodeError: return False
+
+# %% ../../nbs/base/06_text.ipynb #a8779c49
+def one_line(text): # str
+    "A text without line ends, control characters and what hides letters"
+    return ' '.join(''.join(c if c.isprintable() else ' ' for c in str(text)).split())
+
+def html_text(text): # str
+    "A text in HTML, of which nothing is a tag"
+    return html.escape(one_line(text))
+
+def plot_text(text): # str
+    "A text in a plot, of which nothing is a formula"
+    return one_line(text).replace('$', r'\$')

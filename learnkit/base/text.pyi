@@ -58,3 +58,24 @@ def is_valid_unicode(s: str) -> bool:
     Returns:
         bool
     """
+
+def one_line(text: Any) -> str:
+    """A text without line ends, control characters and what hides letters
+
+    Returns:
+        str
+    """
+
+def html_text(text: Any) -> str:
+    """A text in HTML, of which nothing is a tag
+
+    Returns:
+        str
+    """
+
+def plot_text(text: Any) -> str:
+    """A text in a plot, of which nothing is a formula
+
+    Returns:
+        str
+    """

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 from ..checkpoints.ledger import Ledger
+from ..checkpoints.verify import VerifyResult
 from ..files.garbage import Garbage
 _Self = TypeVar('_Self')
 __all__ = [
@@ -162,6 +163,12 @@ class Checkpointed:
         Args:
             id: of a checkpoint
             n: number of the version, from `history`
+        """
+    def verify(self, repair: bool = False) -> VerifyResult:
+        """Read all of the run, and say what is damaged or lost, what needs it, what gives it back
+
+        Args:
+            repair: set aside what is damaged, and keep what is sound of it
         """
 
 @dataclass

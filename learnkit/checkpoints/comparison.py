@@ -10,7 +10,7 @@ import time
 from difflib import SequenceMatcher
 from fastcore.basics import patch
 from ..base.methods import unrecorded
-from ..base.text import duration_text, size_text
+from ..base.text import duration_text, one_line, size_text
 from ..files.tree import Unpacker
 from ..files.ids import id_text
 from ..fingerprint.words import as_text
@@ -18,7 +18,7 @@ from ..fingerprint.differences import differences
 from .record import Position, differing
 from .checkpointed import Checkpointed
 from .lineage import Lineage, best_value, last_metrics, number_text
-from .tree import columns_of, cut, one_line, padded, print_text, title_text
+from .tree import columns_of, cut, padded, print_text, title_text
 
 # %% ../../nbs/checkpoints/15_comparison.ipynb #31a2755b
 def common_ancestor(lineage, a, b): # id; None

@@ -256,6 +256,13 @@ def set_call(self:Node, k, record): self.json['calls'][k:k + 1] = [record.json]
 
 
 # %% ../../nbs/checkpoints/01_record.ipynb #2c47568f
+ROOTS = 'state', 'beside', 'result', 'callbacks', 'files'
+
+def stored_roots(call:dict): # list of JSON values
+    "What the store holds of a call, an answer or a beginning, as it is on disk; not descriptions"
+    found = [call[name] for name in ROOTS if call.get(name) is not None]
+    return found + (stored_roots(call['begin']) if call.get('begin') else [])
+
 def running_call(method, text, kind, arguments, structure, before, code, versions): # CallRecord
     "A call that has begun"
     return CallRecord({'method': method, 'text': text, 'kind': kind, 'status': 'running',

@@ -276,6 +276,14 @@ def new_node(
     Returns:
         Node
     """
+ROOTS: tuple[str, ...]
+
+def stored_roots(call: dict) -> Any:
+    """What the store holds of a call, an answer or a beginning, as it is on disk; not descriptions
+
+    Returns:
+        list of JSON values
+    """
 
 def running_call(
         method: Any,

@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from fastcore.basics import patch
 from ..base.methods import unrecorded
-from ..base.text import age_text, duration_text, size_text
+from ..base.text import age_text, duration_text, one_line, size_text
 from ..files.durable import write_bytes
 from ..files.errors import StoreError
 from ..files.growing import GrowingList
@@ -22,7 +22,7 @@ from .record import Position, finite, state_at
 from .checkpointed import Checkpointed
 from .lineage import (
     Lineage, last_metrics, metric_text, total_epochs)
-from .tree import calls_text, description_text, one_line, summary
+from .tree import calls_text, description_text, summary
 from .figure import best_checkpoint, figure_metric, metric_values
 from .comparison import (
     best_metric, call_text, ids_since, latest, numbers_of_call, reasons_accepted, result_text,

@@ -13,7 +13,7 @@ from itertools import groupby
 from types import MappingProxyType
 from fastcore.basics import patch
 from ..base.methods import unrecorded
-from ..base.text import age_text, size_text
+from ..base.text import age_text, one_line, size_text
 from ..files.ids import check_id, id_text
 from .checkpointed import Checkpointed
 from .lineage import Lineage, best_text, metric_text, total_epochs
@@ -53,10 +53,6 @@ def columns_of(text): # int
     "How many columns of a terminal a text takes"
     def columns(c): return 2 if unicodedata.east_asian_width(c) in 'WF' else 1
     return sum(columns(c) for c in text if not unicodedata.combining(c))
-
-def one_line(text): # str
-    "A text without line ends, control characters and what hides letters"
-    return ' '.join(''.join(c if c.isprintable() else ' ' for c in text).split())
 
 def cut(text, width:int): # str
     "The beginning of a text that is too long"

@@ -30,13 +30,6 @@ def columns_of(text: Any) -> int:
         int
     """
 
-def one_line(text: Any) -> str:
-    """A text without line ends, control characters and what hides letters
-
-    Returns:
-        str
-    """
-
 def cut(text: Any, width: int) -> str:
     """The beginning of a text that is too long
 

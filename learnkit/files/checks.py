@@ -58,14 +58,23 @@ def problem_at(name, path, error): # Problem
     return Problem('damaged' if is_damage else 'unreadable', name, text)
 
 # %% ../../nbs/files/15_checks.ipynb #a6225401
-def check_pack(path): # (digests of its sound tensors, number of tensors, what is wrong or None)
+@dataclass
+class PackCheck:
+    "What is in a pack"
+    sound: dict = field(default_factory=dict) # digest -> Span, of tensors that are as they were
+    bad: frozenset = frozenset() # digests of the others
+    problem: Problem = None
+
+def check_pack(path, name): # PackCheck
     "Read all of a pack"
-    try: spans, sound = read_spans(path), sound_spans(path)
-    except DamagedError as error: return frozenset(), 0, problem_at('', path, error).why
-    bad, why = len(spans.keys() - sound.keys()), None
-    if bad: why = f'{bad} of {len(spans)} tensors are not as they were written'
-    elif not is_whole_pack(path, sound): why = 'its header or its length is not as it was written'
-    return frozenset(sound), len(spans), why
+    try:
+        spans, sound = read_spans(path), sound_spans(path)
+        bad, why = frozenset(spans.keys() - sound.keys()), None
+        if bad: why = f'{len(bad)} of {len(spans)} tensors are not as they were written'
+        elif not is_whole_pack(path, sound): why = 'its header or length is not as it was written'
+        return PackCheck(sound, bad, why and Problem('damaged', name, why))
+    except FileNotFoundError: raise  # removed just now
+    except (StoreError, OSError) as error: return PackCheck(problem=problem_at(name, path, error))
 
 # %% ../../nbs/files/15_checks.ipynb #98750a41
 def mark_of(path): # tuple; None where there is no file
@@ -124,8 +133,9 @@ def check_save(path, top, # folder from which on files are named
             problem.depends.append(name)
             found.problems.append(problem)
     found.counts['files beside saves'] += len(sides)
-    found.problems += [Problem('damaged', name_in(top, extra), f'{name} does not name it, and torch '
-                               'would read it as one of its parts', [name], advice='move it away')
+    found.problems += [Problem('damaged', name_in(top, extra), f'{name} does not name it, and '
+                               'torch would read it as one of its parts', [name],
+                               advice='move it away')
                        for extra in sorted(folder.glob('*.safetensors') if files else ())
                        if extra.name not in files]
     beside = shards_folder(path)

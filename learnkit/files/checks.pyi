@@ -47,11 +47,20 @@ def problem_at(name: Any, path: Any, error: Any) -> Problem:
         Problem
     """
 
-def check_pack(path: Any) -> Any:
+@dataclass
+class PackCheck:
+    """What is in a pack"""
+    sound: dict = ...
+    """digest -> Span, of tensors that are as they were"""
+    bad: frozenset = ...
+    """digests of the others"""
+    problem: Problem | None = ...
+
+def check_pack(path: Any, name: Any) -> PackCheck:
     """Read all of a pack
 
     Returns:
-        (digests of its sound tensors, number of tensors, what is wrong or None)
+        PackCheck
     """
 
 def mark_of(path: Any) -> Any:
