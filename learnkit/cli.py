@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../nbs/90_cli.ipynb #38d17a73
-import argparse, os, sys, time
+import argparse, json, os, sys, time
 from pathlib import Path
 from .base.text import age_text, one_line, size_text
 from .files.errors import StoreError
@@ -14,9 +14,10 @@ from .files.durable import bytes_on_disk
 from .files.ids import RESERVED, check_run_name, id_text, parse_id
 from .files.store import Store
 from .checkpoints.lineage import HasChildren, Lineage, NoCheckpoint, delete_checkpoint
-from .checkpoints.tree import print_text, terminal_width, tree_text
+from .checkpoints.tree import print_text, printable, terminal_width, tree_text
 from .checkpoints.comparison import explain_text, show_text
 from .checkpoints.report import write_report
+from .checkpoints.verify import verify as verify_path
 
 # %% ../nbs/90_cli.ipynb #d2c76d57
 class CommandError(Exception):
@@ -93,10 +94,27 @@ def report(args):
     "Write all of a run as one page of HTML"
     print_text(str(write_report(open_run(args.root, args.name), args.output)))
 
+# %% ../nbs/90_cli.ipynb #cd07a4ad
+class UsageError(CommandError):
+    "The command is not understood"
+
+def verify(args): # exit code
+    "Read all of a run, a folder of saves or a file; exit with 1 if something is damaged or lost"
+    path = Path(args.path)
+    if not os.path.lexists(path) and (Path(args.root)/path).is_dir(): path = Path(args.root)/path
+    try: result = verify_path(path, args.repair)
+    except (StoreError, ValueError, OSError) as error: raise UsageError(str(error)) from error
+    if args.json: print(json.dumps(result.json(), indent=1))
+    else: print_text(repr(result))
+    return 0 if result.sound else 1
+
 # %% ../nbs/90_cli.ipynb #58d71d27
+def print_error(text):
+    print(printable(f'learnkit: {text}', sys.stderr.encoding or 'utf-8'), file=sys.stderr)
+
 def confirm(question:str):
     "Raise CommandError unless a person says yes"
-    print(f'{question} [y/N] ', end='', file=sys.stderr, flush=True)
+    print(f'{one_line(question)} [y/N] ', end='', file=sys.stderr, flush=True)
     answer = sys.stdin.readline()
     if answer.strip().lower() in ('y', 'yes'): return
     if answer: raise CommandError('nothing was deleted')
@@ -198,6 +216,10 @@ def make_parser(): # ArgumentParser
     output = dict(default='report.html',
                   help='file to write; an older report is replaced (default: report.html)')
     add_command(commands, report, name, ('-o', output | {'dest': 'output', 'metavar': 'FILE'}))
+    a_path = dict(help='folder of a run, folder of saves, or a file')
+    repair = dict(action='store_true', help='keep what is sound, set aside what is damaged')
+    as_json = dict(action='store_true', help='print all of it as JSON')
+    add_command(commands, verify, ('path', a_path), ('--repair', repair), ('--json', as_json))
     add_command(commands, rm, name, ('id', dict(an_id, nargs='?')), force, yes)
     add_command(commands, gc, name, yes)
     add_launch(commands)
@@ -217,16 +239,17 @@ def add_launch(commands):
 def main(argv=None): # exit code
     "The command `learnkit`"
     args = make_parser().parse_args(argv)
+    code = 0
     try:
-        args.run(args)
+        code = args.run(args) or 0
         sys.stdout.flush()
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt: return 130
     except (CommandError, NoCheckpoint, HasChildren, StoreError, OSError) as error:
-        print(f'learnkit: {one_line(str(error))}', file=sys.stderr)
-        return 1
-    return 0
+        print_error(one_line(str(error)))
+        return 2 if isinstance(error, UsageError) else 1
+    return code
 
 # %% ../nbs/90_cli.ipynb #bb7cb2a4
 if __name__ == '__main__': sys.exit(main())

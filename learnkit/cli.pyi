@@ -64,6 +64,18 @@ def diff(args: Any) -> None:
 def report(args: Any) -> None:
     """Write all of a run as one page of HTML"""
 
+class UsageError(CommandError):
+    """The command is not understood"""
+
+def verify(args: Any) -> Any:
+    """Read all of a run, a folder of saves or a file; exit with 1 if something is damaged or lost
+
+    Returns:
+        exit code
+    """
+
+def print_error(text: Any) -> None: ...
+
 def confirm(question: str) -> None:
     """Raise CommandError unless a person says yes"""
 

@@ -201,7 +201,7 @@ def lost_places(run, # id -> CheckpointFiles
         for place, root in places(one):
             needed = referenced_digests(root)
             if not (missing := needed - sound): continue
-            why = f'{len(missing)} of {len(needed)} tensors are in no sound pack'
+            why = f'in no sound pack: {len(missing)} of {len(needed)} tensors'
             found[place, tuple(one.digests)] = LostPlace(
                 'lost', str(place), why, depends_on(nodes, place), *way_back(reach, place),
                 missing=missing)

@@ -90,7 +90,7 @@ def last_lines(result): # list of lines
     kinds = Counter(one.kind for one in result.problems)
     n, again = len(result.problems), sum(one.recomputable for one in result.problems)
     text = f'{n} problem{"s" * (n != 1)}: ' + ', '.join(f'{m} {kind}' for kind, m in kinds.items())
-    if again: text += f'; {again if again < n else "all"} can be computed again'
+    if again: text += f'; {again if again < n else "all" if n > 1 else "it"} can be computed again'
     lines = wrapped(text if n else 'sound', inside=0)
     counts, names = result.counts, result.left_over
     if m := counts['exports without digests']:

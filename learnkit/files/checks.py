@@ -70,7 +70,7 @@ def check_pack(path, name): # PackCheck
     try:
         spans, sound = read_spans(path), sound_spans(path)
         bad, why = frozenset(spans.keys() - sound.keys()), None
-        if bad: why = f'{len(bad)} of {len(spans)} tensors are not as they were written'
+        if bad: why = f'not as they were written: {len(bad)} of {len(spans)} tensors'
         elif not is_whole_pack(path, sound): why = 'its header or length is not as it was written'
         return PackCheck(sound, bad, why and Problem('damaged', name, why))
     except FileNotFoundError: raise  # removed just now
