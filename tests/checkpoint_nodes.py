@@ -70,8 +70,9 @@ class Nodes:
     "A store in memory"
     folder = 'ckpts/run'
 
-    def __init__(self, *nodes, bad=()):
+    def __init__(self, *nodes, bad=(), lost=()):
         self.nodes, self.bad = {node['id']: node for node in nodes}, bad
+        self.pack_of = {f'of {id}': 'a pack' for id in self.nodes if id not in lost}
         for node in nodes:
             parent, k = self.nodes.get(node['parent']), node['parent_call']
             if parent and node['parent_state'] == 'as it is' and parent['calls']:
@@ -79,12 +80,15 @@ class Nodes:
                 node['parent_state'] = json_digest(last['after'])
 
     def ids(self): return sorted(self.nodes, key=lambda id: (type(id) is str, id))
-    def nbytes(self, *nodes): return 1000 * len(nodes)
+    def size_of(self, digests): return 1000 * len(digests & self.pack_of.keys())
+    def refresh(self): "Packs do not come and go"
 
     def read(self, id):
         if id in self.bad:
             raise DamagedError(f'{id}.json cannot be used: it is not as it was written')
-        return self.nodes.get(id)
+        found = self.nodes.get(id)
+        if not found or not found['begin'] or found['begin']['beside']: return found
+        return found | {'begin': found['begin'] | {'beside': {'$tensor': f'of {id}'}}}
 
 
 def saved(folder, *nodes):

@@ -64,9 +64,11 @@ MARK_STYLES = MappingProxyType({
     'running': dict(marker='o', color='C1', fillstyle='left', markerfacecoloralt='white'),
     'code changed': dict(marker='D', color='0.3', markerfacecolor='white'),
     'stale': dict(marker='o', color='0.6', markerfacecolor='white'),
+    'lost': dict(marker='o', color='C3', markerfacecolor='white'),
     'damaged': dict(marker='x', color='C3'),
     'deleted': dict(marker='.', color='0.75')})
-TEXT_COLORS = MappingProxyType({'stale': '0.55', 'deleted': '0.55', 'damaged': 'C3'})
+TEXT_COLORS = MappingProxyType({'stale': '0.55', 'deleted': '0.55', 'lost': 'C3',
+                                'damaged': 'C3'})
 
 @dataclass
 class Figure:
@@ -114,7 +116,7 @@ LAST_TICK = 0.2 # inches, of half the label of a tick at the end of an axis
 def texts_of(self:Figure, id): # (id, description), both as text
     "What is written beside a mark"
     status, text = self.lineage.status(id), description_text(self.lineage, id)
-    if status in ('code changed', 'running', 'stale'): text = f'{text} ({status})'.strip()
+    if status in ('code changed', 'running', 'stale', 'lost'): text = f'{text} ({status})'.strip()
     return id_text(id), 'damaged' if status == 'damaged' else text
 
 @patch

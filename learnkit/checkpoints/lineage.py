@@ -8,14 +8,16 @@ __all__ = []
 # %% ../../nbs/checkpoints/12_lineage.ipynb #30307d36
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from fastcore.basics import patch
 from ..base.methods import unrecorded
 from ..base.text import short_path
 from ..files.errors import DamagedError, StoreError
 from ..files.ids import check_id, id_text, sort_ids
+from ..files.records import referenced_digests
 from ..files.tree import json_digest
 from .record import (
-    Node, Position, ancestors, best_call, new_node, state_after, state_at)
+    Node, Position, ancestors, best_call, new_node, state_after, state_at, stored_roots)
 from .checkpointed import Checkpointed
 
 # %% ../../nbs/checkpoints/12_lineage.ipynb #0b04feaf
@@ -33,6 +35,14 @@ class Lineage:
                 if NEEDED <= found.keys(): self.nodes[id] = Node(found)
                 else: self.damaged[id] = f'it has no {", ".join(sorted(NEEDED - found.keys()))}'
         self.outdated = {id for id in self.nodes if self.is_outdated(id)}
+        self.known = {}  # id -> what `digests` returns
+
+    @cached_property
+    def lost(self): # set of ids
+        "The checkpoints of which tensors are in no pack; of an answer that would be computed anew"
+        self.store.refresh()
+        stored = self.store.pack_of.keys()
+        return {id for id in self.nodes if not self.digests(id)[0] <= stored}
 
     @property
     def ids(self): return sort_ids([*self.nodes, *self.damaged])
@@ -65,6 +75,7 @@ def status(self:Lineage, id) -> str: # 'complete', 'code changed', 'running', 's
     "How a checkpoint stands"
     if id in self.damaged: return 'damaged'
     if id not in self.nodes: return 'deleted'
+    if id in self.lost: return 'lost'
     if not self.outdated.isdisjoint(self.ancestors(id)): return 'stale'
     node = self.nodes[id]
     if not node.closed or not all(call.is_complete for call in node.calls): return 'running'
@@ -152,7 +163,20 @@ def metric_text(node): # str
 @patch
 def nbytes(self:Lineage, *ids) -> int:
     "Bytes of the distinct tensors of some checkpoints"
-    return self.store.nbytes(*(self.nodes[id].json for id in ids if id in self.nodes))
+    return self.store.size_of({digest for id in ids if id in self.nodes
+                               for digests in self.digests(id) for digest in digests})
+
+@patch
+def digests(self:Lineage, id): # two sets: of the states and results of its calls, of all else
+    "The tensors that a checkpoint names"
+    if id not in self.known:
+        json = self.nodes[id].json
+        now = [json['begin'] or {}, *json['calls']]
+        old = [call for version in json['history']
+               for call in (version['begin'] or {}, *version['calls'])]
+        self.known[id] = tuple(referenced_digests([stored_roots(call) for call in calls])
+                               for calls in (now, [*old, *json.get('answers', [])]))
+    return self.known[id]
 
 # %% ../../nbs/checkpoints/12_lineage.ipynb #7d21cd2d
 class NoCheckpoint(LookupError):

@@ -3,6 +3,7 @@
 # pyright: reportPrivateImportUsage=false
 """Which checkpoint goes on from which, and how it stands"""
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 from ..checkpoints.record import Node, Position
 __all__ = []
@@ -14,7 +15,15 @@ class Lineage:
     nodes: dict[Any, Any]
     damaged: dict[Any, Any]
     outdated: set[Any]
+    known: dict[Any, Any]
     def __init__(self, store: Any) -> None: ...
+    @cached_property
+    def lost(self) -> Any:
+        """The checkpoints of which tensors are in no pack; of an answer that would be computed anew
+
+        Returns:
+            set of ids
+        """
     @property
     def ids(self) -> Any: ...
     def parent(self, id: Any) -> Any: ...
@@ -59,6 +68,12 @@ class Lineage:
         """
     def nbytes(self, *ids: Any) -> int:
         """Bytes of the distinct tensors of some checkpoints"""
+    def digests(self, id: Any) -> Any:
+        """The tensors that a checkpoint names
+
+        Returns:
+            two sets: of the states and results of its calls, of all else
+        """
     def node(self, id: Any) -> Node:
         """The node of a checkpoint that must be there"""
 

@@ -65,7 +65,7 @@ def drawing_of(lineage, rows, best_path, anchors): # dict: width, height, paths,
 
 def mark_kind(status, is_best): # str: classes of the style sheet
     "How a checkpoint is drawn"
-    if status in ('running', 'damaged'): return status
+    if status in ('running', 'damaged', 'lost'): return status
     return ' '.join(['best'] * is_best + ['open'] * (status != 'complete'))
 
 # %% ../../nbs/checkpoints/16_report.ipynb #dfcf866d

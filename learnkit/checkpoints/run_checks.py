@@ -76,12 +76,14 @@ def read_node(one, top, path, calls, parse):
         except FileNotFoundError: continue
         except (StoreError, ValueError, OSError) as error: return one.note(top, file, error)
         if k is None: one.found.left_over.append(name_in(top, file))
-        elif k > (n := len(record['calls'])):
-            lost = f'{name_in(top, calls)}/{n:06}.json'
-            return one.found.problems.append(Problem('lost', lost, 'there are calls after it'))
         else:
-            record['calls'][k:k + 1] = [call]
             one.digests.append(seal)
+            record['calls'] += [None] * (k - len(record['calls']))  # of files that are gone
+            record['calls'][k:k + 1] = [call]
+    ended = [call is not None and call['status'] != 'running' for call in record['calls']]
+    if not all(ended[:-1]):  # the record may have the beginning of a call, its end is gone
+        lost = f'{name_in(top, calls)}/{ended.index(False):06}.json'
+        return one.found.problems.append(Problem('lost', lost, 'there are calls after it'))
     one.node = Node(record)
     one.found.counts['calls'] += len(record['calls'])
 
@@ -185,7 +187,8 @@ def origin_text(origin, id, n): # str
     if origin is None: return 'nothing that is left leads there'
     if origin[0] is None: return 'a script that seeds and makes the learner as before computes it'
     if origin[0] != id:
-        return f'run the script: it goes on from checkpoint {id_text(origin[0])}, which is sound'
+        where = f'state after call {origin[1] - 1}' if origin[1] else 'beginning'
+        return f'run the script: it goes on from the sound {where} of checkpoint {id_text(origin[0])}'
     calls = f'call {n - 1}' if origin[1] == n - 1 else f'calls {origin[1]} to {n - 1}'
     return f'run the script: it makes {calls} again, from the sound state before'
 

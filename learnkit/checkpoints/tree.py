@@ -92,7 +92,7 @@ def answers_text(node): # str
 
 # %% ../../nbs/checkpoints/13_tree.ipynb #87f8e966
 MARKS = MappingProxyType({'complete': '●', 'code changed': '◇', 'running': '◐', 'stale': '○',
-                          'damaged': '✗', 'deleted': '·'})
+                          'lost': '◌', 'damaged': '✗', 'deleted': '·'})
 
 def row_cells(lineage, id, position, now): # list of str
     "The cells of a checkpoint beside id and description"
@@ -167,7 +167,7 @@ def damage_lines(lineage): # list of lines
     return [f'{id_text(id)} is damaged: {one_line(why)}' for id, why in lineage.damaged.items()]
 
 # %% ../../nbs/checkpoints/13_tree.ipynb #1bef901a
-PLAIN = str.maketrans('├└─│↳●◇◐○✗·←…×', '|`-|>*#+ox.<~x')  # of the same width
+PLAIN = str.maketrans('├└─│↳●◇◐○◌✗·←…×', '|`-|>*#+o?x.<~x')  # of the same width
 
 def printable(text, encoding): # str
     "The text as far as an output can show it, drawn with ASCII where it has no lines"

@@ -127,6 +127,7 @@ def _repr_html_(self:VerifyResult):
 def kind_of_path(path): # 'run', 'saves', 'file'; FileNotFoundError, ValueError for anything else
     "What there is to verify"
     if not os.path.lexists(path): raise FileNotFoundError(f'there is no {path}')
+    if path.suffix == '.json': raise ValueError(f'{path} is a part of a run: name its folder')
     if not path.is_dir(): return 'file'
     if (path/'format.json').exists() or (path/'nodes').is_dir(): return 'run'
     if list_saves(path) or listed(path, 'save-*.damaged'): return 'saves'

@@ -18,10 +18,10 @@ from .tensors import open_safetensors
 from .spans import read_spans, sound_spans, span_digest
 from .tree import Unpacker, check_seal, check_tensors
 from .sharded import named_shards, shards_folder
-from .sidecars import named_sidecars, sidecar_path, sidecars_of
+from .sidecars import DIGEST, named_sidecars, sidecar_path, sidecars_of
 from .saves import list_saves
 from .records import referenced_digests
-from .states import is_whole_pack
+from .states import is_whole_pack, pack_sizes
 
 # %% ../../nbs/files/15_checks.ipynb #c5e4072b
 @dataclass
@@ -95,11 +95,19 @@ def check_settled(path, check): # Findings; check: function that returns them
         if after is None and not os.path.lexists(path): return Findings()
     return found
 
+def check_digests_in_names(path): # None
+    "DamagedError for a pack, or a tensor that saves share, that is not as it was written"
+    names = read_spans(path).keys()
+    if not names or not all(map(DIGEST.fullmatch, names)): return  # an export
+    bad = names - sound_spans(path).keys()
+    if bad: raise DamagedError(f'{path} is damaged: tensor {min(bad)} is not as it was written')
+    if DIGEST.fullmatch(path.stem): pack_sizes(path)
+
 def check_tree(path): # JSON values of the tree; None for tensors without one
     "Read all of a file; DamagedError unless it is as it was written"
     try:
         with open_safetensors(path) as file: metadata = file.metadata() or {}
-        if not metadata.keys() & {'learnkit', 'sha256'}: return None
+        if not metadata.keys() & {'learnkit', 'sha256'}: return check_digests_in_names(path)
         check_seal(path, metadata)
         root, digests, spans = json.loads(metadata['tree']), json.loads(metadata['tensors']), {}
         spans = read_spans(path)

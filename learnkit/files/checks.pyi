@@ -78,6 +78,13 @@ def check_settled(path: Any, check: Any) -> Any:
         Findings; check: function that returns them
     """
 
+def check_digests_in_names(path: Any) -> Any:
+    """DamagedError for a pack, or a tensor that saves share, that is not as it was written
+
+    Returns:
+        None
+    """
+
 def check_tree(path: Any) -> Any:
     """Read all of a file; DamagedError unless it is as it was written
 

@@ -241,7 +241,11 @@ def holds(self:Store, root)->bool:
 @patch
 def nbytes(self:Store, *roots)->int:
     "How many bytes the tensors of some states take, each counted once; lost ones do not count"
-    digests = referenced_digests(list(roots))
+    return self.size_of(referenced_digests(list(roots)))
+
+@patch
+def size_of(self:Store, digests:set)->int:
+    "How many bytes some tensors take; lost ones do not count"
     if not digests <= self.pack_of.keys(): self.refresh()
     return sum(self.packs[self.pack_of[each]][each] for each in digests & self.pack_of.keys())
 

@@ -162,6 +162,8 @@ class Store:
         """Whether each tensor of a state is in a pack; they are not read"""
     def nbytes(self, *roots: Any) -> int:
         """How many bytes the tensors of some states take, each counted once; lost ones do not count"""
+    def size_of(self, digests: set) -> int:
+        """How many bytes some tensors take; lost ones do not count"""
     def quarantine_pack(self, path: Any, error: Any) -> Any:
         """Rename a damaged pack, if nobody else writes; its sound tensors stay
 

@@ -70,13 +70,13 @@ def test_without_metrics_there_is_only_the_tree():
 
 def test_stale_running_damaged_and_deleted_look_different():
     store = Nodes(node(1), node(2, 1, parent_state='x'), node(3, 1, closed=False), node(4),
-                  node(5, 'gone'), bad=[4])
+                  node(5, 'gone'), node(6), bad=[4], lost=[6])
     ax = plot_tree(store)
     looks = {(mark.get_marker(), mark.get_fillstyle(), to_hex(mark.get_color()),
               to_hex(mark.get_markerfacecolor())) for mark in marks(ax)}
-    assert len(looks) == 6  # the best is one of its own
+    assert len(looks) == 7  # the best is one of its own
     dashed = [line for line in connectors(ax) if line.get_linestyle() != '-']
-    assert len(dashed) == 2 and {'damaged', '(deleted)'} <= texts(ax)
+    assert len(dashed) == 2 and {'damaged', '(deleted)', '(lost)'} <= texts(ax)
 
 
 def boxes(ax): # of the texts, in pixels
