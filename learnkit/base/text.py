@@ -70,9 +70,17 @@ def is_valid_unicode(s:str): # bool
     except UnicodeEncodeError: return False
 
 # %% ../../nbs/base/06_text.ipynb #a8779c49
+def harmless(text): # str, of the same length
+    "A text with spaces for line ends, control characters, and what turns or hides letters"
+    return ''.join(c if c.isprintable() else ' ' for c in str(text))
+
+def harmless_lines(text): # str
+    "The same of each line"
+    return '\n'.join(map(harmless, str(text).split('\n')))
+
 def one_line(text): # str
-    "A text without line ends, control characters and what hides letters"
-    return ' '.join(''.join(c if c.isprintable() else ' ' for c in str(text)).split())
+    "A text of others in a line of ours, without spaces that would look like columns"
+    return ' '.join(harmless(text).split())
 
 def html_text(text): # str
     "A text in HTML, of which nothing is a tag"

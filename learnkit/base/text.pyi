@@ -59,8 +59,22 @@ def is_valid_unicode(s: str) -> bool:
         bool
     """
 
+def harmless(text: Any) -> Any:
+    """A text with spaces for line ends, control characters, and what turns or hides letters
+
+    Returns:
+        str, of the same length
+    """
+
+def harmless_lines(text: Any) -> str:
+    """The same of each line
+
+    Returns:
+        str
+    """
+
 def one_line(text: Any) -> str:
-    """A text without line ends, control characters and what hides letters
+    """A text of others in a line of ours, without spaces that would look like columns
 
     Returns:
         str

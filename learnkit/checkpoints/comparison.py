@@ -10,7 +10,7 @@ import time
 from difflib import SequenceMatcher
 from fastcore.basics import patch
 from ..base.methods import unrecorded
-from ..base.text import duration_text, one_line, size_text
+from ..base.text import duration_text, harmless, one_line, size_text
 from ..files.tree import Unpacker
 from ..files.ids import id_text
 from ..fingerprint.words import as_text
@@ -165,7 +165,7 @@ def best_metric(node): # dict with a row or none
 def sections(texts:dict, otherwise): # list of lines
     "Texts below one another, with a name before the first"
     width = max(map(len, texts)) + 2
-    return [f'{"" if i else name:{width}}{text}' for name, found in texts.items()
+    return [f'{"" if i else name:{width}}{harmless(text)}' for name, found in texts.items()
             for i, text in enumerate(found or [otherwise])]
 
 # %% ../../nbs/checkpoints/15_comparison.ipynb #befb7fc1

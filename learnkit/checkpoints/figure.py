@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from fastcore.basics import patch
 from ..base.methods import unrecorded
+from ..base.text import plot_text
 from ..files.ids import id_text
 from .record import finite
 from .checkpointed import Checkpointed
@@ -148,7 +149,8 @@ def draw_metric(self:Figure, panel, metric):
         panel.plot(last, i, 'o', ms=5, mfc='white', mec=color)
         panel.plot(best, i, 'o', ms=5, color=color)
     both = any(best not in (None, last) for last, best in self.values.values())
-    panel.set_xlabel(f'{metric} (dot: best, ring: last)' if both else metric, fontsize=8.5)
+    name = plot_text(metric)
+    panel.set_xlabel(f'{name} (dot: best, ring: last)' if both else name, fontsize=8.5)
     panel.set(ylim=self.ax.get_ylim(), yticks=[])
     panel.tick_params(labelsize=8)
     panel.grid(axis='x', alpha=0.3)

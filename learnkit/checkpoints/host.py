@@ -14,6 +14,7 @@ from functools import singledispatch
 from types import MappingProxyType
 from fastcore.basics import patch
 from ..base.methods import declared_kind
+from ..base.text import harmless_lines
 
 # %% ../../nbs/checkpoints/02_host.ipynb #d39d1e41
 PROTOCOL = ('state_dict', 'load_state_dict', 'saving_to')  # what an object gives to be recorded
@@ -41,7 +42,7 @@ class Display(HostPart):
     "What is shown of an object and its calls"
     part_names = MappingProxyType({})  # part of the state -> what people call it
 
-    def show(self, text): print(text, flush=True)
+    def show(self, text): print(harmless_lines(text), flush=True)
 
     def argument_text(self, value,
                       text, # function: value -> str, for what is inside of it

@@ -9,7 +9,7 @@ __all__ = ['BEGINNING', 'StaleCheckpoint']
 import copy, json, math, time
 from dataclasses import dataclass
 from fastcore.basics import patch
-from ..base.text import duration_text
+from ..base.text import duration_text, harmless_lines, one_line
 from ..files.ids import id_text
 
 # %% ../../nbs/checkpoints/01_record.ipynb #29435085
@@ -394,6 +394,7 @@ def best_root(node): # root of a tree in the store
 # %% ../../nbs/checkpoints/01_record.ipynb #7a51874e
 class StaleCheckpoint(Exception):
     "What a script asks for is not what is recorded; the text shows how they differ and the ways on"
+    def __str__(self): return harmless_lines(super().__str__())  # names may be those of others
 
 # %% ../../nbs/checkpoints/01_record.ipynb #5836b3ce
 def differing(a:dict, b:dict): # list of keys
@@ -418,5 +419,5 @@ def not_kept(node): # LookupError
 def fetched_text(node, record, folder): # str
     "The line that is shown when a call is fetched"
     when = time.strftime('%Y-%m-%d %H:%M', time.localtime(record.ended))
-    return (f'checkpoint {id_text(node.id)}: {record.text} fetched from {folder}, '
+    return (f'checkpoint {id_text(node.id)}: {one_line(record.text)} fetched from {folder}, '
             f'computed in {duration_text(record.seconds)} on {when}')

@@ -367,6 +367,7 @@ def best_root(node: Any) -> Any:
 
 class StaleCheckpoint(Exception):
     """What a script asks for is not what is recorded; the text shows how they differ and the ways on"""
+    def __str__(self) -> str: ...
 
 def differing(a: dict, b: dict) -> Any:
     """Where two dicts differ

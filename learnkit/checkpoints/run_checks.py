@@ -187,8 +187,9 @@ def origin_text(origin, id, n): # str
     if origin is None: return 'nothing that is left leads there'
     if origin[0] is None: return 'a script that seeds and makes the learner as before computes it'
     if origin[0] != id:
-        where = f'state after call {origin[1] - 1}' if origin[1] else 'beginning'
-        return f'run the script: it goes on from the sound {where} of checkpoint {id_text(origin[0])}'
+        where, name = f'state after call {origin[1] - 1}', id_text(origin[0])
+        if not origin[1]: where = 'beginning'
+        return f'run the script: it goes on from the sound {where} of checkpoint {name}'
     calls = f'call {n - 1}' if origin[1] == n - 1 else f'calls {origin[1]} to {n - 1}'
     return f'run the script: it makes {calls} again, from the sound state before'
 

@@ -13,7 +13,7 @@ from itertools import groupby
 from types import MappingProxyType
 from fastcore.basics import patch
 from ..base.methods import unrecorded
-from ..base.text import age_text, one_line, size_text
+from ..base.text import age_text, harmless_lines, one_line, size_text
 from ..files.ids import check_id, id_text
 from .checkpointed import Checkpointed
 from .lineage import Lineage, best_text, metric_text, total_epochs
@@ -38,8 +38,8 @@ def table_row(lineage, id): # dict: column -> value
     if id in lineage.damaged: return row
     node = lineage.nodes[id]
     created = datetime.fromtimestamp(node.created).replace(microsecond=0)
-    return row | {'description': node.description, 'calls': node.n_calls,
-                  'epochs': total_epochs(node), 'best': best_text(node),
+    return row | {'description': one_line(node.description), 'calls': node.n_calls,
+                  'epochs': total_epochs(node), 'best': one_line(best_text(node)),
                   'bytes': lineage.nbytes(id), 'created': created}
 
 # %% ../../nbs/checkpoints/13_tree.ipynb #d84a76f7
@@ -101,7 +101,7 @@ def row_cells(lineage, id, position, now): # list of str
     here = [f'← here{call_suffix(position.call)}'] if is_here else []
     state = ', '.join([status] * (status not in ('complete', 'deleted')) + here)
     if node is None: return ['', '', '', '', '', state]
-    return [calls_text(node.calls), metric_text(node), answers_text(node),
+    return [calls_text(node.calls), one_line(metric_text(node)), one_line(answers_text(node)),
             size_text(lineage.nbytes(id)), age_text(now - node.last_change), state]
 
 def call_suffix(call): # str
@@ -171,7 +171,7 @@ PLAIN = str.maketrans('├└─│↳●◇◐○◌✗·←…×', '|`-|>*#+o?
 
 def printable(text, encoding): # str
     "The text as far as an output can show it, drawn with ASCII where it has no lines"
-    text = ''.join(c if c.isprintable() or c == '\n' else ' ' for c in text)
+    text = harmless_lines(text)
     try: text.encode(encoding)
     except UnicodeEncodeError: text = text.translate(PLAIN)
     return text.encode(encoding, 'backslashreplace').decode(encoding)
@@ -204,8 +204,8 @@ def history(self:Checkpointed,
     for version in node.json['history']:
         old = node.older(version['n'])
         replaced = datetime.fromtimestamp(version['replaced']).replace(microsecond=0)
-        rows.append([version['n'], calls_text(old.calls), total_epochs(old), best_text(old),
-                     replaced, version['why']])
+        rows.append([version['n'], calls_text(old.calls), total_epochs(old),
+                     one_line(best_text(old)), replaced, one_line(version['why'])])
     columns = ['n', 'calls', 'epochs', 'best', 'replaced', 'why']
     return pd.DataFrame(rows, columns=columns).set_index('n')
 

@@ -7,6 +7,7 @@ __all__ = ['StoreError', 'UnstorableError', 'DamagedError', 'LockedError']
 
 # %% ../../nbs/files/00_errors.ipynb #3a0320bc
 import os, time
+from ..base.text import harmless_lines, one_line
 
 # %% ../../nbs/files/00_errors.ipynb #272e5c2b
 def as_seen_from_here(text): # str
@@ -17,7 +18,7 @@ def as_seen_from_here(text): # str
 # %% ../../nbs/files/00_errors.ipynb #3cf15a01
 class StoreError(Exception):
     "A tree that cannot be stored, or a file that cannot be read; the text says why"
-    def __str__(self): return as_seen_from_here(super().__str__())
+    def __str__(self): return harmless_lines(as_seen_from_here(super().__str__()))
 
 class UnstorableError(StoreError, TypeError):
     "A value that no file can hold; the text begins with its path in the tree"
@@ -30,7 +31,7 @@ def holder_text(holder:dict): # str
     "Who holds a lock"
     if holder is None: return 'another process'
     since = time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(holder['since']))
-    return f'process {holder["pid"]} on {holder["host"]} since {since}'
+    return f'process {holder["pid"]} on {one_line(holder["host"])} since {since}'
 
 # %% ../../nbs/files/00_errors.ipynb #bac0ef2d
 class LockedError(StoreError):

@@ -14,6 +14,7 @@ from torch.linalg import vector_norm
 from ..base.batches import tensors_in
 from ..base.dtensors import local_part, unsharded_class
 from ..base.ranks import is_main
+from ..base.text import plot_text
 from ..components.callback import Callback
 from ..loop.plots import plot_axes
 from ..training.arguments import check_whole
@@ -200,8 +201,8 @@ def histograms(self:ActivationStats,
 # %% ../../nbs/insight/10_activations.ipynb #bd1bb9d5
 def two_lines(name, most:int=28): # str
     "A layer's name and class, beside or below each other"
-    if len(name) <= most: return name
-    return '\n'.join(short_name(part, most) for part in name.rsplit(' ', 1))
+    if len(name) <= most: return plot_text(name)
+    return '\n'.join(plot_text(short_name(part, most)) for part in name.rsplit(' ', 1))
 
 def check_has_hist(stats):
     if stats.hist is None: raise ValueError('ActivationStats(hist=None) keeps no histograms')

@@ -10,6 +10,7 @@ import math, textwrap
 import numpy as np
 import torch
 from fastcore.basics import patch
+from ..base.text import plot_text
 from ..loop.plots import plot_axes
 from ..components.metrics import NO_CLASS
 from .tasks import IGNORED, LABELLED, short_number
@@ -34,7 +35,7 @@ def sureness(interp, i:int): # float; None where the model gives no probability
 def title_text(interp, i:int): # str
     "What stands above a sample"
     values = [value_text(interp, name, i) for name in ('pred', 'targ')]
-    pred, targ = [short_number(x) if isinstance(x, float) else short(x) for x in values]
+    pred, targ = [short_number(x) if isinstance(x, float) else plot_text(short(x)) for x in values]
     sure = sureness(interp, i)
     loss = f'loss {interp.losses[i]:.3g}' + (f', {sure:.0%} sure' if sure is not None else '')
     is_mask = interp.task in LABELLED and interp.targs[i].squeeze().ndim > (
@@ -70,7 +71,8 @@ def row_lines(x, most=11): # str
 
 def show_text(ax, text, width=28, most=12):
     "A text in the middle of the Axes, cut where it is long"
-    lines = [line for part in str(text).splitlines() for line in textwrap.wrap(part, width) or ['']]
+    parts = map(plot_text, str(text).splitlines())
+    lines = [line for part in parts for line in textwrap.wrap(part, width) or ['']]
     if len(lines) > most: lines = [*lines[:most - 1], '…']
     ax.text(0.5, 0.98, '\n'.join(lines), ha='center', va='top', fontsize=8, transform=ax.transAxes)
 
@@ -226,7 +228,7 @@ def label_ticks(ax, rows, columns):
     for axis, names in ((ax.xaxis, columns), (ax.yaxis, rows)):
         step = -(-len(names) // TICKS)
         size = 9 if len(names) <= 25 else 7
-        shown = [short(name) for name in names[::step]]
+        shown = [plot_text(short(name)) for name in names[::step]]
         axis.set_ticks(range(0, len(names), step), shown, fontsize=size)
     if longest > 3 or len(columns) > 25: ax.tick_params(axis='x', rotation=90)
 

@@ -6,8 +6,8 @@
 __all__ = []
 
 # %% ../../nbs/insight/05_layout.ipynb #e4c1f5a6
-from html import escape
 from itertools import zip_longest
+from ..base.text import harmless, html_text
 
 # %% ../../nbs/insight/05_layout.ipynb #ff4b44d1
 WIDTH = 80 # characters of a line, at most
@@ -30,6 +30,7 @@ def text_table(head, # names of the columns
                shortened:int=1, # how many of the first columns may be shortened
               )->str:
     "Rows under their names, as aligned text"
+    head, *rows = [list(map(harmless, row)) for row in (head, *rows)]
     widths = [max(map(len, column)) for column in columns_of([head, *rows])]
     while sum(widths) + 2 * (len(widths) - 1) > width:
         widest = max(range(shortened), key=widths.__getitem__)
@@ -45,7 +46,7 @@ def html_table(head, rows, left:int=1)->str: # as for `text_table`
     "The same as HTML, with everything escaped"
     def cell(tag, i, text):
         side = 'left' if i < left else 'right'
-        return f'<{tag} style="text-align:{side}">{escape(text)}</{tag}>'
+        return f'<{tag} style="text-align:{side}">{html_text(text)}</{tag}>'
     def line(tag, cells): return ''.join(cell(tag, i, text) for i, text in enumerate(cells))
     body = ''.join(f'<tr>{line("td", row)}</tr>' for row in rows)
     return (f'<table class="dataframe"><thead><tr>{line("th", head)}</tr></thead>'

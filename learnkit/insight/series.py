@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import nn
-from ..base.text import caller_stacklevel
+from ..base.text import caller_stacklevel, plot_text
 from ..files.growing import GrowingTable
 from ..fingerprint.code import code_digest, lambda_source
 from ..fingerprint.values import is_plain
@@ -223,7 +223,7 @@ def short_name(name, most:int): # str
 
 def name_lines(ax, lines, names, most:int=12):
     "A legend beside the Axes; of very many lines only some are named, the first and last too"
-    names = [short_name(name, 36) for name in names]
+    names = [plot_text(short_name(name, 36)) for name in names]
     ax.figure.set_figwidth(ax.figure.get_figwidth() + 0.5 + 0.07 * max(map(len, names)))
     shown = np.linspace(0, len(lines) - 1, min(most, len(lines)), dtype=int)
     ax.legend([lines[i] for i in shown], [names[i] for i in shown], frameon=False, fontsize=8,

@@ -9,6 +9,7 @@ __all__ = []
 import math
 import numpy as np
 from fastcore.basics import patch
+from ..base.text import plot_text
 from .recorder import Recorder
 
 # %% ../../nbs/loop/01_plots.ipynb #9e3938cf
@@ -135,9 +136,10 @@ def plot_metrics(self:Recorder,
     for ax, panel in zip(axes, panels, strict=True):
         for name in panel:
             color = {'train': 'C0', 'valid': 'C1'}.get(name.partition('_')[0], 'C2')
-            ax.plot([row.get(name, np.nan) for row in rows], 'o-', ms=3, color=color, label=name)
+            ax.plot([row.get(name, np.nan) for row in rows], 'o-', ms=3, color=color,
+                    label=plot_text(name))
         for start in starts: ax.axvline(start - 0.5, color='0.5', ls=':', lw=1)
-        ax.set(xlabel='epoch', ylabel=panel_label(panel))
+        ax.set(xlabel='epoch', ylabel=plot_text(panel_label(panel)))
         ax.xaxis.get_major_locator().set_params(integer=True)
         if len(panel) > 1: ax.legend(frameon=False)
     return axes
@@ -157,6 +159,6 @@ def plot_lr(self:Recorder,
         ax.set(xlabel='step', ylabel=label)
     several = [name for name in self.lr_names if not np.isnan(steps[name]).all()]
     if several: axes[0].lines[0].remove()  # the last one's, which is among them
-    for name in several: axes[0].plot(steps[name], label=name.removeprefix('lr_'))
+    for name in several: axes[0].plot(steps[name], label=plot_text(name.removeprefix('lr_')))
     if several: axes[0].legend(frameon=False)
     return axes

@@ -7,12 +7,12 @@ __all__ = ['Progress']
 
 # %% ../../nbs/loop/01_progress.ipynb #4a2105f6
 import os, sys, time
-from html import escape
 import numpy as np
 import torch
 from fastcore.basics import patch
 from tqdm import tqdm
 from ..base.ranks import is_main
+from ..base.text import harmless, harmless_lines, html_text
 from ..components.callback import Callback
 
 # %% ../../nbs/loop/01_progress.ipynb #a0d23fb6
@@ -65,14 +65,15 @@ class Table:
 
     def line(self, cells): # one row as text
         "`cells` aligned to the columns"
-        return '  '.join(cell.rjust(width) for cell, width in zip(cells, self.widths, strict=True))
+        return '  '.join(harmless(cell).rjust(width)
+                         for cell, width in zip(cells, self.widths, strict=True))
 
     def __str__(self): return '\n'.join(map(self.line, (self.columns, *map(self.cells, self.rows))))
     __repr__ = __str__
 
     def _repr_html_(self):
-        head = ''.join(f'<th>{escape(name)}</th>' for name in self.columns)
-        body = ''.join('<tr>' + ''.join(f'<td>{escape(cell)}</td>' for cell in row) + '</tr>'
+        head = ''.join(f'<th>{html_text(name)}</th>' for name in self.columns)
+        body = ''.join('<tr>' + ''.join(f'<td>{html_text(cell)}</td>' for cell in row) + '</tr>'
                        for row in map(self.cells, self.rows))
         return f'<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
 
@@ -101,7 +102,7 @@ class NotebookBar:
 
     def _repr_html_(self):
         size = f' value="{self.n}" max="{self.total}"' if self.total else ''
-        return f'<div><progress{size}></progress> {escape(repr(self))}</div>'
+        return f'<div><progress{size}></progress> {html_text(repr(self))}</div>'
 
 def make_bar(learn): # a bar, disabled where nobody watches
     "A bar over the batches of the running pass"
@@ -322,4 +323,4 @@ def show_message(learn, # with a `Progress` whose table is shown, or without
                 ):
     "Print a line where the table is shown too"
     shows = any(isinstance(cb, Progress) and cb.table for cb in learn.cbs)
-    if shows and is_main(): print(text, flush=True)
+    if shows and is_main(): print(harmless_lines(text), flush=True)

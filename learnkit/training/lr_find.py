@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 import numpy as np
 from fastcore.basics import noop, patch
-from ..base.text import caller_stacklevel
+from ..base.text import caller_stacklevel, plot_text
 from ..base.methods import pure, result
 from ..data.loaders import length, set_epoch
 from ..data.resumable import reading_without_trace
@@ -101,7 +101,7 @@ def plot(self:LRFinderResult,
     for i, (name, lr) in enumerate(self.suggestions.items()):
         height = np.interp(math.log(lr), np.log(lrs), losses)
         if lrs[0] <= lr <= lrs[-1]:
-            ax.plot(lr, height, 'o', color=f'C{i + 1}', label=f'{name} {lr:.1e}')
+            ax.plot(lr, height, 'o', color=f'C{i + 1}', label=f'{plot_text(name)} {lr:.1e}')
     ax.set(xscale='log', xlabel='learning rate', ylabel='loss')
     low, usual = losses.min(), losses[:max(len(losses) // 2, 1)].max()
     if usual > low:  # no room for the blow-up
