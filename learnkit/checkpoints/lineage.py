@@ -49,6 +49,19 @@ class Lineage:
 
     def parent(self, id): return self.nodes[id].parent if id in self.nodes else None
 
+# %% ../../nbs/checkpoints/12_lineage.ipynb #b331c8d1
+@patch
+def digests(self:Lineage, id): # two sets: of the states and results of its calls, of all else
+    "The tensors that a checkpoint names"
+    if id not in self.known:
+        json = self.nodes[id].json
+        now = [json['begin'] or {}, *json['calls']]
+        old = [call for version in json['history']
+               for call in (version['begin'] or {}, *version['calls'])]
+        self.known[id] = tuple(referenced_digests([stored_roots(call) for call in calls])
+                               for calls in (now, [*old, *json.get('answers', [])]))
+    return self.known[id]
+
 # %% ../../nbs/checkpoints/12_lineage.ipynb #ed7ff2f3
 @patch
 def children(self:Lineage) -> dict: # id -> sorted list of ids
@@ -160,23 +173,12 @@ def metric_text(node): # str
     if row.get(name) in (None, best['value']): return best_text(node)
     return f'{name} {number_text(row[name])}, best {number_text(best["value"])}'
 
+# %% ../../nbs/checkpoints/12_lineage.ipynb #c8149b15
 @patch
 def nbytes(self:Lineage, *ids) -> int:
     "Bytes of the distinct tensors of some checkpoints"
     return self.store.size_of({digest for id in ids if id in self.nodes
                                for digests in self.digests(id) for digest in digests})
-
-@patch
-def digests(self:Lineage, id): # two sets: of the states and results of its calls, of all else
-    "The tensors that a checkpoint names"
-    if id not in self.known:
-        json = self.nodes[id].json
-        now = [json['begin'] or {}, *json['calls']]
-        old = [call for version in json['history']
-               for call in (version['begin'] or {}, *version['calls'])]
-        self.known[id] = tuple(referenced_digests([stored_roots(call) for call in calls])
-                               for calls in (now, [*old, *json.get('answers', [])]))
-    return self.known[id]
 
 # %% ../../nbs/checkpoints/12_lineage.ipynb #7d21cd2d
 class NoCheckpoint(LookupError):

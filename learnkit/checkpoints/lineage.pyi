@@ -27,6 +27,12 @@ class Lineage:
     @property
     def ids(self) -> Any: ...
     def parent(self, id: Any) -> Any: ...
+    def digests(self, id: Any) -> Any:
+        """The tensors that a checkpoint names
+
+        Returns:
+            two sets: of the states and results of its calls, of all else
+        """
     def children(self) -> dict:
         """Who goes on from whom
 
@@ -68,12 +74,6 @@ class Lineage:
         """
     def nbytes(self, *ids: Any) -> int:
         """Bytes of the distinct tensors of some checkpoints"""
-    def digests(self, id: Any) -> Any:
-        """The tensors that a checkpoint names
-
-        Returns:
-            two sets: of the states and results of its calls, of all else
-        """
     def node(self, id: Any) -> Node:
         """The node of a checkpoint that must be there"""
 

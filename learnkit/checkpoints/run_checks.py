@@ -48,6 +48,7 @@ class CheckpointFiles:
     def note(self, top, path, error): self.found.problems.append(
         problem_at(name_in(top, path), path, error))
 
+# %% ../../nbs/checkpoints/17_run_checks.ipynb #30b0265d
 def read_checkpoint(folder, id, parse): # CheckpointFiles; None where it is gone
     "All files of a checkpoint, once they are not replaced while they are read"
     name = file_name(id)
@@ -87,6 +88,7 @@ def read_node(one, top, path, calls, parse):
     one.node = Node(record)
     one.found.counts['calls'] += len(record['calls'])
 
+# %% ../../nbs/checkpoints/17_run_checks.ipynb #eb49969d
 def call_in(path, id, parse, follows): # (number, call, digest); None for what an earlier record had
     "A call that was written beside a record"
     found, digest = checked_record(path, id, parse)
@@ -182,6 +184,7 @@ class Reach:
 
 MANY = 10**9  # calls, more than any checkpoint has
 
+# %% ../../nbs/checkpoints/17_run_checks.ipynb #3c1b7236
 def origin_text(origin, id, n): # str
     "How the state after the first `n` calls comes back"
     if origin is None: return 'nothing that is left leads there'
@@ -230,6 +233,7 @@ def way_back(reach, place): # (whether recorded calls give it back, advice)
     origin = reach.origin(place.id, n - (place.part == 'result'))
     return origin is not None, origin_text(origin, place.id, n)
 
+# %% ../../nbs/checkpoints/17_run_checks.ipynb #311d2a4d
 def depends_on(nodes, place): # list of str
     "What goes on from a place"
     node = nodes[place.id]
@@ -269,6 +273,7 @@ class PackChecks:
     @property
     def problems(self): return [one.problem for one in self.names.values() if one.problem]
 
+# %% ../../nbs/checkpoints/17_run_checks.ipynb #50414586
 def read_run(folder, parse): # (dict: id -> CheckpointFiles, Findings)
     "All records of a run"
     run, found = {}, Findings()
@@ -314,6 +319,7 @@ def check_run(folder): # Findings
                          'unneeded tensors': len(packs.sound - needed)})
     return found
 
+# %% ../../nbs/checkpoints/17_run_checks.ipynb #324e63df
 def explain_damage(run, one):
     "What goes on from a checkpoint whose files are damaged, and what gives it back"
     children = [f'checkpoint {id_text(child.id)}, which goes on from it' for child in run.values()
@@ -338,6 +344,7 @@ def attribute_losses(packs, lost):
         one.problem.recomputable = all(place.recomputable for place in places)
         one.problem.advice = 'verify --repair keeps what is sound in it, and sets it aside'
 
+# %% ../../nbs/checkpoints/17_run_checks.ipynb #d9b7709d
 def broken_links(run): # list of Problems
     "Checkpoints that begin at the end of one that is not there"
     found = []

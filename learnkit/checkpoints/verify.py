@@ -102,6 +102,7 @@ def last_lines(result): # list of lines
     if names: lines += wrapped(f'left over: {", ".join(names[:FEW])}{more}', inside=0)
     return lines
 
+# %% ../../nbs/checkpoints/18_verify.ipynb #b41dd59b
 @patch
 def __repr__(self:VerifyResult):
     lines = wrapped(f'{self.path}: {counts_text(self.counts)}', inside=0)
@@ -172,6 +173,7 @@ def remove_left_over(folder, found): # list of str
     for path in removed: remove_path(path)
     return [f'{path.relative_to(folder).as_posix()}: removed' for path in removed]
 
+# %% ../../nbs/checkpoints/18_verify.ipynb #7a566399
 def recover_tensors(store): # list of str
     "Take tensors that records name and no pack has from packs that were set aside"
     store.refresh()
@@ -194,6 +196,7 @@ def needed_digests(store): # set
         with suppress(StoreError, OSError): found |= referenced_digests(store.read(id))
     return found
 
+# %% ../../nbs/checkpoints/18_verify.ipynb #55913bb4
 def repair_saves(folder, found): # list of str
     "Set aside the numbered saves that are damaged, as who goes on from them does"
     done = remove_left_over(folder, found)

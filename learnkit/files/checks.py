@@ -151,6 +151,7 @@ def check_save(path, top, # folder from which on files are named
     found.left_over += [name_in(top, other) for other in others if other != folder]
     return found
 
+# %% ../../nbs/files/15_checks.ipynb #0f893871
 def check_side(side, top, is_sound, digest): # Problem; None
     "Whether a file beside a save is as it was written"
     name = name_in(top, side)

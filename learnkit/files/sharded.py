@@ -52,6 +52,7 @@ def unwrap_failure(folder):
 
 def shards_folder(path): return path.with_suffix('.parts')
 
+# %% ../../nbs/files/04_sharded.ipynb #d7d2c47c
 def named_shards(path, shards): # (Path of their folder, dict: name of a file -> digest)
     "The shards that a file names; DamagedError for any that are not in a folder beside it"
     folder, files = shards.get('folder'), shards.get('files')
@@ -62,6 +63,7 @@ def named_shards(path, shards): # (Path of their folder, dict: name of a file ->
 
 FOLDER, FILE = re.compile('[0-9a-f]{8}'), re.compile(r'[A-Za-z0-9][A-Za-z0-9._-]*')
 
+# %% ../../nbs/files/04_sharded.ipynb #5ad8d2d1
 def new_shards_folder(path, ranks): # Path, the same in all processes
     "Make a new folder for the shards of a file"
     if ranks.rank == 0: make_folder(folder := shards_folder(path)/secrets.token_hex(4))
