@@ -97,7 +97,8 @@ def last_lines(result): # list of lines
         text = 'an export has no digests: only its header and length are compared'
         lines += wrapped(text if m == 1 else f'{m} times, {text}', inside=0)
     if m := counts['unneeded tensors']:
-        lines += wrapped(f'{m} tensors that no checkpoint needs: gc frees them', inside=0)
+        text = f'{m} tensor{"s" * (m > 1)} that no checkpoint needs: gc frees what they take'
+        lines += wrapped(text, inside=0)
     more = f' and {len(names) - FEW} more' if len(names) > FEW else ''
     if names: lines += wrapped(f'left over: {", ".join(names[:FEW])}{more}', inside=0)
     return lines

@@ -357,7 +357,7 @@ def unpack_array(self:Unpacker, *packed): # array of text, times, other objects
         raise ValueError(f'{dtype} of shape {shape} is no array of a file')
     return np.ndarray(shape, dtype, self.unpack(packed[2]).numpy())
 
-# %% ../../nbs/files/03_tree.ipynb #d56db8a4
+# %% ../../nbs/files/03_tree.ipynb #66e4a3f5
 def with_strides(x, strides): # tensor or array
     "The same values, laid out in memory as they were"
     t = torch.as_tensor(x)
@@ -367,6 +367,7 @@ def with_strides(x, strides): # tensor or array
     new = torch.empty_strided(t.shape, strides, dtype=t.dtype).copy_(t)
     return new if isinstance(x, torch.Tensor) else new.numpy()
 
+# %% ../../nbs/files/03_tree.ipynb #d56db8a4
 def text_digest(text:str): return hashlib.sha256(text.encode()).hexdigest()
 def json_digest(value): return text_digest(json.dumps(value, sort_keys=True))
 
