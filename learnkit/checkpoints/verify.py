@@ -155,7 +155,7 @@ def verify(path:str|Path, # folder of a run, folder of saves, or a file
 def repair_run(folder, found): # list of str, what was done
     "Keep what is sound in a run, and set aside what is damaged"
     store, done = Store(folder), []
-    with store.writing():
+    with store.writing(beats=True):
         done += remove_left_over(folder, found)
         for path in [folder/one.what for one in found.problems if one.what.startswith('packs/')]:
             if os.path.lexists(path): done.append(f'packs/{path.name}: {store.replace_pack(path)}')

@@ -1,5 +1,6 @@
 "What `verify` finds of damage and loss, what it says of them, and that it changes nothing"
 import json, os, random, shutil, subprocess, sys, time
+from dataclasses import replace
 import pytest
 import torch
 from checkpoint_runs import digest, make, script
@@ -7,6 +8,7 @@ from learnkit import DataLoaders, Learner, SaveState, save_tree, verify
 from learnkit.checkpoints.lineage import Lineage
 from learnkit.checkpoints.tree import tree_text
 from learnkit.cli import main
+from learnkit.files.owners import this_process
 from learnkit.files.records import referenced_digests
 from learnkit.files.spans import read_spans
 from learnkit.files.store import Store
@@ -234,12 +236,14 @@ def test_what_another_pack_holds_is_no_loss(root):
 def test_format_and_strange_files(root):
     run = root / 'run'
     for name in ('notes.txt', 'nodes/readme', 'packs/.DS_Store'): (run / name).touch()
-    (run / '.learnkit-999999999-abcd').touch()
+    left, live = (f'.learnkit-{owner}-00ff' for owner in (
+        replace(this_process(), started=1), this_process()))
+    for name in (left, live, f'packs/{live}'): (run / name).touch()
     found = verify(run)
-    assert found.sound and found.left_over == ['.learnkit-999999999-abcd']
+    assert found.sound and found.left_over == [left]
     done = verify(run, repair=True)
-    assert done.sound and done.left_over == [] and done.repaired == [
-        '.learnkit-999999999-abcd: removed']
+    assert done.sound and done.left_over == [] and done.repaired == [f'{left}: removed']
+    assert (run / live).exists()
     (run / 'nodes/no id.json').touch()
     assert [one.what for one in verify(run).problems] == ['nodes/no id.json']
     (run / 'nodes/no id.json').unlink()
@@ -303,9 +307,9 @@ def test_there_are_no_false_alarms_beside_a_writer(root):
 def test_repair_needs_the_lock(root, monkeypatch):
     lose_state(root, 1, 1)
     taken = []
-    def writing(self, wait=20.):
+    def writing(self, *args, **kwargs):
         taken.append(1)
-        return original_writing(self, wait)
+        return original_writing(self, *args, **kwargs)
     original_writing = Store.writing
     monkeypatch.setattr(Store, 'writing', writing)
     verify(root / 'run')
