@@ -246,6 +246,9 @@ def main(argv=None): # exit code
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt: return 130
+    except RecursionError:
+        print_error('a record is too deep to be shown: nobody but an attacker writes such')
+        return 1
     except (CommandError, NoCheckpoint, HasChildren, StoreError, OSError) as error:
         print_error(one_line(str(error)))
         return 2 if isinstance(error, UsageError) else 1

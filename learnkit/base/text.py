@@ -72,7 +72,8 @@ def is_valid_unicode(s:str): # bool
 # %% ../../nbs/base/06_text.ipynb #a8779c49
 def harmless(text): # str, of the same length
     "A text with spaces for line ends, control characters, and what turns or hides letters"
-    return ''.join(c if c.isprintable() else ' ' for c in str(text))
+    text = str(text)
+    return text if text.isprintable() else ''.join(c if c.isprintable() else ' ' for c in text)
 
 def harmless_lines(text): # str
     "The same of each line"

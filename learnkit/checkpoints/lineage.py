@@ -17,23 +17,20 @@ from ..files.ids import check_id, id_text, sort_ids
 from ..files.records import referenced_digests
 from ..files.tree import json_digest
 from .record import (
-    Node, Position, ancestors, best_call, new_node, state_after, state_at, stored_roots)
+    Node, Position, ancestors, best_call, check_shape, state_after, state_at, stored_roots)
 from .checkpointed import Checkpointed
 
 # %% ../../nbs/checkpoints/12_lineage.ipynb #0b04feaf
-NEEDED = new_node(0, '', '', None).json.keys()
-
 class Lineage:
     "The checkpoints of a store, as they are now"
     def __init__(self, store):
         self.store, self.nodes, self.damaged = store, {}, {}  # id -> Node; id -> why
         for id in store.ids():
-            try: found = store.read(id)
-            except (StoreError, OSError) as error: self.damaged[id] = str(error)
-            else:
-                if found is None: continue  # deleted just now
-                if NEEDED <= found.keys(): self.nodes[id] = Node(found)
-                else: self.damaged[id] = f'it has no {", ".join(sorted(NEEDED - found.keys()))}'
+            try:
+                if (found := store.read(id)) is None: continue  # deleted just now
+                check_shape(found)
+            except (StoreError, OSError, ValueError) as error: self.damaged[id] = str(error)
+            else: self.nodes[id] = Node(found)
         self.outdated = {id for id in self.nodes if self.is_outdated(id)}
         self.known = {}  # id -> what `digests` returns
 

@@ -7,7 +7,6 @@ from functools import cached_property
 from typing import Any
 from ..checkpoints.record import Node, Position
 __all__ = []
-NEEDED: Any
 
 class Lineage:
     """The checkpoints of a store, as they are now"""

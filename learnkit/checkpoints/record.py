@@ -238,6 +238,65 @@ def add_descriptions(self:Node, structure:dict): # name -> Fingerprint
     "Record what the digests of a structure stand for"
     self.json['described'].update({found.digest: found.tree for found in structure.values()})
 
+# %% ../../nbs/checkpoints/01_record.ipynb #24219c6a
+ID, NUMBER, MAYBE_DICT = (int, float, str, type(None)), (int, float), (dict, type(None))
+NODE_TYPES = {'first': ID, 'parent': ID, 'parent_call': ID, 'parent_state': (str, type(None)),
+              'description': str, 'host': str, 'created': NUMBER, 'closed': bool,
+              'begin': MAYBE_DICT, 'beginning': MAYBE_DICT, 'code_changed': list, 'described': dict,
+              'calls': list, 'accepting': object, 'accepted': list, 'history': list}
+CALL_TYPES = {'method': str, 'text': str, 'kind': str, 'code': dict, 'versions': dict}
+MAY_BE = {'status': str, 'structure': MAYBE_DICT, 'before': MAYBE_DICT, 'begin': MAYBE_DICT,
+          'after': MAYBE_DICT, 'started': NUMBER, 'ended': NUMBER, 'seconds': NUMBER,
+          'report': MAYBE_DICT, 'seals': MAYBE_DICT, 'files': MAYBE_DICT, 'lacks': list, 'key': str,
+          'metrics': MAYBE_DICT, 'best': MAYBE_DICT, 'parts': dict, 'n': int,
+          'why': str, 'differences': list, 'replaced': NUMBER, 'structure_after': MAYBE_DICT}
+BEST = {'name': str, 'value': (*NUMBER, type(None)), 'higher': bool, 'place': list}
+
+# %% ../../nbs/checkpoints/01_record.ipynb #f31ad1f8
+def check_types(json, types, optional=False):
+    "Raise ValueError unless a dict has these keys, and values of these types"
+    if type(json) is not dict: raise ValueError(f'{json!r:.20} stands for a dict')
+    if lacking := () if optional else types.keys() - json.keys():
+        raise ValueError(f'it has no {", ".join(sorted(lacking))}')
+    for name in types.keys() & json.keys():
+        if not isinstance(json[name], types[name]):
+            raise ValueError(f'{name} is a {type(json[name]).__name__}')
+        if types[name] is NUMBER and not abs(json[name]) < 1e11:
+            raise ValueError(f'{name} is no time: {json[name]}')
+
+def check_values(json, types):
+    "Raise ValueError unless all values of a dict, if it is one, are of some types"
+    check_types(json or {}, dict.fromkeys(json or {}, types))
+
+def check_call(call):
+    "Raise ValueError for what can be no call, answer, or beginning of a call"
+    check_types(call, MAY_BE, optional=True)
+    for name in ('structure', 'structure_after', 'before', 'after', 'parts'):
+        check_values(call.get(name), str)
+    if call.get('begin') is not None:
+        check_types(call['begin'], {'parts': dict, 'state': object, 'beside': object})
+        check_call(call['begin'])
+    report = call.get('report') or {}
+    check_types(report, MAY_BE, optional=True)
+    check_values(report.get('metrics'), (*NUMBER, type(None)))
+    if report.get('best') is not None: check_types(report['best'], BEST)
+
+def check_shape(json):
+    "Raise ValueError for what cannot be the record of a checkpoint"
+    check_types(json, NODE_TYPES)
+    check_values(json['described'], MAYBE_DICT)
+    for one in json['accepted']: check_types(one, {'why': (str, type(None)), 'differences': list})
+    versions = json['history']
+    for one in (json, *versions):
+        check_types(one, {'begin': MAYBE_DICT, 'calls': list})
+        check_call({'begin': one['begin']})
+        if one['begin'] is not None: check_types(one['begin'], {'structure': dict})
+    for version in versions: check_types(version, {'n': int, 'why': str, 'replaced': NUMBER})
+    calls = [call for one in (json, *versions) for call in one['calls']]
+    for call in [*calls, *json.get('answers', [])]:
+        check_types(call, CALL_TYPES)
+        check_call(call)
+
 # %% ../../nbs/checkpoints/01_record.ipynb #469c6027
 @patch
 def drop_calls(self:Node, n):

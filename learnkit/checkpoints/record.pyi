@@ -276,6 +276,25 @@ def new_node(
     Returns:
         Node
     """
+ID: tuple[Any, ...]
+NUMBER: tuple[Any, ...]
+MAYBE_DICT: tuple[Any, ...]
+NODE_TYPES: dict[str, Any]
+CALL_TYPES: dict[str, Any]
+MAY_BE: dict[str, Any]
+BEST: dict[str, Any]
+
+def check_types(json: Any, types: Any, optional: Any = False) -> None:
+    """Raise ValueError unless a dict has these keys, and values of these types"""
+
+def check_values(json: Any, types: Any) -> None:
+    """Raise ValueError unless all values of a dict, if it is one, are of some types"""
+
+def check_call(call: Any) -> None:
+    """Raise ValueError for what can be no call, answer, or beginning of a call"""
+
+def check_shape(json: Any) -> None:
+    """Raise ValueError for what cannot be the record of a checkpoint"""
 ROOTS: tuple[str, ...]
 
 def stored_roots(call: dict) -> Any:

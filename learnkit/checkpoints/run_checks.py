@@ -20,8 +20,8 @@ from ..files.store import Store
 from ..files.garbage import is_save_needed
 from ..files.checks import (
     Findings, Problem, TRIES, check_pack, check_saves, mark_of, name_in, problem_at)
-from .record import Node, state_after, state_before, stored_roots
-from .lineage import NEEDED
+from .record import (
+    CALL_TYPES, Node, check_shape, check_types, state_after, state_before, stored_roots)
 
 # %% ../../nbs/checkpoints/17_run_checks.ipynb #fc607ef0
 def checked_record(path, id, parse): # (dict, digest at its head)
@@ -67,7 +67,7 @@ def read_node(one, top, path, calls, parse):
     "Read a record, and put the calls beside it into it"
     try:
         record, digest = checked_record(path, one.id, parse)
-        if lacking := NEEDED - record.keys(): raise ValueError(f'it has no {", ".join(lacking)}')
+        check_shape(record)
     except FileNotFoundError: return
     except (StoreError, ValueError, OSError) as error: return one.note(top, path, error)
     one.found.counts['records'] += 1
@@ -85,6 +85,8 @@ def read_node(one, top, path, calls, parse):
     if not all(ended[:-1]):  # the record may have the beginning of a call, its end is gone
         lost = f'{name_in(top, calls)}/{ended.index(False):06}.json'
         return one.found.problems.append(Problem('lost', lost, 'there are calls after it'))
+    try: check_shape(record)
+    except ValueError as error: return one.note(top, calls, error)
     one.node = Node(record)
     one.found.counts['calls'] += len(record['calls'])
 
@@ -103,6 +105,7 @@ def read_answers(one, top, folder, parse):
         try:
             found, digest = checked_record(path, one.id, parse)
             if found['answer']['key'] != path.stem: raise ValueError('it was renamed')
+            check_types(found['answer'], {**CALL_TYPES, 'kind': object})
         except FileNotFoundError: continue
         except (KeyError, TypeError): one.note(top, path, ValueError('it is no answer'))
         except (StoreError, ValueError, OSError) as error: one.note(top, path, error)

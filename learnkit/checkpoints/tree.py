@@ -9,7 +9,7 @@ __all__ = ['checkpoints_table', 'tree_text']
 import math, shutil, sys, time, unicodedata
 from collections import Counter
 from datetime import datetime
-from itertools import groupby
+from itertools import accumulate, groupby, takewhile
 from types import MappingProxyType
 from fastcore.basics import patch
 from ..base.methods import unrecorded
@@ -57,8 +57,9 @@ def columns_of(text): # int
 def cut(text, width:int): # str
     "The beginning of a text that is too long"
     if columns_of(text) <= width: return text
-    while text and columns_of(text) > width - 1: text = text[:-1]
-    return f'{text.rstrip()}…' if width > 0 else ''
+    ends = accumulate(map(columns_of, text))
+    fits = text[:sum(1 for _ in takewhile(lambda end: end <= width - 1, ends))]
+    return f'{fits.rstrip()}…' if width > 0 else ''
 
 def padded(text, width:int, right=False): # str
     "A text filled up with spaces"
@@ -78,9 +79,11 @@ def short_call(text, # as in the script
     fits = [end for end in ends if end + 4 <= width]
     return f'{text[:fits[-1]]}, …)' if fits else f'{text.partition("(")[0]}(…)'
 
+MOST = 1000  # characters of a text that are looked at
+
 def calls_text(calls): # str
     "All calls in a line; what is called again and again only once"
-    texts = [one_line(short_call(call.text)) for call in calls]
+    texts = [one_line(short_call(call.text[:MOST])) for call in calls]
     runs = [(text, len(list(same))) for text, same in groupby(texts)]
     return ', '.join(text if n == 1 else f'{text} ×{n}' for text, n in runs)
 
@@ -115,7 +118,7 @@ def title_text(lineage, id): # str
 
 def description_text(lineage, id): # str
     "What stands beside the id"
-    if id in lineage.nodes: return one_line(lineage.nodes[id].description)
+    if id in lineage.nodes: return one_line(lineage.nodes[id].description[:MOST])
     return '' if id in lineage.damaged else '(deleted)'
 
 # %% ../../nbs/checkpoints/13_tree.ipynb #2296695d

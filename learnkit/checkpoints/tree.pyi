@@ -53,6 +53,7 @@ def short_call(text: Any, width: int = 28) -> str:
     Returns:
         str
     """
+MOST: int
 
 def calls_text(calls: Any) -> str:
     """All calls in a line; what is called again and again only once

@@ -9,6 +9,8 @@ __all__ = []
 import errno, hashlib, os, secrets, shutil, stat, time
 from contextlib import suppress
 from pathlib import Path
+from .errors import DamagedError
+from .regular import open_regular
 from .owners import has_ended, parse_owner, this_process
 
 try: import fcntl
@@ -72,8 +74,8 @@ def is_unlocked(path): # bool; False where nothing here can tell
     "Whether no process of this kernel has the file open after `lock`"
     if not fcntl: return False
     try:
-        with open(path, 'rb') as file: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError: return False
+        with open_regular(path) as file: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (OSError, DamagedError): return False
     return True
 
 # %% ../../nbs/files/01_durable.ipynb #400356b0

@@ -16,6 +16,7 @@ from .errors import DamagedError, LockedError, StoreError
 from .durable import (
     is_left_over, make_folder, remove_path, sync_folder, unlink, write_bytes)
 from .leases import Lease
+from .regular import open_regular
 from .tree import FORMAT
 from .ids import check_id, file_name, id_from_file_name, id_text, sort_ids
 from .records import (
@@ -210,7 +211,7 @@ def write_call(self:Store, id, k:int, # number of the call
     "Write what has become of a call, beside the record"
     self.check_locked('writing a call')
     self.check_claim(id)
-    with open(self.record_path(id), 'rb') as file: follows = sealed_digest(file.read(100))
+    with open_regular(self.record_path(id)) as file: follows = sealed_digest(file.read(100))
     record = {'id': check_id(id), 'follows': follows, 'number': k, 'call': call,
               'described': dict(described)}
     text = checked_text(record, f'call {k} of checkpoint {id!r}')

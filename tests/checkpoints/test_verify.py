@@ -9,9 +9,10 @@ from learnkit.checkpoints.lineage import Lineage
 from learnkit.checkpoints.tree import tree_text
 from learnkit.cli import main
 from learnkit.files.owners import this_process
-from learnkit.files.records import referenced_digests
+from learnkit.files.records import parse_record_1, record_text, referenced_digests
 from learnkit.files.spans import read_spans
 from learnkit.files.store import Store
+from learnkit.files.tree import value_at
 
 
 def whole_script(learn):
@@ -398,3 +399,45 @@ def test_exit_codes(root, capsys):
         assert code == 1 if args == ['/dev/null'] else code == 2 and err.count('\n') == 1
     with pytest.raises(SystemExit) as error: main(['verify'])
     assert error.value.code == 2
+
+
+# Records that are sealed, and are none
+
+def places_in(x, above=()): # iterator of paths
+    items = x.items() if isinstance(x, dict) else enumerate(x[:2]) if isinstance(x, list) else ()
+    for key, value in items:
+        yield *above, key
+        if len(above) < 4: yield from places_in(value, (*above, key))
+
+
+def test_a_sealed_record_may_say_anything(root, capsys):
+    path, gen = root / 'run/nodes/1.json', random.Random(0)
+    record = parse_record_1(path.read_bytes())
+    places = [place for place in places_in(record) if place != ('id',)]
+    for place in gen.sample(places, 60):
+        for value in (None, 5, 'x', [1], {'a': 1}, -1e300):
+            changed = json.loads(json.dumps(record))
+            value_at(changed, place[:-1])[place[-1]] = value
+            path.write_bytes(record_text(changed))
+            verify(root / 'run')  # it says what it says
+            if gen.random() < 0.2:
+                for command in (['tree', 'run'], ['show', 'run', '1'], ['diff', 'run', '1', '2']):
+                    assert main([*command, '--root', str(root)]) in (0, 1)
+    path.write_bytes(record_text(record | {'calls': [5]}))
+    bad, = of_kind(verify(root / 'run'), 'damaged')
+    assert bad.what == 'nodes/1.json' and '5 stands for a dict' in bad.why
+
+
+def test_long_and_deep_texts_take_no_time(root, capsys):
+    path = root / 'run/nodes/1.json'
+    record = parse_record_1(path.read_bytes())
+    record['calls'][0]['text'] = record['description'] = 'x' * 3_000_000
+    deep = []
+    for _ in range(400): deep = [deep]
+    record['calls'][0]['result'] = deep
+    path.write_bytes(record_text(record))
+    began = time.monotonic()
+    for command in (['tree', 'run'], ['show', 'run', '1'], ['diff', 'run', '1', '2']):
+        assert main([*command, '--root', str(root)]) in (0, 1)
+    verify(root / 'run')
+    assert time.monotonic() - began < 20
