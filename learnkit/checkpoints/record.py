@@ -268,6 +268,7 @@ def check_values(json, types):
     "Raise ValueError unless all values of a dict, if it is one, are of some types"
     check_types(json or {}, dict.fromkeys(json or {}, types))
 
+# %% ../../nbs/checkpoints/01_record.ipynb #3fff9dac
 def check_call(call):
     "Raise ValueError for what can be no call, answer, or beginning of a call"
     check_types(call, MAY_BE, optional=True)
