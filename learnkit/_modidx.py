@@ -1158,6 +1158,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                         'learnkit/checkpoints/record.py'),
                                              'learnkit.checkpoints.record.check_call': ( 'checkpoints/record.html#check_call',
                                                                                          'learnkit/checkpoints/record.py'),
+                                             'learnkit.checkpoints.record.check_not_finite': ( 'checkpoints/record.html#check_not_finite',
+                                                                                               'learnkit/checkpoints/record.py'),
                                              'learnkit.checkpoints.record.check_shape': ( 'checkpoints/record.html#check_shape',
                                                                                           'learnkit/checkpoints/record.py'),
                                              'learnkit.checkpoints.record.check_types': ( 'checkpoints/record.html#check_types',

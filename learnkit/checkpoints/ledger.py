@@ -14,7 +14,7 @@ from ..base.batches import map_tensors
 from ..base.dtensors import full_tensor
 from ..base.methods import full_name
 from ..base.ranks import is_main, world_size
-from ..base.text import short_path
+from ..base.text import harmless, short_path
 from ..files.errors import UnstorableError, holder_text
 from ..files.ids import check_id, id_text
 from ..files.written import file_content, file_seal, write_content
@@ -409,7 +409,7 @@ def report_fetched(self:Ledger, node, record, call, differ=(), notes=()):
     notes += dict.fromkeys(each.sampled_text for each in found if each.sampled)
     notes += dict.fromkeys(each.unseen_text for each in found if each.unseen)
     text = f' ({"; ".join(notes)})' if notes else ''
-    self.show(fetched_text(node, record, short_path(self.store.folder)) + text)
+    self.show(fetched_text(node, record, short_path(self.store.folder)) + harmless(text))
 
 # %% ../../nbs/checkpoints/05_ledger.ipynb #fe88277a
 @patch

@@ -281,6 +281,15 @@ def check_call(call):
     check_types(report, MAY_BE, optional=True)
     check_values(report.get('metrics'), (*NUMBER, type(None)))
     if report.get('best') is not None: check_types(report['best'], BEST)
+    if report.get('not_finite'): check_not_finite(report, report['not_finite'])
+
+def check_not_finite(report, odd):
+    "Raise ValueError for texts in a report that are neither nan nor infinite"
+    check_types(report, {'metrics': dict, 'best': MAYBE_DICT})
+    check_types(odd, {'metrics': dict, 'best': str}, optional=True)
+    if 'best' in odd: check_types(report['best'], BEST)
+    for text in (*odd.get('metrics', {}).values(), odd.get('best', 'nan')):
+        if text not in ('nan', 'inf', '-inf'): raise ValueError(f'{text!r:.20} is no number')
 
 def check_shape(json):
     "Raise ValueError for what cannot be the record of a checkpoint"

@@ -293,6 +293,9 @@ def check_values(json: Any, types: Any) -> None:
 def check_call(call: Any) -> None:
     """Raise ValueError for what can be no call, answer, or beginning of a call"""
 
+def check_not_finite(report: Any, odd: Any) -> None:
+    """Raise ValueError for texts in a report that are neither nan nor infinite"""
+
 def check_shape(json: Any) -> None:
     """Raise ValueError for what cannot be the record of a checkpoint"""
 ROOTS: tuple[str, ...]
