@@ -1,5 +1,5 @@
 "Names, descriptions and records of others on every way to a terminal, a notebook and a plot"
-import json, shutil, warnings
+import shutil, warnings
 from contextlib import redirect_stdout
 from io import StringIO
 import matplotlib.pyplot as plt
@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 from checkpoint_runs import data, make
-from learnkit import DamagedError, LockedError, Progress, SaveBest, StaleCheckpoint
+from learnkit import DamagedError, LockedError, Progress, SaveBest, StaleCheckpoint, StoreError
 from learnkit.base.text import harmless, harmless_lines, html_text, one_line, plot_text
 from learnkit.checkpoints.report import report_html
 from learnkit.cli import main
@@ -158,7 +158,7 @@ def test_a_record_of_others(run, tmp_path, capsys):
         warnings.simplefilter('always')
         cp.fit(2, cbs=SaveBest(EVIL, mode="max"))
     with pytest.raises(StaleCheckpoint) as error, learn.checkpoint(1) as cp: cp.fit(3)
-    assert_harmless(str(error.value))
+    assert_harmless(str(error.value), lines=False)
     for text in warned: assert_harmless(str(text.message))
     for args in (['tree', 'run'], ['show', 'run', '1'], ['diff', 'run', '1', '2'], ['ls']):
         main([*args, '--root', str(tmp_path / 'ckpts')])
@@ -170,12 +170,11 @@ def test_a_record_of_others(run, tmp_path, capsys):
 
 
 def test_errors_and_names_of_files(tmp_path):
-    assert_harmless(str(DamagedError(EVIL)))
+    assert_harmless(str(DamagedError(EVIL)), lines=False)
     assert_harmless(str(LockedError('x', {'host': EVIL, 'pid': 1, 'since': 0.})))
-    assert_harmless(str(StaleCheckpoint(EVIL)))
+    assert_harmless(str(StaleCheckpoint(EVIL)), lines=False)
     store = Store(tmp_path / 'run')
     with store.writing(): store.write({'id': 1})
     (tmp_path / 'run/nodes' / f'{EVIL.replace("/", "").replace(chr(0), "")}.json').touch()
-    with pytest.raises(Exception) as error: store.ids()
-    assert_harmless(str(error.value))
-    (tmp_path / 'run/holder.json').write_text(json.dumps({'host': EVIL, 'pid': 1, 'since': 1e300}))
+    with pytest.raises(StoreError) as error: store.ids()
+    assert_harmless(str(error.value), lines=False)
