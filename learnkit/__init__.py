@@ -264,7 +264,7 @@ from .checkpoints.comparison import (
     explain_text,
 )
 from .checkpoints.report import (
-    harmless_values, is_report, MARK, report_html, write_report,
+    is_report, MARK, report_html, write_report,
 )
 from .checkpoints import run_checks as _run_checks
 from .checkpoints.verify import (
@@ -292,6 +292,6 @@ __all__ = [
     'Logger', 'CSVLogger', 'JSONLogger', 'TensorBoardLogger', 'MLflowLogger', 'TrackioLogger',
     'WandbLogger', 'launch', 'Ranks', 'Distributed', 'BEGINNING', 'StaleCheckpoint', 'HEARD_EVERY',
     'SharedStore', 'Checkpointed', 'CheckpointedLearner', 'checkpoints_table', 'tree_text',
-    'plot_tree', 'explain_text', 'harmless_values', 'is_report', 'MARK', 'report_html',
-    'write_report', 'verify', 'VerifyResult',
+    'plot_tree', 'explain_text', 'is_report', 'MARK', 'report_html', 'write_report', 'verify',
+    'VerifyResult',
 ]

@@ -126,7 +126,6 @@ from .checkpoints.tree import checkpoints_table as checkpoints_table
 from .checkpoints.tree import tree_text as tree_text
 from .checkpoints.figure import plot_tree as plot_tree
 from .checkpoints.comparison import explain_text as explain_text
-from .checkpoints.report import harmless_values as harmless_values
 from .checkpoints.report import is_report as is_report
 from .checkpoints.report import MARK as MARK
 from .checkpoints.report import report_html as report_html
@@ -156,6 +155,5 @@ __all__ = [
     'JSONLogger', 'TensorBoardLogger', 'MLflowLogger', 'TrackioLogger', 'WandbLogger', 'launch',
     'Ranks', 'Distributed', 'BEGINNING', 'StaleCheckpoint', 'HEARD_EVERY', 'SharedStore',
     'Checkpointed', 'CheckpointedLearner', 'checkpoints_table', 'tree_text', 'plot_tree',
-    'explain_text', 'harmless_values', 'is_report', 'MARK', 'report_html', 'write_report',
-    'verify', 'VerifyResult'
+    'explain_text', 'is_report', 'MARK', 'report_html', 'write_report', 'verify', 'VerifyResult'
 ]

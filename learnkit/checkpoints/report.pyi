@@ -5,7 +5,7 @@
 from pathlib import Path
 from typing import Any
 __all__ = [
-    'MARK', 'harmless_values', 'report_html', 'write_report', 'is_report'
+    'MARK', 'report_html', 'write_report', 'is_report'
 ]
 ROW: int
 STEP: int
