@@ -11,6 +11,7 @@ from urllib.parse import quote
 from fastcore.basics import patch
 from filelock import FileLock
 from ..files.durable import write_bytes
+from ..files.regular import open_regular
 from .entries import is_same, path_digest
 from .logger import Logger
 
@@ -29,7 +30,7 @@ def append_line(path, text):
 def whole_lines(path): # str
     "What a file holds, without a last line that was half written"
     if not path.exists(): return ''
-    text = path.read_bytes()
+    with open_regular(path) as file: text = file.readall()
     return text[:text.rfind(b'\n') + 1].decode()
 
 def drop_torn_line(path):
