@@ -200,7 +200,8 @@ def test_imports_go_down(path):
 def test_import_is_light():
     """`import learnkit` loads nothing that only tables, plots and notebooks need, and the
     description of a value nothing but what it is an object of"""
-    heavy = ['pandas', 'matplotlib', 'IPython', 'sklearn', 'torchmetrics', 'nbdev', 'PIL']
+    heavy = ['pandas', 'matplotlib', 'IPython', 'sklearn', 'torchmetrics', 'nbdev', 'PIL',
+             'torch.utils.flop_counter'] # which imports triton where it is installed
     code = f"""import {LIB.name}, sys, torch
 def loaded(): return [name for name in {heavy} if name in sys.modules]
 at_first = loaded()

@@ -15,7 +15,6 @@ from types import MappingProxyType
 import torch
 from fastcore.basics import patch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from ..base.batches import kind, tensors_in
 from ..base.compiled import plain_name, uncompiled
 from ..base.dtensors import is_sharded, unsharded_class
@@ -41,6 +40,7 @@ def rnn_flops(x, w_in, w_hidden, *args, out_shape=None, **kwargs): # int; argume
     return 2 * steps * (math.prod(w_in) + math.prod(w_hidden))
 
 def attention_flops(query, key, value, *args, out_shape=None, **kwargs): # int
+    from torch.utils.flop_counter import sdpa_flop_count
     return sdpa_flop_count(query, key, value)
 
 # Operations of CPUs that torch does not count
@@ -60,6 +60,7 @@ class LayerNotes:
     "What happens in each module while a batch goes through a model"
     def __init__(self, model:nn.Module):
         self.names = {module: name for name, module in model.named_modules()}
+        from torch.utils.flop_counter import FlopCounterMode # late: it imports triton
         self.root, self.counter = model, FlopCounterMode(display=False, custom_mapping=KERNELS)
         self.open = []  # [module, operations before, those within it]
         self.output, self.calls, self.flops = {}, {}, {}  # by name
