@@ -14,7 +14,7 @@ export OMP_NUM_THREADS := 1
 # Where it is set, each process compiles all modules and tests anew
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help train test test-slow test-ecosystem export outputs readme docs bench clean
+.PHONY: help train test test-slow test-ecosystem export outputs readme docs bench bench-peers clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -53,7 +53,11 @@ docs: $(VENV)/.docs ## write the documentation to site/
 	$(BIN)/python docs/build.py site
 
 bench: $(VENV)/.dev ## measure speed against the limits, into benchmarks/RESULTS.md
-	for f in $$(grep -l __main__ benchmarks/*.py); do $(BIN)/python $$f || exit 1; done
+	for f in $$(grep -l __main__ benchmarks/*.py | grep -v peers); do $(BIN)/python $$f || exit 1; done
+
+# Apart: it installs each library into an environment of its own, gigabytes in all
+bench-peers: $(VENV)/.dev ## measure other libraries on the same work, into benchmarks/PEERS.md
+	$(BIN)/python benchmarks/peers.py
 
 clean: ## remove what the other targets made, .venv excepted
 	rm -rf site _docs _proc build dist *.egg-info .pytest_cache .hypothesis .ruff_cache

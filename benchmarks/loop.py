@@ -1,19 +1,12 @@
 "The cost of learnkit's loop over a hand-written one; a fit with its defaults, the ordinary loop"
 import copy
-from common import interleaved, ratio, report
+from common import digits_cnn, interleaved, mlp, ratio, report
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from learnkit import *
 
-
-def mlp(): return nn.Sequential(nn.Linear(20, 32), nn.ReLU(), nn.Linear(32, 2))
-
-def digits_cnn():
-    return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-                         nn.Conv2d(8, 16, 3, padding=1),
-                         nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(64, 10))
 
 def mnist_cnn(width=16):
     "The model of examples/mnist.py"

@@ -17,6 +17,7 @@ FIRST_GUIDE = 'tutorials/training' # the others follow by the names of their fil
 TASKS = [f'tutorials/{name}' for name in (  # jobs that somebody has, each on data at hand
     'tabular', 'images', 'segmentation', 'pictures', 'text', 'streams', 'contrastive', 'folds',
     'debugging')]
+BENCHMARKS = {'Beside other libraries': 'PEERS.md', 'Against its own limits': 'RESULTS.md'}
 LEARNERS = 'Learner', 'Checkpointed', 'CheckpointedLearner' # what `learn` may be in prose
 
 LINK = r'(?<=\]\()(?!\w+:|#)([^)#\s]+)' # to a file, in markdown
@@ -310,6 +311,13 @@ def bring(root, file, pages): # its path below the folder of pages
     return Path(shutil.copy(file, to)).relative_to(pages).as_posix()
 
 
+def bring_page(root, file, pages): # its path below the folder of pages
+    "Copy a page that is markdown already, with the files that it links to"
+    for link in re.findall(LINK, file.read_text(encoding='utf-8')):
+        bring(root, target(root, file, link), pages)
+    return bring(root, file, pages)
+
+
 def write_page(root, notebook, names, pages):
     "One notebook as markdown; the files of the repository that it links to come along"
     def place(link):
@@ -332,7 +340,8 @@ def navigation(root): # nested lists of {title: group or notebook}
     reference = [{room.capitalize(): entries(found)} for room, found in by_room.items() if found]
     return [{'Start': [{'Home': start[0]}, *entries(start[1:])]}, {'Guides': entries(guides(root))},
             {'Tasks': entries(named(root, TASKS))}, {'Reference': [*reference, *in_no_room]},
-            {'Benchmarks': root / 'benchmarks' / 'RESULTS.md'}]
+            {'Benchmarks': [{name: root / 'benchmarks' / file}
+                            for name, file in BENCHMARKS.items()]}]
 
 
 def map_leaves(func, nested): # the same nesting of lists and dicts
@@ -346,7 +355,7 @@ def write_pages(root, pages): # the navigation, as mkdocs wants it
     names = {name: f'{address(root, notebook)}#{anchor(name)}'
              for notebook in numbered(root) for name in public_names(notebook)}
     def write(notebook):
-        if notebook.suffix == '.md': return bring(root, notebook, pages)
+        if notebook.suffix == '.md': return bring_page(root, notebook, pages)
         write_page(root, notebook, names, pages)
         return page_of(root, notebook).as_posix()
     return map_leaves(write, navigation(root))

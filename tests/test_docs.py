@@ -35,6 +35,8 @@ def root(tmp_path):
         write(nbs / f'{name}.ipynb', [f'# {name}'])
     (tmp_path / 'benchmarks').mkdir()
     (tmp_path / 'benchmarks/RESULTS.md').touch()
+    (tmp_path / 'benchmarks/PEERS.md').write_text('By [a script](fit.py), see [more](RESULTS.md).')
+    (tmp_path / 'benchmarks/fit.py').touch()
     return tmp_path
 
 
@@ -88,7 +90,9 @@ def test_navigation(root):
     assert reference == {'Reference': [{'Loop': [{'The loop': 'loop/loop.md'}]},
                                        {'Base': [{'Core': 'base/core.md'}]},
                                        {'Command line': 'cli.md'}]}
-    assert benchmarks == {'Benchmarks': 'benchmarks/RESULTS.md'}
+    assert benchmarks == {'Benchmarks': [{'Beside other libraries': 'benchmarks/PEERS.md'},
+                                         {'Against its own limits': 'benchmarks/RESULTS.md'}]}
+    assert (root / '_docs/benchmarks/fit.py').exists() # a page brings what it links to
 
 
 def test_every_notebook_has_a_page():
