@@ -231,8 +231,11 @@ def note(found): # text
     steps = {work.name: 1e3 * statistics.median(r[f'{work.name}, plain']['step'] for r in found)
              for work in WORKS}
     bare = ', '.join(f'{ms:.2f} ms in the {name}' for name, ms in steps.items())
+    noise = [r[f'{work.name}, plain'] for r in found for work in WORKS]
+    noise = [times['step'] / times['bare'] for times in noise]
     versions = ', '.join(f'{name} {version}' for name, version in pins().items())
-    return f'{machine()}; {versions}; {len(found)} rounds; a step of the bare loop takes {bare}'
+    return (f'{machine()}; {versions}; {len(found)} rounds. A step of the bare loop takes {bare}; '
+            f'against itself it measured {min(noise):.2f}x to {max(noise):.2f}x')
 
 
 HEADER = ('', 'MLP', 'MLP, fused', 'CNN', 'CNN, fused', 'start, ms', 'import, s', 'lines')
@@ -262,8 +265,9 @@ if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--envs', type=Path, default=CACHE, help='folder of the environments')
     parser.add_argument('--rounds', type=int, default=7)
-    parser.add_argument('--only', nargs='+', help='names of scripts; nothing is written then')
-    parser.add_argument('--measure', help='name of a script, in whose environment this runs')
+    scripts = [peer.script for peer in PEERS]
+    parser.add_argument('--only', nargs='+', choices=scripts, help='nothing is written then')
+    parser.add_argument('--measure', choices=scripts, help='here, in its environment')
     args = parser.parse_args()
     if args.measure:
         with contextlib.redirect_stdout(sys.stderr): # which a library may print to
