@@ -241,6 +241,7 @@ from .checkpoints import retention as _retention
 from .checkpoints import answers as _answers
 from .checkpoints import renewal as _renewal
 from .checkpoints import block as _block
+from .checkpoints import recording as _recording
 from .checkpoints.checkpointed import (
     Checkpointed,
 )
@@ -258,7 +259,7 @@ from .checkpoints.tree import (
     checkpoints_table, tree_text,
 )
 from .checkpoints.figure import (
-    plot_tree,
+    draw_tree, plot_tree,
 )
 from .checkpoints.comparison import (
     explain_text,
@@ -269,6 +270,10 @@ from .checkpoints.report import (
 from .checkpoints import run_checks as _run_checks
 from .checkpoints.verify import (
     verify, VerifyResult,
+)
+from .checkpoints import trail as _trail
+from .checkpoints.study import (
+    Best, Study,
 )
 
 __all__ = [
@@ -292,6 +297,6 @@ __all__ = [
     'Logger', 'CSVLogger', 'JSONLogger', 'TensorBoardLogger', 'MLflowLogger', 'TrackioLogger',
     'WandbLogger', 'launch', 'Ranks', 'Distributed', 'BEGINNING', 'StaleCheckpoint', 'HEARD_EVERY',
     'SharedStore', 'Checkpointed', 'CheckpointedLearner', 'checkpoints_table', 'tree_text',
-    'plot_tree', 'explain_text', 'is_report', 'MARK', 'report_html', 'write_report', 'verify',
-    'VerifyResult',
+    'draw_tree', 'plot_tree', 'explain_text', 'is_report', 'MARK', 'report_html', 'write_report',
+    'verify', 'VerifyResult', 'Best', 'Study',
 ]

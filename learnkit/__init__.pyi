@@ -124,6 +124,7 @@ from .checkpoints.checkpointed import Checkpointed as Checkpointed
 from .checkpoints.learner import CheckpointedLearner as CheckpointedLearner
 from .checkpoints.tree import checkpoints_table as checkpoints_table
 from .checkpoints.tree import tree_text as tree_text
+from .checkpoints.figure import draw_tree as draw_tree
 from .checkpoints.figure import plot_tree as plot_tree
 from .checkpoints.comparison import explain_text as explain_text
 from .checkpoints.report import is_report as is_report
@@ -132,6 +133,8 @@ from .checkpoints.report import report_html as report_html
 from .checkpoints.report import write_report as write_report
 from .checkpoints.verify import verify as verify
 from .checkpoints.verify import VerifyResult as VerifyResult
+from .checkpoints.study import Best as Best
+from .checkpoints.study import Study as Study
 __version__: str
 __all__ = [
     'is_main', 'rank', 'rank0_first', 'rank0_only', 'sum_over_ranks', 'world_size',
@@ -154,6 +157,7 @@ __all__ = [
     'ProfileResult', 'SummaryResult', 'ActivationStats', 'GradientStats', 'Logger', 'CSVLogger',
     'JSONLogger', 'TensorBoardLogger', 'MLflowLogger', 'TrackioLogger', 'WandbLogger', 'launch',
     'Ranks', 'Distributed', 'BEGINNING', 'StaleCheckpoint', 'HEARD_EVERY', 'SharedStore',
-    'Checkpointed', 'CheckpointedLearner', 'checkpoints_table', 'tree_text', 'plot_tree',
-    'explain_text', 'is_report', 'MARK', 'report_html', 'write_report', 'verify', 'VerifyResult'
+    'Checkpointed', 'CheckpointedLearner', 'checkpoints_table', 'tree_text', 'draw_tree',
+    'plot_tree', 'explain_text', 'is_report', 'MARK', 'report_html', 'write_report', 'verify',
+    'VerifyResult', 'Best', 'Study'
 ]

@@ -388,7 +388,9 @@ def test_who_waits_is_told_for_whom(tmp_path, capsys):
     def kill():
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-    with make(tmp_path).checkpoint(1) as cp:
+    learn = make(tmp_path)
+    learn.add_cb(Progress(bar=False))
+    with learn.checkpoint(1) as cp:
         cp.fit(1)
         assert 'is being computed' not in capsys.readouterr().out
         threading.Timer(.5, kill).start()

@@ -44,14 +44,20 @@ def find_answer(self:Ledger, node, key, call): # CallRecord; None
 @patch
 def fetch_answer(self:Ledger, node, call, found):
     "The recorded answer, reported in a line"
+    notes, result = self.load_answer(node, call, found)
+    self.report_fetched(node, found, call, notes=notes)
+    self.host.display.show_answer()
+    return result
+
+@patch
+def load_answer(self:Ledger, node, call, found): # (what to say of it, the answer)
+    "The recorded answer; callbacks and files are as it has left them"
     tree = self.store.get({'result': found.result, 'callbacks': found.callbacks})
     callbacks = self.matching_callbacks(call, tree['callbacks'])
     notes = self.check_code(node, found, call)
     for cb, state in callbacks: cb.load_state_dict(state)
-    self.report_fetched(node, found, call, notes=notes)
-    self.host.display.show_answer()
     self.write_files_again(node, found)
-    return self.unpack(call, found.returns_host, tree['result'])
+    return notes, self.unpack(call, found.returns_host, tree['result'])
 
 # %% ../../nbs/checkpoints/07_answers.ipynb #253717b4
 @patch

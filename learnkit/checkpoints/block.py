@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../../nbs/checkpoints/08_block.ipynb #475bdc6a
 import warnings
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from fastcore.basics import patch
 from ..base.snapshots import same_objects
@@ -19,7 +19,6 @@ from ..fingerprint.differences import differences
 from .record import (
     CallRecord, Position, SavedState, StaleCheckpoint, content_text, differing, head_text,
     running_call, state_at, state_before)
-from .host import method_kind
 from .digests import KnownDigests, by_part, joined
 from .ledger import ChangedGlobalError, digests_of
 from .beginning import beginning
@@ -33,10 +32,11 @@ from .renewal import (
 # %% ../../nbs/checkpoints/08_block.ipynb #39cdd6c5
 class Block:
     "An open checkpoint: its calls are compared with what is recorded, fetched or computed"
-    def __init__(self, ledger, node, structure, known, n_versions):
+    def __init__(self, ledger, node, structure, known, n_versions, is_lazy):
         self.ledger, self.id, self.node, self.structure = ledger, node.id, node, structure
         self.made = []  # Calls that were fetched or computed
-        self.diverged = False  # whether the object is not where the record says it is
+        self.diverged = ledger.is_behind  # whether the object is not where the record says it is
+        self.is_lazy = is_lazy  # whether states are loaded only where something is computed
         self.held, self.is_claimed = ExitStack(), False  # what it holds while it computes
         self.known = known  # what is known to be on disk, see `content_text`
         self.n_versions = n_versions  # likewise, in its history
@@ -50,7 +50,7 @@ class Block:
         return f'checkpoint {id_text(self.id)}: {made}'
 
 # %% ../../nbs/checkpoints/08_block.ipynb #33eaf665
-def open_block(ledger, id, description='', parent=None): # Block
+def open_block(ledger, id, description='', parent=None, lazy=False): # Block
     "Bring the object to where a checkpoint begins, and compare with what is recorded"
     ledger.host.reach.observe()
     ledger.local_store.check_current()
@@ -73,7 +73,7 @@ def open_block(ledger, id, description='', parent=None): # Block
         start = state_before(ledger.read, node, 0)
         ledger.starts[id] = start, ledger.position
     ledger.structures[id, 0] = ledger.host.structure_objects()
-    ledger.block = Block(ledger, node, structure, known, n_versions)
+    ledger.block = Block(ledger, node, structure, known, n_versions, lazy)
     return ledger.block
 
 # %% ../../nbs/checkpoints/08_block.ipynb #54a74f22
@@ -218,6 +218,7 @@ def numbered_call(self:Block, call):
 def state_digests(self:Block) -> dict: # part of the state -> digest
     "Those of the object's state; where it has diverged, of the recorded one"
     if not self.diverged: return self.ledger.state_digests()
+    if not self.node.has_begun: return state_at(self.ledger.node, self.node.parent_position).digests
     return state_before(self.ledger.read, self.node, len(self.made)).digests
 
 @patch
@@ -260,10 +261,18 @@ def is_stored(self:Block, running, is_new) -> bool:
     return True
 
 @patch
+def catch_up(self:Block):
+    "Load the state that the block begins from, if that was put off"
+    self.ledger.catch_up()
+    self.diverged = False
+
+@patch
 def begin_call(self:Block, call, digests, record) -> CallRecord:
     "Bring the object to the state before a call; the record of the call that is about to run"
     ledger, node, k = self.ledger, self.node, len(self.made)
-    if not node.has_begun: self.record_start(digests)
+    if not node.has_begun:
+        self.catch_up()
+        self.record_start(digests)
     saved = state_before(ledger.read, node, k)
     if self.diverged or record and digests != saved.digests or ledger.lacks and saved.is_whole:
         self.go_before_call(k)
@@ -405,17 +414,21 @@ def fetch(self:Block, call, record, digests):
         result = ledger.make_call(call.method, call.args, call.kwargs)
         host.reach.observe()
         self.diverged = self.diverged or ledger.state_digests() != record.after.digests
-    has_state = record.after.state is not None
-    tree = self.load(call, record, has_state and (self.diverged or not structural))
-    self.diverged = not has_state and (self.diverged or not structural)
+    is_elsewhere = self.diverged or not structural
+    is_loaded = is_elsewhere and record.after.state is not None and not self.is_lazy
+    tree = self.load(call, record, is_loaded)
+    self.diverged = is_elsewhere and not is_loaded
     self.add_made(call)
     if self.has_adopted:
         now = ledger.structure()
         self.node.add_descriptions(now)
         record.structure_after = digests_of(now)
     if structural: return result
-    ledger.report_fetched(self.node, record, call, differ, notes)
+    if notes or not self.is_lazy: ledger.report_fetched(self.node, record, call, differ, notes)
     ledger.write_files_again(self.node, record)
+    if self.is_lazy:
+        host.display.pass_over()
+        return ledger.unpack(call, record.returns_host, tree['result'])
     stateful = host.stateful_arguments(call.values)
     host.display.show_report(record.report, stateful, call.values)
     return ledger.unpack(call, record.returns_host, tree['result'])
@@ -519,42 +532,3 @@ def digests_without_drift(self:Block, digests) -> dict:
     before = state_before(ledger.read, node, k).digests
     allowed = ledger.allowed_differences(node, k, digests)
     return before if set(differing(before, digests)) <= set(allowed) else digests
-
-# %% ../../nbs/checkpoints/08_block.ipynb #7cdca1c2
-class BlockProxy:
-    "What `with learn.checkpoint(id) as cp` gives: methods called through it are recorded"
-    def __init__(self, block): vars(self)['_block'] = block
-
-    def __getattr__(self, name):
-        block, host = self._block, self._block.ledger.host
-        hidden = name in vars(host.object) and name not in block.ledger.direct_calls.errors
-        if hidden or method_kind(type(host.object), name) is None: return getattr(host.object, name)
-        def recorded(*args, **kwargs):
-            __tracebackhide__ = True
-            return block.call(name, args, kwargs)
-        recorded.__name__, recorded.__doc__ = name, getattr(type(host.object), name).__doc__
-        return recorded
-
-    def __setattr__(self, name, value): setattr(self._block.ledger.host.object, name, value)
-    def __dir__(self): return dir(self._block.ledger.host.object)
-    def __repr__(self): return repr(self._block)
-
-# %% ../../nbs/checkpoints/08_block.ipynb #7f2d934d
-def refused_outside(block): # function: name -> RuntimeError
-    "The errors for calls that go past an open block"
-    return lambda name: RuntimeError(
-        f'{name} would not be recorded: while the block of checkpoint {id_text(block.id)} is open, '
-        f'call cp.{name}(...), cp being what `with learn.checkpoint(...) as cp` gives')
-
-@contextmanager
-def recording(ledger, id, description='', parent=None): # BlockProxy
-    "A block from its opening to its end"
-    block = open_block(ledger, id, description, parent)
-    try:
-        with ledger.direct_calls.refused(refused_outside(block)): yield BlockProxy(block)
-        block.close()
-        ledger.position = Position(id)
-    except BaseException:
-        block.break_off()
-        raise
-    finally: block.release()

@@ -2,7 +2,7 @@
 # pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 # pyright: reportPrivateImportUsage=false
 """Calls of a checkpoint in their order, each fetched or computed"""
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from typing import Any
 from ..checkpoints.record import CallRecord, SavedState
 __all__ = []
@@ -14,7 +14,8 @@ class Block:
     node: Any
     structure: Any
     made: list[Any]
-    diverged: bool
+    diverged: Any
+    is_lazy: Any
     held: ExitStack
     is_claimed: bool
     known: Any
@@ -31,6 +32,7 @@ class Block:
             structure: Any,
             known: Any,
             n_versions: Any,
+            is_lazy: Any,
     ) -> None: ...
     def __repr__(self) -> str: ...
     def claim(self) -> bool:
@@ -67,6 +69,8 @@ class Block:
         """Make the call, from exactly the state before it, and record it"""
     def is_stored(self, running: Any, is_new: Any) -> bool:
         """Whether all is there that the record is about to name: a gc may have come in between"""
+    def catch_up(self) -> None:
+        """Load the state that the block begins from, if that was put off"""
     def begin_call(self, call: Any, digests: Any, record: Any) -> CallRecord:
         """Bring the object to the state before a call; the record of the call that is about to run"""
     def make(self, call: Any, record: Any, folder: Any) -> Any:
@@ -106,35 +110,15 @@ class Block:
     def digests_without_drift(self, digests: Any) -> dict:
         """Those of the recorded state where the object differs only in what may, else the given ones"""
 
-def open_block(ledger: Any, id: Any, description: Any = '', parent: Any = None) -> Block:
-    """Bring the object to where a checkpoint begins, and compare with what is recorded
-
-    Returns:
-        Block
-    """
-
-class BlockProxy:
-    """What `with learn.checkpoint(id) as cp` gives: methods called through it are recorded"""
-    def __init__(self, block: Any) -> None: ...
-    def __getattr__(self, name: Any) -> Any: ...
-    def __setattr__(self, name: Any, value: Any) -> None: ...
-    def __repr__(self) -> str: ...
-
-def refused_outside(block: Any) -> Any:
-    """The errors for calls that go past an open block
-
-    Returns:
-        function: name -> RuntimeError
-    """
-
-def recording(
+def open_block(
         ledger: Any,
         id: Any,
         description: Any = '',
         parent: Any = None,
-) -> AbstractContextManager[Any]:
-    """A block from its opening to its end
+        lazy: Any = False,
+) -> Block:
+    """Bring the object to where a checkpoint begins, and compare with what is recorded
 
     Returns:
-        BlockProxy
+        Block
     """

@@ -23,7 +23,7 @@ from .host import Construction, make_host
 from .ledger import Ledger, Options
 from .changes import PlanEnds
 from .answers import Cache
-from .block import recording
+from .recording import recording
 
 # %% ../../nbs/checkpoints/09_checkpointed.ipynb #c7c31b80
 class Checkpointed:

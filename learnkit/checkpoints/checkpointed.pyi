@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 from ..checkpoints.ledger import Ledger
+from ..checkpoints.study import Study
 from ..checkpoints.verify import VerifyResult
 from ..files.garbage import Garbage
 _Self = TypeVar('_Self')
@@ -134,6 +135,23 @@ class Checkpointed:
 
         Args:
             path: file to write; an older report that is there is replaced
+        """
+    def study(
+            self,
+            name: str,
+            direction: str = 'minimize',
+            sampler: Any = None,
+            pruner: Any = None,
+            storage: Any = None,
+    ) -> Study:
+        """A study around where the learner stands; one of this name goes on
+
+        Args:
+            name: of the study; its checkpoints are called after it
+            direction: or 'maximize': what to do with the number that jobs return
+            sampler: of optuna: what to try next; None: optuna's default
+            pruner: of optuna: what to give up; None: optuna's default
+            storage: of optuna, or its url; None: a file beside the run
         """
     @property
     def checkpoints(self) -> Any:

@@ -44,6 +44,10 @@ class Display(HostPart):
 
     def show(self, text): print(harmless_lines(text), flush=True)
 
+    def quiet(self): # context manager
+        "Inside, calls show nothing of themselves"
+        return nullcontext()
+
     def argument_text(self, value,
                       text, # function: value -> str, for what is inside of it
                      ): # str; None: as it is described
@@ -56,6 +60,9 @@ class Display(HostPart):
     def begin_report(self): # function: stateful arguments -> dict of plain values
         "What will tell, after a call, what is worth knowing of it besides its result"
         return lambda stateful: {}
+
+    def pass_over(self):
+        "Of the call that was fetched nothing is shown or told"
 
     def show_report(self, report, stateful,
                     arguments:dict, # of the call, by name
@@ -194,6 +201,10 @@ def arithmetic(self:Host) -> dict: # name -> plain value
 @patch
 def structure_objects(self:Host): # live objects
     "What `restore` needs to give the object the structure that it has now"
+
+@patch
+def put_together(self:Host, structure): # as from `structure_objects`
+    "Give the object a structure that it had before; its state stays as it is"
 
 # %% ../../nbs/checkpoints/02_host.ipynb #13503e96
 @patch

@@ -35,6 +35,12 @@ class Display(HostPart):
     part_names: MappingProxyType
     """part of the state -> what people call it"""
     def show(self, text: Any) -> None: ...
+    def quiet(self) -> Any:
+        """Inside, calls show nothing of themselves
+
+        Returns:
+            context manager
+        """
     def argument_text(self, value: Any, text: Any) -> Any:
         """An argument as it stands in a script
 
@@ -56,6 +62,8 @@ class Display(HostPart):
         Returns:
             function: stateful arguments -> dict of plain values
         """
+    def pass_over(self) -> None:
+        """Of the call that was fetched nothing is shown or told"""
     def show_report(self, report: Any, stateful: Any, arguments: dict) -> None:
         """Show of a call that was fetched what was shown when it was computed
 
@@ -242,6 +250,12 @@ class Host:
 
         Returns:
             live objects
+        """
+    def put_together(self, structure: Any) -> Any:
+        """Give the object a structure that it had before; its state stays as it is
+
+        Returns:
+            as from `structure_objects`
         """
     def restore(
             self,

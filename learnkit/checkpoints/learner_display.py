@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/checkpoints/09_learner_display.ipynb #159baac3
+from contextlib import contextmanager
 from types import MappingProxyType
 from fastcore.basics import patch
 from ..files.tree import json_digest, tree_digest
@@ -33,6 +34,14 @@ class LearnerDisplay(Display):
 
     def show(self, text): show_message(self.object, text)
 
+    @contextmanager
+    def quiet(self):
+        shown = [(cb, cb.bar, cb.table) for cb in self.object.cbs if isinstance(cb, Progress)]
+        for cb, *_ in shown: cb.bar = cb.table = False
+        try: yield
+        finally:
+            for cb, bar, table in shown: cb.bar, cb.table = bar, table
+
     def argument_text(self, value, text): # str; None: as it is described
         "Callbacks as they were written"
         if isinstance(value, Callback): return repr(value)
@@ -47,6 +56,7 @@ class LearnerDisplay(Display):
         return [f'{name} {observed_text(saved.get(name))} -> {observed_text(now.get(name))}'
                 for name in differ]
 
+# %% ../../nbs/checkpoints/09_learner_display.ipynb #6e5a73e3
 def given_callbacks(arguments): # list, in the order they are run in
     return sorted(callbacks_in(list(arguments.values())), key=lambda cb: cb.order)
 
@@ -62,6 +72,7 @@ def begin_report(self:LearnerDisplay): # function: callbacks -> dict
     "What will tell the rows of the history that a call has made, and the best model it has seen"
     recorder, origin = self.object.recorder, self.object._origin
     n_rows, run, logged = recorder.n_rows, recorder.run, origin.last_run
+    steps = self.object.steps_done
     def report(callbacks): # plain dict
         made = recorder.since('rows', n_rows)
         last = {name: value for name, value in (made[-1] if made else {}).items()
@@ -69,6 +80,7 @@ def begin_report(self:LearnerDisplay): # function: callbacks -> dict
         known = Tally(self.object.metrics).directions if made else {}
         return without_infinities({
             'rows': [n_rows, recorder.n_rows], 'epochs': len(made), 'fits': recorder.run - run,
+            'steps': self.object.steps_done - steps,
             'log': None if origin.last_run is logged else origin.last_run.saved(),
             'metrics': last, 'best': best_of(self.object, callbacks),
             'higher': {name: known[name] for name in last if known.get(name) is not None}})
@@ -102,6 +114,7 @@ def show_report(self:LearnerDisplay, report, callbacks, arguments):
     waiting, self.not_replayed = self.not_replayed, []
     for log, logged, given in waiting: replay_log(learn, log, logged, given)
 
+# %% ../../nbs/checkpoints/09_learner_display.ipynb #d31eb104
 def replay_log(learn, log, # what `Run.saved` said
                logged, # what was logged inside
                given=(), # callbacks of the call
@@ -117,6 +130,9 @@ def show_answer(self:LearnerDisplay):
     "Tell loggers what a pure call has logged"
     if not (logged := taken_logged(self)): return
     with keeping_logged(self.object, logged): self.object('after_fetch')
+
+@patch
+def pass_over(self:LearnerDisplay): taken_logged(self)
 
 def taken_logged(display): # GrowingList
     "What the fetched call has logged, which is told once"

@@ -2,6 +2,7 @@
 # pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 # pyright: reportPrivateImportUsage=false
 """What is shown of a learner's calls"""
+from contextlib import AbstractContextManager
 from typing import Any
 from ..checkpoints.host import Display
 from ..files.growing import GrowingList
@@ -14,6 +15,7 @@ class LearnerDisplay(Display):
     logged: GrowingList
     def __init__(self, obj: Any) -> None: ...
     def show(self, text: Any) -> None: ...
+    def quiet(self) -> AbstractContextManager[None]: ...
     def argument_text(self, value: Any, text: Any) -> Any:
         """Callbacks as they were written
 
@@ -36,6 +38,7 @@ class LearnerDisplay(Display):
         """Print the table again, tell loggers, and let the call's callbacks be those of the last fit"""
     def show_answer(self) -> None:
         """Tell loggers what a pure call has logged"""
+    def pass_over(self) -> None: ...
     def stands_at(self, ledger: Any, node: Any, n: Any) -> None:
         """What is logged now belongs to the run that has led here, or to the one of all before it"""
 

@@ -76,6 +76,9 @@ def structure_objects(self:LearnerHost) -> dict: # of live objects
     "Everything the learner is put together from, but not the state of its optimizer"
     return structure_objects(self.object)
 
+@patch
+def put_together(self:LearnerHost, structure): put_together(self.object, structure)
+
 # %% ../../nbs/checkpoints/10_learner_host.ipynb #307a8217
 @patch
 def instantiated(self:LearnerHost, method, args, kwargs): # (args, kwargs)

@@ -37,6 +37,7 @@ class LearnerHost(Host):
         Returns:
             of live objects
         """
+    def put_together(self, structure: Any) -> None: ...
     def instantiated(self, method: Any, args: Any, kwargs: Any) -> Any:
         """Callbacks that are given as classes are made before the call, so that they have a state
 

@@ -27,7 +27,7 @@ from ..fingerprint.words import as_text
 from ..fingerprint.arithmetic import arithmetic
 from .results import classes_at_hand, return_hint, unkept_in
 from .record import (
-    Node, Position, SavedState, StaleCheckpoint, fetched_text, new_node, state_at)
+    Node, Position, SavedState, StaleCheckpoint, fetched_text, new_node, not_kept, state_at)
 from .host import Host, method_kind
 from .direct_calls import DirectCalls
 from .digests import KnownDigests, by_part, joined
@@ -63,6 +63,7 @@ class Ledger:
     def __init__(self, host:Host, store, options:Options):
         self.host, self.local_store, self.options = host, store, options
         self.position = None  # Position of the object; None: at the beginning
+        self.is_behind = False  # whether the state there was not loaded yet, see `catch_up`
         self.block = None  # the open one
         self.direct_calls = DirectCalls(host.object)  # refused while a block is open
         self.planning = False  # whether a call that would be computed ends the script
@@ -155,11 +156,9 @@ class Call:
     text: str # as in a script
 
 @patch
-def describe_call(self:Ledger, method:str, args, kwargs) -> Call:
-    "A call with all that its result follows from, besides the state"
-    cls, obj = type(self.host.object), self.host.object
-    args, kwargs = self.host.instantiated(method, args, kwargs)
-    values = call_arguments(getattr(cls, method).__get__(obj), args, kwargs)
+def describe_arguments(self:Ledger, method:str, args, kwargs): # (dict of values, Fingerprint, text)
+    "The arguments of a call, and the call as it stands in a script"
+    values = call_arguments(getattr(self.host.object, method), args, kwargs)
     self.host.reach.observe(values)
     self.begin_moment()
     def described():
@@ -167,8 +166,16 @@ def describe_call(self:Ledger, method:str, args, kwargs) -> Call:
                             known=self.host.reach.known_objects())
         return as_json(found), self.call_text(method, args, kwargs)
     with self.host.reach.as_built(values): arguments, text = self.on_main(described)
+    return values, Fingerprint(*arguments), text
+
+@patch
+def describe_call(self:Ledger, method:str, args, kwargs) -> Call:
+    "A call with all that its result follows from, besides the state"
+    cls = type(self.host.object)
+    args, kwargs = self.host.instantiated(method, args, kwargs)
+    values, arguments, text = self.describe_arguments(method, args, kwargs)
     structure = self.structure(still=True) | self.describe(self.around_call(method, values))
-    found = [fingerprint(cls, reads=False), arguments := Fingerprint(*arguments),
+    found = [fingerprint(cls, reads=False), arguments,
              *structure.values(), *self.root.values()]
     code = {name: digest for one in found for name, digest in one.code.items()}
     return Call(method, args, kwargs, method_kind(cls, method), values, arguments, structure, code,
@@ -255,9 +262,17 @@ def restore(self:Ledger, saved:SavedState, structure=None, best=None, schedules=
     self.is_as_made = False
     with self.direct_calls.allowed():
         self.host.restore(joined(tree['state']), tree['beside'], structure, tree['best'], schedules)
+    self.is_behind = False
     if best is None: self.note_lacks(saved)
     else: self.lacks = {}  # the best model comes with moments of its own
 
+@patch
+def catch_up(self:Ledger):
+    "Load the state of where the object stands, if that was put off"
+    if not self.is_behind: return
+    saved = state_at(self.node, self.position)
+    if saved.state is None: raise not_kept(self.node(self.position.id))
+    self.restore(saved, self.host.structure_objects())
 
 # %% ../../nbs/checkpoints/05_ledger.ipynb #d014b1e1
 @patch

@@ -33,6 +33,7 @@ class Ledger:
     local_store: Any
     options: Options
     position: Any
+    is_behind: bool
     block: Any
     direct_calls: DirectCalls
     planning: bool
@@ -69,6 +70,12 @@ class Ledger:
         """
     def fetch_answer(self, node: Any, call: Any, found: Any) -> Any:
         """The recorded answer, reported in a line"""
+    def load_answer(self, node: Any, call: Any, found: Any) -> Any:
+        """The recorded answer; callbacks and files are as it has left them
+
+        Returns:
+            (what to say of it, the answer)
+        """
     def compute_answer(self, node: Any, call: Any, key: Any, at: Any, folder: Any = None) -> Any:
         """Make a call and put the answer into the table of the checkpoint
 
@@ -231,6 +238,12 @@ class Ledger:
             after_call: Any = False,
     ) -> Fingerprint:
         """One value; of models whose weights are in the state, the layout alone"""
+    def describe_arguments(self, method: str, args: Any, kwargs: Any) -> Any:
+        """The arguments of a call, and the call as it stands in a script
+
+        Returns:
+            (dict of values, Fingerprint, text)
+        """
     def describe_call(self, method: str, args: Any, kwargs: Any) -> Call:
         """A call with all that its result follows from, besides the state"""
     def around_call(self, method: Any, values: Any) -> dict:
@@ -273,6 +286,8 @@ class Ledger:
             schedules: Any = True,
     ) -> None:
         """Bring the object to a stored state: all of it or, with an error, none"""
+    def catch_up(self) -> None:
+        """Load the state of where the object stands, if that was put off"""
     def arithmetic_of(self, call: Any) -> dict:
         """Versions and switches that the digits of a result follow from
 

@@ -7,10 +7,7 @@ __all__ = []
 
 # %% ../../nbs/checkpoints/17_run_checks.ipynb #925272bf
 import os
-from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
-from fastcore.basics import patch
 from ..files.errors import DamagedError, StoreError
 from ..files.durable import is_left_over
 from ..files.ids import file_name, id_from_file_name, id_text

@@ -9,7 +9,7 @@ __all__ = ['VerifyResult', 'verify']
 import os, re, textwrap
 from collections import Counter
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from fastcore.basics import patch
 from ..base.methods import unrecorded
@@ -21,7 +21,7 @@ from ..files.saves import list_saves
 from ..files.spans import sound_spans
 from ..files.states import copy_spans
 from ..files.store import Store
-from ..files.checks import Findings, check_save, check_saves, check_settled
+from ..files.checks import check_save, check_saves, check_settled
 from .run_checks import check_run, listed
 from .checkpointed import Checkpointed
 

@@ -64,7 +64,7 @@ def id_from_file_name(name): # the id; None where no id has this file name
         if file_name(id) == name: return id
 
 # %% ../../nbs/files/06_ids.ipynb #1f6d7129
-RESERVED = {'nodes', 'answers', 'packs', 'work', 'locks', 'format.json'}
+RESERVED = {'nodes', 'answers', 'packs', 'work', 'studies', 'locks', 'format.json'}
 
 def check_run_name(name:str): # str
     "The name of a run, one or more words with `/` between them; ValueError for any other text"

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/files/03_spans.ipynb #1c0e20c1
-import hashlib, math, os
+import hashlib, math
 from dataclasses import dataclass
 import torch
 from .regular import open_regular

@@ -42,7 +42,7 @@ class Store:
     def __repr__(self): return f'{type(self).__name__}({str(self.folder)!r})'
 
 # %% ../../nbs/files/08_store.ipynb #7c5f9deb
-SUBFOLDERS = 'nodes', 'answers', 'packs', 'work'
+SUBFOLDERS = 'nodes', 'answers', 'packs', 'work', 'studies'
 
 @patch
 def subfolder(self:Store, name): # Path

@@ -1,0 +1,321 @@
+"Studies: each distinct call once, whatever the order, the processes, the kills"
+import os, random, re, signal, sys, time
+from functools import partial
+from pathlib import Path
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD
+from learnkit import *
+from learnkit.checkpoints.learner import CheckpointedLearner
+from learnkit.checkpoints.ledger import Ledger
+from learnkit.checkpoints.record import StaleCheckpoint
+from learnkit.files.tree import tree_digest
+
+optuna = pytest.importorskip('optuna')
+pytestmark = pytest.mark.filterwarnings('ignore::optuna.exceptions.ExperimentalWarning')
+RATES, STEPS = [1e-2, 3e-2, 1e-1], 3
+
+
+class Steps(Callback):
+    "Counts the steps that are made, by all processes, in a file"
+    external = True
+    def __init__(self, path): self.path = path
+    def after_step(self, learn):
+        with open(self.path, 'a') as file: file.write('.')
+
+
+def make(folder, cls=CheckpointedLearner, seed=0, n=32, **kwargs):
+    set_seed(seed)
+    gen = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 4, generator=gen)
+    dls = DataLoaders.from_tensors((x, (x[:, 0] > 0).long()), valid_pct=0.25, bs=8, device='cpu')
+    net = nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.3), nn.Linear(6, 2))
+    if cls is CheckpointedLearner: kwargs = {'name': 'run', 'root': folder, **kwargs}
+    learn = cls(dls, net, nn.CrossEntropyLoss(), metrics=accuracy, splitter=groups, device='cpu',
+                **kwargs)
+    learn.remove_cb(Progress)
+    learn.add_cb(Steps(folder / 'steps'))
+    return learn
+
+
+def groups(model): return [list(model[0].parameters()), list(model[2].parameters())]
+
+
+def trained(folder): # steps
+    path = folder / 'steps'
+    return path.stat().st_size if path.exists() else 0
+
+
+def rates_of(trial): return [trial.suggest_categorical(f'lr_{i}', RATES) for i in range(3)]
+
+
+def job(cp, trial):
+    for lr in rates_of(trial): cp.fit(1, lr)
+    return cp.validate()['loss']
+
+
+def grid(seed): return optuna.samplers.GridSampler({f'lr_{i}': RATES for i in range(3)}, seed)
+
+
+def union(study): # steps of all distinct prefixes
+    lists = [tuple(row) for row in study.trials[['lr_0', 'lr_1', 'lr_2']].to_numpy()]
+    return STEPS * len({rates[:n] for rates in lists for n in (1, 2, 3)})
+
+
+def alone(folder, rates): # the loss that a plain learner comes to
+    learn = make(folder / 'alone', Learner)
+    for lr in rates: learn.fit(1, lr)
+    return learn.validate()['loss']
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_steps_are_those_of_the_union(tmp_path, seed):
+    learn = make(tmp_path)
+    study = learn.study('rates', sampler=grid(seed))
+    study.run(job, n_trials=7)
+    assert trained(tmp_path) == union(study) == study.steps['trained']
+    assert study.steps['in_trials'] == 7 * 3 * STEPS
+    study.run(job, n_trials=27)
+    assert trained(tmp_path) == union(study) == STEPS * (3 + 9 + 27)
+    for _, row in study.trials.sample(3, random_state=seed).iterrows():
+        (tmp_path / 'alone').mkdir(exist_ok=True)
+        assert row.value == alone(tmp_path, row[['lr_0', 'lr_1', 'lr_2']])
+    best = study.best
+    assert best.value == study.trials.value.min() and set(best.params) == {'lr_0', 'lr_1', 'lr_2'}
+    learn.rollback(best.id)
+    assert learn.validate()['loss'] == best.value
+    before = trained(tmp_path)
+    again = make(tmp_path)
+    again.study('rates', sampler=grid(9)).run(job, n_trials=27)
+    assert trained(tmp_path) == before
+
+
+def test_a_hit_loads_no_state(tmp_path, monkeypatch):
+    make(tmp_path).study('a', sampler=grid(0)).run(job, n_trials=27)
+    learn, restored = make(tmp_path), []
+    restore = Ledger.restore
+    monkeypatch.setattr(Ledger, 'restore', lambda *a, **k: restored.append(1) or restore(*a, **k))
+    study = learn.study('b', sampler=grid(1))  # all of it is there, under another name
+    before = trained(tmp_path)
+    study.run(job, n_trials=27)
+    assert trained(tmp_path) == before and len(restored) <= 3
+    assert study.steps == {'in_trials': 27 * 3 * STEPS, 'trained': STEPS * (3 + 9 + 27)}
+
+
+def test_the_learner_is_where_it_was(tmp_path):
+    learn = make(tmp_path)
+    with learn.checkpoint('base') as cp: cp.fit(1, 1e-2)
+    before, cbs = tree_digest(learn.state_dict()), list(learn.cbs)
+    def breaks(cp, trial):
+        cp.setup(opt_func=partial(SGD, momentum=0.9), lr=0.1)
+        cp.add_cb(GradientClip(1.))
+        cp.fit(1)
+        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError): learn.study('a').run(breaks, n_trials=1)
+    assert tree_digest(learn.state_dict()) == before and list(learn.cbs) == cbs
+    learn.study('b', sampler=grid(0)).run(job, n_trials=2)
+    assert tree_digest(learn.state_dict()) == before and learn.ledger.position.id == 'base'
+    with learn.checkpoint('after') as cp: cp.fit(1, 1e-2)
+    plain = make(tmp_path, Learner)
+    for _ in range(2): plain.fit(1, 1e-2)
+    assert tree_digest(plain.model.state_dict()) == tree_digest(learn.model.state_dict())
+
+
+def test_calls_that_put_the_learner_together(tmp_path):
+    "Are made on each trail; what follows is as in a plain training"
+    def calls(cp, momentum, clip):
+        cp.fit(1, 1e-2)
+        cp.setup(opt_func=partial(SGD, momentum=momentum), lr=0.1)
+        cp.add_cb(GradientClip(clip))
+        cp.fit(1)
+        cp.freeze()
+        cp.fit_one_cycle(1, 0.05, cbs=SaveBest('accuracy'))
+        return cp.validate()['loss']
+    def job(cp, trial):
+        return calls(cp, trial.suggest_categorical('momentum', [0.5, 0.9]),
+                     trial.suggest_categorical('clip', [0.1, 1.]))
+    study = make(tmp_path).study('s', sampler=optuna.samplers.BruteForceSampler(seed=0))
+    study.run(job, n_trials=9)
+    assert len(study.trials) == 4 and trained(tmp_path) == STEPS * (1 + 4 * 2)
+    for row in study.trials.itertuples():
+        plain = make(tmp_path, Learner)
+        assert calls(plain, row.momentum, row.clip) == row.value
+    before = trained(tmp_path)
+    study = make(tmp_path).study('t', sampler=optuna.samplers.BruteForceSampler(seed=1))
+    study.run(job, n_trials=9)
+    assert trained(tmp_path) == before and len(study.trials) == 4
+
+
+def test_what_is_looked_at_is_there(tmp_path):
+    seen = []
+    def job(cp, trial):
+        for lr in rates_of(trial)[:2]: cp.fit(1, lr)
+        seen.append((len(cp.recorder.df), tree_digest(cp.model.state_dict()), cp.id))
+        return 0.
+    for name in 'ab':
+        make(tmp_path).study(name, sampler=grid(0)).run(job, n_trials=2)
+    assert seen[:2] == seen[2:] and [n for n, *_ in seen] == [2] * 4
+
+
+def test_what_fails_is_made_once_more(tmp_path):
+    "With the same numbers, from where it was"
+    failed = []
+    def job(cp, trial):
+        for lr in rates_of(trial): cp.fit(1, lr)
+        if not failed and trial.number == 1: failed.append(trial.params) or 1 / 0
+        return cp.validate()['loss']
+    study = make(tmp_path).study('s', sampler=grid(0))
+    with pytest.raises(ZeroDivisionError): study.run(job, n_trials=3)
+    study.run(job, n_trials=3)
+    assert len(study.trials) == 3 and trained(tmp_path) == union(study)
+    params = [{name: row[name] for name in failed[0]} for _, row in study.trials.iterrows()]
+    assert params.count(failed[0]) == 1
+
+
+def test_pruned_trials_share_too(tmp_path):
+    def job(cp, trial):
+        for epoch, lr in enumerate(rates_of(trial)):
+            cp.fit(1, lr)
+            trial.report(cp.validate()['loss'], epoch)
+            if epoch == 1 and lr == RATES[0]: raise optuna.TrialPruned
+        return cp.validate()['loss']
+    study = make(tmp_path).study('s', sampler=grid(0), pruner=optuna.pruners.NopPruner())
+    study.run(job, n_trials=27)
+    assert dict(study.trials.state.value_counts()) == {'complete': 18, 'pruned': 9}
+    assert trained(tmp_path) == STEPS * (3 + 9 + 18)
+
+
+def test_a_fork_from_another_trial(tmp_path):
+    "As in training of a population: the worse go on from the better"
+    ends = {}
+    def job(cp, trial):
+        lr = trial.suggest_categorical('lr', RATES)
+        if trial.number: cp.fork(ends[0])
+        cp.setup(lr=lr)
+        cp.fit(1)
+        ends[trial.number] = cp.id
+        return cp.validate()['loss']
+    study = make(tmp_path).study('s', sampler=optuna.samplers.RandomSampler(seed=0))
+    study.run(job, n_trials=3)
+    lineage = make(tmp_path).checkpoints.set_index('id').parent
+    assert all(lineage[lineage[ends[i]]] == ends[0] for i in (1, 2))
+
+
+def code(body):
+    space = {'__name__': '__main__'}
+    path = Path(f'/tests-of-studies/{random.random()}.py')
+    import linecache
+    text = f'def job(cp, trial):\n    lr = trial.suggest_categorical("lr", [0.01, 0.1])\n{body}'
+    linecache.cache[str(path)] = len(text), None, text.splitlines(True), str(path)
+    exec(compile(text, str(path), 'exec'), space)
+    return space['job']
+
+
+def test_changed_jobs_are_told(tmp_path, capsys):
+    one = code('    cp.fit(1, lr)\n    return cp.validate()["loss"]\n')
+    other = code('    cp.fit(1, lr)\n    return -cp.validate()["loss"]\n')
+    def run(job, **kwargs):
+        learn = make(tmp_path, **kwargs)
+        learn.add_cb(Progress(bar=False))
+        study = learn.study('s', sampler=optuna.samplers.BruteForceSampler(seed=0))
+        study.run(job, n_trials=2)
+        return study, capsys.readouterr().out
+    study, _ = run(one)
+    values = list(study.trials.value)
+    study, said = run(other)
+    assert 'the code of job has changed since; its trials are kept' in said
+    assert list(study.trials.value) == values
+    with pytest.raises(StaleCheckpoint, match="'s' is recorded otherwise: the code of job"):
+        run(other, code='strict')
+    before = trained(tmp_path)
+    study, said = run(other, on_change='rerun')
+    assert 'its trials are made anew' in said and trained(tmp_path) == before
+    assert sorted(study.trials.value) == sorted(-v for v in values)
+    study, said = run(other)
+    assert 'changed' not in said and sorted(study.trials.value) == sorted(-v for v in values)
+
+
+EPOCHS = [1]
+
+
+def test_changed_values_and_data_are_told(tmp_path):
+    def job(cp, trial):
+        cp.fit(EPOCHS[0], trial.suggest_categorical('lr', RATES))
+        return 0.
+    make(tmp_path).study('s').run(job, n_trials=2)
+    EPOCHS[0] = 2
+    try:
+        with pytest.raises(StaleCheckpoint, match='values that the job reads have changed'):
+            make(tmp_path).study('s').run(job, n_trials=2)
+    finally: EPOCHS[0] = 1
+    with pytest.raises(StaleCheckpoint): make(tmp_path, n=40).study('s').run(job, n_trials=2)
+    make(tmp_path).study('s').run(job, n_trials=2)
+    learn = make(tmp_path)
+    with learn.checkpoint('x') as cp: cp.fit(1)
+    with pytest.raises(StaleCheckpoint, match="it began at 'start-of-studies'.*stands at 'x'"):
+        learn.study('s').run(job, n_trials=2)
+
+
+def test_what_is_refused(tmp_path, monkeypatch):
+    learn = make(tmp_path)
+    with pytest.raises(ValueError, match="direction='up': must be 'minimize' or 'maximize'"):
+        learn.study('s', 'up')
+    for name in ('', 'a b', 'x' * 60, 1, '../a'):
+        with pytest.raises((ValueError, TypeError)): learn.study(name)
+    study = learn.study('s')
+    for kwargs in (dict(n_trials=0), dict(n_trials=1.5), dict(n_trials=1, workers=0)):
+        with pytest.raises(ValueError, match='must be a whole number'): study.run(job, **kwargs)
+    with pytest.raises(ValueError, match="was made to minimize"): learn.study('s', 'maximize')
+    with pytest.raises(LookupError, match='no complete trial yet'): study.best
+    assert list(study.trials.columns) == ['trial', 'state', 'value', 'steps', 'id']
+    with learn.checkpoint(1) as cp:
+        with pytest.raises(RuntimeError, match='inside the block'): study.run(job, 1)
+        cp.fit(1)
+    monkeypatch.setitem(sys.modules, 'optuna', None)
+    with pytest.raises(ImportError, match=re.escape("pip install 'learnkit[study]'")):
+        make(tmp_path).study('s')
+
+
+def test_two_workers_and_their_errors(tmp_path):
+    study = make(tmp_path).study('s', sampler=grid(0))
+    study.run(job, n_trials=8, workers=2)
+    assert len(study.trials) == 8 and trained(tmp_path) == union(study)
+    assert {*study.trials.state} == {'complete'}
+    def breaks(cp, trial): 1 / 0
+    other = make(tmp_path).study('t')
+    with pytest.raises(RuntimeError, match='(?s)a worker of the study failed:.*ZeroDivisionError'):
+        other.run(breaks, n_trials=2, workers=2)
+
+
+@pytest.mark.parametrize('kills', [3, pytest.param(25, marks=pytest.mark.slow)])
+def test_killed_and_run_again(tmp_path, kills):
+    "Nothing that was complete is trained again, and no trial is lost"
+    rng = random.Random(kills)
+    def run(seed):
+        pid = os.fork()
+        if pid: return pid
+        code = 99
+        try:
+            make(tmp_path).study('s', sampler=grid(seed)).run(job, n_trials=12)
+            code = 0
+        finally: os._exit(code)
+    killed = 0
+    while killed < kills:
+        pids = [run(seed) for seed in range(2)]
+        time.sleep(0.1 + rng.random() * 0.6)
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+            killed += os.waitpid(pid, 0)[1] != 0
+        if not any(os.path.exists(tmp_path / 'run' / name) for name in ('nodes', 'format.json')):
+            continue
+        if killed == 0: break
+    study = make(tmp_path).study('s', sampler=grid(5))
+    study.run(job, n_trials=12)
+    assert len(study.trials) >= 12 and {*study.trials.state} == {'complete'}
+    assert study.steps['trained'] == union(study)
+    assert union(study) <= trained(tmp_path) <= union(study) + killed * STEPS
+    for _, row in study.trials.iterrows():
+        (tmp_path / 'alone').mkdir(exist_ok=True)
+        assert row.value == alone(tmp_path, row[['lr_0', 'lr_1', 'lr_2']])
+    assert not [*(tmp_path / 'run/locks').glob('*run.*')]
