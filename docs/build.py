@@ -16,7 +16,7 @@ START = 'index', 'tutorials/checkpoints' # what is read first; other tutorials a
 FIRST_GUIDE = 'tutorials/training' # the others follow by the names of their files
 TASKS = [f'tutorials/{name}' for name in (  # jobs that somebody has, each on data at hand
     'tabular', 'images', 'segmentation', 'pictures', 'text', 'streams', 'contrastive', 'folds',
-    'debugging')]
+    'studies', 'debugging')]
 BENCHMARKS = {'Beside other libraries': 'PEERS.md', 'Against its own limits': 'RESULTS.md'}
 LEARNERS = 'Learner', 'Checkpointed', 'CheckpointedLearner' # what `learn` may be in prose
 

@@ -259,7 +259,7 @@ from .checkpoints.tree import (
     checkpoints_table, tree_text,
 )
 from .checkpoints.figure import (
-    draw_tree, plot_tree,
+    plot_tree,
 )
 from .checkpoints.comparison import (
     explain_text,
@@ -270,6 +270,9 @@ from .checkpoints.report import (
 from .checkpoints import run_checks as _run_checks
 from .checkpoints.verify import (
     verify, VerifyResult,
+)
+from .checkpoints.stages import (
+    plot_stages,
 )
 from .checkpoints import trail as _trail
 from .checkpoints.study import (
@@ -297,6 +300,6 @@ __all__ = [
     'Logger', 'CSVLogger', 'JSONLogger', 'TensorBoardLogger', 'MLflowLogger', 'TrackioLogger',
     'WandbLogger', 'launch', 'Ranks', 'Distributed', 'BEGINNING', 'StaleCheckpoint', 'HEARD_EVERY',
     'SharedStore', 'Checkpointed', 'CheckpointedLearner', 'checkpoints_table', 'tree_text',
-    'draw_tree', 'plot_tree', 'explain_text', 'is_report', 'MARK', 'report_html', 'write_report',
-    'verify', 'VerifyResult', 'Best', 'Study',
+    'plot_tree', 'explain_text', 'is_report', 'MARK', 'report_html', 'write_report', 'verify',
+    'VerifyResult', 'plot_stages', 'Best', 'Study',
 ]

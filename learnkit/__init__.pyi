@@ -124,7 +124,6 @@ from .checkpoints.checkpointed import Checkpointed as Checkpointed
 from .checkpoints.learner import CheckpointedLearner as CheckpointedLearner
 from .checkpoints.tree import checkpoints_table as checkpoints_table
 from .checkpoints.tree import tree_text as tree_text
-from .checkpoints.figure import draw_tree as draw_tree
 from .checkpoints.figure import plot_tree as plot_tree
 from .checkpoints.comparison import explain_text as explain_text
 from .checkpoints.report import is_report as is_report
@@ -133,6 +132,7 @@ from .checkpoints.report import report_html as report_html
 from .checkpoints.report import write_report as write_report
 from .checkpoints.verify import verify as verify
 from .checkpoints.verify import VerifyResult as VerifyResult
+from .checkpoints.stages import plot_stages as plot_stages
 from .checkpoints.study import Best as Best
 from .checkpoints.study import Study as Study
 __version__: str
@@ -157,7 +157,7 @@ __all__ = [
     'ProfileResult', 'SummaryResult', 'ActivationStats', 'GradientStats', 'Logger', 'CSVLogger',
     'JSONLogger', 'TensorBoardLogger', 'MLflowLogger', 'TrackioLogger', 'WandbLogger', 'launch',
     'Ranks', 'Distributed', 'BEGINNING', 'StaleCheckpoint', 'HEARD_EVERY', 'SharedStore',
-    'Checkpointed', 'CheckpointedLearner', 'checkpoints_table', 'tree_text', 'draw_tree',
-    'plot_tree', 'explain_text', 'is_report', 'MARK', 'report_html', 'write_report', 'verify',
-    'VerifyResult', 'Best', 'Study'
+    'Checkpointed', 'CheckpointedLearner', 'checkpoints_table', 'tree_text', 'plot_tree',
+    'explain_text', 'is_report', 'MARK', 'report_html', 'write_report', 'verify',
+    'VerifyResult', 'plot_stages', 'Best', 'Study'
 ]

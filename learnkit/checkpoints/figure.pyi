@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any
 from ..checkpoints.lineage import Lineage
 __all__ = [
-    'plot_tree', 'draw_tree'
+    'plot_tree'
 ]
 
 def metric_values(node: Any, metric: Any) -> Any:
@@ -108,19 +108,6 @@ def plot_tree(store: Any, ax: Any = None, metric: Any = None) -> Any:
     Args:
         ax: Axes to draw on; None: new ones, as high as the tree needs
         metric: name of a metric; None: the one that the best models were kept by
-
-    Returns:
-        Axes
-    """
-
-def draw_tree(lineage: Any, values: dict, metric: Any, higher: Any, ax: Any = None) -> Any:
-    """Draw checkpoints as a tree
-
-    Args:
-        values: id -> (last, best) of what is drawn beside the tree
-        metric: what that is; None: nothing
-        higher: whether more is better; None: unknown
-        ax: as in `plot_tree`
 
     Returns:
         Axes

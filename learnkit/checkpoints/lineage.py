@@ -6,7 +6,6 @@
 __all__ = []
 
 # %% ../../nbs/checkpoints/12_lineage.ipynb #30307d36
-import copy
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -44,13 +43,6 @@ class Lineage:
 
     @property
     def ids(self): return sort_ids([*self.nodes, *self.damaged])
-
-    def only(self, ids): # Lineage
-        "Some of the checkpoints"
-        some = copy.copy(self)
-        some.nodes = {id: node for id, node in self.nodes.items() if id in ids}
-        some.damaged = {id: why for id, why in self.damaged.items() if id in ids}
-        return some
 
     def parent(self, id): return self.nodes[id].parent if id in self.nodes else None
 

@@ -25,12 +25,6 @@ class Lineage:
         """
     @property
     def ids(self) -> Any: ...
-    def only(self, ids: Any) -> Lineage:
-        """Some of the checkpoints
-
-        Returns:
-            Lineage
-        """
     def parent(self, id: Any) -> Any: ...
     def digests(self, id: Any) -> Any:
         """The tensors that a checkpoint names

@@ -22,8 +22,8 @@ from .record import StaleCheckpoint
 from .ledger import digests_of
 from .recording import recording
 from .checkpointed import Checkpointed
-from .lineage import Lineage, number_text
-from .figure import draw_tree
+from .lineage import number_text
+from .stages import plot_stages
 from .trail import NAME_LENGTH, Trail, TrailProxy, place_text
 
 # %% ../../nbs/checkpoints/20_study.ipynb #b9ab585b
@@ -222,11 +222,14 @@ def make(self:Study, job, trial, trail):
 def line_of(self:Study, number, trail) -> str:
     "What is shown of a trial"
     trial = self.study.get_trials(deepcopy=False)[number]
-    params = ', '.join(f'{name} {number_text(x) if isinstance(x, float) else x}'
-                       for name, x in trial.params.items())
     came = 'pruned' if trial.value is None else f'{trial.value:.4g}'
-    return (f'study {self.name!r}, trial {number} ({params}): {came}, {trail.steps} steps, '
-            f'{trail.made} of them trained now')
+    return (f'study {self.name!r}, trial {number} ({params_text(trial)}): {came}, '
+            f'{trail.steps} steps, {trail.made} of them trained now')
+
+def params_text(trial): # str
+    "'lr 0.01, depth 3'"
+    return ', '.join(f'{name} {number_text(x) if isinstance(x, float) else x}'
+                     for name, x in trial.params.items())
 
 # %% ../../nbs/checkpoints/20_study.ipynb #acea69fe
 @patch
@@ -320,16 +323,19 @@ def steps(self:Study) -> dict: # in_trials, trained
 # %% ../../nbs/checkpoints/20_study.ipynb #8e4f0a3b
 @patch
 def plot_tree(self:Study,
-              ax=None, # Axes to draw on; None: new ones, as high as the tree needs
+              ax=None, # Axes to draw on; None: new ones, as high as the trials need
              ): # Axes
-    "Draw the calls of all trials as a tree, with what trials came to beside it"
-    lineage = Lineage(self.ledger.local_store)
-    ends = {trial.user_attrs['ids'][0]: trial.value for trial in self.done()
-            if 'ids' in trial.user_attrs and trial.value is not None}
-    ids = {id for trial in self.done() for id in trial.user_attrs.get('ids', [])}
-    ids |= {lineage.parent(id) for id in ids} & lineage.nodes.keys()
-    values, higher = {id: (x, x) for id, x in ends.items()}, self.options['direction'] == 'maximize'
-    return draw_tree(lineage.only(ids), values, 'value', higher, ax)
+    "Draw the stages that trials consist of, as a tree over the steps, with what they came to"
+    trials = [trial for trial in self.done() if 'ids' in trial.user_attrs]
+    ends, paths = {}, []
+    for trial in trials:
+        end, *path = trial.user_attrs['ids']
+        paths.append([self.ledger.read(path[0]).parent, *path] if path else [end])
+        value = None if trial.state is self.optuna.trial.TrialState.PRUNED else trial.value
+        ends.setdefault(end, []).append((trial.number, params_text(trial), value))
+    is_any = any(value is not None for found in ends.values() for *_, value in found)
+    best = self.best.id if is_any else None
+    return plot_stages(self.ledger.read, paths, ends, best, ax)
 
 @patch
 @unrecorded

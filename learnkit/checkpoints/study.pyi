@@ -131,10 +131,10 @@ class Study:
             in_trials, trained
         """
     def plot_tree(self, ax: Any = None) -> Any:
-        """Draw the calls of all trials as a tree, with what trials came to beside it
+        """Draw the stages that trials consist of, as a tree over the steps, with what they came to
 
         Args:
-            ax: Axes to draw on; None: new ones, as high as the tree needs
+            ax: Axes to draw on; None: new ones, as high as the trials need
 
         Returns:
             Axes
@@ -147,6 +147,13 @@ def asked_differs(then: Any, now: Any) -> Any:
         (list of str, names of changed code)
     """
 BEGINNING_ID: str
+
+def params_text(trial: Any) -> str:
+    """'lr 0.01, depth 3'
+
+    Returns:
+        str
+    """
 
 def run_copies(n: Any, work: Any, *args: Any) -> None:
     """Call a function in `n` copies of this process; RuntimeError with what went wrong"""
