@@ -158,7 +158,8 @@ class Call:
 @patch
 def describe_arguments(self:Ledger, method:str, args, kwargs): # (dict of values, Fingerprint, text)
     "The arguments of a call, and the call as it stands in a script"
-    values = call_arguments(getattr(self.host.object, method), args, kwargs)
+    obj = self.host.object  # whose own methods are refused while a block is open
+    values = call_arguments(getattr(type(obj), method).__get__(obj), args, kwargs)
     self.host.reach.observe(values)
     self.begin_moment()
     def described():
