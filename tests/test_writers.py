@@ -1,8 +1,9 @@
 """Many processes extend, prune and clear up one run at the same time, and are killed: whatever is
 recorded is what one process alone computes"""
-import contextlib, io, os, random, re, shutil, signal, time, traceback
+import contextlib, io, os, random, re, shutil, signal, subprocess, sys, time, traceback
 from functools import lru_cache
 from pathlib import Path
+import preloaded
 import pytest
 import torch
 from torch import nn
@@ -117,9 +118,23 @@ def check(folder):
     assert not rest and not [*(folder / 'run/locks').iterdir()] and not run.gc().work
 
 
+def in_clean_process(function, *args):
+    "Processes that are to be forked off come from one that has no other threads"
+    code = f'import sys; sys.path[:0] = {sys.path!r}; import test_writers as t\n'
+    code += f't.{function.__name__}(*{[str(each) for each in args]!r})'
+    done = subprocess.run([preloaded.python(), '-c', code], capture_output=True, text=True,
+                          timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize('seed, programs, kills', [
     (0, 30, 5), pytest.param(1, 300, 60, marks=pytest.mark.slow)])
 def test_eight_writers(tmp_path, seed, programs, kills):
+    in_clean_process(eight_writers, tmp_path, seed, programs, kills)
+
+
+def eight_writers(folder, seed, programs, kills):
+    tmp_path, seed, programs, kills = Path(folder), int(seed), int(programs), int(kills)
     for id in IDS: alone(id)
     rng, (ends, done) = random.Random(seed), os.pipe()
     os.set_blocking(ends, False)
@@ -152,6 +167,11 @@ def kill(pid):
     (4, IDS[:6]), pytest.param(8, IDS, marks=pytest.mark.slow)])
 def test_nothing_is_trained_twice(tmp_path, processes, ids):
     "Processes that want all of it at once"
+    in_clean_process(all_at_once, tmp_path, processes, len(ids))
+
+
+def all_at_once(folder, processes, n):
+    tmp_path, processes, ids = Path(folder), int(processes), IDS[:int(n)]
     log = tmp_path / 'log'
     def work(seed):
         for id in random.Random(seed).sample(ids, len(ids)):

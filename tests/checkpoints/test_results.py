@@ -295,14 +295,14 @@ def test_registering_the_class_is_enough_to_go_on(tmp_path):
     class Late:
         def __init__(self, value): self.value = value
     class Training(CheckpointedLearner):
-        def study(self):
+        def examine(self):
             self.fit(1)
             return [Late(3)]
-    with pytest.raises(UnstorableError, match=r'study.*\[0\]: .*Late'):
-        once(tmp_path, 'study', cls=Training)
+    with pytest.raises(UnstorableError, match=r'examine.*\[0\]: .*Late'):
+        once(tmp_path, 'examine', cls=Training)
     register_result(Late, lambda late: late.value, Late)
     Fits.n = 0
-    for _ in range(2): assert once(tmp_path, 'study', cls=Training)[1][0].value == 3
+    for _ in range(2): assert once(tmp_path, 'examine', cls=Training)[1][0].value == 3
     assert not Fits.n
 
 
