@@ -9,8 +9,8 @@ __all__ = ['CSVLogger', 'JSONLogger']
 import csv, io, json, math, shutil
 from urllib.parse import quote
 from fastcore.basics import patch
-from filelock import FileLock
 from ..files.durable import write_bytes
+from ..files.leases import Lease
 from ..files.regular import open_regular
 from .entries import is_same, path_digest
 from .logger import Logger
@@ -58,7 +58,7 @@ class FileLogger(Logger):
         "Others that write to this file wait"
         folder = self.file.with_suffix('')
         folder.mkdir(parents=True, exist_ok=True)
-        return FileLock(folder/'lock')
+        return Lease(folder, 'lock', str(self.file)).held(beats=False)
 
     def begin(self, run):
         with self.locked(): drop_torn_line(self.file)
