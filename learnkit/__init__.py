@@ -59,6 +59,10 @@ from .files import objects as _objects
 from .files import written as _written
 from .files import growing as _growing
 from .files import checks as _checks
+from .files.remote import (
+    RemoteError,
+)
+from .files import moving as _moving
 from .data import order as _order
 from .data.loaders import (
     DataLoaders, DatasetLoader, TensorLoader,
@@ -239,7 +243,12 @@ from .checkpoints import beginning as _beginning
 from .checkpoints import changes as _changes
 from .checkpoints import retention as _retention
 from .checkpoints import answers as _answers
+from .checkpoints import merging as _merging
 from .checkpoints import renewal as _renewal
+from .checkpoints.transfer import (
+    Transfer,
+)
+from .checkpoints import uploads as _uploads
 from .checkpoints import block as _block
 from .checkpoints import recording as _recording
 from .checkpoints.checkpointed import (
@@ -271,6 +280,7 @@ from .checkpoints import run_checks as _run_checks
 from .checkpoints.verify import (
     verify, VerifyResult,
 )
+from .checkpoints import remote as _remote
 from .checkpoints.stages import (
     plot_stages,
 )
@@ -285,7 +295,7 @@ __all__ = [
     'detach', 'map_tensors', 'to_device', 'to_host', 'field_values', 'from_field_values', 'pure',
     'register_result', 'result', 'structural', 'DamagedError', 'LockedError', 'StoreError',
     'UnstorableError', 'ended_leases', 'Lease', 'LostLeaseError', 'save_tensors', 'load_tree',
-    'save_tree', 'tree_digest', 'Store', 'Garbage', 'remove_if_empty', 'DataLoaders',
+    'save_tree', 'tree_digest', 'Store', 'Garbage', 'remove_if_empty', 'RemoteError', 'DataLoaders',
     'DatasetLoader', 'TensorLoader', 'Callback', 'Cancel', 'CancelBackward', 'CancelBatch',
     'CancelEpoch', 'CancelFit', 'CancelStep', 'CancelTrain', 'CancelValidate', 'has_state',
     'named_callbacks', 'accuracy', 'binary_accuracy', 'error_rate', 'mae', 'Metric', 'metric',
@@ -299,7 +309,7 @@ __all__ = [
     'Interpretation', 'ProfileResult', 'SummaryResult', 'ActivationStats', 'GradientStats',
     'Logger', 'CSVLogger', 'JSONLogger', 'TensorBoardLogger', 'MLflowLogger', 'TrackioLogger',
     'WandbLogger', 'launch', 'Ranks', 'Distributed', 'BEGINNING', 'StaleCheckpoint', 'HEARD_EVERY',
-    'SharedStore', 'Checkpointed', 'CheckpointedLearner', 'checkpoints_table', 'tree_text',
-    'plot_tree', 'explain_text', 'is_report', 'MARK', 'report_html', 'write_report', 'verify',
-    'VerifyResult', 'plot_stages', 'Best', 'Study',
+    'SharedStore', 'Transfer', 'Checkpointed', 'CheckpointedLearner', 'checkpoints_table',
+    'tree_text', 'plot_tree', 'explain_text', 'is_report', 'MARK', 'report_html', 'write_report',
+    'verify', 'VerifyResult', 'plot_stages', 'Best', 'Study',
 ]

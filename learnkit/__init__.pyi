@@ -38,6 +38,7 @@ from .files.tree import tree_digest as tree_digest
 from .files.store import Store as Store
 from .files.garbage import Garbage as Garbage
 from .files.garbage import remove_if_empty as remove_if_empty
+from .files.remote import RemoteError as RemoteError
 from .data.loaders import DataLoaders as DataLoaders
 from .data.loaders import DatasetLoader as DatasetLoader
 from .data.loaders import TensorLoader as TensorLoader
@@ -120,6 +121,7 @@ from .checkpoints.record import BEGINNING as BEGINNING
 from .checkpoints.record import StaleCheckpoint as StaleCheckpoint
 from .checkpoints.shared_store import HEARD_EVERY as HEARD_EVERY
 from .checkpoints.shared_store import SharedStore as SharedStore
+from .checkpoints.transfer import Transfer as Transfer
 from .checkpoints.checkpointed import Checkpointed as Checkpointed
 from .checkpoints.learner import CheckpointedLearner as CheckpointedLearner
 from .checkpoints.tree import checkpoints_table as checkpoints_table
@@ -143,11 +145,11 @@ __all__ = [
     'pure', 'register_result', 'result', 'structural', 'DamagedError', 'LockedError',
     'StoreError', 'UnstorableError', 'ended_leases', 'Lease', 'LostLeaseError', 'save_tensors',
     'load_tree', 'save_tree', 'tree_digest', 'Store', 'Garbage', 'remove_if_empty',
-    'DataLoaders', 'DatasetLoader', 'TensorLoader', 'Callback', 'Cancel', 'CancelBackward',
-    'CancelBatch', 'CancelEpoch', 'CancelFit', 'CancelStep', 'CancelTrain', 'CancelValidate',
-    'has_state', 'named_callbacks', 'accuracy', 'binary_accuracy', 'error_rate', 'mae',
-    'Metric', 'metric', 'mse', 'perplexity', 'rmse', 'sklearn_metric', 'top_k_accuracy',
-    'no_decay', 'param_groups', 'spread_lr', 'Fingerprint', 'fingerprint',
+    'RemoteError', 'DataLoaders', 'DatasetLoader', 'TensorLoader', 'Callback', 'Cancel',
+    'CancelBackward', 'CancelBatch', 'CancelEpoch', 'CancelFit', 'CancelStep', 'CancelTrain',
+    'CancelValidate', 'has_state', 'named_callbacks', 'accuracy', 'binary_accuracy',
+    'error_rate', 'mae', 'Metric', 'metric', 'mse', 'perplexity', 'rmse', 'sklearn_metric',
+    'top_k_accuracy', 'no_decay', 'param_groups', 'spread_lr', 'Fingerprint', 'fingerprint',
     'UnfingerprintableError', 'Recorder', 'Progress', 'exported_meta', 'SaveState', 'Learner',
     'combine_scheds', 'sched_const', 'sched_cos', 'sched_exp', 'sched_lin', 'sched_poly',
     'sched_warmup', 'ParamScheduler', 'TorchScheduler', 'LRFinderResult', 'SaveBest',
@@ -157,7 +159,7 @@ __all__ = [
     'ProfileResult', 'SummaryResult', 'ActivationStats', 'GradientStats', 'Logger', 'CSVLogger',
     'JSONLogger', 'TensorBoardLogger', 'MLflowLogger', 'TrackioLogger', 'WandbLogger', 'launch',
     'Ranks', 'Distributed', 'BEGINNING', 'StaleCheckpoint', 'HEARD_EVERY', 'SharedStore',
-    'Checkpointed', 'CheckpointedLearner', 'checkpoints_table', 'tree_text', 'plot_tree',
-    'explain_text', 'is_report', 'MARK', 'report_html', 'write_report', 'verify',
+    'Transfer', 'Checkpointed', 'CheckpointedLearner', 'checkpoints_table', 'tree_text',
+    'plot_tree', 'explain_text', 'is_report', 'MARK', 'report_html', 'write_report', 'verify',
     'VerifyResult', 'plot_stages', 'Best', 'Study'
 ]

@@ -13,10 +13,13 @@ from .files.errors import StoreError
 from .files.durable import bytes_on_disk
 from .files.ids import RESERVED, check_run_name, id_text, parse_id
 from .files.store import Store
+from .files.remote import Remote
 from .checkpoints.lineage import HasChildren, Lineage, NoCheckpoint, delete_checkpoint
 from .checkpoints.tree import print_text, printable, terminal_width, tree_text
 from .checkpoints.comparison import explain_text, show_text
+from .checkpoints.transfer import pull_run, push_run
 from .checkpoints.report import write_report
+from .checkpoints.remote import RemoteView, remote_runs
 from .checkpoints.verify import verify as verify_path
 
 # %% ../nbs/90_cli.ipynb #d2c76d57
@@ -38,11 +41,14 @@ def is_run_name(name): # bool
     except ValueError: return False
 
 # %% ../nbs/90_cli.ipynb #3b2fa5bc
+def is_address(name): return '://' in name # bool
+
 def no_folder(root): # CommandError
     return CommandError(f'there is no folder {root}: say with --root where your runs are')
 
 def open_run(root, name): # Store
-    "The store of a run that must be there"
+    "The store of a run that must be there; of one at an address its records"
+    if is_address(name): return RemoteView(Remote(name))
     if not Path(root).is_dir(): raise no_folder(root)
     store = Store(Path(root)/name, name)
     if store.format is not None: return store
@@ -53,12 +59,15 @@ def open_run(root, name): # Store
 # %% ../nbs/90_cli.ipynb #993552d3
 def ls(args):
     "List the runs: how many checkpoints, bytes on disk, last change"
+    if args.name and is_address(args.name): return print_runs(remote_rows(Remote(args.name)))
     if not Path(args.root).is_dir(): raise no_folder(args.root)
     inside = f'{args.name}/' if args.name else ''
     names = [name for name in run_names(args.root) if f'{name}/'.startswith(inside)]
     if not names: raise CommandError(f'there is no run {inside[:-1]} in {args.root}')
-    rows = [('run', 'checkpoints', 'bytes', 'changed')]
-    rows += [run_row(args.root, name) for name in names]
+    print_runs([run_row(args.root, name) for name in names])
+
+def print_runs(rows):
+    rows = [('run', 'checkpoints', 'bytes', 'changed'), *rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for name, n, size, changed in rows:
         print_text(f'{name:{widths[0]}}  {n:>{widths[1]}}  {size:>{widths[2]}}  {changed}')
@@ -71,6 +80,14 @@ def run_row(root, name): # (name, checkpoints, bytes, last change), as text
         changed = age_text(time.time() - max(times)) if times else ''
         return name, str(len(store.ids())), size_text(disk_size(store)), changed
     except (StoreError, OSError) as error: return name, '?', '?', one_line(str(error))
+
+def remote_rows(remote): # list of rows
+    "A line about each run below an address"
+    rows = [(name, str(len(found.ids())), size_text(found.total_bytes()), '')
+            for name, found in remote_runs(remote)]
+    if rows: return rows
+    raise CommandError(f'there is no run at {remote.name}: push one to it, or see that the address '
+                       'is right')
 
 def disk_size(store): # bytes
     "What packs and saves take"
@@ -157,6 +174,32 @@ def garbage_text(garbage): # str; '' for nothing
     found = [f'{n} {kind}{"s" * (n > 1)}' for kind, n in counts.items()]
     return f'{size_text(garbage.bytes)}: {", ".join(found)}' if found else ''
 
+# %% ../nbs/90_cli.ipynb #5b0c1d7e
+def push(args):
+    "Send what is not at an address yet; nothing is deleted there"
+    print_text(str(push_run(open_run(args.root, args.name), Remote(args.url))))
+
+def pull(args):
+    "Fetch what is at an address and not here"
+    remote = Remote(args.url)
+    print_text(str(pull_run(store_for(remote, args), remote)))
+
+def clone(args):
+    "Fetch a run that is not here yet"
+    remote = Remote(args.url)
+    store = store_for(remote, args)
+    if store.format is not None:
+        raise CommandError(f'{store.folder} is there already: `learnkit pull` fetches what it '
+                           'lacks, another name makes another copy')
+    print_text(str(pull_run(store, remote)))
+
+def store_for(remote, args): # Store
+    "The store that a run is fetched to; CommandError where the address does not give it a name"
+    try: name = args.name or check_run_name(remote.run_name)
+    except ValueError as error:
+        raise CommandError(f'{error}. Say what it is to be called') from None
+    return Store(Path(args.root)/name, name)
+
 # %% ../nbs/90_cli.ipynb #aa544734
 def launch(args):
     "Run a script in several processes of this machine, which train together"
@@ -208,11 +251,7 @@ def make_parser(): # ArgumentParser
     name = 'name', dict(a_name, help='of the run')
     yes = '--yes', dict(action='store_true', help='do not ask')
     force = '--force', dict(action='store_true', help='also if others need it')
-    inside = dict(a_name, nargs='?', help='only this run and those inside it')
-    add_command(commands, ls, ('name', inside))
-    add_command(commands, tree, name)
-    add_command(commands, show, name, ('id', an_id))
-    add_command(commands, diff, name, ('a', an_id), ('b', an_id))
+    add_looks(commands, an_id)
     output = dict(default='report.html',
                   help='file to write; an older report is replaced (default: report.html)')
     add_command(commands, report, name, ('-o', output | {'dest': 'output', 'metavar': 'FILE'}))
@@ -222,8 +261,31 @@ def make_parser(): # ArgumentParser
     add_command(commands, verify, ('path', a_path), ('--repair', repair), ('--json', as_json))
     add_command(commands, rm, name, ('id', dict(an_id, nargs='?')), force, yes)
     add_command(commands, gc, name, yes)
+    add_moves(commands, name, a_name)
     add_launch(commands)
     return parser
+
+# %% ../nbs/90_cli.ipynb #5b0c1d7f
+def add_looks(commands, an_id):
+    "The subcommands that look at runs, here or at an address"
+    a_place = {'type': argument(run_or_address)}
+    place = 'name', dict(a_place, help='of the run, or the address that it was pushed to')
+    inside = dict(a_place, nargs='?', help='only this run and those inside it; or an address')
+    add_command(commands, ls, ('name', inside))
+    add_command(commands, tree, place)
+    add_command(commands, show, place, ('id', an_id))
+    add_command(commands, diff, place, ('a', an_id), ('b', an_id))
+
+def run_or_address(word): # str
+    return word if is_address(word) else check_run_name(word.rstrip('/'))
+
+def add_moves(commands, name, a_name):
+    "The subcommands that move runs"
+    url = 'url', dict(help='address of a folder: s3://bucket/run, /mnt/shared/run')
+    a_run = 'name', dict(a_name, nargs='?', help='of the run (default: its name there)')
+    add_command(commands, push, name, url)
+    add_command(commands, pull, url, a_run)
+    add_command(commands, clone, url, a_run)
 
 def add_launch(commands):
     "The subcommand that starts a script"

@@ -23,26 +23,37 @@ def is_run_name(name: Any) -> bool:
         bool
     """
 
+def is_address(name: Any) -> Any: ...
+
 def no_folder(root: Any) -> CommandError:
     """Returns:
         CommandError
     """
 
 def open_run(root: Any, name: Any) -> Store:
-    """The store of a run that must be there
+    """The store of a run that must be there; of one at an address its records
 
     Returns:
         Store
     """
 
-def ls(args: Any) -> None:
+def ls(args: Any) -> Any:
     """List the runs: how many checkpoints, bytes on disk, last change"""
+
+def print_runs(rows: Any) -> None: ...
 
 def run_row(root: Any, name: Any) -> Any:
     """A line about a run; its checkpoints are not read
 
     Returns:
         (name, checkpoints, bytes, last change), as text
+    """
+
+def remote_rows(remote: Any) -> Any:
+    """A line about each run below an address
+
+    Returns:
+        list of rows
     """
 
 def disk_size(store: Any) -> bytes:
@@ -95,6 +106,22 @@ def garbage_text(garbage: Any) -> Any:
         str; '' for nothing
     """
 
+def push(args: Any) -> None:
+    """Send what is not at an address yet; nothing is deleted there"""
+
+def pull(args: Any) -> None:
+    """Fetch what is at an address and not here"""
+
+def clone(args: Any) -> None:
+    """Fetch a run that is not here yet"""
+
+def store_for(remote: Any, args: Any) -> Store:
+    """The store that a run is fetched to; CommandError where the address does not give it a name
+
+    Returns:
+        Store
+    """
+
 def launch(args: Any) -> None:
     """Run a script in several processes of this machine, which train together"""
 
@@ -114,6 +141,17 @@ def make_parser() -> Any:
     Returns:
         ArgumentParser
     """
+
+def add_looks(commands: Any, an_id: Any) -> None:
+    """The subcommands that look at runs, here or at an address"""
+
+def run_or_address(word: Any) -> str:
+    """Returns:
+        str
+    """
+
+def add_moves(commands: Any, name: Any, a_name: Any) -> None:
+    """The subcommands that move runs"""
 
 def add_launch(commands: Any) -> None:
     """The subcommand that starts a script"""

@@ -26,6 +26,7 @@ from .changes import PlanEnds, changed_code, go_to_start
 from .retention import (
     check_retained, drop_states, droppable_states, reclaim_space)
 from .answers import answer_key, forget_saves
+from .uploads import fetch_recorded, wait_for_uploads
 from .renewal import (
     accept_code, begin_anew, check_beginning, must_compute, note_findings, take_older)
 
@@ -54,6 +55,7 @@ def open_block(ledger, id, description='', parent=None, lazy=False): # Block
     "Bring the object to where a checkpoint begins, and compare with what is recorded"
     ledger.host.reach.observe()
     ledger.local_store.check_current()
+    fetch_recorded(ledger, id)
     node = ledger.read(id)
     go_to_start(ledger, id, node, parent)
     ledger.check_finished(ledger.position)
@@ -399,6 +401,7 @@ def release(self:Block):
     "The block is over, with or without an error"
     self.ledger.block = None
     self.held.close()
+    wait_for_uploads(self.ledger)
 
 # %% ../../nbs/checkpoints/08_block.ipynb #55d6f338
 @patch

@@ -23,6 +23,7 @@ from .host import Construction, make_host
 from .ledger import Ledger, Options
 from .changes import PlanEnds
 from .answers import Cache
+from .uploads import uploads
 from .recording import recording
 
 # %% ../../nbs/checkpoints/09_checkpointed.ipynb #c7c31b80
@@ -47,6 +48,8 @@ class Checkpointed:
                                    # of that one the 'weights', without moments of the optimizer
                  code:str='warn', # when code has changed, or 'strict': an error, 'rerun': anew
                  ignore=(), # names of arguments, or of the constructor's, that make no difference
+                 remote:str=None, # address of a folder to which all is sent, too, and from which
+                                  # is fetched what others have sent: 's3://bucket/run'
                  **kwargs): # as the class beside it takes
         ignore = ignore if isinstance(ignore, str) else tuple(ignore)
         options = Options(on_change, keep, code, ignore)
@@ -56,6 +59,7 @@ class Checkpointed:
         super().__init__(*args, **kwargs)
         construction = Construction(given.args, given.kwargs, arguments)
         self.ledger = Ledger(make_host(self, construction, save_every), store, options)
+        self.ledger.remote = uploads(store, remote)
         self.ledger.host.reach.observe(anew=True)
         self.ledger.stand_at(None)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from ..checkpoints.ledger import Ledger
 from ..checkpoints.study import Study
+from ..checkpoints.transfer import Transfer
 from ..checkpoints.verify import VerifyResult
 from ..files.garbage import Garbage
 _Self = TypeVar('_Self')
@@ -28,6 +29,7 @@ class Checkpointed:
             keep: str = 'calls',
             code: str = 'warn',
             ignore: Any = (),
+            remote: str | None = None,
             **kwargs: Any,
     ) -> None:
         """Records method calls of the class beside it under checkpoint ids, and fetches them in a rerun
@@ -40,6 +42,7 @@ class Checkpointed:
             keep: the state after each of the 'calls', after the 'last' one, or
             code: when code has changed, or 'strict': an error, 'rerun': anew
             ignore: names of arguments, or of the constructor's, that make no difference
+            remote: address of a folder to which all is sent, too, and from which
             kwargs: as the class beside it takes
         """
     def checkpoint(
@@ -129,6 +132,24 @@ class Checkpointed:
         Args:
             id: of a checkpoint
             force: also when others go on from it; they keep what they need
+        """
+    def push(self, url: str | None = None) -> Transfer:
+        """Send all checkpoints of the run that are not there; nothing is deleted there
+
+        Args:
+            url: of the folder for this run; None: the learner's `remote`
+
+        Returns:
+            what has travelled
+        """
+    def pull(self, url: str | None = None) -> Transfer:
+        """Fetch all checkpoints that are not here; the learner stays where it is
+
+        Args:
+            url: of the folder that the run was pushed to; None: the learner's `remote`
+
+        Returns:
+            what has travelled
         """
     def report(self, path: Any = 'report.html') -> Path:
         """Write all of the run as one page of HTML: tree, curves, calls, results, differences

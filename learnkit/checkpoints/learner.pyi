@@ -36,6 +36,7 @@ class CheckpointedLearner(Checkpointed, Learner):
             keep: str = 'calls',
             code: str = 'warn',
             ignore: Any = (),
+            remote: str | None = None,
     ) -> None:
         """A learner whose method calls are recorded: run a script again and only what is new is computed
 
@@ -61,4 +62,5 @@ class CheckpointedLearner(Checkpointed, Learner):
             keep: the state after each of the 'calls', after the 'last' one, or
             code: when code has changed, or 'strict': an error, 'rerun': anew
             ignore: names of arguments, or of the constructor's, that make no difference
+            remote: address of a folder to which all is sent, too, and from which
         """

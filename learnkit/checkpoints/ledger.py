@@ -62,6 +62,7 @@ class Ledger:
     "What is recorded of an object, and where the object stands"
     def __init__(self, host:Host, store, options:Options):
         self.host, self.local_store, self.options = host, store, options
+        self.remote = None  # `Uploads` where the run is sent elsewhere, too
         self.position = None  # Position of the object; None: at the beginning
         self.is_behind = False  # whether the state there was not loaded yet, see `catch_up`
         self.block = None  # the open one

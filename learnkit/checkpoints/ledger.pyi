@@ -32,6 +32,7 @@ class Ledger:
     host: Host
     local_store: Any
     options: Options
+    remote: Any
     position: Any
     is_behind: bool
     block: Any

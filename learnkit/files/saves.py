@@ -54,6 +54,7 @@ def save_next(tree, # as in `save_tree`
     remove_shards(path, tree)
     for shards in folder.glob('save-*.parts'):
         if not shards.with_suffix('.safetensors').exists(): remove_path(shards)
+    if store is not None: store.tell_saved(folder)
     return path
 
 # %% ../../nbs/files/05_saves.ipynb #94f1b9c6

@@ -37,6 +37,7 @@ class Store:
         self.unreadable = {}  # path of a pack -> error
         self.lock = Lease(self.folder/'locks', 'run')  # of the run
         self.claimed = {}  # (id, key of an answer or None) -> Lease, while this object holds it
+        self.on_write = None  # function: id of a checkpoint of which something was written
         self.check_format()
 
     def __repr__(self): return f'{type(self).__name__}({str(self.folder)!r})'
@@ -200,6 +201,11 @@ def record_parser(self:Store): # function: bytes -> dict
 
 # %% ../../nbs/files/08_store.ipynb #db7767eb
 @patch
+def tell_written(self:Store, id):
+    "Tell whoever wants to know, as what sends it elsewhere"
+    if self.on_write: self.on_write(id)
+
+@patch
 def calls_folder(self:Store, id): # Path
     return self.subfolder('nodes')/f'{file_name(check_id(id))}.calls'
 
@@ -217,6 +223,7 @@ def write_call(self:Store, id, k:int, # number of the call
     text = checked_text(record, f'call {k} of checkpoint {id!r}')
     make_folder(folder := self.calls_folder(id))
     write_bytes(folder/f'{k:06}.json', text)
+    self.tell_written(id)
 
 @patch
 def add_calls(self:Store, record, digest): # of the record
@@ -246,6 +253,7 @@ def write_answer(self:Store, id, answer:dict): # JSON values, 'key' among them
     text = checked_text({'id': check_id(id), 'answer': answer}, f'an answer of checkpoint {id!r}')
     make_folder(folder := self.answers_folder(id))
     write_bytes(folder/f'{answer["key"]}.json', text)
+    self.tell_written(id)
 
 @patch
 def answer(self:Store, id, key)->dict|None: # None where there is none
@@ -318,11 +326,18 @@ def write(self:Store,
     make_folder(path.parent)
     write_bytes(path, text)
     remove_path(self.calls_folder(record['id']))
+    self.tell_written(record['id'])
 
 @patch
 def work(self:Store, id)->Path:
     "The folder for the saves of a running call"
     return self.subfolder('work')/file_name(check_id(id))
+
+@patch
+def tell_saved(self:Store, folder):
+    "The same, as a running call was saved to a folder"
+    inside = folder.absolute().relative_to((self.folder/'work').absolute())
+    self.tell_written(id_from_file_name(inside.parts[0]))
 
 @patch
 def delete(self:Store, id)->None:

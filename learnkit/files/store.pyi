@@ -25,6 +25,7 @@ class Store:
     unreadable: dict[Any, Any]
     lock: Lease
     claimed: dict[Any, Any]
+    on_write: Any
     def __init__(self, folder: str | Path, name: str | None = None) -> None:
         """The folder of a run; reading needs no lock, writing does
 
@@ -90,6 +91,42 @@ class Store:
         """Raise LockedError while somebody computes a checkpoint or an answer"""
     def remove_locks(self) -> None:
         """Remove the leases of the store, this one's last"""
+    def send_tensors(self, remote: Any, digests: Any) -> Any:
+        """Send those packs that hold what the remote folder has not
+
+        Returns:
+            list of bytes sent, one for each object
+        """
+    def fetch_tensors(self, remote: Any, digests: Any) -> Any:
+        """Fetch the objects that hold what no pack has; DamagedError where that cannot be had whole
+
+        Returns:
+            list of bytes that came, one for each object
+        """
+    def fetch_pack(self, remote: Any, name: Any) -> Any:
+        """Fetch an object, and put it among the packs once it is known to be sound
+
+        Returns:
+            number of bytes
+        """
+    def send_save(self, remote: Any, folder: Any, target: Any, sent: Any) -> Any:
+        """Send the newest save of a folder, unless it is there; how many bytes were sent
+
+        Returns:
+            sent: dict, what was sent before; int
+        """
+    def fetch_save(self, remote: Any, target: Any, folder: Any) -> Any:
+        """Fetch the newest sound save of a call, unless a newer one is here
+
+        Returns:
+            number of bytes
+        """
+    def fetch_files(self, remote: Any, target: Any, folder: Any, name: Any, there: Any) -> Any:
+        """Fetch a save with what it needs; DamagedError if it is not sound
+
+        Returns:
+            number of bytes
+        """
     def last_change(self) -> Any:
         """When the folder of packs has changed last, as exact as its file system has it
 
@@ -245,6 +282,8 @@ class Store:
         Returns:
             function: bytes -> dict
         """
+    def tell_written(self, id: Any) -> None:
+        """Tell whoever wants to know, as what sends it elsewhere"""
     def calls_folder(self, id: Any) -> Path:
         """Returns:
             Path
@@ -308,6 +347,8 @@ class Store:
         """
     def work(self, id: Any) -> Path:
         """The folder for the saves of a running call"""
+    def tell_saved(self, folder: Any) -> None:
+        """The same, as a running call was saved to a folder"""
     def delete(self, id: Any) -> None:
         """Delete a checkpoint, and then the saves of its running call; `gc` frees its tensors"""
 SUBFOLDERS: tuple[str, ...]
