@@ -7,7 +7,6 @@ __all__ = ['plot_stages']
 
 # %% ../../nbs/checkpoints/19_stages.ipynb #d61cee45
 from dataclasses import dataclass, field
-from fastcore.basics import patch
 from .lineage import number_text
 
 # %% ../../nbs/checkpoints/19_stages.ipynb #b4098eef

@@ -15,7 +15,6 @@ from ..files.tree import FORMAT, json_digest
 from ..files.ids import file_name, id_from_file_name, id_text, sort_ids
 from ..files.records import (
     MAX_TEXT, RECORD_PARSERS, checked_text, referenced_digests, sealed_digest)
-from ..files.store import Store
 from ..files.garbage import is_save_needed
 from ..files.remote import Remote, RemoteError
 from .merging import (
