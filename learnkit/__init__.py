@@ -286,7 +286,7 @@ from .checkpoints.stages import (
 )
 from .checkpoints import trail as _trail
 from .checkpoints.study import (
-    Best, Study,
+    Best, COLUMNS, Study,
 )
 
 __all__ = [
@@ -311,5 +311,5 @@ __all__ = [
     'WandbLogger', 'launch', 'Ranks', 'Distributed', 'BEGINNING', 'StaleCheckpoint', 'HEARD_EVERY',
     'SharedStore', 'Transfer', 'Checkpointed', 'CheckpointedLearner', 'checkpoints_table',
     'tree_text', 'plot_tree', 'explain_text', 'is_report', 'MARK', 'report_html', 'write_report',
-    'verify', 'VerifyResult', 'plot_stages', 'Best', 'Study',
+    'verify', 'VerifyResult', 'plot_stages', 'Best', 'COLUMNS', 'Study',
 ]

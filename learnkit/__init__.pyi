@@ -136,6 +136,7 @@ from .checkpoints.verify import verify as verify
 from .checkpoints.verify import VerifyResult as VerifyResult
 from .checkpoints.stages import plot_stages as plot_stages
 from .checkpoints.study import Best as Best
+from .checkpoints.study import COLUMNS as COLUMNS
 from .checkpoints.study import Study as Study
 __version__: str
 __all__ = [
@@ -161,5 +162,5 @@ __all__ = [
     'Ranks', 'Distributed', 'BEGINNING', 'StaleCheckpoint', 'HEARD_EVERY', 'SharedStore',
     'Transfer', 'Checkpointed', 'CheckpointedLearner', 'checkpoints_table', 'tree_text',
     'plot_tree', 'explain_text', 'is_report', 'MARK', 'report_html', 'write_report', 'verify',
-    'VerifyResult', 'plot_stages', 'Best', 'Study'
+    'VerifyResult', 'plot_stages', 'Best', 'COLUMNS', 'Study'
 ]

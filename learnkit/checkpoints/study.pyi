@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 from ..files.leases import Lease
 __all__ = [
-    'Best', 'Study'
+    'COLUMNS', 'Best', 'Study'
 ]
 
 def import_optuna() -> Any:
@@ -60,6 +60,7 @@ class Study:
             pruner: Any = None,
             storage: Any = None,
     ) -> None: ...
+    def __fingerprint__(self) -> Any: ...
     def __repr__(self) -> str: ...
     def open(self, name: Any) -> Any:
         """Returns:
@@ -67,6 +68,12 @@ class Study:
         """
     def stop(self) -> None:
         """Make no more trials after this one"""
+    def done(self) -> list:
+        """All trials but those that wait to be begun
+
+        Returns:
+            of optuna.trial.FrozenTrial
+        """
     def lease(self, number: Any = None) -> Lease:
         """That of a trial; None: that under which trials are given away
 
@@ -74,15 +81,17 @@ class Study:
             Lease
         """
     def ask(self, n_trials: Any) -> Any:
-        """The next trial, unless there are enough of them
+        """A trial whose process has ended, else the next one, unless there are enough of them
 
         Returns:
             (optuna.Trial, its Lease, which is held); None
         """
-    def find_broken_off(self) -> None:
-        """Trials whose process has ended are to be made once more, with the same numbers"""
-    def put_back(self, trial: Any) -> None:
-        """A trial is to be made once more; what was computed of it is there"""
+    def broken_off(self) -> Any:
+        """A trial that nobody is at goes on with the numbers that it had
+
+        Returns:
+            as `ask`
+        """
     def asked_for(self, job: Any) -> dict:
         """What the trials follow from
 
@@ -97,8 +106,12 @@ class Study:
         """Make trials in this process until there are enough"""
     def make(self, job: Any, trial: Any, trail: Any) -> None:
         """One trial, and what came of it"""
-    def line_of(self, number: Any, trail: Any) -> str:
+    def line_of(self, number: Any, trail: Any, value: Any) -> str:
         """What is shown of a trial"""
+    def check_start(self) -> None:
+        """Raise for a learner that no study can begin with"""
+    def check_unchanged(self) -> None:
+        """Raise RuntimeError for a learner that is not as it was recorded where the study begins"""
     def run(self, job: Callable, n_trials: int, workers: int = 1) -> None:
         """Make trials until there are enough of them; what was broken off goes on
 
@@ -109,16 +122,10 @@ class Study:
         """
     @property
     def trials(self) -> Any:
-        """A row for each trial: state, value, its parameters, steps, id of the checkpoint where it ended
+        """A row for each trial; a parameter that is called as another column is `params_...`
 
         Returns:
             DataFrame
-        """
-    def done(self) -> list:
-        """All trials but those that were put back and those that wait
-
-        Returns:
-            of optuna.trial.FrozenTrial
         """
     @property
     def best(self) -> Best:
@@ -140,6 +147,9 @@ class Study:
             Axes
         """
 
+def check_job(tree: Any) -> None:
+    """Raise ValueError for a job that reads the learner past what it is given"""
+
 def asked_differs(then: Any, now: Any) -> Any:
     """How a study differs from what its trials were made of
 
@@ -147,6 +157,13 @@ def asked_differs(then: Any, now: Any) -> Any:
         (list of str, names of changed code)
     """
 BEGINNING_ID: str
+
+def is_value(x: Any) -> bool:
+    """Whether a job has returned what trials can be compared by
+
+    Returns:
+        bool
+    """
 
 def params_text(trial: Any) -> str:
     """'lr 0.01, depth 3'
@@ -159,3 +176,4 @@ def run_copies(n: Any, work: Any, *args: Any) -> None:
     """Call a function in `n` copies of this process; RuntimeError with what went wrong"""
 
 def run_in_copy(said: Any, work: Any, args: Any) -> None: ...
+COLUMNS: list[str]

@@ -7,8 +7,9 @@ __all__ = []
 
 # %% ../../nbs/checkpoints/19_trail.ipynb #78fad0f1
 from fastcore.basics import patch
+from ..base.randomness import rng_state
 from ..files.ids import check_id, id_text
-from ..files.tree import json_digest
+from ..files.tree import json_digest, tree_digest
 from .record import Position
 from .host import method_kind
 from .changes import PlanEnds
@@ -41,11 +42,21 @@ class Trail:
 
     def begin(self):
         "Stand at the start again; its state is loaded when it is needed"
-        ledger = self.ledger
-        ledger.host.put_together(self.objects)
-        is_there = ledger.position == self.start and not ledger.is_behind
-        ledger.position, ledger.is_behind = self.start, not is_there
+        self.ledger.host.put_together(self.objects)
+        self.ledger.position, self.ledger.is_behind = self.start, True
         self.ids, self.made, self.steps, self.calls = [], 0, 0, []
+        self.note_random()
+
+    def note_random(self): self.random = tree_digest(rng_state())
+
+    def check_random(self, method):
+        "Raise RuntimeError if random generators have moved since the last call"
+        if tree_digest(rng_state()) == self.random: return
+        raise RuntimeError(
+            f'random numbers were drawn, or a seed was set, before cp.{method}: trials share '
+            'calls, so that would count in some of them and not in others. Draw from a generator '
+            'of your own, as random.Random(trial.number); a seed belongs into a method of the '
+            'learner')
 
 # %% ../../nbs/checkpoints/19_trail.ipynb #01e4b70c
 @patch
@@ -142,6 +153,7 @@ class TrailProxy:
 
     def fork(self, id) -> None:
         "Go on from another checkpoint, that of another trial for instance"
+        self._trail.check_random('fork')
         self._trail.fork(id)
 
     def __getattr__(self, name):
@@ -149,17 +161,21 @@ class TrailProxy:
         ledger = trail.ledger
         kind = method_kind(cls := type(ledger.host.object), name)
         if kind is None:
+            trail.check_random(name)
             ledger.catch_up()
+            trail.note_random()
             return getattr(ledger.host.object, name)
         def recorded(*args, **kwargs):
             __tracebackhide__ = True
-            return (trail.ask if kind == 'pure' else trail.step)(name, args, kwargs)
+            trail.check_random(name)
+            try: return (trail.ask if kind == 'pure' else trail.step)(name, args, kwargs)
+            finally: trail.note_random()
         recorded.__name__, recorded.__doc__ = name, getattr(cls, name).__doc__
         return recorded
 
     def __setattr__(self, name, value):
-        self._trail.ledger.catch_up()
-        setattr(self._trail.ledger.host.object, name, value)
+        raise AttributeError(f'cp.{name} = ... would not be recorded: change the learner by a '
+                             'call, such as cp.setup(...) or your own, marked @structural')
 
     def __dir__(self): return [*OWN, *dir(self._trail.ledger.host.object)]
     def __repr__(self): return f'at {place_text(self._trail.ledger.position)}'

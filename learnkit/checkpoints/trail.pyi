@@ -37,9 +37,13 @@ class Trail:
     made: int
     steps: int
     calls: Any
+    random: str
     def __init__(self, ledger: Any, prefix: Any) -> None: ...
     def begin(self) -> None:
         """Stand at the start again; its state is loaded when it is needed"""
+    def note_random(self) -> None: ...
+    def check_random(self, method: Any) -> None:
+        """Raise RuntimeError if random generators have moved since the last call"""
     def step(self, method: Any, args: Any, kwargs: Any) -> Any:
         """Make a call that changes the object, or find it made
 

@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from .errors import DamagedError
 from .durable import (
     atomic_write, make_folder, remove_path, rename, sync_folder, temp_path)
-from .tensors import tensor_sizes
+from .tensors import MAX_HEADER, tensor_sizes
 from .tree import FORMAT
 from .sidecars import load_save, sidecars_of
 from .saves import list_saves
@@ -47,8 +47,6 @@ def make_run(self:Remote):
     if not self.has_run(): self.send(json.dumps({'format': FORMAT}).encode(), 'learnkit.json')
 
 # %% ../../nbs/files/17_moving.ipynb #b4e6183c
-MAX_HEADER = 100_000_000  # bytes
-
 @patch
 def header(self:Remote, file, size): # dict: digest -> bytes; None if the file is not whole
     "The tensors of an object"

@@ -203,7 +203,7 @@ def test_a_fork_from_another_trial(tmp_path):
 
 
 def code(body):
-    space = {'__name__': '__main__'}
+    space = {'__name__': __name__}
     path = Path(f'/tests-of-studies/{random.random()}.py')
     import linecache
     text = f'def job(cp, trial):\n    lr = trial.suggest_categorical("lr", [0.01, 0.1])\n{body}'
@@ -275,6 +275,88 @@ def test_what_is_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'optuna', None)
     with pytest.raises(ImportError, match=re.escape("pip install 'learnkit[study]'")):
         make(tmp_path).study('s')
+
+
+def test_the_learner_itself_is_not_read(tmp_path):
+    "It need not stand where the trial does"
+    learn = make(tmp_path)
+    net, looks = learn.model, [lambda: learn.validate()['loss'], lambda: float(net[0].weight.sum())]
+    for look in looks:
+        def job(cp, trial, look=look):
+            cp.fit(1, 1e-2)
+            return look()
+        with pytest.raises(ValueError, match='the job reads (learn|model).*Use cp'):
+            learn.study('s').run(job, 1)
+    def sets(cp, trial): cp.lr = 0.1
+    with pytest.raises(AttributeError, match='would not be recorded'): learn.study('t').run(sets, 1)
+    def reads(cp, trial):
+        cp.fit(1, trial.suggest_categorical('lr', RATES))
+        return len(study.trials) + float(cp.model[0].weight.sum())
+    study = learn.study('u', sampler=optuna.samplers.RandomSampler(seed=0))
+    study.run(reads, 2)
+    study.run(reads, 3)
+
+
+@pytest.mark.parametrize('draw', [lambda: torch.rand(3), lambda: set_seed(3), random.random],
+                         ids=['torch', 'seed', 'python'])
+def test_what_a_job_draws_itself_is_refused(tmp_path, draw):
+    "It would count in some trials and not in others"
+    def job(cp, trial):
+        cp.fit(1, 1e-2)
+        draw()
+        cp.fit(1, trial.suggest_categorical('lr', RATES))
+    with pytest.raises(RuntimeError, match='random numbers were drawn, or a seed was set'):
+        make(tmp_path).study('s').run(job, 1)
+
+
+def test_draws_before_a_study_count_in_no_trial(tmp_path):
+    learn = make(tmp_path)
+    with learn.checkpoint('base') as cp: cp.fit(1, 1e-2)
+    torch.rand(7)
+    study = learn.study('s', sampler=grid(0))
+    study.run(job, 3)
+    (tmp_path / 'alone').mkdir()
+    for _, row in study.trials.iterrows():
+        assert row.value == alone(tmp_path, [1e-2, *row[['lr_0', 'lr_1', 'lr_2']]])
+    with torch.no_grad(): learn.model[0].weight.mul_(2)
+    with pytest.raises(RuntimeError, match="was changed since checkpoint 'base': model"):
+        learn.study('t').run(job, 1)
+    with pytest.raises(ValueError, match="keep='weights'"):
+        make(tmp_path, name='other', keep='weights').study('s').run(job, 1)
+
+
+def test_what_no_trial_can_be_compared_by(tmp_path, capsys):
+    values = [float('nan'), None, 'text', 0.5]
+    def job(cp, trial):
+        cp.fit(1, trial.suggest_categorical('value', [1e-2, 1e-1]))
+        return values[trial.number]
+    learn = make(tmp_path)
+    learn.add_cb(Progress(bar=False))
+    study = learn.study('s', sampler=optuna.samplers.RandomSampler(seed=0))
+    study.run(job, 4)
+    assert list(study.trials.state) == ['fail'] * 3 + ['complete'] and study.best.number == 3
+    assert study.trials.value.iloc[3] == 0.5 and set(study.trials.params_value) <= {1e-2, 1e-1}
+    assert 'failed, as the job returned nan' in capsys.readouterr().out
+    learn.rollback()
+    learn.delete_checkpoint(study.best.id)
+    study.plot_tree()
+
+
+@pytest.mark.parametrize('sampler', [
+    lambda: optuna.samplers.BruteForceSampler(seed=0),
+    lambda: optuna.samplers.GridSampler({'a': [1, 2], 'b': [1, 2]}, seed=0)])
+def test_broken_off_before_all_is_suggested(tmp_path, sampler):
+    "The trial goes on, and the search finds all there is"
+    left = [1]
+    def job(cp, trial):
+        a = trial.suggest_categorical('a', [1, 2])
+        cp.fit(1, 1e-2)
+        if trial.number == 1 and left: left.pop() and 1 / 0
+        return a + trial.suggest_categorical('b', [1, 2])
+    study = make(tmp_path).study('s', sampler=sampler())
+    with pytest.raises(ZeroDivisionError): study.run(job, 4)
+    study.run(job, 4)
+    assert sorted(study.trials.value) == [2., 3., 3., 4.]
 
 
 def test_two_workers_and_their_errors(tmp_path):
