@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/checkpoints/07_answers.ipynb #01347936
 import inspect, warnings
 from contextlib import contextmanager
+from functools import partial
 from fastcore.basics import patch
 from ..base.ranks import is_main
 from ..base.text import caller_stacklevel
@@ -42,22 +43,33 @@ def find_answer(self:Ledger, node, key, call): # CallRecord; None
                   stacklevel=caller_stacklevel())
 
 @patch
-def fetch_answer(self:Ledger, node, call, found):
-    "The recorded answer, reported in a line"
-    notes, result = self.load_answer(node, call, found)
-    self.report_fetched(node, found, call, notes=notes)
-    self.host.display.show_answer()
-    return result
-
-@patch
-def load_answer(self:Ledger, node, call, found): # (what to say of it, the answer)
-    "The recorded answer; callbacks and files are as it has left them"
+def fetch_answer(self:Ledger, node, call, found, quiet=False):
+    "The recorded answer, reported in a line; callbacks and files are as it has left them"
     tree = self.store.get({'result': found.result, 'callbacks': found.callbacks})
     callbacks = self.matching_callbacks(call, tree['callbacks'])
     notes = self.check_code(node, found, call)
     for cb, state in callbacks: cb.load_state_dict(state)
     self.write_files_again(node, found)
-    return notes, self.unpack(call, found.returns_host, tree['result'])
+    if not quiet:
+        self.report_fetched(node, found, call, notes=notes)
+        self.host.display.show_answer()
+    return self.unpack(call, found.returns_host, tree['result'])
+
+# %% ../../nbs/checkpoints/07_answers.ipynb #8f7ae1ce
+@patch
+def answered_once(self:Ledger, node, call, key, compute, # function of no arguments
+                  quiet=False):
+    "The answer to a call: fetched or, by one process alone, computed"
+    __tracebackhide__ = True
+    if found := self.find_answer(node, key, call):
+        return self.fetch_answer(node, call, found, quiet)
+    self.reason = f'{call.text}: not asked before at this state'
+    if self.planning:
+        raise PlanEnds(f'checkpoint {id_text(node.id)}: {call.text} would be computed')
+    with self.claimed(node.id, key):
+        if found := self.find_answer(node, key, call):  # another process has been faster
+            return self.fetch_answer(node, call, found, quiet)
+        return compute()
 
 # %% ../../nbs/checkpoints/07_answers.ipynb #253717b4
 @patch
@@ -85,6 +97,7 @@ def compute_answer(self:Ledger, node, call, key,
 @patch
 def call_on(self:Ledger, id, name, args, kwargs):
     "A call on the state of a checkpoint, fetched or computed; the object stays as it is"
+    __tracebackhide__ = True
     what = f'cache({id_text(id)}).{name}'
     self.check_processes(what)
     self.check_not_busy(what)
@@ -93,19 +106,14 @@ def call_on(self:Ledger, id, name, args, kwargs):
     kind = method_kind(type(self.host.object), name)
     if kind in (None, 'structural'): return self.run_unrecorded(node, name, args, kwargs)
     call = self.describe_call(name, args, kwargs)
-    key, at = self.key_at(node, call)
-    if found := self.find_answer(node, key, call): return self.fetch_answer(node, call, found)
-    self.reason = f'{call.text}: not asked before of checkpoint {id_text(id)}'
-    if self.planning: raise PlanEnds(f'cache({id_text(id)}).{call.text} would be computed')
     self.check_will_be_kept(call)
-    with self.claimed(id, key):
-        node = self.node(id)
-        if found := self.find_answer(node, key, call): return self.fetch_answer(node, call, found)
-        return self.compute_on(node, call, key, at)
+    key, at = self.key_at(node, call)
+    return self.answered_once(node, call, key, partial(self.compute_on, node, call, key, at))
 
 @patch
 def compute_on(self:Ledger, node, call, key, at):
     "Compute an answer on the state of a checkpoint; what trains saves while it runs"
+    __tracebackhide__ = True
     folder = None
     if call.kind != 'pure':
         folder = (self.store.work(node.id)/f'answer-{key[:16]}').absolute()

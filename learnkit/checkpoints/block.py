@@ -9,6 +9,7 @@ __all__ = []
 import warnings
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from fastcore.basics import patch
 from ..base.snapshots import same_objects
 from ..base.text import caller_stacklevel
@@ -500,21 +501,14 @@ def answer_pure_call(self:Block, call):
     ledger, digests = self.ledger, self.state_digests()
     recorded = self.digests_without_drift(digests)
     key = answer_key(call, recorded, digests_of(call.structure))
-    if found := ledger.find_answer(self.node, key, call):
-        return ledger.fetch_answer(self.node, call, found)
-    ledger.reason = f'{call.text}: not asked before at this state'
-    if ledger.planning:
-        raise PlanEnds(f'checkpoint {id_text(self.id)}: {call.text} would be computed')
-    if not self.node.has_begun:
+    if not self.node.has_begun and not ledger.planning:
         if not self.claim(): return self.answer_pure_call(call)
         with ledger.store.writing():
             self.record_start(recorded)
             self.check_parent()
             self.write()
-    with ledger.claimed(self.id, key):
-        if found := ledger.find_answer(self.node, key, call):  # another process has been faster
-            return ledger.fetch_answer(self.node, call, found)
-        return self.compute_answer(call, key, recorded, digests)
+    compute = partial(self.compute_answer, call, key, recorded, digests)
+    return ledger.answered_once(self.node, call, key, compute)
 
 @patch
 def compute_answer(self:Block, call, key, recorded, digests):

@@ -69,13 +69,20 @@ class Ledger:
         Returns:
             CallRecord; None
         """
-    def fetch_answer(self, node: Any, call: Any, found: Any) -> Any:
-        """The recorded answer, reported in a line"""
-    def load_answer(self, node: Any, call: Any, found: Any) -> Any:
-        """The recorded answer; callbacks and files are as it has left them
+    def fetch_answer(self, node: Any, call: Any, found: Any, quiet: Any = False) -> Any:
+        """The recorded answer, reported in a line; callbacks and files are as it has left them"""
+    def answered_once(
+            self,
+            node: Any,
+            call: Any,
+            key: Any,
+            compute: Any,
+            quiet: Any = False,
+    ) -> Any:
+        """The answer to a call: fetched or, by one process alone, computed
 
-        Returns:
-            (what to say of it, the answer)
+        Args:
+            node, call, key, compute: function of no arguments
         """
     def compute_answer(self, node: Any, call: Any, key: Any, at: Any, folder: Any = None) -> Any:
         """Make a call and put the answer into the table of the checkpoint

@@ -6,13 +6,13 @@
 __all__ = []
 
 # %% ../../nbs/checkpoints/19_trail.ipynb #78fad0f1
+from functools import partial
 from fastcore.basics import patch
 from ..base.randomness import rng_state
 from ..files.ids import check_id, id_text
 from ..files.tree import json_digest, tree_digest
 from .record import Position
 from .host import method_kind
-from .changes import PlanEnds
 from .recording import recording
 
 # %% ../../nbs/checkpoints/19_trail.ipynb #43c304e2
@@ -106,17 +106,20 @@ def walk(self:Trail, name, method, args, kwargs): # (what the call returns, id)
 @patch
 def ask(self:Trail, method, args, kwargs): # the answer
     "Ask a pure method, where the trail stands"
+    __tracebackhide__ = True
     ledger = self.ledger
     call = ledger.describe_call(method, args, kwargs)
     node = ledger.node(ledger.position.id)
     key, at = ledger.key_at(node, call)
-    if found := ledger.find_answer(node, key, call): return ledger.load_answer(node, call, found)[1]
-    if ledger.planning: raise PlanEnds(f'{call.text} would be computed')
-    ledger.catch_up()
-    with ledger.claimed(node.id, key):
-        if found := ledger.find_answer(node, key, call):
-            return ledger.load_answer(node, call, found)[1]
-        return ledger.compute_answer(node, call, key, at)
+    compute = partial(self.compute_answer, node, call, key, at)
+    return ledger.answered_once(node, call, key, compute, quiet=True)
+
+@patch
+def compute_answer(self:Trail, node, call, key, at):
+    "Compute an answer, on the state of where the trail stands"
+    __tracebackhide__ = True
+    self.ledger.catch_up()
+    return self.ledger.compute_answer(node, call, key, at)
 
 # %% ../../nbs/checkpoints/19_trail.ipynb #5971fce2
 @patch

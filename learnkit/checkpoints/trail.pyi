@@ -68,6 +68,8 @@ class Trail:
         Returns:
             the answer
         """
+    def compute_answer(self, node: Any, call: Any, key: Any, at: Any) -> Any:
+        """Compute an answer, on the state of where the trail stands"""
     def fork(self, id: Any) -> None:
         """Go on from another checkpoint"""
     def end(self) -> None:
