@@ -42,6 +42,7 @@ from .files import spans as _spans
 from .files.tree import (
     load_tree, save_tree, tree_digest,
 )
+from .files import background as _background
 from .files import sharded as _sharded
 from .files import sidecars as _sidecars
 from .files import saves as _saves
@@ -123,10 +124,11 @@ from .loop import first_batch as _first_batch
 from .loop import interrupts as _interrupts
 from .loop import provenance as _provenance
 from .loop import structure as _structure
-from .loop.resume import (
+from .loop import resume as _resume
+from .loop import predict as _predict
+from .loop.save_state import (
     SaveState,
 )
-from .loop import predict as _predict
 from .loop.learner import (
     Learner,
 )

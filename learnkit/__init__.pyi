@@ -73,7 +73,7 @@ from .fingerprint.values import UnfingerprintableError as UnfingerprintableError
 from .loop.recorder import Recorder as Recorder
 from .loop.progress import Progress as Progress
 from .loop.saving import exported_meta as exported_meta
-from .loop.resume import SaveState as SaveState
+from .loop.save_state import SaveState as SaveState
 from .loop.learner import Learner as Learner
 from .training.schedule import combine_scheds as combine_scheds
 from .training.schedule import sched_const as sched_const

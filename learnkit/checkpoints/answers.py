@@ -75,10 +75,10 @@ def answered_once(self:Ledger, node, call, key, compute, # function of no argume
 @patch
 def compute_answer(self:Ledger, node, call, key,
                    at, # digests of the parts of the state that it is asked at
-                   folder=None):
+                  ): # the answer
     "Make a call and put the answer into the table of the checkpoint"
     __tracebackhide__ = True
-    result, callbacks, facts = self.perform(call, folder)
+    result, callbacks, facts = self.perform(call)
     try: packed = self.pack(call, result)
     except UnstorableError as error:
         if call.kind != 'pure': raise
@@ -114,13 +114,13 @@ def call_on(self:Ledger, id, name, args, kwargs):
 def compute_on(self:Ledger, node, call, key, at):
     "Compute an answer on the state of a checkpoint; what trains saves while it runs"
     __tracebackhide__ = True
-    folder = None
-    if call.kind != 'pure':
-        folder = (self.store.work(node.id)/f'answer-{key[:16]}').absolute()
     check_retained(self, node.id, call, state_after(self.read, node, node.n_calls).lacks)
     with self.on_state_of(node, call.method):
-        result = self.compute_answer(node, call, key, at, folder)
-    if folder: forget_saves(folder)
+        if call.kind == 'pure': return self.compute_answer(node, call, key, at)
+        folder = self.store.work(node.id)/f'answer-{key[:16]}'
+        with self.host.saving_to(folder.absolute(), self.local_store):
+            result = self.compute_answer(node, call, key, at)
+    forget_saves(folder)
     return result
 
 # %% ../../nbs/checkpoints/07_answers.ipynb #fbdeb4cb

@@ -299,13 +299,27 @@ def make(self:Block, call, record, folder):
     ledger = self.ledger
     ledger.known_digests, self.diverged, ledger.is_as_made = ledger.no_digests(), True, False
     if call.kind != 'pure': ledger.lacks = {}
-    data = ledger.host.reach.data_marks() if call.kind == 'changes' else {}
-    try: result, callbacks, facts = ledger.perform(call, folder.absolute())
-    except KeyboardInterrupt:
-        if ledger.host.ranks is None: self.note(record, left=ledger.state_digests())
-        raise
+    try:
+        with ledger.host.saving_to(folder.absolute(), ledger.local_store):
+            returned = self.make_and_record(call, record)
     except ChangedGlobalError:
         forget_saves(folder)  # going on from them would not show it again
+        raise
+    forget_saves(folder)
+    self.diverged = False
+    self.add_made(call)
+    return returned
+
+# %% ../../nbs/checkpoints/08_block.ipynb #de21a53c
+@patch
+def make_and_record(self:Block, call, record): # what the call returned
+    "As `make`, while the saves of the call are kept"
+    __tracebackhide__ = True
+    ledger = self.ledger
+    data = ledger.host.reach.data_marks() if call.kind == 'changes' else {}
+    try: result, callbacks, facts = ledger.perform(call)
+    except KeyboardInterrupt:
+        if ledger.host.ranks is None: self.note(record, left=ledger.state_digests())
         raise
     if call.kind == 'structural': ledger.host.reach.observe()
     structure = ledger.structure(still=call.kind != 'structural')
@@ -320,9 +334,6 @@ def make(self:Block, call, record, folder):
     except (RuntimeError, UnstorableError):
         self.note(record, was_made=True)
         raise
-    forget_saves(folder)
-    self.diverged = False
-    self.add_made(call)
     return ledger.unpack(call, record.returns_host, packed, copy=True)
 
 # %% ../../nbs/checkpoints/08_block.ipynb #0ddcb1fc

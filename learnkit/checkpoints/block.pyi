@@ -75,6 +75,12 @@ class Block:
         """Bring the object to the state before a call; the record of the call that is about to run"""
     def make(self, call: Any, record: Any, folder: Any) -> Any:
         """Make a call and record what came of it; if it fails the record says that it runs"""
+    def make_and_record(self, call: Any, record: Any) -> Any:
+        """As `make`, while the saves of the call are kept
+
+        Returns:
+            what the call returned
+        """
     def check_structure_kept(self, call: Any, after: Any, data: Any) -> Any:
         """Raise RuntimeError when a call has changed what a run that fetches it would not change
 

@@ -44,6 +44,7 @@ class Checkpointed:
                  root='ckpts', # folder of all runs
                  on_change:str='error', # or 'rerun': what has changed is computed anew
                  save_every:str='1 epoch', # how often a long call saves: '500 steps', '10 min'
+                 background:bool=True, # whether a thread writes a copy, while the call goes on
                  keep:str='calls', # the state after each of the 'calls', after the 'last' one, or
                                    # of that one the 'weights', without moments of the optimizer
                  code:str='warn', # when code has changed, or 'strict': an error, 'rerun': anew
@@ -58,7 +59,8 @@ class Checkpointed:
         arguments = call_arguments(super().__init__, args, kwargs)
         super().__init__(*args, **kwargs)
         construction = Construction(given.args, given.kwargs, arguments)
-        self.ledger = Ledger(make_host(self, construction, save_every), store, options)
+        host = make_host(self, construction, save_every, background)
+        self.ledger = Ledger(host, store, options)
         self.ledger.remote = uploads(store, remote)
         self.ledger.host.reach.observe(anew=True)
         self.ledger.stand_at(None)

@@ -26,6 +26,7 @@ class Checkpointed:
             root: Any = 'ckpts',
             on_change: str = 'error',
             save_every: str = '1 epoch',
+            background: bool = True,
             keep: str = 'calls',
             code: str = 'warn',
             ignore: Any = (),
@@ -39,6 +40,7 @@ class Checkpointed:
             root: folder of all runs
             on_change: or 'rerun': what has changed is computed anew
             save_every: how often a long call saves: '500 steps', '10 min'
+            background: whether a thread writes a copy, while the call goes on
             keep: the state after each of the 'calls', after the 'last' one, or
             code: when code has changed, or 'strict': an error, 'rerun': anew
             ignore: names of arguments, or of the constructor's, that make no difference

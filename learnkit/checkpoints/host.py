@@ -168,8 +168,9 @@ class Host:
     ranks = None  # the processes that make each call together; None: a single one
     is_busy = False  # whether a call is running
 
-    def __init__(self, obj, construction:Construction, save_every:str='1 epoch'):
-        self.object, self.construction, self.save_every = obj, construction, save_every
+    def __init__(self, obj, construction:Construction, save_every:str='1 epoch', background=True):
+        self.object, self.construction = obj, construction
+        self.save_every, self.background = save_every, background
         self.display, self.reach = self.display_class(obj), self.reach_class(obj)
         self.files, self.rules = self.files_class(obj), self.rules_class(obj)
 
@@ -263,6 +264,6 @@ def saving_to(self:Host, folder,
 
 # %% ../../nbs/checkpoints/02_host.ipynb #289c371e
 @singledispatch
-def make_host(obj, construction:Construction, save_every:str='1 epoch') -> Host:
+def make_host(obj, construction:Construction, save_every:str='1 epoch', background=True) -> Host:
     "The host of an object, by its class"
-    return Host(obj, construction, save_every)
+    return Host(obj, construction, save_every, background)

@@ -205,6 +205,7 @@ class Host:
     object: Any
     construction: Construction
     save_every: str
+    background: Any
     display: Any
     reach: Any
     files: Any
@@ -214,6 +215,7 @@ class Host:
             obj: Any,
             construction: Construction,
             save_every: str = '1 epoch',
+            background: Any = True,
     ) -> None: ...
     def state(self) -> Any:
         """The state, not a copy: a dict by parts where possible
@@ -305,5 +307,10 @@ class Host:
         """
 
 @singledispatch
-def make_host(obj: Any, construction: Construction, save_every: str = '1 epoch') -> Host:
+def make_host(
+        obj: Any,
+        construction: Construction,
+        save_every: str = '1 epoch',
+        background: Any = True,
+) -> Host:
     """The host of an object, by its class"""

@@ -22,7 +22,7 @@ from ..loop.state import (
     beside_state, check_loss_state, check_model_state, keeps_beside, load_beside,
     load_model_state, unchanged_parts)
 from ..loop.saving import localized
-from ..loop.resume import as_period, autosaving
+from ..loop.save_state import as_period, autosaving
 from ..training.torch_schedulers import torch_schedulers
 from ..training.save_best import SaveBest
 from .host import Host, method_kind
@@ -40,9 +40,9 @@ class LearnerHost(Host):
     display_class, reach_class = LearnerDisplay, LearnerReach
     files_class, rules_class = LearnerFiles, LearnerRules
 
-    def __init__(self, learn, construction, save_every='1 epoch'):
+    def __init__(self, learn, construction, save_every='1 epoch', background=True):
         as_period(save_every)  # an error now
-        super().__init__(learn, construction, save_every)
+        super().__init__(learn, construction, save_every, background)
         self.logged = GrowingList()  # what the last call has logged
 
     @property
@@ -122,7 +122,7 @@ def trying(self:LearnerHost, method, args, kwargs):
 
 @patch
 def saving_to(self:LearnerHost, folder, store): # context manager
-    return autosaving(self.object, folder, self.save_every, store)
+    return autosaving(self.object, folder, self.save_every, self.background, store)
 
 # %% ../../nbs/checkpoints/10_learner_host.ipynb #f6f21532
 def place_of_run(ledger): # dict: project, checkpoint, call, parent, parent_checkpoint

@@ -12,7 +12,13 @@ __all__ = []
 class LearnerHost(Host):
     """What a record has to know of a learner"""
     logged: GrowingList
-    def __init__(self, learn: Learner, construction: Any, save_every: Any = '1 epoch') -> None: ...
+    def __init__(
+            self,
+            learn: Learner,
+            construction: Any,
+            save_every: Any = '1 epoch',
+            background: Any = True,
+    ) -> None: ...
     @property
     def ranks(self) -> Any: ...
     @property

@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../../nbs/checkpoints/05_ledger.ipynb #0132a371
 import inspect, time
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fastcore.basics import patch
 from ..base.batches import map_tensors
@@ -286,17 +286,16 @@ def arithmetic_of(self:Ledger, call) -> dict: # name -> plain value
 
 # %% ../../nbs/checkpoints/05_ledger.ipynb #88f6f1b6
 @patch
-def perform(self:Ledger, call, folder=None): # (result, callbacks, dict: what is known of it)
-    "Make a call; with a folder it saves there while it runs"
+def perform(self:Ledger, call): # (result, callbacks, dict: what is known of it)
+    "Make a call"
     __tracebackhide__ = True
     host, start = self.host, time.perf_counter()
     callbacks, report = host.stateful_arguments(call.values), host.display.begin_report()
-    with nullcontext() if folder is None else host.saving_to(folder, self.local_store):
-        try: result = self.make_call(call.method, call.args, call.kwargs)
-        except BaseException:
-            if is_main(): self.note_changes_of(call)  # other processes may not have failed
-            raise
-        changed = self.on_main(lambda: self.note_changes_of(call))
+    try: result = self.make_call(call.method, call.args, call.kwargs)
+    except BaseException:
+        if is_main(): self.note_changes_of(call)  # other processes may not have failed
+        raise
+    changed = self.on_main(lambda: self.note_changes_of(call))
     if changed: self.report_globals(call, changed)
     seconds, ended = time.perf_counter() - start, time.time()
     return result, callbacks, {'returns_host': result is host.object, 'seconds': seconds,

@@ -84,11 +84,14 @@ class Ledger:
         Args:
             node, call, key, compute: function of no arguments
         """
-    def compute_answer(self, node: Any, call: Any, key: Any, at: Any, folder: Any = None) -> Any:
+    def compute_answer(self, node: Any, call: Any, key: Any, at: Any) -> Any:
         """Make a call and put the answer into the table of the checkpoint
 
         Args:
             at: digests of the parts of the state that it is asked at
+
+        Returns:
+            the answer
         """
     def call_on(self, id: Any, name: Any, args: Any, kwargs: Any) -> Any:
         """A call on the state of a checkpoint, fetched or computed; the object stays as it is"""
@@ -302,8 +305,8 @@ class Ledger:
         Returns:
             name -> plain value
         """
-    def perform(self, call: Any, folder: Any = None) -> Any:
-        """Make a call; with a folder it saves there while it runs
+    def perform(self, call: Any) -> Any:
+        """Make a call
 
         Returns:
             (result, callbacks, dict: what is known of it)

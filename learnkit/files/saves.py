@@ -8,12 +8,14 @@ __all__ = []
 # %% ../../nbs/files/05_saves.ipynb #4a3d4f73
 import re, warnings
 from pathlib import Path
+from fastcore.basics import patch
 from ..base.text import caller_stacklevel
 from .errors import DamagedError
 from .durable import is_left_over, make_folder, remove_path, rename, unlink
-from .tree import save_tree
+from .tree import Packer, write_tree
 from .sharded import remove_shards
-from .sidecars import load_save, remove_unneeded_sidecars, write_sidecars
+from .sidecars import (
+    load_save, remove_unneeded_sidecars, split_off, write_sidecars)
 
 # %% ../../nbs/files/05_saves.ipynb #fdd723d3
 def list_saves(folder): # list of Paths, the newest first
@@ -30,32 +32,61 @@ def next_save_path(folder, older=None): # Path
     return Path(folder)/f'save-{number:06}.safetensors'
 
 # %% ../../nbs/files/05_saves.ipynb #3cc485a8
-def save_next(tree, # as in `save_tree`
-              folder, # made if it is not there; one process at a time writes to it
-              keep:int=2, # how many saves remain, the new one included
-              known=None, # function: tensor that others share -> its digest, else None
-              store=None, # `Store` that may hold such tensors
-             ): # Path of the new file
-    "Write the next of the numbered saves, then remove what is too old"
-    folder = Path(folder)
-    make_folder(folder)
-    if store is not None: store.check_claims()  # who was thought dead must not write over others
-    for path in folder.glob('.learnkit-*'):
+class Save:
+    "A tree on its way to be the next of the numbered saves"
+    def __init__(self,
+                 tree, # as in `save_tree`
+                 folder, # made if it is not there; one process at a time writes to it
+                 known=None, # function: tensor that others share -> its digest, else None
+                 store=None, # `Store` that may hold such tensors
+                ):
+        self.folder, self.store = Path(folder), store
+        self.shards = {'parts': tree['parts']} if type(tree) is dict and 'parts' in tree else {}
+        tree, self.large = (tree, {}) if known is None else split_off(tree, known)
+        packer = Packer()
+        self.root, self.found = packer.pack(tree), packer.found  # all of the tree is checked
+
+    def make_ready(self,
+                   copies=None, # `HostCopies`, for tensors that do not stay as they are until then
+                  ):
+        "Write what other saves share; nothing else is written to the folder meanwhile"
+        make_folder(self.folder)
+        write_sidecars(self.large, self.folder, self.store)
+        self.large, self.copies = {}, copies
+        if copies is None: return
+        tensors = copies.of([each.tensor for each in self.found])
+        self.found = [each._replace(tensor=t) for each, t in zip(self.found, tensors, strict=True)]
+
+# %% ../../nbs/files/05_saves.ipynb #ebae3a79
+@patch
+def write(self:Save,
+          keep:int=2, # how many saves remain, the new one included
+         ): # Path of the new file
+    "Write it, then remove what is too old"
+    if self.copies is not None: self.copies.wait()
+    if self.store is not None: self.store.check_claims()  # a late write would go over others'
+    for path in self.folder.glob('.learnkit-*'):
         if is_left_over(path): unlink(path)
-    older = list_saves(folder)
-    path = next_save_path(folder, older)
-    whole = tree if known is None else write_sidecars(tree, folder, known, store)
-    try: save_tree(whole, path, overwrite=False)
+    older = list_saves(self.folder)
+    path = next_save_path(self.folder, older)
+    is_alone = self.copies is None  # else a training has the other cores
+    try: write_tree(path, self.root, self.found, overwrite=False, ahead=is_alone)
     except FileExistsError as error:
         text = 'another process saves to this folder too; give each run a folder of its own'
         raise FileExistsError(error.errno, text, str(path)) from error
     for old in [path, *older][keep:]: unlink(old)
-    remove_unneeded_sidecars(folder, [path, *older][:keep])
-    remove_shards(path, tree)
-    for shards in folder.glob('save-*.parts'):
+    remove_unneeded_sidecars(self.folder, [path, *older][:keep])
+    remove_shards(path, self.shards)
+    for shards in self.folder.glob('save-*.parts'):
         if not shards.with_suffix('.safetensors').exists(): remove_path(shards)
-    if store is not None: store.tell_saved(folder)
+    if self.store is not None: self.store.tell_saved(self.folder)
     return path
+
+def save_next(tree, folder, keep=2, known=None, store=None): # Path; as in `Save`
+    "Write the next save"
+    save = Save(tree, folder, known, store)
+    save.make_ready()
+    return save.write(keep)
 
 # %% ../../nbs/files/05_saves.ipynb #94f1b9c6
 def quarantine_save(path, error):

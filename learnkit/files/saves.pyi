@@ -20,18 +20,45 @@ def next_save_path(folder: Any, older: Any = None) -> Path:
         Path
     """
 
-def save_next(tree: Any, folder: Any, keep: int = 2, known: Any = None, store: Any = None) -> Any:
-    """Write the next of the numbered saves, then remove what is too old
+class Save:
+    """A tree on its way to be the next of the numbered saves"""
+    folder: Path
+    store: Any
+    shards: dict[str, Any] | dict[Any, Any]
+    large: Any
+    root: Any
+    found: Any
+    copies: Any
+    def __init__(self, tree: Any, folder: Any, known: Any = None, store: Any = None) -> None:
+        """A tree on its way to be the next of the numbered saves
 
-    Args:
-        tree: as in `save_tree`
-        folder: made if it is not there; one process at a time writes to it
-        keep: how many saves remain, the new one included
-        known: function: tensor that others share -> its digest, else None
-        store: `Store` that may hold such tensors
+        Args:
+            tree: as in `save_tree`
+            folder: made if it is not there; one process at a time writes to it
+            known: function: tensor that others share -> its digest, else None
+            store: `Store` that may hold such tensors
+        """
+    def make_ready(self, copies: Any = None) -> None:
+        """Write what other saves share; nothing else is written to the folder meanwhile
+
+        Args:
+            copies: `HostCopies`, for tensors that do not stay as they are until then
+        """
+    def write(self, keep: int = 2) -> Any:
+        """Write it, then remove what is too old
+
+        Args:
+            keep: how many saves remain, the new one included
+
+        Returns:
+            Path of the new file
+        """
+
+def save_next(tree: Any, folder: Any, keep: Any = 2, known: Any = None, store: Any = None) -> Any:
+    """Write the next save
 
     Returns:
-        Path of the new file
+        Path; as in `Save`
     """
 
 def quarantine_save(path: Any, error: Any) -> None:

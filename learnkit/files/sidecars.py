@@ -15,10 +15,10 @@ from .tree import load_tree, set_at
 # %% ../../nbs/files/04_sidecars.ipynb #8be64219
 LARGE = 2**12  # bytes from which on a file of its own pays
 
-def split_off(tree, # dicts and lists; other containers keep what they hold
+def split_off(tree, # a dict, of dicts and lists; other containers keep what they hold
               known, # function: tensor -> its digest if that is known, else None
-             ): # (the same nesting with None for them, dict: digest -> (tensor, list of paths))
-    "A tree without its large tensors of known digests, and these"
+             ): # (tree that names them, dict: digest -> (tensor, list of paths))
+    "A tree with None for its large tensors of known digests, and these"
     found = {}
     def without(x, path):
         if type(x) is dict: return {key: without(value, [*path, key]) for key, value in x.items()}
@@ -26,7 +26,8 @@ def split_off(tree, # dicts and lists; other containers keep what they hold
         digest = known(x) if getattr(x, 'nbytes', 0) >= LARGE else None
         if digest is None: return x
         found.setdefault(digest, (x, []))[1].append(path)
-    return without(tree, []), found
+    rest = without(tree, [])
+    return {**rest, 'sidecars': {digest: paths for digest, (_, paths) in found.items()}}, found
 
 def named_sidecars(tree, path): # dict: digest -> list of paths in the tree
     "The sidecars that the tree of a save names; DamagedError for what is no digest, but a path"
@@ -41,16 +42,14 @@ DIGEST = re.compile('[0-9a-f]{64}')
 def sidecar_path(folder, digest): return folder/f'tensor-{digest}.safetensors' # Path
 
 # %% ../../nbs/files/04_sidecars.ipynb #e393efd7
-def write_sidecars(tree, folder, known, # as for `split_off`
-                store=None, # `Store` that may hold some of them
-               ): # tree
-    "Write the large tensors of known digests, unless they are there; the tree names them"
-    tree, found = split_off(tree, known)
+def write_sidecars(found:dict, # digest -> (tensor, list of paths), as from `split_off`
+                   folder, store=None, # `Store` that may hold some of them
+                  ):
+    "Write large tensors of known digests, unless they are there"
     for digest, (t, _) in found.items():
         path = sidecar_path(folder, digest)
         if path.exists() or store and store.holds({'$tensor': digest}): continue
         save_named(path, [(digest, host_tensor(t))])
-    return {**tree, 'sidecars': {digest: paths for digest, (_, paths) in found.items()}}
 
 def read_sidecar(folder, digest, path, store=None): # tensor
     "A tensor that the save at `path` needs"

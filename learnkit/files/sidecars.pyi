@@ -7,14 +7,14 @@ __all__ = []
 LARGE: int
 
 def split_off(tree: Any, known: Any) -> Any:
-    """A tree without its large tensors of known digests, and these
+    """A tree with None for its large tensors of known digests, and these
 
     Args:
-        tree: dicts and lists; other containers keep what they hold
+        tree: a dict, of dicts and lists; other containers keep what they hold
         known: function: tensor -> its digest if that is known, else None
 
     Returns:
-        (the same nesting with None for them, dict: digest -> (tensor, list of paths))
+        (tree that names them, dict: digest -> (tensor, list of paths))
     """
 
 def named_sidecars(tree: Any, path: Any) -> Any:
@@ -27,15 +27,12 @@ DIGEST: Any
 
 def sidecar_path(folder: Any, digest: Any) -> Any: ...
 
-def write_sidecars(tree: Any, folder: Any, known: Any, store: Any = None) -> Any:
-    """Write the large tensors of known digests, unless they are there; the tree names them
+def write_sidecars(found: dict, folder: Any, store: Any = None) -> None:
+    """Write large tensors of known digests, unless they are there
 
     Args:
-        tree, folder, known: as for `split_off`
-        store: `Store` that may hold some of them
-
-    Returns:
-        tree
+        found: digest -> (tensor, list of paths), as from `split_off`
+        folder, store: `Store` that may hold some of them
     """
 
 def read_sidecar(folder: Any, digest: Any, path: Any, store: Any = None) -> Any:

@@ -84,8 +84,11 @@ def groups_of_1_mib(tensors): # iterator of lists
             group, size = [], 0
     if group: yield group
 
-def tensor_digests(tensors): # iterator of 64 hex digits each
+def tensor_digests(tensors,
+                   ahead:bool=True, # whether other cores may be put to use
+                  ): # iterator of 64 hex digits each
     "`tensor_digest` of each, computed ahead by several threads where that pays"
+    if not ahead: return (yield from map(tensor_digest, tensors))
     groups = groups_of_1_mib(tensors)
     first = list(islice(groups, 2))
     digests = lambda group: list(map(tensor_digest, group))

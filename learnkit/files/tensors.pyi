@@ -70,8 +70,11 @@ def groups_of_1_mib(tensors: Any) -> Iterator[Any]:
         iterator of lists
     """
 
-def tensor_digests(tensors: Any) -> Iterator[Any]:
+def tensor_digests(tensors: Any, ahead: bool = True) -> Iterator[Any]:
     """`tensor_digest` of each, computed ahead by several threads where that pays
+
+    Args:
+        ahead: whether other cores may be put to use
 
     Returns:
         iterator of 64 hex digits each

@@ -404,10 +404,11 @@ def tree_metadata(root, digests:dict): # str -> str
     return {**metadata, 'sha256': seal(metadata)}
 
 # %% ../../nbs/files/03_tree.ipynb #966d888e
-def distinct_tensors(found, digests:dict): # iterator of (name, tensor)
+def distinct_tensors(found, digests:dict, ahead:bool): # iterator of (name, tensor)
     "Each tensor once; fills `digests`, name -> digest, and the nodes as it goes"
     names = {}  # digest -> name
-    for each, digest in zip(found, tensor_digests(each.tensor for each in found), strict=True):
+    computed = tensor_digests((each.tensor for each in found), ahead)
+    for each, digest in zip(found, computed, strict=True):
         first = digest not in names
         if first: names[digest] = unique_name(each.path, digests)
         digests[names[digest]], each.node[each.key] = digest, names[digest]
@@ -423,17 +424,15 @@ def max_tree_header_size(root, found): # number of bytes
         each.node[each.key] = longest + '~9999'
     return max_header_size(items.items(), tree_metadata(root, dict.fromkeys(items, '0' * 64)))
 
-# %% ../../nbs/files/03_tree.ipynb #90c36252
-def save_tree(tree, # containers, numbers, text, tensors, arrays
-              path:str|Path, # file, by custom named `.safetensors`, in a folder that exists
-              overwrite:bool=True, # False: FileExistsError if there is one
-             )->Path: # of the file
-    "Write a tree to one file that is there as a whole or not at all"
-    check_target(path, overwrite)
-    packer, digests = Packer(), {}
-    root = packer.pack(tree)  # all of the tree is checked before anything is written
-    found = widest_first([each._replace(tensor=host_tensor(each.tensor)) for each in packer.found])
-    items, metadata = distinct_tensors(found, digests), lambda: tree_metadata(root, digests)
+def write_tree(path, root, found, # as a `Packer` has made and found them
+               overwrite:bool=True, # False: FileExistsError if there is one
+               ahead:bool=True, # whether other cores may be put to use
+              ): # Path of the file
+    "Write a packed tree to one file that is there as a whole or not at all"
+    digests = {}
+    found = widest_first([each._replace(tensor=host_tensor(each.tensor)) for each in found])
+    items = distinct_tensors(found, digests, ahead)
+    def metadata(): return tree_metadata(root, digests)
     if sum(each.tensor.nbytes for each in found) >= OVERLAP_FROM:
         size = max_tree_header_size(root, found)
     else:
@@ -441,6 +440,17 @@ def save_tree(tree, # containers, numbers, text, tensors, arrays
         size = max_header_size(items, metadata())
     def fill(file): write_safetensors(file, items, size, metadata)
     return atomic_write(path, fill, overwrite)
+
+# %% ../../nbs/files/03_tree.ipynb #90c36252
+def save_tree(tree, # containers, numbers, text, tensors, arrays
+              path:str|Path, # file, by custom named `.safetensors`, in a folder that exists
+              overwrite:bool=True, # False: FileExistsError if there is one
+             )->Path: # of the file
+    "Write a tree to one file that is there as a whole or not at all"
+    check_target(path, overwrite)
+    packer = Packer()
+    root = packer.pack(tree)  # all of the tree is checked before anything is written
+    return write_tree(path, root, packer.found, overwrite)
 
 # %% ../../nbs/files/03_tree.ipynb #2071f49c
 def check_seal(path, metadata:dict):

@@ -268,7 +268,7 @@ def tree_metadata(root: Any, digests: dict) -> Any:
         str -> str
     """
 
-def distinct_tensors(found: Any, digests: dict) -> Iterator[Any]:
+def distinct_tensors(found: Any, digests: dict, ahead: bool) -> Iterator[Any]:
     """Each tensor once; fills `digests`, name -> digest, and the nodes as it goes
 
     Returns:
@@ -280,6 +280,18 @@ def max_tree_header_size(root: Any, found: Any) -> Any:
 
     Returns:
         number of bytes
+    """
+
+def write_tree(path: Any, root: Any, found: Any, overwrite: bool = True, ahead: bool = True) -> Any:
+    """Write a packed tree to one file that is there as a whole or not at all
+
+    Args:
+        path, root, found: as a `Packer` has made and found them
+        overwrite: False: FileExistsError if there is one
+        ahead: whether other cores may be put to use
+
+    Returns:
+        Path of the file
     """
 
 def save_tree(tree: Any, path: str | Path, overwrite: bool = True) -> Path:

@@ -390,12 +390,18 @@ class Learner(Loop):
         Args:
             together: called on all processes: what each has for itself is in it too
         """
-    def saving_to(self: _Self, path: Any, every: str = '1 epoch') -> AbstractContextManager[_Self]:
+    def saving_to(
+            self: _Self,
+            path: Any,
+            every: str = '1 epoch',
+            background: bool = True,
+    ) -> AbstractContextManager[_Self]:
         """The fits in a `with` block save to numbered folders in `path`, and go on from what is there
 
         Args:
             path: folder, below the learner's `path`
             every: as in `SaveState`
+            background: likewise
 
         Returns:
             the learner

@@ -15,7 +15,7 @@ from ..components.optim import freeze_layers, param_names
 from .learner import Learner
 from .fit import own_loader
 from .predict import OwnBatches, losses_of_samples, measure, predictions
-from .resume import autosaving, without_saving
+from .save_state import autosaving, without_saving
 from .saving import export_weights, read_learner, tree_for_file, write_learner
 from .state import (
     check_learner_state, gathered,
@@ -146,9 +146,10 @@ def saved_tree(self:Learner,
 def saving_to(self:Learner,
               path, # folder, below the learner's `path`
               every:str='1 epoch', # as in `SaveState`
+              background:bool=True, # likewise
              ): # the learner
     "The fits in a `with` block save to numbered folders in `path`, and go on from what is there"
-    with autosaving(self, path, every): yield self
+    with autosaving(self, path, every, background): yield self
 
 # %% ../../nbs/loop/12_methods.ipynb #49ba46fa
 def named_opt_params(learn): # dict: name -> parameter that is optimized

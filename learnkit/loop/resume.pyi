@@ -3,14 +3,11 @@
 # pyright: reportPrivateImportUsage=false
 """Kill a fit anywhere, start it again: the same bits"""
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 from ..components.callback import Callback
 from ..loop.learner import Learner
-__all__ = [
-    'SaveState'
-]
+__all__ = []
 
 @dataclass
 class Saved:
@@ -177,62 +174,3 @@ def is_saved(learn: Learner) -> bool:
 
 def describe_start(learn: Learner, saved: Any, exact: Any) -> None:
     """Show where the fit goes on"""
-
-def as_period(every: Any) -> Any:
-    """How often, from text such as '1 epoch', '500 steps', '10 min'
-
-    Returns:
-        (number, 'epoch', 'step' or 'second')
-    """
-
-class SaveState(Callback):
-    """Saves the learner while it is fitted, so that `fit(resume=...)` can go on"""
-    keep: int
-    every: Any
-    def __init__(self, path: Any, every: str = '1 epoch', keep: int = 2) -> None:
-        """Saves the learner while it is fitted, so that `fit(resume=...)` can go on
-
-        Args:
-            path: folder of the saves, below the learner's `path`; each fit needs its own
-            every: how often: '2 epochs', '500 steps' (updates), '10 min'
-            keep: how many saves remain in the folder
-        """
-    def settings(self) -> Any: ...
-    def before_fit(self, learn: Learner) -> None: ...
-    def before_train(self, learn: Learner) -> None: ...
-    def at_rest(self, learn: Learner) -> None: ...
-    def is_time_to_save(self, learn: Learner) -> bool:
-        """Whether it is time for a save
-
-        Returns:
-            bool
-        """
-    def check(self, learn: Learner) -> None:
-        """What an update changes that cannot be stored is an error now, not after an epoch"""
-
-def progress_by_unit(learn: Learner) -> Any:
-    """How far a learner is, in each unit
-
-    Returns:
-        dict: unit -> number
-    """
-
-def autosaving(
-        learn: Learner,
-        path: Any,
-        every: Any,
-        store: Any = None,
-) -> AbstractContextManager[Any]:
-    """The fits in a `with` block save to numbered folders in `path`, and go on from what is there
-
-    Args:
-        path: folder, below the learner's `path`
-        every: as in `SaveState`
-        store: `Store` that holds what the history was before
-
-    Returns:
-        the learner
-    """
-
-def without_saving(learn: Learner) -> AbstractContextManager[None]:
-    """The fits in a `with` block leave no saves, also inside of `saving_to`"""
