@@ -118,9 +118,9 @@ class Fault:
         if self.when == 'middle' and name == 'write':
             operation(args[0], memoryview(args[1])[:len(memoryview(args[1])) // 2])
             os._exit(77)
-        done = operation(*args)
-        if self.when == 'after': os._exit(77)
-        return done
+        try: return operation(*args)
+        finally:
+            if self.when == 'after': os._exit(77)  # also where it has failed, as some may
 
 
 def count_operations(root, kind):

@@ -69,8 +69,8 @@ class Writing:
         try: self.function()
         except BaseException as error: self.error = error
 
-    def drop(self): # bool, whether it had not begun
-        dropped = self.begins.acquire(blocking=False)
+    def drop(self): # bool, whether it was to wait, and had not begun
+        dropped = self.patience > 0 and self.begins.acquire(blocking=False)
         self.soon.set()
         return dropped
 
@@ -92,7 +92,7 @@ class BackgroundWriter:
         self.writing = Writing(function, patience)
 
     def clear(self):
-        "Nothing is left to be written: what has begun is waited for, all else is dropped"
+        "Nothing is left to be written: what has patience is dropped, all else is waited for"
         if self.writing is None or self.writing.drop(): self.writing = None
         else: self.finish()
 

@@ -49,7 +49,7 @@ class Writing:
     def run(self) -> None: ...
     def drop(self) -> Any:
         """Returns:
-            bool, whether it had not begun
+            bool, whether it was to wait, and had not begun
         """
     def finish(self) -> None:
         """Wait until it is done"""
@@ -62,7 +62,7 @@ class BackgroundWriter:
     def write(self, function: Callable[[], object], patience: float = 0.) -> None:
         """Have a function called soon; with patience, only if nothing else comes meanwhile"""
     def clear(self) -> None:
-        """Nothing is left to be written: what has begun is waited for, all else is dropped"""
+        """Nothing is left to be written: what has patience is dropped, all else is waited for"""
     def finish(self) -> None:
         """Wait until all is written; an error of it is raised here"""
     def check(self) -> None:
