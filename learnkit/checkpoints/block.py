@@ -52,15 +52,18 @@ class Block:
         return f'checkpoint {id_text(self.id)}: {made}'
 
 # %% ../../nbs/checkpoints/08_block.ipynb #33eaf665
-def open_block(ledger, id, description='', parent=None, lazy=False): # Block
+def open_block(ledger, id, description='', parent=None, lazy=False,
+               structure=None, # as it is now; None: it was not described yet
+              ): # Block
     "Bring the object to where a checkpoint begins, and compare with what is recorded"
-    ledger.host.reach.observe()
+    if structure is None: ledger.host.reach.observe()
     ledger.local_store.check_current()
     fetch_recorded(ledger, id)
     node = ledger.read(id)
     go_to_start(ledger, id, node, parent)
     ledger.check_finished(ledger.position)
-    structure = {**ledger.structure(), **(ledger.root if ledger.position is None else {})}
+    structure = {**(structure or ledger.structure()),
+                 **(ledger.root if ledger.position is None else {})}
     known, n_versions = content_text(node), node.last_version if node else 0
     problems = [] if node is None else ledger.start_differs(node, structure)
     if problems and (older := ledger.older_from_here(node, structure)): node, problems = older, []
@@ -177,14 +180,18 @@ def call(self:Block, name, args, kwargs):
     ledger.check_not_busy(f'cp.{name}')
     if ledger.host.rules.is_unnumbered(name, args, kwargs):
         with ledger.direct_calls.allowed(): return ledger.host.call(name, args, kwargs)
-    call = ledger.describe_call(name, args, kwargs)
-    if not self.made: check_beginning(self)
-    if call.kind == 'pure': return self.answer_pure_call(call)
     if name in ledger.host.rules.once_per_block and any(made.method == name for made in self.made):
         raise RuntimeError(f'{name} was called in this block already: a block has one {name}, '
                            'which changes all that is to be changed; open another checkpoint for '
                            'the next')
-    return self.numbered_call(call)
+    return self.described_call(ledger.describe_call(name, args, kwargs))
+
+@patch
+def described_call(self:Block, call):
+    "Fetch or compute a call that is described"
+    __tracebackhide__ = True
+    if not self.made: check_beginning(self)
+    return self.answer_pure_call(call) if call.kind == 'pure' else self.numbered_call(call)
 
 # %% ../../nbs/checkpoints/08_block.ipynb #33f1aa06
 @patch
@@ -366,10 +373,9 @@ def close(self:Block):
         self.node.drop_calls(n)
     if not n: self.record_bookmark()
     note_findings(self)
-    if self.node.accepted != (ledger.read(self.id) or self.node).accepted:
-        self.node.accepting = None  # it was used
-    node, droppable = self.node, droppable_states(ledger, self.node)
-    if ledger.read(self.id) == node and node.closed and not droppable: return
+    stored, droppable = ledger.read(self.id), droppable_states(ledger, self.node)
+    if stored and self.node.accepted != stored.accepted: self.node.accepting = None  # it was used
+    if stored == self.node and stored.closed and not droppable: return
     if ledger.planning: return
     if not self.claim(): return self.close()
     drop_states(ledger, self.node)

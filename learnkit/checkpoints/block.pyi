@@ -55,6 +55,8 @@ class Block:
         """Note of a call that has failed what a next run may want to know"""
     def call(self, name: Any, args: Any, kwargs: Any) -> Any:
         """Fetch or compute a call"""
+    def described_call(self, call: Any) -> Any:
+        """Fetch or compute a call that is described"""
     def numbered_call(self, call: Any) -> Any:
         """Fetch or compute call number `k`, after comparing it with recorded call number `k`"""
     def state_digests(self) -> dict:
@@ -122,8 +124,12 @@ def open_block(
         description: Any = '',
         parent: Any = None,
         lazy: Any = False,
+        structure: Any = None,
 ) -> Block:
     """Bring the object to where a checkpoint begins, and compare with what is recorded
+
+    Args:
+        structure: as it is now; None: it was not described yet
 
     Returns:
         Block

@@ -173,10 +173,15 @@ def describe_arguments(self:Ledger, method:str, args, kwargs): # (dict of values
 @patch
 def describe_call(self:Ledger, method:str, args, kwargs) -> Call:
     "A call with all that its result follows from, besides the state"
-    cls = type(self.host.object)
     args, kwargs = self.host.instantiated(method, args, kwargs)
-    values, arguments, text = self.describe_arguments(method, args, kwargs)
-    structure = self.structure(still=True) | self.describe(self.around_call(method, values))
+    described = self.describe_arguments(method, args, kwargs)
+    return self.whole_call(method, args, kwargs, *described, self.structure(still=True))
+
+@patch
+def whole_call(self:Ledger, method:str, args, kwargs, values, arguments, text, structure) -> Call:
+    "A call of which arguments and structure are described"
+    cls = type(self.host.object)
+    structure = structure | self.describe(self.around_call(method, values))
     found = [fingerprint(cls, reads=False), arguments,
              *structure.values(), *self.root.values()]
     code = {name: digest for one in found for name, digest in one.code.items()}

@@ -257,6 +257,17 @@ class Ledger:
         """
     def describe_call(self, method: str, args: Any, kwargs: Any) -> Call:
         """A call with all that its result follows from, besides the state"""
+    def whole_call(
+            self,
+            method: str,
+            args: Any,
+            kwargs: Any,
+            values: Any,
+            arguments: Any,
+            text: Any,
+            structure: Any,
+    ) -> Call:
+        """A call of which arguments and structure are described"""
     def around_call(self, method: Any, values: Any) -> dict:
         """What a call follows from that others do not: its code, and files that it reads
 

@@ -39,14 +39,19 @@ def refused_outside(block): # function: name -> RuntimeError
         f'call cp.{name}(...), cp being what `with learn.checkpoint(...) as cp` gives')
 
 @contextmanager
-def recording(ledger, id, description='', parent=None, lazy=False): # BlockProxy
+def opened(ledger, id, description='', **kwargs): # Block; as in `open_block`
     "A block from its opening to its end; a lazy one may leave the object where it was"
-    block = open_block(ledger, id, description, parent, lazy)
+    block = open_block(ledger, id, description, **kwargs)
     try:
-        with ledger.direct_calls.refused(refused_outside(block)): yield BlockProxy(block)
+        with ledger.direct_calls.refused(refused_outside(block)): yield block
         block.close()
-        ledger.position, ledger.is_behind = Position(id), lazy and block.diverged
+        ledger.position, ledger.is_behind = Position(id), block.is_lazy and block.diverged
     except BaseException:
         block.break_off()
         raise
     finally: block.release()
+
+@contextmanager
+def recording(ledger, id, description='', parent=None): # BlockProxy
+    "A block, as a script has it"
+    with opened(ledger, id, description, parent=parent) as block: yield BlockProxy(block)

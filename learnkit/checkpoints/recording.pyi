@@ -20,14 +20,25 @@ def refused_outside(block: Any) -> Any:
         function: name -> RuntimeError
     """
 
+def opened(
+        ledger: Any,
+        id: Any,
+        description: Any = '',
+        **kwargs: Any,
+) -> AbstractContextManager[Any]:
+    """A block from its opening to its end; a lazy one may leave the object where it was
+
+    Returns:
+        Block; as in `open_block`
+    """
+
 def recording(
         ledger: Any,
         id: Any,
         description: Any = '',
         parent: Any = None,
-        lazy: Any = False,
 ) -> AbstractContextManager[Any]:
-    """A block from its opening to its end; a lazy one may leave the object where it was
+    """A block, as a script has it
 
     Returns:
         BlockProxy

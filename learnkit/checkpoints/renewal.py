@@ -78,10 +78,10 @@ def must_compute(block, record, call) -> bool:
 def note_findings(block):
     "Write what was found out beside the calls, unless somebody else is writing just now"
     ledger = block.ledger
-    node, store = ledger.read(block.id), ledger.local_store
-    if node is None or ledger.planning: return
+    store = ledger.local_store
     block.findings['code_changed'] = sorted({*block.findings['code_changed']})
-    if all(node.json[name] == value for name, value in block.findings.items()): return
+    if all(block.node.json[name] == value for name, value in block.findings.items()): return
+    if ledger.planning or ledger.read(block.id) is None: return
     def write(): # bool
         if not os.access(store.folder, os.W_OK): return False
         with suppress(LockedError), store.writing(wait=0.):

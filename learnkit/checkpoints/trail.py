@@ -13,7 +13,7 @@ from ..files.ids import check_id, id_text
 from ..files.tree import json_digest, tree_digest
 from .record import Position
 from .host import method_kind
-from .recording import recording
+from .recording import opened
 
 # %% ../../nbs/checkpoints/19_trail.ipynb #43c304e2
 NAME_LENGTH = 12  # hex digits: of a million checkpoints two agree once in three hundred runs
@@ -64,10 +64,10 @@ def step(self:Trail, method, args, kwargs): # what the call returns
     "Make a call that changes the object, or find it made"
     ledger = self.ledger
     args, kwargs = ledger.host.instantiated(method, args, kwargs)
-    _, arguments, text = ledger.describe_arguments(method, args, kwargs)
-    name = node_name(ledger.position, method, arguments.digest)
+    described = ledger.describe_arguments(method, args, kwargs)
+    name = node_name(ledger.position, method, described[1].digest)
     if name in self.walked: result, id = self.walk(name, method, args, kwargs)
-    else: result, id = self.record(name, text, method, args, kwargs)
+    else: result, id = self.record(name, method, args, kwargs, described)
     if method_kind(type(ledger.host.object), method) == 'structural':
         self.calls = [*self.calls, (method, args, kwargs)]
     self.structural[id] = self.calls
@@ -75,15 +75,17 @@ def step(self:Trail, method, args, kwargs): # what the call returns
     return result
 
 @patch
-def record(self:Trail, name, text, method, args, kwargs): # (what the call returns, id)
+def record(self:Trail, name, method, args, kwargs, described): # (what the call returns, id)
     "Make a call in a block of its own, where it is compared with what is recorded"
+    __tracebackhide__ = True
     ledger, kept = self.ledger, dict(self.ledger.structures)
-    id = known_id(ledger.store.ids(), self.prefix, name)
+    id, structure = known_id(ledger.store.ids(), self.prefix, name), ledger.structure(still=True)
+    asked = ledger.whole_call(method, args, kwargs, *described, structure)
     try:
-        with recording(ledger, id, text, lazy=True) as cp:
-            result = getattr(cp, method)(*args, **kwargs)
+        with opened(ledger, id, asked.text, lazy=True, structure=structure) as block:
+            result = block.described_call(asked)
     finally: ledger.structures = kept  # they would keep the optimizers of all trails alive
-    call = ledger.node(id).call(0)
+    call = block.node.call(0)
     steps = call.report.get('steps', 0)
     self.steps += steps
     if not ledger.is_behind: self.made += steps

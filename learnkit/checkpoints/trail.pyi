@@ -50,7 +50,7 @@ class Trail:
         Returns:
             what the call returns
         """
-    def record(self, name: Any, text: Any, method: Any, args: Any, kwargs: Any) -> Any:
+    def record(self, name: Any, method: Any, args: Any, kwargs: Any, described: Any) -> Any:
         """Make a call in a block of its own, where it is compared with what is recorded
 
         Returns:
