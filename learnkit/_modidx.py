@@ -5505,6 +5505,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'learnkit/loop/save_state.py'),
                                           'learnkit.loop.save_state.autosaving': ( 'loop/save_state.html#autosaving',
                                                                                    'learnkit/loop/save_state.py'),
+                                          'learnkit.loop.save_state.ends_soon': ( 'loop/save_state.html#ends_soon',
+                                                                                  'learnkit/loop/save_state.py'),
                                           'learnkit.loop.save_state.progress_by_unit': ( 'loop/save_state.html#progress_by_unit',
                                                                                          'learnkit/loop/save_state.py'),
                                           'learnkit.loop.save_state.without_saving': ( 'loop/save_state.html#without_saving',

@@ -38,7 +38,8 @@ class Block:
         self.ledger, self.id, self.node, self.structure = ledger, node.id, node, structure
         self.made = []  # Calls that were fetched or computed
         self.diverged = ledger.is_behind  # whether the object is not where the record says it is
-        self.is_lazy = is_lazy  # whether states are loaded only where something is computed
+        # Whether it is for one call, and loads states only where something is computed
+        self.is_lazy = is_lazy
         self.held, self.is_claimed = ExitStack(), False  # what it holds while it computes
         self.known = known  # what is known to be on disk, see `content_text`
         self.n_versions = n_versions  # likewise, in its history
@@ -337,6 +338,7 @@ def make_and_record(self:Block, call, record): # what the call returned
             record.complete(saved, structure_after=digests_of(structure), seals=seals, **roots,
                             **facts)
             self.node.add_descriptions(structure)
+            self.node.closed = self.is_lazy and self.node.n_calls == 1  # no other call follows
             self.write(len(self.made))
     except (RuntimeError, UnstorableError):
         self.note(record, was_made=True)

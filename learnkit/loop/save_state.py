@@ -124,10 +124,14 @@ def write(self:SaveState, save):
 @patch
 def patience(self:SaveState, learn): # seconds
     "How long a save may wait for the next one, or for a record that makes it unneeded"
+    comes_soon = ends_soon(learn) if learn.levels else self._to_record
+    return SOON if comes_soon else 0.
+
+def ends_soon(learn): # bool
+    "Whether the last epoch of a fit is over"
     fit = learn._fit
     is_last = fit.is_over or fit.n_steps is None and fit.epoch + 1 == fit.n_epoch
-    comes_soon = self._to_record if not learn.levels else is_last and learn.levels == ['fit']
-    return SOON if comes_soon else 0.
+    return is_last and learn.levels == ['fit']
 
 # %% ../../nbs/loop/09_save_state.ipynb #54784e70
 @patch
@@ -135,8 +139,10 @@ def is_time_to_save(self:SaveState, learn): # bool
     "Whether it is time for a save"
     if self._time_was_up: return False  # from the save that was made then the fit goes on
     if learn.time_is_up or learn.interrupted or not learn.levels: return True
-    count, unit = self.every
-    return progress_by_unit(learn)[unit] - self._last_save[unit] >= count
+    (count, unit), progress = self.every, progress_by_unit(learn)
+    # The save at the end of the fit follows, and there is little to lose before
+    if ends_soon(learn) and progress['second'] - self._last_save['second'] < SOON: return False
+    return progress[unit] - self._last_save[unit] >= count
 
 @patch
 def check(self:SaveState, learn):

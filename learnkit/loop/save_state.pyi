@@ -69,6 +69,13 @@ class SaveState(Callback):
     def check(self, learn: Learner) -> None:
         """What an update changes that cannot be stored is an error now, not after an epoch"""
 
+def ends_soon(learn: Learner) -> bool:
+    """Whether the last epoch of a fit is over
+
+    Returns:
+        bool
+    """
+
 def progress_by_unit(learn: Learner) -> Any:
     """How far a learner is, in each unit
 
