@@ -222,13 +222,15 @@ class Baseline:
         self.swaps = ()  # Swaps, as a script has made them one after the other
 
     def add(self, learn, given=(), # callbacks given to a call
-            constructed=False): # whether a subclass has given the learner all that it gives
-        "Note how what has come into reach is"
+            constructed=False, # whether a subclass has given the learner all that it gives
+           ): # Snapshot
+        "Note how what has come into reach is, now"
         now, before = snapshot(learn, given), self.of(learn)
         if constructed: self.known.pop(id(learn), None)
         self.note(now)
         # It goes with the weights that are frozen, which are compared with how they were made
         if before: self.of(learn)['frozen_by_freeze'] = before['frozen_by_freeze']
+        return now
 
     def note(self, now:Snapshot):
         if not self.known:
@@ -451,9 +453,8 @@ def check_observed(learn, saved:dict):
 def forget_changes(learn, given=()): # given: as for `observed_state`
     "Let everything in reach be as it was in the baseline"
     baseline = learn._origin.baseline
-    if not learn.levels: baseline.add(learn, given)
-    now, again = snapshot(learn, given), learn._origin.made_again if learn.levels else ()
-    again = set(map(id, again))
+    now = snapshot(learn, given) if learn.levels else baseline.add(learn, given)
+    again = {id(x) for x in learn._origin.made_again} if learn.levels else set()
     changes = [(path, name) for path, name in baseline.changes(now, given)
                if not again.intersection(map(id, origins(now.values[path].get(name))))]
     baseline.put(now, changes, baseline)

@@ -172,14 +172,15 @@ class Baseline:
     built: dict[Any, Any]
     swaps: tuple[Any, ...]
     def __init__(self) -> None: ...
-    def add(self, learn: Learner, given: Any = (), constructed: Any = False) -> Any:
-        """Note how what has come into reach is
+    def add(self, learn: Learner, given: Any = (), constructed: Any = False) -> Snapshot:
+        """Note how what has come into reach is, now
 
         Args:
             learn, given: callbacks given to a call
+            constructed: whether a subclass has given the learner all that it gives
 
         Returns:
-            whether a subclass has given the learner all that it gives
+            Snapshot
         """
     def note(self, now: Snapshot) -> None: ...
     def __getstate__(self) -> Any: ...
