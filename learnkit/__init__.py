@@ -33,7 +33,7 @@ from .files import owners as _owners
 from .files import regular as _regular
 from .files import durable as _durable
 from .files.leases import (
-    ended_leases, Lease, LostLeaseError,
+    LostLeaseError,
 )
 from .files.tensors import (
     save_tensors,
@@ -53,12 +53,13 @@ from .files.store import (
 )
 from .files import states as _states
 from .files.garbage import (
-    Garbage, remove_if_empty,
+    Garbage,
 )
 from .files import tables as _tables
 from .files import objects as _objects
 from .files import written as _written
 from .files import growing as _growing
+from .files import journal as _journal
 from .files import checks as _checks
 from .files.remote import (
     RemoteError,
@@ -237,7 +238,7 @@ from .checkpoints.record import (
 from .checkpoints import host as _host
 from .checkpoints import direct_calls as _direct_calls
 from .checkpoints.shared_store import (
-    HEARD_EVERY, SharedStore,
+    SharedStore,
 )
 from .checkpoints import digests as _digests
 from .checkpoints import ledger as _ledger
@@ -276,19 +277,17 @@ from .checkpoints.comparison import (
     explain_text,
 )
 from .checkpoints.report import (
-    is_report, MARK, report_html, write_report,
+    report_html, write_report,
 )
 from .checkpoints import run_checks as _run_checks
 from .checkpoints.verify import (
     verify, VerifyResult,
 )
 from .checkpoints import remote as _remote
-from .checkpoints.stages import (
-    plot_stages,
-)
+from .checkpoints import stages as _stages
 from .checkpoints import trail as _trail
 from .checkpoints.study import (
-    Best, COLUMNS, Study,
+    Best, Study,
 )
 
 __all__ = [
@@ -296,22 +295,21 @@ __all__ = [
     'default_device', 'isolated_rng', 'rng_state', 'set_rng_state', 'set_seed', 'batch_size',
     'detach', 'map_tensors', 'to_device', 'to_host', 'field_values', 'from_field_values', 'pure',
     'register_result', 'result', 'structural', 'DamagedError', 'LockedError', 'StoreError',
-    'UnstorableError', 'ended_leases', 'Lease', 'LostLeaseError', 'save_tensors', 'load_tree',
-    'save_tree', 'tree_digest', 'Store', 'Garbage', 'remove_if_empty', 'RemoteError', 'DataLoaders',
-    'DatasetLoader', 'TensorLoader', 'Callback', 'Cancel', 'CancelBackward', 'CancelBatch',
-    'CancelEpoch', 'CancelFit', 'CancelStep', 'CancelTrain', 'CancelValidate', 'has_state',
-    'named_callbacks', 'accuracy', 'binary_accuracy', 'error_rate', 'mae', 'Metric', 'metric',
-    'mse', 'perplexity', 'rmse', 'sklearn_metric', 'top_k_accuracy', 'no_decay', 'param_groups',
-    'spread_lr', 'Fingerprint', 'fingerprint', 'UnfingerprintableError', 'Recorder', 'Progress',
-    'exported_meta', 'SaveState', 'Learner', 'combine_scheds', 'sched_const', 'sched_cos',
-    'sched_exp', 'sched_lin', 'sched_poly', 'sched_warmup', 'ParamScheduler', 'TorchScheduler',
-    'LRFinderResult', 'SaveBest', 'AskToContinue', 'EarlyStopping', 'StopOnNaN',
-    'ReduceLROnPlateau', 'MixedPrecision', 'GradientAccumulation', 'GradientClip', 'EMA', 'SWA',
-    'ShortEpoch', 'StageFuncs', 'ValidateEvery', 'CutMix', 'MixUp', 'OverfitResult', 'ChannelsLast',
-    'Interpretation', 'ProfileResult', 'SummaryResult', 'ActivationStats', 'GradientStats',
-    'Logger', 'CSVLogger', 'JSONLogger', 'TensorBoardLogger', 'MLflowLogger', 'TrackioLogger',
-    'WandbLogger', 'launch', 'Ranks', 'Distributed', 'BEGINNING', 'StaleCheckpoint', 'HEARD_EVERY',
-    'SharedStore', 'Transfer', 'Checkpointed', 'CheckpointedLearner', 'checkpoints_table',
-    'tree_text', 'plot_tree', 'explain_text', 'is_report', 'MARK', 'report_html', 'write_report',
-    'verify', 'VerifyResult', 'plot_stages', 'Best', 'COLUMNS', 'Study',
+    'UnstorableError', 'LostLeaseError', 'save_tensors', 'load_tree', 'save_tree', 'tree_digest',
+    'Store', 'Garbage', 'RemoteError', 'DataLoaders', 'DatasetLoader', 'TensorLoader', 'Callback',
+    'Cancel', 'CancelBackward', 'CancelBatch', 'CancelEpoch', 'CancelFit', 'CancelStep',
+    'CancelTrain', 'CancelValidate', 'has_state', 'named_callbacks', 'accuracy', 'binary_accuracy',
+    'error_rate', 'mae', 'Metric', 'metric', 'mse', 'perplexity', 'rmse', 'sklearn_metric',
+    'top_k_accuracy', 'no_decay', 'param_groups', 'spread_lr', 'Fingerprint', 'fingerprint',
+    'UnfingerprintableError', 'Recorder', 'Progress', 'exported_meta', 'SaveState', 'Learner',
+    'combine_scheds', 'sched_const', 'sched_cos', 'sched_exp', 'sched_lin', 'sched_poly',
+    'sched_warmup', 'ParamScheduler', 'TorchScheduler', 'LRFinderResult', 'SaveBest',
+    'AskToContinue', 'EarlyStopping', 'StopOnNaN', 'ReduceLROnPlateau', 'MixedPrecision',
+    'GradientAccumulation', 'GradientClip', 'EMA', 'SWA', 'ShortEpoch', 'StageFuncs',
+    'ValidateEvery', 'CutMix', 'MixUp', 'OverfitResult', 'ChannelsLast', 'Interpretation',
+    'ProfileResult', 'SummaryResult', 'ActivationStats', 'GradientStats', 'Logger', 'CSVLogger',
+    'JSONLogger', 'TensorBoardLogger', 'MLflowLogger', 'TrackioLogger', 'WandbLogger', 'launch',
+    'Ranks', 'Distributed', 'BEGINNING', 'StaleCheckpoint', 'SharedStore', 'Transfer',
+    'Checkpointed', 'CheckpointedLearner', 'checkpoints_table', 'tree_text', 'plot_tree',
+    'explain_text', 'report_html', 'write_report', 'verify', 'VerifyResult', 'Best', 'Study',
 ]

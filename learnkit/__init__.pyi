@@ -28,8 +28,6 @@ from .files.errors import DamagedError as DamagedError
 from .files.errors import LockedError as LockedError
 from .files.errors import StoreError as StoreError
 from .files.errors import UnstorableError as UnstorableError
-from .files.leases import ended_leases as ended_leases
-from .files.leases import Lease as Lease
 from .files.leases import LostLeaseError as LostLeaseError
 from .files.tensors import save_tensors as save_tensors
 from .files.tree import load_tree as load_tree
@@ -37,7 +35,6 @@ from .files.tree import save_tree as save_tree
 from .files.tree import tree_digest as tree_digest
 from .files.store import Store as Store
 from .files.garbage import Garbage as Garbage
-from .files.garbage import remove_if_empty as remove_if_empty
 from .files.remote import RemoteError as RemoteError
 from .data.loaders import DataLoaders as DataLoaders
 from .data.loaders import DatasetLoader as DatasetLoader
@@ -119,7 +116,6 @@ from .processes.group import Ranks as Ranks
 from .processes.distributed import Distributed as Distributed
 from .checkpoints.record import BEGINNING as BEGINNING
 from .checkpoints.record import StaleCheckpoint as StaleCheckpoint
-from .checkpoints.shared_store import HEARD_EVERY as HEARD_EVERY
 from .checkpoints.shared_store import SharedStore as SharedStore
 from .checkpoints.transfer import Transfer as Transfer
 from .checkpoints.checkpointed import Checkpointed as Checkpointed
@@ -128,15 +124,11 @@ from .checkpoints.tree import checkpoints_table as checkpoints_table
 from .checkpoints.tree import tree_text as tree_text
 from .checkpoints.figure import plot_tree as plot_tree
 from .checkpoints.comparison import explain_text as explain_text
-from .checkpoints.report import is_report as is_report
-from .checkpoints.report import MARK as MARK
 from .checkpoints.report import report_html as report_html
 from .checkpoints.report import write_report as write_report
 from .checkpoints.verify import verify as verify
 from .checkpoints.verify import VerifyResult as VerifyResult
-from .checkpoints.stages import plot_stages as plot_stages
 from .checkpoints.study import Best as Best
-from .checkpoints.study import COLUMNS as COLUMNS
 from .checkpoints.study import Study as Study
 __version__: str
 __all__ = [
@@ -144,23 +136,22 @@ __all__ = [
     'default_device', 'isolated_rng', 'rng_state', 'set_rng_state', 'set_seed', 'batch_size',
     'detach', 'map_tensors', 'to_device', 'to_host', 'field_values', 'from_field_values',
     'pure', 'register_result', 'result', 'structural', 'DamagedError', 'LockedError',
-    'StoreError', 'UnstorableError', 'ended_leases', 'Lease', 'LostLeaseError', 'save_tensors',
-    'load_tree', 'save_tree', 'tree_digest', 'Store', 'Garbage', 'remove_if_empty',
-    'RemoteError', 'DataLoaders', 'DatasetLoader', 'TensorLoader', 'Callback', 'Cancel',
-    'CancelBackward', 'CancelBatch', 'CancelEpoch', 'CancelFit', 'CancelStep', 'CancelTrain',
-    'CancelValidate', 'has_state', 'named_callbacks', 'accuracy', 'binary_accuracy',
-    'error_rate', 'mae', 'Metric', 'metric', 'mse', 'perplexity', 'rmse', 'sklearn_metric',
-    'top_k_accuracy', 'no_decay', 'param_groups', 'spread_lr', 'Fingerprint', 'fingerprint',
-    'UnfingerprintableError', 'Recorder', 'Progress', 'exported_meta', 'SaveState', 'Learner',
-    'combine_scheds', 'sched_const', 'sched_cos', 'sched_exp', 'sched_lin', 'sched_poly',
-    'sched_warmup', 'ParamScheduler', 'TorchScheduler', 'LRFinderResult', 'SaveBest',
-    'AskToContinue', 'EarlyStopping', 'StopOnNaN', 'ReduceLROnPlateau', 'MixedPrecision',
-    'GradientAccumulation', 'GradientClip', 'EMA', 'SWA', 'ShortEpoch', 'StageFuncs',
-    'ValidateEvery', 'CutMix', 'MixUp', 'OverfitResult', 'ChannelsLast', 'Interpretation',
-    'ProfileResult', 'SummaryResult', 'ActivationStats', 'GradientStats', 'Logger', 'CSVLogger',
-    'JSONLogger', 'TensorBoardLogger', 'MLflowLogger', 'TrackioLogger', 'WandbLogger', 'launch',
-    'Ranks', 'Distributed', 'BEGINNING', 'StaleCheckpoint', 'HEARD_EVERY', 'SharedStore',
-    'Transfer', 'Checkpointed', 'CheckpointedLearner', 'checkpoints_table', 'tree_text',
-    'plot_tree', 'explain_text', 'is_report', 'MARK', 'report_html', 'write_report', 'verify',
-    'VerifyResult', 'plot_stages', 'Best', 'COLUMNS', 'Study'
+    'StoreError', 'UnstorableError', 'LostLeaseError', 'save_tensors', 'load_tree', 'save_tree',
+    'tree_digest', 'Store', 'Garbage', 'RemoteError', 'DataLoaders', 'DatasetLoader',
+    'TensorLoader', 'Callback', 'Cancel', 'CancelBackward', 'CancelBatch', 'CancelEpoch',
+    'CancelFit', 'CancelStep', 'CancelTrain', 'CancelValidate', 'has_state', 'named_callbacks',
+    'accuracy', 'binary_accuracy', 'error_rate', 'mae', 'Metric', 'metric', 'mse', 'perplexity',
+    'rmse', 'sklearn_metric', 'top_k_accuracy', 'no_decay', 'param_groups', 'spread_lr',
+    'Fingerprint', 'fingerprint', 'UnfingerprintableError', 'Recorder', 'Progress',
+    'exported_meta', 'SaveState', 'Learner', 'combine_scheds', 'sched_const', 'sched_cos',
+    'sched_exp', 'sched_lin', 'sched_poly', 'sched_warmup', 'ParamScheduler', 'TorchScheduler',
+    'LRFinderResult', 'SaveBest', 'AskToContinue', 'EarlyStopping', 'StopOnNaN',
+    'ReduceLROnPlateau', 'MixedPrecision', 'GradientAccumulation', 'GradientClip', 'EMA', 'SWA',
+    'ShortEpoch', 'StageFuncs', 'ValidateEvery', 'CutMix', 'MixUp', 'OverfitResult',
+    'ChannelsLast', 'Interpretation', 'ProfileResult', 'SummaryResult', 'ActivationStats',
+    'GradientStats', 'Logger', 'CSVLogger', 'JSONLogger', 'TensorBoardLogger', 'MLflowLogger',
+    'TrackioLogger', 'WandbLogger', 'launch', 'Ranks', 'Distributed', 'BEGINNING',
+    'StaleCheckpoint', 'SharedStore', 'Transfer', 'Checkpointed', 'CheckpointedLearner',
+    'checkpoints_table', 'tree_text', 'plot_tree', 'explain_text', 'report_html',
+    'write_report', 'verify', 'VerifyResult', 'Best', 'Study'
 ]

@@ -118,7 +118,7 @@ class UsageError(CommandError):
 def verify(args): # exit code
     "Read all of a run, a folder of saves or a file; exit with 1 if something is damaged or lost"
     path = Path(args.path)
-    if not os.path.lexists(path) and (Path(args.root)/path).is_dir(): path = Path(args.root)/path
+    if not os.path.lexists(path) and (Path(args.root)/path).exists(): path = Path(args.root)/path
     try: result = verify_path(path, args.repair)
     except (StoreError, ValueError, OSError) as error: raise UsageError(str(error)) from error
     if args.json: print(json.dumps(result.json(), indent=1))

@@ -232,6 +232,8 @@ def test_each_public_name_is_documented():
     package = importlib.import_module(LIB.name)
     names = [name for name in package.__all__ if not getattr(package, name).__doc__]
     assert names == []
+    constants = [name for name in package.__all__ if not callable(getattr(package, name))]
+    assert constants == ['BEGINNING']  # what `rollback` takes without an id
 
 
 def test_modules_import_each_other_by_their_place():

@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/checkpoints/06_changes.ipynb #65218d9d
 import re, time
 from fastcore.basics import patch
+from ..files.errors import StoreError
 from ..files.ids import check_id, id_text
 from ..files.tree import json_digest
 from ..fingerprint.differences import differences
@@ -265,6 +266,13 @@ def roll_back(self:Ledger, position, schedules=True):
     "Bring the object to a recorded state, or to where the run begins"
     if position is None: return self.go_to_beginning()
     node = self.node(position.id)
+    try: self.go_to_recorded(node, position, schedules)
+    except (LookupError, StoreError, RuntimeError):
+        if self.node(position.id).json == node.json: raise  # KeyError: it was deleted just now
+        self.roll_back(position, schedules)  # it was written anew, as one before it was deleted
+
+@patch
+def go_to_recorded(self:Ledger, node, position, schedules):
     n = self.n_calls_at(node, position)
     saved, structure = state_after(self.read, node, n), self.structures.get((position.id, n))
     if saved.state is None: raise not_kept(node)
@@ -276,16 +284,16 @@ def roll_back(self:Ledger, position, schedules=True):
     if self.lacks:
         self.show(f"the moments of the optimizer at {position_text(position)} were not kept: "
                        'outside of a block training goes on with new ones')
-    self.stand_at(position)
+    self.stand_at(position, node, n)
 
 @patch
-def stand_at(self:Ledger, position): # Position; None: the beginning
+def stand_at(self:Ledger, position, # Position; None: the beginning
+             node=None, n=0): # its checkpoint, and how many calls of it lie before
     "The object is somewhere else now, or is new"
-    node = None if position is None else self.node(position.id)
     self.position = position
-    n = 0 if node is None else self.n_calls_at(node, position)
     self.host.display.stands_at(self, node, n)
 
+# %% ../../nbs/checkpoints/06_changes.ipynb #56e3a591
 @patch
 def n_calls_at(self:Ledger, node, position) -> int:
     "How many calls of its checkpoint lie before a position"

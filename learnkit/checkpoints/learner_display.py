@@ -147,7 +147,8 @@ def last_run(ledger, node, n): # as `Run.saved` has it; None where there is none
         if found := next(filter(None, runs), None): return found
         position, node = node.parent_position, None
         if position is not None: node = ledger.read(position.id)
-        if node is not None: n = ledger.n_calls_at(node, position)
+        if node is not None:
+            n = position.call + 1 if isinstance(position.call, int) else node.n_calls
 
 @patch
 def stands_at(self:LearnerDisplay, ledger, node, n):

@@ -16,7 +16,7 @@ from ..base.methods import full_name
 from ..base.ranks import is_main, world_size
 from ..base.text import harmless, short_path
 from ..files.errors import UnstorableError, holder_text
-from ..files.ids import check_id, id_text
+from ..files.ids import check_id, id_text, ids_text
 from ..files.written import file_content, file_seal, write_content
 from ..files.objects import as_tree, from_tree
 from ..files.tree import json_digest
@@ -105,9 +105,8 @@ def read(self:Ledger, id): # Node; None where there is none
 def node(self:Ledger, id) -> Node:
     "What is recorded under an id; KeyError for one that is not there"
     if (node := self.read(check_id(id))) is not None: return node
-    have = ', '.join(map(id_text, self.store.ids())) or 'none'
-    raise KeyError(f'there is no checkpoint {id_text(id)} in '
-                   f'{short_path(self.store.folder)}; have: {have}')
+    raise KeyError(f'there is no checkpoint {id_text(id)} in {short_path(self.store.folder)}; '
+                   f'have: {ids_text(self.store.ids())}')
 
 # %% ../../nbs/checkpoints/05_ledger.ipynb #d788051f
 @patch
@@ -463,6 +462,7 @@ def check_finished(self:Ledger, position):
     if position is None: return
     self.wait_for(position.id)
     node, text = self.read(position.id), id_text(position.id)
+    if node is None and position != self.position: self.node(position.id)  # KeyError
     if node is None:
         raise RuntimeError(f'the learner stands on checkpoint {text}, which was deleted: roll back '
                            'to another one, or make the learner anew')

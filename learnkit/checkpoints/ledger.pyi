@@ -208,11 +208,15 @@ class Ledger:
         """
     def roll_back(self, position: Any, schedules: Any = True) -> Any:
         """Bring the object to a recorded state, or to where the run begins"""
-    def stand_at(self, position: Any) -> Any:
+    def go_to_recorded(self, node: Any, position: Any, schedules: Any) -> None: ...
+    def stand_at(self, position: Any, node: Any = None, n: Any = 0) -> Any:
         """The object is somewhere else now, or is new
 
+        Args:
+            position: Position; None: the beginning
+
         Returns:
-            Position; None: the beginning
+            its checkpoint, and how many calls of it lie before
         """
     def n_calls_at(self, node: Any, position: Any) -> int:
         """How many calls of its checkpoint lie before a position"""

@@ -13,7 +13,7 @@ from fastcore.basics import patch
 from ..base.methods import unrecorded
 from ..base.text import short_path
 from ..files.errors import DamagedError, StoreError
-from ..files.ids import check_id, id_text, sort_ids
+from ..files.ids import check_id, id_text, ids_text, sort_ids
 from ..files.records import referenced_digests
 from ..files.tree import json_digest
 from .record import (
@@ -194,9 +194,8 @@ def node(self:Lineage, id) -> Node:
     id = check_id(id)
     if id in self.nodes: return self.nodes[id]
     if id in self.damaged: raise DamagedError(self.damaged[id])
-    have = ', '.join(map(id_text, self.ids)) or 'none'
-    raise NoCheckpoint(f'there is no checkpoint {id_text(id)} in '
-                       f'{short_path(self.store.folder)}; have: {have}')
+    raise NoCheckpoint(f'there is no checkpoint {id_text(id)} in {short_path(self.store.folder)}; '
+                       f'have: {ids_text(self.ids)}')
 
 def delete_checkpoint(store, id,
                       force:bool=False, # also when others go on from it; they keep what they need

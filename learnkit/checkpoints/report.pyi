@@ -5,7 +5,7 @@
 from pathlib import Path
 from typing import Any
 __all__ = [
-    'MARK', 'report_html', 'write_report', 'is_report'
+    'report_html', 'write_report'
 ]
 ROW: int
 STEP: int
@@ -91,17 +91,7 @@ def harmless_values(x: Any) -> Any:
     Returns:
         the same containers
     """
-
-def report_html(store: Any, now: Any = None) -> str:
-    """All of a run as one page of HTML that needs nothing else
-
-    Args:
-        now: seconds since 1970; None: as it is
-    """
 MARK: str
-
-def write_report(store: Any, path: Any) -> Path:
-    """Write `report_html`; an older report that is there is replaced, and nothing else"""
 
 def is_report(path: Any) -> bool:
     """Whether a file is empty, or begins as a report does
@@ -109,3 +99,13 @@ def is_report(path: Any) -> bool:
     Returns:
         bool
     """
+
+def report_html(store: Any, now: Any = None) -> str:
+    """All of a run as one page of HTML that needs nothing else
+
+    Args:
+        now: seconds since 1970; None: as it is
+    """
+
+def write_report(store: Any, path: Any) -> Path:
+    """Write `report_html`; an older report that is there is replaced, and nothing else"""

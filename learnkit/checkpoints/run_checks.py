@@ -6,14 +6,18 @@
 __all__ = []
 
 # %% ../../nbs/checkpoints/17_run_checks.ipynb #925272bf
-import os
+import json, os
+from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from ..files.errors import DamagedError, StoreError
+from ..files.regular import open_regular
 from ..files.durable import is_left_over
-from ..files.ids import file_name, id_from_file_name, id_text
+from ..files.ids import file_name, id_from_file_name, id_text, ids_text
 from ..files.records import RECORD_PARSERS, read_limited, referenced_digests, sealed_digest
 from ..files.tree import FORMAT
-from ..files.store import Store
+from ..files.journal import entries_of, whole_lines
+from ..files.store import SUBFOLDERS, Store, check_subfolder
 from ..files.garbage import is_save_needed
 from ..files.checks import (
     Findings, Problem, TRIES, check_pack, check_saves, mark_of, name_in, problem_at)
@@ -30,8 +34,11 @@ def checked_record(path, id, parse): # (dict, digest at its head)
     return record, sealed_digest(data)
 
 def listed(folder, pattern): # sorted list of Paths
-    "Files in a folder that need not be there"
-    return sorted(folder.glob(pattern)) if folder.is_dir() else []
+    "Files in a folder that need not be there, or may vanish meanwhile"
+    for _ in range(TRIES):
+        with suppress(FileNotFoundError):
+            return sorted(folder.glob(pattern)) if folder.is_dir() else []
+    return []
 
 @dataclass
 class CheckpointFiles:
@@ -300,19 +307,40 @@ def settle(folder, parse, packs): # (what `read_run` returns, what `lost_places`
     return (run, found), lost
 
 # %% ../../nbs/checkpoints/17_run_checks.ipynb #7920dd74
+ALL_OF_IT = ['all of the run, which cannot be opened as it is']
+
+def folder_problems(folder): # list of Problems
+    "The folders of a run that are none, or lie elsewhere"
+    found = []
+    for name in (*SUBFOLDERS, 'locks'):
+        try: check_subfolder(folder/name)
+        except StoreError as error:
+            one = problem_at(name, folder/name, error)
+            one.depends, one.advice = ALL_OF_IT, 'put the folder back'
+            found.append(one)
+    return found
+
+def format_problem(error, folder): # Problem
+    one = problem_at('format.json', folder/'format.json', error)
+    text = json.dumps({'format': FORMAT})
+    one.depends = ALL_OF_IT
+    one.advice = f'put back a copy; a run of this version of learnkit has {text}'
+    return one
+
+# %% ../../nbs/checkpoints/17_run_checks.ipynb #d46f8812
 def check_run(folder): # Findings
     "All of a run"
-    try: parse, problem = Store(folder).record_parser(), None
-    except DamagedError as error:
-        problem = problem_at('format.json', folder/'format.json', error)
-        parse = RECORD_PARSERS[FORMAT]
+    problems, parse = folder_problems(folder), RECORD_PARSERS[FORMAT]
+    try: parse = parse if problems else Store(folder).record_parser()
+    except DamagedError as error: problems.append(format_problem(error, folder))
     packs = PackChecks(folder/'packs')
     (run, found), lost = settle(folder, parse, packs)
-    if problem: found.problems.insert(0, problem)
+    found.problems[:0] = problems
     for one in run.values(): explain_damage(run, one)
     attribute_losses(packs, list(lost.values()))
     found.problems += [*packs.problems, *lost.values(), *broken_links(run)]
-    add_saves(folder, run, packs.sound, found)
+    add_saves(folder, run, packs.sound, found, parse)
+    add_studies(folder, run, lost, found)
     add_left_over(folder, run, found)
     needed = referenced_digests([[one.node.json, one.answers] for one in run.values() if one.node])
     found.counts.update({'packs': len(packs.names), 'tensors': len(packs.sound),
@@ -359,21 +387,35 @@ def broken_links(run): # list of Problems
     return found
 
 # %% ../../nbs/checkpoints/17_run_checks.ipynb #84f12bfb
-def add_saves(folder, run, held, found):
+def add_saves(folder, run, held, found, parse):
     "Check the saves of calls that are to go on"
     for saves in listed(folder/'work', '*/*'):
         if not saves.is_dir() or saves.parent.is_symlink(): continue
-        one = run.get(id_from_file_name(saves.parent.name))
-        whole = one and one.node and {**one.node.json, 'answers': [*one.answers.values()]}
-        if one is None or whole and not is_save_needed(whole, saves.name):
+        id = id_from_file_name(saves.parent.name)
+        if not is_to_go_on(run.get(id), saves.name):
             found.left_over.append(name_in(folder, saves))
             continue
         call = f'call {saves.name}' if saves.name.isdecimal() else 'a call of cache(...)'
-        of_saves = check_saves(saves, folder, held, 'it')
+        try: of_saves = check_call_saves(saves, folder, held)
+        except FileNotFoundError: continue  # the call has ended just now
+        if of_saves.problems and not is_to_go_on(read_checkpoint(folder, id, parse), saves.name):
+            continue  # they were being removed
         for problem in of_saves.problems:
-            problem.depends.append(f'checkpoint {id_text(one.id)}, {call}, which is not complete')
+            problem.depends.append(f'checkpoint {id_text(id)}, {call}, which is not complete')
             problem.recomputable = True  # from the state before the call, if not from a save
         found.add(of_saves)
+
+def check_call_saves(saves, folder, held): # Findings
+    "Check the saves of a call; each fit in it has a folder of its own"
+    found = check_saves(saves, folder, held, 'it')
+    for inner in listed(saves, '*'):
+        if inner.name.isdecimal(): found.add(check_saves(inner, folder, held, 'it'))
+    return found
+
+def is_to_go_on(one, name): # bool; one: CheckpointFiles, None where there are none
+    "Whether the saves in a folder of this name may be needed"
+    if one is None or one.node is None: return one is not None
+    return is_save_needed({**one.node.json, 'answers': [*one.answers.values()]}, name)
 
 def add_left_over(folder, run, found):
     "Note what nothing needs"
@@ -385,3 +427,57 @@ def add_left_over(folder, run, found):
     aside = [*listed(folder, 'packs/*.damaged'), *listed(folder, 'answers/*/*.damaged')]
     paths = [*(path for path in hidden if is_left_over(path)), *gone, *aside]
     found.left_over += [name_in(folder, path) for path in paths]
+
+# %% ../../nbs/checkpoints/17_run_checks.ipynb #a670ee96
+def add_studies(folder, run, lost, found):
+    "Check the journals of studies, and that what their trials have made is there"
+    problems = {id: [*one.found.problems] for id, one in run.items()}  # of where a trial ends
+    for (place, _), problem in lost.items():
+        if place.part == 'state': problems[place.id].append(problem)
+    for path in listed(folder/'studies', '*.journal'):
+        try: lines = whole_lines(data := read_journal(path))
+        except FileNotFoundError: continue  # the run was deleted just now
+        except (StoreError, OSError) as error:
+            found.problems.append(problem_at(name_in(folder, path), path, error))
+            continue
+        entries, damaged = entries_of(lines)
+        found.counts['trials'] += len(trials := trials_of(entries))
+        if damaged: found.problems.append(damaged_journal(folder, path, lines, damaged))
+        elif not data.endswith(b'\n') and data:
+            found.left_over.append(f'{name_in(folder, path)}, the beginning of a line')
+        for name, ids in trials:
+            for problem in problems.get(ids[0], ()): problem.depends.append(f'the end of {name}')
+            gone = [id for id in dict.fromkeys(ids) if not is_kept(folder, run, id)]
+            if gone: found.problems.append(lost_trial(name, gone))
+
+def read_journal(path): # bytes
+    with open_regular(path) as file: return file.readall()
+
+def damaged_journal(folder, path, lines, n): # Problem
+    why = f'line {n} of {len(lines)} is not as it was written'
+    depends = [f'study {id_from_file_name(path.stem)!r}, from there on']
+    return Problem('damaged', name_in(folder, path), why, depends, True,
+                   'verify --repair keeps the lines before it; what trials have trained stays')
+
+# %% ../../nbs/checkpoints/17_run_checks.ipynb #6f76d347
+def trials_of(entries): # list of (what people call it, ids of its checkpoints)
+    "The trials in a journal that have ended; see optuna for the numbers of what is done"
+    studies, trials, counts = [], [], Counter()  # names; (study, number in it, ids)
+    for entry in entries:
+        op = entry.get('op_code')
+        if op == 0 and entry['study_name'] not in studies: studies.append(entry['study_name'])
+        if op == 4:
+            trials.append((entry['study_id'], counts[entry['study_id']], []))
+            counts[entry['study_id']] += 1
+        if op == 8: trials[entry['trial_id']][2].extend(entry['user_attr'].get('ids', []))
+    return [(f'trial {n} of study {studies[study]!r}', ids) for study, n, ids in trials if ids]
+
+# %% ../../nbs/checkpoints/17_run_checks.ipynb #42122ec6
+def is_kept(folder, run, id): # bool
+    "Whether a checkpoint is there, or was deleted by somebody"
+    if id in run or os.path.lexists(folder/'nodes'/f'{file_name(id)}.json'): return True
+    return (folder/'studies/deleted'/file_name(id)).exists()
+
+def lost_trial(name, ids): # Problem
+    return Problem('lost', name, f'no longer there: checkpoint {ids_text(ids, 3)}',
+                   advice='put back a copy; its numbers, tried in another study, give it back')

@@ -17,7 +17,7 @@ def checked_record(path: Any, id: Any, parse: Any) -> Any:
     """
 
 def listed(folder: Any, pattern: Any) -> Any:
-    """Files in a folder that need not be there
+    """Files in a folder that need not be there, or may vanish meanwhile
 
     Returns:
         sorted list of Paths
@@ -173,6 +173,19 @@ def settle(folder: Any, parse: Any, packs: Any) -> Any:
     Returns:
         (what `read_run` returns, what `lost_places` returns)
     """
+ALL_OF_IT: list[str]
+
+def folder_problems(folder: Any) -> Any:
+    """The folders of a run that are none, or lie elsewhere
+
+    Returns:
+        list of Problems
+    """
+
+def format_problem(error: Any, folder: Any) -> Problem:
+    """Returns:
+        Problem
+    """
 
 def check_run(folder: Any) -> Findings:
     """All of a run
@@ -194,8 +207,54 @@ def broken_links(run: Any) -> Any:
         list of Problems
     """
 
-def add_saves(folder: Any, run: Any, held: Any, found: Any) -> None:
+def add_saves(folder: Any, run: Any, held: Any, found: Any, parse: Any) -> None:
     """Check the saves of calls that are to go on"""
+
+def check_call_saves(saves: Any, folder: Any, held: Any) -> Findings:
+    """Check the saves of a call; each fit in it has a folder of its own
+
+    Returns:
+        Findings
+    """
+
+def is_to_go_on(one: Any, name: Any) -> Any:
+    """Whether the saves in a folder of this name may be needed
+
+    Returns:
+        bool; one: CheckpointFiles, None where there are none
+    """
 
 def add_left_over(folder: Any, run: Any, found: Any) -> None:
     """Note what nothing needs"""
+
+def add_studies(folder: Any, run: Any, lost: Any, found: Any) -> None:
+    """Check the journals of studies, and that what their trials have made is there"""
+
+def read_journal(path: Any) -> bytes:
+    """Returns:
+        bytes
+    """
+
+def damaged_journal(folder: Any, path: Any, lines: Any, n: Any) -> Problem:
+    """Returns:
+        Problem
+    """
+
+def trials_of(entries: Any) -> Any:
+    """The trials in a journal that have ended; see optuna for the numbers of what is done
+
+    Returns:
+        list of (what people call it, ids of its checkpoints)
+    """
+
+def is_kept(folder: Any, run: Any, id: Any) -> bool:
+    """Whether a checkpoint is there, or was deleted by somebody
+
+    Returns:
+        bool
+    """
+
+def lost_trial(name: Any, ids: Any) -> Problem:
+    """Returns:
+        Problem
+    """

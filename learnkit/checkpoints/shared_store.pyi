@@ -6,7 +6,7 @@ from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 _Self = TypeVar('_Self')
 __all__ = [
-    'HEARD_EVERY', 'SharedStore'
+    'SharedStore'
 ]
 
 def on_main(ranks: Any, function: Any) -> Any:

@@ -5,9 +5,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
-__all__ = [
-    'plot_stages'
-]
+__all__ = []
 
 @dataclass
 class Stage:
@@ -17,41 +15,84 @@ class Stage:
     """the call"""
     steps: int
     """at its end, from where all begin"""
+    parent: Any = ...
+    """Stage that it goes on from"""
     children: dict = ...
     """id -> Stage"""
-    row: float = ...
+    row: int = ...
 
-def stage_tree(read: Any, paths: Any) -> Any:
-    """The calls of all paths; a path is a list of ids, of which the first is where it begins
+def walk(root: Any) -> Iterator[Any]:
+    """All stages, each before those that go on from it
+
+    Returns:
+        iterator of Stages
+    """
+
+def nodes_above(read: Any, ids: Any) -> Any:
+    """Checkpoints, and those that they go on from
+
+    Returns:
+        dict: id -> Node; None for those that were deleted
+    """
+
+def ways(nodes: Any, id: Any) -> Any:
+    """Returns:
+        list of ids, from the beginning of the run to this one
+    """
+
+def common_start(nodes: Any, calls: Any, ends: Any) -> Any:
+    """The last checkpoint that all trainings go on from, before they make any calls
+
+    Returns:
+        id; None: the beginning of the run
+    """
+
+def stage_tree(read: Any, calls: Any, ends: Any) -> Any:
+    """The stages that lead to some ends, each below that which it goes on from
 
     Returns:
         Stage, the root
     """
 
-def set_rows(stage: Any, ends: Any, rows: Any) -> Any:
-    """Each training that ends has a row; a stage lies in the row of the first that goes on from it
+def stage_of(node: Any, id: Any, parent: Any, calls: Any) -> Stage:
+    """Returns:
+        Stage
+    """
+
+def set_rows(root: Any) -> None:
+    """Each training that nobody goes on from has a row; a stage is in that of the first after it"""
+SIZE: float
+
+def draw_lines(ax: Any, root: Any, best_ids: Any) -> None: ...
+
+def names(root: Any) -> Iterator[Any]:
+    """Returns:
+        iterator of (text, row, steps where it begins, steps where the next one does)
+    """
+
+def width_of(text: Any) -> Any:
+    """Returns:
+        points
+    """
+
+def fitting(text: Any, space: Any) -> str:
+    """A name in a space: whole, its arguments alone, or nothing
 
     Returns:
-        rows: list of ids, one for each row that is taken
+        str
     """
 
-def draw_stage(ax: Any, parent: Any, stage: Any, best_ids: Any) -> None:
-    """From the end of the stage before: down, then to the right; named where the call is another one"""
+def draw_names(ax: Any, root: Any) -> None: ...
 
-def draw_ends(ax: Any, stage: Any, ends: Any, best: Any, width: Any) -> None:
-    """A dot where a training ends, with its numbers at the right; a cross where it was given up"""
+def draw_ends(ax: Any, root: Any, ends: Any, best: Any) -> None:
+    """A dot where trainings end, with their numbers at the right; a cross where all were given up"""
 
-def steps_of(stage: Any) -> Iterator[Any]:
-    """Returns:
-        iterator of numbers
-    """
-
-def plot_stages(read: Any, paths: list, ends: dict, best: Any = None, ax: Any = None) -> Any:
+def plot_stages(read: Any, calls: set, ends: dict, best: Any = None, ax: Any = None) -> Any:
     """Draw trainings as lines over their steps, together as far as they are the same
 
     Args:
         read: function: id -> Node
-        paths: of lists of ids: where it begins, then the checkpoint of each call
+        calls: ids of the checkpoints that trainings have made, one for each call
         ends: id -> list of (number, numbers as text, value; None: it was given up)
         best: id of the best end
         ax: Axes to draw on; None: new ones, as high as the rows need

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 from ..files.leases import Lease
 __all__ = [
-    'COLUMNS', 'Best', 'Study'
+    'Best', 'Study'
 ]
 
 def import_optuna() -> Any:
@@ -31,6 +31,19 @@ def check_study_name(name: Any) -> str:
         str
     """
 
+def check_parts(optuna: Any, sampler: Any, pruner: Any, storage: Any) -> None:
+    """TypeError for what is not of optuna"""
+
+def is_in_memory(optuna: Any, storage: Any) -> bool:
+    """Whether other processes cannot see the trials
+
+    Returns:
+        bool
+    """
+
+def naming_missing_packages(optuna: Any, sampler: Any) -> AbstractContextManager[None]:
+    """An error of a package that optuna lacks says what needs it, and how to get it"""
+
 @dataclass(frozen=True)
 class Best:
     """The best trial of a study"""
@@ -47,10 +60,12 @@ class Study:
     ledger: Any
     name: Any
     optuna: Any
+    run_id: Any
     options: dict[str, Any]
-    version: Any
-    study: Any
     is_over: bool
+    is_exhausted: bool
+    study: Any
+    version: int
     def __init__(
             self,
             ledger: Any,
@@ -62,10 +77,19 @@ class Study:
     ) -> None: ...
     def __fingerprint__(self) -> Any: ...
     def __repr__(self) -> str: ...
+    def open_newest(self) -> None:
+        """The study, or the newest of those that were begun anew"""
+    def note_exhausted(self) -> None: ...
+    def version_name(self, n: Any) -> str:
+        """Returns:
+            str
+        """
     def open(self, name: Any) -> Any:
         """Returns:
             optuna.Study
         """
+    def check_run(self, found: Any) -> None:
+        """ValueError for a study whose trials are those of another run: their checkpoints are there"""
     def stop(self) -> None:
         """Make no more trials after this one"""
     def done(self) -> list:
@@ -86,11 +110,27 @@ class Study:
         Returns:
             (optuna.Trial, its Lease, which is held); None
         """
+    def running(self) -> Any:
+        """Returns:
+            list of optuna.trial.FrozenTrial
+        """
     def broken_off(self) -> Any:
         """A trial that nobody is at goes on with the numbers that it had
 
         Returns:
             as `ask`
+        """
+    def wait_for_others(self) -> bool:
+        """Wait for a trial that another process is at; False if there is none
+
+        Returns:
+            bool
+        """
+    def is_nothing_left(self) -> bool:
+        """Whether the sampler has nothing to try that nobody has begun; it would choose something twice
+
+        Returns:
+            bool
         """
     def asked_for(self, job: Any) -> dict:
         """What the trials follow from
@@ -102,6 +142,8 @@ class Study:
         """StaleCheckpoint, a line or trials made anew where what is asked for has changed"""
     def begin_anew(self, asked: Any, why: Any) -> None:
         """The trials are made once more, with the same numbers"""
+    def fill(self, asked: Any) -> None:
+        """Ask for the trials that the version before has made, in a study that has just been begun"""
     def work(self, job: Any, n_trials: Any) -> None:
         """Make trials in this process until there are enough"""
     def make(self, job: Any, trial: Any, trail: Any) -> None:
@@ -120,6 +162,8 @@ class Study:
             n_trials: that there are to be in all
             workers: processes of this machine, copies of this one
         """
+    def reopen(self) -> None:
+        """In a copy of a process: with a connection of its own, as another worker for optuna"""
     @property
     def trials(self) -> Any:
         """A row for each trial; a parameter that is called as another column is `params_...`
@@ -147,6 +191,13 @@ class Study:
             Axes
         """
 
+def run_id(store: Any) -> str:
+    """What tells a run from all others
+
+    Returns:
+        str
+    """
+
 def check_job(tree: Any) -> None:
     """Raise ValueError for a job that reads the learner past what it is given"""
 
@@ -156,6 +207,7 @@ def asked_differs(then: Any, now: Any) -> Any:
     Returns:
         (list of str, names of changed code)
     """
+GRID_ATTRS: tuple[str, ...]
 BEGINNING_ID: str
 
 def is_value(x: Any) -> bool:

@@ -9,21 +9,18 @@ __all__ = []
 from functools import partial
 from fastcore.basics import patch
 from ..base.randomness import rng_state
-from ..files.ids import check_id, id_text
+from ..files.ids import check_id
 from ..files.tree import json_digest, tree_digest
-from .record import Position
+from .record import Position, position_text
 from .host import method_kind
 from .recording import opened
 
 # %% ../../nbs/checkpoints/19_trail.ipynb #43c304e2
 NAME_LENGTH = 12  # hex digits: of a million checkpoints two agree once in three hundred runs
 
-def place_text(position): # str
-    return 'beginning' if position is None else f'{id_text(position.id)}, {position.call}'
-
 def node_name(position, method, arguments): # str
     "What tells a call on a trail from all others"
-    return json_digest([place_text(position), method, arguments])[:NAME_LENGTH]
+    return json_digest([position_text(position), method, arguments])[:NAME_LENGTH]
 
 def known_id(ids, prefix, name): # id
     "The checkpoint of a call, under whatever prefix it was made"
@@ -183,4 +180,4 @@ class TrailProxy:
                              'call, such as cp.setup(...) or your own, marked @structural')
 
     def __dir__(self): return [*OWN, *dir(self._trail.ledger.host.object)]
-    def __repr__(self): return f'at {place_text(self._trail.ledger.position)}'
+    def __repr__(self): return f'at {position_text(self._trail.ledger.position)}'

@@ -6,11 +6,6 @@ from typing import Any
 __all__ = []
 NAME_LENGTH: int
 
-def place_text(position: Any) -> str:
-    """Returns:
-        str
-    """
-
 def node_name(position: Any, method: Any, arguments: Any) -> str:
     """What tells a call on a trail from all others
 

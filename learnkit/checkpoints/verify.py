@@ -14,13 +14,15 @@ from pathlib import Path
 from fastcore.basics import patch
 from ..base.methods import unrecorded
 from ..base.text import html_text, one_line
-from ..files.errors import StoreError
+from ..files.errors import StoreError, as_seen_from_here
 from ..files.durable import is_left_over, remove_path, rename
+from ..files.journal import keep_sound_lines
 from ..files.records import referenced_digests
+from ..files.regular import open_regular
 from ..files.saves import list_saves
 from ..files.spans import sound_spans
 from ..files.states import copy_spans
-from ..files.store import Store
+from ..files.store import SUBFOLDERS, Store
 from ..files.checks import check_save, check_saves, check_settled
 from .run_checks import check_run, listed
 from .checkpointed import Checkpointed
@@ -106,7 +108,7 @@ def last_lines(result): # list of lines
 # %% ../../nbs/checkpoints/18_verify.ipynb #b41dd59b
 @patch
 def __repr__(self:VerifyResult):
-    lines = wrapped(f'{self.path}: {counts_text(self.counts)}', inside=0)
+    lines = wrapped(as_seen_from_here(f'{self.path}: {counts_text(self.counts)}'), inside=0)
     for text in self.repaired: lines += wrapped(text, 'repaired: ', 0)
     for problem in self.problems[:MOST]: lines += ['', *problem_lines(problem)]
     if (more := len(self.problems) - MOST) > 0: lines += ['', f'and {more} more']
@@ -121,7 +123,8 @@ def _repr_html_(self:VerifyResult):
     head = ''.join(f'<th>{name}</th>' for name in ('', 'what', 'why', 'needed by', 'what to do'))
     body = ''.join(f'<tr>{row}</tr>' for row in rows)
     table = f'<table class="dataframe"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-    above = [f'{self.path}: {counts_text(self.counts)}', *map('repaired: {}'.format, self.repaired)]
+    above = [as_seen_from_here(f'{self.path}: {counts_text(self.counts)}'),
+             *map('repaired: {}'.format, self.repaired)]
     return ''.join([*(f'<p>{html_text(line)}</p>' for line in above), table * bool(rows),
                     *(f'<p>{html_text(line)}</p>' for line in last_lines(self))])
 
@@ -129,11 +132,19 @@ def _repr_html_(self:VerifyResult):
 def kind_of_path(path): # 'run', 'saves', 'file'; FileNotFoundError, ValueError for anything else
     "What there is to verify"
     if not os.path.lexists(path): raise FileNotFoundError(f'there is no {path}')
-    if path.suffix == '.json': raise ValueError(f'{path} is a part of a run: name its folder')
+    if path.suffix in ('.json', '.journal'):
+        raise ValueError(f'{path} is a part of a run: name its folder')
+    if path.is_file() and path.suffix != '.safetensors' and not may_hold_tensors(path):
+        raise ValueError(f'{path} is a file that holds no tensors, and no folder of a run or of '
+                         'saves: name one, or a file of learn.save')
     if not path.is_dir(): return 'file'
     if (path/'format.json').exists() or (path/'nodes').is_dir(): return 'run'
     if list_saves(path) or listed(path, 'save-*.damaged'): return 'saves'
     raise ValueError(f'{path} is neither the folder of a run nor one of saves: name one, or a file')
+
+def may_hold_tensors(path): # bool
+    "Whether a file begins as safetensors do, with a length and JSON"
+    with open_regular(path) as file: return file.read(9)[8:] == b'{'
 
 CHECKS = {'run': check_run, 'saves': lambda path: check_saves(path, path),
           'file': lambda path: check_settled(path, lambda: check_save(path, path.parent))}
@@ -154,6 +165,8 @@ def verify(path:str|Path, # folder of a run, folder of saves, or a file
 # %% ../../nbs/checkpoints/18_verify.ipynb #e31dc3fb
 def repair_run(folder, found): # list of str, what was done
     "Keep what is sound in a run, and set aside what is damaged"
+    blocking = {'format.json', 'locks', *SUBFOLDERS}
+    if any(one.what in blocking for one in found.problems): return []  # people have to decide
     store, done = Store(folder), []
     with store.writing(beats=True):
         done += remove_left_over(folder, found)
@@ -161,10 +174,13 @@ def repair_run(folder, found): # list of str, what was done
             if os.path.lexists(path): done.append(f'packs/{path.name}: {store.replace_pack(path)}')
         done += recover_tensors(store)
         for one in found.problems:
-            if not one.what.startswith('answers/') or one.kind != 'damaged': continue
-            path = folder/one.what
-            rename(path, path.with_name(f'{path.name}.damaged'))
-            done.append(f'{one.what}: it is set aside as {path.name}.damaged')
+            if one.kind != 'damaged': continue
+            path, aside = folder/one.what, f'it is set aside as {Path(one.what).name}.damaged'
+            if one.what.startswith('answers/'):
+                rename(path, path.with_name(f'{path.name}.damaged'))
+                done.append(f'{one.what}: {aside}')
+            if one.what.startswith('studies/'):
+                done.append(f'{one.what}: {aside}; lines kept: {keep_sound_lines(path)}')
     return done
 
 def remove_left_over(folder, found): # list of str
@@ -220,4 +236,6 @@ def verify(self:Checkpointed,
           ) -> VerifyResult:
     "Read all of the run, and say what is damaged or lost, what needs it, what gives it back"
     self.ledger.check_idle('verify')
-    return self.ledger.on_main(lambda: verify(self.ledger.local_store.folder, repair))
+    folder = self.ledger.local_store.folder
+    if folder.exists() and not folder.is_dir(): raise StoreError(f'{folder} is no folder any more')
+    return self.ledger.on_main(lambda: verify(folder, repair))

@@ -87,6 +87,13 @@ def kind_of_path(path: Any) -> Any:
     Returns:
         'run', 'saves', 'file'; FileNotFoundError, ValueError for anything else
     """
+
+def may_hold_tensors(path: Any) -> bool:
+    """Whether a file begins as safetensors do, with a length and JSON
+
+    Returns:
+        bool
+    """
 CHECKS: dict[str, Any]
 
 def verify(path: str | Path, repair: bool = False) -> VerifyResult:

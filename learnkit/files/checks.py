@@ -89,12 +89,15 @@ def check_settled(path, check): # Findings; check: function that returns them
     "What a check finds in a file that is not replaced meanwhile; nothing where it is removed"
     for _ in range(TRIES):
         before = mark_of(path)
-        found = check()
+        try: found = check()
+        except FileNotFoundError as error:  # something beside it has just been removed
+            found = Findings([problem_at(path.name, path, error)])
         after = mark_of(path)
         if not found.problems or before == after is not None: break
         if after is None and not os.path.lexists(path): return Findings()
     return found
 
+# %% ../../nbs/files/15_checks.ipynb #3aced6a8
 def check_digests_in_names(path): # None
     "DamagedError for a pack, or a tensor that saves share, that is not as it was written"
     names = read_spans(path).keys()

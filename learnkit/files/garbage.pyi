@@ -5,7 +5,7 @@
 from dataclasses import dataclass
 from typing import Any
 __all__ = [
-    'Garbage', 'remove_if_empty'
+    'Garbage'
 ]
 
 @dataclass

@@ -35,6 +35,12 @@ def id_text(id): # str
     "An id as it is written in code: `1` is not `'1'`"
     return repr(id)
 
+def ids_text(ids, most=20): # str
+    "Ids for people, who read no thousands of them"
+    ids, more = list(ids), len(ids) - most
+    text = ', '.join(map(id_text, ids[:most])) or 'none'
+    return f'{text} and {more:,} more' if more > 0 else text
+
 def parse_id(text:str): # the id
     "The id that a word of the command line stands for"
     if len(text) > 1 and text[0] == text[-1] and text[0] in '\'"': return check_id(text[1:-1])

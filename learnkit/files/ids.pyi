@@ -30,6 +30,13 @@ def id_text(id: Any) -> str:
         str
     """
 
+def ids_text(ids: Any, most: Any = 20) -> str:
+    """Ids for people, who read no thousands of them
+
+    Returns:
+        str
+    """
+
 def parse_id(text: str) -> Any:
     """The id that a word of the command line stands for
 

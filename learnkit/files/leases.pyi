@@ -10,7 +10,7 @@ from ..files.errors import LockedError
 from ..files.owners import Owner
 _Self = TypeVar('_Self')
 __all__ = [
-    'Lease', 'LostLeaseError', 'ended_leases'
+    'LostLeaseError'
 ]
 
 @dataclass(frozen=True)

@@ -47,14 +47,18 @@ SUBFOLDERS = 'nodes', 'answers', 'packs', 'work', 'studies'
 
 @patch
 def subfolder(self:Store, name): # Path
-    "A folder of the store; StoreError unless it is one, since what is in it gets deleted"
-    path = self.folder/name
+    "A folder of the store"
+    check_subfolder(path := self.folder/name)
+    return path
+
+def check_subfolder(path):
+    "StoreError unless a folder of a store is one, or not there; what is in it gets deleted"
     if path.is_symlink():
         raise StoreError(f'{path} is a link, and a store keeps all it has in its own folder: '
                          'put the folder itself there')
     if path.exists() and not path.is_dir(): raise StoreError(f'{path} is no folder: move it away')
-    return path
 
+# %% ../../nbs/files/08_store.ipynb #6c2337e3
 @patch
 def check_format(self:Store):
     "Read the format, if there is a store; raise StoreError for one that cannot be read here"
@@ -66,7 +70,8 @@ def check_format(self:Store):
         self.format = None  # also when another process has removed the store
         return
     except NotADirectoryError: raise StoreError(f'{self.folder} is no folder') from None
-    except ValueError as error: raise DamagedError(f'{path} is damaged: {error}') from None
+    except ValueError as error:
+        raise DamagedError(f'{path} is damaged: it is no JSON ({error})') from None
     number = found.get('format') if type(found) is dict else None
     if type(number) is int and number > FORMAT:
         raise StoreError(f'{self.folder} is of format {number}, which a newer learnkit wrote; '
@@ -346,7 +351,16 @@ def delete(self:Store, id)->None:
     path = self.record_path(id)
     if not path.exists(): raise KeyError(f'there is no checkpoint {id_text(id)} in {self.folder}')
     self.check_claim(id)
+    self.note_deleted(id)
     remove_path(self.answers_folder(id))
     unlink(path)
     sync_folder(path.parent)
     for folder in (self.calls_folder(id), self.work(id)): remove_path(folder)
+
+# %% ../../nbs/files/08_store.ipynb #0c478e3a
+@patch
+def note_deleted(self:Store, id):
+    "A trial of a study may name the checkpoint; then it is known that it was not lost"
+    if not (studies := self.subfolder('studies')).exists(): return
+    make_folder(studies/'deleted')
+    write_bytes(studies/'deleted'/file_name(id), b'')

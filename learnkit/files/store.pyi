@@ -214,7 +214,7 @@ class Store:
             str, what was done
         """
     def subfolder(self, name: Any) -> Path:
-        """A folder of the store; StoreError unless it is one, since what is in it gets deleted
+        """A folder of the store
 
         Returns:
             Path
@@ -351,4 +351,9 @@ class Store:
         """The same, as a running call was saved to a folder"""
     def delete(self, id: Any) -> None:
         """Delete a checkpoint, and then the saves of its running call; `gc` frees its tensors"""
+    def note_deleted(self, id: Any) -> None:
+        """A trial of a study may name the checkpoint; then it is known that it was not lost"""
 SUBFOLDERS: tuple[str, ...]
+
+def check_subfolder(path: Any) -> None:
+    """StoreError unless a folder of a store is one, or not there; what is in it gets deleted"""

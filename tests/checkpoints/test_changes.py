@@ -12,7 +12,9 @@ from counting import Fits
 from learnkit import (
     Callback, CheckpointedLearner, EMA, GradientClip, Progress, SaveBest, StaleCheckpoint,
     MixedPrecision, accuracy)
+from learnkit.checkpoints.lineage import delete_checkpoint
 from learnkit.files.errors import StoreError
+from learnkit.files.store import Store
 
 
 @pytest.fixture(autouse=True)
@@ -465,3 +467,36 @@ def test_a_function_that_is_put_somewhere_is_told(tmp_path, monkeypatch, place):
     if place == 'torch':
         monkeypatch.setattr(torch.nn.functional, 'relu', lambda x, inplace=False: x.clamp(0))
     with pytest.raises(StaleCheckpoint, match='get_loss|AdamW.step|functional.relu|method'): run()
+
+
+@pytest.mark.parametrize('deleted', ['parent', 'child'])
+@pytest.mark.parametrize('reads', range(6))
+def test_a_rollback_beside_a_delete(tmp_path, monkeypatch, deleted, reads):
+    "By another process, at any moment: it goes there, or says that it is gone and changes nothing"
+    learn = make(tmp_path)
+    with learn.checkpoint('parent') as cp: cp.fit(1)
+    with learn.checkpoint('child') as cp: cp.validate()
+    expected = digest(learn)
+    with learn.checkpoint('other') as cp: cp.fit(1)
+    before, read, n = digest(learn), Store.read, []
+    def read_beside(*args, **kwargs):
+        n.append(1)
+        if len(n) == reads + 1:
+            monkeypatch.undo()
+            delete_checkpoint(Store(tmp_path / 'run'), deleted, force=True)
+            Store(tmp_path / 'run').gc(dry_run=False)
+        return read(*args, **kwargs)
+    monkeypatch.setattr(Store, 'read', read_beside)
+    try: learn.rollback('child')
+    except KeyError as error:
+        assert "there is no checkpoint 'child' in" in str(error) and deleted == 'child'
+        assert digest(learn) == before and learn.ledger.position.id == 'other'
+    else: assert digest(learn) == expected and learn.ledger.position.id == 'child'
+
+
+def test_ids_that_are_there_are_not_all_told(tmp_path):
+    learn = make(tmp_path)
+    for id in range(30):
+        with learn.checkpoint(id): pass
+    with pytest.raises(KeyError, match='no checkpoint 77 in .*; have: 0, 1, .*, 19 and 10 more'):
+        learn.rollback(77)

@@ -9,7 +9,12 @@ from torch.optim import SGD
 from learnkit import *
 from learnkit.checkpoints.learner import CheckpointedLearner
 from learnkit.checkpoints.ledger import Ledger
+from learnkit.checkpoints.lineage import delete_checkpoint
 from learnkit.checkpoints.record import StaleCheckpoint
+from learnkit.checkpoints.stages import names, stage_tree, walk
+from learnkit.files.errors import DamagedError
+from learnkit.files.journal import Journal
+from learnkit.files.store import Store
 from learnkit.files.tree import tree_digest
 
 optuna = pytest.importorskip('optuna')
@@ -253,7 +258,8 @@ def test_changed_values_and_data_are_told(tmp_path):
     make(tmp_path).study('s').run(job, n_trials=2)
     learn = make(tmp_path)
     with learn.checkpoint('x') as cp: cp.fit(1)
-    with pytest.raises(StaleCheckpoint, match="it began at 'start-of-studies'.*stands at 'x'"):
+    began = "it began at checkpoint 'start-of-studies', and the learner stands at checkpoint 'x'"
+    with pytest.raises(StaleCheckpoint, match=began):
         learn.study('s').run(job, n_trials=2)
 
 
@@ -364,6 +370,9 @@ def test_two_workers_and_their_errors(tmp_path):
     study.run(job, n_trials=8, workers=2)
     assert len(study.trials) == 8 and trained(tmp_path) == union(study)
     assert {*study.trials.state} == {'complete'}
+    opened = [each['worker_id'] for each in Journal(journal_of(tmp_path)).read_logs(0)
+              if each['op_code'] == 0]
+    assert len({*opened[-2:]}) == 2  # optuna tells copies apart
     def breaks(cp, trial): 1 / 0
     other = make(tmp_path).study('t')
     with pytest.raises(RuntimeError, match='(?s)a worker of the study failed:.*ZeroDivisionError'):
@@ -401,3 +410,298 @@ def test_killed_and_run_again(tmp_path, kills):
         (tmp_path / 'alone').mkdir(exist_ok=True)
         assert row.value == alone(tmp_path, row[['lr_0', 'lr_1', 'lr_2']])
     assert not [*(tmp_path / 'run/locks').glob('*run.*')]
+
+
+def in_copy(function): # id of a process
+    if pid := os.fork(): return pid
+    code = 99
+    try:
+        function()
+        code = 0
+    finally: os._exit(code)
+
+
+def journal_of(folder, name='s'): return folder / f'run/studies/{name}.journal'
+
+
+def change(path, old, new):
+    data = path.read_bytes()
+    assert old in data
+    path.write_bytes(data.replace(old, new, 1))
+
+
+def test_a_torn_journal_goes_on(tmp_path):
+    study = make(tmp_path).study('s', sampler=grid(0))
+    study.run(job, 3)
+    path, values = journal_of(tmp_path), list(study.trials.value)
+    whole = path.read_bytes()
+    for cut in (1, 40, whole.count(b'}'), len(whole.splitlines()[-1]) - 1):
+        path.write_bytes(whole[:-cut])
+        found = verify(tmp_path / 'run')
+        assert found.sound and found.left_over == ['studies/s.journal, the beginning of a line']
+        again = make(tmp_path).study('s', sampler=grid(0))
+        again.run(job, 3)
+        assert list(again.trials.value) == values
+        assert verify(tmp_path / 'run').left_over == []
+    assert trained(tmp_path) == union(again)
+
+
+def test_a_damaged_journal_is_told_and_repaired(tmp_path):
+    study = make(tmp_path).study('s', sampler=grid(0))
+    study.run(job, 5)
+    path, before = journal_of(tmp_path), trained(tmp_path)
+    whole = path.read_bytes()
+    places = random.Random(0).sample(range(len(whole) - 1), 40)
+    for place in places:
+        changed = bytearray(whole)
+        changed[place] ^= 1
+        path.write_bytes(changed)
+        one, = verify(tmp_path / 'run').problems
+        n = whole[:place].count(b'\n') + 1
+        assert (one.kind, one.what) == ('damaged', 'studies/s.journal')
+        assert f'line {n} of' in one.why
+        assert one.depends == ["study 's', from there on"]
+    with pytest.raises(DamagedError, match='line .* is not as it was.*verify --repair'):
+        make(tmp_path).study('s')
+    path.write_bytes(whole)
+    change(path, b'"trial_id":4', b'"trial_id":5')
+    done = verify(tmp_path / 'run', repair=True)
+    assert done.sound and 'lines kept' in done.repaired[0]
+    assert path.with_name('s.journal.damaged').exists()
+    study = make(tmp_path).study('s', sampler=grid(0))
+    study.run(job, 5)
+    assert len(study.trials) == 5 and before <= trained(tmp_path) == union(study)
+
+
+def test_verify_tells_of_trials_what_is_gone_or_damaged(tmp_path):
+    learn = make(tmp_path)
+    study = learn.study('s', sampler=grid(0))
+    study.run(job, 4)
+    found = verify(tmp_path / 'run')
+    assert found.sound and found.counts['trials'] == 4
+    ends = list(study.trials.id)
+    path = tmp_path / f'run/nodes/{ends[1]}.json'
+    record = path.read_bytes()
+    path.write_bytes(record[:-9])
+    one, = verify(tmp_path / 'run').problems
+    assert one.kind == 'damaged' and "the end of trial 1 of study 's'" in one.depends
+    path.unlink()
+    one, = verify(tmp_path / 'run').problems
+    assert (one.kind, one.what) == ('lost', "trial 1 of study 's'") and ends[1] in one.why
+    path.write_bytes(record)
+    learn.delete_checkpoint(ends[1])  # on purpose
+    assert verify(tmp_path / 'run').sound
+    call = Store(tmp_path / 'run').read(ends[2])['calls'][0]
+    assert call['state'] is not None
+    for pack in (tmp_path / 'run/packs').iterdir(): pack.unlink()
+    lost = [one for one in verify(tmp_path / 'run').problems if ends[2] in one.what]
+    assert any("the end of trial 2 of study 's'" in one.depends for one in lost)
+
+
+def one_call(cp, trial):
+    cp.fit(1, trial.suggest_float('lr', 1e-3, 1e-1, log=True))
+    return cp.validate()['loss']
+
+
+def test_a_database_of_several_runs(tmp_path):
+    "A study belongs to one of them"
+    url = f'sqlite:///{tmp_path}/trials.db'
+    study = make(tmp_path).study('s', storage=url)
+    study.run(one_call, 3, workers=2)
+    assert len(study.trials) == 3
+    make(tmp_path).study('s', storage=url).run(one_call, 4)
+    with pytest.raises(ValueError, match="'s' in this storage is of the run in .*run, and not of .*"
+                                         'other: give another name, or another storage'):
+        make(tmp_path, name='other').study('s', storage=url)
+    make(tmp_path, name='other').study('t', storage=url).run(one_call, 1)
+    alien = optuna.create_study(study_name='alien', storage=url)
+    alien.optimize(lambda trial: 1., 1)
+    with pytest.raises(ValueError, match='is of something else than a learner'):
+        make(tmp_path).study('alien', storage=url)
+    asked = optuna.create_study(study_name='asked', storage=url)
+    asked.enqueue_trial({'lr': 0.02})
+    study = make(tmp_path).study('asked', storage=url)
+    study.run(one_call, 1)
+    assert list(study.trials.lr) == [0.02]
+    with pytest.raises(ValueError, match=r"storage='nonsense://\.\.\.@host' cannot be used"):
+        make(tmp_path).study('s', storage='nonsense://me:secret@host')
+
+
+def slow(cp, trial, last=2):
+    cp.fit(1, trial.suggest_categorical('lr', RATES))
+    if trial.number == last: time.sleep(1.5)
+    return -float(trial.number)
+
+
+@pytest.mark.parametrize('is_killed', [False, True])
+def test_the_last_trial_of_another_process_is_waited_for(tmp_path, is_killed, capsys):
+    options = {'sampler': optuna.samplers.RandomSampler(seed=0)}
+    make(tmp_path).study('s', **options).run(slow, 2)
+    pid = in_copy(lambda: make(tmp_path).study('s', **options).run(slow, 3))
+    learn = make(tmp_path)
+    learn.add_cb(Progress(bar=False))
+    study = learn.study('s', **options)
+    while not study.running(): time.sleep(0.01)
+    if is_killed:
+        time.sleep(0.3)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        def slow_here(cp, trial): return slow(cp, trial)
+    study.run(slow, 3)
+    said = capsys.readouterr().out
+    assert ('waits for trial 2 of process' in said) == (not is_killed)
+    assert list(study.trials.state) == ['complete'] * 3 and study.best.number == 2
+    if not is_killed: assert os.waitpid(pid, 0)[1] == 0
+
+
+def test_who_is_waited_for_is_killed(tmp_path):
+    "Then the trial is made here"
+    options = {'sampler': optuna.samplers.RandomSampler(seed=0)}
+    pid = in_copy(lambda: make(tmp_path).study('s', **options).run(partial(slow, last=0), 1))
+    learn = make(tmp_path)
+    study = learn.study('s', **options)
+    while not study.running(): time.sleep(0.01)
+    def kill():
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    learn.ledger.show = lambda text: 'waits for' in text and kill()
+    study.run(partial(slow, last=0), 1)
+    assert list(study.trials.state) == ['complete']
+
+
+def test_parts_that_cannot_be(tmp_path):
+    learn = make(tmp_path)
+    for name, x in (('sampler', 'tpe'), ('pruner', optuna.pruners.MedianPruner), ('storage', 3)):
+        with pytest.raises(TypeError, match=f'{name}=.*must be one of optuna, such as optuna'):
+            learn.study('s', **{name: x})
+    for storage in (optuna.storages.InMemoryStorage(), 'sqlite:///:memory:'):
+        study = learn.study('s', storage=storage)
+        with pytest.raises(ValueError, match='workers=2: the storage of .* in the memory'):
+            study.run(one_call, 2, workers=2)
+        study.run(one_call, 1)
+        assert len(study.trials) == 1
+
+
+def test_a_package_that_a_sampler_needs(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'cmaes', None)
+    def two(cp, trial):
+        trial.suggest_float('x', 0, 1)
+        return one_call(cp, trial)
+    study = make(tmp_path).study('s', sampler=optuna.samplers.CmaEsSampler(seed=0))
+    with pytest.raises(ImportError, match="CmaEsSampler needs the package 'cmaes'.*pip install"):
+        study.run(two, 3)
+    def lacks(cp, trial): import nothing_of_this_name
+    with pytest.raises(ImportError, match="No module named 'nothing_of_this_name'"):
+        make(tmp_path).study('t').run(lacks, 1)
+
+
+@pytest.mark.parametrize('workers', [1, 2])
+@pytest.mark.parametrize('sampler', [
+    lambda: optuna.samplers.BruteForceSampler(seed=0),
+    lambda: optuna.samplers.GridSampler({'lr': RATES}, seed=0)], ids=['brute force', 'grid'])
+def test_nothing_is_tried_twice_by_who_tries_all(tmp_path, sampler, workers):
+    def job(cp, trial):
+        cp.fit(1, trial.suggest_categorical('lr', RATES))
+        return cp.validate()['loss']
+    for n in (2, 9, 9):
+        study = make(tmp_path).study('s', sampler=sampler())
+        study.run(job, n, workers=workers)
+    assert sorted(study.trials.lr) == RATES
+    def again(cp, trial): return -job(cp, trial)
+    study = make(tmp_path, on_change='rerun').study('s', sampler=sampler())
+    study.run(again, 2)
+    study.run(again, 9)
+    assert sorted(study.trials.lr) == RATES and (study.trials.value < 0).all()
+
+
+def test_a_study_begun_anew_by_two_or_by_one_that_is_killed(tmp_path, monkeypatch):
+    "All trials of the version before are asked for, once"
+    def job(cp, trial): return one_call(cp, trial)
+    make(tmp_path).study('s').run(job, 4)
+    def other(cp, trial): return one_call(cp, trial) + 1
+    learn = make(tmp_path, on_change='rerun')
+    one, two = learn.study('s'), make(tmp_path, on_change='rerun').study('s')
+    calls, add = [], optuna.Study.add_trial
+    def killed(*args):
+        calls.append(1)
+        if len(calls) == 3: raise KeyboardInterrupt
+        add(*args)
+    monkeypatch.setattr(optuna.Study, 'add_trial', killed)
+    with pytest.raises(KeyboardInterrupt): one.run(other, 4)
+    monkeypatch.undo()
+    two.run(other, 4)
+    learn.study('s').run(other, 4)
+    assert len(two.trials) == 4 and (two.trials.value > 1).all()
+    assert two.study.study_name == 's/2' and len(two.study.get_trials()) == 4
+
+
+def test_names_of_leases_do_not_clash(tmp_path):
+    learn = make(tmp_path)
+    found = [learn.study(name).lease(number).name for name in ('a', 'a-1', 'a.1', 'a.000001', 'A')
+             for number in (None, 1, 11)]
+    assert len({*found}) == len(found)
+    ids = [learn.ledger.local_store.claim_of(id).name for id in ('a', 'study-a', 1)]
+    assert not {*found} & {*ids} and all('@' in name for name in found)
+
+
+def test_a_fork_to_what_is_not_there(tmp_path):
+    def job(cp, trial): cp.fork('nope')
+    with pytest.raises(KeyError, match="no checkpoint 'nope' in .*have: 'start-of-studies'"):
+        make(tmp_path).study('s').run(job, 1)
+
+
+def boxes_of(ax): # of all texts inside
+    ax.figure.canvas.draw()
+    return [text.get_window_extent() for text in ax.texts if text.get_text()]
+
+
+def overlapping(boxes):
+    return [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
+
+
+def test_names_of_stages_do_not_overlap(tmp_path):
+    def drops(cp, trial):
+        first = trial.suggest_int('first', 1, 4)
+        for epoch in range(12): cp.fit(1, 1e-2 / 2**max(0, epoch - first))
+        return cp.validate()['loss']
+    study = make(tmp_path).study('s', sampler=optuna.samplers.BruteForceSampler(seed=0))
+    study.run(drops, 4)
+    boxes = boxes_of(study.plot_tree())
+    assert len(boxes) > 4 and not overlapping(boxes)
+
+
+def test_forks_begin_where_they_go_on(tmp_path):
+    ends = {}
+    def job(cp, trial):
+        lr = trial.suggest_categorical('lr', RATES)
+        if trial.number == 1: cp.fork(ends[0])
+        if trial.number == 2: cp.fork('other')
+        cp.fit(1, lr)
+        if trial.number == 3: cp.fork(ends[1])
+        if trial.number == 3: cp.fit(1, lr)
+        ends[trial.number] = cp.id
+        return cp.validate()['loss']
+    learn = make(tmp_path)
+    with learn.checkpoint('base') as cp: cp.fit(2, 1e-2)
+    with learn.checkpoint('other') as cp:
+        cp.fit(1, 1e-2)
+        cp.fit(1, 1e-3)
+    learn.rollback('base')
+    study = learn.study('s', sampler=optuna.samplers.RandomSampler(seed=0))
+    study.run(job, 4)
+    calls = {id for trial in study.done() for id in trial.user_attrs['ids'][1:]}
+    tree = stage_tree(learn.ledger.read, calls, dict.fromkeys(study.trials.id))
+    steps = {stage.id: stage.steps for stage in walk(tree)}
+    assert tree.id == 'base'
+    assert [steps[id] / STEPS for id in study.trials.id] == [1, 2, 3, 3]
+    ax = study.plot_tree()
+    assert not overlapping(boxes_of(ax)) and ax.get_xlim()[1] == pytest.approx(3 * STEPS * 1.01)
+
+
+def test_a_tree_of_thousands_of_stages():
+    "Is no deeper than Python can go"
+    class Node:
+        def __init__(self, id): self.id, self.parent, self.calls = id, id - 1 if id else None, []
+    tree = stage_tree(Node, {*range(1, 5000)}, {4999: []})
+    assert len([*walk(tree)]) == 5000 and [*names(tree)] != []
+    assert tree.row == 0

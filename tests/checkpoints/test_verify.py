@@ -4,10 +4,12 @@ from dataclasses import replace
 import pytest
 import torch
 from checkpoint_runs import digest, make, script
-from learnkit import DataLoaders, Learner, SaveState, save_tree, verify
+from learnkit import Callback, DataLoaders, Learner, SaveState, save_tree, verify
+from learnkit.checkpoints import run_checks
 from learnkit.checkpoints.lineage import Lineage
 from learnkit.checkpoints.tree import tree_text
 from learnkit.cli import main
+from learnkit.files.errors import StoreError
 from learnkit.files.owners import this_process
 from learnkit.files.records import parse_record_1, record_text, referenced_digests
 from learnkit.files.spans import read_spans
@@ -441,3 +443,85 @@ def test_long_and_deep_texts_take_no_time(root, capsys):
         assert main([*command, '--root', str(root)]) in (0, 1)
     verify(root / 'run')
     assert time.monotonic() - began < 20
+
+
+def broken_off(root):
+    "A run whose last call has saved, and is to go on; returns the folder of its saves"
+    def breaks(learn):
+        if learn.epoch == 1: raise ZeroDivisionError
+    learn = make(root)
+    with pytest.raises(ZeroDivisionError), learn.checkpoint('b') as cp:
+        cp.fit(3, cbs=Callback(before_epoch=breaks))
+    return root / 'run/work/b/0'
+
+
+@pytest.mark.parametrize('when', ['before', 'after'])
+def test_saves_that_vanish_while_they_are_read(tmp_path, monkeypatch, when):
+    saves, check = broken_off(tmp_path), run_checks.check_saves
+    assert verify(tmp_path / 'run').counts['saves'] == 1
+    def ends(*args):
+        if when == 'after': check(*args)
+        shutil.rmtree(saves, ignore_errors=True)
+        return check(*args)
+    monkeypatch.setattr(run_checks, 'check_saves', ends)
+    assert verify(tmp_path / 'run').sound
+
+
+def test_saves_that_are_being_removed(tmp_path, monkeypatch):
+    "What is no longer whole of them is no damage once the call is complete"
+    saves, check = broken_off(tmp_path), run_checks.check_saves
+    with make(tmp_path / 'complete').checkpoint('b') as cp: cp.fit(3)
+    save, = saves.glob('*/save-*.safetensors')
+    save.write_bytes(save.read_bytes()[:-1])
+    one, = verify(tmp_path / 'run').problems
+    assert one.depends == ["checkpoint 'b', call 0, which is not complete"]
+    assert one.recomputable and one.what == 'work/b/0/0/save-000001.safetensors'
+    def ends(*args):
+        found = check(*args)
+        shutil.copytree(tmp_path / 'complete/run', tmp_path / 'run', dirs_exist_ok=True)
+        shutil.rmtree(tmp_path / 'run/nodes/b.calls', ignore_errors=True)
+        return found
+    monkeypatch.setattr(run_checks, 'check_saves', ends)
+    assert verify(tmp_path / 'run').sound
+
+
+def test_folders_that_vanish_while_they_are_listed(root, monkeypatch):
+    original, gone = type(root).glob, []
+    def glob(path, pattern):
+        if pattern not in gone: raise FileNotFoundError(2, 'just now', gone.append(pattern))
+        return original(path, pattern)
+    monkeypatch.setattr(type(root), 'glob', glob)
+    assert verify(root / 'run').sound and len(gone) > 4
+
+
+def test_a_damaged_format_is_explained_and_not_repaired(root):
+    path = root / 'run/format.json'
+    for text, why in (('', 'is no JSON'), ('[]', 'None is no format'), (None, 'is missing')):
+        path.unlink()
+        if text is not None: path.write_text(text)
+        else: path.with_name('notes.txt').touch()
+        for repair in (False, True):
+            found = verify(root / 'run', repair=repair)
+            one, = found.problems
+            assert why in one.why and 'cannot be opened' in one.depends[0] and found.repaired == []
+            assert one.advice.startswith('put back a copy; a run of this version of learnkit has')
+        path.touch()
+
+
+def test_folders_of_a_run_that_are_none(root, capsys):
+    run = root / 'run'
+    for name in ('nodes', 'answers', 'packs', 'work', 'studies', 'locks'):
+        if (run / name).exists(): (run / name).rename(run / 'aside')
+        (run / name).write_text('x')
+        for repair in (False, True):
+            first = verify(run, repair=repair).problems[0]
+            assert (first.kind, first.what) == ('damaged', name) and 'is no folder' in first.why
+        (run / name).unlink()
+        if (run / 'aside').exists(): (run / 'aside').rename(run / name)
+    learn = make(root)
+    shutil.rmtree(run)
+    run.write_text('something else')
+    with pytest.raises(StoreError, match='run is no folder any more'): learn.verify()
+    with pytest.raises(ValueError, match='holds no tensors, and no folder of a run'): verify(run)
+    assert main(['verify', 'run', '--root', str(root)]) == 2
+    assert 'holds no tensors, and no folder of a run' in capsys.readouterr().err
