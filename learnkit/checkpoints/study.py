@@ -20,6 +20,7 @@ from ..files.leases import Lease
 from ..files.tree import json_digest
 from .record import StaleCheckpoint, differing, state_at
 from .ledger import digests_of
+from .uploads import wait_for_uploads
 from .recording import recording
 from .checkpointed import Checkpointed
 from .lineage import number_text
@@ -296,7 +297,9 @@ def run(self:Study,
     self.check_unchanged()
     self.compare(job)
     if workers == 1: self.work(job, n_trials)
-    else: run_copies(workers, self.work, job, n_trials)
+    else:
+        wait_for_uploads(ledger)  # a copy of a process has none of its threads
+        run_copies(workers, self.work, job, n_trials)
 
 # %% ../../nbs/checkpoints/20_study.ipynb #71ba2cfe
 def run_copies(n, work, *args):

@@ -12,6 +12,7 @@ from ..files.ids import check_id, id_text
 from ..files.tree import json_digest, tree_digest
 from .record import Position
 from .host import method_kind
+from .uploads import fetch_missing
 from .changes import PlanEnds
 from .recording import recording
 
@@ -123,6 +124,7 @@ def ask(self:Trail, method, args, kwargs): # the answer
 def fork(self:Trail, id):
     "Go on from another checkpoint"
     ledger, position = self.ledger, Position(check_id(id))
+    fetch_missing(ledger, position.id)
     ledger.check_finished(position)
     ledger.host.put_together(self.objects)
     self.calls = self.structural.get(position.id, [])

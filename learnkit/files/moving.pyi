@@ -4,6 +4,7 @@
 """Tensors and saves between a store and a remote folder"""
 from typing import Any
 __all__ = []
+HEAD: int
 
 def check_arrived(path: Any, sizes: Any, file: Any, remote: Any) -> None:
     """Raise DamagedError unless all tensors of a file are as their names say"""
