@@ -16,6 +16,7 @@ from learnkit.checkpoints.transfer import pull_run, push_run
 from learnkit.cli import main
 from learnkit.files.errors import DamagedError
 from learnkit.files.remote import Remote, RemoteError
+from learnkit.files.saves import save_next
 from learnkit.files.store import Store
 from learnkit.loop.progress import Progress
 
@@ -209,6 +210,23 @@ def test_what_is_damaged_here_does_not_get_there(run, tmp_path):
     try: pull_run(there, Remote(f'file://{tmp_path}/there'))
     except DamagedError: raise AssertionError('what is there must be whole') from None
     contents(there)
+
+
+def test_the_parts_of_a_save_travel(tmp_path):
+    "Those that several processes have written, in folders beside it"
+    remote, target = Remote(f'flaky://{tmp_path}/there'), 'saves/1/0'
+    here, there = Store(tmp_path / 'here'), Store(tmp_path / 'elsewhere')
+    save = save_next({'epoch': 1}, here.work(1) / '0')
+    part = save.with_suffix('.parts') / 'one' / 'rank-0.safetensors'
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b'what this process has')
+    assert here.send_save(remote, save.parent, target, {})
+    assert there.fetch_save(remote, target, there.work(1) / '0')
+    found = [path for path in (tmp_path / 'elsewhere').rglob('*') if path.is_file()]
+    assert {path.name for path in found} >= {save.name, part.name}
+    fetched, = [path for path in found if path.name == part.name]
+    assert fetched.read_bytes() == part.read_bytes()
+    assert fetched.relative_to(there.work(1)) == part.relative_to(here.work(1))
 
 
 # Machines that are lost
