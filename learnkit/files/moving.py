@@ -27,6 +27,7 @@ from .remote import Remote, RemoteError
 def has_run(self:Remote): # bool
     "Whether a run was pushed to the folder; RemoteError if what is there cannot be read here"
     there = self.entries()
+    if self.is_local: check_is_outside(Path(self.path), self.name)
     if 'learnkit.json' not in there:
         if 'format.json' in there or 'nodes' in there:
             raise RemoteError(f'{self.name} is a run itself, which learners write to, and no place '
@@ -45,6 +46,13 @@ def has_run(self:Remote): # bool
 def make_run(self:Remote):
     "Make the folder one that runs are pushed to"
     if not self.has_run(): self.send(json.dumps({'format': FORMAT}).encode(), 'learnkit.json')
+
+def check_is_outside(path, name):
+    "Raise RemoteError for a folder inside of a run"
+    for folder in path.parents:
+        if (folder/'format.json').exists() and (folder/'nodes').exists():
+            raise RemoteError(f'{name} is inside of the run {folder}, which clears up what is not '
+                              'its own: give another folder')
 
 # %% ../../nbs/files/17_moving.ipynb #b4e6183c
 HEAD = 2**16  # bytes that are read of each object, most headers among them

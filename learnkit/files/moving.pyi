@@ -4,6 +4,9 @@
 """Tensors and saves between a store and a remote folder"""
 from typing import Any
 __all__ = []
+
+def check_is_outside(path: Any, name: Any) -> None:
+    """Raise RemoteError for a folder inside of a run"""
 HEAD: int
 
 def check_arrived(path: Any, sizes: Any, file: Any, remote: Any) -> None:

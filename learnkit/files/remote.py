@@ -115,7 +115,7 @@ def error(self:Remote, error, file, verb): # RemoteError
 
 # %% ../../nbs/files/16_remote.ipynb #b12c64e7
 @patch
-def entries(self:Remote, folder=''): # dict: name -> bytes; None for a folder
+def listing(self:Remote, folder=''): # dict: name -> what the file system says of it
     "What is in a folder; nothing where there is none"
     path = self.at(folder)
     def listed():
@@ -124,8 +124,13 @@ def entries(self:Remote, folder=''): # dict: name -> bytes; None for a folder
     try: found = self.attempt(listed, folder, 'listed at')
     except FileNotFoundError: return {}
     names = {entry['name'].rstrip('/'): entry for entry in found}
-    return {name.rpartition('/')[2]: None if entry['type'] == 'directory' else entry['size']
-            for name, entry in names.items() if name.strip('/') != path.strip('/')}
+    return {name.rpartition('/')[2]: entry for name, entry in names.items()
+            if name.strip('/') != path.strip('/')}
+
+@patch
+def entries(self:Remote, folder=''): # dict: name -> bytes; None for a folder
+    return {name: None if entry['type'] == 'directory' else entry['size']
+            for name, entry in self.listing(folder).items()}
 
 @patch
 def files(self:Remote, folder): # dict: path below the folder -> bytes

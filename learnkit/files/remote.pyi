@@ -54,6 +54,12 @@ class Remote:
         Returns:
             int
         """
+    def last_change(self) -> Any:
+        """When the newest tensors came there
+
+        Returns:
+            seconds since 1970; None where the place keeps no times
+        """
     def record_files(self, id: Any) -> Any:
         """The records of an id
 
@@ -110,10 +116,14 @@ class Remote:
         Returns:
             RemoteError
         """
-    def entries(self, folder: Any = '') -> Any:
+    def listing(self, folder: Any = '') -> Any:
         """What is in a folder; nothing where there is none
 
         Returns:
+            dict: name -> what the file system says of it
+        """
+    def entries(self, folder: Any = '') -> Any:
+        """Returns:
             dict: name -> bytes; None for a folder
         """
     def files(self, folder: Any) -> Any:

@@ -178,6 +178,13 @@ def test_nothing_travels_twice(run, tmp_path):
     assert not push_run(store, Remote(url)).objects
 
 
+def test_no_place_inside_of_a_run(run, tmp_path):
+    store = copied(run, tmp_path / 'ours')
+    for url in (tmp_path / 'ours' / 'packs', f'file://{tmp_path}/ours/a/b'):
+        with pytest.raises(RemoteError, match='is inside of the run'): push_run(store, Remote(url))
+    assert not (tmp_path / 'ours' / 'a').exists()
+
+
 @pytest.mark.parametrize('kind', ['bit', 'short', 'gone', 'record', 'empty record'])
 def test_what_was_damaged_there_is_named(run, tmp_path, kind):
     url = f'file://{tmp_path}/there'
@@ -460,6 +467,8 @@ def test_commands(run, tmp_path, monkeypatch, capsys):
     assert main(['pull', f'{tmp_path}/nothing', 'x']) == 1
     assert main(['pull', f'{tmp_path}/ckpts/mine']) == 1
     told = capsys.readouterr()
+    assert [line.endswith('just now') for line in told.out.splitlines()
+            if line.startswith('mine ')] == [True]
     assert '2 checkpoints' in told.out and 'mine' in told.out
     assert 'there is no run at' in told.err and 'is a run itself' in told.err
     assert not Path('ckpts/x').exists()
