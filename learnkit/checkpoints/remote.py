@@ -69,6 +69,7 @@ class RemoteView(Store):
     def fetch_save(self, remote, target, folder): return 0
     def holds(self, root): return not self.is_filled or super().holds(root) # bool
 
+# %% ../../nbs/checkpoints/19_remote.ipynb #72186414
 @patch
 def total_bytes(self:Remote): # int
     "What tensors and saves take there"

@@ -17,10 +17,10 @@ from ..files.records import (
     MAX_TEXT, RECORD_PARSERS, checked_text, referenced_digests, sealed_digest)
 from ..files.garbage import is_save_needed
 from ..files.remote import Remote, RemoteError
-from learnkit.checkpoints.merging import (
+from .merging import (
     answers_of, check_record, id_beside, includes, is_parent, may_be,
-    is_begun, merged, origin, outgoing, question, stored, stored_of, with_ids, without_begun,
-    without_running)
+    is_begun, merged, origin, outgoing, question, stored, stored_of,
+    with_ids, without_begun, without_running)
 
 # %% ../../nbs/checkpoints/07_transfer.ipynb #673356a2
 @dataclass
@@ -221,6 +221,7 @@ class Seen:
         "Whether all records of an id were fetched, and are still among the ids"
         return all(self.names.get((id, json_digest(record))) in ids for record in self.records[id])
 
+# %% ../../nbs/checkpoints/07_transfer.ipynb #a80697e9
 def pull_run(store, remote, ids=None, seen=None): # Transfer; ids: None for all
     "Fetch what is not here"
     if seen is None: check_run(remote)
@@ -290,6 +291,7 @@ def place_for(store, incoming, record): # (id here, the record that is there or 
     def is_taken(new): return store.read(new, False) is not None
     return id_beside(record, store.read(id, False), is_taken), None
 
+# %% ../../nbs/checkpoints/07_transfer.ipynb #fa18787f
 def what_is_new(incoming, here): # (bool, list of answers)
     "Whether a record says more than the one that is here, and its answers that are not here"
     is_new = here is None or includes(incoming, here) and not includes(here, incoming)
@@ -317,6 +319,7 @@ def write_here(store, incoming, target, here, found): # bool: False if what is h
         if is_new or answers: found.checkpoints.append(target)
     return True
 
+# %% ../../nbs/checkpoints/07_transfer.ipynb #60196901
 def pull_saves(store, remote, record, target, found):
     "Fetch the saves of calls that are not done"
     here, there = store.read(target), save_folders(remote, record['id'])

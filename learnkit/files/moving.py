@@ -83,6 +83,7 @@ def header(self:Remote, file, size, head=None): # dict: digest -> bytes; None if
     except (ValueError, TypeError, KeyError, AttributeError): return None
     return sizes if is_whole and file.endswith(pack_name(sizes)) else None
 
+# %% ../../nbs/files/17_moving.ipynb #be52f89e
 @patch
 def objects(self:Remote, store=None): # dict: name of a whole object -> its tensors
     "What the folder holds; the headers of those that the store has, too, are not asked for"

@@ -132,6 +132,7 @@ def entries(self:Remote, folder=''): # dict: name -> bytes; None for a folder
     return {name: None if entry['type'] == 'directory' else entry['size']
             for name, entry in self.listing(folder).items()}
 
+# %% ../../nbs/files/16_remote.ipynb #50469620
 @patch
 def files(self:Remote, folder): # dict: path below the folder -> bytes
     "The files in a folder and in those inside of it"
