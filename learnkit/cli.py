@@ -77,14 +77,17 @@ def run_row(root, name): # (name, checkpoints, bytes, last change), as text
     try:
         store = Store(Path(root)/name, name)
         times = [path.stat().st_mtime for path in (store.folder/'nodes').glob('*.json')]
-        changed = age_text(time.time() - max(times)) if times else ''
+        changed = changed_text(max(times, default=None))
         return name, str(len(store.ids())), size_text(disk_size(store)), changed
     except (StoreError, OSError) as error: return name, '?', '?', one_line(str(error))
 
+def changed_text(seconds): # str; seconds: since 1970, or None
+    return '' if seconds is None else age_text(time.time() - seconds)
+
 def remote_rows(remote): # list of rows
     "A line about each run below an address"
-    rows = [(name, str(len(found.ids())), size_text(found.total_bytes()), '')
-            for name, found in remote_runs(remote)]
+    rows = [(name, str(len(found.ids())), size_text(found.total_bytes()),
+             changed_text(found.last_change())) for name, found in remote_runs(remote)]
     if rows: return rows
     raise CommandError(f'there is no run at {remote.name}: push one to it, or see that the address '
                        'is right')

@@ -49,6 +49,11 @@ def run_row(root: Any, name: Any) -> Any:
         (name, checkpoints, bytes, last change), as text
     """
 
+def changed_text(seconds: Any) -> Any:
+    """Returns:
+        str; seconds: since 1970, or None
+    """
+
 def remote_rows(remote: Any) -> Any:
     """A line about each run below an address
 

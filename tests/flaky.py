@@ -15,7 +15,12 @@ class Flaky(LocalFileSystem):
     def _strip_protocol(cls, path): return LocalFileSystem._strip_protocol(
         os.fspath(path).removeprefix('flaky://'))
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.process = os.getpid()
+
     def step(self, name, path):
+        if self.process != os.getpid(): raise RuntimeError('no connection outlives a fork')
         Flaky.calls.append(name)
         return Flaky.plan(len(Flaky.calls), name, os.fspath(path))
 

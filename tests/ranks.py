@@ -420,13 +420,13 @@ class Stop(Callback):
         os.kill(os.getpid(), getattr(signal, self.how))
 
 
-def recorded(folder, at=None, how=None, epochs=2, **options):
+def recorded(folder, at=None, how=None, epochs=2, remote=None, **options):
     "A checkpointed script: the digests of all after each step, and how many batches were computed"
     set_seed(0)
     dls = DataLoaders.from_tensors(tensors(45), tensors(13, 1), bs=8, device='cpu')
     learn = CheckpointedLearner(dls, net(dropout=0.3), nn.CrossEntropyLoss(), metrics=accuracy,
                                 lr=1e-2, device='cpu', name='a/b', root=folder,
-                                save_every='2 steps',
+                                save_every='2 steps', remote=remote,
                                 splitter=lambda model: [list(model[0].parameters()),
                                                         list(model[4].parameters())],
                                 cbs=[Distributed(**options), Fits(),

@@ -394,6 +394,32 @@ def test_checkpoints_of_a_model_in_parts_that_were_broken_off(tmp_path, run):
         assert other == found and 0 < n < 30 and status == ['complete'] * 3
 
 
+@pytest.mark.parametrize('run, at', [(ranks.recorded, 15), (ranks.recorded_in_parts, 15),
+                                     slow(ranks.recorded, 26), slow(ranks.recorded_whole, 15)])
+def test_another_machine_goes_on(tmp_path, run, at):
+    "Two processes are killed, their disk is lost: two others go on, and a single one fetches"
+    url = f'file://{tmp_path}/bucket/run'
+    whole = launch(run, tmp_path / 'whole', n=2)
+    with pytest.raises(RuntimeError, match='SIGKILL'):
+        launch(run, tmp_path / 'first', at, 'SIGKILL', 2, url, n=2)
+    shutil.rmtree(tmp_path / 'first')
+    again = launch(run, tmp_path / 'second', None, None, 2, url, n=2)
+    for (found, _, _), (other, n, status) in zip(whole, again, strict=True):
+        assert other == found and 0 < n < 30 and status == ['complete'] * 3
+    third = launch(run, tmp_path / 'third', None, None, 2, url, n=2)
+    assert [n for _, n, _ in third] == [0, 0] and third[0][0] == whole[0][0]
+    found, n, _ = ranks.recorded(tmp_path / 'alone', remote=url)
+    assert n == 0 and [step[0]['model'] for step in found] == [
+        step[0]['model'] for step in whole[0][0]]
+
+
+def test_a_place_that_cannot_be_reached_ends_all_processes(tmp_path, capfd):
+    (tmp_path / 'file').write_text('no folder')
+    url = f'file://{tmp_path}/file/run'
+    with pytest.raises(RuntimeError, match='the folder cannot be listed at file:'):
+        launch(ranks.recorded, tmp_path / 'a', None, None, 2, url, n=2)
+
+
 RESTARTED = '''
 import os, sys
 sys.path.insert(0, {folder!r})

@@ -14,12 +14,12 @@ from fastcore.basics import patch
 from ..base.snapshots import same_objects
 from ..base.text import caller_stacklevel
 from ..files.errors import DamagedError, UnstorableError
-from ..files.ids import id_text
+from ..files.ids import check_id, id_text
 from ..files.tree import tree_digest
 from ..fingerprint.differences import differences
 from .record import (
-    CallRecord, Position, SavedState, StaleCheckpoint, content_text, differing, head_text,
-    running_call, state_at, state_before)
+    BEGINNING, CallRecord, Position, SavedState, StaleCheckpoint, content_text, differing,
+    head_text, running_call, state_at, state_before)
 from .digests import KnownDigests, by_part, joined
 from .ledger import ChangedGlobalError, digests_of
 from .beginning import beginning
@@ -27,7 +27,7 @@ from .changes import PlanEnds, changed_code, go_to_start
 from .retention import (
     check_retained, drop_states, droppable_states, reclaim_space)
 from .answers import answer_key, forget_saves
-from .uploads import fetch_recorded, wait_for_uploads
+from .uploads import fetch_missing, fetch_recorded, wait_for_uploads
 from .renewal import (
     accept_code, begin_anew, check_beginning, must_compute, note_findings, take_older)
 
@@ -60,6 +60,7 @@ def open_block(ledger, id, description='', parent=None, lazy=False,
     if structure is None: ledger.host.reach.observe()
     ledger.local_store.check_current()
     fetch_recorded(ledger, id)
+    if parent not in (None, BEGINNING): fetch_missing(ledger, check_id(parent))
     node = ledger.read(id)
     go_to_start(ledger, id, node, parent)
     ledger.check_finished(ledger.position)

@@ -23,7 +23,7 @@ from .host import Construction, make_host
 from .ledger import Ledger, Options
 from .changes import PlanEnds
 from .answers import Cache
-from .uploads import uploads
+from .uploads import fetch_missing, uploads
 from .recording import recording
 
 # %% ../../nbs/checkpoints/09_checkpointed.ipynb #c7c31b80
@@ -112,6 +112,7 @@ def cache(self:Checkpointed,
           id, # of a finished checkpoint
          ): # methods called through it work on the state at the end of this checkpoint
     "Call methods on a checkpoint's state; their answers are kept, the learner stays as it is"
+    fetch_missing(self.ledger, check_id(id))
     return Cache(self.ledger, check_id(id))
 
 @patch
@@ -129,6 +130,7 @@ def rollback(self:Checkpointed,
     self.ledger.check_idle('rollback')
     if id is BEGINNING and (which, call) != ('last', None):
         raise TypeError('rollback() without an id goes to the beginning: leave which and call out')
+    if id is not BEGINNING: fetch_missing(self.ledger, check_id(id))
     position = None if id is BEGINNING else Position(
         check_id(id), 'best' if which == 'best' else call)
     self.ledger.roll_back(position, schedulers)
@@ -144,6 +146,7 @@ def accept(self:Checkpointed,
     "What is asked now is what a checkpoint holds: the next block that would be stale keeps it"
     ledger = self.ledger
     ledger.check_idle('accept')
+    fetch_missing(ledger, check_id(id))
     with ledger.claimed(id), ledger.store.writing():
         node = ledger.node(id)
         if not node.is_finished:
@@ -188,6 +191,8 @@ def delete_run(self:Checkpointed) -> None:
     ledger.on_main(ledger.local_store.destroy)
     ledger.position = None
     ledger.starts.clear()
+    if ledger.remote is None: return
+    ledger.show(f'the run is still at {ledger.remote.remote.name}, where nothing is deleted')
 
 # %% ../../nbs/checkpoints/09_checkpointed.ipynb #e06f548c
 def with_history(record, n): # dict

@@ -128,12 +128,13 @@ class Checkpointed:
         Returns:
             Axes
         """
-    def delete_checkpoint(self, id: Any, force: bool = False) -> None:
+    def delete_checkpoint(self, id: Any, force: bool = False, remote: bool = False) -> None:
         """Delete a checkpoint with its answers; `gc` then frees the space
 
         Args:
             id: of a checkpoint
             force: also when others go on from it; they keep what they need
+            remote: at the address of the learner's `remote`, too
         """
     def push(self, url: str | None = None) -> Transfer:
         """Send all checkpoints of the run that are not there; nothing is deleted there

@@ -222,7 +222,19 @@ def delete_checkpoint(store, id,
 def delete_checkpoint(self:Checkpointed,
                       id, # of a checkpoint
                       force:bool=False, # also when others go on from it; they keep what they need
+                      remote:bool=False, # at the address of the learner's `remote`, too
                      ) -> None:
     "Delete a checkpoint with its answers; `gc` then frees the space"
-    self.ledger.check_idle('delete_checkpoint')
-    self.ledger.on_main(lambda: delete_checkpoint(self.ledger.local_store, id, force))
+    ledger = self.ledger
+    ledger.check_idle('delete_checkpoint')
+    if remote and ledger.remote is None:
+        raise TypeError('delete_checkpoint(remote=True): the learner was made without remote=')
+    def delete():
+        was_there = remote and ledger.remote.delete(check_id(id))
+        if was_there and id not in ledger.local_store.ids(): return
+        delete_checkpoint(ledger.local_store, id, force)
+    ledger.on_main(delete)
+    if ledger.remote is None or remote: return
+    ledger.show(f'checkpoint {id_text(id)} may still be at {ledger.remote.remote.name}, from where '
+                f'it is fetched when it is asked for: delete_checkpoint({id!r}, remote=True) '
+                'deletes it there, too')

@@ -8,7 +8,7 @@ __all__ = []
 # %% ../../nbs/checkpoints/07_merging.ipynb #e2af1fe4
 from ..files.ids import check_id
 from ..files.tree import json_digest
-from .record import Node, new_node, state_at
+from .record import NODE_TYPES, Node, generation, state_at
 
 # %% ../../nbs/checkpoints/07_merging.ipynb #f4bcd6d8
 def question(call): # JSON values
@@ -32,10 +32,13 @@ def goes_on(b, a,
     if n > m or n == m and a['closed'] and not b['closed']: return False
     return all(says_call(y, x, may_differ) for x, y in zip(a['calls'], b['calls'], strict=False))
 
+# %% ../../nbs/checkpoints/07_merging.ipynb #3eb6fb18
 def includes(b, a): # bool
     "Whether a record `b` says all that `a` does, now or in its history"
-    is_accepted = len(b['accepted']) > len(a['accepted'])
-    return goes_on(b, a, is_accepted) or any(goes_on(old, a) for old in b['history'])
+    newer = generation(b) - generation(a)
+    if goes_on(b, a, len(b['accepted']) > len(a['accepted'])):
+        return newer >= 0 or not goes_on(a, b)
+    return newer > 0 and any(goes_on(old, a) for old in b['history'])
 
 # %% ../../nbs/checkpoints/07_merging.ipynb #f089b751
 def answers_of(record): return {answer['key']: answer for answer in record.get('answers', [])}
@@ -79,7 +82,7 @@ def last_start(record): # seconds since 1970
     return max(call['started'] for call in record['calls'])
 
 # %% ../../nbs/checkpoints/07_merging.ipynb #66665418
-RECORD_KEYS = new_node(0, '', '', None).json.keys()
+RECORD_KEYS = {'id', *NODE_TYPES}
 
 def check_record(found):
     "Raise ValueError for a record without the keys that merging asks for"
@@ -89,10 +92,12 @@ def check_record(found):
 # %% ../../nbs/checkpoints/07_merging.ipynb #5489db4f
 STORED = 'begin', 'state', 'beside', 'result', 'callbacks', 'files'
 
+def stored_of(call): return [call.get(key) for key in STORED] # JSON values
+
 def stored(record): # JSON values
     "All of a record, and of its versions, that names stored tensors"
     calls = [call for one in (record, *record['history']) for call in one['calls']]
-    found = [[call.get(key) for key in STORED] for call in (*calls, *record.get('answers', []))]
+    found = [stored_of(call) for call in (*calls, *record.get('answers', []))]
     return [found, record['begin'], [version['begin'] for version in record['history']]]
 
 # %% ../../nbs/checkpoints/07_merging.ipynb #dfdfa573

@@ -75,11 +75,13 @@ def last_start(record: Any) -> Any:
     """Returns:
         seconds since 1970
     """
-RECORD_KEYS: Any
+RECORD_KEYS: set[Any]
 
 def check_record(found: Any) -> None:
     """Raise ValueError for a record without the keys that merging asks for"""
 STORED: tuple[str, ...]
+
+def stored_of(call: Any) -> Any: ...
 
 def stored(record: Any) -> Any:
     """All of a record, and of its versions, that names stored tensors

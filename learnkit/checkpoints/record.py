@@ -201,6 +201,12 @@ def current_answers(self:Node): # list of CallRecords
     return [answer for answer in self.answers
             if (at := answer.json.get('at')) is None or is_current(at)]
 
+# %% ../../nbs/checkpoints/01_record.ipynb #63ca22bb
+def generation(json): # int
+    "How many times what is recorded of a checkpoint was replaced"
+    if 'generation' in json: return json['generation']
+    return max((version['n'] for version in json['history']), default=0)  # an older record
+
 # %% ../../nbs/checkpoints/01_record.ipynb #64907424
 def new_node(id, description, host, # name of the class of the object whose calls are recorded
              position, # where it stands; None: at the beginning
@@ -216,6 +222,7 @@ def new_node(id, description, host, # name of the class of the object whose call
                  'created': old.created if old else time.time(), 'closed': False, 'begin': None,
                  'beginning': None, 'code_changed': [], 'described': {}, 'calls': [],
                  'accepting': None, 'accepted': old.json['accepted'] if old else [],
+                 'generation': generation(old.json) if old else 0,
                  'history': old.json['history'] if old else []})
 
 @patch
@@ -249,7 +256,8 @@ MAY_BE = {'status': str, 'structure': MAYBE_DICT, 'before': MAYBE_DICT, 'begin':
           'after': MAYBE_DICT, 'started': NUMBER, 'ended': NUMBER, 'seconds': NUMBER,
           'report': MAYBE_DICT, 'seals': MAYBE_DICT, 'files': MAYBE_DICT, 'lacks': list, 'key': str,
           'metrics': MAYBE_DICT, 'best': MAYBE_DICT, 'parts': dict, 'n': int,
-          'why': str, 'differences': list, 'replaced': NUMBER, 'structure_after': MAYBE_DICT}
+          'why': str, 'differences': list, 'replaced': NUMBER, 'structure_after': MAYBE_DICT,
+          'generation': int}
 BEST = {'name': str, 'value': (*NUMBER, type(None)), 'higher': bool, 'place': list}
 
 # %% ../../nbs/checkpoints/01_record.ipynb #f31ad1f8
@@ -376,6 +384,7 @@ def keep_version(self:Node, why): # a text
     version = {name: self.json[name] for name in VERSION}
     self.json['history'] = [*self.json['history'],
                             {'n': n, 'why': why, 'replaced': time.time(), **copy.deepcopy(version)}]
+    self.json['generation'] = generation(self.json) + 1
 
 # %% ../../nbs/checkpoints/01_record.ipynb #306d5f1c
 @patch
@@ -390,6 +399,7 @@ def older(self:Node, n=None) -> Node: # None where there is no such version
     if now.is_finished or has_more: now.keep_version('an older version was restored')
     now.json['history'] = [version for version in now.json['history'] if version['n'] != n]
     now.json.update({name: found[name] for name in VERSION})
+    now.json['generation'] = generation(self.json) + 1
     return now
 
 # %% ../../nbs/checkpoints/01_record.ipynb #231f7a3c

@@ -255,6 +255,13 @@ class Node(View):
             None where there is no such version
         """
 
+def generation(json: Any) -> int:
+    """How many times what is recorded of a checkpoint was replaced
+
+    Returns:
+        int
+    """
+
 def new_node(
         id: Any,
         description: Any,

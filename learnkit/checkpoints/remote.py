@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/checkpoints/19_remote.ipynb #e8d37061
+from datetime import datetime
 from tempfile import TemporaryDirectory
 from pathlib import Path
 from fastcore.basics import patch
@@ -68,13 +69,24 @@ class RemoteView(Store):
     def fetch_save(self, remote, target, folder): return 0
     def holds(self, root): return not self.is_filled or super().holds(root) # bool
 
+# %% ../../nbs/checkpoints/19_remote.ipynb #72186414
 @patch
 def total_bytes(self:Remote): # int
     "What tensors and saves take there"
-    def size_of(folder):
-        return sum(size_of(f'{folder}/{name}') if size is None else size
-                   for name, size in self.entries(folder).items())
-    return size_of('objects') + size_of('saves')
+    return sum(sum(self.files(folder).values()) for folder in ('objects', 'saves'))
+
+TIMES = 'mtime', 'LastModified', 'last_modified', 'updated', 'created'  # as file systems call them
+
+@patch
+def last_change(self:Remote): # seconds since 1970; None where the place keeps no times
+    "When the newest tensors came there"
+    found = [next((entry[key] for key in TIMES if entry.get(key)), None)
+             for entry in self.listing('objects').values()]
+    return max((seconds(time) for time in found if time is not None), default=None)
+
+def seconds(time): # float, of a datetime, the text of one, or a number
+    if isinstance(time, str): time = datetime.fromisoformat(time)
+    return time.timestamp() if isinstance(time, datetime) else float(time)
 
 def remote_runs(remote, depth=3): # list of (name, Remote)
     "The runs at an address and in the folders below it"

@@ -30,6 +30,12 @@ class RemoteView(Store):
     def fetch_tensors(self, remote: Any, digests: Any) -> Any: ...
     def fetch_save(self, remote: Any, target: Any, folder: Any) -> Any: ...
     def holds(self, root: Any) -> Any: ...
+TIMES: tuple[str, ...]
+
+def seconds(time: Any) -> Any:
+    """Returns:
+        float, of a datetime, the text of one, or a number
+    """
 
 def remote_runs(remote: Any, depth: Any = 3) -> Any:
     """The runs at an address and in the folders below it

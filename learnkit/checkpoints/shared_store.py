@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from fastcore.basics import patch
 from ..base.ranks import on_main as call_on_main
 from ..files.errors import DamagedError, LockedError, UnstorableError
+from ..files.remote import RemoteError
 from ..fingerprint.values import UnfingerprintableError
 from .record import StaleCheckpoint
 
@@ -22,7 +23,7 @@ def on_main(ranks, # the processes that call this together; None: a single one
     return call_on_main(ranks, function, ERRORS)
 
 ERRORS = (StaleCheckpoint, DamagedError, LockedError, UnstorableError, UnfingerprintableError,
-          KeyError, ValueError, TypeError)
+          RemoteError, KeyError, ValueError, TypeError)
 
 # %% ../../nbs/checkpoints/03_shared_store.ipynb #f06a61a9
 class SharedStore:

@@ -23,6 +23,7 @@ from ..files.records import read_limited
 from ..files.tree import json_digest
 from .record import StaleCheckpoint, differing, position_text, state_at
 from .ledger import digests_of
+from .uploads import wait_for_uploads
 from .recording import recording
 from .checkpointed import Checkpointed
 from .lineage import number_text
@@ -419,8 +420,10 @@ def run(self:Study,
     self.check_unchanged()
     with self.lease().held(): self.compare(job)
     self.is_over = self.is_exhausted = False
-    if workers > 1: run_copies(workers, self.work, job, n_trials)
-    else: self.work(job, n_trials)
+    if workers == 1: self.work(job, n_trials)
+    else:
+        wait_for_uploads(ledger)  # a copy of a process has none of its threads
+        run_copies(workers, self.work, job, n_trials)
     while self.wait_for_others(): self.work(job, n_trials)
 
 # %% ../../nbs/checkpoints/20_study.ipynb #71ba2cfe

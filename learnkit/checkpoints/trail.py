@@ -13,6 +13,7 @@ from ..files.ids import check_id
 from ..files.tree import json_digest, tree_digest
 from .record import Position, position_text
 from .host import method_kind
+from .uploads import fetch_missing
 from .recording import opened
 
 # %% ../../nbs/checkpoints/19_trail.ipynb #43c304e2
@@ -125,6 +126,7 @@ def compute_answer(self:Trail, node, call, key, at):
 def fork(self:Trail, id):
     "Go on from another checkpoint"
     ledger, position = self.ledger, Position(check_id(id))
+    fetch_missing(ledger, position.id)
     ledger.check_finished(position)
     ledger.host.put_together(self.objects)
     self.calls = self.structural.get(position.id, [])

@@ -19,7 +19,8 @@ from ..files.garbage import is_save_needed
 from ..files.remote import Remote, RemoteError
 from .merging import (
     answers_of, check_record, id_beside, includes, is_parent, may_be,
-    is_begun, merged, origin, outgoing, question, stored, with_ids, without_begun, without_running)
+    is_begun, merged, origin, outgoing, question, stored, stored_of,
+    with_ids, without_begun, without_running)
 
 # %% ../../nbs/checkpoints/07_transfer.ipynb #673356a2
 @dataclass
@@ -43,19 +44,22 @@ class Transfer:
         self.objects += len(sizes)
         self.bytes += sum(sizes)
 
+    @property
+    def beside_lines(self): # list of str
+        is_push = self.way == 'pushed to'
+        other = 'a pull brings the other one' if is_push else 'the other one is here'
+        return [f'checkpoint {id_text(id)} is recorded otherwise at {self.name}: both are kept, '
+                f'{other} as {id_text(new)}' for id, new in self.beside.items()]
+
     def __str__(self):
         ids = ', '.join(map(id_text, self.checkpoints[:20]))
         more = ', ...' if len(self.checkpoints) > 20 else ''
         lines = [f'{self.way} {self.name}: checkpoint {ids}{more}; {self.objects} '
                  f'file{"s" * (self.objects != 1)} of tensors, {size_text(self.bytes)}']
         if not (self.checkpoints or self.saves): lines = [f'{self.way} {self.name}: nothing new']
-        is_push = self.way == 'pushed to'
-        other = 'a pull brings the other one' if is_push else 'the other one is here'
-        lines += [f'checkpoint {id_text(id)} is recorded otherwise there: both are kept, {other} '
-                  f'as {id_text(new)}' for id, new in self.beside.items()]
         lines += [f'checkpoint {id_text(id)} was left as it is: {why}'
                   for id, why in self.left.items()]
-        return '\n'.join(lines)
+        return '\n'.join([*lines, *self.beside_lines])
 
 # %% ../../nbs/checkpoints/07_transfer.ipynb #4bd1efe8
 def records_folder(id): return f'records/{file_name(id)}' # str
@@ -163,7 +167,10 @@ def remove_saves(remote, target):
     for name, size in remote.entries(target).items():
         if size is None: remove_saves(remote, f'{target}/{name}')
         else: remote.remove(f'{target}/{name}')
-    with suppress(Exception): remote.fs.rmdir(remote.at(target))  # a bucket has no folders
+    remove_if_empty(remote, target)
+
+def remove_if_empty(remote, folder):
+    with suppress(Exception): remote.fs.rmdir(remote.at(folder))  # a bucket has no folders
 
 # %% ../../nbs/checkpoints/07_transfer.ipynb #088a2c23
 def push_run(store, remote, ids=None): # Transfer; ids: None for all
@@ -204,45 +211,65 @@ def above_first(parent_of): # list of the keys; parent_of: dict id -> id
     return list(found)
 
 # %% ../../nbs/checkpoints/07_transfer.ipynb #783397d0
-def pull_run(store, remote, ids=None): # Transfer; ids: None for all
+@dataclass
+class Seen:
+    "What a process has seen there, and need not ask for again"
+    records: dict = field(default_factory=dict) # id -> records, as `records_there` returns them
+    names: dict = field(default_factory=dict) # (id there, digest of a record) -> id here
+
+    def is_here(self, id, ids): # bool
+        "Whether all records of an id were fetched, and are still among the ids"
+        return all(self.names.get((id, json_digest(record))) in ids for record in self.records[id])
+
+# %% ../../nbs/checkpoints/07_transfer.ipynb #a80697e9
+def pull_run(store, remote, ids=None, seen=None): # Transfer; ids: None for all
     "Fetch what is not here"
-    if not remote.has_run():
-        raise RemoteError(f'there is no run at {remote.name}: push one to it, or see that the '
-                          'address is right')
+    if seen is None: check_run(remote)
     store.check_current()
-    found, records = Transfer('pulled from', remote.name), records_there(remote, ids)
-    names = {}  # (id there, digest of a record) -> id here
-    parent_of = {id: some[0]['parent'] for id, some in records.items()}
+    seen, found = seen or Seen(), Transfer('pulled from', remote.name)
+    ids = remote.ids() if ids is None else ids
+    records, here = records_there(remote, ids, seen.records), store.ids()
+    seen.records |= records
+    parent_of = {id: some[0]['parent'] for id, some in records.items()
+                 if id in ids or not seen.is_here(id, here)}
     def move(id):
-        for record in records[id]: take(store, remote, record, records, names, found)
+        for record in records[id]: take(store, remote, record, seen, found)
     move_each(parent_of, move)
     return found
 
-def records_there(remote, ids=None): # dict: id -> list of records, none of which includes another
-    "What is recorded of some ids and of those above them"
-    found, todo = {}, list(remote.ids() if ids is None else ids)
+def check_run(remote):
+    "Raise RemoteError where nothing was pushed to"
+    if remote.has_run(): return
+    raise RemoteError(f'there is no run at {remote.name}: push one to it, or see that the address '
+                      'is right')
+
+def records_there(remote, ids, seen): # dict: id -> list of records, none of which includes another
+    "What is recorded of some ids and, if it was not seen before, of those above them"
+    found, todo = {}, list(ids)
     while todo:
         if (id := todo.pop(0)) in found or id is None: continue
-        if some := without_begun(merged(remote.record_files(id).values())):
-            found[id] = some
-            todo += [record['parent'] for record in some]
+        is_known = id in seen and id not in ids
+        some = seen[id] if is_known else without_begun(merged(remote.record_files(id).values()))
+        if not some: continue
+        found[id] = some
+        todo += [record['parent'] for record in some]
     return found
 
 # %% ../../nbs/checkpoints/07_transfer.ipynb #617bd891
-def take(store, remote, record, records, names, found):
+def take(store, remote, record, seen, found):
     "Take over a record, unless what is here includes it"
     def id_here(id): # id
         if id == record['id']: return id
-        some = records.get(id, [])
+        some = seen.records.get(id, [])
         its = [one for one in some if id == record['parent'] and is_parent(one, record)]
-        return names.get((id, json_digest([*its, *some, None][0])), id)
+        return seen.names.get((id, json_digest([*its, *some, None][0])), id)
     incoming = with_ids(record, id_here)
     while True:
         target, here = place_for(store, incoming, record)
-        names[record['id'], json_digest(record)] = target
+        seen.names[record['id'], json_digest(record)] = target
         if target != record['id'] and here is None: found.beside[record['id']] = target
         try:
-            found.add(store.fetch_tensors(remote, referenced_digests(stored(incoming))))
+            found.add(store.fetch_tensors(remote, needed_of(incoming, here)))
             if write_here(store, incoming, target, here, found): break
         except LockedError as error:
             found.left[target] = str(error)
@@ -264,20 +291,35 @@ def place_for(store, incoming, record): # (id here, the record that is there or 
     def is_taken(new): return store.read(new, False) is not None
     return id_beside(record, store.read(id, False), is_taken), None
 
+# %% ../../nbs/checkpoints/07_transfer.ipynb #fa18787f
+def what_is_new(incoming, here): # (bool, list of answers)
+    "Whether a record says more than the one that is here, and its answers that are not here"
+    is_new = here is None or includes(incoming, here) and not includes(here, incoming)
+    have, answers = answers_of(here or {}), answers_of(incoming)
+    return is_new, [answers[key] for key in answers if key not in have]
+
+def needed_of(incoming, here): # set of digests
+    "The tensors of a record that are needed here, where some of it may have been dropped"
+    is_new, answers = what_is_new(incoming, here)
+    digests = referenced_digests(stored(incoming))
+    if is_new: return digests
+    have = [*here.get('answers', []), *answers]
+    return digests & referenced_digests(stored({**here, 'answers': have}))
+
 def write_here(store, incoming, target, here, found): # bool: False if what is here has changed
     "Write a record and its answers, if all they name is there"
     with store.claim(target, wait=0), store.writing():
-        now = store.read(target)
-        if now != here or not store.holds(stored(incoming)): return False
+        is_new, answers = what_is_new(incoming, here)
+        named = stored(incoming) if is_new else [stored_of(answer) for answer in answers]
+        if store.read(target) != here or not store.holds(named): return False
         record = {key: incoming[key] for key in incoming if key not in ('answers', 'origin')}
         if target != record['id']: record['origin'] = record['id']
-        is_new = here is None or includes(incoming, here) and not includes(here, incoming)
         if is_new: store.write(record | {'id': target})
-        new = answers_of(incoming).keys() - answers_of(here or {}).keys()
-        for key in new: store.write_answer(target, answers_of(incoming)[key])
-        if is_new or new: found.checkpoints.append(target)
+        for answer in answers: store.write_answer(target, answer)
+        if is_new or answers: found.checkpoints.append(target)
     return True
 
+# %% ../../nbs/checkpoints/07_transfer.ipynb #60196901
 def pull_saves(store, remote, record, target, found):
     "Fetch the saves of calls that are not done"
     here, there = store.read(target), save_folders(remote, record['id'])
@@ -290,3 +332,22 @@ def pull_saves(store, remote, record, target, found):
             n = store.fetch_save(remote, f'{folder}/{inner}'.rstrip('/'),
                                  store.work(target)/name/inner)
             found.bytes, found.saves = found.bytes + n, found.saves + (n > 0)
+
+# %% ../../nbs/checkpoints/07_transfer.ipynb #50e1e589
+def delete_there(store, remote, id): # bool
+    "Delete a checkpoint in the remote folder; whether it was there"
+    record = store.read(id, False)
+    ours, there = record and outgoing(record, lambda id: store.read(id, False)), id
+    if record: there = origin(record)
+    children = [other for other in remote.ids() if other != there and any(
+        each['parent'] == there for each in remote.record_files(other).values())]
+    if children:
+        raise ValueError(f'at {remote.name} checkpoint {", ".join(map(id_text, children))} went on '
+                         f'from checkpoint {id_text(there)}: delete that first')
+    names = [name for name, each in remote.record_files(there).items()
+             if ours is None or includes(ours, each) or includes(each, ours)]
+    for name in names: remote.remove(f'{records_folder(there)}/{name}')
+    for target in save_folders(remote, there): remove_saves(remote, target)
+    for folder in (records_folder(there), f'saves/{file_name(there)}'):
+        remove_if_empty(remote, folder)
+    return bool(names)

@@ -34,6 +34,11 @@ class Transfer:
         """
     def add(self, sizes: Any) -> None:
         """Files of tensors have travelled"""
+    @property
+    def beside_lines(self) -> Any:
+        """Returns:
+            list of str
+        """
     def __str__(self) -> str: ...
 
 def records_folder(id: Any) -> str: ...
@@ -78,6 +83,8 @@ def save_folders(remote: Any, id: Any) -> Any:
 def remove_saves(remote: Any, target: Any) -> None:
     """Remove a folder there, what is read first last"""
 
+def remove_if_empty(remote: Any, folder: Any) -> None: ...
+
 def push_run(store: Any, remote: Any, ids: Any = None) -> Any:
     """Send what is not there
 
@@ -99,21 +106,38 @@ def above_first(parent_of: Any) -> Any:
         list of the keys; parent_of: dict id -> id
     """
 
-def pull_run(store: Any, remote: Any, ids: Any = None) -> Any:
+@dataclass
+class Seen:
+    """What a process has seen there, and need not ask for again"""
+    records: dict = ...
+    """id -> records, as `records_there` returns them"""
+    names: dict = ...
+    """(id there, digest of a record) -> id here"""
+    def is_here(self, id: Any, ids: Any) -> bool:
+        """Whether all records of an id were fetched, and are still among the ids
+
+        Returns:
+            bool
+        """
+
+def pull_run(store: Any, remote: Any, ids: Any = None, seen: Any = None) -> Any:
     """Fetch what is not here
 
     Returns:
         Transfer; ids: None for all
     """
 
-def records_there(remote: Any, ids: Any = None) -> Any:
-    """What is recorded of some ids and of those above them
+def check_run(remote: Any) -> None:
+    """Raise RemoteError where nothing was pushed to"""
+
+def records_there(remote: Any, ids: Any, seen: Any) -> Any:
+    """What is recorded of some ids and, if it was not seen before, of those above them
 
     Returns:
         dict: id -> list of records, none of which includes another
     """
 
-def take(store: Any, remote: Any, record: Any, records: Any, names: Any, found: Any) -> None:
+def take(store: Any, remote: Any, record: Any, seen: Any, found: Any) -> None:
     """Take over a record, unless what is here includes it"""
 
 def place_for(store: Any, incoming: Any, record: Any) -> Any:
@@ -121,6 +145,20 @@ def place_for(store: Any, incoming: Any, record: Any) -> Any:
 
     Returns:
         (id here, the record that is there or None)
+    """
+
+def what_is_new(incoming: Any, here: Any) -> Any:
+    """Whether a record says more than the one that is here, and its answers that are not here
+
+    Returns:
+        (bool, list of answers)
+    """
+
+def needed_of(incoming: Any, here: Any) -> Any:
+    """The tensors of a record that are needed here, where some of it may have been dropped
+
+    Returns:
+        set of digests
     """
 
 def write_here(store: Any, incoming: Any, target: Any, here: Any, found: Any) -> Any:
@@ -132,3 +170,10 @@ def write_here(store: Any, incoming: Any, target: Any, here: Any, found: Any) ->
 
 def pull_saves(store: Any, remote: Any, record: Any, target: Any, found: Any) -> None:
     """Fetch the saves of calls that are not done"""
+
+def delete_there(store: Any, remote: Any, id: Any) -> bool:
+    """Delete a checkpoint in the remote folder; whether it was there
+
+    Returns:
+        bool
+    """

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/checkpoints/07_uploads.ipynb #069d2047
-import threading, warnings
+import atexit, threading, warnings, weakref
 from fastcore.basics import patch
 from ..base.ranks import is_main
 from ..base.text import caller_stacklevel
@@ -15,7 +15,8 @@ from ..files.ids import id_text
 from ..files.store import Store
 from ..files.remote import Remote, RemoteError
 from .record import ancestors
-from .transfer import Transfer, pull_run, push_checkpoint
+from .transfer import (
+    Seen, Transfer, delete_there, pull_run, push_checkpoint)
 
 # %% ../../nbs/checkpoints/07_uploads.ipynb #54c7f2a9
 class Uploads:
@@ -26,8 +27,9 @@ class Uploads:
 
     def begin(self):
         self.waiting, self.there, self.sent = {}, set(), {}  # ids; ids that are there; saves
-        self.changed, self.thread = threading.Condition(), None
-        self.failed, self.is_told, self.has_begun = {}, False, False  # failed: id -> error
+        self.changed, self.thread, self.seen = threading.Condition(), None, Seen()
+        self.failed, self.beside = {}, {}  # id -> error; id -> that of another record of it
+        self.has_begun, self.told = False, set()  # told: what has failed, until it does no more
 
     def __repr__(self): return f'{type(self).__name__}({self.store!r}, {self.remote!r})'
     def __getstate__(self): return self.store, self.remote, self.pauses
@@ -36,12 +38,15 @@ class Uploads:
         self.store, self.remote, self.pauses = state
         self.begin()
 
+    def is_idle(self): # bool; a copy of this process has no thread
+        return self.thread is None or not self.thread.is_alive()
+
     def add(self, id):
         "Something of a checkpoint was written"
         with self.changed:
             self.waiting |= {**self.failed, id: None}
             self.failed = {}
-            if self.thread is None:
+            if self.is_idle():
                 self.thread = threading.Thread(target=self.work, name='learnkit-uploads')
                 self.thread.start()
 
@@ -74,6 +79,7 @@ def send(self:Uploads, store, id):
         if each != id and each in self.there: continue
         push_checkpoint(store, self.remote, each, found, self.sent)
         self.there.add(each)
+    with self.changed: self.beside |= found.beside
 
 @patch
 def note_failed(self:Uploads, id, error):
@@ -82,35 +88,64 @@ def note_failed(self:Uploads, id, error):
     with self.changed: self.failed[id] = error
 
 # %% ../../nbs/checkpoints/07_uploads.ipynb #e7555009
+PATIENCE = 5.  # seconds of waiting without a word
+
 @patch
-def wait(self:Uploads):
-    "Wait until nothing is left to send; warn once of what could not be sent"
-    with self.changed:
-        while self.thread is not None and self.thread.is_alive(): self.changed.wait(1.)
-        failed = dict(self.failed)
-    if not failed: self.is_told = False
-    if not failed or self.is_told: return
-    self.is_told = True
+def wait(self:Uploads,
+         show=print, # function of a line
+        ):
+    "Wait until nothing is left to send; tell of what was recorded otherwise, or not sent"
+    try:
+        with self.changed:
+            if not self.changed.wait_for(self.is_idle, PATIENCE):
+                show(f'sending what is recorded to {self.remote.name}: waiting for it')
+            while not self.changed.wait_for(self.is_idle, 1.): pass
+    except KeyboardInterrupt:
+        show(f'not all of it is at {self.remote.name} yet: it is sent until the program ends, '
+             'which waits for it unless it is interrupted once more')
+        raise
+    self.warn_of_failed()
+    beside, self.beside = self.beside, {}
+    for line in Transfer('pushed to', self.remote.name, beside=beside).beside_lines: show(line)
+
+@patch
+def warn_of_failed(self:Uploads):
+    "Warn of what could not be sent"
+    failed = dict(self.failed)
+    if not failed: return self.told.discard('send')
     error, ids = next(iter(failed.values())), ', '.join(map(id_text, failed))
     why = str(error) if isinstance(error, (StoreError, OSError)) else repr(error)
-    warnings.warn(f'checkpoint {ids} is recorded here, but not at {self.remote.name}: {why}. It is '
-                  'tried again with the next call; learn.push() sends what is missing',
-                  stacklevel=caller_stacklevel())
+    self.warn('send', f'checkpoint {ids} is recorded here, but not at {self.remote.name}: {why}. '
+              'It is tried again with the next call; learn.push() sends what is missing')
+
+@patch
+def warn(self:Uploads, what, text):
+    "Warn once of what fails, until it does no more"
+    if what not in self.told: warnings.warn(text, stacklevel=caller_stacklevel())
+    self.told.add(what)
 
 # %% ../../nbs/checkpoints/07_uploads.ipynb #0b82a6bb
 @patch
 def fetch(self:Uploads, id): # Transfer; None if nothing could be fetched
     "Fetch what is recorded of a checkpoint, and of those that it goes on from"
     try:
-        if not self.remote.has_run(): return None
-        found = pull_run(Store(self.store.folder, self.store.name), self.remote, [id])
+        if not self.has_begun and not self.remote.has_run(): return None
+        found = pull_run(Store(self.store.folder, self.store.name), self.remote, [id], self.seen)
     except (RemoteError, DamagedError) as error:
         if isinstance(error, RemoteError) and not self.has_begun: raise
-        warnings.warn(f'checkpoint {id_text(id)} was not fetched from {self.remote.name}: {error}',
-                      stacklevel=caller_stacklevel())
+        self.warn('fetch', f'checkpoint {id_text(id)} was not fetched from {self.remote.name}: '
+                  f'{error}')
         return None
     self.has_begun = True
+    self.told.discard('fetch')
     return found
+
+@patch
+def delete(self:Uploads, id): # bool
+    "Delete a checkpoint there; whether it was"
+    self.wait()
+    self.there.discard(id)
+    return delete_there(Store(self.store.folder), self.remote, id)
 
 # %% ../../nbs/checkpoints/07_uploads.ipynb #184e66e0
 def uploads(store, url): # Uploads; None without an address
@@ -118,7 +153,12 @@ def uploads(store, url): # Uploads; None without an address
     if url is None: return None
     found = Uploads(store, Remote(url))
     store.on_write = found.add
+    atexit.register(warn_at_exit, weakref.ref(found))
     return found
+
+def warn_at_exit(uploads):
+    "The program ends, and its threads have ended: nobody waits any more"
+    if (found := uploads()) is not None: found.warn_of_failed()
 
 # %% ../../nbs/checkpoints/07_uploads.ipynb #bc51f956
 def fetch_recorded(ledger, id):
@@ -129,6 +169,10 @@ def fetch_recorded(ledger, id):
         return str(found) if found is not None and found.is_worth_telling else ''
     if text := ledger.on_main(fetched): ledger.show(text)
 
+def fetch_missing(ledger, id):
+    "Fetch a checkpoint that is asked for, if it is elsewhere and not here"
+    if ledger.remote is not None and ledger.read(id) is None: fetch_recorded(ledger, id)
+
 def wait_for_uploads(ledger):
     "Wait until all is sent; the other processes, which may have failed, are not asked"
-    if ledger.remote is not None and is_main(): ledger.remote.wait()
+    if ledger.remote is not None and is_main(): ledger.remote.wait(ledger.show)

@@ -4,6 +4,7 @@
 """What is recorded goes to a remote folder while the training goes on"""
 import threading
 from typing import Any
+from ..checkpoints.transfer import Seen
 __all__ = []
 
 class Uploads:
@@ -16,14 +17,20 @@ class Uploads:
     sent: dict[Any, Any]
     changed: threading.Condition
     thread: threading.Thread | None
+    seen: Seen
     failed: dict[Any, Any]
-    is_told: bool
+    beside: dict[Any, Any]
     has_begun: bool
+    told: Any
     def __init__(self, store: Any, remote: Any) -> None: ...
     def begin(self) -> None: ...
     def __repr__(self) -> str: ...
     def __getstate__(self) -> Any: ...
     def __setstate__(self, state: Any) -> None: ...
+    def is_idle(self) -> Any:
+        """Returns:
+            bool; a copy of this process has no thread
+        """
     def add(self, id: Any) -> None:
         """Something of a checkpoint was written"""
     def work(self) -> None:
@@ -36,14 +43,29 @@ class Uploads:
         """Send a checkpoint, after those that it goes on from"""
     def note_failed(self, id: Any, error: Any) -> None:
         """It is tried again with the next; as long as nothing gets through, only once each time"""
-    def wait(self) -> None:
-        """Wait until nothing is left to send; warn once of what could not be sent"""
+    def wait(self, show: Any = ...) -> None:
+        """Wait until nothing is left to send; tell of what was recorded otherwise, or not sent
+
+        Args:
+            show: function of a line
+        """
+    def warn_of_failed(self) -> Any:
+        """Warn of what could not be sent"""
+    def warn(self, what: Any, text: Any) -> None:
+        """Warn once of what fails, until it does no more"""
     def fetch(self, id: Any) -> Any:
         """Fetch what is recorded of a checkpoint, and of those that it goes on from
 
         Returns:
             Transfer; None if nothing could be fetched
         """
+    def delete(self, id: Any) -> bool:
+        """Delete a checkpoint there; whether it was
+
+        Returns:
+            bool
+        """
+PATIENCE: float
 
 def uploads(store: Any, url: Any) -> Any:
     """What sends a store to an address from now on
@@ -52,8 +74,14 @@ def uploads(store: Any, url: Any) -> Any:
         Uploads; None without an address
     """
 
+def warn_at_exit(uploads: Any) -> None:
+    """The program ends, and its threads have ended: nobody waits any more"""
+
 def fetch_recorded(ledger: Any, id: Any) -> None:
     """Fetch what is recorded elsewhere of a checkpoint that is about to be entered, and tell of it"""
+
+def fetch_missing(ledger: Any, id: Any) -> None:
+    """Fetch a checkpoint that is asked for, if it is elsewhere and not here"""
 
 def wait_for_uploads(ledger: Any) -> None:
     """Wait until all is sent; the other processes, which may have failed, are not asked"""

@@ -27,6 +27,7 @@ from .remote import Remote, RemoteError
 def has_run(self:Remote): # bool
     "Whether a run was pushed to the folder; RemoteError if what is there cannot be read here"
     there = self.entries()
+    if self.is_local: check_is_outside(Path(self.path), self.name)
     if 'learnkit.json' not in there:
         if 'format.json' in there or 'nodes' in there:
             raise RemoteError(f'{self.name} is a run itself, which learners write to, and no place '
@@ -46,11 +47,31 @@ def make_run(self:Remote):
     "Make the folder one that runs are pushed to"
     if not self.has_run(): self.send(json.dumps({'format': FORMAT}).encode(), 'learnkit.json')
 
+def check_is_outside(path, name):
+    "Raise RemoteError for a folder inside of a run"
+    for folder in path.parents:
+        if (folder/'format.json').exists() and (folder/'nodes').exists():
+            raise RemoteError(f'{name} is inside of the run {folder}, which clears up what is not '
+                              'its own: give another folder')
+
 # %% ../../nbs/files/17_moving.ipynb #b4e6183c
+HEAD = 2**16  # bytes that are read of each object, most headers among them
+
 @patch
-def header(self:Remote, file, size): # dict: digest -> bytes; None if the file is not whole
-    "The tensors of an object"
-    head = self.read(file, 0, min(size, 2**16))
+def heads(self:Remote, sizes): # dict: file -> its first bytes, of those that came at once
+    "The beginnings of many files, which a bucket sends side by side"
+    ends = [min(size, HEAD) for size in sizes.values()]
+    def asked():
+        files = [self.at(file) for file in sizes]
+        return self.fs.cat_ranges(files, [0] * len(files), ends, on_error='return')
+    found = self.attempt(asked, 'objects', 'read from') if sizes else []
+    return {file: head for file, head, end in zip(sizes, found, ends, strict=True)
+            if isinstance(head, bytes) and len(head) == end}
+
+@patch
+def header(self:Remote, file, size, head=None): # dict: digest -> bytes; None if it is not whole
+    "The tensors of an object, of which the first bytes may be known"
+    if head is None: head = self.read(file, 0, min(size, HEAD))
     n = int.from_bytes(head[:8], 'little')
     if not 0 < n <= min(size - 8, MAX_HEADER): return None
     if len(head) < 8 + n: head += self.read(file, len(head), 8 + n)
@@ -62,18 +83,23 @@ def header(self:Remote, file, size): # dict: digest -> bytes; None if the file i
     except (ValueError, TypeError, KeyError, AttributeError): return None
     return sizes if is_whole and file.endswith(pack_name(sizes)) else None
 
+# %% ../../nbs/files/17_moving.ipynb #be52f89e
 @patch
 def objects(self:Remote, store=None): # dict: name of a whole object -> its tensors
     "What the folder holds; the headers of those that the store has, too, are not asked for"
     there = {name: size for name, size in self.entries('objects').items()
              if name.endswith('.safetensors') and name[0] != '.' and size is not None}
-    ours = {path.name: path for path in store.packs} if store else {}
-    for name, size in there.items():
-        if self.headers.get(name, (None,))[0] == size: continue
-        with suppress(FileNotFoundError):  # removed just now, here or there
-            is_ours = name in ours and ours[name].stat().st_size == size
-            found = store.packs[ours[name]] if is_ours else self.header(f'objects/{name}', size)
-            self.headers[name] = size, found
+    new = {name: size for name, size in there.items()
+           if self.headers.get(name, (None,))[0] != size}
+    for path in store.packs if store else ():
+        with suppress(FileNotFoundError):  # removed just now
+            if path.stat().st_size != new.get(path.name): continue
+            self.headers[path.name] = new.pop(path.name), store.packs[path]
+    heads = self.heads({f'objects/{name}': size for name, size in new.items()})
+    for name, size in new.items():
+        file = f'objects/{name}'
+        with suppress(FileNotFoundError):
+            self.headers[name] = size, self.header(file, size, heads.get(file))
     return {name: self.headers[name][1] for name in there
             if name in self.headers and self.headers[name][1] is not None}
 
@@ -82,13 +108,15 @@ def objects(self:Remote, store=None): # dict: name of a whole object -> its tens
 def send_tensors(self:Store, remote, digests): # list of bytes sent, one for each object
     "Send those packs that hold what the remote folder has not"
     sent = []
-    if not digests <= remote.known: remote.known.update(*remote.objects(self).values())
+    if not remote.known: remote.known.update(*remote.objects(self).values())
     while lacking := digests - remote.known:
         path = next(iter(self.locate(lacking)))
         try:
-            self.read_pack(path, [*self.packs[path]])
-            remote.send(path, f'objects/{path.name}')
-            sent.append(path.stat().st_size)
+            size = path.stat().st_size
+            if remote.size(f'objects/{path.name}') != size:  # else others have sent it since
+                self.read_pack(path, [*self.packs[path]])
+                remote.send(path, f'objects/{path.name}')
+                sent.append(size)
         except FileNotFoundError:
             if path.exists(): raise
             self.refresh()
@@ -142,8 +170,7 @@ def files_of_save(path): # list of Paths, the save last
     "A save with the files it needs beside it"
     sidecars = [path.parent/f'tensor-{digest}.safetensors' for digest in sidecars_of(path)]
     parts = path.with_suffix('.parts')
-    shards = sorted(parts.iterdir()) if parts.is_dir() else []
-    return [*(file for file in (*sidecars, *shards) if file.exists()), path]
+    return [*(file for file in (*sidecars, *sorted(parts.rglob('*'))) if file.is_file()), path]
 
 @patch
 def send_save(self:Store, remote, folder, target, sent): # sent: dict, what was sent before; int
@@ -183,7 +210,7 @@ def fetch_save(self:Store, remote, target, folder): # number of bytes
 def fetch_files(self:Store, remote, target, folder, name, there): # number of bytes
     "Fetch a save with what it needs; DamagedError if it is not sound"
     parts, temp = name.replace('.safetensors', '.parts'), temp_path(folder.parent)
-    shards = remote.entries(f'{target}/{parts}') if parts in there else {}
+    shards = remote.files(f'{target}/{parts}') if parts in there else {}
     def fetched(name, size): # number of bytes
         make_folder((temp/name).parent)
         atomic_write(temp/name, lambda file: remote.fetch(f'{target}/{name}', size, file))

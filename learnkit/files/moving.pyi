@@ -5,6 +5,10 @@
 from typing import Any
 __all__ = []
 
+def check_is_outside(path: Any, name: Any) -> None:
+    """Raise RemoteError for a folder inside of a run"""
+HEAD: int
+
 def check_arrived(path: Any, sizes: Any, file: Any, remote: Any) -> None:
     """Raise DamagedError unless all tensors of a file are as their names say"""
 

@@ -53,9 +53,14 @@ class Remote:
     def __init__(self, url): # str or Path
         self.url, self.pauses = os.fspath(url), PAUSES
         self.hidden = address_secrets(self.url)
-        self.fs, self.path = open_address(self.url, self.hidden)
+        self.open()
         self.headers = {}  # file -> (its size, the tensors it holds), as seen before
         self.known = set()  # digests of tensors that are there, as seen before
+
+    def open(self):
+        "Connect; a copy of this process does so once more, as no connection outlives a fork"
+        self.fs, self.path = open_address(self.url, self.hidden)
+        self.process = os.getpid()
 
     @property
     def name(self): return without_secrets(self.url, self.hidden)  # str, for people
@@ -91,6 +96,7 @@ def failure_text(error, hidden): # str
 @patch
 def attempt(self:Remote, action, file, verb): # what `action` returns
     "Do something, again if it fails; RemoteError if it fails to the end, LASTING errors at once"
+    if self.process != os.getpid(): self.open()
     for pause in (*self.pauses, None):
         try: return action()
         except FileNotFoundError: raise
@@ -109,7 +115,7 @@ def error(self:Remote, error, file, verb): # RemoteError
 
 # %% ../../nbs/files/16_remote.ipynb #b12c64e7
 @patch
-def entries(self:Remote, folder=''): # dict: name -> bytes; None for a folder
+def listing(self:Remote, folder=''): # dict: name -> what the file system says of it
     "What is in a folder; nothing where there is none"
     path = self.at(folder)
     def listed():
@@ -118,13 +124,30 @@ def entries(self:Remote, folder=''): # dict: name -> bytes; None for a folder
     try: found = self.attempt(listed, folder, 'listed at')
     except FileNotFoundError: return {}
     names = {entry['name'].rstrip('/'): entry for entry in found}
-    return {name.rpartition('/')[2]: None if entry['type'] == 'directory' else entry['size']
-            for name, entry in names.items() if name.strip('/') != path.strip('/')}
+    return {name.rpartition('/')[2]: entry for name, entry in names.items()
+            if name.strip('/') != path.strip('/')}
 
 @patch
-def size(self:Remote, file): # int
-    self.fs.invalidate_cache()
-    return self.fs.info(self.at(file))['size']
+def entries(self:Remote, folder=''): # dict: name -> bytes; None for a folder
+    return {name: None if entry['type'] == 'directory' else entry['size']
+            for name, entry in self.listing(folder).items()}
+
+# %% ../../nbs/files/16_remote.ipynb #50469620
+@patch
+def files(self:Remote, folder): # dict: path below the folder -> bytes
+    "The files in a folder and in those inside of it"
+    found = {}
+    for name, size in self.entries(folder).items():
+        inner = {'': size} if size is not None else self.files(f'{folder}/{name}')
+        found |= {f'{name}/{each}'.rstrip('/'): n for each, n in inner.items()}
+    return found
+
+@patch
+def size(self:Remote, file): # int; None where there is no such file
+    def asked():
+        self.fs.invalidate_cache()
+        return self.fs.info(self.at(file))['size']
+    with suppress(FileNotFoundError): return self.attempt(asked, file, 'looked for at')
 
 @patch
 def read(self:Remote, file, start=0, end=None): # bytes

@@ -34,11 +34,14 @@ class Remote:
     url: Any
     pauses: tuple[float, ...]
     hidden: Any
-    fs: Any
-    path: Any
     headers: dict[Any, Any]
     known: Any
+    fs: Any
+    path: Any
+    process: Any
     def __init__(self, url: Any) -> None: ...
+    def open(self) -> None:
+        """Connect; a copy of this process does so once more, as no connection outlives a fork"""
     @property
     def name(self) -> Any: ...
     @property
@@ -50,6 +53,12 @@ class Remote:
 
         Returns:
             int
+        """
+    def last_change(self) -> Any:
+        """When the newest tensors came there
+
+        Returns:
+            seconds since 1970; None where the place keeps no times
         """
     def record_files(self, id: Any) -> Any:
         """The records of an id
@@ -77,11 +86,17 @@ class Remote:
         """
     def make_run(self) -> None:
         """Make the folder one that runs are pushed to"""
-    def header(self, file: Any, size: Any) -> Any:
-        """The tensors of an object
+    def heads(self, sizes: Any) -> Any:
+        """The beginnings of many files, which a bucket sends side by side
 
         Returns:
-            dict: digest -> bytes; None if the file is not whole
+            dict: file -> its first bytes, of those that came at once
+        """
+    def header(self, file: Any, size: Any, head: Any = None) -> Any:
+        """The tensors of an object, of which the first bytes may be known
+
+        Returns:
+            dict: digest -> bytes; None if it is not whole
         """
     def objects(self, store: Any = None) -> Any:
         """What the folder holds; the headers of those that the store has, too, are not asked for
@@ -101,15 +116,25 @@ class Remote:
         Returns:
             RemoteError
         """
-    def entries(self, folder: Any = '') -> Any:
+    def listing(self, folder: Any = '') -> Any:
         """What is in a folder; nothing where there is none
 
         Returns:
+            dict: name -> what the file system says of it
+        """
+    def entries(self, folder: Any = '') -> Any:
+        """Returns:
             dict: name -> bytes; None for a folder
         """
-    def size(self, file: Any) -> int:
+    def files(self, folder: Any) -> Any:
+        """The files in a folder and in those inside of it
+
+        Returns:
+            dict: path below the folder -> bytes
+        """
+    def size(self, file: Any) -> Any:
         """Returns:
-            int
+            int; None where there is no such file
         """
     def read(self, file: Any, start: Any = 0, end: Any = None) -> bytes:
         """Bytes of a file

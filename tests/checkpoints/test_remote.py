@@ -1,5 +1,5 @@
 "Runs that move: pushes and pulls that are killed, fail, meet others; machines that are lost"
-import errno, os, random, shutil, threading, time, warnings
+import errno, multiprocessing, os, random, shutil, subprocess, sys, threading, time, warnings
 from functools import partial
 from pathlib import Path
 import pytest
@@ -16,6 +16,7 @@ from learnkit.checkpoints.transfer import pull_run, push_run
 from learnkit.cli import main
 from learnkit.files.errors import DamagedError
 from learnkit.files.remote import Remote, RemoteError
+from learnkit.files.saves import save_next
 from learnkit.files.store import Store
 from learnkit.loop.progress import Progress
 
@@ -177,6 +178,13 @@ def test_nothing_travels_twice(run, tmp_path):
     assert not push_run(store, Remote(url)).objects
 
 
+def test_no_place_inside_of_a_run(run, tmp_path):
+    store = copied(run, tmp_path / 'ours')
+    for url in (tmp_path / 'ours' / 'packs', f'file://{tmp_path}/ours/a/b'):
+        with pytest.raises(RemoteError, match='is inside of the run'): push_run(store, Remote(url))
+    assert not (tmp_path / 'ours' / 'a').exists()
+
+
 @pytest.mark.parametrize('kind', ['bit', 'short', 'gone', 'record', 'empty record'])
 def test_what_was_damaged_there_is_named(run, tmp_path, kind):
     url = f'file://{tmp_path}/there'
@@ -209,6 +217,23 @@ def test_what_is_damaged_here_does_not_get_there(run, tmp_path):
     try: pull_run(there, Remote(f'file://{tmp_path}/there'))
     except DamagedError: raise AssertionError('what is there must be whole') from None
     contents(there)
+
+
+def test_the_parts_of_a_save_travel(tmp_path):
+    "Those that several processes have written, in folders beside it"
+    remote, target = Remote(f'flaky://{tmp_path}/there'), 'saves/1/0'
+    here, there = Store(tmp_path / 'here'), Store(tmp_path / 'elsewhere')
+    save = save_next({'epoch': 1}, here.work(1) / '0')
+    part = save.with_suffix('.parts') / 'one' / 'rank-0.safetensors'
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b'what this process has')
+    assert here.send_save(remote, save.parent, target, {})
+    assert there.fetch_save(remote, target, there.work(1) / '0')
+    found = [path for path in (tmp_path / 'elsewhere').rglob('*') if path.is_file()]
+    assert {path.name for path in found} >= {save.name, part.name}
+    fetched, = [path for path in found if path.name == part.name]
+    assert fetched.read_bytes() == part.read_bytes()
+    assert fetched.relative_to(there.work(1)) == part.relative_to(here.work(1))
 
 
 # Machines that are lost
@@ -442,6 +467,8 @@ def test_commands(run, tmp_path, monkeypatch, capsys):
     assert main(['pull', f'{tmp_path}/nothing', 'x']) == 1
     assert main(['pull', f'{tmp_path}/ckpts/mine']) == 1
     told = capsys.readouterr()
+    assert [line.endswith('just now') for line in told.out.splitlines()
+            if line.startswith('mine ')] == [True]
     assert '2 checkpoints' in told.out and 'mine' in told.out
     assert 'there is no run at' in told.err and 'is a run itself' in told.err
     assert not Path('ckpts/x').exists()
@@ -491,3 +518,275 @@ def test_a_deleted_run_comes_again(tmp_path):
     Fits.n = 0
     with learn.checkpoint(1) as cp: cp.fit(1)
     assert Fits.n == 0
+
+
+def fits(root, url, *rates, id=1, **kwargs):
+    "A block with some fits, and how many batches were trained now"
+    Fits.n, learn = 0, make(root, remote=url, **kwargs)
+    with learn.checkpoint(id) as cp:
+        for lr in rates: cp.fit(1, lr=lr)
+    return learn
+
+
+def one_there(url): # the only record of checkpoint 1
+    found, = Remote(url).record_files(1).values()
+    return found
+
+
+def ends(record): return [call['after']['model'] for call in record['calls']]
+
+
+def test_a_change_that_is_taken_back(tmp_path):
+    "What is recorded last is what is there, as often as it changes, for whoever comes next"
+    url = f'file://{tmp_path}/bucket/run'
+    first = ends(fits(tmp_path / 'a', url, 0.1).ledger.store.read(1))
+    for n, lr in enumerate([0.2, 0.1, 0.2, 0.3]):
+        learn = fits(tmp_path / 'a', url, lr, on_change='rerun')
+        here = learn.ledger.store.read(1)
+        assert ends(one_there(url)) == ends(here) and (ends(here) == first) == (lr == 0.1)
+        assert fits(tmp_path / f'other {n}', url, lr).ledger.store.ids() == [1] and Fits.n == 0
+    learn.restore(1, 1)
+    learn.push()
+    assert ends(one_there(url)) == first
+    fits(tmp_path / 'a', url, 0.1)
+    assert Fits.n == 0
+    learn.gc(dry_run=False, history=0)
+    fits(tmp_path / 'a', url, 0.5, on_change='rerun')
+    assert ends(one_there(url)) == ends(Store(tmp_path / 'a' / 'run').read(1)) != first
+
+
+def test_both_change_at_once(tmp_path):
+    "Neither takes the place of the other"
+    url = f'file://{tmp_path}/bucket/run'
+    fits(tmp_path / 'a', url, 0.1).push()
+    shutil.copytree(tmp_path / 'a', tmp_path / 'b')
+    learns = [fits(tmp_path / name, None, lr, on_change='rerun')
+              for name, lr in (('a', 0.2), ('b', 0.3))]
+    for learn in learns: learn.push(url)
+    for learn in learns:
+        learn.pull(url)
+        ids = learn.ledger.store.ids()
+        assert len(ids) == 2
+        models = {*(ends(learn.ledger.store.read(id))[0] for id in ids)}
+        assert models == {ends(other.ledger.store.read(1))[0] for other in learns}
+
+
+@pytest.mark.parametrize('kind', ['history', 'last'])
+def test_what_was_dropped_here_is_not_fetched_again(tmp_path, kind):
+    url, options = f'file://{tmp_path}/bucket/run', {} if kind == 'history' else {'keep': 'last'}
+    learn = make(tmp_path / 'a', remote=url, **options)
+    with learn.checkpoint(1) as cp:
+        for _ in range(3):
+            cp.fit(1, lr=0.1)
+            learn.ledger.remote.wait()
+    if kind == 'history': learn = fits(tmp_path / 'a', url, 0.3, on_change='rerun')
+    learn.gc(dry_run=False, history=0)
+    store = learn.ledger.local_store
+    there, here = Remote(url).objects(), {path.name for path in store.packs}
+    assert len(here) < len(there)
+    rates = [0.3] if kind == 'history' else [0.1] * 3
+    again = fits(tmp_path / 'a', url, *rates, **options)
+    again.pull()
+    store.refresh()
+    assert Fits.n == 0 and {path.name for path in store.packs} == here
+    next(iter(store.packs)).unlink()
+    again.pull()
+    contents(Store(store.folder))
+
+
+def test_what_is_asked_for_by_id_is_fetched(tmp_path):
+    "With an empty disk: a fork, an answer, a state"
+    url = f'file://{tmp_path}/bucket/run'
+    learn = long(make(tmp_path / 'first', remote=url))
+    answer = learn.cache(1).validate()
+    learn.ledger.remote.wait()
+    Fits.n, state = 0, digest(learn)
+    assert digest(make(tmp_path / 'a', remote=url).rollback(2)) == state
+    assert make(tmp_path / 'b', remote=url).cache(1).validate() == answer
+    make(tmp_path / 'c', remote=url).accept(2, 'for the sake of it')
+    assert Fits.n == 0
+    learn = make(tmp_path / 'd', remote=url)
+    with learn.checkpoint(3, parent=1) as cp: cp.fit(1)
+    assert learn.ledger.store.ids() == [1, 3] and Fits.n == 3
+    with pytest.raises(KeyError, match='there is no checkpoint 7'): learn.cache(7).validate()
+    with pytest.raises(KeyError, match='there is no checkpoint 7'): learn.rollback(7)
+
+
+def test_deleted_there_only_when_asked(tmp_path):
+    url, said = f'file://{tmp_path}/bucket/run', []
+    learn = fits(tmp_path / 'a', url, 0.1)
+    with learn.checkpoint(2) as cp: cp.fit(1)
+    learn.ledger.host.display.show = said.append
+    learn.delete_checkpoint(2)
+    assert 'remote=True' in said[-1] and Remote(url).ids() == [1, 2]
+    assert make(tmp_path / 'b', remote=url).rollback(2).ledger.store.ids() == [1, 2]
+    with pytest.raises(ValueError, match='checkpoint 2 went on from checkpoint 1'):
+        learn.delete_checkpoint(1, remote=True)
+    learn.delete_checkpoint(2, remote=True)  # it is not here any more
+    learn.delete_checkpoint(1, remote=True)
+    assert not Remote(url).ids() and not learn.ledger.store.ids()
+    fits(tmp_path / 'a', url, 0.2)
+    assert Fits.n and ends(one_there(url))
+    alone = make(tmp_path / 'c')
+    with pytest.raises(TypeError, match='without remote='):
+        alone.delete_checkpoint(1, remote=True)
+
+
+@pytest.mark.parametrize('is_other', [False, True])
+def test_two_machines_compute_the_same_checkpoint(tmp_path, is_other):
+    "Nobody holds an id for both: what is equal is one record, what is not is told and kept"
+    url, said = f'file://{tmp_path}/bucket/run', []
+    class Meanwhile(Callback):
+        def settings(self): return None
+        def before_batch(self, learn):
+            if learn.steps_done or learn.phase != 'train': return
+            assert forked(lambda: fits(tmp_path / 'a', url, 0.1)) == 0
+            if is_other:  # as another accelerator would
+                with torch.no_grad(): learn.model[0].bias.add_(1e-3)
+    second = make(tmp_path / 'b', remote=url, cbs=[Meanwhile()])
+    second.ledger.host.display.show = said.append
+    with second.checkpoint(1) as cp: cp.fit(1, lr=0.1)
+    told = [text for text in said if 'recorded otherwise' in text and 'both are kept' in text]
+    assert len(told) == is_other and len(Remote(url).record_files(1)) == 1 + is_other
+    second.pull()
+    ids = second.ledger.store.ids()
+    assert len(ids) == 1 + is_other and ids[0] == 1
+    if is_other: assert ids[1] in told[0].replace("'", ' ').split()
+
+
+def test_a_block_asks_for_little(tmp_path):
+    "As much for the last of many as for the second, whether it is sent or fetched"
+    url, asked, counts = f'flaky://{tmp_path}/there', [], {'a': [], 'b': []}
+    planned(lambda n, name, path: asked.append((name, path)))
+    for root in counts:
+        learn = make(tmp_path / root, remote=url)
+        for id in range(6):
+            asked.clear()
+            with learn.checkpoint(id) as cp: cp.fit(1)
+            counts[root].append(sum(name in ('ls', 'read') for name, _ in asked))
+            if id < 2: continue
+            assert not [path for _, path in asked for other in range(id)
+                        if path.startswith(f'{url}/records/{other}/')
+                        or path.endswith(f'/records/{other}')]
+    assert len({*counts['b'][1:]}) == 1 and counts['b'][1] <= 6, counts
+    assert max(counts['a'][1:]) <= 20, counts
+
+
+# How programs end
+
+ENDING = '''
+import sys, threading, os, signal
+sys.path[:0] = {paths!r}
+from checkpoint_runs import make
+from flaky import planned
+def plan(n, name, path):
+    if name == 'write' and {fails}: raise PermissionError('not any more')
+    if name == 'write' and {waits}: threading.Event().wait({waits})
+planned(lambda *args: None)
+learn = make({root!r}, remote={url!r})
+learn.ledger.host.display.show = print
+with learn.checkpoint(1) as cp:
+    cp.fit(1)
+    if {waits}:
+        learn.ledger.remote.wait()
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        planned(plan)
+        cp.fit(1)
+planned(plan)
+learn.cache(1).validate()
+'''
+
+
+@pytest.mark.parametrize('kind', ['fails', 'interrupted'])
+def test_as_a_program_ends(tmp_path, kind):
+    "What could not be sent is told when nobody waits any more; an interrupt does not lose it"
+    url = f'flaky://{tmp_path}/there'
+    (tmp_path / 'script.py').write_text(ENDING.format(
+        paths=[str(Path(__file__).parents[1])], root=str(tmp_path / 'a'), url=url,
+        fails=kind == 'fails', waits=0 if kind == 'fails' else 1.5))
+    done = subprocess.run([sys.executable, tmp_path / 'script.py'], capture_output=True, text=True)
+    if kind == 'fails':
+        assert done.returncode == 0 and done.stderr.count('not any more') == 1, done
+        assert f'checkpoint 1 is recorded here, but not at {url}' in done.stderr
+    else:
+        assert 'KeyboardInterrupt' in done.stderr and 'it is sent until the program' in done.stdout
+        assert len(Remote(url).record_files(1)) == 1 and len(one_there(url)['calls']) == 2
+
+
+# Studies
+
+def job(cp, trial):
+    cp.fit(1, lr=1e-2)
+    cp.fit(1, lr=trial.suggest_categorical('lr', [0.1, 0.03, 0.3]))
+    cp.fit(trial.suggest_int('n', 1, 2), lr=1e-3)
+    return cp.validate()['loss']
+
+
+def studied(root, url, seed=0, n=5, workers=1):
+    optuna = pytest.importorskip('optuna')
+    Fits.n, learn = 0, make(root, remote=url)
+    study = learn.study('rates', sampler=optuna.samplers.RandomSampler(seed=seed))
+    study.run(job, n, workers)
+    return study
+
+
+def values(study): return study.trials[['value', 'lr', 'n', 'steps', 'id']].to_dict('records')
+
+
+def test_two_machines_one_study(tmp_path):
+    "What one has computed the other fetches, whatever it tries first"
+    url = f'file://{tmp_path}/bucket/run'
+    first = studied(tmp_path / 'a', url)
+    assert Fits.n
+    again = studied(tmp_path / 'b', url)
+    assert Fits.n == 0 and values(again) == values(first)
+    alone = studied(tmp_path / 'alone', None, seed=1)
+    all_of_it = Fits.n
+    other = studied(tmp_path / 'c', url, seed=1)
+    assert values(other) == values(alone) and Fits.n < all_of_it
+
+
+@pytest.mark.parametrize('workers', [1, 2])
+def test_a_study_on_two_machines_at_once(tmp_path, workers):
+    "Slow transfers, some that fail; each ends with the numbers of one that is alone"
+    url, machines = f'flaky://{tmp_path}/bucket/run', multiprocessing.get_context('fork')
+    def machine(name, seed):
+        def plan(n, name, path):
+            time.sleep(0.002)
+            if n % 17 == 0: raise OSError('503 Slow Down')
+        planned(plan)
+        studied(tmp_path / name, url, seed, 6, workers)
+    processes = [machines.Process(target=machine, args=each) for each in (('a', 0), ('b', 1))]
+    for each in processes: each.start()
+    for each in processes: each.join()
+    assert [each.exitcode for each in processes] == [0, 0]
+    planned(nothing)
+    pull_run(store := Store(tmp_path / 'all' / 'run'), Remote(url))
+    contents(store)
+    assert not [id for id in store.ids() if '_' in str(id)]  # nothing was computed otherwise
+    for name in 'ab':
+        here = Store(tmp_path / name / 'run')
+        contents(here)
+        assert {*here.ids()} <= {*store.ids()}
+        assert all(ends(here.read(id)) == ends(store.read(id)) for id in here.ids())
+    studied(tmp_path / 'all', url, 0, 6)
+    if workers == 1: assert Fits.n == 0
+
+
+def test_a_study_on_a_machine_that_is_lost(tmp_path):
+    "Its calls are there as each is done, and the save inside of one"
+    url = f'file://{tmp_path}/bucket/run'
+    def child():
+        def lost(cp, trial):
+            if trial.number == 2:
+                cp._trail.ledger.remote.wait()
+                os._exit(77)
+            return job(cp, trial)
+        optuna = pytest.importorskip('optuna')
+        learn = make(tmp_path / 'first', remote=url)
+        learn.study('rates', sampler=optuna.samplers.RandomSampler(seed=0)).run(lost, 5)
+    assert forked(child) == 77
+    shutil.rmtree(tmp_path / 'first')
+    alone, n = studied(tmp_path / 'alone', None), Fits.n
+    study = studied(tmp_path / 'second', url)
+    assert values(study) == values(alone) and Fits.n < n

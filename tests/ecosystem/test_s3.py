@@ -88,6 +88,27 @@ def test_an_answer_is_sent_as_the_program_ends(bucket, tmp_path):
     assert len(store.answers(1)) == 1
 
 
+def studying(root, url):
+    learn = make(root, remote=url)
+    learn.study('rates').run(lambda cp, trial: tried(cp, trial), 4, workers=2)
+
+
+def tried(cp, trial):
+    cp.fit(1, lr=trial.suggest_categorical('lr', [0.1, 0.01]))
+    return cp.validate()['loss']
+
+
+def test_a_study_of_several_processes(bucket, tmp_path):
+    "Copies of a process, in which the client that it had is of no use"
+    pytest.importorskip('optuna')
+    url = f'{bucket}/rates'
+    assert spawned(studying, tmp_path / 'first', url) == 0
+    here = Store(tmp_path / 'first' / 'run')
+    assert Remote(url).ids() == here.ids() and len(here.ids()) > 1
+    pull_run(store := Store(tmp_path / 'there'), Remote(url))
+    contents(store)
+
+
 @pytest.mark.parametrize('url', ['s3://no-such-bucket/run', f's3://key:{SECRET}@no-such/run'])
 def test_errors(bucket, tmp_path, url):
     learn = long(make(tmp_path / 'here'))
