@@ -129,9 +129,9 @@ def patience(self:SaveState, learn): # seconds
 
 def ends_soon(learn): # bool
     "Whether the last epoch of a fit is over"
+    if learn.levels != ['fit']: return False
     fit = learn._fit
-    is_last = fit.is_over or fit.n_steps is None and fit.epoch + 1 == fit.n_epoch
-    return is_last and learn.levels == ['fit']
+    return fit.is_over or fit.n_steps is None and fit.epoch + 1 == fit.n_epoch
 
 # %% ../../nbs/loop/09_save_state.ipynb #54784e70
 @patch
