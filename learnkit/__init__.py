@@ -174,6 +174,7 @@ from .training.steps import (
 from .training.mix import (
     CutMix, MixUp,
 )
+from .training import compiled_step as _compiled_step
 from .training.trials import (
     OverfitResult,
 )

@@ -475,11 +475,12 @@ class Learner(Loop):
     def to_channels_last(self: _Self) -> _Self:
         """Lay out weights, the optimizer's state and all image batches with channels side by side"""
     @structural
-    def compile(self: _Self, on: bool = True, **kwargs: Any) -> _Self:
-        """Have the model's computation compiled by `torch.compile`
+    def compile(self: _Self, on: bool = True, step: bool = False, **kwargs: Any) -> _Self:
+        """Have the model's computation, or all of a training step, compiled by `torch.compile`
 
         Args:
             on: False: back to the model as it is
+            step: whole training steps too: loss, gradients and update in one graph
             kwargs: of `torch.compile`: mode, backend, dynamic, fullgraph ...
         """
     @as_run

@@ -217,7 +217,8 @@ def _run_step(self:Loop, name):
         else: getattr(self, name)()
     except (Cancel, Interrupted): raise
     except BaseException as error:
-        if methods: add_origin(self, error, methods[-1], name)
+        if methods and not makes_same_steps(methods[-1]):
+            add_origin(self, error, methods[-1], name)
         else: add_step(self, error, name)
         raise
 
@@ -244,8 +245,12 @@ def _repeat_event(self:Loop, event):
 # %% ../../nbs/loop/03_loop.ipynb #a8506b42
 def overrides(learn, step:str): # bool
     "Whether a callback or a subclass does this step in its own way"
-    if learn._cbs.bound[learn.phase][step]: return True
+    methods = learn._cbs.bound[learn.phase][step]
+    if methods and not all(map(makes_same_steps, methods)): return True
     return getattr(type(learn), step) is not getattr(Loop, step)
+
+def makes_same_steps(method): # bool
+    return getattr(getattr(method, '__self__', None), 'makes_same_steps', False)
 
 def has_updates(learn): # bool
     "Whether there is anything to train: trainable parameters, or a step of another kind"

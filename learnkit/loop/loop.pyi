@@ -71,6 +71,11 @@ def overrides(learn: Learner, step: str) -> bool:
         bool
     """
 
+def makes_same_steps(method: Any) -> bool:
+    """Returns:
+        bool
+    """
+
 def has_updates(learn: Learner) -> bool:
     """Whether there is anything to train: trainable parameters, or a step of another kind
 

@@ -12,8 +12,9 @@ from fastcore.basics import patch
 from ..base.batches import map_tensors
 from ..base.compiled import uncompiled
 from ..base.methods import structural
-from ..components.callback import Callback
+from ..components.callback import PHASES, Callback
 from ..loop.learner import Learner
+from .compiled_step import CompiledStep, reuses_memory
 
 # %% ../../nbs/training/16_compiling.ipynb #d6fec31b
 class ChannelsLast(Callback):
@@ -49,10 +50,13 @@ def to_channels_last(self:Learner) -> Self:
 # %% ../../nbs/training/16_compiling.ipynb #023e2e5d
 class CompiledModel(Callback):
     "Compiles anew when the learner was given another model"
-    order, phases = -100, ()
+    order, phases, makes_same_steps = -1000, PHASES, True
 
     def __init__(self, **kwargs): self.kwargs = kwargs
     def settings(self): return None  # compiling does not matter for what is computed
+
+    def after_pred(self, learn): # some callbacks, and the history, keep what they are given
+        if reuses_memory(**self.kwargs): learn.pred = map_tensors(torch.clone, learn.pred)
 
     def before_fit(self, learn):
         model = uncompiled(learn.model)
@@ -66,12 +70,14 @@ class CompiledModel(Callback):
 @structural
 def compile(self:Learner,
             on:bool=True, # False: back to the model as it is
+            step:bool=False, # whole training steps too: loss, gradients and update in one graph
             **kwargs, # of `torch.compile`: mode, backend, dynamic, fullgraph ...
            ) -> Self:
-    "Have the model's computation compiled by `torch.compile`"
+    "Have the model's computation, or all of a training step, compiled by `torch.compile`"
     if self.levels: raise RuntimeError(f'compile called while {self.levels[0]} is running')
     compiled = torch.compile(uncompiled(self.model), **kwargs) if on else None
-    self.cbs = [cb for cb in self.cbs if not isinstance(cb, CompiledModel)]
+    self.cbs = [cb for cb in self.cbs if not isinstance(cb, (CompiledModel, CompiledStep))]
     if on: self.add_cb(CompiledModel(**kwargs))
+    if on and step: self.add_cb(CompiledStep(**kwargs))
     self.compiled = compiled
     return self

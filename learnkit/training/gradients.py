@@ -169,6 +169,15 @@ def total_norm(grads): # tensor, 0-d
     return norms[0] if len(norms) == 1 else torch.stack(norms).norm()
 
 # %% ../../nbs/training/11_gradients.ipynb #a2c0c210
+def clip_gradients(params, max_norm, max_value): # tensor, 0-d: the norm before
+    "Bound the gradients of parameters"
+    params = [p for p in params if p.grad is not None]
+    norm = total_norm([p.grad for p in params])
+    for some, in split_by_dtensor(params):
+        if max_norm is not None: clip_grads_with_norm_(some, max_norm, norm)
+        if max_value is not None: clip_grad_value_(some, max_value)
+    return norm
+
 def opts_by_loss(learn): # dict: column of the norm -> optimizer
     "What is bounded together: all, or of several optimizers that have a loss each each"
     if learn.loss_parts is None or not learn.loss_parts.by_opt: return {'grad_norm': learn.opt}
@@ -189,6 +198,7 @@ class GradientClip(Callback):
         check_bound('max_norm', max_norm)
         check_bound('max_value', max_value)
         self.max_norm, self.max_value, self.norms = max_norm, max_value, {}
+        self.is_made = False  # whether a compiled step has done it already
 
     def before_fit(self, learn):
         check_only_one(learn, GradientClip, 'keep one, with both bounds if need be')
@@ -200,15 +210,10 @@ class GradientClip(Callback):
     def norm(self): return self.norms.get('grad_norm')  # None where each of several losses has one
 
     def before_step(self, learn):
-        self.norms = {name: self.clip(opt) for name, opt in opts_by_loss(learn).items()}
-
-    def clip(self, opt): # tensor, 0-d: the norm before
-        "Bound the gradients of an optimizer"
-        norm = total_norm(gradients(opt))
-        for params, in split_by_dtensor(list(opt_params(opt))):
-            if self.max_norm is not None: clip_grads_with_norm_(params, self.max_norm, norm)
-            if self.max_value is not None: clip_grad_value_(params, self.max_value)
-        return norm
+        if not self.is_made:
+            self.norms = {name: clip_gradients(opt_params(opt), self.max_norm, self.max_value)
+                          for name, opt in opts_by_loss(learn).items()}
+        self.is_made = False
 
     def after_step(self, learn):
         if learn.phase != 'train': return

@@ -82,6 +82,13 @@ def total_norm(grads: Any) -> Any:
         tensor, 0-d
     """
 
+def clip_gradients(params: Any, max_norm: Any, max_value: Any) -> Any:
+    """Bound the gradients of parameters
+
+    Returns:
+        tensor, 0-d: the norm before
+    """
+
 def opts_by_loss(learn: Learner) -> Any:
     """What is bounded together: all, or of several optimizers that have a loss each each
 
@@ -94,6 +101,7 @@ class GradientClip(Callback):
     max_norm: Any
     max_value: Any
     norms: dict[Any, Any]
+    is_made: bool
     def __init__(self, max_norm: Any = None, max_value: Any = None) -> None:
         """Bounds the gradients of each update, and keeps their norm before that
 
@@ -105,11 +113,5 @@ class GradientClip(Callback):
     @property
     def norm(self) -> Any: ...
     def before_step(self, learn: Learner) -> None: ...
-    def clip(self, opt: Any) -> Any:
-        """Bound the gradients of an optimizer
-
-        Returns:
-            tensor, 0-d: the norm before
-        """
     def after_step(self, learn: Learner) -> None: ...
     def before_lr_find(self, learn: Learner) -> None: ...

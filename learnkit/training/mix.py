@@ -12,6 +12,7 @@ import torch
 from ..base.batches import batch_size, map_tensors, only_tensors, tensors_in
 from ..components.callback import Callback
 from ..loop.learner import Learner
+from ..loop.loop import makes_same_steps
 
 # %% ../../nbs/training/14_mix.ipynb #030cb416
 def image_size(xb): # (height, width)
@@ -26,7 +27,7 @@ def image_size(xb): # (height, width)
 def check_loss_func(mix, learn):
     "Raise unless the loss is a function of predictions and targets that can be called twice"
     for method in learn.cbs.bound[learn.phase]['get_loss']:
-        if method == mix.get_loss: continue
+        if method == mix.get_loss or makes_same_steps(method): continue
         owner = getattr(method, '__self__', method)
         raise ValueError(f'{mix}: {owner!r} computes the loss as well, so that it cannot be mixed; '
                          'have one of them, or use loss_func')
