@@ -8,6 +8,7 @@ __all__ = []
 # %% ../../nbs/training/15_compiled_step.ipynb #5ba8c252
 import builtins, copy, inspect
 from contextlib import nullcontext
+from operator import is_
 from types import FunctionType
 from typing import NamedTuple
 import torch
@@ -27,6 +28,7 @@ from ..loop.progress import show_message
 from .averaging import Average
 from .gradients import GradientClip, clip_gradients
 from .precision import MixedPrecision, as_float32
+from .scheduled_fits import ParamScheduler
 
 # %% ../../nbs/training/15_compiled_step.ipynb #5716eb1e
 def may_come_late(learn, cb): # bool
@@ -60,6 +62,12 @@ def why_no_gradients(learn): # str; None: they can be in a graph with prediction
     return who and f'{who} takes part before there are gradients'
 
 # %% ../../nbs/training/15_compiled_step.ipynb #f1ac9f3e
+def schedules_settings(learn): # callback; None
+    "Who changes, in each step, what is fixed in a graph"
+    for cb in learn.cbs:
+        if isinstance(cb, ParamScheduler) and {*cb.scheds} - {'lr', 'mom', 'betas'}: return cb
+    return None
+
 def why_no_update(learn): # str; None: the update can be in the graph, too
     opt, groups = learn.opt, learn.opt.param_groups
     name = type(opt).__name__
@@ -67,6 +75,7 @@ def why_no_update(learn): # str; None: the update can be in the graph, too
         return f'the update of {name} is not one of those that are compiled'
     if any(group.get('momentum') for group in groups):
         return f'the momentum of {name} may change in each step'
+    if who := schedules_settings(learn): return f'{who} may change settings in each step'
     if is_heard(opt) or 'step' in vars(opt): return f'hooks of {name} hear of each update'
     who = taking_part(learn, AFTER_GRADIENTS)
     return who and f'{who} takes part between gradients and update'
@@ -81,7 +90,7 @@ def as_tensors(value, device): # the same, numbers as 0-d tensors
 def fill(tensors, value):
     "Write numbers into the tensors that stand for them"
     if isinstance(tensors, tuple):
-        for t, one in zip(tensors, value, strict=True): fill(t, one)
+        for t, one in zip(tensors, value, strict=True): t.fill_(one)
     else: tensors.fill_(value)
 
 def twin_of(opt): # optimizer
@@ -100,6 +109,9 @@ def twin_of(opt): # optimizer
 def fixed_settings(opt): # list of what must be as it was in all steps that a graph makes
     return [value for group in opt.param_groups for name, value in group.items()
             if name not in CHANGING and name != 'params']
+
+def trainable(opt): # list of parameters
+    return [p for group in opt.param_groups for p in group['params'] if p.requires_grad]
 
 # %% ../../nbs/training/15_compiled_step.ipynb #abebff32
 def divisor_of(loss_func): # function of prediction and targets; None: the number of samples
@@ -126,18 +138,19 @@ class Made(NamedTuple):
 # %% ../../nbs/training/15_compiled_step.ipynb #f556b58d
 class StepGraph:
     "A function that makes the parts of a step in one graph"
-    def __init__(self, learn, parts, with_update, kwargs):
-        self.parts, self.model, self.loss_func = parts, uncompiled(learn.model), learn.loss_func
-        self.params = [p for p in opt_params(learn.opt) if p.requires_grad]
+    def __init__(self, learn, with_update, kwargs):
+        self.model, self.loss_func, opt = uncompiled(learn.model), learn.loss_func, learn.opt
+        self.params, self.made_of = trainable(opt), what_it_is_made_of(learn)
         self.by_name, self.divisor = are_by_name(self.model, learn.xb), divisor_of(learn.loss_func)
-        clips = [cb for cb in learn.cbs if type(cb) is GradientClip]
-        self.clip = clips[0] if clips and with_update else None
-        self.twin = twin_of(learn.opt) if with_update else None
-        self.grads = [torch.empty_like(p) for p in self.params] if with_update else None
-        self.half_on = learn.device.type if parts[1][1] else None  # on what it is in 16 bits
+        self.clip = one_of(learn, GradientClip) if with_update else None
+        self.settings = self.settings_of(opt)
+        self.twin, self.grads = None, None
+        if with_update: self.twin, self.grads = twin_of(opt), [*map(torch.empty_like, self.params)]
+        is_half = one_of(learn, MixedPrecision) is not None
+        self.half_on = learn.device.type if is_half else None  # on what it is in 16 bits
         make = self.make_update if with_update else self.make_gradients
         self.function = torch.compile(self.compilable(make), fullgraph=True, **kwargs)
-        self.is_compiled = False  # whether it was called once
+        self.is_compiled, self.rates = False, {}  # whether it was called once; what was written
 
     def compilable(self, make): # function of inputs and targets
         def step_of_learner(xb, yb): return make(xb, yb)
@@ -179,8 +192,7 @@ def __call__(self:StepGraph, learn): # Made
     if self.twin is not None:
         for p, grad in zip(self.params, self.grads, strict=True): p.grad = grad
         for group, tensors in zip(learn.opt.param_groups, self.twin.param_groups, strict=True):
-            for name in CHANGING:
-                if name in group: fill(tensors[name], group[name])
+            self.write_rates(group, tensors)
     try:
         if self.is_compiled: return self.function(learn.xb, learn.yb)
     except Exception as error:
@@ -189,24 +201,35 @@ def __call__(self:StepGraph, learn): # Made
     self.is_compiled = True
     return made
 
+@patch
+def write_rates(self:StepGraph, group, tensors): # groups of the optimizer and of its twin
+    for name in CHANGING:
+        if name not in group or self.rates.get((id(tensors), name)) == group[name]: continue
+        fill(tensors[name], group[name])
+        self.rates[id(tensors), name] = group[name]
+
 def is_compilers(error): # bool
     "Whether an exception says that something cannot be compiled"
     return isinstance(error, torch._dynamo.exc.TorchDynamoException)
 
-def parts_of(learn, with_update): # (objects, values) that a graph is made of
-    "What a graph is made of: it serves as long as the objects are the same and the values equal"
-    opt, clips = learn.opt, [cb for cb in learn.cbs if type(cb) is GradientClip]
-    params = [p for p in opt_params(opt) if p.requires_grad]
-    objects = [uncompiled(learn.model), learn.loss_func, opt, opt.state, *clips, *params]
-    bounds = [(clip.max_norm, clip.max_value) for clip in clips]
-    is_half = any(type(cb) is MixedPrecision for cb in learn.cbs)
-    by_name = are_by_name(learn.model, learn.xb)
-    return objects, [with_update, is_half, by_name, *fixed_settings(opt), *bounds]
+def one_of(learn, cls): # callback; None
+    return next((cb for cb in learn.cbs if type(cb) is cls), None)
 
-def is_same(parts, others): # bool
-    (objects, values), (other_objects, other_values) = parts, others
-    return (len(objects) == len(other_objects) and values == other_values
-            and all(a is b for a, b in zip(objects, other_objects, strict=True)))
+def what_it_is_made_of(learn): # tuple of objects
+    return learn.model, learn.loss_func, learn.opt, learn.opt.state, type(learn.xb[0])
+
+@patch
+def settings_of(self:StepGraph, opt): # list
+    "What is fixed in a graph: with other values another one is needed"
+    clip = self.clip
+    return [*fixed_settings(opt), *([] if clip is None else [clip.max_norm, clip.max_value])]
+
+@patch
+def serves(self:StepGraph, learn): # bool
+    "Whether nothing that a graph is made of has changed, and the same parameters learn"
+    made_of, opt = what_it_is_made_of(learn), learn.opt
+    return (all(map(is_, made_of, self.made_of)) and self.settings_of(opt) == self.settings
+            and len(trainable(opt)) == len(self.params))
 
 # %% ../../nbs/training/15_compiled_step.ipynb #7110a38a
 def reuses_memory(mode=None, options=None, **kwargs): # bool
@@ -218,11 +241,12 @@ def reuses_memory(mode=None, options=None, **kwargs): # bool
 class CompiledStep(Callback):
     "Makes training steps in a graph, as far as torch and the other callbacks let it"
     order, phases, makes_same_steps = -1000, ('train',), True
-    transient = ('graph', 'graphs', 'told', 'made', 'bound', 'with_update', 'reason')
+    transient = ('graph', 'graphs', 'in_graphs', 'told', 'made', 'bound', 'with_update', 'reason')
 
     def __init__(self, **kwargs): # of `torch.compile`
         self.kwargs, self.reuses_memory = {'dynamic': False, **kwargs}, reuses_memory(**kwargs)
         self.graph, self.graphs, self.told = None, {}, set()
+        self.in_graphs = []  # callbacks that are part of them
         self.before_fit(None)
 
     def __getstate__(self): # graphs belong to this process, and to the learner of which they are
@@ -277,16 +301,17 @@ def in_graph(self:CompiledStep, learn): # Made; None: the step is made as ever
 def examine(self:CompiledStep, learn):
     "Find out what can be in a graph, and say what cannot"
     self.bound, self.reason = learn._cbs.bound, None
+    callbacks = [one_of(learn, cls) for cls in (GradientClip, MixedPrecision)]
+    if callbacks != self.in_graphs: self.graphs, self.in_graphs = {}, callbacks
     why = why_no_gradients(learn)
     self.with_update = why is None
     if why := why or why_no_update(learn): self.leave_out(learn, why)
 
 @patch
 def graph_for(self:CompiledStep, learn, with_update): # StepGraph
-    "The one that there is, if nothing that it is made of has changed"
-    parts = parts_of(learn, with_update)
-    if (graph := self.graphs.get(with_update)) is None or not is_same(parts, graph.parts):
-        self.graphs[with_update] = graph = StepGraph(learn, parts, with_update, self.kwargs)
+    "The one that there is, if it serves for the learner as it is now"
+    if (graph := self.graphs.get(with_update)) is None or not graph.serves(learn):
+        self.graphs[with_update] = graph = StepGraph(learn, with_update, self.kwargs)
     return graph
 
 # %% ../../nbs/training/15_compiled_step.ipynb #0f7a7248

@@ -29,6 +29,13 @@ def why_no_gradients(learn: Learner) -> Any:
         str; None: they can be in a graph with prediction and loss
     """
 
+def schedules_settings(learn: Learner) -> Any:
+    """Who changes, in each step, what is fixed in a graph
+
+    Returns:
+        callback; None
+    """
+
 def why_no_update(learn: Learner) -> Any:
     """Returns:
         str; None: the update can be in the graph, too
@@ -53,6 +60,11 @@ def twin_of(opt: Any) -> Any:
 def fixed_settings(opt: Any) -> Any:
     """Returns:
         list of what must be as it was in all steps that a graph makes
+    """
+
+def trainable(opt: Any) -> Any:
+    """Returns:
+        list of parameters
     """
 
 def divisor_of(loss_func: Any) -> Any:
@@ -82,19 +94,21 @@ class Made(NamedTuple):
 
 class StepGraph:
     """A function that makes the parts of a step in one graph"""
-    parts: Any
     model: Any
     loss_func: Any
-    params: list[Any]
+    params: Any
+    made_of: Any
     by_name: Any
     divisor: Any
     clip: Any
+    settings: Any
     twin: Any
     grads: list[Any] | None
     half_on: Any
     function: Any
     is_compiled: bool
-    def __init__(self, learn: Learner, parts: Any, with_update: Any, kwargs: Any) -> None: ...
+    rates: dict[Any, Any]
+    def __init__(self, learn: Learner, with_update: Any, kwargs: Any) -> None: ...
     def compilable(self, make: Any) -> Any:
         """Returns:
             function of inputs and targets
@@ -123,6 +137,22 @@ class StepGraph:
         Returns:
             Made
         """
+    def write_rates(self, group: Any, tensors: Any) -> Any:
+        """Returns:
+            groups of the optimizer and of its twin
+        """
+    def settings_of(self, opt: Any) -> list:
+        """What is fixed in a graph: with other values another one is needed
+
+        Returns:
+            list
+        """
+    def serves(self, learn: Learner) -> bool:
+        """Whether nothing that a graph is made of has changed, and the same parameters learn
+
+        Returns:
+            bool
+        """
 TRACING: dict[str, Any]
 
 def is_compilers(error: Any) -> bool:
@@ -132,16 +162,14 @@ def is_compilers(error: Any) -> bool:
         bool
     """
 
-def parts_of(learn: Learner, with_update: Any) -> Any:
-    """What a graph is made of: it serves as long as the objects are the same and the values equal
-
-    Returns:
-        (objects, values) that a graph is made of
+def one_of(learn: Learner, cls: Any) -> Any:
+    """Returns:
+        callback; None
     """
 
-def is_same(parts: Any, others: Any) -> bool:
+def what_it_is_made_of(learn: Learner) -> Any:
     """Returns:
-        bool
+        tuple of objects
     """
 
 def reuses_memory(mode: Any = None, options: Any = None, **kwargs: Any) -> bool:
@@ -159,6 +187,7 @@ class CompiledStep(Callback):
     graph: Any
     graphs: dict[Any, Any]
     told: Any
+    in_graphs: list[Any]
     made: Any
     bound: Any
     with_update: Any
@@ -184,7 +213,7 @@ class CompiledStep(Callback):
     def examine(self, learn: Learner) -> None:
         """Find out what can be in a graph, and say what cannot"""
     def graph_for(self, learn: Learner, with_update: Any) -> StepGraph:
-        """The one that there is, if nothing that it is made of has changed
+        """The one that there is, if it serves for the learner as it is now
 
         Returns:
             StepGraph

@@ -1,4 +1,4 @@
-"A training step in one graph: as the ordinary one, whatever takes part, and to the bit after a kill"
+"A training step in one graph: as the ordinary one, and with the same bits after a kill"
 import copy, gc, pickle, warnings
 from functools import partial
 import pytest
@@ -20,7 +20,8 @@ def compiler():
     torch._dynamo.reset()
 
 
-def net(): return nn.Sequential(nn.Linear(6, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+def net():
+    return nn.Sequential(nn.Linear(6, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
 
 def make(compiled=True, model=net, loss=None, n=70, bs=16, cls=Learner, **kwargs):
     set_seed(0)
@@ -62,7 +63,7 @@ SGD, Adam, AdamW = torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW
     (partial(AdamW, weight_decay=.1, amsgrad=True), 'update'),
     (partial(Adam, maximize=True, weight_decay=.01), 'update'),
     (partial(SGD, momentum=.9, nesterov=True), 'gradients'), (torch.optim.RMSprop, 'gradients')])
-@pytest.mark.parametrize('fit', ['fit', 'fit_one_cycle'])
+@pytest.mark.parametrize('fit', ['fit_one_cycle', pytest.param('fit', marks=pytest.mark.slow)])
 def test_optimizers_and_schedules(opt, wanted, fit):
     ours, plain = fit_both(opt_func=opt, fit=fit)
     assert level(ours) == wanted
@@ -162,6 +163,18 @@ def test_a_setting_that_changes_during_a_fit():
     check_equal(*fit_both(cbs=lambda: Callback(before_epoch=decay), args=(3,)))
 
 
+def test_layers_that_learn_from_the_middle_of_an_epoch_on():
+    def thaw(learn):
+        for p in learn.model[0].parameters(): p.requires_grad = learn.steps_done > 2
+    check_equal(*fit_both(cbs=lambda: Callback(before_batch=thaw), opt_func=SGD))
+
+
+def test_a_schedule_of_what_is_fixed_in_a_graph():
+    ours, plain = fit_both(cbs=lambda: ParamScheduler({'wd': sched_lin(.1, 0.)}))
+    assert level(ours) == 'gradients'
+    check_equal(ours, plain)
+
+
 def test_another_model_and_another_optimizer():
     ours, plain = make(), make(compiled=False)
     for learn in (ours, plain):
@@ -176,7 +189,7 @@ def test_another_model_and_another_optimizer():
 
 def test_each_learner_has_graphs_of_its_own():
     "Torch stops to compile a function for which it has made too many graphs"
-    for _ in range(12):
+    for _ in range(10):  # the limit is 8
         learn = make()
         with learn.no_logging(): learn.fit(1)
         assert level(learn) == 'update' and step_of(learn).graph.is_compiled
@@ -193,7 +206,7 @@ def test_states_are_those_of_ordinary_steps():
     check_equal(ours, plain)
 
 
-@pytest.mark.parametrize('steps', [1, 3, 4, 5, 9])
+@pytest.mark.parametrize('steps', [1, 4, 9])
 @pytest.mark.parametrize('backend', [BACKEND, pytest.param('inductor', marks=pytest.mark.slow)])
 def test_a_fit_that_was_broken_off_ends_with_the_same_bits(tmp_path, steps, backend):
     def train(*cbs, resume=None):
