@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from torch.utils.data import get_worker_info
 from ..base.guard import top_module
 from ..base.randomness import generator_state, numpy_rng_state, python_rng_state
-from ..base.snapshots import MISSING, Scope, Snapshot
+from ..base.snapshots import Scope, Snapshot
 from ..base.text import caller_stacklevel, size_text
 from ..files.errors import UnstorableError
 from ..files.durable import (
@@ -90,7 +90,7 @@ def picture_parts(x): # Parts; `x` itself where it is no picture of PIL
     kept = {'transparency': x.info.get('transparency'), 'exif': x.info.get('exif')}
     return Parts('PIL', (x.mode, x.size, pixels, {k: v for k, v in kept.items() if v is not None}))
 
-def picture_from(parts): # Image
+def picture_from(parts): # picture of PIL
     from PIL import Image
     mode, size, pixels, kept = parts.content
     picture = Image.frombytes(mode, size, pixels.tobytes())
@@ -129,11 +129,15 @@ def open_index(path, n:int): # file
 class SampleFiles:
     "The files of a cache as one process has them open"
     def __init__(self, folder, n:int):
+        self.others, self.own = {}, None  # number -> file to read; the file that is appended to
+        self.number, self.end = 0, 0  # of the latter
         self.pid, self.folder, self.lock = os.getpid(), folder, threading.Lock()
         self.index, self.n = open_index(folder/'index', n), n
-        self.others = {}  # number -> file to read
-        self.number, self.own, self.end = 0, None, 0  # the file that this process appends to
         self.takes_more, self.is_checked = self.index.writable(), False
+
+    def __del__(self):
+        for file in (*self.others.values(), self.own, getattr(self, 'index', None)):
+            if file is not None: file.close()
 
     def entry(self, i:int): # tuple, as `ENTRY` says
         return ENTRY.unpack(read_at(self.index, self.lock, i * ENTRY.size, ENTRY.size))
@@ -247,12 +251,6 @@ class SettingsScope(Scope):
     def is_data(self, x, path, owner):
         return is_large(x) or generator_state(x) is not None or 'cache' in str(path[-1]).lower()
 
-def is_changed(now:Snapshot, before:Snapshot): # bool
-    "Whether something is another one; what was not there before was loaded"
-    changes = ((before.of(now.objects[path]).get(name, MISSING), now.values[path].get(name))
-               for path, name in now.changes(before))
-    return any(held is not MISSING and held is not None for held, _ in changes)
-
 # %% ../../nbs/data/03_cache.ipynb #c2e0c71e
 class SampleCache:
     "Samples of a dataset, each read from it once"
@@ -300,7 +298,7 @@ def place(self:SampleCache):
 def follow_changes(self:SampleCache):
     "Begin anew where the dataset is not as it was; asked before an epoch"
     now = Snapshot({'data': self.ds}, SettingsScope())
-    if self.before is not None and is_changed(now, self.before): self.place()
+    if self.before is not None and now.changes(self.before): self.place()
     self.before = now
 
 # %% ../../nbs/data/03_cache.ipynb #baf3a0f2
@@ -325,6 +323,7 @@ def fetch(self:SampleCache,
     if len(found) == len(samples): return [sample_from(data) for data in found.values()]
     return [sample_from(found[i].copy()) for i in samples]  # none shares memory with another
 
+# %% ../../nbs/data/03_cache.ipynb #30a07feb
 @patch
 def kept(self:SampleCache, files, i:int): # uint8 array; None
     entry = files.entry(i)

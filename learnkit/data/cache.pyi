@@ -2,7 +2,6 @@
 # pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 # pyright: reportPrivateImportUsage=false
 """Samples that are decoded once"""
-from PIL import Image
 from functools import singledispatch
 import struct
 import threading
@@ -50,9 +49,9 @@ def picture_parts(x: Any) -> Any:
         Parts; `x` itself where it is no picture of PIL
     """
 
-def picture_from(parts: Any) -> Image:
+def picture_from(parts: Any) -> Any:
     """Returns:
-        Image
+        picture of PIL
     """
 ENTRY: struct.Struct
 FLAGS: tuple[str, ...]
@@ -73,18 +72,19 @@ def open_index(path: Any, n: int) -> Any:
 
 class SampleFiles:
     """The files of a cache as one process has them open"""
+    others: dict[Any, Any]
+    own: Any
+    number: int
+    end: int
     pid: Any
     folder: Any
     lock: threading.Lock
     index: Any
     n: int
-    others: dict[Any, Any]
-    number: int
-    own: Any
-    end: int
     takes_more: Any
     is_checked: bool
     def __init__(self, folder: Any, n: int) -> None: ...
+    def __del__(self) -> None: ...
     def entry(self, i: int) -> Any:
         """Returns:
             tuple, as `ENTRY` says
@@ -165,13 +165,6 @@ def dataset_key(ds: Any) -> Any:
 class SettingsScope(Scope):
     """What samples may follow from, without large data, generators, and what is kept"""
     def is_data(self, x: Any, path: Any, owner: Any) -> Any: ...
-
-def is_changed(now: Snapshot, before: Snapshot) -> bool:
-    """Whether something is another one; what was not there before was loaded
-
-    Returns:
-        bool
-    """
 
 class SampleCache:
     """Samples of a dataset, each read from it once"""

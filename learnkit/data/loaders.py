@@ -199,9 +199,11 @@ class SeededBatches(Dataset):
         self.dataset, self.seed, self.collate_fn = dataset, seed, collate_fn
         self.augment, self.cache = augment, cache
         self.generators = generators(self)  # in each worker they would go another way
-        self.read = getattr(dataset, '__getitems__', None) or self.one_by_one
 
-    def one_by_one(self, samples): return [self.dataset[i] for i in samples]
+    def read(self, samples): # list
+        "Samples, as the dataset gives them"
+        read_all = getattr(self.dataset, '__getitems__', None)
+        return read_all(samples) if read_all else [self.dataset[i] for i in samples]
 
     def fetch(self, samples): # list
         "Samples, kept or read, then augmented"

@@ -161,7 +161,6 @@ class SeededBatches(Dataset):
     augment: Any
     cache: Any
     generators: Any
-    read: Any
     def __init__(
             self,
             dataset: Any,
@@ -178,7 +177,12 @@ class SeededBatches(Dataset):
             augment: sample -> sample
             cache: `SampleCache`
         """
-    def one_by_one(self, samples: Any) -> Any: ...
+    def read(self, samples: Any) -> list:
+        """Samples, as the dataset gives them
+
+        Returns:
+            list
+        """
     def fetch(self, samples: Any) -> list:
         """Samples, kept or read, then augmented
 
