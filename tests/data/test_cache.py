@@ -1,5 +1,5 @@
 "Samples kept after the first epoch: the same bits, whoever fills, kills, damages or fills up"
-import errno, gc, os, pickle, random, shutil, signal, subprocess, sys, time, warnings
+import errno, gc, os, pickle, random, shutil, signal, subprocess, time, warnings
 from pathlib import Path
 import numpy as np
 import preloaded
@@ -10,14 +10,12 @@ from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 from checkpoint_runs import digest, make
 from counting import Fits
-from learnkit import Callback, CheckpointedLearner, DataLoaders, Learner, Progress, SaveState, set_seed
+from learnkit import Callback, DataLoaders, Learner, Progress, SaveState, set_seed
 from learnkit.data import cache as page
 from learnkit.data.cache import SampleCache, sample_bytes, sample_from
-from learnkit.data.datasets import WorkerCount, best_number, measured
-from learnkit.data.loaders import DatasetLoader
+from learnkit.data.datasets import WorkerCount
 from learnkit.data.order import Share
 from learnkit.fingerprint.values import fingerprint
-from learnkit.files.owners import Owner, this_process
 from learnkit.files.tree import tree_digest
 
 
@@ -389,7 +387,7 @@ if {kill}: os.kill(os.getpid(), 9)
 def test_memory_of_a_process_that_ended_is_free(tmp_path, kill, workers):
     code = ENDS.format(paths=[str(Path(__file__).parent), str(Path(__file__).parent.parent)],
                        folder=str(tmp_path), kill=kill, workers=workers)
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    done = subprocess.run([preloaded.python(), '-c', code], capture_output=True, text=True)
     folder = Path(done.stdout.strip())
     assert folder.name.startswith('.learnkit-') and folder.exists() == kill, done.stderr
     mine = SampleCache(Files(tmp_path))  # sweeps
