@@ -2360,6 +2360,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 'learnkit/data/cache.py'),
                                      'learnkit.data.cache.SampleFiles.is_told': ( 'data/cache.html#samplefiles.is_told',
                                                                                   'learnkit/data/cache.py'),
+                                     'learnkit.data.cache.SampleFiles.open_other': ( 'data/cache.html#samplefiles.open_other',
+                                                                                     'learnkit/data/cache.py'),
                                      'learnkit.data.cache.SampleFiles.path_of': ( 'data/cache.html#samplefiles.path_of',
                                                                                   'learnkit/data/cache.py'),
                                      'learnkit.data.cache.SampleFiles.read': ('data/cache.html#samplefiles.read', 'learnkit/data/cache.py'),

@@ -9,6 +9,7 @@ __all__ = []
 import errno, json, math, os, secrets, struct, tempfile, threading, warnings, weakref
 from contextlib import suppress
 from functools import singledispatch
+from importlib import import_module
 from pathlib import Path
 import numpy as np
 import torch
@@ -91,9 +92,9 @@ def picture_parts(x): # Parts; `x` itself where it is no picture of PIL
     return Parts('PIL', (x.mode, x.size, pixels, {k: v for k, v in kept.items() if v is not None}))
 
 def picture_from(parts): # picture of PIL
-    from PIL import Image
     mode, size, pixels, kept = parts.content
-    picture = Image.frombytes(mode, size, pixels.tobytes())
+    # Only who has pictures has PIL
+    picture = import_module('PIL.Image').frombytes(mode, size, pixels.tobytes())
     picture.info.update(kept)
     return picture
 
@@ -160,13 +161,21 @@ class SampleFiles:
 @patch
 def read(self:SampleFiles, entry): # uint8 array; None where it is not what was written
     number, start, n, digest = entry
-    file = self.others.get(number)
     try:
-        if file is None: file = self.others[number] = open(self.path_of(number), 'rb', buffering=0)
+        file = self.others.get(number) or self.open_other(number)
         if start + n > os.fstat(file.fileno()).st_size: return None
         data = read_at(file, self.lock, start, n)
     except OSError: return None  # what is not there, or cannot be read, is damaged all the same
     return data if checksum(data) == digest else None
+
+@patch
+def open_other(self:SampleFiles, number:int): # file
+    "A file that another process appends to"
+    if len(self.others) >= MOST_OPEN: self.others.pop(next(iter(self.others))).close()
+    self.others[number] = open(self.path_of(number), 'rb', buffering=0)
+    return self.others[number]
+
+MOST_OPEN = 64  # files; a process may have some hundred
 
 @patch
 def append(self:SampleFiles, i:int, data): # OSError where there is no room
@@ -277,9 +286,11 @@ class SampleCache:
 @patch
 def opened(self:SampleCache): # SampleFiles
     "The files, opened by this process"
-    # Of a copy, the memory may have gone with the process that has made it
-    if self.folder is None or self.root is None and not self.folder.exists(): self.place()
-    if self.files is None or self.files.pid != os.getpid():
+    # Removed by hand, or, of a copy, with the process that has made it
+    is_gone = self.folder is not None and not self.folder.exists()
+    if self.folder is None or is_gone and self.root is None: self.place()
+    if is_gone or self.files is None or self.files.pid != os.getpid():
+        make_folder(self.folder)
         self.files = SampleFiles(self.folder, self.n)
     return self.files
 
@@ -292,7 +303,6 @@ def place(self:SampleCache):
         weakref.finalize(self, remove_own, self.folder, os.getpid())
     else:
         self.folder = self.root/f'{type(self.ds).__name__}-{dataset_key(self.ds)[:16]}'
-        make_folder(self.folder)
 
 @patch
 def follow_changes(self:SampleCache):
@@ -339,6 +349,7 @@ def kept(self:SampleCache, files, i:int): # uint8 array; None
 def keep(self:SampleCache, files, i:int, data):
     if not files.takes_more: return
     try: files.append(i, data)
+    except FileNotFoundError: return  # the folder was just removed; the next batch makes it anew
     except OSError as error:
         files.takes_more = False
         if files.is_told('full'): return

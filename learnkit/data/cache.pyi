@@ -104,12 +104,19 @@ class SampleFiles:
         """Returns:
             uint8 array; None where it is not what was written
         """
+    def open_other(self, number: int) -> Any:
+        """A file that another process appends to
+
+        Returns:
+            file
+        """
     def append(self, i: int, data: Any) -> Any:
         """Keep a sample
 
         Returns:
             OSError where there is no room
         """
+MOST_OPEN: int
 
 def memory_folder() -> Any:
     """A folder in memory; those of processes that were killed are removed

@@ -89,7 +89,7 @@ class WorkerCount:
         when = cache is not None and cache.n_kept == cache.n
         if self.when != when:
             self.seconds = measured(loader, keys, usable_cores())
-            self.number, self.when = best_number(self.seconds), when
+            self.number, self.when = best_number(self.seconds) or bool(loader.timeout), when
         if loader.num_workers != self.number: loader._iterator = None  # of those that persist
         loader.num_workers = self.number
 

@@ -287,6 +287,28 @@ def test_a_damaged_file_is_told_once_and_rebuilt(tmp_path, damage):
     assert told_by(read) == []
 
 @pytest.mark.parametrize('num_workers', [0, 2])
+@pytest.mark.parametrize('where', ['memory', 'folder'])
+def test_a_folder_may_be_removed_at_any_time(tmp_path, quiet, num_workers, where):
+    ds, plain = Files(tmp_path), train_loader(Files(tmp_path))
+    kept = train_loader(ds, tmp_path/'kept' if where == 'folder' else where,
+                        num_workers=num_workers)
+    for _ in range(3):
+        batches = iter(kept)
+        found = [next(batches)]
+        shutil.rmtree(kept.cache.folder)
+        assert equal([*found, *batches], list(plain))
+    assert equal(list(kept), list(plain)) and kept.cache.n_kept == 22
+
+def test_many_files_are_not_open_at_a_time(tmp_path, quiet, monkeypatch):
+    monkeypatch.setattr(page, 'MOST_OPEN', 3)
+    ds = Files(tmp_path)
+    read = ds.__getitem__
+    for i in range(22): SampleCache(ds, tmp_path/'kept').fetch([i], lambda some: map(read, some))
+    kept = train_loader(ds, tmp_path/'kept')
+    assert kept.cache.n_kept == 22 and equal(list(kept), list(train_loader(ds)))
+    assert len(kept.cache.files.others) == 3
+
+@pytest.mark.parametrize('num_workers', [0, 2])
 def test_a_full_disk_is_told_and_training_goes_on(tmp_path, monkeypatch, num_workers):
     plain = [list(train_loader(Files(tmp_path)).batches(epoch)) for epoch in range(2)]
     write_at = page.write_at
