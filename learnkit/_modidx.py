@@ -2358,6 +2358,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'learnkit/data/cache.py'),
                                      'learnkit.data.cache.SampleFiles.entry': ( 'data/cache.html#samplefiles.entry',
                                                                                 'learnkit/data/cache.py'),
+                                     'learnkit.data.cache.SampleFiles.is_there': ( 'data/cache.html#samplefiles.is_there',
+                                                                                   'learnkit/data/cache.py'),
                                      'learnkit.data.cache.SampleFiles.is_told': ( 'data/cache.html#samplefiles.is_told',
                                                                                   'learnkit/data/cache.py'),
                                      'learnkit.data.cache.SampleFiles.open_other': ( 'data/cache.html#samplefiles.open_other',

@@ -140,6 +140,10 @@ class SampleFiles:
         for file in (*self.others.values(), self.own, getattr(self, 'index', None)):
             if file is not None: file.close()
 
+    def is_there(self): # bool
+        "Whether this process has opened the files, and nobody has removed them"
+        return self.pid == os.getpid() and os.fstat(self.index.fileno()).st_nlink > 0
+
     def entry(self, i:int): # tuple, as `ENTRY` says
         return ENTRY.unpack(read_at(self.index, self.lock, i * ENTRY.size, ENTRY.size))
 
@@ -286,10 +290,10 @@ class SampleCache:
 @patch
 def opened(self:SampleCache): # SampleFiles
     "The files, opened by this process"
-    # Removed by hand, or, of a copy, with the process that has made it
-    is_gone = self.folder is not None and not self.folder.exists()
-    if self.folder is None or is_gone and self.root is None: self.place()
-    if is_gone or self.files is None or self.files.pid != os.getpid():
+    # Memory may have gone with the process that has made it, if this is a copy
+    is_gone = self.folder is None or self.root is None and not self.folder.exists()
+    if is_gone and get_worker_info() is None: self.place()
+    if self.files is None or not self.files.is_there():
         make_folder(self.folder)
         self.files = SampleFiles(self.folder, self.n)
     return self.files

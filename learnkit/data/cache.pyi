@@ -85,6 +85,12 @@ class SampleFiles:
     is_checked: bool
     def __init__(self, folder: Any, n: int) -> None: ...
     def __del__(self) -> None: ...
+    def is_there(self) -> bool:
+        """Whether this process has opened the files, and nobody has removed them
+
+        Returns:
+            bool
+        """
     def entry(self, i: int) -> Any:
         """Returns:
             tuple, as `ENTRY` says
