@@ -273,10 +273,11 @@ class SampleCache:
         check_cacheable(ds)
         self.ds, self.root, self.n = ds, folder, len(ds)
         self.folder = self.files = None  # the files as this process has them open
+        self.give_back = None  # function that removes what is in memory
         self.before = Snapshot({'data': ds}, SettingsScope())
         self.opened()
 
-    def __getstate__(self): return {**vars(self), 'files': None, 'before': None}
+    def __getstate__(self): return {**vars(self), 'files': None, 'before': None, 'give_back': None}
 
     @property
     def n_kept(self): return self.opened().counts()[0] # int
@@ -302,9 +303,10 @@ def opened(self:SampleCache): # SampleFiles
 def place(self:SampleCache):
     "Find the folder that belongs to the dataset as it is"
     self.files = None
+    if self.give_back is not None: self.give_back()
     if self.root is None:
         self.folder = memory_folder()
-        weakref.finalize(self, remove_own, self.folder, os.getpid())
+        self.give_back = weakref.finalize(self, remove_own, self.folder, os.getpid())
     else:
         self.folder = self.root/f'{type(self.ds).__name__}-{dataset_key(self.ds)[:16]}'
 

@@ -186,6 +186,7 @@ class SampleCache:
     n: int
     folder: Any
     files: SampleFiles | None
+    give_back: Any
     before: Snapshot
     def __init__(self, ds: Any, folder: Any = None) -> None:
         """Samples of a dataset, each read from it once
