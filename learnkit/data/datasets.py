@@ -89,14 +89,16 @@ class WorkerCount:
         when = cache is not None and cache.n_kept == cache.n
         if self.when != when:
             self.seconds = measured(loader, keys, usable_cores())
-            self.number, self.when = best_number(self.seconds) or bool(loader.timeout), when
+            # 0 workers know no timeout
+            self.number = best_number(self.seconds) or int(loader.timeout > 0)
+            self.when = when if self.seconds else None  # the rest of an epoch may be too short
         if loader.num_workers != self.number: loader._iterator = None  # of those that persist
         loader.num_workers = self.number
 
     def __repr__(self):
         times = ', '.join(f'{1e3 * value:.3g} ms with {n}' for n, value in self.seconds.items())
-        if self.when is None: return "num_workers='auto', to be measured"
-        return f"num_workers='auto' is {self.number}: a batch takes {times or 'unknown time'}"
+        if not times: return f"num_workers='auto' is {self.number} until it is measured"
+        return f"num_workers='auto' is {self.number}: a batch takes {times}"
 
 # %% ../../nbs/data/04_datasets.ipynb #0e6b0f18
 @patch(cls_method=True)

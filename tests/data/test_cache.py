@@ -13,7 +13,6 @@ from counting import Fits
 from learnkit import Callback, DataLoaders, Learner, Progress, SaveState, set_seed
 from learnkit.data import cache as page
 from learnkit.data.cache import SampleCache, sample_bytes, sample_from
-from learnkit.data.datasets import WorkerCount
 from learnkit.data.order import Share
 from learnkit.fingerprint.values import fingerprint
 from learnkit.files.tree import tree_digest
@@ -447,7 +446,12 @@ def test_a_full_cache_is_measured_again(tmp_path):
 def test_few_batches_and_workers_of_others_are_not_measured(tmp_path):
     auto = train_loader(Files(tmp_path, 8), num_workers='auto')
     assert len(list(auto)) == 2 and auto.num_workers == 0 and auto.worker_count.seconds == {}
-    assert 'unknown time' in repr(auto.worker_count) and 'to be' in repr(WorkerCount())
+    assert 'is 0 until it is measured' in repr(auto.worker_count)
+
+def test_the_rest_of_an_epoch_may_be_too_short_to_measure(tmp_path):
+    auto = train_loader(Files(tmp_path, 90, wait=0.002), num_workers='auto', timeout=60)
+    assert len(list(auto.batches(0, start=21))) == 2 and auto.num_workers == 1
+    assert len(list(auto.batches(1))) == 23 and auto.worker_count.seconds
 
 def test_an_error_while_measuring_is_that_of_the_dataset(tmp_path):
     class Broken(Files):
