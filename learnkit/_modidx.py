@@ -2375,6 +2375,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'learnkit.data.cache.SettingsScope': ('data/cache.html#settingsscope', 'learnkit/data/cache.py'),
                                      'learnkit.data.cache.SettingsScope.is_data': ( 'data/cache.html#settingsscope.is_data',
                                                                                     'learnkit/data/cache.py'),
+                                     'learnkit.data.cache.as_bytes': ('data/cache.html#as_bytes', 'learnkit/data/cache.py'),
                                      'learnkit.data.cache.check_cacheable': ('data/cache.html#check_cacheable', 'learnkit/data/cache.py'),
                                      'learnkit.data.cache.dataset_key': ('data/cache.html#dataset_key', 'learnkit/data/cache.py'),
                                      'learnkit.data.cache.in_memory_order': ('data/cache.html#in_memory_order', 'learnkit/data/cache.py'),

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/data/03_cache.ipynb #e38b0a4c
-import errno, json, math, os, secrets, struct, tempfile, threading, warnings, weakref
+import errno, json, math, os, random, secrets, struct, tempfile, threading, warnings, weakref
 from contextlib import suppress
 from functools import singledispatch
 from importlib import import_module
@@ -16,7 +16,7 @@ import torch
 from fastcore.basics import patch
 from torch.utils.data import get_worker_info
 from ..base.guard import top_module
-from ..base.randomness import generator_state, numpy_rng_state, python_rng_state
+from ..base.randomness import generator_state
 from ..base.snapshots import Scope, Snapshot
 from ..base.text import caller_stacklevel, size_text
 from ..files.errors import UnstorableError
@@ -211,10 +211,16 @@ def remove_own(folder, pid:int):
     if os.getpid() == pid: remove_quietly(folder)
 
 # %% ../../nbs/data/03_cache.ipynb #21d285b1
-def states_of(rngs): # digest
+def states_of(rngs): # list
     "What a draw changes, from the generators of this process or from `rngs`"
-    return tree_digest([python_rng_state(), numpy_rng_state(), torch.get_rng_state(),
-                        *map(generator_state, rngs)])
+    return [random.getstate(), as_bytes(np.random.get_state(legacy=False)),
+            as_bytes(torch.get_rng_state().numpy()),
+            tree_digest(list(map(generator_state, rngs))) if rngs else None]
+
+def as_bytes(state): # the same nesting of dicts
+    "A state with bytes in place of arrays, to be compared"
+    if isinstance(state, dict): return {key: as_bytes(x) for key, x in state.items()}
+    return state.tobytes() if isinstance(state, np.ndarray) else state
 
 MEND = ('the cache would keep what fell the first time: give what draws as augment=, a function '
         'that is called with each sample each time, and let the dataset give samples without it')

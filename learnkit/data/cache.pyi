@@ -137,11 +137,18 @@ def remove_quietly(folder: Any) -> None:
 def remove_own(folder: Any, pid: int) -> None:
     """Remove a folder in memory, in the process that has made it"""
 
-def states_of(rngs: Any) -> Any:
+def states_of(rngs: Any) -> list:
     """What a draw changes, from the generators of this process or from `rngs`
 
     Returns:
-        digest
+        list
+    """
+
+def as_bytes(state: Any) -> Any:
+    """A state with bytes in place of arrays, to be compared
+
+    Returns:
+        the same nesting of dicts
     """
 MEND: str
 
