@@ -70,6 +70,8 @@ from .data.loaders import (
     DataLoaders, DatasetLoader, TensorLoader,
 )
 from .data import resumable as _resumable
+from .data import cache as _cache
+from .data import datasets as _datasets
 from .components.callback import (
     Callback, Cancel, CancelBackward, CancelBatch, CancelEpoch, CancelFit, CancelStep, CancelTrain,
     CancelValidate, has_state, named_callbacks,
@@ -102,6 +104,7 @@ from .fingerprint import words as _words
 from .fingerprint import differences as _differences
 from .fingerprint import arithmetic as _arithmetic
 from .fingerprint import beginning as _beginning
+from .fingerprint import dataset_key as _dataset_key
 from .loop.recorder import (
     Recorder,
 )

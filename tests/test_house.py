@@ -1,7 +1,8 @@
 "What is generated is fresh, what is written is clean, and the package keeps its floors"
-import ast, importlib, importlib.metadata, re, sys, tomllib
+import ast, importlib, importlib.metadata, os, re, sys, tomllib
 from pathlib import Path
 from types import ModuleType
+import preloaded
 import pytest
 from house import (LIB, MODULES, NOTEBOOKS, NUMBERED, ROOT, SETTINGS, cells, copy, differences,
                    export, found, module_name, output_text, outputs, run, short, tool, tree)
@@ -208,6 +209,35 @@ at_first = loaded()
 {LIB.name}.fingerprint([torch.zeros(3), {{'a': 1}}])
 print(*at_first, *loaded())"""
     assert run(sys.executable, '-c', code).stdout.split() == []
+
+
+RERUN = """
+import sys, torch
+from torch import nn
+from learnkit import *
+x = torch.rand(96, 4, generator=torch.Generator().manual_seed(0))
+dls = DataLoaders.from_tensors((x, (x[:, 0] > 0.5).long()), valid_pct=0.25, bs=8)
+set_seed(0)
+learn = CheckpointedLearner(dls, nn.Linear(4, 2), nn.CrossEntropyLoss(), metrics=accuracy,
+                            name='run', device='cpu', cbs=Distributed())
+with learn.checkpoint(1) as cp:
+    found = cp.lr_find(num_it=20)
+    cp.fit_one_cycle(2, 1e-2, cbs=SaveBest('accuracy'))
+    cp.get_preds()
+with learn.checkpoint(2) as cp: cp.fit(1)
+learn.save('model')
+print('loaded:', *[name for name in {heavy} if name in sys.modules])
+"""
+
+
+def test_a_rerun_is_light(tmp_path):
+    "A script whose calls are all fetched loads nothing that only training, tables and plots need"
+    heavy = ['torch._dynamo', 'torch.distributed.fsdp', 'sympy', 'pandas', 'matplotlib', 'IPython']
+    (tmp_path / 'script.py').write_text(RERUN.replace('{heavy}', repr(heavy)))
+    first, again = [run(python, 'script.py', cwd=tmp_path, env={**os.environ, 'PYTHONPATH': ROOT})
+                    for python in (preloaded.python(), sys.executable)]
+    assert 'fetched' not in first.stdout and again.stdout.count('fetched from') == 4
+    assert again.stdout.splitlines()[-1] == 'loaded:'
 
 
 def test_star_gives_the_public_names():

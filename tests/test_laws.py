@@ -191,6 +191,9 @@ SETTINGS = {
                                             batches(Noisy(12), num_workers=2))),
     'own workers': lambda: dict(
         dls=DataLoaders.from_datasets(Noisy(), sample(12), bs=12, num_workers=2)),
+    'kept samples': lambda: dict(dls=DataLoaders.from_datasets(
+        sample(36), sample(12), bs=12, cache='memory',
+        augment=lambda pair: (pair[0] + torch.rand(4), pair[1]))),
     'weighted': lambda: dict(dls=DataLoaders(
         batches(sample(36), sampler=WeightedRandomSampler([1.] * 36, 36)), batches(sample(12)))),
     'parts': lambda: dict(dls=DataLoaders(

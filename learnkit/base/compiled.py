@@ -6,6 +6,9 @@
 __all__ = []
 
 # %% ../../nbs/base/02_compiled.ipynb #7b5be4ef
+import sys
+from contextlib import contextmanager
+import torch
 from torch import nn
 
 # %% ../../nbs/base/02_compiled.ipynb #f111ab8a
@@ -18,3 +21,17 @@ def uncompiled(model:nn.Module): # nn.Module
 def plain_name(name:str): # str
     "The name of a layer or tensor, as it is in a model that is not compiled"
     return '.'.join(part for part in name.split('.') if part != WRAPPED)
+
+# %% ../../nbs/base/02_compiled.ipynb #98d7dfce
+@contextmanager
+def without_compiler():
+    "Methods of optimizers do not load the compiler of torch inside the block"
+    methods = () if 'torch._dynamo' in sys.modules else [
+        method.__wrapped__ for method in vars(torch.optim.Optimizer).values()
+        if hasattr(method, '__wrapped__') and not hasattr(method.__wrapped__, DISABLED)]
+    for method in methods: setattr(method, DISABLED, method)
+    try: yield
+    finally:
+        for method in methods: delattr(method, DISABLED)
+
+DISABLED = '__dynamo_disable'  # where torch keeps what it calls instead

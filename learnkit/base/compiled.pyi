@@ -2,6 +2,7 @@
 # pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 # pyright: reportPrivateImportUsage=false
 """A model that `torch.compile` has wrapped, under its own names"""
+from contextlib import AbstractContextManager
 from torch import nn
 from typing import Any
 __all__ = []
@@ -20,3 +21,7 @@ def plain_name(name: str) -> str:
     Returns:
         str
     """
+
+def without_compiler() -> AbstractContextManager[None]:
+    """Methods of optimizers do not load the compiler of torch inside the block"""
+DISABLED: str

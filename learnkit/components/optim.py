@@ -12,6 +12,7 @@ from types import MappingProxyType
 import torch
 from torch import nn
 from ..base.batches import map_tensors
+from ..base.compiled import without_compiler
 from ..base.dtensors import distribute_like, is_dtensor
 from .optimizers import (
     Optimizers, named_optimizers, needs_closure, plain_rates, rate_by_name, set_mode)
@@ -190,7 +191,8 @@ def opt_of(opt_func, groups, lr, wd): # optimizer
     if isinstance(opt_func, torch.optim.Optimizer):
         raise TypeError(f'opt_func is an optimizer that exists already; give its class, e.g. '
                         f'opt_func={name} or partial({name}, ...)')
-    try: opt = (opt_func or default_opt)(groups, lr=lr)
+    try:
+        with without_compiler(): opt = (opt_func or default_opt)(groups, lr=lr)
     except Exception as error:
         error.add_note(f'({name} was called with groups of parameters, a list of dicts, and lr={lr}'
                        f'; one that takes something else is wrapped: opt_func=lambda groups, lr: '
@@ -358,8 +360,8 @@ def opt_state(opt:torch.optim.Optimizer,
     if named := named_optimizers(opt):  # each by its own rules
         return {'kind': type(opt).__name__, 'params': param_layouts(opt, names),
                 'state_dict': {name: opt_state(one, names) for name, one in named.items()}}
-    return {'kind': type(opt).__name__, 'params': param_layouts(opt, names),
-            'state_dict': without_members(opt.state_dict())}
+    with without_compiler(): saved = without_members(opt.state_dict())
+    return {'kind': type(opt).__name__, 'params': param_layouts(opt, names), 'state_dict': saved}
 
 def without_members(saved): # the same, if it is no dict as torch's are
     "A state_dict with the values of members of enumerations among its hyper-parameters"
@@ -461,6 +463,7 @@ def matched_params(opt, state, names): # list of lists of (key in what is saved,
     return found
 
 @torch.no_grad()
+@without_compiler()
 def load_opt_state(opt:torch.optim.Optimizer,
                    state:dict, # what `opt_state` returned
                    names=MappingProxyType({}), # as for `opt_state`

@@ -9,7 +9,6 @@ __all__ = ['TensorLoader', 'DatasetLoader', 'DataLoaders']
 import copy, random
 from collections.abc import Iterable
 from contextlib import contextmanager
-from functools import partial
 from operator import index
 from typing import Never
 import numpy as np
@@ -168,7 +167,8 @@ def loader_objects(dl, *more): # list of objects
 
 def generators(dl): # list of random generators
     "The generators that a loader, its samplers and its dataset hold, always in the same order"
-    objects = loader_objects(dl, 'dataset', 'transform', 'target_transform', 'transforms')
+    objects = loader_objects(dl, 'dataset', 'augment', 'transform', 'target_transform',
+                             'transforms')
     values = [value for item in objects for value in vars(item).values()]
     return [value for value in values if generator_state(value) is not None]
 
@@ -193,12 +193,24 @@ class SeededBatches(Dataset):
                  dataset, # map-style
                  seed:int,
                  collate_fn, # list of samples -> batch
+                 augment=None, # sample -> sample
+                 cache=None, # `SampleCache`
                 ):
         self.dataset, self.seed, self.collate_fn = dataset, seed, collate_fn
-        self.generators = generators(dataset)  # in each worker they would go another way
-        self.fetch = getattr(dataset, '__getitems__', None) or self.one_by_one
+        self.augment, self.cache = augment, cache
+        self.generators = generators(self)  # in each worker they would go another way
 
-    def one_by_one(self, samples): return [self.dataset[i] for i in samples]
+    def read(self, samples): # list
+        "Samples, as the dataset gives them"
+        read_all = getattr(self.dataset, '__getitems__', None)
+        return read_all(samples) if read_all else [self.dataset[i] for i in samples]
+
+    def fetch(self, samples): # list
+        "Samples, kept or read, then augmented"
+        cached = self.cache is not None
+        found = self.cache.fetch(samples, self.read, self.generators) if cached else (
+            self.read(samples))
+        return found if self.augment is None else [self.augment(sample) for sample in found]
 
     def __getitem__(self, key): # (batch id, samples); the id: epoch, number, process if not 0
         (epoch, number, *_), samples = batch_id, samples = key
@@ -232,13 +244,17 @@ class DatasetLoader(EpochLoader):
                  collate_fn=None, # list of samples -> batch; None: torch's
                  pin_memory:bool=None, # None: if there is an accelerator that profits
                  weights=None, # (samples,): an epoch is drawn by them, with replacement
+                 augment=None, # sample -> sample, called each time one is read
+                 cache=None, # `SampleCache`, which keeps samples as they are before `augment`
                  **kwargs, # of `DataLoader`: persistent_workers, worker_init_fn ...
                 ):
         super().__init__(bs, shuffle, seed)
         self.dataset, self.drop_last = check_dataset(ds, kwargs), drop_last
+        self.augment, self.cache = augment, cache
+        self.worker_count = None  # `WorkerCount`, where the number of workers is measured
         self.draw_by(weights, len(ds))
         self.sampler = AssignedSampler()
-        batches = SeededBatches(ds, self.seed, collate_fn or default_collate)
+        batches = SeededBatches(ds, self.seed, collate_fn or default_collate, augment, cache)
         # without a generator each iterator would draw a seed from torch's global one
         self.loader = DataLoader(batches, batch_size=None, sampler=self.sampler, collate_fn=noop,
                                  num_workers=num_workers, generator=torch.Generator(),
@@ -248,6 +264,9 @@ class DatasetLoader(EpochLoader):
     def n_samples(self):
         n = len(self.dataset)
         return n - n % self.bs if self.drop_last else n
+
+    @property
+    def num_workers(self): return self.loader.num_workers
 
 # %% ../../nbs/data/01_loaders.ipynb #27e6e37d
 @patch
@@ -263,6 +282,8 @@ def batches(self:DatasetLoader,
             for number in range(len(self))[start:]]
     if self.share: keys = [(id, mine) for id, all in keys if (mine := self.share.samples_of(all))]
     self.sampler.items = keys
+    if self.cache is not None: self.cache.follow_changes()
+    if self.worker_count is not None: self.worker_count.choose(self.loader, keys, self.cache)
     self.loader.generator.manual_seed(epoch_seed(self.seed, epoch))
     return iter(self.loader)
 
@@ -412,50 +433,6 @@ def from_tensors(cls:DataLoaders,
         weights = None if weights is None else weights[split[0]]
     return cls(TensorLoader(tensors, bs, True, seed, device, weights),
                valid and TensorLoader(valid, valid_bs, False, seed, device))
-
-# %% ../../nbs/data/01_loaders.ipynb #732fedd7
-@patch(cls_method=True)
-def from_datasets(cls:DataLoaders,
-                  train_ds, # map-style or `IterableDataset`, or None
-                  valid_ds=None, # as train_ds
-                  test_ds=None, # as train_ds
-                  bs:int=64, # samples a batch
-                  valid_bs:int=None, # to validate and test; None: bs
-                  num_workers:int=0, # processes that fetch; 0: this one
-                  seed:int=None, # None means 0
-                  shuffle:bool=True, # the training data
-                  drop_last:bool=False, # leave out a short last training batch
-                  collate_fn=None, # list of samples -> batch; None: torch's
-                  pin_memory:bool=None, # None: if there is an accelerator that profits
-                  weights=None, # (samples,): an epoch of training is drawn by them
-                  **kwargs, # of `DataLoader`: persistent_workers, prefetch_factor ...
-                 ): # DataLoaders
-    "Loaders of datasets; only the training one is shuffled, and only it may drop samples"
-    loader = partial(dataset_loader, seed=seed, num_workers=num_workers, collate_fn=collate_fn,
-                     pin_memory=pin_memory, **kwargs)
-    if valid_bs is None: valid_bs = bs
-    return cls(loader(train_ds, bs, shuffle=shuffle, drop_last=drop_last, weights=weights),
-               loader(valid_ds, valid_bs), loader(test_ds, valid_bs))
-
-# %% ../../nbs/data/01_loaders.ipynb #dfc6b2d4
-def dataset_loader(ds, # map-style or `IterableDataset`, or None
-                   bs:int,
-                   shuffle:bool=False, # an `IterableDataset` has its own order
-                   seed:int=None, # None means 0
-                   pin_memory:bool=None, # None: if there is an accelerator that profits
-                   weights=None, # (samples,): an epoch is drawn by them
-                   **kwargs, # of `DatasetLoader`
-                  ): # `DatasetLoader`; torch's `DataLoader` for an `IterableDataset`; None
-    "The loader that fits a dataset"
-    if ds is None: return None
-    kwargs['pin_memory'] = should_pin(pin_memory)
-    if not isinstance(ds, IterableDataset):
-        return DatasetLoader(ds, bs, shuffle, seed, weights=weights, **kwargs)
-    if weights is not None:
-        raise TypeError(f'weights: a {type(ds).__name__} is a stream and has its own order')
-    check_no_device('loaders of datasets', kwargs)
-    generator = torch.Generator().manual_seed(epoch_seed(seed or 0))
-    return DataLoader(ds, bs, generator=generator, **kwargs)
 
 # %% ../../nbs/data/01_loaders.ipynb #80013a2a
 def length(x): # int or None

@@ -4,6 +4,7 @@
 """Batches from tensors in memory and from datasets"""
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 from torch.utils.data import DataLoader, Dataset, Sampler
 from typing import Any, Never
 from ..data.order import Share
@@ -157,16 +158,37 @@ class SeededBatches(Dataset):
     dataset: Any
     seed: int
     collate_fn: Any
+    augment: Any
+    cache: Any
     generators: Any
-    fetch: Any
-    def __init__(self, dataset: Any, seed: int, collate_fn: Any) -> None:
+    def __init__(
+            self,
+            dataset: Any,
+            seed: int,
+            collate_fn: Any,
+            augment: Any = None,
+            cache: Any = None,
+    ) -> None:
         """A dataset whose items are whole batches, each made under its own seed
 
         Args:
             dataset: map-style
             collate_fn: list of samples -> batch
+            augment: sample -> sample
+            cache: `SampleCache`
         """
-    def one_by_one(self, samples: Any) -> Any: ...
+    def read(self, samples: Any) -> list:
+        """Samples, as the dataset gives them
+
+        Returns:
+            list
+        """
+    def fetch(self, samples: Any) -> list:
+        """Samples, kept or read, then augmented
+
+        Returns:
+            list
+        """
     def __getitem__(self, key: Any) -> Any:
         """Returns:
             (batch id, samples); the id: epoch, number, process if not 0
@@ -182,6 +204,9 @@ class DatasetLoader(EpochLoader):
     """Batches of a map-style dataset, the same ones with any number of workers"""
     dataset: Any
     drop_last: bool
+    augment: Any
+    cache: Any
+    worker_count: Any
     sampler: AssignedSampler
     loader: DataLoader
     def __init__(
@@ -195,6 +220,8 @@ class DatasetLoader(EpochLoader):
             collate_fn: Any = None,
             pin_memory: bool | None = None,
             weights: Any = None,
+            augment: Any = None,
+            cache: Any = None,
             **kwargs: Any,
     ) -> None:
         """Batches of a map-style dataset, the same ones with any number of workers
@@ -209,10 +236,14 @@ class DatasetLoader(EpochLoader):
             collate_fn: list of samples -> batch; None: torch's
             pin_memory: None: if there is an accelerator that profits
             weights: (samples,): an epoch is drawn by them, with replacement
+            augment: sample -> sample, called each time one is read
+            cache: `SampleCache`, which keeps samples as they are before `augment`
             kwargs: of `DataLoader`: persistent_workers, worker_init_fn ...
         """
     @property
     def n_samples(self) -> Any: ...
+    @property
+    def num_workers(self) -> Any: ...
     def batches(self, epoch: int, start: int = 0) -> Any:
         """The batches of an epoch from `start` on; those before it are not fetched
 
@@ -276,6 +307,46 @@ class DataLoaders:
         """
     def __repr__(self) -> str: ...
     @classmethod
+    def from_datasets(
+            cls,
+            train_ds: Any,
+            valid_ds: Any = None,
+            test_ds: Any = None,
+            bs: int = 64,
+            valid_bs: int | None = None,
+            num_workers: int | str = 0,
+            seed: int | None = None,
+            shuffle: bool = True,
+            drop_last: bool = False,
+            collate_fn: Any = None,
+            pin_memory: bool | None = None,
+            weights: Any = None,
+            cache: str | Path | None = None,
+            augment: Any = None,
+            **kwargs: Any,
+    ) -> DataLoaders:
+        """Loaders of datasets; only the training one is shuffled, and only it may drop samples
+
+        Args:
+            train_ds: map-style or `IterableDataset`, or None
+            valid_ds, test_ds: as train_ds
+            bs: samples a batch
+            valid_bs: to validate and test; None: bs
+            num_workers: processes that fetch; 0: this one; 'auto': as many as pay
+            seed: None means 0
+            shuffle: the training data
+            drop_last: leave out a short last training batch
+            collate_fn: list of samples -> batch; None: torch's
+            pin_memory: None: if there is an accelerator that profits
+            weights: (samples,): an epoch of training is drawn by them
+            cache: keep samples once read: 'memory', or a folder
+            augment: training sample -> training sample, each time one is read
+            kwargs: of `DataLoader`: persistent_workers, prefetch_factor ...
+
+        Returns:
+            DataLoaders
+        """
+    @classmethod
     def from_tensors(
             cls,
             tensors: Any,
@@ -300,42 +371,6 @@ class DataLoaders:
             valid_bs: None: bs
             weights: (samples,): an epoch of training is drawn by them
             stratify: whether valid_pct is of each class of the targets; or the classes
-
-        Returns:
-            DataLoaders
-        """
-    @classmethod
-    def from_datasets(
-            cls,
-            train_ds: Any,
-            valid_ds: Any = None,
-            test_ds: Any = None,
-            bs: int = 64,
-            valid_bs: int | None = None,
-            num_workers: int = 0,
-            seed: int | None = None,
-            shuffle: bool = True,
-            drop_last: bool = False,
-            collate_fn: Any = None,
-            pin_memory: bool | None = None,
-            weights: Any = None,
-            **kwargs: Any,
-    ) -> DataLoaders:
-        """Loaders of datasets; only the training one is shuffled, and only it may drop samples
-
-        Args:
-            train_ds: map-style or `IterableDataset`, or None
-            valid_ds, test_ds: as train_ds
-            bs: samples a batch
-            valid_bs: to validate and test; None: bs
-            num_workers: processes that fetch; 0: this one
-            seed: None means 0
-            shuffle: the training data
-            drop_last: leave out a short last training batch
-            collate_fn: list of samples -> batch; None: torch's
-            pin_memory: None: if there is an accelerator that profits
-            weights: (samples,): an epoch of training is drawn by them
-            kwargs: of `DataLoader`: persistent_workers, prefetch_factor ...
 
         Returns:
             DataLoaders
@@ -378,29 +413,6 @@ def classes_of(tensors: Any, stratify: Any, valid_pct: Any) -> Any:
 
     Returns:
         array, (samples,); None: all samples are alike
-    """
-
-def dataset_loader(
-        ds: Any,
-        bs: int,
-        shuffle: bool = False,
-        seed: int | None = None,
-        pin_memory: bool | None = None,
-        weights: Any = None,
-        **kwargs: Any,
-) -> Any:
-    """The loader that fits a dataset
-
-    Args:
-        ds: map-style or `IterableDataset`, or None
-        shuffle: an `IterableDataset` has its own order
-        seed: None means 0
-        pin_memory: None: if there is an accelerator that profits
-        weights: (samples,): an epoch is drawn by them
-        kwargs: of `DatasetLoader`
-
-    Returns:
-        `DatasetLoader`; torch's `DataLoader` for an `IterableDataset`; None
     """
 
 def length(x: Any) -> int | None:

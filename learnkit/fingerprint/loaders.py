@@ -169,12 +169,13 @@ def reading_data(self:Walk):
 @describe.register(EpochLoader)
 def describe_epoch_loader(dl, walk):
     "A loader of learnkit's"
-    elsewhere = ('epoch', 'tensors', 'dataset', 'loader', 'sampler')
+    elsewhere = ('epoch', 'tensors', 'dataset', 'loader', 'sampler', 'cache', 'worker_count')
     settings = {name: value for name, value in vars(dl).items() if name not in elsewhere}
     data = list(dl.tensors) if isinstance(dl, TensorLoader) else getattr(dl, 'dataset', None)
     if isinstance(dl, TensorLoader) and not dl.shuffle: del settings['seed'] # nothing is drawn
     if dl.weights is None: del settings['weights']
     if isinstance(dl, DatasetLoader):
+        if dl.augment is None: del settings['augment']
         settings |= changed_functions(dl.loader.dataset.collate_fn, dl.loader.worker_init_fn)
     return loader_as_json(dl, data, settings, walk)
 

@@ -165,14 +165,25 @@ MUCH = 25  # percent of a step
 
 def advice_on_data(dl): # str
     "How a loader could be made faster"
-    loader = dl.loader if isinstance(dl, DatasetLoader) else dl
-    if isinstance(loader, DataLoader):
-        n = loader.num_workers
+    if isinstance(dl, DatasetLoader): return advice_on_samples(dl)
+    if isinstance(dl, DataLoader):
+        n = dl.num_workers
         more = f'more workers than {n}' if n else 'give it workers (num_workers=4, say)'
         return f'{more}, do less for each sample, or prepare the samples once and for all'
     if isinstance(dl, TensorLoader):
         return 'take larger batches (bs=), or keep the tensors on the device (device=)'
     return 'let something read ahead, as workers of a torch DataLoader do'
+
+def advice_on_samples(dl): # str; dl: a `DatasetLoader`
+    "How samples could come faster: kept, by more workers, with less to do"
+    n, n_kept = dl.num_workers, 0 if dl.cache is None else dl.cache.n_kept
+    filling = '' if dl.cache is None or n_kept == dl.cache.n else (
+        f'{n_kept:,} of {dl.cache.n:,} samples are kept so far, and the next epoch waits less; ')
+    keep = "keep samples once they are decoded (from_datasets(cache='memory')), "
+    counted = dl.worker_count is not None
+    workers = '' if counted else f'more workers than {n}, ' if n else (
+        "have workers counted (num_workers='auto'), ")
+    return f'{filling}{"" if dl.cache is not None else keep}{workers}or do less for each sample'
 
 def advice_on(part:str, dl, device)->str:
     match part:
@@ -218,6 +229,7 @@ class ProfileResult:
     free: float | None = None # seconds a step without the clock, which waits for the accelerator
     left_out: tuple = () # callbacks that act outside of the learner, and took no part
     trace: Path | None = None # the file that was written
+    data: str = '' # how many workers made batches, and how many samples are kept
 
     @property
     def step_time(self)->float: # seconds
@@ -252,6 +264,7 @@ def facts(found): # str
     if found.free: texts.append(f'{ms_text(1e3 * found.free)} ms without waiting for the device')
     owner = 'the process' if found.device == 'cpu' else 'tensors'
     if found.peak: texts.append(f'{owner} took {size_text(found.peak)} at most')
+    if found.data: texts.append(found.data)
     if found.left_out: texts.append(f'left out, as they act outside: {", ".join(found.left_out)}')
     return '; '.join(texts)
 
@@ -308,6 +321,13 @@ def check_profile(learn, steps, path, overwrite):
                            'call learn.profile() outside of its block')
     if path is not None and is_main(): check_target(path, overwrite)
 
+def data_text(dl): # str
+    "Who makes the batches of a loader of a dataset"
+    if not isinstance(dl, DatasetLoader): return ''
+    texts = [repr(dl.worker_count) if dl.worker_count else f'num_workers={dl.num_workers}']
+    if dl.cache is not None: texts.append(f'{dl.cache.n_kept:,} of {dl.cache.n:,} samples kept')
+    return ', '.join(texts)
+
 def made_profile(staged:StagedSteps, dl, left_out)->ProfileResult:
     "What the stages have found"
     steps, profiler, device = staged.steps_of('timed'), staged.profiler, staged.device
@@ -319,7 +339,8 @@ def made_profile(staged:StagedSteps, dl, left_out)->ProfileResult:
     free = sum(staged.seconds['free'].values()) / steps if staged.seconds.get('free') else None
     return ProfileResult(parts, steps, staged.n_batches['timed'],
                          operators(profiler, staged.n_watched, device),
-                         bottleneck(parts, dl, device), str(device), staged.peak, free, left_out)
+                         bottleneck(parts, dl, device), str(device), staged.peak, free, left_out,
+                         data=data_text(dl))
 
 # %% ../../nbs/insight/07_profile.ipynb #5533e9c2
 @patch

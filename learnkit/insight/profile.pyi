@@ -96,6 +96,13 @@ def advice_on_data(dl: Any) -> str:
         str
     """
 
+def advice_on_samples(dl: Any) -> str:
+    """How samples could come faster: kept, by more workers, with less to do
+
+    Returns:
+        str; dl: a `DatasetLoader`
+    """
+
 def advice_on(part: str, dl: Any, device: Any) -> str: ...
 
 def bottleneck(parts: dict, dl: Any, device: Any) -> str:
@@ -128,6 +135,8 @@ class ProfileResult:
     """callbacks that act outside of the learner, and took no part"""
     trace: Path | None = ...
     """the file that was written"""
+    data: str = ...
+    """how many workers made batches, and how many samples are kept"""
     @property
     def step_time(self) -> float:
         """What a step takes
@@ -176,6 +185,13 @@ def write_trace(profiler: Any, path: Any, overwrite: bool) -> Path:
 
 def check_profile(learn: Learner, steps: Any, path: Any, overwrite: Any) -> None:
     """Raise for a profile that cannot be made"""
+
+def data_text(dl: Any) -> str:
+    """Who makes the batches of a loader of a dataset
+
+    Returns:
+        str
+    """
 
 def made_profile(staged: StagedSteps, dl: Any, left_out: Any) -> ProfileResult:
     """What the stages have found"""

@@ -131,7 +131,9 @@ def provenance(learn): # plain tree; all processes call this
     return on_main(learn.ranks, described)
 
 def workers(learn): # dict: how many processes load batches, from which what they draw follows
-    n = getattr(getattr(learn.dls.train, 'loader', learn.dls.train), 'num_workers', 0)
+    dl = learn.dls.train
+    if getattr(dl, 'worker_count', None): return {}  # measured anew each time, and no difference
+    n = getattr(getattr(dl, 'loader', dl), 'num_workers', 0)
     return {'workers': n} if n else {}
 
 def compressed(tree): return zlib.compress(json.dumps(tree).encode()) # bytes

@@ -15,7 +15,7 @@ from ..files.errors import DamagedError
 from ..files.sidecars import load_save
 from ..files.growing import GrowingList
 from ..files.saves import load_newest, quarantine_save, list_saves
-from ..data.loaders import describe
+from ..data.loaders import EpochLoader, describe
 from ..data.resumable import (
     LastBatch, check_same_loader, restart_workers, generator_states, is_stateful,
     order_state, resume_batches, set_generator_states)
@@ -331,7 +331,9 @@ def describe_start(learn, saved, exact):
     start = {'epoch': epoch, 'train': f'{epoch}, batch {saved.fit["batch"]}',
              'validate': f'the validation of {epoch}'}
     show_message(learn, f'going on from {start[saved.stage]}, as saved in {saved.source}')
-    if not exact and saved.stage == 'train' and getattr(learn.dls.train, 'num_workers', 0):
+    dl = learn.dls.train
+    draws_otherwise = getattr(dl, 'num_workers', 0) and not isinstance(dl, EpochLoader)
+    if not exact and saved.stage == 'train' and draws_otherwise:
         show_message(learn, 'what workers draw at random from here on is not what they would have '
                      'drawn')
 

@@ -99,8 +99,8 @@ def check_strategy(strategy, options, find_unused=False, blocks=None, no_sync=Fa
 
 def names_of_options(strategy) -> list:
     "The arguments that torch's own function for a strategy takes, without those given here"
-    from torch.distributed.fsdp import fully_shard
-    function = DistributedDataParallel if strategy == 'ddp' else fully_shard
+    if strategy == 'ddp': function = DistributedDataParallel
+    else: from torch.distributed.fsdp import fully_shard as function
     return [name for name in inspect.signature(function).parameters if name not in OWN_OPTIONS]
 
 # %% ../../nbs/processes/07_distributed.ipynb #ac463cd2

@@ -63,9 +63,9 @@ class Mix(Callback):
         self.beta = torch.distributions.Beta(float(alpha), float(alpha))
 
     def draw(self, learn):
-        "Choose the shares and the partners of this batch, by torch's generator of the host"
-        self.lam = self.beta.sample().item()
-        self.perm = torch.randperm(batch_size(learn.xb)).to(learn.device)
+        "Choose the shares and the partners of this batch, without waiting for the device"
+        self.lam = self.beta.sample().item()  # on the host
+        self.perm = torch.randperm(batch_size(learn.xb), device=learn.device)
 
     def before_batch(self, learn):
         check_mixable(self, learn)

@@ -13,6 +13,8 @@ from learnkit import (
     EMA, Callback, CancelFit, DataLoaders, EarlyStopping, GradientAccumulation, GradientClip,
     Learner, MixedPrecision, MixUp, ParamScheduler, Progress, ReduceLROnPlateau, SaveBest,
     SaveState, StageFuncs, TorchScheduler, ValidateEvery, accuracy, sched_lin)
+from learnkit.data.cache import SampleCache
+from learnkit.data.loaders import DatasetLoader
 from learnkit.files.tree import tree_digest
 from learnkit.insight import profile as page
 from learnkit.insight.step_clock import REST, StepClock
@@ -334,6 +336,14 @@ def test_is_shown_in_80_columns():
     assert html.count('<tr>') == 1 + len(found.parts) and '<script' not in html
 
 
+def test_who_makes_the_batches_is_told():
+    found = plain(DataLoaders.from_datasets(SlowSet(), bs=8, num_workers='auto',
+                                            cache='memory')).profile(2)
+    assert "num_workers='auto' is " in found.data and ' of 200 samples kept' in found.data
+    assert found.data.split(':')[0] in repr(found) and plain().profile(2).data == ''
+    assert plain(DataLoaders.from_datasets(SlowSet())).profile(2).data == 'num_workers=0'
+
+
 def test_names_are_no_markup():
     def hook(learn): time.sleep(0.001)
     hook.__name__ = '<script>'
@@ -344,6 +354,10 @@ def test_names_are_no_markup():
 @pytest.mark.parametrize('part, dl, words', [
     ('data', DataLoader(range(4)), 'give it workers'),
     ('data', DataLoader(range(4), num_workers=2), 'more workers than 2'),
+    ('data', DatasetLoader(range(4)), "keep samples once they are decoded (from_datasets(cache='"),
+    ('data', DatasetLoader(range(4), num_workers=2), 'more workers than 2, or do less'),
+    ('data', DatasetLoader(range(4), cache=SampleCache(range(4))), '0 of 4 samples are kept so f'),
+    ('data', DataLoaders.from_datasets(range(4), num_workers='auto').train, ')), or do less for'),
     ('data', data().train, 'larger batches'), ('data', [], 'read ahead'),
     ('to device', [], 'pin_memory'), (REST, [], 'larger batches'),
     ('callback A', [], 'every so many'), ('callback Recorder', [], 'recorded in'),

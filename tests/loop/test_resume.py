@@ -77,6 +77,9 @@ def seeded(n): return torch.Generator().manual_seed(n)
 LOADERS = {
     'tensors': lambda: DataLoaders.from_tensors(samples(), bs=BS).train,
     'dataset': lambda: DataLoaders.from_datasets(Augmented('numpy'), bs=BS).train,
+    'kept': lambda: DataLoaders.from_datasets(
+        TensorDataset(*samples()), bs=BS, cache='memory',
+        augment=lambda sample: (sample[0] * torch.rand(4), sample[1])).train,
     'drawn': lambda: DataLoaders.from_tensors(samples(), bs=BS, weights=range(N)).train,
     'drawn samples': lambda: DataLoaders.from_datasets(
         Augmented('torch'), bs=BS, weights=torch.arange(N)).train,
