@@ -177,6 +177,13 @@ from .training.trials import (
 from .training.compiling import (
     ChannelsLast,
 )
+from .training.stacked import (
+    dims_of, output, Stack,
+)
+from .training import members as _members
+from .training.ensemble import (
+    Ensemble,
+)
 from .insight import tasks as _tasks
 from .insight import class_counts as _class_counts
 from .insight import sample_pass as _sample_pass
@@ -306,10 +313,11 @@ __all__ = [
     'LRFinderResult', 'SaveBest', 'AskToContinue', 'EarlyStopping', 'StopOnNaN',
     'ReduceLROnPlateau', 'MixedPrecision', 'GradientAccumulation', 'GradientClip', 'EMA', 'SWA',
     'ShortEpoch', 'StageFuncs', 'ValidateEvery', 'CutMix', 'MixUp', 'OverfitResult', 'ChannelsLast',
-    'Interpretation', 'ProfileResult', 'SummaryResult', 'ActivationStats', 'GradientStats',
-    'Logger', 'CSVLogger', 'JSONLogger', 'TensorBoardLogger', 'MLflowLogger', 'TrackioLogger',
-    'WandbLogger', 'launch', 'Ranks', 'Distributed', 'BEGINNING', 'StaleCheckpoint', 'HEARD_EVERY',
-    'SharedStore', 'Transfer', 'Checkpointed', 'CheckpointedLearner', 'checkpoints_table',
-    'tree_text', 'plot_tree', 'explain_text', 'is_report', 'MARK', 'report_html', 'write_report',
-    'verify', 'VerifyResult', 'plot_stages', 'Best', 'COLUMNS', 'Study',
+    'dims_of', 'output', 'Stack', 'Ensemble', 'Interpretation', 'ProfileResult', 'SummaryResult',
+    'ActivationStats', 'GradientStats', 'Logger', 'CSVLogger', 'JSONLogger', 'TensorBoardLogger',
+    'MLflowLogger', 'TrackioLogger', 'WandbLogger', 'launch', 'Ranks', 'Distributed', 'BEGINNING',
+    'StaleCheckpoint', 'HEARD_EVERY', 'SharedStore', 'Transfer', 'Checkpointed',
+    'CheckpointedLearner', 'checkpoints_table', 'tree_text', 'plot_tree', 'explain_text',
+    'is_report', 'MARK', 'report_html', 'write_report', 'verify', 'VerifyResult', 'plot_stages',
+    'Best', 'COLUMNS', 'Study',
 ]

@@ -200,15 +200,27 @@ class GradientClip(Callback):
     def norm(self): return self.norms.get('grad_norm')  # None where each of several losses has one
 
     def before_step(self, learn):
-        self.norms = {name: self.clip(opt) for name, opt in opts_by_loss(learn).items()}
+        self.norms = {name: self.clip(opt, learn.n_members)
+                      for name, opt in opts_by_loss(learn).items()}
 
-    def clip(self, opt): # tensor, 0-d: the norm before
+    def clip(self, opt, n_members=None): # tensor, 0-d: the norm before; or (members,)
         "Bound the gradients of an optimizer"
+        if n_members is not None: return self.clip_each(gradients(opt))
         norm = total_norm(gradients(opt))
         for params, in split_by_dtensor(list(opt_params(opt))):
             if self.max_norm is not None: clip_grads_with_norm_(params, self.max_norm, norm)
             if self.max_value is not None: clip_grad_value_(params, self.max_value)
         return norm
+
+    def clip_each(self, grads): # tensor, (members,): the norms before
+        "Bound the gradients of each member of an ensemble"
+        norms = torch.stack([grad.flatten(1).norm(dim=1) for grad in grads]).norm(dim=0)
+        if self.max_norm is not None:
+            factors = (self.max_norm / (norms + 1e-6)).clamp(max=1.)  # as torch has it
+            for grad in grads: grad.mul_(factors.to(grad).reshape(-1, *[1] * (grad.ndim - 1)))
+        if self.max_value is not None:
+            for grad in grads: grad.clamp_(-self.max_value, self.max_value)
+        return norms
 
     def after_step(self, learn):
         if learn.phase != 'train': return
