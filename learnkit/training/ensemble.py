@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Ensemble']
 
-# %% ../../nbs/training/19_ensemble.ipynb #2f25873c
+# %% ../../nbs/training/19_ensemble.ipynb #4968b651
 import copy
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -39,7 +39,7 @@ from .precision import MixedPrecision
 from .stacked import (
     Stack, difference, gradients_at_once, losses_by_size, member_losses, outputs_by_size, stacked_opt)
 
-# %% ../../nbs/training/19_ensemble.ipynb #7e49b401
+# %% ../../nbs/training/19_ensemble.ipynb #521f3e3d
 def twin(learn, model, dls, lr, metrics): # Learner
     "A plain learner like another, from its beginning"
     new = Learner(dls, model, copy.deepcopy(learn.loss_func), learn.opt_func, lr, learn.splitter,
@@ -83,7 +83,7 @@ def check_plain(learn):
         raise ValueError(f'Ensemble: the learner has made {learn.steps_done} updates; members begin '
                          'at the beginning: give one that is new')
 
-# %% ../../nbs/training/19_ensemble.ipynb #7010fa09
+# %% ../../nbs/training/19_ensemble.ipynb #48b32c4b
 def count_members(**given): # int; given: None, or something for each member
     "How many members there are"
     lengths = {name: len(each) for name, each in given.items() if each is not None}
@@ -156,7 +156,7 @@ def factors_of(lrs): # (rate, list of float): the highest, and what part of it e
         raise ValueError(f'Ensemble: lr={lrs}: rates that differ are numbers above 0')
     return max(lrs), [lr / max(lrs) for lr in lrs]
 
-# %% ../../nbs/training/19_ensemble.ipynb #8194c1b9
+# %% ../../nbs/training/19_ensemble.ipynb #bbb6d53c
 class Ensemble(Learner):
     "Trains many small models at once, each as if alone"
     def __init__(self,
@@ -190,11 +190,13 @@ class Ensemble(Learner):
         if not any(isinstance(cb, Progress) for cb in first.cbs): self.remove_cb(Progress)
 
     def reset_batch(self):
-        self.sizes = None  # how many samples each member has in the batch; None: all have one batch
+        self.own = False  # whether each member has a batch of its own
+        self.sizes = None  # how many samples of it each has; None: all have as many
         self.losses = self.weights = self.at_once = None
         self.counts_targets = None  # whether losses are means over targets; None: not known yet
+        self.named_params = self.named_buffers = None  # of the stack, in a pass
 
-# %% ../../nbs/training/19_ensemble.ipynb #e3c5d410
+# %% ../../nbs/training/19_ensemble.ipynb #e3f6b137
 @patch
 @structural
 def make_opt(self:Ensemble) -> None:
@@ -213,20 +215,22 @@ def __repr__(self:Ensemble):
     return (f'Ensemble({self.n_members} x {one}, opt={type(self.opt).__name__}, lr={self.lr}, '
             f'epochs_done={self.epochs_done})')
 
-# %% ../../nbs/training/19_ensemble.ipynb #2731e5c4
+# %% ../../nbs/training/19_ensemble.ipynb #80e4badf
 @patch(as_prop=True)
 def batch(self:Ensemble): return self._batch
 
 @patch(set_prop=True)
 def batch(self:Ensemble, batch):
-    self.sizes = self.losses = self.weights = self.at_once = None
-    if isinstance(batch, MemberBatch): batch, self.sizes = batch
+    self.losses = self.weights = self.at_once = self.sizes = None
+    self.own = type(batch) is MemberBatch
+    if self.own: batch, self.sizes = batch
     Loop.batch.fset(self, batch)
 
 @patch
 @contextmanager
 def _pass(self:Ensemble, phase, dl):
-    names = 'sizes', 'losses', 'weights', 'at_once', 'counts_targets'
+    names = ('own', 'sizes', 'losses', 'weights', 'at_once', 'counts_targets', 'named_params',
+             'named_buffers')
     before = {name: getattr(self, name) for name in names}
     self.reset_batch()
     try:
@@ -235,42 +239,35 @@ def _pass(self:Ensemble, phase, dl):
             yield
     finally: vars(self).update(before)
 
-@patch(as_prop=True)
-def is_ragged(self:Ensemble): # bool
-    "Whether members have batches of unequal length"
-    return self.sizes is not None and len({*self.sizes}) > 1
-
 @patch
 def view(self:Ensemble, i): return MemberView(self, i) # what knows one model sees this
 
-# %% ../../nbs/training/19_ensemble.ipynb #63d943cb
+# %% ../../nbs/training/19_ensemble.ipynb #4616922b
 @patch
 @unrecorded
 def get_pred(self:Ensemble):
     "Sets `pred`: the outputs of all members, (batch, members, ...)"
     self.at_once = None
-    own = self.sizes is not None
-    if self.is_ragged: self.pred = outputs_by_size(self.model, self.xb, self.sizes)
+    if self.sizes is not None: self.pred = outputs_by_size(self.model, self.xb, self.sizes)
     elif computes_at_once(self):
-        params, others = tensors_by_use(self.model.member)
+        params, others = tensors_by_use(self)
         with torch.no_grad():
             grads, losses, self.pred, parts = self.compiled_step(
-                self.model, self.loss_func, params, others, self.xb, self.yb, own)
+                self.model, self.loss_func, params, others, self.xb, self.yb, self.own)
         self.at_once = AtOnce(grads, losses.requires_grad_(), parts)
     else:
         model = self.model if self.compiled is None else self.compiled
-        self.pred = model(*self.xb, own=own)
+        self.pred = model(*self.xb, own=self.own)
 
 @patch
 @unrecorded
 def get_loss(self:Ensemble):
     "Sets `losses`, those of the members, and `loss`, their sum"
     if self.at_once is not None: self.losses, parts = self.at_once.losses, self.at_once.parts
-    elif self.is_ragged:
+    elif self.sizes is not None:
         self.losses, parts = losses_by_size(self.loss_func, self.pred, self.yb, self.sizes)
     else:
-        self.losses, parts = member_losses(self.loss_func, self.pred, self.yb,
-                                           self.sizes is not None)
+        self.losses, parts = member_losses(self.loss_func, self.pred, self.yb, self.own)
     self.loss, self.loss_parts = self.losses.sum(), LossParts(parts) if parts else None
     if self.at_once is not None: self.at_once.loss = self.loss
 
@@ -283,22 +280,25 @@ def backward(self:Ensemble):
     if self.loss is not self.at_once.loss:  # a callback has made something else of it
         self.loss.backward()
         factors = losses.grad
-    for name, p in self.model.member.named_parameters():
+    for name, p in self.named_params.items():
         if (grad := self.at_once.grads.get(name)) is None: continue
         if factors is not None: grad = grad * factors.reshape(-1, *[1] * (grad.ndim - 1))
         p.grad = grad if p.grad is None else p.grad + grad
 
-# %% ../../nbs/training/19_ensemble.ipynb #6ea3b133
+# %% ../../nbs/training/19_ensemble.ipynb #12ea2dc0
 class AtOnce:
     "What a compiled function has computed of a batch"
     def __init__(self, grads, losses, parts):
         self.grads, self.losses, self.parts, self.loss = grads, losses, parts, None
 
-def tensors_by_use(member): # (parameters that learn, all other tensors), by name
-    named = dict(member.named_parameters())
-    return ({name: p.detach() for name, p in named.items() if p.requires_grad},
-            {**{name: p.detach() for name, p in named.items() if not p.requires_grad},
-             **dict(member.named_buffers())})
+def tensors_by_use(learn): # (parameters that learn, all other tensors), by name
+    if learn.named_params is None:  # looking for them in each step would cost as much as the step
+        learn.named_params = dict(learn.model.member.named_parameters())
+        learn.named_buffers = dict(learn.model.member.named_buffers())
+    params = {name: p.detach() for name, p in learn.named_params.items()}
+    others = {name: params.pop(name) for name, p in learn.named_params.items()
+              if not p.requires_grad}
+    return params, {**others, **learn.named_buffers}
 
 STEPS_AT_ONCE = 'after_pred', 'get_loss', 'backward'
 
@@ -308,15 +308,15 @@ def computes_at_once(learn): # bool
     return (learn.compiled_step is not None and learn.can_update
             and not any(heard[name] for name in STEPS_AT_ONCE))
 
-# %% ../../nbs/training/19_ensemble.ipynb #18a02343
+# %% ../../nbs/training/19_ensemble.ipynb #dce825bc
 @patch
 def _weigh_loss(self:Ensemble):
     if self.counts_targets is None: self.counts_targets = heard_divisor(self) is not None
     self.weights = divisors(self) if self.counts_targets and self._n_items is None else self.n_items
-    if self.weights is self.n_items and self.is_ragged and self._n_items is None:
+    if self.sizes is not None and self._n_items is None and not self.counts_targets:
         self.weights = torch.tensor(self.sizes, device=self.losses.device)
     of_each = isinstance(self.weights, torch.Tensor) and self.weights.ndim
-    self._loss_weight = self.weights.double().mean().item() if of_each else self.weights
+    self._loss_weight = self.weights.sum() / self.n_members if of_each else self.weights
 
 def first_member(learn): # int: that has a batch
     return 0 if learn.sizes is None else next(i for i, n in enumerate(learn.sizes) if n)
@@ -330,9 +330,13 @@ def heard_divisor(learn, i=None): # 0-d tensor, or None
 
 def divisors(learn): # number, or tensor (members,)
     "Over how many targets the losses are means"
-    settings = divisor_settings(learn.loss_func)
-    if learn.sizes is None and settings is not None:
-        return as_weight(divisor(None, learn.yb[0], **settings))
+    settings, targets = divisor_settings(learn.loss_func), learn.yb[0]
+    if settings is not None and not learn.own: return as_weight(divisor(None, targets, **settings))
+    if settings is not None and learn.sizes is None:
+        if settings.get('weight') is None:  # at a quarter of what vmap costs
+            counted = targets != settings.get('ignore_index', -100)
+            return counted.movedim(1, 0).flatten(1).sum(1)
+        return torch.vmap(lambda targets: divisor(None, targets, **settings), 1)(targets)
     found = [torch.zeros(()) if learn.sizes is not None and not learn.sizes[i] else
              divisor(None, learn.view(i).yb[0], **settings) if settings is not None else
              heard_divisor(learn, i) for i in range(learn.n_members)]
@@ -344,7 +348,7 @@ def divisor_settings(loss_func): # dict: arguments of `divisor`; None: it has to
         return {'weight': loss_func.weight, 'ignore_index': loss_func.ignore_index}
     return {} if loss_func in (F.cross_entropy, F.nll_loss) else None
 
-# %% ../../nbs/training/19_ensemble.ipynb #6e5c7b7c
+# %% ../../nbs/training/19_ensemble.ipynb #d6a6d3de
 @patch(as_prop=True)
 def loss_is_sum(self:Ensemble) -> bool:
     "Whether the losses are sums over a batch, rather than means"
@@ -373,7 +377,7 @@ def trained_params(self:Ensemble): # iterator of parameters
     "The stacked parameters that learn"
     return (p for p in opt_params(self.opt) if p.requires_grad)
 
-# %% ../../nbs/training/19_ensemble.ipynb #85087464
+# %% ../../nbs/training/19_ensemble.ipynb #02afc676
 @patch
 def check_can_fit(self:Ensemble):
     "Raise ValueError for what would not act on each member as on itself alone"
@@ -401,7 +405,7 @@ def compile(self:Ensemble,
     self.compiled_step = torch.compile(gradients_at_once, **kwargs) if on else None
     return self
 
-# %% ../../nbs/training/19_ensemble.ipynb #1d93ff88
+# %% ../../nbs/training/19_ensemble.ipynb #7cc38827
 class Members(Sequence):
     "The members of an ensemble as plain learners, each made when it is asked for"
     def __init__(self, ensemble): self.ensemble = ensemble
@@ -441,13 +445,13 @@ def sliced_opt_state(ens, i): # dict
             'param_groups': [{**group, 'lr': group['lr'] * ens.factors[i]} if 'lr' in group
                              else group for group in saved['param_groups']]}
 
-# %% ../../nbs/training/19_ensemble.ipynb #39d31519
+# %% ../../nbs/training/19_ensemble.ipynb #aca1bc7a
 @patch(as_prop=True)
 def members(self:Ensemble) -> Sequence[Learner]:
     "The members as plain learners, made when they are asked for; what these do then is their own"
     return Members(self)
 
-# %% ../../nbs/training/19_ensemble.ipynb #c4af401f
+# %% ../../nbs/training/19_ensemble.ipynb #39e208f6
 @patch
 @pure
 def validate(self:Ensemble,
@@ -480,7 +484,7 @@ def get_preds(self:Ensemble,
                          'table: ask each, ens.members[i].get_preds()')
     return Learner.get_preds(self, dl, with_loss, with_input, concat, gather)
 
-# %% ../../nbs/training/19_ensemble.ipynb #cf118bee
+# %% ../../nbs/training/19_ensemble.ipynb #37ee1578
 def of_each(learn, means): # dict: name -> array, (members,)
     "What the members have measured, in the order of the means"
     found = learn.recorder.measured_by_member

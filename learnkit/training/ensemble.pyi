@@ -77,11 +77,14 @@ class Ensemble(Learner):
     all_lr: list[Any]
     factors: Any
     compiled_step: Any
+    own: bool
     sizes: Any
     losses: Any
     weights: Any
     at_once: AtOnce | None
     counts_targets: Any
+    named_params: Any
+    named_buffers: Any
     def __init__(
             self,
             learner: Any,
@@ -113,13 +116,6 @@ class Ensemble(Learner):
     def batch(self) -> Any: ...
     @batch.setter
     def batch(self, batch: Any) -> None: ...
-    @property
-    def is_ragged(self) -> bool:
-        """Whether members have batches of unequal length
-
-        Returns:
-            bool
-        """
     def view(self, i: Any) -> Any: ...
     def get_pred(self) -> None:
         """Sets `pred`: the outputs of all members, (batch, members, ...)"""
@@ -212,7 +208,7 @@ class AtOnce:
     loss: Any
     def __init__(self, grads: Any, losses: Any, parts: Any) -> None: ...
 
-def tensors_by_use(member: Any) -> Any:
+def tensors_by_use(learn: Learner) -> Any:
     """Returns:
         (parameters that learn, all other tensors), by name
     """

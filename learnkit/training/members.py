@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/training/18_members.ipynb #1905eb02
+# %% ../../nbs/training/18_members.ipynb #51e1784e
 import itertools
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
@@ -22,11 +22,11 @@ from ..loop.loop import Loop
 from ..loop.recorder import Recorder
 from .stacked import scale_update
 
-# %% ../../nbs/training/18_members.ipynb #7f6707bf
+# %% ../../nbs/training/18_members.ipynb #33eb4637
 class MemberBatch(NamedTuple):
     "The batches of all members"
     items: object # the nesting of a batch, tensors of (longest batch, members, ...)
-    sizes: tuple # of int: how many of the rows each member has
+    sizes: tuple = None # of int: how many of the rows each member has; None: all of them
 
 def side_by_side(batches): # MemberBatch; batches: one for each member, None: it has no more
     "Stack batches"
@@ -34,7 +34,7 @@ def side_by_side(batches): # MemberBatch; batches: one for each member, None: it
     flat = [None if batch is None else tree_flatten(batch) for batch in batches]
     first = next(found for found in flat if found is not None)
     leaves = [column(i, flat, leaf, max(sizes)) for i, leaf in enumerate(first[0])]
-    return MemberBatch(tree_unflatten(leaves, first[1]), sizes)
+    return MemberBatch(tree_unflatten(leaves, first[1]), sizes if len({*sizes}) > 1 else None)
 
 def column(i, flat, like, n): # what is number `i` in all batches
     each = [None if found is None else found[0][i] for found in flat]
@@ -52,7 +52,7 @@ def padded(t, n, like): # tensor, (n, ...)
     if t is not None: new[:len(t)] = t
     return new
 
-# %% ../../nbs/training/18_members.ipynb #b7199646
+# %% ../../nbs/training/18_members.ipynb #16d9b52c
 class MemberLoader(EpochLoader):
     "The batches of several loaders side by side"
     def __init__(self, loaders): # learnkit's own, or lists of batches, one for each member
@@ -82,7 +82,7 @@ class MemberLoader(EpochLoader):
                 for dl in self.loaders]
         return map(side_by_side, itertools.zip_longest(*each))
 
-# %% ../../nbs/training/18_members.ipynb #6e509409
+# %% ../../nbs/training/18_members.ipynb #8c0fee11
 class OneTable:
     "The samples of all members in one table"
     @staticmethod
@@ -109,12 +109,12 @@ class OneTable:
         order = torch.stack(orders, 1).to(self.tensors[0].device)
         for rows in order[start * self.bs:].split(self.bs) if start * self.bs < self.n else ():
             yield MemberBatch(tuple([t.index_select(0, rows.reshape(-1)).unflatten(0, rows.shape)
-                                     for t in self.tensors]), (len(rows),) * len(self.loaders))
+                                     for t in self.tensors]))
 
 def same_tensors(a, b): # bool
     return all(x is y or torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
-# %% ../../nbs/training/18_members.ipynb #0f68f71d
+# %% ../../nbs/training/18_members.ipynb #72d1979e
 def member_loader(loaders): # loader, or None; loaders: one for each member, or all None
     "One loader for all members where they get the same batches, else theirs side by side"
     first = loaders[0]
@@ -150,7 +150,7 @@ def member_dls(all_dls): # DataLoaders; all_dls: of each member
                          'batches, and members make their updates together: choose another bs')
     return DataLoaders(*map(member_loader, (train, valid, test)))
 
-# %% ../../nbs/training/18_members.ipynb #54dc86ab
+# %% ../../nbs/training/18_members.ipynb #a6088ee9
 class MemberView(Loop):
     "The batch of an ensemble as one member sees it"
     def __init__(self, learn, i): # learn: Ensemble
@@ -158,8 +158,7 @@ class MemberView(Loop):
         n = None if learn.sizes is None else learn.sizes[i]
         def own(x): return map_members(x, slice(n), i)
         self.pred = own(learn.pred)
-        self.xb, self.yb = ((learn.xb, learn.yb) if learn.sizes is None else
-                            (own(learn.xb), own(learn.yb)))
+        self.xb, self.yb = (own(learn.xb), own(learn.yb)) if learn.own else (learn.xb, learn.yb)
         self.loss = self.loss_parts = None
 
     def __getattr__(self, name): return getattr(vars(self)['ensemble'], name)
@@ -168,7 +167,7 @@ def map_members(x, rows, i): # the same nesting
     leaves, spec = tree_flatten(x)
     return tree_unflatten([t[rows, i] if isinstance(t, torch.Tensor) else t for t in leaves], spec)
 
-# %% ../../nbs/training/18_members.ipynb #635edd53
+# %% ../../nbs/training/18_members.ipynb #b82afb60
 class MemberMetric:
     "The mean over the members of a metric, by its name; `EnsembleRecorder` computes it"
     def __init__(self, name, m): self.name, self.higher_is_better = name, higher_is_better(m)
@@ -191,7 +190,7 @@ def mean_of(values): # float or array
     mean = np.mean(values, 0)
     return mean if mean.ndim else float(mean)
 
-# %% ../../nbs/training/18_members.ipynb #0a33846e
+# %% ../../nbs/training/18_members.ipynb #05aaac85
 class EnsembleRecorder(Recorder):
     "The history of each member, and the mean of all"
     def __init__(self, rates): # factors of the learning rate, list of float
@@ -225,7 +224,7 @@ class EnsembleRecorder(Recorder):
             one.tally, one.results = Tally(metrics), {}
             one.tally.reset(learn.device)
 
-# %% ../../nbs/training/18_members.ipynb #f9a68ee4
+# %% ../../nbs/training/18_members.ipynb #c2d279b5
 class MeanView:
     "An ensemble with the mean loss of its members in place of their sum"
     loss_parts = None  # each member has its own
@@ -236,7 +235,8 @@ class MeanView:
 def after_batch(self:EnsembleRecorder, learn):
     if self._cancelled: return Recorder.after_batch(self, learn)
     losses = learn.losses
-    Recorder.after_batch(self, MeanView(learn, None if losses is None else losses.detach().mean()))
+    mean = None if losses is None else learn.loss.detach() / len(self.members)
+    Recorder.after_batch(self, MeanView(learn, mean))
     if losses is not None:
         losses = losses.detach()
         if self._is_sum: losses = losses / learn.weights
@@ -258,7 +258,7 @@ def add_to_tallies(self:EnsembleRecorder, learn, losses):
         weight = learn.weights if weights is None else weights[i]
         one.tally.add(view.pred, view.yb, None if losses is None else losses[i], n, weight)
 
-# %% ../../nbs/training/18_members.ipynb #ba7981ac
+# %% ../../nbs/training/18_members.ipynb #e2752f49
 @patch
 def gather_steps(self:EnsembleRecorder):
     if self._losses:
@@ -305,7 +305,7 @@ def after_epoch(self:EnsembleRecorder, learn):
         one.after_epoch(learn)
         one.rows[-1]['lr'] = self.rows[-1]['lr'] * rate
 
-# %% ../../nbs/training/18_members.ipynb #8ba125b6
+# %% ../../nbs/training/18_members.ipynb #5ac32850
 @patch
 def track(self:EnsembleRecorder, name, value, phase, n=1):
     "A tensor with a value for each member is theirs, anything else is that of all"
@@ -327,7 +327,7 @@ def paused(self:EnsembleRecorder):
         for one in self.members: stack.enter_context(one.paused())
         with Recorder.paused(self): yield
 
-# %% ../../nbs/training/18_members.ipynb #fa413056
+# %% ../../nbs/training/18_members.ipynb #dbd0bfdb
 @patch
 def state_dict(self:EnsembleRecorder):
     state = Recorder.state_dict(self)  # which deals out steps
@@ -352,7 +352,7 @@ def tensors(self:EnsembleRecorder):
     return {**Recorder.tensors(self),
             **{digest: t for one in self.members for digest, t in one.tensors().items()}}
 
-# %% ../../nbs/training/18_members.ipynb #41884105
+# %% ../../nbs/training/18_members.ipynb #e0b05682
 class MemberRates(Callback):
     "Lets each member make its share of the way of a step"
     order, phases = -45, ('train', 'lr_find')

@@ -16,8 +16,8 @@ class MemberBatch(NamedTuple):
     """The batches of all members"""
     items: Any
     """the nesting of a batch, tensors of (longest batch, members, ...)"""
-    sizes: tuple
-    """of int: how many of the rows each member has"""
+    sizes: tuple | None = ...
+    """of int: how many of the rows each member has; None: all of them"""
 
 def side_by_side(batches: Any) -> Any:
     """Stack batches
