@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Ensemble']
 
-# %% ../../nbs/training/19_ensemble.ipynb #4968b651
+# %% ../../nbs/training/19_ensemble.ipynb #8b261cdc
 import copy
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -39,7 +39,7 @@ from .precision import MixedPrecision
 from .stacked import (
     Stack, difference, gradients_at_once, losses_by_size, member_losses, outputs_by_size, stacked_opt)
 
-# %% ../../nbs/training/19_ensemble.ipynb #521f3e3d
+# %% ../../nbs/training/19_ensemble.ipynb #dc93d90c
 def twin(learn, model, dls, lr, metrics): # Learner
     "A plain learner like another, from its beginning"
     new = Learner(dls, model, copy.deepcopy(learn.loss_func), learn.opt_func, lr, learn.splitter,
@@ -83,7 +83,7 @@ def check_plain(learn):
         raise ValueError(f'Ensemble: the learner has made {learn.steps_done} updates; members begin '
                          'at the beginning: give one that is new')
 
-# %% ../../nbs/training/19_ensemble.ipynb #48b32c4b
+# %% ../../nbs/training/19_ensemble.ipynb #01eae940
 def count_members(**given): # int; given: None, or something for each member
     "How many members there are"
     lengths = {name: len(each) for name, each in given.items() if each is not None}
@@ -156,7 +156,7 @@ def factors_of(lrs): # (rate, list of float): the highest, and what part of it e
         raise ValueError(f'Ensemble: lr={lrs}: rates that differ are numbers above 0')
     return max(lrs), [lr / max(lrs) for lr in lrs]
 
-# %% ../../nbs/training/19_ensemble.ipynb #bbb6d53c
+# %% ../../nbs/training/19_ensemble.ipynb #f19847e8
 class Ensemble(Learner):
     "Trains many small models at once, each as if alone"
     def __init__(self,
@@ -196,7 +196,7 @@ class Ensemble(Learner):
         self.counts_targets = None  # whether losses are means over targets; None: not known yet
         self.named_params = self.named_buffers = None  # of the stack, in a pass
 
-# %% ../../nbs/training/19_ensemble.ipynb #e3f6b137
+# %% ../../nbs/training/19_ensemble.ipynb #b8e08ec7
 @patch
 @structural
 def make_opt(self:Ensemble) -> None:
@@ -215,7 +215,7 @@ def __repr__(self:Ensemble):
     return (f'Ensemble({self.n_members} x {one}, opt={type(self.opt).__name__}, lr={self.lr}, '
             f'epochs_done={self.epochs_done})')
 
-# %% ../../nbs/training/19_ensemble.ipynb #80e4badf
+# %% ../../nbs/training/19_ensemble.ipynb #67252191
 @patch(as_prop=True)
 def batch(self:Ensemble): return self._batch
 
@@ -242,7 +242,7 @@ def _pass(self:Ensemble, phase, dl):
 @patch
 def view(self:Ensemble, i): return MemberView(self, i) # what knows one model sees this
 
-# %% ../../nbs/training/19_ensemble.ipynb #4616922b
+# %% ../../nbs/training/19_ensemble.ipynb #f554b796
 @patch
 @unrecorded
 def get_pred(self:Ensemble):
@@ -285,7 +285,7 @@ def backward(self:Ensemble):
         if factors is not None: grad = grad * factors.reshape(-1, *[1] * (grad.ndim - 1))
         p.grad = grad if p.grad is None else p.grad + grad
 
-# %% ../../nbs/training/19_ensemble.ipynb #12ea2dc0
+# %% ../../nbs/training/19_ensemble.ipynb #0b6eb4b6
 class AtOnce:
     "What a compiled function has computed of a batch"
     def __init__(self, grads, losses, parts):
@@ -308,7 +308,7 @@ def computes_at_once(learn): # bool
     return (learn.compiled_step is not None and learn.can_update
             and not any(heard[name] for name in STEPS_AT_ONCE))
 
-# %% ../../nbs/training/19_ensemble.ipynb #dce825bc
+# %% ../../nbs/training/19_ensemble.ipynb #89a9f47c
 @patch
 def _weigh_loss(self:Ensemble):
     if self.counts_targets is None: self.counts_targets = heard_divisor(self) is not None
@@ -348,7 +348,7 @@ def divisor_settings(loss_func): # dict: arguments of `divisor`; None: it has to
         return {'weight': loss_func.weight, 'ignore_index': loss_func.ignore_index}
     return {} if loss_func in (F.cross_entropy, F.nll_loss) else None
 
-# %% ../../nbs/training/19_ensemble.ipynb #d6a6d3de
+# %% ../../nbs/training/19_ensemble.ipynb #301d2100
 @patch(as_prop=True)
 def loss_is_sum(self:Ensemble) -> bool:
     "Whether the losses are sums over a batch, rather than means"
@@ -366,7 +366,7 @@ def loss_weight_all(self:Ensemble): # number
     "What `loss_weight` is; ValueError where batches are to be weighed that count unlike for members"
     of_each = isinstance(self.weights, torch.Tensor) and self.weights.ndim
     if of_each and len({*self.weights.tolist()}) > 1 and any(
-            isinstance(cb, GradientAccumulation) for cb in self.cbs):
+            isinstance(cb, GradientAccumulation) and cb.n > 1 for cb in self.cbs):
         raise ValueError('GradientAccumulation: the batches of members have '
                          f'{self.weights.tolist()} samples or targets, so that each would have to '
                          'weigh them by itself: choose folds and bs so that all have as many')
@@ -377,7 +377,7 @@ def trained_params(self:Ensemble): # iterator of parameters
     "The stacked parameters that learn"
     return (p for p in opt_params(self.opt) if p.requires_grad)
 
-# %% ../../nbs/training/19_ensemble.ipynb #02afc676
+# %% ../../nbs/training/19_ensemble.ipynb #11d69fd9
 @patch
 def check_can_fit(self:Ensemble):
     "Raise ValueError for what would not act on each member as on itself alone"
@@ -405,7 +405,7 @@ def compile(self:Ensemble,
     self.compiled_step = torch.compile(gradients_at_once, **kwargs) if on else None
     return self
 
-# %% ../../nbs/training/19_ensemble.ipynb #7cc38827
+# %% ../../nbs/training/19_ensemble.ipynb #10a74733
 class Members(Sequence):
     "The members of an ensemble as plain learners, each made when it is asked for"
     def __init__(self, ensemble): self.ensemble = ensemble
@@ -445,13 +445,13 @@ def sliced_opt_state(ens, i): # dict
             'param_groups': [{**group, 'lr': group['lr'] * ens.factors[i]} if 'lr' in group
                              else group for group in saved['param_groups']]}
 
-# %% ../../nbs/training/19_ensemble.ipynb #aca1bc7a
+# %% ../../nbs/training/19_ensemble.ipynb #4c759847
 @patch(as_prop=True)
 def members(self:Ensemble) -> Sequence[Learner]:
     "The members as plain learners, made when they are asked for; what these do then is their own"
     return Members(self)
 
-# %% ../../nbs/training/19_ensemble.ipynb #39e208f6
+# %% ../../nbs/training/19_ensemble.ipynb #a9cb1fc4
 @patch
 @pure
 def validate(self:Ensemble,
@@ -478,13 +478,19 @@ def get_preds(self:Ensemble,
               gather:str='all', # as in `Learner.get_preds`
              ) -> tuple: # preds, (samples, members, ...), targs[, losses][, inputs] on the host
     "Predictions and targets over `dl`, in its order; changes nothing"
-    dl = self.dls.valid if dl is None else dl
-    if isinstance(dl, MemberLoader) and dl.is_ragged:
+    own = self.dls.valid if dl is None else dl
+    if is_ragged(own):
         raise ValueError('get_preds: the members have data of unequal length, which are no one '
                          'table: ask each, ens.members[i].get_preds()')
     return Learner.get_preds(self, dl, with_loss, with_input, concat, gather)
 
-# %% ../../nbs/training/19_ensemble.ipynb #37ee1578
+# %% ../../nbs/training/19_ensemble.ipynb #44bb6eaa
+def is_ragged(dl): # bool
+    "Whether members have batches of unequal length"
+    if isinstance(dl, MemberLoader): return dl.is_ragged
+    return isinstance(dl, list) and any(
+        isinstance(batch, MemberBatch) and batch.sizes is not None for batch in dl)
+
 def of_each(learn, means): # dict: name -> array, (members,)
     "What the members have measured, in the order of the means"
     found = learn.recorder.measured_by_member

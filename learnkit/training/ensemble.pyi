@@ -272,6 +272,13 @@ def sliced_opt_state(ens: Any, i: Any) -> dict:
         dict
     """
 
+def is_ragged(dl: Any) -> bool:
+    """Whether members have batches of unequal length
+
+    Returns:
+        bool
+    """
+
 def of_each(learn: Learner, means: Any) -> Any:
     """What the members have measured, in the order of the means
 

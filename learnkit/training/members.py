@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/training/18_members.ipynb #51e1784e
+# %% ../../nbs/training/18_members.ipynb #0ddef983
 import itertools
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from ..loop.loop import Loop
 from ..loop.recorder import Recorder
 from .stacked import scale_update
 
-# %% ../../nbs/training/18_members.ipynb #33eb4637
+# %% ../../nbs/training/18_members.ipynb #d2a5b7ea
 class MemberBatch(NamedTuple):
     "The batches of all members"
     items: object # the nesting of a batch, tensors of (longest batch, members, ...)
@@ -52,37 +52,31 @@ def padded(t, n, like): # tensor, (n, ...)
     if t is not None: new[:len(t)] = t
     return new
 
-# %% ../../nbs/training/18_members.ipynb #16d9b52c
+# %% ../../nbs/training/18_members.ipynb #ae31d602
 class MemberLoader(EpochLoader):
     "The batches of several loaders side by side"
-    def __init__(self, loaders): # learnkit's own, or lists of batches, one for each member
-        first = next((dl for dl in loaders if isinstance(dl, EpochLoader)), None)
-        super().__init__(first.bs if first else 1, any(getattr(dl, 'shuffle', False)
-                         for dl in loaders), first.seed if first else None)
+    def __init__(self, loaders): # learnkit's own, one for each member
+        super().__init__(loaders[0].bs, any(dl.shuffle for dl in loaders), loaders[0].seed)
         self.loaders = loaders
         self.table = OneTable(loaders) if OneTable.fits(loaders) else None
 
     @property
-    def n_samples(self): # of the member that has most
-        return max(dl.n_samples if isinstance(dl, EpochLoader) else sum(map(batch_size, dl))
-                   for dl in self.loaders)
+    def n_samples(self): return max(dl.n_samples for dl in self.loaders)
 
     @property
     def is_ragged(self): # bool
         "Whether members have batches of unequal length"
-        return len({dl.n_samples if isinstance(dl, EpochLoader) else
-                    tuple(map(batch_size, dl)) for dl in self.loaders}) > 1
+        return len({(dl.n_samples, dl.bs) for dl in self.loaders}) > 1
 
     def __len__(self): return max(map(len, self.loaders))
     def __repr__(self): return f'MemberLoader({", ".join(map(repr, self.loaders))})'
 
     def batches(self, epoch, start=0): # iterator of MemberBatch
         if self.table is not None: return self.table.batches(epoch, start)
-        each = [dl.batches(epoch, start) if isinstance(dl, EpochLoader) else dl[start:]
-                for dl in self.loaders]
+        each = [dl.batches(epoch, start) for dl in self.loaders]
         return map(side_by_side, itertools.zip_longest(*each))
 
-# %% ../../nbs/training/18_members.ipynb #8c0fee11
+# %% ../../nbs/training/18_members.ipynb #3c947172
 class OneTable:
     "The samples of all members in one table"
     @staticmethod
@@ -114,7 +108,7 @@ class OneTable:
 def same_tensors(a, b): # bool
     return all(x is y or torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
-# %% ../../nbs/training/18_members.ipynb #72d1979e
+# %% ../../nbs/training/18_members.ipynb #22d4c83e
 def member_loader(loaders): # loader, or None; loaders: one for each member, or all None
     "One loader for all members where they get the same batches, else theirs side by side"
     first = loaders[0]
@@ -128,7 +122,11 @@ def member_loader(loaders): # loader, or None; loaders: one for each member, or 
                              'order is drawn from generators that members would share: give '
                              'loaders by DataLoaders.from_tensors or from_datasets, or one loader '
                              'object for all members')
-    return MemberLoader(list(loaders))
+    if all(isinstance(dl, EpochLoader) for dl in loaders): return MemberLoader(list(loaders))
+    if any(isinstance(dl, EpochLoader) for dl in loaders):
+        raise ValueError('Ensemble: some members have loaders, others lists of batches: give one '
+                         'kind')
+    return [side_by_side(batches) for batches in itertools.zip_longest(*loaders)]
 
 def same_loader(a, b): # bool
     "Whether two loaders are one, or give the same batches from memory"
@@ -150,7 +148,7 @@ def member_dls(all_dls): # DataLoaders; all_dls: of each member
                          'batches, and members make their updates together: choose another bs')
     return DataLoaders(*map(member_loader, (train, valid, test)))
 
-# %% ../../nbs/training/18_members.ipynb #a6088ee9
+# %% ../../nbs/training/18_members.ipynb #724cdf30
 class MemberView(Loop):
     "The batch of an ensemble as one member sees it"
     def __init__(self, learn, i): # learn: Ensemble
@@ -167,7 +165,7 @@ def map_members(x, rows, i): # the same nesting
     leaves, spec = tree_flatten(x)
     return tree_unflatten([t[rows, i] if isinstance(t, torch.Tensor) else t for t in leaves], spec)
 
-# %% ../../nbs/training/18_members.ipynb #b82afb60
+# %% ../../nbs/training/18_members.ipynb #1bce2efc
 class MemberMetric:
     "The mean over the members of a metric, by its name; `EnsembleRecorder` computes it"
     def __init__(self, name, m): self.name, self.higher_is_better = name, higher_is_better(m)
@@ -190,7 +188,7 @@ def mean_of(values): # float or array
     mean = np.mean(values, 0)
     return mean if mean.ndim else float(mean)
 
-# %% ../../nbs/training/18_members.ipynb #05aaac85
+# %% ../../nbs/training/18_members.ipynb #d198b15d
 class EnsembleRecorder(Recorder):
     "The history of each member, and the mean of all"
     def __init__(self, rates): # factors of the learning rate, list of float
@@ -224,7 +222,7 @@ class EnsembleRecorder(Recorder):
             one.tally, one.results = Tally(metrics), {}
             one.tally.reset(learn.device)
 
-# %% ../../nbs/training/18_members.ipynb #c2d279b5
+# %% ../../nbs/training/18_members.ipynb #00b9b898
 class MeanView:
     "An ensemble with the mean loss of its members in place of their sum"
     loss_parts = None  # each member has its own
@@ -258,7 +256,7 @@ def add_to_tallies(self:EnsembleRecorder, learn, losses):
         weight = learn.weights if weights is None else weights[i]
         one.tally.add(view.pred, view.yb, None if losses is None else losses[i], n, weight)
 
-# %% ../../nbs/training/18_members.ipynb #e2752f49
+# %% ../../nbs/training/18_members.ipynb #0a03a567
 @patch
 def gather_steps(self:EnsembleRecorder):
     if self._losses:
@@ -305,7 +303,7 @@ def after_epoch(self:EnsembleRecorder, learn):
         one.after_epoch(learn)
         one.rows[-1]['lr'] = self.rows[-1]['lr'] * rate
 
-# %% ../../nbs/training/18_members.ipynb #5ac32850
+# %% ../../nbs/training/18_members.ipynb #5b70ffc2
 @patch
 def track(self:EnsembleRecorder, name, value, phase, n=1):
     "A tensor with a value for each member is theirs, anything else is that of all"
@@ -327,7 +325,7 @@ def paused(self:EnsembleRecorder):
         for one in self.members: stack.enter_context(one.paused())
         with Recorder.paused(self): yield
 
-# %% ../../nbs/training/18_members.ipynb #dbd0bfdb
+# %% ../../nbs/training/18_members.ipynb #72fb1e1b
 @patch
 def state_dict(self:EnsembleRecorder):
     state = Recorder.state_dict(self)  # which deals out steps
@@ -352,7 +350,7 @@ def tensors(self:EnsembleRecorder):
     return {**Recorder.tensors(self),
             **{digest: t for one in self.members for digest, t in one.tensors().items()}}
 
-# %% ../../nbs/training/18_members.ipynb #e0b05682
+# %% ../../nbs/training/18_members.ipynb #5aa06055
 class MemberRates(Callback):
     "Lets each member make its share of the way of a step"
     order, phases = -45, ('train', 'lr_find')

@@ -44,10 +44,7 @@ class MemberLoader(EpochLoader):
     table: OneTable | None
     def __init__(self, loaders: Any) -> None: ...
     @property
-    def n_samples(self) -> Any:
-        """Returns:
-            of the member that has most
-        """
+    def n_samples(self) -> Any: ...
     @property
     def is_ragged(self) -> bool:
         """Whether members have batches of unequal length

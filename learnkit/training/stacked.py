@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Stack', 'output', 'dims_of']
 
-# %% ../../nbs/training/17_stacked.ipynb #f51e789e
+# %% ../../nbs/training/17_stacked.ipynb #b0e5352f
 import copy, traceback
 from contextlib import contextmanager
 from types import NoneType
@@ -13,14 +13,14 @@ import torch
 from torch import nn
 from torch.func import functional_call, grad_and_value
 from torch.utils._pytree import tree_map
-from ..base.batches import kind, map_tensors
+from ..base.batches import kind, map_tensors, tensors_in
 from ..base.randomness import isolated_rng
 from ..components.optim import make_opt, opt_of
 from ..components.optimizers import needs_closure, set_mode, take_step
 from ..loop.inputs import are_by_name
 from ..loop.losses import summed
 
-# %% ../../nbs/training/17_stacked.ipynb #3ac2e27e
+# %% ../../nbs/training/17_stacked.ipynb #1b7612ec
 TENSORS = '_parameters', '_buffers' # where modules hold them
 
 def plain_attributes(module): # dict: name -> value
@@ -31,12 +31,17 @@ def held_tensors(module): # dict: name -> (kind, whether it learns)
     return {name: (kind(t), t.requires_grad) for slot in TENSORS
             for name, t in vars(module)[slot].items() if t is not None}
 
+def is_same_class(a, b): # bool
+    "Whether two classes are one; those of parametrized layers are made for each layer"
+    names = [(cls.__module__, cls.__qualname__, cls.__bases__) for cls in (a, b)]
+    return a is b or names[0] == names[1]
+
 def difference(model, other): # str; None: they differ in values of tensors alone
     "The first thing in which two models differ"
     parts, others = (dict(m.named_modules(remove_duplicate=False)) for m in (model, other))
     if parts.keys() != others.keys(): return f'the part {min(parts.keys() ^ others.keys())!r}'
     for name, part in parts.items():
-        if type(part) is not type(others[name]):
+        if not is_same_class(type(part), type(others[name])):
             return f'{name!r}, {type(part).__name__} and {type(others[name]).__name__}'
         for of in (held_tensors, plain_attributes):
             here, there = of(part), of(others[name])
@@ -53,7 +58,7 @@ def check_alike(models):
             raise ValueError(f'members 0 and {i} of an ensemble differ in {text}: they may differ '
                              'in the values of weights and buffers alone')
 
-# %% ../../nbs/training/17_stacked.ipynb #330e9a3b
+# %% ../../nbs/training/17_stacked.ipynb #ec382e7f
 def stacked_module(models): # nn.Module
     "The first of some models, with the tensors of all in place of its own"
     new, made = copy.deepcopy(models[0]), {}
@@ -82,7 +87,7 @@ def sliced_module(module, i): # nn.Module
                 vars(part)[slot][key] = made[id(t)]
     return new
 
-# %% ../../nbs/training/17_stacked.ipynb #9bd95e6e
+# %% ../../nbs/training/17_stacked.ipynb #b1d94b1f
 REFUSED = {
     'data-dependent control flow': 'branches on the values of tensors, and members that are '
         'computed at once go one way: use torch.where, or train them one by one',
@@ -111,7 +116,7 @@ def failed_part(module, error): # str
     name = names[id(found)]
     return f'the part {name!r}, {type(found).__name__},' if name else type(found).__name__
 
-# %% ../../nbs/training/17_stacked.ipynb #a9302ef3
+# %% ../../nbs/training/17_stacked.ipynb #1d7582b9
 class Stack(nn.Module):
     "Models of one kind side by side; `member` is one of them, with the tensors of all"
     def __init__(self,
@@ -148,7 +153,7 @@ def output(module, tensors, xb): # what it returns
 def dims_of(x, own): # the nesting of `x`, or None: it is the same for all members
     return tree_map(lambda t: 1 if isinstance(t, torch.Tensor) else None, x) if own else None
 
-# %% ../../nbs/training/17_stacked.ipynb #51e8a1bf
+# %% ../../nbs/training/17_stacked.ipynb #5156b3cb
 def members_of_size(sizes): # iterator of (size, list of members)
     "Members by the length of their batches; those without a batch are left out"
     for size in sorted({*sizes} - {0}):
@@ -181,7 +186,7 @@ def outputs_by_size(stack, # Stack
         out = put_rows(out, part, size, ids, (max(sizes), stack.n))
     return out
 
-# %% ../../nbs/training/17_stacked.ipynb #7a2594fb
+# %% ../../nbs/training/17_stacked.ipynb #642b8d5c
 def member_loss(loss_func, pred, yb): # (0-d tensor, dict: name -> 0-d tensor)
     "The loss of one member and its parts"
     total, parts = summed(loss_func(pred, *yb))
@@ -213,7 +218,7 @@ def losses_by_size(loss_func, pred, yb, sizes): # as `member_losses`; 0 without 
         for name, part in found_parts.items(): parts[name][ids] = part.to(found)
     return losses, parts
 
-# %% ../../nbs/training/17_stacked.ipynb #bd481118
+# %% ../../nbs/training/17_stacked.ipynb #285f87f0
 def gradients_at_once(stack, loss_func,
                       params, # dict: name -> tensor that learns
                       others, # dict: name -> buffer, or parameter that does not
@@ -232,7 +237,7 @@ def gradients_at_once(stack, loss_func,
                 params, others, xb, yb)
     return grads, losses, pred, parts
 
-# %% ../../nbs/training/17_stacked.ipynb #af2b0b08
+# %% ../../nbs/training/17_stacked.ipynb #43721082
 def scale_update(before, # values of the parameters before the step
                  params, # and after it, (members, ...) each
                  scale, # of each member, (members,), at most 1
@@ -243,13 +248,13 @@ def scale_update(before, # values of the parameters before the step
             p.copy_(torch.lerp(old, p, scale.to(p).reshape(-1, *[1] * (p.ndim - 1))))
 
 def moved(opt, params, gradients, scale=None): # list of tensors
-    "What parameters are after some steps"
+    "What parameters are after some steps, and what the optimizer keeps of them"
     for grads in gradients:
         before = [p.detach().clone() for p in params]
         for p, grad in zip(params, grads, strict=True): p.grad = grad
         take_step(opt)
         if scale is not None: scale_update(before, params, scale)
-    return [p.detach() for p in params]
+    return [t.detach() for p in params for t in (p, *tensors_in(opt.state[p]))]
 
 def acts_alone(make, # function of (groups, factor of the rates) -> optimizer
                groups, # of the optimizer of one member
@@ -262,7 +267,7 @@ def acts_alone(make, # function of (groups, factor of the rates) -> optimizer
         return [[torch.randn(p.shape, generator=rng).to(p) * f for p in params] for f in factors]
     weights, gradients = random(), [random() for _ in range(3)]
     def made(values, factor):
-        values, left = [nn.Parameter(v.clone()) for v in values], iter(values)
+        values = [nn.Parameter(v.clone()) for v in values]
         left = iter(values)
         own = [{**group, 'params': [next(left) for _ in group['params']]} for group in groups]
         return make(own, factor), values
@@ -272,10 +277,11 @@ def acts_alone(make, # function of (groups, factor of the rates) -> optimizer
                  for i in range(2)]
         together = moved(*made(stacked(weights), 1.), [stacked(grads) for grads in gradients],
                          scale if len({*scale.tolist()}) > 1 else None)
-    return all(torch.allclose(a, b, rtol=1e-4, atol=1e-5)
-               for a, b in zip(stacked(alone), together, strict=True))
+    return all(torch.allclose(pair[i], both if both.shape == pair[i].shape else both[i],
+                              rtol=1e-4, atol=1e-5)
+               for *pair, both in zip(*alone, together, strict=True) for i in range(2))
 
-# %% ../../nbs/training/17_stacked.ipynb #bf2fb182
+# %% ../../nbs/training/17_stacked.ipynb #275d649c
 def stacked_opt(stack, # Stack
                 opt_func, lr, splitter, wd, # as in `Learner`
                 rates=None, # factors of the rates of the members, (members,); None: all are 1

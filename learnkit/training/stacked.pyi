@@ -21,6 +21,13 @@ def held_tensors(module: Any) -> Any:
         dict: name -> (kind, whether it learns)
     """
 
+def is_same_class(a: Any, b: Any) -> bool:
+    """Whether two classes are one; those of parametrized layers are made for each layer
+
+    Returns:
+        bool
+    """
+
 def difference(model: Any, other: Any) -> Any:
     """The first thing in which two models differ
 
@@ -184,7 +191,7 @@ def scale_update(before: Any, params: Any, scale: Any) -> None:
     """
 
 def moved(opt: Any, params: Any, gradients: Any, scale: Any = None) -> Any:
-    """What parameters are after some steps
+    """What parameters are after some steps, and what the optimizer keeps of them
 
     Returns:
         list of tensors

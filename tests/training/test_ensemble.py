@@ -58,6 +58,9 @@ def check_all(make, train, n=3, ens=None, atol=1e-5):
 def fit(learn): learn.fit(2)
 
 
+MOMENTUM = partial(torch.optim.SGD, momentum=0.9)
+
+
 OPTIMIZERS = {
     'adamw': None, 'adamw foreach': partial(torch.optim.AdamW, foreach=True),
     'adamw loop': partial(torch.optim.AdamW, foreach=False), 'adam': torch.optim.Adam,
@@ -133,12 +136,14 @@ def test_groups_of_layers_and_freezing():
     lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 8)), nn.Tanh(),
                           nn.Linear(8, 3)),
     lambda: nn.Linear(6, 3)])
-def test_kinds_of_models(model): check_all(partial(made, model=model), fit)
+def test_kinds_of_models(model):
+    # Adam would make steps of gradients that are nothing but rounding, as of a bias before a norm
+    check_all(partial(made, model=model, opt_func=MOMENTUM), fit)
 
 
 def test_batch_norm_with_ragged_folds():
     def model(): return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
-    check_all(lambda seed: made(seed, model, ragged_fold(seed)), fit)
+    check_all(lambda seed: made(seed, model, ragged_fold(seed), opt_func=MOMENTUM), fit)
 
 
 def fold(k, n=3):
@@ -181,7 +186,7 @@ def test_a_loader_for_all_is_read_once():
 
 def test_rates():
     lrs = [1e-3, 3e-2, 1e-2]
-    for opt_func in (None, torch.optim.SGD, torch.optim.RMSprop, torch.optim.Rprop):
+    for opt_func in (None, torch.optim.SGD, torch.optim.RMSprop, torch.optim.NAdam):
         make = lambda seed: made(0, lr=lrs[seed], opt_func=opt_func)
         ens = Ensemble(made(0, opt_func=opt_func), lr=lrs)
         check_all(make, lambda learn: (learn.fit_one_cycle(2), learn.fit(1)), ens=ens)
@@ -245,7 +250,7 @@ def test_metrics(metrics, dls_of):
 
 @pytest.mark.parametrize('dls_of', [lambda k: loaders(), loaders, ragged_fold])
 @pytest.mark.parametrize('model', [
-    net, lambda: nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))])
+    net, lambda: nn.Sequential(nn.Linear(6, 8, bias=False), nn.BatchNorm1d(8), nn.Linear(8, 3))])
 def test_compiled(dls_of, model):
     def train(learn):
         learn.fit_one_cycle(2, cbs=[GradientAccumulation(1), GradientClip(0.1)])
@@ -306,7 +311,7 @@ def test_predictions():
 def test_looking_changes_nothing():
     def train(learn):
         learn.fit(1)
-        learn.lr_find(n_steps=10, plot=False) if False else learn.dry_run()
+        learn.dry_run()
         learn.validate()
         learn.get_preds(with_loss=True)
         learn.fit(1)
@@ -364,14 +369,13 @@ def test_resumed_in_the_middle_of_an_epoch(tmp_path, dls_of):
     whole, broken, resumed = new(), new(), new()
     whole.fit_one_cycle(2)
     saves = lambda: SaveState(tmp_path, every='1 step')
-    with pytest.raises(Stop): broken.fit_one_cycle(2, cbs=[saves(), Callback(after_batch=stop)])
+    with pytest.raises(Stop): broken.fit_one_cycle(2, cbs=[saves(), Callback(after_batch=stop, observer=True)])
     resumed.fit_one_cycle(2, cbs=saves(), resume='latest')
     for a, b in zip(whole.members, resumed.members, strict=True): check_same(a, b, atol=0)
 
 
 def test_callbacks_that_decide_for_all():
-    ens = Ensemble(made, range(3), cbs=[SaveBest('valid_loss', higher_is_better=False)
-                                        if False else SaveBest('valid_loss')])
+    ens = Ensemble(made, range(3), cbs=SaveBest('valid_loss'))
     ens.fit(3, cbs=EarlyStopping('accuracy', patience=1))
     rows = ens.recorder.rows
     means = np.mean([[row['valid_loss'] for row in m.recorder.rows] for m in ens.members], 0)
@@ -424,8 +428,9 @@ def test_refused_when_made(kwargs, text):
 
 def test_refused_with_rates_of_their_own():
     Ensemble(partial(made, opt_func=Curved), range(2)).fit(1)
-    with pytest.raises(ValueError, match='not proportional'):
-        Ensemble(made(0, opt_func=Curved), lr=[0.1, 0.2])
+    for opt_func in (Curved, torch.optim.Rprop):  # whose state is made of the rate
+        with pytest.raises(ValueError, match='not proportional'):
+            Ensemble(made(0, opt_func=opt_func), lr=[0.1, 0.2])
 
 
 @pytest.mark.parametrize('what, text', [
