@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Ensemble']
 
-# %% ../../nbs/training/19_ensemble.ipynb #8b261cdc
+# %% ../../nbs/training/19_ensemble.ipynb #8b37bef7
 import copy
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -33,13 +33,14 @@ from ..loop.recorder import Recorder
 from ..loop.reduction import find_reduction
 from ..loop.state import COUNTERS, unchanged_parts
 from .gradients import GradientAccumulation
-from .members import (
-    EnsembleRecorder, MemberBatch, MemberLoader, MemberRates, MemberView, mean_metrics, member_dls)
+from learnkit.training.members import (
+    EnsembleRecorder, MemberLoader, MemberRates, MemberView, items_and_mark, mean_metrics,
+    member_dls)
 from .precision import MixedPrecision
 from .stacked import (
     Stack, difference, gradients_at_once, losses_by_size, member_losses, outputs_by_size, stacked_opt)
 
-# %% ../../nbs/training/19_ensemble.ipynb #dc93d90c
+# %% ../../nbs/training/19_ensemble.ipynb #8e9bf216
 def twin(learn, model, dls, lr, metrics): # Learner
     "A plain learner like another, from its beginning"
     new = Learner(dls, model, copy.deepcopy(learn.loss_func), learn.opt_func, lr, learn.splitter,
@@ -83,7 +84,7 @@ def check_plain(learn):
         raise ValueError(f'Ensemble: the learner has made {learn.steps_done} updates; members begin '
                          'at the beginning: give one that is new')
 
-# %% ../../nbs/training/19_ensemble.ipynb #01eae940
+# %% ../../nbs/training/19_ensemble.ipynb #210c8187
 def count_members(**given): # int; given: None, or something for each member
     "How many members there are"
     lengths = {name: len(each) for name, each in given.items() if each is not None}
@@ -156,7 +157,7 @@ def factors_of(lrs): # (rate, list of float): the highest, and what part of it e
         raise ValueError(f'Ensemble: lr={lrs}: rates that differ are numbers above 0')
     return max(lrs), [lr / max(lrs) for lr in lrs]
 
-# %% ../../nbs/training/19_ensemble.ipynb #f19847e8
+# %% ../../nbs/training/19_ensemble.ipynb #8f13b944
 class Ensemble(Learner):
     "Trains many small models at once, each as if alone"
     def __init__(self,
@@ -194,9 +195,10 @@ class Ensemble(Learner):
         self.sizes = None  # how many samples of it each has; None: all have as many
         self.losses = self.weights = self.at_once = None
         self.counts_targets = None  # whether losses are means over targets; None: not known yet
+        self.weigh = None  # how the loss counts targets, see `weight_func`
         self.named_params = self.named_buffers = None  # of the stack, in a pass
 
-# %% ../../nbs/training/19_ensemble.ipynb #b8e08ec7
+# %% ../../nbs/training/19_ensemble.ipynb #6d5aff08
 @patch
 @structural
 def make_opt(self:Ensemble) -> None:
@@ -215,34 +217,36 @@ def __repr__(self:Ensemble):
     return (f'Ensemble({self.n_members} x {one}, opt={type(self.opt).__name__}, lr={self.lr}, '
             f'epochs_done={self.epochs_done})')
 
-# %% ../../nbs/training/19_ensemble.ipynb #67252191
+# %% ../../nbs/training/19_ensemble.ipynb #88b79a99
 @patch(as_prop=True)
 def batch(self:Ensemble): return self._batch
 
 @patch(set_prop=True)
 def batch(self:Ensemble, batch):
     self.losses = self.weights = self.at_once = self.sizes = None
-    self.own = type(batch) is MemberBatch
-    if self.own: batch, self.sizes = batch
+    batch, mark = items_and_mark(batch)
+    self.own = mark is not None
+    if self.own: self.sizes = mark.sizes
     Loop.batch.fset(self, batch)
 
 @patch
 @contextmanager
 def _pass(self:Ensemble, phase, dl):
     names = ('own', 'sizes', 'losses', 'weights', 'at_once', 'counts_targets', 'named_params',
-             'named_buffers')
+             'named_buffers', 'weigh')
     before = {name: getattr(self, name) for name in names}
     self.reset_batch()
     try:
         with Learner._pass(self, phase, dl):
             self._heard = None  # inside of vmap nothing is to be heard
+            self.weigh = weight_func(self.loss_func)
             yield
     finally: vars(self).update(before)
 
 @patch
 def view(self:Ensemble, i): return MemberView(self, i) # what knows one model sees this
 
-# %% ../../nbs/training/19_ensemble.ipynb #f554b796
+# %% ../../nbs/training/19_ensemble.ipynb #fb8f4c4e
 @patch
 @unrecorded
 def get_pred(self:Ensemble):
@@ -252,9 +256,10 @@ def get_pred(self:Ensemble):
     elif computes_at_once(self):
         params, others = tensors_by_use(self)
         with torch.no_grad():
-            grads, losses, self.pred, parts = self.compiled_step(
-                self.model, self.loss_func, params, others, self.xb, self.yb, self.own)
-        self.at_once = AtOnce(grads, losses.requires_grad_(), parts)
+            grads, losses, self.pred, parts, weights = self.compiled_step(
+                self.model, self.loss_func, params, others, self.xb, self.yb, self.own,
+                self.weigh if self.own else None)
+        self.at_once = AtOnce(grads, losses.requires_grad_(), parts, weights)
     else:
         model = self.model if self.compiled is None else self.compiled
         self.pred = model(*self.xb, own=self.own)
@@ -285,11 +290,12 @@ def backward(self:Ensemble):
         if factors is not None: grad = grad * factors.reshape(-1, *[1] * (grad.ndim - 1))
         p.grad = grad if p.grad is None else p.grad + grad
 
-# %% ../../nbs/training/19_ensemble.ipynb #0b6eb4b6
+# %% ../../nbs/training/19_ensemble.ipynb #2ecfc5ca
 class AtOnce:
     "What a compiled function has computed of a batch"
-    def __init__(self, grads, losses, parts):
-        self.grads, self.losses, self.parts, self.loss = grads, losses, parts, None
+    def __init__(self, grads, losses, parts, weights):
+        self.grads, self.losses, self.parts, self.weights = grads, losses, parts, weights
+        self.loss = None  # the sum that follows from the losses
 
 def tensors_by_use(learn): # (parameters that learn, all other tensors), by name
     if learn.named_params is None:  # looking for them in each step would cost as much as the step
@@ -308,7 +314,7 @@ def computes_at_once(learn): # bool
     return (learn.compiled_step is not None and learn.can_update
             and not any(heard[name] for name in STEPS_AT_ONCE))
 
-# %% ../../nbs/training/19_ensemble.ipynb #89a9f47c
+# %% ../../nbs/training/19_ensemble.ipynb #ae6c679b
 @patch
 def _weigh_loss(self:Ensemble):
     if self.counts_targets is None: self.counts_targets = heard_divisor(self) is not None
@@ -330,25 +336,27 @@ def heard_divisor(learn, i=None): # 0-d tensor, or None
 
 def divisors(learn): # number, or tensor (members,)
     "Over how many targets the losses are means"
-    settings, targets = divisor_settings(learn.loss_func), learn.yb[0]
-    if settings is not None and not learn.own: return as_weight(divisor(None, targets, **settings))
-    if settings is not None and learn.sizes is None:
-        if settings.get('weight') is None:  # at a quarter of what vmap costs
-            counted = targets != settings.get('ignore_index', -100)
-            return counted.movedim(1, 0).flatten(1).sum(1)
-        return torch.vmap(lambda targets: divisor(None, targets, **settings), 1)(targets)
+    weigh = learn.weigh
+    if weigh is not None and not learn.own: return as_weight(weigh(learn.yb))
+    if learn.at_once is not None and learn.at_once.weights is not None:
+        return learn.at_once.weights
+    if weigh is not None and learn.sizes is None: return torch.vmap(weigh, 1)(learn.yb)
     found = [torch.zeros(()) if learn.sizes is not None and not learn.sizes[i] else
-             divisor(None, learn.view(i).yb[0], **settings) if settings is not None else
              heard_divisor(learn, i) for i in range(learn.n_members)]
     return torch.stack([torch.as_tensor(n, device=learn.losses.device) for n in found]).float()
 
-def divisor_settings(loss_func): # dict: arguments of `divisor`; None: it has to be heard
-    "How cross entropy counts targets"
+def weight_func(loss_func): # function of the targets, (yb) -> 0-d tensor; None: it is to be heard
+    "How a loss of torch counts targets"
     if type(loss_func) in (nn.CrossEntropyLoss, nn.NLLLoss):
-        return {'weight': loss_func.weight, 'ignore_index': loss_func.ignore_index}
-    return {} if loss_func in (F.cross_entropy, F.nll_loss) else None
+        if loss_func.reduction != 'mean': return None
+        return partial(counted, weight=loss_func.weight, ignore_index=loss_func.ignore_index)
+    return counted if loss_func in (F.cross_entropy, F.nll_loss) else None
 
-# %% ../../nbs/training/19_ensemble.ipynb #301d2100
+def counted(yb, **settings): # 0-d tensor; 0: targets are not counted
+    found = divisor(None, yb[0], **settings)
+    return torch.zeros(()) if found is None else found
+
+# %% ../../nbs/training/19_ensemble.ipynb #bf47136f
 @patch(as_prop=True)
 def loss_is_sum(self:Ensemble) -> bool:
     "Whether the losses are sums over a batch, rather than means"
@@ -377,7 +385,7 @@ def trained_params(self:Ensemble): # iterator of parameters
     "The stacked parameters that learn"
     return (p for p in opt_params(self.opt) if p.requires_grad)
 
-# %% ../../nbs/training/19_ensemble.ipynb #11d69fd9
+# %% ../../nbs/training/19_ensemble.ipynb #6385d585
 @patch
 def check_can_fit(self:Ensemble):
     "Raise ValueError for what would not act on each member as on itself alone"
@@ -405,7 +413,7 @@ def compile(self:Ensemble,
     self.compiled_step = torch.compile(gradients_at_once, **kwargs) if on else None
     return self
 
-# %% ../../nbs/training/19_ensemble.ipynb #10a74733
+# %% ../../nbs/training/19_ensemble.ipynb #36aa0236
 class Members(Sequence):
     "The members of an ensemble as plain learners, each made when it is asked for"
     def __init__(self, ensemble): self.ensemble = ensemble
@@ -445,13 +453,13 @@ def sliced_opt_state(ens, i): # dict
             'param_groups': [{**group, 'lr': group['lr'] * ens.factors[i]} if 'lr' in group
                              else group for group in saved['param_groups']]}
 
-# %% ../../nbs/training/19_ensemble.ipynb #4c759847
+# %% ../../nbs/training/19_ensemble.ipynb #c90d5879
 @patch(as_prop=True)
 def members(self:Ensemble) -> Sequence[Learner]:
     "The members as plain learners, made when they are asked for; what these do then is their own"
     return Members(self)
 
-# %% ../../nbs/training/19_ensemble.ipynb #a9cb1fc4
+# %% ../../nbs/training/19_ensemble.ipynb #976685c3
 @patch
 @pure
 def validate(self:Ensemble,
@@ -484,12 +492,12 @@ def get_preds(self:Ensemble,
                          'table: ask each, ens.members[i].get_preds()')
     return Learner.get_preds(self, dl, with_loss, with_input, concat, gather)
 
-# %% ../../nbs/training/19_ensemble.ipynb #44bb6eaa
+# %% ../../nbs/training/19_ensemble.ipynb #a682c614
 def is_ragged(dl): # bool
     "Whether members have batches of unequal length"
     if isinstance(dl, MemberLoader): return dl.is_ragged
-    return isinstance(dl, list) and any(
-        isinstance(batch, MemberBatch) and batch.sizes is not None for batch in dl)
+    marks = [items_and_mark(batch)[1] for batch in dl] if isinstance(dl, list) else []
+    return any(mark is not None and mark.sizes is not None for mark in marks)
 
 def of_each(learn, means): # dict: name -> array, (members,)
     "What the members have measured, in the order of the means"

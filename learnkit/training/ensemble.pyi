@@ -83,6 +83,7 @@ class Ensemble(Learner):
     weights: Any
     at_once: AtOnce | None
     counts_targets: Any
+    weigh: Any
     named_params: Any
     named_buffers: Any
     def __init__(
@@ -205,8 +206,9 @@ class AtOnce:
     grads: Any
     losses: Any
     parts: Any
+    weights: Any
     loss: Any
-    def __init__(self, grads: Any, losses: Any, parts: Any) -> None: ...
+    def __init__(self, grads: Any, losses: Any, parts: Any, weights: Any) -> None: ...
 
 def tensors_by_use(learn: Learner) -> Any:
     """Returns:
@@ -240,11 +242,16 @@ def divisors(learn: Learner) -> Any:
         number, or tensor (members,)
     """
 
-def divisor_settings(loss_func: Any) -> Any:
-    """How cross entropy counts targets
+def weight_func(loss_func: Any) -> Any:
+    """How a loss of torch counts targets
 
     Returns:
-        dict: arguments of `divisor`; None: it has to be heard
+        function of the targets, (yb) -> 0-d tensor; None: it is to be heard
+    """
+
+def counted(yb: Any, **settings: Any) -> Any:
+    """Returns:
+        0-d tensor; 0: targets are not counted
     """
 
 class Members(Sequence):

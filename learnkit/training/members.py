@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/training/18_members.ipynb #0ddef983
+# %% ../../nbs/training/18_members.ipynb #538375be
 import itertools
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
+from dataclasses import dataclass
 import numpy as np
 import torch
 from fastcore.basics import patch
@@ -22,19 +22,30 @@ from ..loop.loop import Loop
 from ..loop.recorder import Recorder
 from .stacked import scale_update
 
-# %% ../../nbs/training/18_members.ipynb #d2a5b7ea
-class MemberBatch(NamedTuple):
-    "The batches of all members"
-    items: object # the nesting of a batch, tensors of (longest batch, members, ...)
+# %% ../../nbs/training/18_members.ipynb #cbb0a808
+@dataclass(frozen=True)
+class SideBySide:
+    "The last item of a batch whose tensors are (longest batch, members, ...)"
     sizes: tuple = None # of int: how many of the rows each member has; None: all of them
+    is_tuple: bool = True # whether the items before are the batch, or the one before is
 
-def side_by_side(batches): # MemberBatch; batches: one for each member, None: it has no more
+ALL_ROWS = SideBySide()
+
+def items_and_mark(batch): # (batch, SideBySide); None: it is the same for all members
+    "A batch without the mark that members have it side by side"
+    if type(batch) is not tuple or not batch or type(batch[-1]) is not SideBySide:
+        return batch, None
+    return (batch[:-1] if batch[-1].is_tuple else batch[0]), batch[-1]
+
+def side_by_side(batches): # tuple; batches: one for each member, None: it has no more
     "Stack batches"
     sizes = tuple(0 if batch is None else batch_size(batch) for batch in batches)
     flat = [None if batch is None else tree_flatten(batch) for batch in batches]
     first = next(found for found in flat if found is not None)
     leaves = [column(i, flat, leaf, max(sizes)) for i, leaf in enumerate(first[0])]
-    return MemberBatch(tree_unflatten(leaves, first[1]), sizes if len({*sizes}) > 1 else None)
+    batch, sizes = tree_unflatten(leaves, first[1]), sizes if len({*sizes}) > 1 else None
+    is_tuple = isinstance(batch, (tuple, list))
+    return (*(batch if is_tuple else (batch,)), SideBySide(sizes, is_tuple))
 
 def column(i, flat, like, n): # what is number `i` in all batches
     each = [None if found is None else found[0][i] for found in flat]
@@ -52,7 +63,7 @@ def padded(t, n, like): # tensor, (n, ...)
     if t is not None: new[:len(t)] = t
     return new
 
-# %% ../../nbs/training/18_members.ipynb #ae31d602
+# %% ../../nbs/training/18_members.ipynb #1b01482d
 class MemberLoader(EpochLoader):
     "The batches of several loaders side by side"
     def __init__(self, loaders): # learnkit's own, one for each member
@@ -71,12 +82,12 @@ class MemberLoader(EpochLoader):
     def __len__(self): return max(map(len, self.loaders))
     def __repr__(self): return f'MemberLoader({", ".join(map(repr, self.loaders))})'
 
-    def batches(self, epoch, start=0): # iterator of MemberBatch
+    def batches(self, epoch, start=0): # iterator of tuples
         if self.table is not None: return self.table.batches(epoch, start)
         each = [dl.batches(epoch, start) for dl in self.loaders]
         return map(side_by_side, itertools.zip_longest(*each))
 
-# %% ../../nbs/training/18_members.ipynb #3c947172
+# %% ../../nbs/training/18_members.ipynb #7f6323dc
 class OneTable:
     "The samples of all members in one table"
     @staticmethod
@@ -97,18 +108,18 @@ class OneTable:
         self.tensors = [torch.cat(each) if len(parts) > 1 else each[0]
                         for each in zip(*parts, strict=True)]
 
-    def batches(self, epoch, start=0): # iterator of MemberBatch
+    def batches(self, epoch, start=0): # iterator of tuples
         orders = [dl.order_of(self.n, epoch) + first
                   for dl, first in zip(self.loaders, self.first, strict=True)]
         order = torch.stack(orders, 1).to(self.tensors[0].device)
         for rows in order[start * self.bs:].split(self.bs) if start * self.bs < self.n else ():
-            yield MemberBatch(tuple([t.index_select(0, rows.reshape(-1)).unflatten(0, rows.shape)
-                                     for t in self.tensors]))
+            yield (*[t.index_select(0, rows.reshape(-1)).unflatten(0, rows.shape)
+                     for t in self.tensors], ALL_ROWS)
 
 def same_tensors(a, b): # bool
     return all(x is y or torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
-# %% ../../nbs/training/18_members.ipynb #22d4c83e
+# %% ../../nbs/training/18_members.ipynb #83579381
 def member_loader(loaders): # loader, or None; loaders: one for each member, or all None
     "One loader for all members where they get the same batches, else theirs side by side"
     first = loaders[0]
@@ -148,7 +159,7 @@ def member_dls(all_dls): # DataLoaders; all_dls: of each member
                          'batches, and members make their updates together: choose another bs')
     return DataLoaders(*map(member_loader, (train, valid, test)))
 
-# %% ../../nbs/training/18_members.ipynb #724cdf30
+# %% ../../nbs/training/18_members.ipynb #4a36a892
 class MemberView(Loop):
     "The batch of an ensemble as one member sees it"
     def __init__(self, learn, i): # learn: Ensemble
@@ -165,7 +176,7 @@ def map_members(x, rows, i): # the same nesting
     leaves, spec = tree_flatten(x)
     return tree_unflatten([t[rows, i] if isinstance(t, torch.Tensor) else t for t in leaves], spec)
 
-# %% ../../nbs/training/18_members.ipynb #1bce2efc
+# %% ../../nbs/training/18_members.ipynb #0ba2dd5d
 class MemberMetric:
     "The mean over the members of a metric, by its name; `EnsembleRecorder` computes it"
     def __init__(self, name, m): self.name, self.higher_is_better = name, higher_is_better(m)
@@ -188,7 +199,7 @@ def mean_of(values): # float or array
     mean = np.mean(values, 0)
     return mean if mean.ndim else float(mean)
 
-# %% ../../nbs/training/18_members.ipynb #d198b15d
+# %% ../../nbs/training/18_members.ipynb #873c97d9
 class EnsembleRecorder(Recorder):
     "The history of each member, and the mean of all"
     def __init__(self, rates): # factors of the learning rate, list of float
@@ -222,7 +233,7 @@ class EnsembleRecorder(Recorder):
             one.tally, one.results = Tally(metrics), {}
             one.tally.reset(learn.device)
 
-# %% ../../nbs/training/18_members.ipynb #00b9b898
+# %% ../../nbs/training/18_members.ipynb #66a038c0
 class MeanView:
     "An ensemble with the mean loss of its members in place of their sum"
     loss_parts = None  # each member has its own
@@ -256,7 +267,7 @@ def add_to_tallies(self:EnsembleRecorder, learn, losses):
         weight = learn.weights if weights is None else weights[i]
         one.tally.add(view.pred, view.yb, None if losses is None else losses[i], n, weight)
 
-# %% ../../nbs/training/18_members.ipynb #0a03a567
+# %% ../../nbs/training/18_members.ipynb #95d7c867
 @patch
 def gather_steps(self:EnsembleRecorder):
     if self._losses:
@@ -303,7 +314,7 @@ def after_epoch(self:EnsembleRecorder, learn):
         one.after_epoch(learn)
         one.rows[-1]['lr'] = self.rows[-1]['lr'] * rate
 
-# %% ../../nbs/training/18_members.ipynb #5b70ffc2
+# %% ../../nbs/training/18_members.ipynb #ec2f5d73
 @patch
 def track(self:EnsembleRecorder, name, value, phase, n=1):
     "A tensor with a value for each member is theirs, anything else is that of all"
@@ -325,7 +336,7 @@ def paused(self:EnsembleRecorder):
         for one in self.members: stack.enter_context(one.paused())
         with Recorder.paused(self): yield
 
-# %% ../../nbs/training/18_members.ipynb #72fb1e1b
+# %% ../../nbs/training/18_members.ipynb #b991e1a0
 @patch
 def state_dict(self:EnsembleRecorder):
     state = Recorder.state_dict(self)  # which deals out steps
@@ -350,7 +361,7 @@ def tensors(self:EnsembleRecorder):
     return {**Recorder.tensors(self),
             **{digest: t for one in self.members for digest, t in one.tensors().items()}}
 
-# %% ../../nbs/training/18_members.ipynb #5aa06055
+# %% ../../nbs/training/18_members.ipynb #98bdcffb
 class MemberRates(Callback):
     "Lets each member make its share of the way of a step"
     order, phases = -45, ('train', 'lr_find')

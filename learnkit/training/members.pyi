@@ -4,7 +4,8 @@
 """Batches of several loaders side by side, and a history for each member"""
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 from ..components.callback import Callback
 from ..data.loaders import EpochLoader
 from ..loop.learner import Learner
@@ -12,18 +13,27 @@ from ..loop.loop import Loop
 from ..loop.recorder import Recorder
 __all__ = []
 
-class MemberBatch(NamedTuple):
-    """The batches of all members"""
-    items: Any
-    """the nesting of a batch, tensors of (longest batch, members, ...)"""
+@dataclass(frozen=True)
+class SideBySide:
+    """The last item of a batch whose tensors are (longest batch, members, ...)"""
     sizes: tuple | None = ...
     """of int: how many of the rows each member has; None: all of them"""
+    is_tuple: bool = ...
+    """whether the items before are the batch, or the one before is"""
+ALL_ROWS: SideBySide
+
+def items_and_mark(batch: Any) -> Any:
+    """A batch without the mark that members have it side by side
+
+    Returns:
+        (batch, SideBySide); None: it is the same for all members
+    """
 
 def side_by_side(batches: Any) -> Any:
     """Stack batches
 
     Returns:
-        MemberBatch; batches: one for each member, None: it has no more
+        tuple; batches: one for each member, None: it has no more
     """
 
 def column(i: Any, flat: Any, like: Any, n: Any) -> Any:
@@ -56,7 +66,7 @@ class MemberLoader(EpochLoader):
     def __repr__(self) -> str: ...
     def batches(self, epoch: Any, start: Any = 0) -> Any:
         """Returns:
-            iterator of MemberBatch
+            iterator of tuples
         """
 
 class OneTable:
@@ -76,7 +86,7 @@ class OneTable:
     def __init__(self, loaders: Any) -> None: ...
     def batches(self, epoch: Any, start: Any = 0) -> Iterator[Any]:
         """Returns:
-            iterator of MemberBatch
+            iterator of tuples
         """
 
 def same_tensors(a: Any, b: Any) -> bool:

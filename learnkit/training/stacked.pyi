@@ -168,6 +168,7 @@ def gradients_at_once(
         xb: Any,
         yb: Any,
         own: Any,
+        weigh: Any = None,
 ) -> Any:
     """Outputs, losses and gradients in one function, for one compiled kernel
 
@@ -176,9 +177,10 @@ def gradients_at_once(
         others: dict: name -> buffer, or parameter that does not
         xb, yb: of all members, or
         own: each member's own, as second dimension
+        weigh: function of a member's targets: over how much its loss is a mean
 
     Returns:
-        (dict: name -> gradient, losses, outputs, dict: name -> part)
+        (dict: name -> gradient, losses, outputs, dict: name -> part, weights)
     """
 
 def scale_update(before: Any, params: Any, scale: Any) -> None:

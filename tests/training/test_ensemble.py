@@ -500,3 +500,16 @@ def test_random_numbers_of_each():
     ens.fit(1)
     a, b = (member.model[0].weight for member in ens.members)
     assert not torch.allclose(a, b)
+
+
+@pytest.mark.parametrize('dls_of', [lambda k: loaders(n=200), lambda k: loaders(k, n=200)])
+def test_compiled_once(dls_of):
+    from torch._dynamo.utils import counters
+    ens = Ensemble(lambda seed: made(seed, dls=dls_of(seed), loss_func=nn.CrossEntropyLoss(
+        torch.tensor([1., 2., 3.]))), range(3)).compile(backend='eager')
+    torch._dynamo.reset()
+    counters.clear()
+    for _ in range(3): ens.fit(2)
+    assert counters['stats']['unique_graphs'] == 3  # of the step, of the validation: its short batch
+    ens.fit_one_cycle(1)
+    assert counters['stats']['unique_graphs'] == 3
