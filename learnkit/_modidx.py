@@ -6192,6 +6192,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                               'learnkit/training/ensemble.py'),
                                             'learnkit.training.ensemble.Ensemble.get_preds': ( 'training/ensemble.html#ensemble.get_preds',
                                                                                                'learnkit/training/ensemble.py'),
+                                            'learnkit.training.ensemble.Ensemble.interpret': ( 'training/ensemble.html#ensemble.interpret',
+                                                                                               'learnkit/training/ensemble.py'),
                                             'learnkit.training.ensemble.Ensemble.loss_is_sum': ( 'training/ensemble.html#ensemble.loss_is_sum',
                                                                                                  'learnkit/training/ensemble.py'),
                                             'learnkit.training.ensemble.Ensemble.loss_weight_all': ( 'training/ensemble.html#ensemble.loss_weight_all',

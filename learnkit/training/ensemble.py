@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Ensemble']
 
-# %% ../../nbs/training/19_ensemble.ipynb #8b37bef7
+# %% ../../nbs/training/19_ensemble.ipynb #fe0339a9
 import copy
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -20,7 +20,6 @@ from torch import nn
 from ..base.batches import map_tensors
 from ..base.methods import pure, structural, unrecorded
 from ..base.randomness import isolated_rng, set_seed
-from ..components.callback import Callback
 from ..components.loss_weight import LossCalls, as_weight, divisor
 from ..components.optim import opt_params
 from ..data.loaders import DataLoaders
@@ -37,10 +36,11 @@ from learnkit.training.members import (
     EnsembleRecorder, MemberLoader, MemberRates, MemberView, items_and_mark, mean_metrics,
     member_dls)
 from .precision import MixedPrecision
-from .stacked import (
-    Stack, difference, gradients_at_once, losses_by_size, member_losses, outputs_by_size, stacked_opt)
+from learnkit.training.stacked import (
+    Stack, difference, gradients_at_once, losses_by_size, member_losses, outputs_by_size,
+    stacked_opt)
 
-# %% ../../nbs/training/19_ensemble.ipynb #8e9bf216
+# %% ../../nbs/training/19_ensemble.ipynb #0d4ac7d5
 def twin(learn, model, dls, lr, metrics): # Learner
     "A plain learner like another, from its beginning"
     new = Learner(dls, model, copy.deepcopy(learn.loss_func), learn.opt_func, lr, learn.splitter,
@@ -81,10 +81,10 @@ def check_plain(learn):
         raise ValueError(f'Ensemble: the learner has {others[0]}, which knows one model: give '
                          'callbacks to the ensemble, Ensemble(..., cbs=), where they act on all')
     if learn.steps_done:
-        raise ValueError(f'Ensemble: the learner has made {learn.steps_done} updates; members begin '
-                         'at the beginning: give one that is new')
+        raise ValueError(f'Ensemble: the learner has made {learn.steps_done} updates; members '
+                         'begin at the beginning: give one that is new')
 
-# %% ../../nbs/training/19_ensemble.ipynb #210c8187
+# %% ../../nbs/training/19_ensemble.ipynb #29762484
 def count_members(**given): # int; given: None, or something for each member
     "How many members there are"
     lengths = {name: len(each) for name, each in given.items() if each is not None}
@@ -120,7 +120,8 @@ def is_same_loss(a, b): # bool
     if type(a) is not type(b): return False
     if isinstance(a, torch.Tensor): return a.shape == b.shape and torch.equal(a, b)
     if isinstance(a, (tuple, list)): return len(a) == len(b) and all(map(is_same_loss, a, b))
-    if isinstance(a, dict): return a.keys() == b.keys() and is_same_loss([*a.values()], [*b.values()])
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(is_same_loss(a[key], b[key]) for key in a)
     if isinstance(a, partial):
         return is_same_loss([a.func, a.args, a.keywords], [b.func, b.args, b.keywords])
     if isinstance(a, nn.Module):
@@ -138,8 +139,8 @@ def check_same_training(learners):
         groups = [] if opt is None else [
             {k: v for k, v in group.items() if k not in ('params', 'lr', 'initial_lr')}
             for group in opt.param_groups]
-        return {'opt_func': type(opt), 'the settings of the optimizer': groups, 'n_inp': learn.n_inp,
-                'device': learn.device}
+        return {'opt_func': type(opt), 'the settings of the optimizer': groups,
+                'n_inp': learn.n_inp, 'device': learn.device}
     first = of(learners[0])
     for i, learn in enumerate(learners[1:], 1):
         if not is_same_loss(learners[0].loss_func, learn.loss_func):
@@ -157,12 +158,12 @@ def factors_of(lrs): # (rate, list of float): the highest, and what part of it e
         raise ValueError(f'Ensemble: lr={lrs}: rates that differ are numbers above 0')
     return max(lrs), [lr / max(lrs) for lr in lrs]
 
-# %% ../../nbs/training/19_ensemble.ipynb #8f13b944
+# %% ../../nbs/training/19_ensemble.ipynb #22b1d007
 class Ensemble(Learner):
     "Trains many small models at once, each as if alone"
     def __init__(self,
                  learner, # a function that makes the `Learner` of a seed; or a `Learner`
-                 seeds:Sequence[int]=None, # one for each member; None: all have the learner's weights
+                 seeds:Sequence[int]=None, # one a member; None: all have the learner's weights
                  dls:Sequence[DataLoaders]=None, # of each member, as folds; None: the learner's
                  lr:Sequence[float]=None, # of each member; None: the learner's
                  cbs=None, # callbacks that act on all members together
@@ -198,7 +199,7 @@ class Ensemble(Learner):
         self.weigh = None  # how the loss counts targets, see `weight_func`
         self.named_params = self.named_buffers = None  # of the stack, in a pass
 
-# %% ../../nbs/training/19_ensemble.ipynb #6d5aff08
+# %% ../../nbs/training/19_ensemble.ipynb #02f3f318
 @patch
 @structural
 def make_opt(self:Ensemble) -> None:
@@ -217,7 +218,7 @@ def __repr__(self:Ensemble):
     return (f'Ensemble({self.n_members} x {one}, opt={type(self.opt).__name__}, lr={self.lr}, '
             f'epochs_done={self.epochs_done})')
 
-# %% ../../nbs/training/19_ensemble.ipynb #88b79a99
+# %% ../../nbs/training/19_ensemble.ipynb #cfbe683f
 @patch(as_prop=True)
 def batch(self:Ensemble): return self._batch
 
@@ -246,7 +247,7 @@ def _pass(self:Ensemble, phase, dl):
 @patch
 def view(self:Ensemble, i): return MemberView(self, i) # what knows one model sees this
 
-# %% ../../nbs/training/19_ensemble.ipynb #fb8f4c4e
+# %% ../../nbs/training/19_ensemble.ipynb #326de358
 @patch
 @unrecorded
 def get_pred(self:Ensemble):
@@ -290,7 +291,7 @@ def backward(self:Ensemble):
         if factors is not None: grad = grad * factors.reshape(-1, *[1] * (grad.ndim - 1))
         p.grad = grad if p.grad is None else p.grad + grad
 
-# %% ../../nbs/training/19_ensemble.ipynb #2ecfc5ca
+# %% ../../nbs/training/19_ensemble.ipynb #44686ea8
 class AtOnce:
     "What a compiled function has computed of a batch"
     def __init__(self, grads, losses, parts, weights):
@@ -314,7 +315,7 @@ def computes_at_once(learn): # bool
     return (learn.compiled_step is not None and learn.can_update
             and not any(heard[name] for name in STEPS_AT_ONCE))
 
-# %% ../../nbs/training/19_ensemble.ipynb #ae6c679b
+# %% ../../nbs/training/19_ensemble.ipynb #9957858c
 @patch
 def _weigh_loss(self:Ensemble):
     if self.counts_targets is None: self.counts_targets = heard_divisor(self) is not None
@@ -356,7 +357,7 @@ def counted(yb, **settings): # 0-d tensor; 0: targets are not counted
     found = divisor(None, yb[0], **settings)
     return torch.zeros(()) if found is None else found
 
-# %% ../../nbs/training/19_ensemble.ipynb #bf47136f
+# %% ../../nbs/training/19_ensemble.ipynb #453d6375
 @patch(as_prop=True)
 def loss_is_sum(self:Ensemble) -> bool:
     "Whether the losses are sums over a batch, rather than means"
@@ -371,7 +372,7 @@ def loss_is_sum(self:Ensemble) -> bool:
 
 @patch(as_prop=True)
 def loss_weight_all(self:Ensemble): # number
-    "What `loss_weight` is; ValueError where batches are to be weighed that count unlike for members"
+    "What `loss_weight` is; ValueError where it is asked to weigh what members weigh unlike"
     of_each = isinstance(self.weights, torch.Tensor) and self.weights.ndim
     if of_each and len({*self.weights.tolist()}) > 1 and any(
             isinstance(cb, GradientAccumulation) and cb.n > 1 for cb in self.cbs):
@@ -385,7 +386,7 @@ def trained_params(self:Ensemble): # iterator of parameters
     "The stacked parameters that learn"
     return (p for p in opt_params(self.opt) if p.requires_grad)
 
-# %% ../../nbs/training/19_ensemble.ipynb #6385d585
+# %% ../../nbs/training/19_ensemble.ipynb #8de319c9
 @patch
 def check_can_fit(self:Ensemble):
     "Raise ValueError for what would not act on each member as on itself alone"
@@ -413,7 +414,7 @@ def compile(self:Ensemble,
     self.compiled_step = torch.compile(gradients_at_once, **kwargs) if on else None
     return self
 
-# %% ../../nbs/training/19_ensemble.ipynb #36aa0236
+# %% ../../nbs/training/19_ensemble.ipynb #b667125c
 class Members(Sequence):
     "The members of an ensemble as plain learners, each made when it is asked for"
     def __init__(self, ensemble): self.ensemble = ensemble
@@ -453,13 +454,13 @@ def sliced_opt_state(ens, i): # dict
             'param_groups': [{**group, 'lr': group['lr'] * ens.factors[i]} if 'lr' in group
                              else group for group in saved['param_groups']]}
 
-# %% ../../nbs/training/19_ensemble.ipynb #c90d5879
+# %% ../../nbs/training/19_ensemble.ipynb #8ef64d98
 @patch(as_prop=True)
 def members(self:Ensemble) -> Sequence[Learner]:
     "The members as plain learners, made when they are asked for; what these do then is their own"
     return Members(self)
 
-# %% ../../nbs/training/19_ensemble.ipynb #976685c3
+# %% ../../nbs/training/19_ensemble.ipynb #3a602830
 @patch
 @pure
 def validate(self:Ensemble,
@@ -492,7 +493,7 @@ def get_preds(self:Ensemble,
                          'table: ask each, ens.members[i].get_preds()')
     return Learner.get_preds(self, dl, with_loss, with_input, concat, gather)
 
-# %% ../../nbs/training/19_ensemble.ipynb #a682c614
+# %% ../../nbs/training/19_ensemble.ipynb #de5dccea
 def is_ragged(dl): # bool
     "Whether members have batches of unequal length"
     if isinstance(dl, MemberLoader): return dl.is_ragged
@@ -503,6 +504,13 @@ def of_each(learn, means): # dict: name -> array, (members,)
     "What the members have measured, in the order of the means"
     found = learn.recorder.measured_by_member
     return {name: np.array([one[name] for one in found]) for name in means}
+
+@patch
+@unrecorded
+def interpret(self:Ensemble, *args, **kwargs) -> None:
+    "Raise ValueError: samples are interpreted by one model"
+    raise ValueError('interpret: an ensemble has several predictions for a sample: ask a member, '
+                     'ens.members[i].interpret()')
 
 @patch
 @unrecorded

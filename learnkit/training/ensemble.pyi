@@ -99,7 +99,7 @@ class Ensemble(Learner):
 
         Args:
             learner: a function that makes the `Learner` of a seed; or a `Learner`
-            seeds: one for each member; None: all have the learner's weights
+            seeds: one a member; None: all have the learner's weights
             dls: of each member, as folds; None: the learner's
             lr: of each member; None: the learner's
             cbs: callbacks that act on all members together
@@ -129,7 +129,7 @@ class Ensemble(Learner):
         """Whether the losses are sums over a batch, rather than means"""
     @property
     def loss_weight_all(self) -> Any:
-        """What `loss_weight` is; ValueError where batches are to be weighed that count unlike for members
+        """What `loss_weight` is; ValueError where it is asked to weigh what members weigh unlike
 
         Returns:
             number
@@ -194,6 +194,8 @@ class Ensemble(Learner):
         Returns:
             preds, (samples, members, ...), targs[, losses][, inputs] on the host
         """
+    def interpret(self, *args: Any, **kwargs: Any) -> None:
+        """Raise ValueError: samples are interpreted by one model"""
     def sample_losses(self) -> torch.Tensor:
         """The losses of the samples of the batch that runs, from `after_pred` to `after_batch`
 

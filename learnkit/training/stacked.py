@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Stack', 'output', 'dims_of']
 
-# %% ../../nbs/training/17_stacked.ipynb #e843b529
+# %% ../../nbs/training/17_stacked.ipynb #2fe58929
 import copy, traceback
 from contextlib import contextmanager
 from types import NoneType
@@ -20,7 +20,7 @@ from ..components.optimizers import needs_closure, set_mode, take_step
 from ..loop.inputs import are_by_name
 from ..loop.losses import summed
 
-# %% ../../nbs/training/17_stacked.ipynb #8ab04bbd
+# %% ../../nbs/training/17_stacked.ipynb #93cf846d
 TENSORS = '_parameters', '_buffers' # where modules hold them
 
 def plain_attributes(module): # dict: name -> value
@@ -58,7 +58,7 @@ def check_alike(models):
             raise ValueError(f'members 0 and {i} of an ensemble differ in {text}: they may differ '
                              'in the values of weights and buffers alone')
 
-# %% ../../nbs/training/17_stacked.ipynb #ec69e02b
+# %% ../../nbs/training/17_stacked.ipynb #8765edf6
 def stacked_module(models): # nn.Module
     "The first of some models, with the tensors of all in place of its own"
     new, made = copy.deepcopy(models[0]), {}
@@ -87,7 +87,7 @@ def sliced_module(module, i): # nn.Module
                 vars(part)[slot][key] = made[id(t)]
     return new
 
-# %% ../../nbs/training/17_stacked.ipynb #1d2d386b
+# %% ../../nbs/training/17_stacked.ipynb #acf92b90
 REFUSED = {
     'data-dependent control flow': 'branches on the values of tensors, and members that are '
         'computed at once go one way: use torch.where, or train them one by one',
@@ -116,7 +116,7 @@ def failed_part(module, error): # str
     name = names[id(found)]
     return f'the part {name!r}, {type(found).__name__},' if name else type(found).__name__
 
-# %% ../../nbs/training/17_stacked.ipynb #a43270f1
+# %% ../../nbs/training/17_stacked.ipynb #0586939c
 class Stack(nn.Module):
     "Models of one kind side by side; `member` is one of them, with the tensors of all"
     def __init__(self,
@@ -153,7 +153,7 @@ def output(module, tensors, xb): # what it returns
 def dims_of(x, own): # the nesting of `x`, or None: it is the same for all members
     return tree_map(lambda t: 1 if isinstance(t, torch.Tensor) else None, x) if own else None
 
-# %% ../../nbs/training/17_stacked.ipynb #3a26b135
+# %% ../../nbs/training/17_stacked.ipynb #865d27b7
 def members_of_size(sizes): # iterator of (size, list of members)
     "Members by the length of their batches; those without a batch are left out"
     for size in sorted({*sizes} - {0}):
@@ -186,7 +186,7 @@ def outputs_by_size(stack, # Stack
         out = put_rows(out, part, size, ids, (max(sizes), stack.n))
     return out
 
-# %% ../../nbs/training/17_stacked.ipynb #d4c49a94
+# %% ../../nbs/training/17_stacked.ipynb #d0a2449c
 def member_loss(loss_func, pred, yb): # (0-d tensor, dict: name -> 0-d tensor)
     "The loss of one member and its parts"
     total, parts = summed(loss_func(pred, *yb))
@@ -218,7 +218,7 @@ def losses_by_size(loss_func, pred, yb, sizes): # as `member_losses`; 0 without 
         for name, part in found_parts.items(): parts[name][ids] = part.to(found)
     return losses, parts
 
-# %% ../../nbs/training/17_stacked.ipynb #b864d396
+# %% ../../nbs/training/17_stacked.ipynb #e0cf0e95
 def gradients_at_once(stack, loss_func,
                       params, # dict: name -> tensor that learns
                       others, # dict: name -> buffer, or parameter that does not
@@ -238,7 +238,7 @@ def gradients_at_once(stack, loss_func,
                 params, others, xb, yb)
     return grads, losses, pred, parts, weights if weigh else None
 
-# %% ../../nbs/training/17_stacked.ipynb #22045a08
+# %% ../../nbs/training/17_stacked.ipynb #13a235e2
 def scale_update(before, # values of the parameters before the step
                  params, # and after it, (members, ...) each
                  scale, # of each member, (members,), at most 1
@@ -282,7 +282,7 @@ def acts_alone(make, # function of (groups, factor of the rates) -> optimizer
                               rtol=1e-4, atol=1e-5)
                for *pair, both in zip(*alone, together, strict=True) for i in range(2))
 
-# %% ../../nbs/training/17_stacked.ipynb #c038d888
+# %% ../../nbs/training/17_stacked.ipynb #79f74913
 def stacked_opt(stack, # Stack
                 opt_func, lr, splitter, wd, # as in `Learner`
                 rates=None, # factors of the rates of the members, (members,); None: all are 1

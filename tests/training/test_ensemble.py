@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 from learnkit import *
 
 torch.set_num_threads(1)
@@ -158,8 +159,8 @@ def ragged_fold(k): # 158 to 160 samples to train on, 50 to 52 to validate on, b
 
 @pytest.mark.parametrize('dls_of', [
     loaders, fold, ragged_fold, lambda k: loaders(),
-    lambda k: DataLoaders.from_datasets(torch.utils.data.TensorDataset(X, Y),
-                                        torch.utils.data.TensorDataset(X[k:], Y[k:]), bs=32, seed=k),
+    lambda k: DataLoaders.from_datasets(TensorDataset(X, Y), TensorDataset(X[k:], Y[k:]), bs=32,
+                                        seed=k),
     lambda k: DataLoaders([(X[k:20], Y[k:20]), (X[:10], Y[:10])], [(X[:5 + k], Y[:5 + k])]),
     lambda k: DataLoaders(TensorLoader((X, Y), 32, weights=1 + torch.arange(210) * k, seed=k))])
 def test_data_of_members(dls_of):
@@ -180,14 +181,14 @@ def test_a_loader_for_all_is_read_once():
     ens = Ensemble(made, range(3))
     assert type(ens.dls.train) is TensorLoader
     assert type(Ensemble(lambda s: made(s, dls=loaders(s)), range(3)).dls.train) is not TensorLoader
-    one = DataLoaders(torch.utils.data.DataLoader(torch.utils.data.TensorDataset(X, Y), 32, True))
+    one = DataLoaders(DataLoader(TensorDataset(X, Y), 32, True))
     Ensemble(lambda s: made(s, dls=one), range(2)).fit(1)
 
 
 def test_rates():
     lrs = [1e-3, 3e-2, 1e-2]
     for opt_func in (None, torch.optim.SGD, torch.optim.RMSprop, torch.optim.NAdam):
-        make = lambda seed: made(0, lr=lrs[seed], opt_func=opt_func)
+        make = lambda seed, f=opt_func: made(0, lr=lrs[seed], opt_func=f)
         ens = Ensemble(made(0, opt_func=opt_func), lr=lrs)
         check_all(make, lambda learn: (learn.fit_one_cycle(2), learn.fit(1)), ens=ens)
         check_all(make, fit)  # rates that the function gives
@@ -215,7 +216,8 @@ def test_a_learner_with_new_weights():
 LOSSES = {
     'weights of classes': lambda: nn.CrossEntropyLoss(torch.tensor([1., 2., 5.])),
     'ignored': lambda: nn.CrossEntropyLoss(ignore_index=1),
-    'function': lambda: F.cross_entropy, 'partial': lambda: partial(F.cross_entropy, ignore_index=1),
+    'function': lambda: F.cross_entropy,
+    'partial': lambda: partial(F.cross_entropy, ignore_index=1),
     'inside': lambda: lambda pred, y: F.cross_entropy(pred, y, ignore_index=2),
     'smooth': lambda: nn.CrossEntropyLoss(label_smoothing=0.1),
     'sum': lambda: nn.CrossEntropyLoss(reduction='sum'),
@@ -283,7 +285,7 @@ def test_inputs_by_name_and_several():
                                    for i in range(k, rows, 20)]
         return DataLoaders(batches(80), batches(40))
     for of in (dls_of, lambda k: dls_of(0)):
-        check_all(lambda seed: made(seed, lambda: Named(6, 3), of(seed)), fit)
+        check_all(lambda seed, of=of: made(seed, lambda: Named(6, 3), of(seed)), fit)
     several = [(X[:20], X[20:40], Y[:20])]
     check_all(lambda seed: made(seed, lambda: Named(6, 3), DataLoaders(several, several)), fit)
 
@@ -369,7 +371,8 @@ def test_resumed_in_the_middle_of_an_epoch(tmp_path, dls_of):
     whole, broken, resumed = new(), new(), new()
     whole.fit_one_cycle(2)
     saves = lambda: SaveState(tmp_path, every='1 step')
-    with pytest.raises(Stop): broken.fit_one_cycle(2, cbs=[saves(), Callback(after_batch=stop, observer=True)])
+    stops = Callback(after_batch=stop, observer=True)
+    with pytest.raises(Stop): broken.fit_one_cycle(2, cbs=[saves(), stops])
     resumed.fit_one_cycle(2, cbs=saves(), resume='latest')
     for a, b in zip(whole.members, resumed.members, strict=True): check_same(a, b, atol=0)
 
@@ -456,8 +459,7 @@ def trained():
 
 
 def torch_loaders():
-    ds = torch.utils.data.TensorDataset(X, Y)
-    return DataLoaders(torch.utils.data.DataLoader(ds, 32, shuffle=True))
+    return DataLoaders(DataLoader(TensorDataset(X, Y), 32, shuffle=True))
 
 
 class Own(nn.Module):
@@ -479,7 +481,8 @@ class Branching(nn.Linear):
     (lambda: nn.Dropout(0.5), "part '1', Dropout, draws random"),
     (lambda: nn.BatchNorm1d(3, momentum=None), "part '1', BatchNorm1d, reads a number")])
 def test_what_vmap_cannot_is_named(part, text):
-    ens = Ensemble(lambda seed: made(seed, lambda: nn.Sequential(nn.Linear(6, 3), part())), range(2))
+    def model(): return nn.Sequential(nn.Linear(6, 3), part())
+    ens = Ensemble(lambda seed: made(seed, model), range(2))
     with pytest.raises(RuntimeError, match=text): ens.fit(1)
 
 
@@ -510,6 +513,6 @@ def test_compiled_once(dls_of):
     torch._dynamo.reset()
     counters.clear()
     for _ in range(3): ens.fit(2)
-    assert counters['stats']['unique_graphs'] == 3  # of the step, of the validation: its short batch
+    assert counters['stats']['unique_graphs'] == 3  # a step, a validation, its short batch
     ens.fit_one_cycle(1)
     assert counters['stats']['unique_graphs'] == 3
