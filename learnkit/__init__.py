@@ -268,7 +268,7 @@ from .checkpoints import learner_rules as _learner_rules
 from .checkpoints import learner_structure as _learner_structure
 from .checkpoints import learner_host as _learner_host
 from .checkpoints.learner import (
-    CheckpointedLearner,
+    CheckpointedEnsemble, CheckpointedLearner,
 )
 from .checkpoints import lineage as _lineage
 from .checkpoints.tree import (
@@ -317,7 +317,7 @@ __all__ = [
     'ActivationStats', 'GradientStats', 'Logger', 'CSVLogger', 'JSONLogger', 'TensorBoardLogger',
     'MLflowLogger', 'TrackioLogger', 'WandbLogger', 'launch', 'Ranks', 'Distributed', 'BEGINNING',
     'StaleCheckpoint', 'HEARD_EVERY', 'SharedStore', 'Transfer', 'Checkpointed',
-    'CheckpointedLearner', 'checkpoints_table', 'tree_text', 'plot_tree', 'explain_text',
-    'is_report', 'MARK', 'report_html', 'write_report', 'verify', 'VerifyResult', 'plot_stages',
-    'Best', 'COLUMNS', 'Study',
+    'CheckpointedEnsemble', 'CheckpointedLearner', 'checkpoints_table', 'tree_text', 'plot_tree',
+    'explain_text', 'is_report', 'MARK', 'report_html', 'write_report', 'verify', 'VerifyResult',
+    'plot_stages', 'Best', 'COLUMNS', 'Study',
 ]

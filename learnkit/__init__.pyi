@@ -127,6 +127,7 @@ from .checkpoints.shared_store import HEARD_EVERY as HEARD_EVERY
 from .checkpoints.shared_store import SharedStore as SharedStore
 from .checkpoints.transfer import Transfer as Transfer
 from .checkpoints.checkpointed import Checkpointed as Checkpointed
+from .checkpoints.learner import CheckpointedEnsemble as CheckpointedEnsemble
 from .checkpoints.learner import CheckpointedLearner as CheckpointedLearner
 from .checkpoints.tree import checkpoints_table as checkpoints_table
 from .checkpoints.tree import tree_text as tree_text
@@ -165,7 +166,7 @@ __all__ = [
     'GradientStats', 'Logger', 'CSVLogger', 'JSONLogger', 'TensorBoardLogger', 'MLflowLogger',
     'TrackioLogger', 'WandbLogger', 'launch', 'Ranks', 'Distributed', 'BEGINNING',
     'StaleCheckpoint', 'HEARD_EVERY', 'SharedStore', 'Transfer', 'Checkpointed',
-    'CheckpointedLearner', 'checkpoints_table', 'tree_text', 'plot_tree', 'explain_text',
-    'is_report', 'MARK', 'report_html', 'write_report', 'verify', 'VerifyResult', 'plot_stages',
-    'Best', 'COLUMNS', 'Study'
+    'CheckpointedEnsemble', 'CheckpointedLearner', 'checkpoints_table', 'tree_text',
+    'plot_tree', 'explain_text', 'is_report', 'MARK', 'report_html', 'write_report', 'verify',
+    'VerifyResult', 'plot_stages', 'Best', 'COLUMNS', 'Study'
 ]

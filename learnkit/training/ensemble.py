@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Ensemble']
 
-# %% ../../nbs/training/19_ensemble.ipynb #fe0339a9
+# %% ../../nbs/training/19_ensemble.ipynb #2f98f43c
 import copy
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -20,6 +20,7 @@ from torch import nn
 from ..base.batches import map_tensors
 from ..base.methods import pure, structural, unrecorded
 from ..base.randomness import isolated_rng, set_seed
+from ..files.tree import tree_digest
 from ..components.loss_weight import LossCalls, as_weight, divisor
 from ..components.optim import opt_params
 from ..data.loaders import DataLoaders
@@ -30,7 +31,7 @@ from ..loop.predict import losses_of_samples
 from ..loop.progress import Progress
 from ..loop.recorder import Recorder
 from ..loop.reduction import find_reduction
-from ..loop.state import COUNTERS, unchanged_parts
+from ..loop.state import COUNTERS, model_state, unchanged_parts
 from .gradients import GradientAccumulation
 from learnkit.training.members import (
     EnsembleRecorder, MemberLoader, MemberRates, MemberView, items_and_mark, mean_metrics,
@@ -40,7 +41,7 @@ from learnkit.training.stacked import (
     Stack, difference, gradients_at_once, losses_by_size, member_losses, outputs_by_size,
     stacked_opt)
 
-# %% ../../nbs/training/19_ensemble.ipynb #0d4ac7d5
+# %% ../../nbs/training/19_ensemble.ipynb #ce6003bc
 def twin(learn, model, dls, lr, metrics): # Learner
     "A plain learner like another, from its beginning"
     new = Learner(dls, model, copy.deepcopy(learn.loss_func), learn.opt_func, lr, learn.splitter,
@@ -84,7 +85,7 @@ def check_plain(learn):
         raise ValueError(f'Ensemble: the learner has made {learn.steps_done} updates; members '
                          'begin at the beginning: give one that is new')
 
-# %% ../../nbs/training/19_ensemble.ipynb #29762484
+# %% ../../nbs/training/19_ensemble.ipynb #8081a8ca
 def count_members(**given): # int; given: None, or something for each member
     "How many members there are"
     lengths = {name: len(each) for name, each in given.items() if each is not None}
@@ -158,7 +159,7 @@ def factors_of(lrs): # (rate, list of float): the highest, and what part of it e
         raise ValueError(f'Ensemble: lr={lrs}: rates that differ are numbers above 0')
     return max(lrs), [lr / max(lrs) for lr in lrs]
 
-# %% ../../nbs/training/19_ensemble.ipynb #22b1d007
+# %% ../../nbs/training/19_ensemble.ipynb #5d5c3a2e
 class Ensemble(Learner):
     "Trains many small models at once, each as if alone"
     def __init__(self,
@@ -188,6 +189,7 @@ class Ensemble(Learner):
                          first.splitter, [*rates, *([] if cbs is None else [cbs])],
                          mean_metrics(first.metrics), first.wd, first.path, first.n_inp,
                          first.device, on_interrupt=first.on_interrupt)
+        self.first_weights = None if seeds is None else tree_digest(model_state(self.model))[:16]
         self.recorder = self.cbs[0] = EnsembleRecorder(self.factors)
         if not any(isinstance(cb, Progress) for cb in first.cbs): self.remove_cb(Progress)
 
@@ -199,7 +201,7 @@ class Ensemble(Learner):
         self.weigh = None  # how the loss counts targets, see `weight_func`
         self.named_params = self.named_buffers = None  # of the stack, in a pass
 
-# %% ../../nbs/training/19_ensemble.ipynb #02f3f318
+# %% ../../nbs/training/19_ensemble.ipynb #f1b64ef9
 @patch
 @structural
 def make_opt(self:Ensemble) -> None:
@@ -218,7 +220,7 @@ def __repr__(self:Ensemble):
     return (f'Ensemble({self.n_members} x {one}, opt={type(self.opt).__name__}, lr={self.lr}, '
             f'epochs_done={self.epochs_done})')
 
-# %% ../../nbs/training/19_ensemble.ipynb #cfbe683f
+# %% ../../nbs/training/19_ensemble.ipynb #d2f49ef5
 @patch(as_prop=True)
 def batch(self:Ensemble): return self._batch
 
@@ -247,7 +249,7 @@ def _pass(self:Ensemble, phase, dl):
 @patch
 def view(self:Ensemble, i): return MemberView(self, i) # what knows one model sees this
 
-# %% ../../nbs/training/19_ensemble.ipynb #326de358
+# %% ../../nbs/training/19_ensemble.ipynb #2ae35b9e
 @patch
 @unrecorded
 def get_pred(self:Ensemble):
@@ -291,7 +293,7 @@ def backward(self:Ensemble):
         if factors is not None: grad = grad * factors.reshape(-1, *[1] * (grad.ndim - 1))
         p.grad = grad if p.grad is None else p.grad + grad
 
-# %% ../../nbs/training/19_ensemble.ipynb #44686ea8
+# %% ../../nbs/training/19_ensemble.ipynb #5afb5a6e
 class AtOnce:
     "What a compiled function has computed of a batch"
     def __init__(self, grads, losses, parts, weights):
@@ -315,7 +317,7 @@ def computes_at_once(learn): # bool
     return (learn.compiled_step is not None and learn.can_update
             and not any(heard[name] for name in STEPS_AT_ONCE))
 
-# %% ../../nbs/training/19_ensemble.ipynb #9957858c
+# %% ../../nbs/training/19_ensemble.ipynb #c18615fc
 @patch
 def _weigh_loss(self:Ensemble):
     if self.counts_targets is None: self.counts_targets = heard_divisor(self) is not None
@@ -357,7 +359,7 @@ def counted(yb, **settings): # 0-d tensor; 0: targets are not counted
     found = divisor(None, yb[0], **settings)
     return torch.zeros(()) if found is None else found
 
-# %% ../../nbs/training/19_ensemble.ipynb #453d6375
+# %% ../../nbs/training/19_ensemble.ipynb #21e3b01f
 @patch(as_prop=True)
 def loss_is_sum(self:Ensemble) -> bool:
     "Whether the losses are sums over a batch, rather than means"
@@ -386,7 +388,7 @@ def trained_params(self:Ensemble): # iterator of parameters
     "The stacked parameters that learn"
     return (p for p in opt_params(self.opt) if p.requires_grad)
 
-# %% ../../nbs/training/19_ensemble.ipynb #8de319c9
+# %% ../../nbs/training/19_ensemble.ipynb #8c2a1471
 @patch
 def check_can_fit(self:Ensemble):
     "Raise ValueError for what would not act on each member as on itself alone"
@@ -414,7 +416,7 @@ def compile(self:Ensemble,
     self.compiled_step = torch.compile(gradients_at_once, **kwargs) if on else None
     return self
 
-# %% ../../nbs/training/19_ensemble.ipynb #b667125c
+# %% ../../nbs/training/19_ensemble.ipynb #a238ad39
 class Members(Sequence):
     "The members of an ensemble as plain learners, each made when it is asked for"
     def __init__(self, ensemble): self.ensemble = ensemble
@@ -454,13 +456,13 @@ def sliced_opt_state(ens, i): # dict
             'param_groups': [{**group, 'lr': group['lr'] * ens.factors[i]} if 'lr' in group
                              else group for group in saved['param_groups']]}
 
-# %% ../../nbs/training/19_ensemble.ipynb #8ef64d98
+# %% ../../nbs/training/19_ensemble.ipynb #041d01aa
 @patch(as_prop=True)
 def members(self:Ensemble) -> Sequence[Learner]:
     "The members as plain learners, made when they are asked for; what these do then is their own"
     return Members(self)
 
-# %% ../../nbs/training/19_ensemble.ipynb #3a602830
+# %% ../../nbs/training/19_ensemble.ipynb #c7838a9c
 @patch
 @pure
 def validate(self:Ensemble,
@@ -493,7 +495,7 @@ def get_preds(self:Ensemble,
                          'table: ask each, ens.members[i].get_preds()')
     return Learner.get_preds(self, dl, with_loss, with_input, concat, gather)
 
-# %% ../../nbs/training/19_ensemble.ipynb #de5dccea
+# %% ../../nbs/training/19_ensemble.ipynb #bc06c1f5
 def is_ragged(dl): # bool
     "Whether members have batches of unequal length"
     if isinstance(dl, MemberLoader): return dl.is_ragged

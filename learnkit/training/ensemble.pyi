@@ -77,6 +77,7 @@ class Ensemble(Learner):
     all_lr: list[Any]
     factors: Any
     compiled_step: Any
+    first_weights: Any
     own: bool
     sizes: Any
     losses: Any
