@@ -177,9 +177,8 @@ from .training.trials import (
 from .training.compiling import (
     ChannelsLast,
 )
-from .training.stacked import (
-    dims_of, output, Stack,
-)
+from .training import stacked as _stacked
+from .training import made_members as _made_members
 from .training import members as _members
 from .training.ensemble import (
     Ensemble,
@@ -313,9 +312,9 @@ __all__ = [
     'LRFinderResult', 'SaveBest', 'AskToContinue', 'EarlyStopping', 'StopOnNaN',
     'ReduceLROnPlateau', 'MixedPrecision', 'GradientAccumulation', 'GradientClip', 'EMA', 'SWA',
     'ShortEpoch', 'StageFuncs', 'ValidateEvery', 'CutMix', 'MixUp', 'OverfitResult', 'ChannelsLast',
-    'dims_of', 'output', 'Stack', 'Ensemble', 'Interpretation', 'ProfileResult', 'SummaryResult',
-    'ActivationStats', 'GradientStats', 'Logger', 'CSVLogger', 'JSONLogger', 'TensorBoardLogger',
-    'MLflowLogger', 'TrackioLogger', 'WandbLogger', 'launch', 'Ranks', 'Distributed', 'BEGINNING',
+    'Ensemble', 'Interpretation', 'ProfileResult', 'SummaryResult', 'ActivationStats',
+    'GradientStats', 'Logger', 'CSVLogger', 'JSONLogger', 'TensorBoardLogger', 'MLflowLogger',
+    'TrackioLogger', 'WandbLogger', 'launch', 'Ranks', 'Distributed', 'BEGINNING',
     'StaleCheckpoint', 'HEARD_EVERY', 'SharedStore', 'Transfer', 'Checkpointed',
     'CheckpointedEnsemble', 'CheckpointedLearner', 'checkpoints_table', 'tree_text', 'plot_tree',
     'explain_text', 'is_report', 'MARK', 'report_html', 'write_report', 'verify', 'VerifyResult',

@@ -102,9 +102,6 @@ from .training.mix import CutMix as CutMix
 from .training.mix import MixUp as MixUp
 from .training.trials import OverfitResult as OverfitResult
 from .training.compiling import ChannelsLast as ChannelsLast
-from .training.stacked import dims_of as dims_of
-from .training.stacked import output as output
-from .training.stacked import Stack as Stack
 from .training.ensemble import Ensemble as Ensemble
 from .insight.interpretation import Interpretation as Interpretation
 from .insight.profile import ProfileResult as ProfileResult
@@ -161,12 +158,12 @@ __all__ = [
     'sched_warmup', 'ParamScheduler', 'TorchScheduler', 'LRFinderResult', 'SaveBest',
     'AskToContinue', 'EarlyStopping', 'StopOnNaN', 'ReduceLROnPlateau', 'MixedPrecision',
     'GradientAccumulation', 'GradientClip', 'EMA', 'SWA', 'ShortEpoch', 'StageFuncs',
-    'ValidateEvery', 'CutMix', 'MixUp', 'OverfitResult', 'ChannelsLast', 'dims_of', 'output',
-    'Stack', 'Ensemble', 'Interpretation', 'ProfileResult', 'SummaryResult', 'ActivationStats',
-    'GradientStats', 'Logger', 'CSVLogger', 'JSONLogger', 'TensorBoardLogger', 'MLflowLogger',
-    'TrackioLogger', 'WandbLogger', 'launch', 'Ranks', 'Distributed', 'BEGINNING',
-    'StaleCheckpoint', 'HEARD_EVERY', 'SharedStore', 'Transfer', 'Checkpointed',
-    'CheckpointedEnsemble', 'CheckpointedLearner', 'checkpoints_table', 'tree_text',
-    'plot_tree', 'explain_text', 'is_report', 'MARK', 'report_html', 'write_report', 'verify',
-    'VerifyResult', 'plot_stages', 'Best', 'COLUMNS', 'Study'
+    'ValidateEvery', 'CutMix', 'MixUp', 'OverfitResult', 'ChannelsLast', 'Ensemble',
+    'Interpretation', 'ProfileResult', 'SummaryResult', 'ActivationStats', 'GradientStats',
+    'Logger', 'CSVLogger', 'JSONLogger', 'TensorBoardLogger', 'MLflowLogger', 'TrackioLogger',
+    'WandbLogger', 'launch', 'Ranks', 'Distributed', 'BEGINNING', 'StaleCheckpoint',
+    'HEARD_EVERY', 'SharedStore', 'Transfer', 'Checkpointed', 'CheckpointedEnsemble',
+    'CheckpointedLearner', 'checkpoints_table', 'tree_text', 'plot_tree', 'explain_text',
+    'is_report', 'MARK', 'report_html', 'write_report', 'verify', 'VerifyResult', 'plot_stages',
+    'Best', 'COLUMNS', 'Study'
 ]

@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['Ensemble']
 
-# %% ../../nbs/training/19_ensemble.ipynb #2f98f43c
+# %% ../../nbs/training/19_ensemble.ipynb #0fee449c
 import copy
 from collections.abc import Sequence
 from contextlib import contextmanager
 from functools import partial
-from types import FunctionType
 from typing import Self
 import numpy as np
 import torch
@@ -29,137 +28,19 @@ from ..loop.loop import Loop
 from ..loop.losses import LossParts
 from ..loop.predict import losses_of_samples
 from ..loop.progress import Progress
-from ..loop.recorder import Recorder
 from ..loop.reduction import find_reduction
 from ..loop.state import COUNTERS, model_state, unchanged_parts
 from .gradients import GradientAccumulation
-from learnkit.training.members import (
-    EnsembleRecorder, MemberLoader, MemberRates, MemberView, items_and_mark, mean_metrics,
-    member_dls)
+from .made_members import check_same_training, factors_of, made_members, twin
+from .members import (
+    EnsembleRecorder, MemberLoader, MemberRates, MemberView,
+    items_and_mark, mean_metrics, member_dls)
 from .precision import MixedPrecision
-from learnkit.training.stacked import (
-    Stack, difference, gradients_at_once, losses_by_size, member_losses, outputs_by_size,
-    stacked_opt)
+from .stacked import (
+    Stack, gradients_at_once, losses_by_size, member_losses,
+    outputs_by_size, stacked_opt)
 
-# %% ../../nbs/training/19_ensemble.ipynb #ce6003bc
-def twin(learn, model, dls, lr, metrics): # Learner
-    "A plain learner like another, from its beginning"
-    new = Learner(dls, model, copy.deepcopy(learn.loss_func), learn.opt_func, lr, learn.splitter,
-                  metrics=metrics, wd=learn.wd, path=learn.path, n_inp=learn.n_inp,
-                  device=learn.device, on_interrupt=learn.on_interrupt)
-    if not any(isinstance(cb, Progress) for cb in learn.cbs): new.remove_cb(Progress)
-    return new
-
-def with_new_weights(model, seed): # nn.Module
-    "A copy whose layers have drawn their weights anew; ValueError for weights that cannot be drawn"
-    new = copy.deepcopy(model)
-    for name, module in new.named_modules():
-        own = [*module.parameters(recurse=False)]
-        if own and not callable(getattr(module, 'reset_parameters', None)):
-            raise ValueError(f'Ensemble: weights of {name or "the model"!r}, '
-                             f'{type(module).__name__}, cannot be drawn anew, as it has no '
-                             'reset_parameters: give a function of the seed that makes the learner')
-    set_seed(seed)
-    for module in new.modules():
-        if callable(getattr(module, 'reset_parameters', None)): module.reset_parameters()
-    return new
-
-def learner_of(make, seed): # Learner
-    "What a function makes of a seed"
-    set_seed(seed)
-    learn = make(seed)
-    if type(learn) is Learner: return learn
-    raise TypeError(f'Ensemble: {getattr(make, "__name__", make)}({seed}) made a '
-                    f'{type(learn).__name__}; it has to make a plain Learner')
-
-def check_plain(learn):
-    "Raise for a learner that is more than its data, model, loss and optimizer, or has trained"
-    if type(learn) is not Learner:
-        raise TypeError(f'Ensemble: {type(learn).__name__} has steps or records of its own, which '
-                        'would not be those of its members: give a plain Learner')
-    others = [cb for cb in learn.cbs if not isinstance(cb, (Recorder, Progress))]
-    if others:
-        raise ValueError(f'Ensemble: the learner has {others[0]}, which knows one model: give '
-                         'callbacks to the ensemble, Ensemble(..., cbs=), where they act on all')
-    if learn.steps_done:
-        raise ValueError(f'Ensemble: the learner has made {learn.steps_done} updates; members '
-                         'begin at the beginning: give one that is new')
-
-# %% ../../nbs/training/19_ensemble.ipynb #8081a8ca
-def count_members(**given): # int; given: None, or something for each member
-    "How many members there are"
-    lengths = {name: len(each) for name, each in given.items() if each is not None}
-    if not lengths: raise ValueError(f'Ensemble: how many members? Give {" or ".join(given)}')
-    if len({*lengths.values()}) > 1 or 0 in lengths.values():
-        text = ', '.join(f'{n} {name}' for name, n in lengths.items())
-        raise ValueError(f'Ensemble: {text}: give one for each member')
-    return next(iter(lengths.values()))
-
-def made_members(learner, seeds, dls, lr): # list of Learner
-    "The learners of the members as each would be alone"
-    if not isinstance(learner, Learner) and (seeds is None or not callable(learner)):
-        raise TypeError(f'Ensemble: learner={learner!r}: give a Learner, or a function that makes '
-                        'one of a seed, and seeds=')
-    n, found = count_members(seeds=seeds, dls=dls, lr=lr), []
-    for i in range(n):
-        with isolated_rng():
-            if not isinstance(learner, Learner): one = learner_of(learner, seeds[i])
-            else: one = learner
-            check_plain(one)
-            if isinstance(learner, Learner) or dls is not None or lr is not None:
-                draws = isinstance(learner, Learner) and seeds is not None
-                model = with_new_weights if draws else lambda model, _: copy.deepcopy(model)
-                one = twin(one, model(one.model, seeds and seeds[i]),
-                           one.dls if dls is None else dls[i], one.lr if lr is None else lr[i],
-                           copy.deepcopy(one.metrics))
-        found.append(one)
-    return found
-
-def is_same_loss(a, b): # bool
-    "Whether two losses compute the same"
-    if a is b: return True
-    if type(a) is not type(b): return False
-    if isinstance(a, torch.Tensor): return a.shape == b.shape and torch.equal(a, b)
-    if isinstance(a, (tuple, list)): return len(a) == len(b) and all(map(is_same_loss, a, b))
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(is_same_loss(a[key], b[key]) for key in a)
-    if isinstance(a, partial):
-        return is_same_loss([a.func, a.args, a.keywords], [b.func, b.args, b.keywords])
-    if isinstance(a, nn.Module):
-        return difference(a, b) is None and is_same_loss(a.state_dict(), b.state_dict())
-    if isinstance(a, FunctionType):
-        cells = [[cell.cell_contents for cell in f.__closure__ or ()] for f in (a, b)]
-        return a.__code__ == b.__code__ and is_same_loss(
-            [cells[0], a.__defaults__], [cells[1], b.__defaults__])
-    return bool(a == b)
-
-def check_same_training(learners):
-    "Raise ValueError for learners that differ in more than weights, data and rate"
-    def of(learn):
-        opt = learn.opt
-        groups = [] if opt is None else [
-            {k: v for k, v in group.items() if k not in ('params', 'lr', 'initial_lr')}
-            for group in opt.param_groups]
-        return {'opt_func': type(opt), 'the settings of the optimizer': groups,
-                'n_inp': learn.n_inp, 'device': learn.device}
-    first = of(learners[0])
-    for i, learn in enumerate(learners[1:], 1):
-        if not is_same_loss(learners[0].loss_func, learn.loss_func):
-            raise ValueError(f'Ensemble: members 0 and {i} have unlike losses: they may differ in '
-                             'weights, data and rate')
-        for name, value in of(learn).items():
-            if value != first[name]:
-                raise ValueError(f'Ensemble: members 0 and {i} differ in {name}, {first[name]} and '
-                                 f'{value}: they may differ in weights, data and rate')
-
-def factors_of(lrs): # (rate, list of float): the highest, and what part of it each has
-    "The rates of members"
-    if all(lr == lrs[0] for lr in lrs): return lrs[0], [1.] * len(lrs)
-    if not all(isinstance(lr, (int, float)) and lr > 0 for lr in lrs):
-        raise ValueError(f'Ensemble: lr={lrs}: rates that differ are numbers above 0')
-    return max(lrs), [lr / max(lrs) for lr in lrs]
-
-# %% ../../nbs/training/19_ensemble.ipynb #5d5c3a2e
+# %% ../../nbs/training/19_ensemble.ipynb #b60533bb
 class Ensemble(Learner):
     "Trains many small models at once, each as if alone"
     def __init__(self,
@@ -193,15 +74,18 @@ class Ensemble(Learner):
         self.recorder = self.cbs[0] = EnsembleRecorder(self.factors)
         if not any(isinstance(cb, Progress) for cb in first.cbs): self.remove_cb(Progress)
 
-    def reset_batch(self):
-        self.own = False  # whether each member has a batch of its own
-        self.sizes = None  # how many samples of it each has; None: all have as many
-        self.losses = self.weights = self.at_once = None
-        self.counts_targets = None  # whether losses are means over targets; None: not known yet
-        self.weigh = None  # how the loss counts targets, see `weight_func`
-        self.named_params = self.named_buffers = None  # of the stack, in a pass
+# %% ../../nbs/training/19_ensemble.ipynb #9443178a
+@patch
+def reset_batch(self:Ensemble):
+    "Nothing is known of a batch"
+    self.own = False  # whether each member has a batch of its own
+    self.sizes = None  # how many samples of it each has; None: all have as many
+    self.losses = self.weights = self.at_once = None
+    self.counts_targets = None  # whether losses are means over targets; None: not known yet
+    self.weigh = None  # how the loss counts targets, see `weight_func`
+    self.named_params = self.named_buffers = None  # of the stack, in a pass
 
-# %% ../../nbs/training/19_ensemble.ipynb #f1b64ef9
+# %% ../../nbs/training/19_ensemble.ipynb #2b0b04b7
 @patch
 @structural
 def make_opt(self:Ensemble) -> None:
@@ -220,7 +104,7 @@ def __repr__(self:Ensemble):
     return (f'Ensemble({self.n_members} x {one}, opt={type(self.opt).__name__}, lr={self.lr}, '
             f'epochs_done={self.epochs_done})')
 
-# %% ../../nbs/training/19_ensemble.ipynb #d2f49ef5
+# %% ../../nbs/training/19_ensemble.ipynb #66b96956
 @patch(as_prop=True)
 def batch(self:Ensemble): return self._batch
 
@@ -249,7 +133,7 @@ def _pass(self:Ensemble, phase, dl):
 @patch
 def view(self:Ensemble, i): return MemberView(self, i) # what knows one model sees this
 
-# %% ../../nbs/training/19_ensemble.ipynb #2ae35b9e
+# %% ../../nbs/training/19_ensemble.ipynb #1906f953
 @patch
 @unrecorded
 def get_pred(self:Ensemble):
@@ -279,6 +163,7 @@ def get_loss(self:Ensemble):
     self.loss, self.loss_parts = self.losses.sum(), LossParts(parts) if parts else None
     if self.at_once is not None: self.at_once.loss = self.loss
 
+# %% ../../nbs/training/19_ensemble.ipynb #9abb981d
 @patch
 @unrecorded
 def backward(self:Ensemble):
@@ -293,7 +178,7 @@ def backward(self:Ensemble):
         if factors is not None: grad = grad * factors.reshape(-1, *[1] * (grad.ndim - 1))
         p.grad = grad if p.grad is None else p.grad + grad
 
-# %% ../../nbs/training/19_ensemble.ipynb #5afb5a6e
+# %% ../../nbs/training/19_ensemble.ipynb #84434ea9
 class AtOnce:
     "What a compiled function has computed of a batch"
     def __init__(self, grads, losses, parts, weights):
@@ -317,7 +202,7 @@ def computes_at_once(learn): # bool
     return (learn.compiled_step is not None and learn.can_update
             and not any(heard[name] for name in STEPS_AT_ONCE))
 
-# %% ../../nbs/training/19_ensemble.ipynb #c18615fc
+# %% ../../nbs/training/19_ensemble.ipynb #629b503e
 @patch
 def _weigh_loss(self:Ensemble):
     if self.counts_targets is None: self.counts_targets = heard_divisor(self) is not None
@@ -337,6 +222,7 @@ def heard_divisor(learn, i=None): # 0-d tensor, or None
         with LossCalls() as calls: view.get_loss()
     return calls.divisor()
 
+# %% ../../nbs/training/19_ensemble.ipynb #a87150be
 def divisors(learn): # number, or tensor (members,)
     "Over how many targets the losses are means"
     weigh = learn.weigh
@@ -359,7 +245,7 @@ def counted(yb, **settings): # 0-d tensor; 0: targets are not counted
     found = divisor(None, yb[0], **settings)
     return torch.zeros(()) if found is None else found
 
-# %% ../../nbs/training/19_ensemble.ipynb #21e3b01f
+# %% ../../nbs/training/19_ensemble.ipynb #83814039
 @patch(as_prop=True)
 def loss_is_sum(self:Ensemble) -> bool:
     "Whether the losses are sums over a batch, rather than means"
@@ -388,7 +274,7 @@ def trained_params(self:Ensemble): # iterator of parameters
     "The stacked parameters that learn"
     return (p for p in opt_params(self.opt) if p.requires_grad)
 
-# %% ../../nbs/training/19_ensemble.ipynb #8c2a1471
+# %% ../../nbs/training/19_ensemble.ipynb #8bc2edf6
 @patch
 def check_can_fit(self:Ensemble):
     "Raise ValueError for what would not act on each member as on itself alone"
@@ -416,7 +302,7 @@ def compile(self:Ensemble,
     self.compiled_step = torch.compile(gradients_at_once, **kwargs) if on else None
     return self
 
-# %% ../../nbs/training/19_ensemble.ipynb #a238ad39
+# %% ../../nbs/training/19_ensemble.ipynb #4a72d4f0
 class Members(Sequence):
     "The members of an ensemble as plain learners, each made when it is asked for"
     def __init__(self, ensemble): self.ensemble = ensemble
@@ -456,13 +342,13 @@ def sliced_opt_state(ens, i): # dict
             'param_groups': [{**group, 'lr': group['lr'] * ens.factors[i]} if 'lr' in group
                              else group for group in saved['param_groups']]}
 
-# %% ../../nbs/training/19_ensemble.ipynb #041d01aa
+# %% ../../nbs/training/19_ensemble.ipynb #09576dcc
 @patch(as_prop=True)
 def members(self:Ensemble) -> Sequence[Learner]:
     "The members as plain learners, made when they are asked for; what these do then is their own"
     return Members(self)
 
-# %% ../../nbs/training/19_ensemble.ipynb #c7838a9c
+# %% ../../nbs/training/19_ensemble.ipynb #432301ed
 @patch
 @pure
 def validate(self:Ensemble,
@@ -495,7 +381,7 @@ def get_preds(self:Ensemble,
                          'table: ask each, ens.members[i].get_preds()')
     return Learner.get_preds(self, dl, with_loss, with_input, concat, gather)
 
-# %% ../../nbs/training/19_ensemble.ipynb #bc06c1f5
+# %% ../../nbs/training/19_ensemble.ipynb #691883ab
 def is_ragged(dl): # bool
     "Whether members have batches of unequal length"
     if isinstance(dl, MemberLoader): return dl.is_ragged

@@ -14,61 +14,6 @@ __all__ = [
     'Ensemble'
 ]
 
-def twin(learn: Learner, model: Any, dls: Any, lr: Any, metrics: Any) -> Learner:
-    """A plain learner like another, from its beginning
-
-    Returns:
-        Learner
-    """
-
-def with_new_weights(model: Any, seed: Any) -> Any:
-    """A copy whose layers have drawn their weights anew; ValueError for weights that cannot be drawn
-
-    Returns:
-        nn.Module
-    """
-
-def learner_of(make: Any, seed: Any) -> Learner:
-    """What a function makes of a seed
-
-    Returns:
-        Learner
-    """
-
-def check_plain(learn: Learner) -> None:
-    """Raise for a learner that is more than its data, model, loss and optimizer, or has trained"""
-
-def count_members(**given: Any) -> Any:
-    """How many members there are
-
-    Returns:
-        int; given: None, or something for each member
-    """
-
-def made_members(learner: Any, seeds: Any, dls: Any, lr: Any) -> Any:
-    """The learners of the members as each would be alone
-
-    Returns:
-        list of Learner
-    """
-
-def is_same_loss(a: Any, b: Any) -> bool:
-    """Whether two losses compute the same
-
-    Returns:
-        bool
-    """
-
-def check_same_training(learners: Any) -> None:
-    """Raise ValueError for learners that differ in more than weights, data and rate"""
-
-def factors_of(lrs: Any) -> Any:
-    """The rates of members
-
-    Returns:
-        (rate, list of float): the highest, and what part of it each has
-    """
-
 class Ensemble(Learner):
     """Trains many small models at once, each as if alone"""
     seeds: Sequence[int] | None
@@ -106,7 +51,8 @@ class Ensemble(Learner):
             cbs: callbacks that act on all members together
             randomness: or 'different': members draw random numbers, each its own
         """
-    def reset_batch(self) -> None: ...
+    def reset_batch(self) -> None:
+        """Nothing is known of a batch"""
     @structural
     def make_opt(self) -> None:
         """Make a new optimizer over the parameters of all members; state of the old one is gone"""

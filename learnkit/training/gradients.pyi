@@ -111,11 +111,11 @@ class GradientClip(Callback):
         Returns:
             tensor, 0-d: the norm before; or (members,)
         """
+    def after_step(self, learn: Learner) -> None: ...
     def clip_each(self, grads: Any) -> Any:
         """Bound the gradients of each member of an ensemble
 
         Returns:
             tensor, (members,): the norms before
         """
-    def after_step(self, learn: Learner) -> None: ...
     def before_lr_find(self, learn: Learner) -> None: ...

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/training/18_members.ipynb #609d40df
+# %% ../../nbs/training/18_members.ipynb #fbfa83e5
 import itertools
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from ..loop.loop import Loop
 from ..loop.recorder import Recorder
 from .stacked import scale_update
 
-# %% ../../nbs/training/18_members.ipynb #dde3b9ce
+# %% ../../nbs/training/18_members.ipynb #f02800bb
 @dataclass(frozen=True)
 class SideBySide:
     "The last item of a batch whose tensors are (longest batch, members, ...)"
@@ -63,7 +63,7 @@ def padded(t, n, like): # tensor, (n, ...)
     if t is not None: new[:len(t)] = t
     return new
 
-# %% ../../nbs/training/18_members.ipynb #b8788885
+# %% ../../nbs/training/18_members.ipynb #0ba6a1a5
 class MemberLoader(EpochLoader):
     "The batches of several loaders side by side"
     def __init__(self, loaders): # learnkit's own, one for each member
@@ -87,7 +87,7 @@ class MemberLoader(EpochLoader):
         each = [dl.batches(epoch, start) for dl in self.loaders]
         return map(side_by_side, itertools.zip_longest(*each))
 
-# %% ../../nbs/training/18_members.ipynb #01f06cfc
+# %% ../../nbs/training/18_members.ipynb #8d05fcf5
 class OneTable:
     "The samples of all members in one table"
     @staticmethod
@@ -119,7 +119,7 @@ class OneTable:
 def same_tensors(a, b): # bool
     return all(x is y or torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
-# %% ../../nbs/training/18_members.ipynb #d346f7c6
+# %% ../../nbs/training/18_members.ipynb #b8913994
 def member_loader(loaders): # loader, or None; loaders: one for each member, or all None
     "One loader for all members where they get the same batches, else theirs side by side"
     first = loaders[0]
@@ -159,7 +159,7 @@ def member_dls(all_dls): # DataLoaders; all_dls: of each member
                          'batches, and members make their updates together: choose another bs')
     return DataLoaders(*map(member_loader, (train, valid, test)))
 
-# %% ../../nbs/training/18_members.ipynb #a75138ab
+# %% ../../nbs/training/18_members.ipynb #91240f6a
 class MemberView(Loop):
     "The batch of an ensemble as one member sees it"
     def __init__(self, learn, i): # learn: Ensemble
@@ -176,7 +176,7 @@ def map_members(x, rows, i): # the same nesting
     leaves, spec = tree_flatten(x)
     return tree_unflatten([t[rows, i] if isinstance(t, torch.Tensor) else t for t in leaves], spec)
 
-# %% ../../nbs/training/18_members.ipynb #63195e4f
+# %% ../../nbs/training/18_members.ipynb #c436f153
 class MemberMetric:
     "The mean over the members of a metric, by its name; `EnsembleRecorder` computes it"
     def __init__(self, name, m): self.name, self.higher_is_better = name, higher_is_better(m)
@@ -199,7 +199,7 @@ def mean_of(values): # float or array
     mean = np.mean(values, 0)
     return mean if mean.ndim else float(mean)
 
-# %% ../../nbs/training/18_members.ipynb #a8cd1933
+# %% ../../nbs/training/18_members.ipynb #a2976c4f
 class EnsembleRecorder(Recorder):
     "The history of each member, and the mean of all"
     def __init__(self, rates): # factors of the learning rate, list of float
@@ -233,7 +233,29 @@ class EnsembleRecorder(Recorder):
             one.tally, one.results = Tally(metrics), {}
             one.tally.reset(learn.device)
 
-# %% ../../nbs/training/18_members.ipynb #c44c9c77
+# %% ../../nbs/training/18_members.ipynb #0fb0e1b0
+@patch
+def track(self:EnsembleRecorder, name, value, phase, n=1):
+    "A tensor with a value for each member is theirs, anything else is that of all"
+    def of(x, i): return x[i] if isinstance(x, torch.Tensor) and x.ndim else x
+    for i, one in enumerate(self.members): one.track(name, of(value, i), phase, of(n, i))
+    means = [x.double().mean() if isinstance(x, torch.Tensor) and x.ndim else x
+             for x in (value, n)]
+    Recorder.track(self, name, means[0], phase, means[1])
+
+@patch
+def measured(self:EnsembleRecorder, phase, ranks=None):
+    self.measured_by_member = [one.measured(phase) for one in self.members]
+    return Recorder.measured(self, phase, ranks)
+
+@patch
+@contextmanager
+def paused(self:EnsembleRecorder):
+    with ExitStack() as stack:
+        for one in self.members: stack.enter_context(one.paused())
+        with Recorder.paused(self): yield
+
+# %% ../../nbs/training/18_members.ipynb #9a268ad4
 class MeanView:
     "An ensemble with the mean loss of its members in place of their sum"
     loss_parts = None  # each member has its own
@@ -267,7 +289,7 @@ def add_to_tallies(self:EnsembleRecorder, learn, losses):
         weight = learn.weights if weights is None else weights[i]
         one.tally.add(view.pred, view.yb, None if losses is None else losses[i], n, weight)
 
-# %% ../../nbs/training/18_members.ipynb #56c4fff4
+# %% ../../nbs/training/18_members.ipynb #bfe1d7bc
 @patch
 def gather_steps(self:EnsembleRecorder):
     if self._losses:
@@ -282,6 +304,7 @@ def gather_steps(self:EnsembleRecorder):
             one.gather_steps()
     return Recorder.gather_steps(self)
 
+# %% ../../nbs/training/18_members.ipynb #b4c38e40
 @patch
 def after_train(self:EnsembleRecorder, learn):
     Recorder.after_train(self, learn)
@@ -312,29 +335,7 @@ def after_epoch(self:EnsembleRecorder, learn):
         one.after_epoch(learn)
         one.rows[-1]['lr'] = self.rows[-1]['lr'] * rate
 
-# %% ../../nbs/training/18_members.ipynb #e8126ce0
-@patch
-def track(self:EnsembleRecorder, name, value, phase, n=1):
-    "A tensor with a value for each member is theirs, anything else is that of all"
-    def of(x, i): return x[i] if isinstance(x, torch.Tensor) and x.ndim else x
-    for i, one in enumerate(self.members): one.track(name, of(value, i), phase, of(n, i))
-    means = [x.double().mean() if isinstance(x, torch.Tensor) and x.ndim else x
-             for x in (value, n)]
-    Recorder.track(self, name, means[0], phase, means[1])
-
-@patch
-def measured(self:EnsembleRecorder, phase, ranks=None):
-    self.measured_by_member = [one.measured(phase) for one in self.members]
-    return Recorder.measured(self, phase, ranks)
-
-@patch
-@contextmanager
-def paused(self:EnsembleRecorder):
-    with ExitStack() as stack:
-        for one in self.members: stack.enter_context(one.paused())
-        with Recorder.paused(self): yield
-
-# %% ../../nbs/training/18_members.ipynb #6baa5549
+# %% ../../nbs/training/18_members.ipynb #ebceb9bf
 @patch
 def state_dict(self:EnsembleRecorder):
     state = Recorder.state_dict(self)  # which deals out steps
@@ -359,7 +360,7 @@ def tensors(self:EnsembleRecorder):
     return {**Recorder.tensors(self),
             **{digest: t for one in self.members for digest, t in one.tensors().items()}}
 
-# %% ../../nbs/training/18_members.ipynb #21842827
+# %% ../../nbs/training/18_members.ipynb #54044a85
 class MemberRates(Callback):
     "Lets each member make its share of the way of a step"
     order, phases = -45, ('train', 'lr_find')

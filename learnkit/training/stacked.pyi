@@ -6,9 +6,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from torch import nn
 from typing import Any
-__all__ = [
-    'Stack', 'output', 'dims_of'
-]
+__all__ = []
 TENSORS: tuple[str, ...]
 
 def plain_attributes(module: Any) -> Any:
