@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Ensemble']
 
-# %% ../../nbs/training/19_ensemble.ipynb #0fee449c
+# %% ../../nbs/training/19_ensemble.ipynb #68da040a
 import copy
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -40,7 +40,7 @@ from .stacked import (
     Stack, gradients_at_once, losses_by_size, member_losses,
     outputs_by_size, stacked_opt)
 
-# %% ../../nbs/training/19_ensemble.ipynb #b60533bb
+# %% ../../nbs/training/19_ensemble.ipynb #095a6fbe
 class Ensemble(Learner):
     "Trains many small models at once, each as if alone"
     def __init__(self,
@@ -74,7 +74,7 @@ class Ensemble(Learner):
         self.recorder = self.cbs[0] = EnsembleRecorder(self.factors)
         if not any(isinstance(cb, Progress) for cb in first.cbs): self.remove_cb(Progress)
 
-# %% ../../nbs/training/19_ensemble.ipynb #9443178a
+# %% ../../nbs/training/19_ensemble.ipynb #bd3617b3
 @patch
 def reset_batch(self:Ensemble):
     "Nothing is known of a batch"
@@ -85,7 +85,7 @@ def reset_batch(self:Ensemble):
     self.weigh = None  # how the loss counts targets, see `weight_func`
     self.named_params = self.named_buffers = None  # of the stack, in a pass
 
-# %% ../../nbs/training/19_ensemble.ipynb #2b0b04b7
+# %% ../../nbs/training/19_ensemble.ipynb #8e476e80
 @patch
 @structural
 def make_opt(self:Ensemble) -> None:
@@ -104,7 +104,7 @@ def __repr__(self:Ensemble):
     return (f'Ensemble({self.n_members} x {one}, opt={type(self.opt).__name__}, lr={self.lr}, '
             f'epochs_done={self.epochs_done})')
 
-# %% ../../nbs/training/19_ensemble.ipynb #66b96956
+# %% ../../nbs/training/19_ensemble.ipynb #88ae67ad
 @patch(as_prop=True)
 def batch(self:Ensemble): return self._batch
 
@@ -133,7 +133,7 @@ def _pass(self:Ensemble, phase, dl):
 @patch
 def view(self:Ensemble, i): return MemberView(self, i) # what knows one model sees this
 
-# %% ../../nbs/training/19_ensemble.ipynb #1906f953
+# %% ../../nbs/training/19_ensemble.ipynb #84c16a5e
 @patch
 @unrecorded
 def get_pred(self:Ensemble):
@@ -163,7 +163,7 @@ def get_loss(self:Ensemble):
     self.loss, self.loss_parts = self.losses.sum(), LossParts(parts) if parts else None
     if self.at_once is not None: self.at_once.loss = self.loss
 
-# %% ../../nbs/training/19_ensemble.ipynb #9abb981d
+# %% ../../nbs/training/19_ensemble.ipynb #21e404b4
 @patch
 @unrecorded
 def backward(self:Ensemble):
@@ -176,9 +176,11 @@ def backward(self:Ensemble):
     for name, p in self.named_params.items():
         if (grad := self.at_once.grads.get(name)) is None: continue
         if factors is not None: grad = grad * factors.reshape(-1, *[1] * (grad.ndim - 1))
+        if grad.stride() != p.stride():  # fused optimizers read them as the parameter lies
+            grad = torch.empty_like(p).copy_(grad)
         p.grad = grad if p.grad is None else p.grad + grad
 
-# %% ../../nbs/training/19_ensemble.ipynb #84434ea9
+# %% ../../nbs/training/19_ensemble.ipynb #2cf591c0
 class AtOnce:
     "What a compiled function has computed of a batch"
     def __init__(self, grads, losses, parts, weights):
@@ -202,7 +204,7 @@ def computes_at_once(learn): # bool
     return (learn.compiled_step is not None and learn.can_update
             and not any(heard[name] for name in STEPS_AT_ONCE))
 
-# %% ../../nbs/training/19_ensemble.ipynb #629b503e
+# %% ../../nbs/training/19_ensemble.ipynb #2babbe42
 @patch
 def _weigh_loss(self:Ensemble):
     if self.counts_targets is None: self.counts_targets = heard_divisor(self) is not None
@@ -222,7 +224,7 @@ def heard_divisor(learn, i=None): # 0-d tensor, or None
         with LossCalls() as calls: view.get_loss()
     return calls.divisor()
 
-# %% ../../nbs/training/19_ensemble.ipynb #a87150be
+# %% ../../nbs/training/19_ensemble.ipynb #43ae921c
 def divisors(learn): # number, or tensor (members,)
     "Over how many targets the losses are means"
     weigh = learn.weigh
@@ -245,7 +247,7 @@ def counted(yb, **settings): # 0-d tensor; 0: targets are not counted
     found = divisor(None, yb[0], **settings)
     return torch.zeros(()) if found is None else found
 
-# %% ../../nbs/training/19_ensemble.ipynb #83814039
+# %% ../../nbs/training/19_ensemble.ipynb #8c8e2be1
 @patch(as_prop=True)
 def loss_is_sum(self:Ensemble) -> bool:
     "Whether the losses are sums over a batch, rather than means"
@@ -274,7 +276,7 @@ def trained_params(self:Ensemble): # iterator of parameters
     "The stacked parameters that learn"
     return (p for p in opt_params(self.opt) if p.requires_grad)
 
-# %% ../../nbs/training/19_ensemble.ipynb #8bc2edf6
+# %% ../../nbs/training/19_ensemble.ipynb #b08a2f79
 @patch
 def check_can_fit(self:Ensemble):
     "Raise ValueError for what would not act on each member as on itself alone"
@@ -302,7 +304,7 @@ def compile(self:Ensemble,
     self.compiled_step = torch.compile(gradients_at_once, **kwargs) if on else None
     return self
 
-# %% ../../nbs/training/19_ensemble.ipynb #4a72d4f0
+# %% ../../nbs/training/19_ensemble.ipynb #f2f99da0
 class Members(Sequence):
     "The members of an ensemble as plain learners, each made when it is asked for"
     def __init__(self, ensemble): self.ensemble = ensemble
@@ -342,13 +344,13 @@ def sliced_opt_state(ens, i): # dict
             'param_groups': [{**group, 'lr': group['lr'] * ens.factors[i]} if 'lr' in group
                              else group for group in saved['param_groups']]}
 
-# %% ../../nbs/training/19_ensemble.ipynb #09576dcc
+# %% ../../nbs/training/19_ensemble.ipynb #8d3d6d26
 @patch(as_prop=True)
 def members(self:Ensemble) -> Sequence[Learner]:
     "The members as plain learners, made when they are asked for; what these do then is their own"
     return Members(self)
 
-# %% ../../nbs/training/19_ensemble.ipynb #432301ed
+# %% ../../nbs/training/19_ensemble.ipynb #4fb7e230
 @patch
 @pure
 def validate(self:Ensemble,
@@ -381,7 +383,7 @@ def get_preds(self:Ensemble,
                          'table: ask each, ens.members[i].get_preds()')
     return Learner.get_preds(self, dl, with_loss, with_input, concat, gather)
 
-# %% ../../nbs/training/19_ensemble.ipynb #691883ab
+# %% ../../nbs/training/19_ensemble.ipynb #6aa6c262
 def is_ragged(dl): # bool
     "Whether members have batches of unequal length"
     if isinstance(dl, MemberLoader): return dl.is_ragged

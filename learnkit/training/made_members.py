@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/training/18_made_members.ipynb #a71460c9
+# %% ../../nbs/training/18_made_members.ipynb #324bc5d6
 import copy
 from functools import partial
 from types import FunctionType
@@ -17,7 +17,7 @@ from ..loop.progress import Progress
 from ..loop.recorder import Recorder
 from .stacked import difference
 
-# %% ../../nbs/training/18_made_members.ipynb #1ac76936
+# %% ../../nbs/training/18_made_members.ipynb #21f35d86
 def twin(learn, model, dls, lr, metrics): # Learner
     "A plain learner like another, from its beginning"
     new = Learner(dls, model, copy.deepcopy(learn.loss_func), learn.opt_func, lr, learn.splitter,
@@ -40,7 +40,7 @@ def with_new_weights(model, seed): # nn.Module
         if callable(getattr(module, 'reset_parameters', None)): module.reset_parameters()
     return new
 
-# %% ../../nbs/training/18_made_members.ipynb #9865d8bc
+# %% ../../nbs/training/18_made_members.ipynb #f1e1a3ca
 def learner_of(make, seed): # Learner
     "What a function makes of a seed"
     set_seed(seed)
@@ -62,7 +62,7 @@ def check_plain(learn):
         raise ValueError(f'Ensemble: the learner has made {learn.steps_done} updates; members '
                          'begin at the beginning: give one that is new')
 
-# %% ../../nbs/training/18_made_members.ipynb #9201d1d2
+# %% ../../nbs/training/18_made_members.ipynb #0a435f53
 def count_members(**given): # int; given: None, or something for each member
     "How many members there are"
     lengths = {name: len(each) for name, each in given.items() if each is not None}
@@ -72,6 +72,7 @@ def count_members(**given): # int; given: None, or something for each member
         raise ValueError(f'Ensemble: {text}: give one for each member')
     return next(iter(lengths.values()))
 
+# %% ../../nbs/training/18_made_members.ipynb #0ad0ae30
 def made_members(learner, seeds, dls, lr): # list of Learner
     "The learners of the members as each would be alone"
     if not isinstance(learner, Learner) and (seeds is None or not callable(learner)):
@@ -92,7 +93,7 @@ def made_members(learner, seeds, dls, lr): # list of Learner
         found.append(one)
     return found
 
-# %% ../../nbs/training/18_made_members.ipynb #e2b2d78c
+# %% ../../nbs/training/18_made_members.ipynb #1ce9e80e
 def is_same_loss(a, b): # bool
     "Whether two losses compute the same"
     if a is b: return True

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from learnkit import *
+from learnkit.training.stacked import gradients_at_once
 
 torch.set_num_threads(1)
 RNG = torch.Generator().manual_seed(0)
@@ -98,6 +99,9 @@ def test_what_a_fit_is_given(train):
 def test_accumulated_gradients():
     dls = loaders(n=200)  # 160: all batches alike
     check_all(partial(made, dls=dls), lambda learn: learn.fit(2, cbs=GradientAccumulation(2)))
+    ens = Ensemble(partial(made, dls=dls), range(3)).compile(backend='eager')
+    check_all(partial(made, dls=dls), lambda learn: learn.fit(2, cbs=GradientAccumulation(2)),
+              ens=ens)
     check_all(made, lambda learn: learn.fit(2, cbs=GradientAccumulation(4)))
 
 
@@ -264,6 +268,28 @@ def test_compiled(dls_of, model):
     check_all(make, train, ens=ens)
     ens.validate()
     assert ens.compile(False).compiled_step is None
+
+
+def transposed(*args): # as kernels may give gradients that lie otherwise than their parameters
+    grads, *rest = gradients_at_once(*args)
+    return {name: g.transpose(-1, -2).contiguous().transpose(-1, -2) if g.ndim > 2 else g
+            for name, g in grads.items()}, *rest
+
+
+def test_gradients_that_lie_otherwise():
+    ens = Ensemble(made, range(3)).compile(backend='eager')
+    ens.compiled_step = transposed
+    check_all(made, fit, ens=ens)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('dls_of', [lambda k: loaders(), loaders, ragged_fold])
+def test_compiled_by_inductor(dls_of):
+    def model(): return nn.Sequential(nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 4, 3), nn.ReLU(),
+                                      nn.Flatten(), nn.Linear(16, 3))
+    make = lambda seed: made(seed, model, dls_of(seed))
+    ens = Ensemble(make, range(3)).compile()
+    check_all(make, lambda learn: learn.fit_one_cycle(2), ens=ens)
 
 
 def test_compiled_steps_use_one_function():
@@ -516,3 +542,43 @@ def test_compiled_once(dls_of):
     assert counters['stats']['unique_graphs'] == 3  # a step, a validation, its short batch
     ens.fit_one_cycle(1)
     assert counters['stats']['unique_graphs'] == 3
+
+
+def recorded(tmp_path, learner=made, **kwargs): # (ensemble, steps that were trained)
+    steps = []
+    counts = Callback(after_step=lambda learn: steps.append(1), observer=True)
+    ens = CheckpointedEnsemble(learner, **kwargs, cbs=counts, name='ens', root=tmp_path)
+    with ens.checkpoint(1) as cp: cp.fit_one_cycle(1)
+    return ens, len(steps)
+
+
+CHANGES = {
+    'seeds': (lambda: {'seeds': [0, 1]}, lambda: {'seeds': [0, 2]}),
+    'number': (lambda: {'seeds': [0, 1]}, lambda: {'seeds': [0, 1, 2]}),
+    'first weights': (lambda: {'seeds': [0, 1]}, lambda: {'learner': shifted, 'seeds': [0, 1]}),
+    'folds': (lambda: {'learner': made(0), 'dls': [fold(0), fold(1)]},
+              lambda: {'learner': made(0), 'dls': [fold(0), fold(2)]}),
+    'order of folds': (lambda: {'learner': made(0), 'dls': [fold(0), fold(1)]},
+                       lambda: {'learner': made(0), 'dls': [fold(1), fold(0)]}),
+    'rates': (lambda: {'learner': made(0), 'lr': [1e-2, 1e-3]},
+              lambda: {'learner': made(0), 'lr': [1e-2, 2e-3]}),
+    'seeds of a learner': (lambda: {'learner': made(0), 'seeds': [1, 2]},
+                           lambda: {'learner': made(0), 'seeds': [1, 3]}),
+    'loss': (lambda: {'seeds': [0, 1]}, lambda: {
+        'learner': partial(made, loss_func=nn.CrossEntropyLoss(label_smoothing=0.1)),
+        'seeds': [0, 1]})}
+
+
+def shifted(seed): return made(seed + 1)
+
+
+@pytest.mark.parametrize('name', CHANGES)
+def test_recorded_calls(tmp_path, name):
+    before, after = CHANGES[name]
+    ens, n = recorded(tmp_path, **before())
+    again, n_again = recorded(tmp_path, **before())
+    assert n and not n_again
+    ens.fit(1)
+    again.fit(1)
+    for a, b in zip(ens.members, again.members, strict=True): check_same(a, b, atol=0)
+    with pytest.raises(StaleCheckpoint): recorded(tmp_path, **after())
