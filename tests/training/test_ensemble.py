@@ -163,6 +163,7 @@ def ragged_fold(k): # 158 to 160 samples to train on, 50 to 52 to validate on, b
 
 @pytest.mark.parametrize('dls_of', [
     loaders, fold, ragged_fold, lambda k: loaders(),
+    lambda k: DataLoaders.from_tensors((X, Y), (X, Y), bs=32, seed=k),
     lambda k: DataLoaders.from_datasets(TensorDataset(X, Y), TensorDataset(X[k:], Y[k:]), bs=32,
                                         seed=k),
     lambda k: DataLoaders([(X[k:20], Y[k:20]), (X[:10], Y[:10])], [(X[:5 + k], Y[:5 + k])]),
@@ -195,7 +196,9 @@ def test_rates():
         make = lambda seed, f=opt_func: made(0, lr=lrs[seed], opt_func=f)
         ens = Ensemble(made(0, opt_func=opt_func), lr=lrs)
         check_all(make, lambda learn: (learn.fit_one_cycle(2), learn.fit(1)), ens=ens)
-        check_all(make, fit)  # rates that the function gives
+        fitted = check_all(make, fit)  # rates that the function gives
+        rates = [member.opt.param_groups[0]['lr'] for member in fitted.members]
+        assert np.allclose(rates, lrs)
     ens = Ensemble(lambda seed: made(seed), seeds=[4, 5, 6], lr=lrs, cbs=GradientClip(0.1))
     ens.fit(2)
     alone = made(6, lr=1e-2, cbs=GradientClip(0.1))
@@ -349,6 +352,25 @@ def test_looking_changes_nothing():
     ens.fit(1)
     other.fit(1)
     assert ens.recorder.rows == other.recorder.rows
+
+
+@pytest.mark.parametrize('dls_of', [lambda k: loaders(), ragged_fold])
+def test_an_evaluation_inside_a_batch(dls_of):
+    found, parts = [], LOSSES['parts']()
+
+    def look(learn):
+        before = learn.losses, learn.sizes, learn.weights, learn.at_once
+        found.append(learn.validate())
+        assert all(a is b for a, b in zip(before, (learn.losses, learn.sizes, learn.weights,
+                                                   learn.at_once), strict=True))
+    make = lambda seed: made(seed, dls=dls_of(seed), loss_func=parts)
+    for compiled in (False, True):
+        ens, plain = Ensemble(make, range(3)), Ensemble(make, range(3))
+        if compiled: ens.compile(backend='eager')
+        ens.fit(2, cbs=[Callback(before_backward=look), ValidateEvery(n_steps=2)])
+        plain.fit(2)
+        for a, b in zip(ens.members, plain.members, strict=True): check_same(a, b)
+    assert {*found[0]} == {'loss', 'accuracy', 'ce', 'size'} and found[0]['ce'].shape == (3,)
 
 
 def test_members_go_on_and_are_their_own(tmp_path):
