@@ -6382,6 +6382,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'learnkit/training/made_members.py'),
                                                 'learnkit.training.made_members.made_members': ( 'training/made_members.html#made_members',
                                                                                                  'learnkit/training/made_members.py'),
+                                                'learnkit.training.made_members.own_learner': ( 'training/made_members.html#own_learner',
+                                                                                                'learnkit/training/made_members.py'),
                                                 'learnkit.training.made_members.twin': ( 'training/made_members.html#twin',
                                                                                          'learnkit/training/made_members.py'),
                                                 'learnkit.training.made_members.with_new_weights': ( 'training/made_members.html#with_new_weights',

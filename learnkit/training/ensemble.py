@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Ensemble']
 
-# %% ../../nbs/training/19_ensemble.ipynb #f8ccc990
+# %% ../../nbs/training/19_ensemble.ipynb #a5e935fb
 import copy
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from torch import nn
 from ..base.batches import map_tensors
 from ..base.methods import pure, structural, unrecorded
-from ..base.randomness import isolated_rng, set_seed
+from ..base.randomness import isolated_rng
 from ..files.tree import tree_digest
 from ..components.loss_weight import LossCalls, as_weight, divisor
 from ..components.optim import opt_params
@@ -40,7 +40,7 @@ from .stacked import (
     Stack, gradients_at_once, losses_by_size, member_losses,
     outputs_by_size, stacked_opt)
 
-# %% ../../nbs/training/19_ensemble.ipynb #8b601935
+# %% ../../nbs/training/19_ensemble.ipynb #2956dc05
 class Ensemble(Learner):
     "Trains many small models at once, each as if alone"
     def __init__(self,
@@ -74,7 +74,7 @@ class Ensemble(Learner):
         self.recorder = self.cbs[0] = EnsembleRecorder(self.factors)
         if not any(isinstance(cb, Progress) for cb in first.cbs): self.remove_cb(Progress)
 
-# %% ../../nbs/training/19_ensemble.ipynb #98e7c69d
+# %% ../../nbs/training/19_ensemble.ipynb #a5f8181d
 @patch
 def reset_batch(self:Ensemble):
     "Nothing is known of a batch"
@@ -85,7 +85,7 @@ def reset_batch(self:Ensemble):
     self.weigh = None  # how the loss counts targets, see `weight_func`
     self.named_params = self.named_buffers = None  # of the stack, in a pass
 
-# %% ../../nbs/training/19_ensemble.ipynb #b23b9086
+# %% ../../nbs/training/19_ensemble.ipynb #48f33afc
 @patch
 @structural
 def make_opt(self:Ensemble) -> None:
@@ -104,7 +104,7 @@ def __repr__(self:Ensemble):
     return (f'Ensemble({self.n_members} x {one}, opt={type(self.opt).__name__}, lr={self.lr}, '
             f'epochs_done={self.epochs_done})')
 
-# %% ../../nbs/training/19_ensemble.ipynb #f0c87e93
+# %% ../../nbs/training/19_ensemble.ipynb #8cdb7cb4
 @patch(as_prop=True)
 def batch(self:Ensemble): return self._batch
 
@@ -133,7 +133,7 @@ def _pass(self:Ensemble, phase, dl):
 @patch
 def view(self:Ensemble, i): return MemberView(self, i) # what knows one model sees this
 
-# %% ../../nbs/training/19_ensemble.ipynb #eb20dfd1
+# %% ../../nbs/training/19_ensemble.ipynb #a9167971
 @patch
 @unrecorded
 def get_pred(self:Ensemble):
@@ -163,7 +163,7 @@ def get_loss(self:Ensemble):
     self.loss, self.loss_parts = self.losses.sum(), LossParts(parts) if parts else None
     if self.at_once is not None: self.at_once.loss = self.loss
 
-# %% ../../nbs/training/19_ensemble.ipynb #dac501cf
+# %% ../../nbs/training/19_ensemble.ipynb #d70cba48
 @patch
 @unrecorded
 def backward(self:Ensemble):
@@ -180,7 +180,7 @@ def backward(self:Ensemble):
             grad = torch.empty_like(p).copy_(grad)
         p.grad = grad if p.grad is None else p.grad + grad
 
-# %% ../../nbs/training/19_ensemble.ipynb #2ce51bb3
+# %% ../../nbs/training/19_ensemble.ipynb #1f7309bb
 class AtOnce:
     "What a compiled function has computed of a batch"
     def __init__(self, grads, losses, parts, weights):
@@ -204,7 +204,7 @@ def computes_at_once(learn): # bool
     return (learn.compiled_step is not None and learn.can_update
             and not any(heard[name] for name in STEPS_AT_ONCE))
 
-# %% ../../nbs/training/19_ensemble.ipynb #2c183904
+# %% ../../nbs/training/19_ensemble.ipynb #07517b46
 @patch
 def _weigh_loss(self:Ensemble):
     if self.counts_targets is None: self.counts_targets = heard_divisor(self) is not None
@@ -224,7 +224,7 @@ def heard_divisor(learn, i=None): # 0-d tensor, or None
         with LossCalls() as calls: view.get_loss()
     return calls.divisor()
 
-# %% ../../nbs/training/19_ensemble.ipynb #6a693c28
+# %% ../../nbs/training/19_ensemble.ipynb #51a5c100
 def divisors(learn): # number, or tensor (members,)
     "Over how many targets the losses are means"
     weigh = learn.weigh
@@ -247,7 +247,7 @@ def counted(yb, **settings): # 0-d tensor; 0: targets are not counted
     found = divisor(None, yb[0], **settings)
     return torch.zeros(()) if found is None else found
 
-# %% ../../nbs/training/19_ensemble.ipynb #366cff95
+# %% ../../nbs/training/19_ensemble.ipynb #e931515c
 @patch(as_prop=True)
 def loss_is_sum(self:Ensemble) -> bool:
     "Whether the losses are sums over a batch, rather than means"
@@ -276,7 +276,7 @@ def trained_params(self:Ensemble): # iterator of parameters
     "The stacked parameters that learn"
     return (p for p in opt_params(self.opt) if p.requires_grad)
 
-# %% ../../nbs/training/19_ensemble.ipynb #d66655df
+# %% ../../nbs/training/19_ensemble.ipynb #9d08ae53
 @patch
 def check_can_fit(self:Ensemble):
     "Raise ValueError for what would not act on each member as on itself alone"
@@ -304,7 +304,7 @@ def compile(self:Ensemble,
     self.compiled_step = torch.compile(gradients_at_once, **kwargs) if on else None
     return self
 
-# %% ../../nbs/training/19_ensemble.ipynb #6ab5a4a8
+# %% ../../nbs/training/19_ensemble.ipynb #4af75406
 class Members(Sequence):
     "The members of an ensemble as plain learners, each made when it is asked for"
     def __init__(self, ensemble): self.ensemble = ensemble
@@ -344,13 +344,13 @@ def sliced_opt_state(ens, i): # dict
             'param_groups': [{**group, 'lr': group['lr'] * ens.factors[i]} if 'lr' in group
                              else group for group in saved['param_groups']]}
 
-# %% ../../nbs/training/19_ensemble.ipynb #5dae2dbd
+# %% ../../nbs/training/19_ensemble.ipynb #6d88b663
 @patch(as_prop=True)
 def members(self:Ensemble) -> Sequence[Learner]:
     "The members as plain learners, made when they are asked for; what these do then is their own"
     return Members(self)
 
-# %% ../../nbs/training/19_ensemble.ipynb #b655601b
+# %% ../../nbs/training/19_ensemble.ipynb #e75e2a72
 @patch
 @pure
 def validate(self:Ensemble,
@@ -383,7 +383,7 @@ def get_preds(self:Ensemble,
                          'table: ask each, ens.members[i].get_preds()')
     return Learner.get_preds(self, dl, with_loss, with_input, concat, gather)
 
-# %% ../../nbs/training/19_ensemble.ipynb #8fa36d33
+# %% ../../nbs/training/19_ensemble.ipynb #2feb675e
 def is_ragged(dl): # bool
     "Whether members have batches of unequal length"
     if isinstance(dl, MemberLoader): return dl.is_ragged

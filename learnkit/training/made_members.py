@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../../nbs/training/18_made_members.ipynb #324bc5d6
+# %% ../../nbs/training/18_made_members.ipynb #0fffc8d5
 import copy
 from functools import partial
 from types import FunctionType
@@ -17,7 +17,7 @@ from ..loop.progress import Progress
 from ..loop.recorder import Recorder
 from .stacked import difference
 
-# %% ../../nbs/training/18_made_members.ipynb #21f35d86
+# %% ../../nbs/training/18_made_members.ipynb #e3e2e7f4
 def twin(learn, model, dls, lr, metrics): # Learner
     "A plain learner like another, from its beginning"
     new = Learner(dls, model, copy.deepcopy(learn.loss_func), learn.opt_func, lr, learn.splitter,
@@ -40,7 +40,7 @@ def with_new_weights(model, seed): # nn.Module
         if callable(getattr(module, 'reset_parameters', None)): module.reset_parameters()
     return new
 
-# %% ../../nbs/training/18_made_members.ipynb #f1e1a3ca
+# %% ../../nbs/training/18_made_members.ipynb #f81dee18
 def learner_of(make, seed): # Learner
     "What a function makes of a seed"
     set_seed(seed)
@@ -58,11 +58,14 @@ def check_plain(learn):
     if others:
         raise ValueError(f'Ensemble: the learner has {others[0]}, which knows one model: give '
                          'callbacks to the ensemble, Ensemble(..., cbs=), where they act on all')
+    if learn.frozen_by_freeze:
+        raise ValueError(f'Ensemble: {learn.frozen_by_freeze[0]} is frozen: give the learner as it '
+                         'is made, and freeze the ensemble, ens.freeze()')
     if learn.steps_done:
         raise ValueError(f'Ensemble: the learner has made {learn.steps_done} updates; members '
                          'begin at the beginning: give one that is new')
 
-# %% ../../nbs/training/18_made_members.ipynb #0a435f53
+# %% ../../nbs/training/18_made_members.ipynb #7e6230f5
 def count_members(**given): # int; given: None, or something for each member
     "How many members there are"
     lengths = {name: len(each) for name, each in given.items() if each is not None}
@@ -72,28 +75,29 @@ def count_members(**given): # int; given: None, or something for each member
         raise ValueError(f'Ensemble: {text}: give one for each member')
     return next(iter(lengths.values()))
 
-# %% ../../nbs/training/18_made_members.ipynb #0ad0ae30
+# %% ../../nbs/training/18_made_members.ipynb #f618b911
+def own_learner(learn, seed, dls, lr): # Learner
+    "A twin of a learner with what is given in place of what that has"
+    model = copy.deepcopy(learn.model) if seed is None else with_new_weights(learn.model, seed)
+    return twin(learn, model, learn.dls if dls is None else dls, learn.lr if lr is None else lr,
+                copy.deepcopy(learn.metrics))
+
 def made_members(learner, seeds, dls, lr): # list of Learner
     "The learners of the members as each would be alone"
     if not isinstance(learner, Learner) and (seeds is None or not callable(learner)):
         raise TypeError(f'Ensemble: learner={learner!r}: give a Learner, or a function that makes '
                         'one of a seed, and seeds=')
-    n, found = count_members(seeds=seeds, dls=dls, lr=lr), []
+    n, is_made = count_members(seeds=seeds, dls=dls, lr=lr), not isinstance(learner, Learner)
+    found = []
     for i in range(n):
+        seed, own_dls, own_lr = (None if x is None else x[i] for x in (seeds, dls, lr))
         with isolated_rng():
-            if not isinstance(learner, Learner): one = learner_of(learner, seeds[i])
-            else: one = learner
+            one = learner_of(learner, seed) if is_made else learner
             check_plain(one)
-            if isinstance(learner, Learner) or dls is not None or lr is not None:
-                draws = isinstance(learner, Learner) and seeds is not None
-                model = with_new_weights if draws else lambda model, _: copy.deepcopy(model)
-                one = twin(one, model(one.model, seeds and seeds[i]),
-                           one.dls if dls is None else dls[i], one.lr if lr is None else lr[i],
-                           copy.deepcopy(one.metrics))
-        found.append(one)
+            found.append(own_learner(one, None if is_made else seed, own_dls, own_lr))
     return found
 
-# %% ../../nbs/training/18_made_members.ipynb #1ce9e80e
+# %% ../../nbs/training/18_made_members.ipynb #1d6c25aa
 def is_same_loss(a, b): # bool
     "Whether two losses compute the same"
     if a is b: return True
@@ -112,6 +116,7 @@ def is_same_loss(a, b): # bool
             [cells[0], a.__defaults__], [cells[1], b.__defaults__])
     return bool(a == b)
 
+# %% ../../nbs/training/18_made_members.ipynb #86494ff9
 def check_same_training(learners):
     "Raise ValueError for learners that differ in more than weights, data and rate"
     def of(learn):

@@ -37,6 +37,13 @@ def count_members(**given: Any) -> Any:
         int; given: None, or something for each member
     """
 
+def own_learner(learn: Learner, seed: Any, dls: Any, lr: Any) -> Learner:
+    """A twin of a learner with what is given in place of what that has
+
+    Returns:
+        Learner
+    """
+
 def made_members(learner: Any, seeds: Any, dls: Any, lr: Any) -> Any:
     """The learners of the members as each would be alone
 

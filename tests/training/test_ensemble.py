@@ -488,6 +488,7 @@ def test_refused_with_rates_of_their_own():
     (lambda: Ensemble(made(0), seeds=range(2), lr=[1e-2]), '2 seeds, 1 lr'),
     (lambda: Ensemble(made(0), seeds=[]), 'one for each member'),
     (lambda: Ensemble(made, lr=[1e-2]), 'and seeds='),
+    (lambda: Ensemble(frozen(), seeds=range(2)), 'freeze the ensemble'),
     (lambda: Ensemble(trained(), seeds=range(2)), 'has made 6 updates'),
     (lambda: Ensemble(made(0), dls=[loaders(), loaders(n=100)]), 'choose another bs'),
     (lambda: Ensemble(made(0), dls=[loaders(), DataLoaders(loaders().train)]), 'others have none'),
@@ -503,6 +504,12 @@ def test_refused(what, text):
 def trained():
     learn = made(0)
     learn.fit(1)
+    return learn
+
+
+def frozen():
+    learn = made(0, splitter=lambda model: [model[:2], model[2:]])
+    learn.freeze()
     return learn
 
 
