@@ -184,6 +184,12 @@ from .training.trials import (
 from .training.compiling import (
     ChannelsLast,
 )
+from .training import stacked as _stacked
+from .training import made_members as _made_members
+from .training import members as _members
+from .training.ensemble import (
+    Ensemble,
+)
 from .insight import tasks as _tasks
 from .insight import class_counts as _class_counts
 from .insight import sample_pass as _sample_pass
@@ -268,7 +274,7 @@ from .checkpoints import learner_rules as _learner_rules
 from .checkpoints import learner_structure as _learner_structure
 from .checkpoints import learner_host as _learner_host
 from .checkpoints.learner import (
-    CheckpointedLearner,
+    CheckpointedEnsemble, CheckpointedLearner,
 )
 from .checkpoints import lineage as _lineage
 from .checkpoints.tree import (
@@ -310,10 +316,11 @@ __all__ = [
     'sched_warmup', 'ParamScheduler', 'TorchScheduler', 'LRFinderResult', 'SaveBest',
     'AskToContinue', 'EarlyStopping', 'StopOnNaN', 'ReduceLROnPlateau', 'MixedPrecision',
     'GradientAccumulation', 'GradientClip', 'EMA', 'SWA', 'ShortEpoch', 'StageFuncs',
-    'ValidateEvery', 'CutMix', 'MixUp', 'OverfitResult', 'ChannelsLast', 'Interpretation',
-    'ProfileResult', 'SummaryResult', 'ActivationStats', 'GradientStats', 'Logger', 'CSVLogger',
-    'JSONLogger', 'TensorBoardLogger', 'MLflowLogger', 'TrackioLogger', 'WandbLogger', 'launch',
-    'Ranks', 'Distributed', 'BEGINNING', 'StaleCheckpoint', 'SharedStore', 'Transfer',
-    'Checkpointed', 'CheckpointedLearner', 'checkpoints_table', 'tree_text', 'plot_tree',
-    'explain_text', 'report_html', 'write_report', 'verify', 'VerifyResult', 'Best', 'Study',
+    'ValidateEvery', 'CutMix', 'MixUp', 'OverfitResult', 'ChannelsLast', 'Ensemble',
+    'Interpretation', 'ProfileResult', 'SummaryResult', 'ActivationStats', 'GradientStats',
+    'Logger', 'CSVLogger', 'JSONLogger', 'TensorBoardLogger', 'MLflowLogger', 'TrackioLogger',
+    'WandbLogger', 'launch', 'Ranks', 'Distributed', 'BEGINNING', 'StaleCheckpoint', 'SharedStore',
+    'Transfer', 'Checkpointed', 'CheckpointedEnsemble', 'CheckpointedLearner', 'checkpoints_table',
+    'tree_text', 'plot_tree', 'explain_text', 'report_html', 'write_report', 'verify',
+    'VerifyResult', 'Best', 'Study',
 ]

@@ -99,6 +99,7 @@ from .training.mix import CutMix as CutMix
 from .training.mix import MixUp as MixUp
 from .training.trials import OverfitResult as OverfitResult
 from .training.compiling import ChannelsLast as ChannelsLast
+from .training.ensemble import Ensemble as Ensemble
 from .insight.interpretation import Interpretation as Interpretation
 from .insight.profile import ProfileResult as ProfileResult
 from .insight.summary import SummaryResult as SummaryResult
@@ -119,6 +120,7 @@ from .checkpoints.record import StaleCheckpoint as StaleCheckpoint
 from .checkpoints.shared_store import SharedStore as SharedStore
 from .checkpoints.transfer import Transfer as Transfer
 from .checkpoints.checkpointed import Checkpointed as Checkpointed
+from .checkpoints.learner import CheckpointedEnsemble as CheckpointedEnsemble
 from .checkpoints.learner import CheckpointedLearner as CheckpointedLearner
 from .checkpoints.tree import checkpoints_table as checkpoints_table
 from .checkpoints.tree import tree_text as tree_text
@@ -148,10 +150,11 @@ __all__ = [
     'LRFinderResult', 'SaveBest', 'AskToContinue', 'EarlyStopping', 'StopOnNaN',
     'ReduceLROnPlateau', 'MixedPrecision', 'GradientAccumulation', 'GradientClip', 'EMA', 'SWA',
     'ShortEpoch', 'StageFuncs', 'ValidateEvery', 'CutMix', 'MixUp', 'OverfitResult',
-    'ChannelsLast', 'Interpretation', 'ProfileResult', 'SummaryResult', 'ActivationStats',
-    'GradientStats', 'Logger', 'CSVLogger', 'JSONLogger', 'TensorBoardLogger', 'MLflowLogger',
-    'TrackioLogger', 'WandbLogger', 'launch', 'Ranks', 'Distributed', 'BEGINNING',
-    'StaleCheckpoint', 'SharedStore', 'Transfer', 'Checkpointed', 'CheckpointedLearner',
-    'checkpoints_table', 'tree_text', 'plot_tree', 'explain_text', 'report_html',
-    'write_report', 'verify', 'VerifyResult', 'Best', 'Study'
+    'ChannelsLast', 'Ensemble', 'Interpretation', 'ProfileResult', 'SummaryResult',
+    'ActivationStats', 'GradientStats', 'Logger', 'CSVLogger', 'JSONLogger',
+    'TensorBoardLogger', 'MLflowLogger', 'TrackioLogger', 'WandbLogger', 'launch', 'Ranks',
+    'Distributed', 'BEGINNING', 'StaleCheckpoint', 'SharedStore', 'Transfer', 'Checkpointed',
+    'CheckpointedEnsemble', 'CheckpointedLearner', 'checkpoints_table', 'tree_text',
+    'plot_tree', 'explain_text', 'report_html', 'write_report', 'verify', 'VerifyResult',
+    'Best', 'Study'
 ]

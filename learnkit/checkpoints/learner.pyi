@@ -2,12 +2,15 @@
 # pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 # pyright: reportPrivateImportUsage=false
 """A learner whose method calls are recorded: run a script again and only what is new is computed"""
+from collections.abc import Sequence
 from torch import nn
 from typing import Any
 from ..checkpoints.checkpointed import Checkpointed
+from ..data.loaders import DataLoaders
 from ..loop.learner import Learner
+from ..training.ensemble import Ensemble
 __all__ = [
-    'CheckpointedLearner'
+    'CheckpointedLearner', 'CheckpointedEnsemble'
 ]
 
 class CheckpointedLearner(Checkpointed, Learner):
@@ -56,6 +59,47 @@ class CheckpointedLearner(Checkpointed, Learner):
             device: None: the accelerator, else cpu
             seed: seeds all generators once, here; None: nothing is seeded
             on_interrupt: 'return' to the caller on Ctrl-C during a fit, or 'raise'
+            name: of the run: its folder below `root`, may have parts as in 'mnist/small'
+            root: folder of all runs
+            on_change: or 'rerun': what has changed is computed anew
+            save_every: how often a long call saves: '500 steps', '10 min'
+            background: whether a thread writes a copy, while the call goes on
+            keep: the state after each of the 'calls', after the 'last' one, or
+            code: when code has changed, or 'strict': an error, 'rerun': anew
+            ignore: names of arguments, or of the constructor's, that make no difference
+            remote: address of a folder to which all is sent, too, and from which
+        """
+
+class CheckpointedEnsemble(Checkpointed, Ensemble):
+    """An ensemble whose method calls are recorded, as those of a `CheckpointedLearner`"""
+    def __init__(
+            self,
+            learner: Any,
+            seeds: Sequence[int] | None = None,
+            dls: Sequence[DataLoaders] | None = None,
+            lr: Sequence[float] | None = None,
+            cbs: Any = None,
+            randomness: str = 'error',
+            *,
+            name: str,
+            root: Any = 'ckpts',
+            on_change: str = 'error',
+            save_every: str = '1 epoch',
+            background: bool = True,
+            keep: str = 'calls',
+            code: str = 'warn',
+            ignore: Any = (),
+            remote: str | None = None,
+    ) -> None:
+        """An ensemble whose method calls are recorded, as those of a `CheckpointedLearner`
+
+        Args:
+            learner: a function that makes the `Learner` of a seed; or a `Learner`
+            seeds: one a member; None: all have the learner's weights
+            dls: of each member, as folds; None: the learner's
+            lr: of each member; None: the learner's
+            cbs: callbacks that act on all members together
+            randomness: or 'different': members draw random numbers, each its own
             name: of the run: its folder below `root`, may have parts as in 'mnist/small'
             root: folder of all runs
             on_change: or 'rerun': what has changed is computed anew

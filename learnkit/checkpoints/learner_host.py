@@ -58,7 +58,9 @@ def root(self:LearnerHost) -> dict: # name -> value
     "What all calls follow from besides state and structure"
     given, cls = self.construction, type(self.object)
     by_name = {**given.kwargs, **given.arguments}
-    return {'seed': by_name.get('seed'), 'built_model': self.object.model,
+    of_each = {} if self.object.n_members is None else {
+        'seeds': self.object.seeds, 'first weights of the members': self.object.first_weights}
+    return {'seed': by_name.get('seed'), **of_each, 'built_model': self.object.model,
             'class': class_attributes(cls),
             'constructor': {**arguments_of_bases(cls, by_name),
                             **added_arguments(cls, given.args, given.kwargs)}}

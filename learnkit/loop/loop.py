@@ -35,6 +35,7 @@ class Loop(Guarded):
     _batch: object
     _n_items: int | None
     _origin: object
+    n_members = None  # of an `Ensemble`: parameters have a first dimension of so many
 
     def _level(self, name, body, then=None):
         __tracebackhide__ = True

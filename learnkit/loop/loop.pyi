@@ -9,6 +9,8 @@ __all__ = []
 
 class Loop(Guarded):
     """The levels of a fit and their events; a `Learner` is one, with all that it runs on"""
+    n_members: Any
+    """of an `Ensemble`: parameters have a first dimension of so many"""
     iter: Any
     pred: Any
     loss: Any

@@ -16,7 +16,6 @@ from ..data.resumable import reading_without_trace
 from ..components.callback import Callback
 from .interrupts import interruptible, signals_held_back
 from .loop import overrides
-from .recorder import means
 from .state import unchanged_by_a_pass
 
 # %% ../../nbs/loop/09_predict.ipynb #ab35dc1a
@@ -36,9 +35,7 @@ def measure(learn, phase, dl, interruptible_in_fit=False): # dict by name: float
     with (interruptible(learn), side_pass(learn, interruptible_in_fit), learn.added_cbs(recorder),
           unchanged_by_a_pass(learn), reading_without_trace(dl) as dl):
         learn._evaluate(phase, dl)
-        tracked = means(learn.recorder.tracked, learn.ranks)
-    return {**learn.recorder.results,
-            **{name.removeprefix(f'{phase}_'): value for name, value in tracked.items()}}
+        return learn.recorder.measured(phase, learn.ranks)
 
 # %% ../../nbs/loop/09_predict.ipynb #84b5941d
 def unreduced(loss_func, *args): # tensor, or None for a function that knows no reduction
@@ -114,7 +111,7 @@ class Collect(Callback):
     def after_batch(self, learn):
         if self._cancelled: return
         found = {'pred': learn.pred, 'targ': unwrap(learn.yb), 'input': unwrap(self._input)}
-        if self.with_loss: found['loss'] = losses_of_samples(learn)
+        if self.with_loss: found['loss'] = learn.sample_losses()
         for kind, buffer in self.buffers.items():
             if found[kind] is not None: add_batch(buffer, kind, found[kind])
 

@@ -129,6 +129,15 @@ def means(tracked:dict, ranks=None): # dict by name
                 for name in dict.fromkeys(name for each in found for name in each)}
     return {name: (total[0] / total[1]).item() for name, total in over_all.items()}
 
+@patch
+def measured(self:Recorder, phase, ranks=None): # dict by name: floats
+    "What the evaluation that runs has given, and what was tracked in it"
+    return {**self.results, **{name.removeprefix(f'{phase}_'): value
+                               for name, value in means(self.tracked, ranks).items()}}
+
+@patch
+def new(self:Recorder): return Recorder() # one of the same kind, without a history
+
 # %% ../../nbs/loop/00_recorder.ipynb #f6a277a3
 @patch
 def before_train(self:Recorder, learn):

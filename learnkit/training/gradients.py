@@ -211,10 +211,27 @@ class GradientClip(Callback):
 
     def before_step(self, learn):
         if not self.is_made:
-            self.norms = {name: clip_gradients(opt_params(opt), self.max_norm, self.max_value)
+            self.norms = {name: self.clip(opt, learn.n_members)
                           for name, opt in opts_by_loss(learn).items()}
         self.is_made = False
+
+    def clip(self, opt, n_members=None): # tensor, 0-d: the norm before; or (members,)
+        "Bound the gradients of an optimizer"
+        if n_members is not None: return self.clip_each(gradients(opt))
+        return clip_gradients(opt_params(opt), self.max_norm, self.max_value)
 
     def after_step(self, learn):
         if learn.phase != 'train': return
         for name, norm in self.norms.items(): learn.track(name, norm, n=1)
+
+# %% ../../nbs/training/11_gradients.ipynb #c9f9b817
+@patch
+def clip_each(self:GradientClip, grads): # tensor, (members,): the norms before
+    "Bound the gradients of each member of an ensemble"
+    norms = torch.stack([grad.flatten(1).norm(dim=1) for grad in grads]).norm(dim=0)
+    if self.max_norm is not None:
+        factors = (self.max_norm / (norms + 1e-6)).clamp(max=1.)  # as torch has it
+        for grad in grads: grad.mul_(factors.to(grad).reshape(-1, *[1] * (grad.ndim - 1)))
+    if self.max_value is not None:
+        for grad in grads: grad.clamp_(-self.max_value, self.max_value)
+    return norms

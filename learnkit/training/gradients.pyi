@@ -113,5 +113,17 @@ class GradientClip(Callback):
     @property
     def norm(self) -> Any: ...
     def before_step(self, learn: Learner) -> None: ...
+    def clip(self, opt: Any, n_members: Any = None) -> Any:
+        """Bound the gradients of an optimizer
+
+        Returns:
+            tensor, 0-d: the norm before; or (members,)
+        """
     def after_step(self, learn: Learner) -> None: ...
+    def clip_each(self, grads: Any) -> Any:
+        """Bound the gradients of each member of an ensemble
+
+        Returns:
+            tensor, (members,): the norms before
+        """
     def before_lr_find(self, learn: Learner) -> None: ...

@@ -65,7 +65,7 @@ def trial_fit(learn, cbs): # gives the `DataLoaders` to fit with
     with (interruptible(learn), reading_without_trace(learn.dls.train) as train,
           reading_without_trace(learn.dls.valid) as valid,
           learn.no_trace(), learn.added_cbs(cbs), restored_attributes(learn.cbs)):
-        learn.recorder, learn.on_interrupt = Recorder(), 'raise'
+        learn.recorder, learn.on_interrupt = learn.recorder.new(), 'raise'
         others = [cb for cb in silent_cbs(learn.cbs) if not isinstance(cb, Recorder)]
         learn.cbs[:] = [learn.recorder, *others]
         yield DataLoaders(train, valid)
