@@ -29,7 +29,8 @@ class ChannelsLast(Callback):
 def channels_last(x): # tensor
     "An image batch in that layout, anything else as it is"
     fits = x.ndim == 4 and x.is_floating_point()
-    return x.contiguous(memory_format=torch.channels_last) if fits else x
+    # `contiguous` would leave images of one channel, which lie both ways, to the slower kernels
+    return x.to(memory_format=torch.channels_last) if fits else x
 
 # %% ../../nbs/training/16_compiling.ipynb #ba0c9538
 @patch

@@ -297,9 +297,13 @@ def check_can_fit(self:Ensemble):
 @structural
 def compile(self:Ensemble,
             on:bool=True, # False: back to the models as they are
+            step:bool=False, # must stay so
             **kwargs, # of `torch.compile`: mode, backend, dynamic, fullgraph ...
            ) -> Self:
     "Have outputs, losses and gradients of all members compiled by `torch.compile` as one function"
+    if step:
+        raise ValueError('compile(step=True): the steps of an ensemble are compiled as far as they '
+                         'can be without it: leave step out')
     Learner.compile(self, on, **kwargs)
     self.compiled_step = torch.compile(gradients_at_once, **kwargs) if on else None
     return self

@@ -90,11 +90,12 @@ class Ensemble(Learner):
     def check_can_fit(self) -> None:
         """Raise ValueError for what would not act on each member as on itself alone"""
     @structural
-    def compile(self: _Self, on: bool = True, **kwargs: Any) -> _Self:
+    def compile(self: _Self, on: bool = True, step: bool = False, **kwargs: Any) -> _Self:
         """Have outputs, losses and gradients of all members compiled by `torch.compile` as one function
 
         Args:
             on: False: back to the models as they are
+            step: must stay so
             kwargs: of `torch.compile`: mode, backend, dynamic, fullgraph ...
         """
     @property
