@@ -169,6 +169,7 @@ def describe_arguments(self:Ledger, method:str, args, kwargs): # (dict of values
     with self.host.reach.as_built(values): arguments, text = self.on_main(described)
     return values, Fingerprint(*arguments), text
 
+# %% ../../nbs/checkpoints/05_ledger.ipynb #d65323dd
 @patch
 def describe_call(self:Ledger, method:str, args, kwargs) -> Call:
     "A call with all that its result follows from, besides the state"

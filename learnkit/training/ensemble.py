@@ -10,6 +10,7 @@ import copy
 from collections.abc import Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from typing import Self
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from ..components.loss_weight import LossCalls, as_weight, divisor
 from ..components.optim import opt_params
 from ..data.loaders import DataLoaders
 from ..loop.learner import Learner
-from ..loop.loop import Loop
+from ..loop.loop import Loop, makes_same_steps
 from ..loop.losses import LossParts
 from ..loop.predict import losses_of_samples
 from ..loop.progress import Progress
@@ -202,7 +203,7 @@ def computes_at_once(learn): # bool
     "Whether a compiled function gives the gradients: nobody looks in between"
     heard = learn._cbs.bound[learn.phase]
     return (learn.compiled_step is not None and learn.can_update
-            and not any(heard[name] for name in STEPS_AT_ONCE))
+            and all(map(makes_same_steps, chain(*(heard[name] for name in STEPS_AT_ONCE)))))
 
 # %% ../../nbs/training/19_ensemble.ipynb #07517b46
 @patch
