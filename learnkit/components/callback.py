@@ -164,7 +164,6 @@ class Callback:
     places_model = False # whether it brings the model to the device itself, in `after_create`
     observer = False # whether it only looks: such may come and go, nothing follows from them
     kept_beside = None # what one that only looks has seen; as `learnkit.loop.state` has it
-    makes_same_steps = False # whether its steps do what the learner's own do, in another way
     every_evaluation = False # whether it hears evaluations within a step too, as of LBFGS and SAM
 
     def __new__(cls, *args, **kwargs):

@@ -126,8 +126,6 @@ class Callback:
     """whether it only looks: such may come and go, nothing follows from them"""
     kept_beside: Any
     """what one that only looks has seen; as `learnkit.loop.state` has it"""
-    makes_same_steps: bool
-    """whether its steps do what the learner's own do, in another way"""
     every_evaluation: bool
     """whether it hears evaluations within a step too, as of LBFGS and SAM"""
     as_made: AsMade

@@ -251,6 +251,7 @@ def overrides(learn, step:str): # bool
     return getattr(type(learn), step) is not getattr(Loop, step)
 
 def makes_same_steps(method): # bool
+    "Whether the callback of a method says that its steps do what the learner's own do"
     return getattr(getattr(method, '__self__', None), 'makes_same_steps', False)
 
 def has_updates(learn): # bool

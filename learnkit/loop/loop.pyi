@@ -74,7 +74,9 @@ def overrides(learn: Learner, step: str) -> bool:
     """
 
 def makes_same_steps(method: Any) -> bool:
-    """Returns:
+    """Whether the callback of a method says that its steps do what the learner's own do
+
+    Returns:
         bool
     """
 

@@ -35,7 +35,8 @@ def may_come_late(learn, cb): # bool
     "Whether what a callback does within a step is part of the graph, or can wait until its end"
     if type(cb) is MixedPrecision: return not cb.uses_scaler(learn)
     if isinstance(cb, Average): return not cb.shared  # else it looks at what was frozen
-    return type(cb) is GradientClip or cb.makes_same_steps or learn._cbs.is_inner(cb)
+    is_same = getattr(cb, 'makes_same_steps', False)
+    return type(cb) is GradientClip or is_same or learn._cbs.is_inner(cb)
 
 def taking_part(learn, names): # str; None: nobody but the learner
     "Who takes part in a step at some of its events and parts"
@@ -156,32 +157,57 @@ class StepGraph:
         def step_of_learner(xb, yb): return make(xb, yb)
         return on_its_own(step_of_learner)
 
-    def loss_of(self, xb, yb): # (prediction, loss, divisor or None)
-        pred = self.model(**xb[0]) if self.by_name else self.model(*xb)
-        if self.half_on: pred = as_float32(pred)
-        loss = loss_of(pred) if self.loss_func is None else self.loss_func(pred, *yb)
-        weight = None if self.divisor is None else self.divisor(pred, *yb)
-        return pred, as_float32(loss) if self.half_on else loss, weight
+# %% ../../nbs/training/15_compiled_step.ipynb #d5dc1e39
+@patch
+def loss_of(self:StepGraph, xb, yb): # (prediction, loss, divisor or None)
+    pred = self.model(**xb[0]) if self.by_name else self.model(*xb)
+    if self.half_on: pred = as_float32(pred)
+    loss = loss_of(pred) if self.loss_func is None else self.loss_func(pred, *yb)
+    weight = None if self.divisor is None else self.divisor(pred, *yb)
+    return pred, as_float32(loss) if self.half_on else loss, weight
 
-    def make_gradients(self, xb, yb): # Made
-        pred, loss, weight = self.loss_of(xb, yb)
-        with self.in_full():
-            grads = torch.autograd.grad(loss, self.params, allow_unused=True)
-        return Made(detach(pred), loss.detach(), weight, None, list(grads))
+@patch
+def make_gradients(self:StepGraph, xb, yb): # Made
+    pred, loss, weight = self.loss_of(xb, yb)
+    with self.in_full():
+        grads = torch.autograd.grad(loss, self.params, allow_unused=True)
+    return Made(detach(pred), loss.detach(), weight, None, list(grads))
 
-    def in_full(self): # context manager
-        "Outside of the region of 16 bits"
-        return torch.autocast(self.half_on, enabled=False) if self.half_on else nullcontext()
+@patch
+def in_full(self:StepGraph): # context manager
+    "Outside of the region of 16 bits"
+    return torch.autocast(self.half_on, enabled=False) if self.half_on else nullcontext()
 
-    def make_update(self, xb, yb): # Made
-        pred, loss, weight = self.loss_of(xb, yb)
-        with torch.no_grad(), self.in_full():
-            grads, norm = torch.autograd.grad(loss, self.params), None
-            torch._foreach_copy_(self.grads, grads)
-            if (clip := self.clip) is not None:
-                norm = clip_gradients(self.params, clip.max_norm, clip.max_value)
-            inspect.unwrap(type(self.twin).step)(self.twin)
-        return Made(detach(pred), loss.detach(), weight, norm)
+@patch
+def make_update(self:StepGraph, xb, yb): # Made
+    pred, loss, weight = self.loss_of(xb, yb)
+    with torch.no_grad(), self.in_full():
+        grads, norm = torch.autograd.grad(loss, self.params), None
+        torch._foreach_copy_(self.grads, grads)
+        if (clip := self.clip) is not None:
+            norm = clip_gradients(self.params, clip.max_norm, clip.max_value)
+        inspect.unwrap(type(self.twin).step)(self.twin)
+    return Made(detach(pred), loss.detach(), weight, norm)
+
+# %% ../../nbs/training/15_compiled_step.ipynb #5a1eca21
+def one_of(learn, cls): # callback; None
+    return next((cb for cb in learn.cbs if type(cb) is cls), None)
+
+def what_it_is_made_of(learn): # tuple of objects
+    return learn.model, learn.loss_func, learn.opt, learn.opt.state, type(learn.xb[0])
+
+@patch
+def settings_of(self:StepGraph, opt): # list
+    "What is fixed in a graph: with other values another one is needed"
+    clip = self.clip
+    return [*fixed_settings(opt), *([] if clip is None else [clip.max_norm, clip.max_value])]
+
+@patch
+def serves(self:StepGraph, learn): # bool
+    "Whether nothing that a graph is made of has changed, and the same parameters learn"
+    made_of, opt = what_it_is_made_of(learn), learn.opt
+    return (all(map(is_, made_of, self.made_of)) and self.settings_of(opt) == self.settings
+            and len(trainable(opt)) == len(self.params))
 
 # %% ../../nbs/training/15_compiled_step.ipynb #940fd19d
 TRACING = {'trace_autograd_ops': True} # of torch._dynamo: without it gradients are in no graph
@@ -211,25 +237,6 @@ def write_rates(self:StepGraph, group, tensors): # groups of the optimizer and o
 def is_compilers(error): # bool
     "Whether an exception says that something cannot be compiled"
     return isinstance(error, torch._dynamo.exc.TorchDynamoException)
-
-def one_of(learn, cls): # callback; None
-    return next((cb for cb in learn.cbs if type(cb) is cls), None)
-
-def what_it_is_made_of(learn): # tuple of objects
-    return learn.model, learn.loss_func, learn.opt, learn.opt.state, type(learn.xb[0])
-
-@patch
-def settings_of(self:StepGraph, opt): # list
-    "What is fixed in a graph: with other values another one is needed"
-    clip = self.clip
-    return [*fixed_settings(opt), *([] if clip is None else [clip.max_norm, clip.max_value])]
-
-@patch
-def serves(self:StepGraph, learn): # bool
-    "Whether nothing that a graph is made of has changed, and the same parameters learn"
-    made_of, opt = what_it_is_made_of(learn), learn.opt
-    return (all(map(is_, made_of, self.made_of)) and self.settings_of(opt) == self.settings
-            and len(trainable(opt)) == len(self.params))
 
 # %% ../../nbs/training/15_compiled_step.ipynb #7110a38a
 def reuses_memory(mode=None, options=None, **kwargs): # bool

@@ -131,16 +131,6 @@ class StepGraph:
         """Returns:
             Made
         """
-    def __call__(self, learn: Learner) -> Made:
-        """Make the parts of a step for the batch of a learner
-
-        Returns:
-            Made
-        """
-    def write_rates(self, group: Any, tensors: Any) -> Any:
-        """Returns:
-            groups of the optimizer and of its twin
-        """
     def settings_of(self, opt: Any) -> list:
         """What is fixed in a graph: with other values another one is needed
 
@@ -153,14 +143,16 @@ class StepGraph:
         Returns:
             bool
         """
-TRACING: dict[str, Any]
+    def __call__(self, learn: Learner) -> Made:
+        """Make the parts of a step for the batch of a learner
 
-def is_compilers(error: Any) -> bool:
-    """Whether an exception says that something cannot be compiled
-
-    Returns:
-        bool
-    """
+        Returns:
+            Made
+        """
+    def write_rates(self, group: Any, tensors: Any) -> Any:
+        """Returns:
+            groups of the optimizer and of its twin
+        """
 
 def one_of(learn: Learner, cls: Any) -> Any:
     """Returns:
@@ -170,6 +162,14 @@ def one_of(learn: Learner, cls: Any) -> Any:
 def what_it_is_made_of(learn: Learner) -> Any:
     """Returns:
         tuple of objects
+    """
+TRACING: dict[str, Any]
+
+def is_compilers(error: Any) -> bool:
+    """Whether an exception says that something cannot be compiled
+
+    Returns:
+        bool
     """
 
 def reuses_memory(mode: Any = None, options: Any = None, **kwargs: Any) -> bool:
@@ -181,6 +181,7 @@ def reuses_memory(mode: Any = None, options: Any = None, **kwargs: Any) -> bool:
 
 class CompiledStep(Callback):
     """Makes training steps in a graph, as far as torch and the other callbacks let it"""
+    makes_same_steps: bool
     transient: tuple[str, ...]
     kwargs: dict[str, Any]
     reuses_memory: Any

@@ -23,6 +23,7 @@ def channels_last(x: Any) -> Any:
 
 class CompiledModel(Callback):
     """Compiles anew when the learner was given another model"""
+    makes_same_steps: bool
     kwargs: Any
     def __init__(self, **kwargs: Any) -> None: ...
     def settings(self) -> Any: ...
