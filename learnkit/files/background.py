@@ -45,7 +45,8 @@ class HostCopies:
 def make_room(self:HostCopies, n, pinned): # n: bytes
     if self.memory.numel() >= n and self.is_pinned >= pinned: return
     self.memory = torch.empty(0, dtype=torch.uint8)  # what was there is freed first
-    self.memory, self.is_pinned = torch.empty(n, dtype=torch.uint8, pin_memory=pinned), pinned
+    size = n + n // 64 + 2**16  # a state grows with its history
+    self.memory, self.is_pinned = torch.empty(size, dtype=torch.uint8, pin_memory=pinned), pinned
 
 @patch
 def copy(self:HostCopies, t, start): # contiguous tensor
