@@ -13,7 +13,7 @@ N_EPOCH, WIDTH = 6, 4472  # 20 million weights, 240 MB with the two moments of A
 
 def learner(folder, cls=Learner, width=WIDTH, **kwargs):
     set_seed(0)
-    x, y = torch.randn(2, 160, width)
+    x, y = torch.randn(2, 400, width)
     dls = DataLoaders.from_tensors((x, y), bs=32)
     learn = cls(dls, nn.Linear(width, width), nn.MSELoss(), device='cpu', path=folder, **kwargs)
     learn.remove_cb(Progress)
@@ -96,7 +96,7 @@ def recorded(folder):
 
 if __name__ == '__main__':
     seconds = {'none': [], 'waited for': [], 'background': []}
-    for _ in range(7):
+    for _ in range(4):
         seconds['none'].append(epoch_seconds())
         seconds['waited for'].append(epoch_seconds(background=False))
         seconds['background'].append(epoch_seconds(background=True))
