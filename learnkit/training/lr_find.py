@@ -122,7 +122,8 @@ def loss_swept(learn, opt): # tensor; opt: name, or None
 def loss_over_ranks(learn, loss): # (float, float)
     "A loss of a batch on all processes, and what it weighs"
     loss, weight = float(detached(loss)), float(learn.loss_weight)
-    return (learn.ranks.mean(loss, weight) if learn.ranks else loss), float(learn.loss_weight_all)
+    if not learn.ranks: return loss, weight
+    return learn.ranks.mean(loss, weight), float(learn.loss_weight_all)
 
 # %% ../../nbs/training/05_lr_find.ipynb #bd78bb55
 class RateSweep(Callback):
