@@ -1,5 +1,5 @@
-"""Reads of device values: how often a training step would wait for its device. There is none: 'meta'
-stands in for it, and what would wait is counted, and answered with numbers"""
+"""How often a training step would wait for its device. There is none here: 'meta' stands in for
+it, and what would wait is counted, and answered with numbers"""
 import collections, warnings
 import torch
 from common import mlp, report

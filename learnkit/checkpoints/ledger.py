@@ -125,16 +125,19 @@ def begin_moment(self:Ledger):
 def describe(self:Ledger, values:dict, reads=True) -> dict: # name -> Fingerprint
     "Values by name"
     def described():
-        return {name: as_json(self.described(name, value, reads=reads))
+        known = self.host.reach.known_objects()
+        return {name: as_json(self.described(name, value, known, reads=reads))
                 for name, value in values.items() if name not in self.options.ignore}
     return {name: Fingerprint(*json) for name, json in self.on_main(described).items()}
 
 @patch
-def described(self:Ledger, name, value, reads=True, after_call=False) -> Fingerprint:
+def described(self:Ledger, name, value, known=None, # as from `known_objects`
+              reads=True, after_call=False) -> Fingerprint:
     "One value; of models whose weights are in the state, the layout alone"
+    if known is None: known = self.host.reach.known_objects()
     counts = name not in self.host.rules.weights_in_state
     return fingerprint({name: value}, type(self.host.object).__name__, self.options.ignore,
-                       self.memo, counts, reads, self.host.reach.known_objects(), after_call)
+                       self.memo, counts, reads, known, after_call)
 
 def digests_of(structure): return {name: found.digest for name, found in structure.items()}
 
@@ -319,10 +322,11 @@ def note_changes_of(self:Ledger, call) -> list: # of str
     self.begin_moment()
     values, changed = {**self.host.structure(), 'arguments': call.values,
                        **self.around_call(call.method, call.values)}, []
+    known = self.host.reach.known_objects()
     for name, value in values.items():
         if name in self.options.ignore: continue
         with suppress(UnfingerprintableError): # the next call that is described will say so
-            changed += self.described(name, value, after_call=True).changed
+            changed += self.described(name, value, known, after_call=True).changed
     return changed_outside(changed, self.host.reach.ids(call.values)) if changed else []
 
 # %% ../../nbs/checkpoints/05_ledger.ipynb #1f64500a

@@ -249,10 +249,15 @@ class Ledger:
             self,
             name: Any,
             value: Any,
+            known: Any = None,
             reads: Any = True,
             after_call: Any = False,
     ) -> Fingerprint:
-        """One value; of models whose weights are in the state, the layout alone"""
+        """One value; of models whose weights are in the state, the layout alone
+
+        Args:
+            name, value, known: as from `known_objects`
+        """
     def describe_arguments(self, method: str, args: Any, kwargs: Any) -> Any:
         """The arguments of a call, and the call as it stands in a script
 

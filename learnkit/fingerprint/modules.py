@@ -159,14 +159,18 @@ def describe_behaviour(x, walk):
                       if node}
         found |= objects_in(x.attributes, walk)
         for cls in x.classes: record_class(cls, walk)
-        for name, func in {**x.functions, **replaced_functions()}.items():
+        for name, func in {**x.functions, **replaced_functions(walk.memo)}.items():
             found[name] = walk.describe_at(name, func)
     return {'$behaviour': name_of(unsharded_class(x.module)), 'with': found}
 
-def replaced_functions(): # dict: name -> function
-    "Functions of the user's own that were put in the place of torch's"
-    return {f'{home.__name__}.{name}': x for home in HOMES for name, x in users_functions(home)
-            if x is vars(home)[name]}
+def replaced_functions(memo): # dict: name -> function
+    "Functions of the user's own that were put in the place of torch's; in a moment they stay so"
+    then, found = memo.get('replaced', (None, None))
+    if found is not None and then is not None and then is memo.get('moment'): return found
+    found = {f'{home.__name__}.{name}': x for home in HOMES for name, x in users_functions(home)
+             if x is vars(home)[name]}
+    memo['replaced'] = memo.get('moment'), found
+    return found
 
 HOMES = torch, torch.nn.functional, torch.nn.init, torch.Tensor
 

@@ -111,8 +111,8 @@ class Behaviour:
 
 def describe_behaviour(x: Any, walk: Any) -> Any: ...
 
-def replaced_functions() -> Any:
-    """Functions of the user's own that were put in the place of torch's
+def replaced_functions(memo: Any) -> Any:
+    """Functions of the user's own that were put in the place of torch's; in a moment they stay so
 
     Returns:
         dict: name -> function
