@@ -113,14 +113,16 @@ def write_bytes(path, data, overwrite:bool=True): # Path
     return atomic_write(path, lambda file: write(file, data), overwrite)
 
 # %% ../../nbs/files/01_durable.ipynb #b697ac03
-def make_folder(path):
+def make_folder(path, tries:int=9): # tries: how often another process may remove what is empty
     "Make a folder and those above it, durably"
     path = Path(path)
     for new in reversed([folder for folder in (path, *path.parents) if not folder.exists()]):
         try:
             with suppress(FileExistsError): mkdir(new)  # another process was faster
             sync_folder(new.parent)
-        except OSError as error: raise write_error(error, new) from error
+        except OSError as error:
+            if isinstance(error, FileNotFoundError) and tries: return make_folder(path, tries - 1)
+            raise write_error(error, new) from error
     with suppress(FileNotFoundError):  # another process has removed it again
         if not stat.S_ISDIR(os.lstat(path).st_mode) and not path.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, 'it is no folder', str(path))
@@ -134,8 +136,10 @@ def remove_folder(path):
 
 def remove_path(path):
     "Remove a file, or a folder with all that is in it, if it is there"
-    if path.is_dir() and not path.is_symlink(): remove_folder(path)
-    elif os.path.lexists(path): unlink(path)
+    while os.path.lexists(path):
+        with suppress(FileNotFoundError):  # another process removes some of it
+            if path.is_dir() and not path.is_symlink(): remove_folder(path)
+            else: unlink(path)
 
 # %% ../../nbs/files/01_durable.ipynb #3a0d45e5
 def file_digest(path): # 64 hex digits; None where there is no file
@@ -143,10 +147,15 @@ def file_digest(path): # 64 hex digits; None where there is no file
     if not path.is_file(): return None
     with open(path, 'rb') as file: return hashlib.file_digest(file, 'sha256').hexdigest()
 
+def entries(folder): # sorted list of Paths; empty where there is no such folder, or no longer
+    try: return sorted(map(Path(folder).joinpath, os.listdir(folder)))
+    except (FileNotFoundError, NotADirectoryError): return []
+
 def bytes_on_disk(path): # int
     "The size of a file, or of all files in a folder"
-    if path.is_symlink() or not path.is_dir(): return os.lstat(path).st_size
-    return sum(map(bytes_on_disk, path.iterdir()))
+    if path.is_dir() and not path.is_symlink(): return sum(map(bytes_on_disk, entries(path)))
+    try: return os.lstat(path).st_size
+    except FileNotFoundError: return 0  # another process has removed it
 
 # %% ../../nbs/files/01_durable.ipynb #bc21b0c9
 def age(path): # seconds since it was last written to, as far as clocks agree

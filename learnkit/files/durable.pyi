@@ -75,8 +75,12 @@ def write_bytes(path: Any, data: Any, overwrite: bool = True) -> Path:
         Path
     """
 
-def make_folder(path: Any) -> None:
-    """Make a folder and those above it, durably"""
+def make_folder(path: Any, tries: int = 9) -> Any:
+    """Make a folder and those above it, durably
+
+    Returns:
+        tries: how often another process may remove what is empty
+    """
 
 def remove_folder(path: Any) -> None:
     """Remove a folder with all that is in it; what a link points to stays"""
@@ -89,6 +93,11 @@ def file_digest(path: Any) -> Any:
 
     Returns:
         64 hex digits; None where there is no file
+    """
+
+def entries(folder: Any) -> Any:
+    """Returns:
+        sorted list of Paths; empty where there is no such folder, or no longer
     """
 
 def bytes_on_disk(path: Any) -> int:

@@ -6,16 +6,17 @@
 __all__ = ['Garbage']
 
 # %% ../../nbs/files/10_garbage.ipynb #b28e7be3
-import errno
+import errno, os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import chain
+from pathlib import Path
 from fastcore.basics import patch
 from .errors import LockedError
 from .leases import Lease, ended_leases
 from .durable import (
-    bytes_on_disk, is_left_over, remove_path, rmdir, sync_folder, unlink)
+    bytes_on_disk, entries, is_left_over, remove_path, rmdir, sync_folder, unlink)
 from .tensors import max_header_size, widest_first
 from .ids import id_from_file_name
 from .records import referenced_digests
@@ -53,7 +54,7 @@ def unreferenced(self:Store, records): # dict: path of a pack -> set of digests
 
 # %% ../../nbs/files/10_garbage.ipynb #4c0358b9
 def is_save_needed(record:dict, name): # bool
-    "Whether the call that some saves in a work folder belong to is still to be done"
+    "Whether the call that some saves in a work folder belong to, or any, is still to be done"
     answers, calls = record.get('answers', []), record.get('calls', [])
     if name.startswith('answer-'):
         return not any(f'answer-{answer["key"]}'.startswith(name) for answer in answers)
@@ -64,20 +65,20 @@ def is_save_needed(record:dict, name): # bool
 def stale_saves(self:Store, records:dict): # list of Paths
     "Saves of calls that are done, or whose checkpoint is gone"
     stale, folder = [], self.subfolder('work')
-    for path in sorted(folder.iterdir()) if folder.exists() else []:
+    for path in entries(folder):
         if (id := id_from_file_name(path.name)) is None: continue  # not learnkit's
-        record, is_folder = records.get(id), path.is_dir() and not path.is_symlink()
-        inner = sorted(path.iterdir()) if record and is_folder else []
+        record = records.get(id)
+        inner = entries(path) if record and not path.is_symlink() else []
         needed = [saves for saves in inner if is_save_needed(record, saves.name)]
-        stale += [saves for saves in inner if saves not in needed] if needed else [path]
+        is_needed = needed or record and is_save_needed(record, 'any')  # its folder comes next
+        stale += [saves for saves in inner if saves not in needed] if is_needed else [path]
     return stale
 
 # %% ../../nbs/files/10_garbage.ipynb #79a71f04
 @patch
 def stale_answers(self:Store, records:dict): # list of Paths
     "Answers of checkpoints that are gone"
-    folder = self.subfolder('answers')
-    paths = sorted(folder.iterdir()) if folder.exists() else []
+    paths = entries(self.subfolder('answers'))
     return [path for path in paths if (id := id_from_file_name(path.name)) is not None
             and id not in records]
 
@@ -85,10 +86,14 @@ def stale_answers(self:Store, records:dict): # list of Paths
 def left_over_files(self:Store, stale): # list of Paths
     "Temporary files and leases of processes that are no more, but for those in stale folders"
     hidden = chain(self.folder.glob('.*'),
-                   *(self.subfolder(name).rglob('.*') for name in (*SUBFOLDERS, 'locks')))
+                   *(hidden_in(self.subfolder(name)) for name in (*SUBFOLDERS, 'locks')))
     left_over = [path for path in sorted(hidden) if is_left_over(path)
                  and not any(path.is_relative_to(folder) for folder in stale)]
     return left_over + ended_leases(self.subfolder('locks'))
+
+def hidden_in(folder): # list of Paths; while others remove some
+    return [Path(inner)/name for inner, folders, files in os.walk(folder)
+            for name in (*folders, *files) if name[0] == '.']
 
 @patch
 def bytes_of(self:Store, path, digests): # int

@@ -25,10 +25,15 @@ class Garbage:
     def __str__(self) -> str: ...
 
 def is_save_needed(record: dict, name: Any) -> bool:
-    """Whether the call that some saves in a work folder belong to is still to be done
+    """Whether the call that some saves in a work folder belong to, or any, is still to be done
 
     Returns:
         bool
+    """
+
+def hidden_in(folder: Any) -> Any:
+    """Returns:
+        list of Paths; while others remove some
     """
 
 def remove_if_empty(folder: Any) -> None:

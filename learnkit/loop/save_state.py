@@ -16,6 +16,7 @@ from ..base.ranks import is_main
 from ..base.text import as_seconds, caller_stacklevel
 from ..files.errors import UnstorableError
 from ..files.background import SOON, BackgroundWriter
+from ..files.durable import make_folder
 from ..files.sharded import check_seen_by_all
 from ..files.saves import Save, list_saves, next_save_path
 from ..files.tree import check_storable
@@ -62,8 +63,10 @@ class SaveState(Callback):
         learn._origin.begin_fit(learn)
         check_resumable(learn.dls.train)
         folder, point = learn.path/self.saves_to, learn.cbs.inner[ResumePoint]
-        if is_main(): folder.mkdir(parents=True, exist_ok=True)  # an error now, not after an epoch
-        if learn.ranks and is_sharded(learn.model): check_seen_by_all(folder, learn.ranks)
+        in_parts = learn.ranks and is_sharded(learn.model)
+        # An error now, not after an epoch; a record has written beside it already
+        if is_main() and (in_parts or point.store is None): make_folder(folder)
+        if in_parts: check_seen_by_all(folder, learn.ranks)
         check_storable({'learner': map_tensors(local_part, live_state(learn))})
         self._is_first, self._time_was_up = point.saved is None, False
         self._is_checked, self._to_record = False, point.autosave is not None

@@ -258,7 +258,8 @@ def test_a_killed_run_goes_on_without_a_step_twice_or_a_gap(at, saves):
     def kill(learn):
         if learn.steps_done == at: os._exit(9)
     def run(*cbs, **kwargs):
-        made().fit(3, cbs=[SaveState('run', saves), CSVLogger(every=3), *cbs], **kwargs)
+        save = SaveState('run', saves, background=False)  # what is there at the kill is known
+        made().fit(3, cbs=[save, CSVLogger(every=3), *cbs], **kwargs)
     code = in_child(lambda: run(Callback(at_rest=kill, order=98, observer=True)))
     assert code == 9
     run(resume='latest')
@@ -349,7 +350,7 @@ def test_a_run_knows_its_checkpoint_and_where_it_comes_from(tmp_path):
 @pytest.mark.parametrize('at', [3, 8, 12])
 def test_a_call_killed_in_a_block_goes_on_as_the_same_run(at, tmp_path):
     def run(*cbs):
-        learn = made(Recorded, name='run', root='ckpts', save_every='2 steps',
+        learn = made(Recorded, name='run', root='ckpts', save_every='2 steps', background=False,
                      cbs=[CSVLogger(every=3), *cbs])
         with learn.checkpoint(1) as cp: cp.fit(3)
     def kill(learn):
@@ -594,7 +595,8 @@ def test_methods_that_log_are_replayed_too(tmp_path):
 @pytest.mark.parametrize('at', [3, 8, 11])
 def test_what_was_logged_before_a_kill_is_told_once_by_all(at, tmp_path):
     def run(*cbs):
-        learn = made(Recorded, name='run', root='ckpts', save_every='2 steps', cbs=[Logs(), *cbs])
+        learn = made(Recorded, name='run', root='ckpts', save_every='2 steps', background=False,
+                     cbs=[Logs(), *cbs])
         with learn.checkpoint(1) as cp: cp.fit(2)
     def kill(learn):
         if learn.steps_done == at: os._exit(9)

@@ -63,7 +63,8 @@ def test_a_killed_run_goes_on_without_a_step_twice_or_a_gap(at, saves):
         if learn.steps_done == at: os._exit(9)
     def run(*cbs, **kwargs):
         learn = made()
-        learn.fit(3, cbs=[SaveState('run', saves), TensorBoardLogger(every=2), *cbs], **kwargs)
+        save = SaveState('run', saves, background=False)  # what is there at the kill is known
+        learn.fit(3, cbs=[save, TensorBoardLogger(every=2), *cbs], **kwargs)
         return learn
     assert in_child(lambda: run(Callback(at_rest=kill, order=98, observer=True))) == 9
     has_save = any(Path('run').glob('save*'))
@@ -102,7 +103,8 @@ def test_what_a_killed_run_had_logged_is_there_after_it_went_on(at):
     def kill(learn):
         if learn.steps_done == at: os._exit(9)
     def run(*cbs):
-        made().fit(2, cbs=[SaveState('run', '5 steps'), TensorBoardLogger(every=2),
+        save = SaveState('run', '5 steps', background=False)
+        made().fit(2, cbs=[save, TensorBoardLogger(every=2),
                            Callback(after_step=log, observer=True), *cbs], resume='latest')
     assert in_child(lambda: run(Callback(at_rest=kill, order=98, observer=True))) == 9
     run()
