@@ -386,14 +386,15 @@ def test_beside_a_writer_and_a_gc(tmp_path):
             except Exception as error: errors.append(error)
     threads = [threading.Thread(target=moving), threading.Thread(target=clearing)]
     for thread in threads: thread.start()
-    for n in range(8):
-        learn.rollback()
-        with learn.checkpoint(n) as cp:
-            cp.fit(1, lr=0.1 * (n + 1))
-            cp.fit(1)
-            cp.validate()
-        if n % 3 == 2: learn.delete_checkpoint(n)
-    ended.set()
+    try:
+        for n in range(8):
+            learn.rollback()
+            with learn.checkpoint(n) as cp:
+                cp.fit(1, lr=0.1 * (n + 1))
+                cp.fit(1)
+                cp.validate()
+            if n % 3 == 2: learn.delete_checkpoint(n)
+    finally: ended.set()
     for thread in threads: thread.join()
     assert not errors, errors
     push_run(store, Remote(url))
