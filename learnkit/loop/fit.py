@@ -25,6 +25,7 @@ from .progress import show_message
 from .provenance import note_changes
 from .resume import (
     ResumePoint, describe_call, find_saved, is_saved, noted_provenance, store_of, take_over)
+from .save_state import finish_saves
 from .state import live_state, on_host
 
 # %% ../../nbs/loop/11_fit.ipynb #d54a3329
@@ -152,6 +153,7 @@ def _run_fit(self:Learner):
         if is_main(): warn_interrupted(self)
     finally:
         self.phase = fit.call = self.cbs.inner[ResumePoint].saved = None
+        finish_saves(self)
         if not (has_failed and self.ranks): note_changes(self)  # others may not have failed
 
 def warn_interrupted(learn):

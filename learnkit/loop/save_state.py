@@ -56,6 +56,7 @@ class SaveState(Callback):
             raise ValueError(f'SaveState(keep={keep!r}): at least one save has to remain')
         self.saves_to, self.keep, self.every = path, keep, as_period(every)
         self.background, self.writer = background, BackgroundWriter()
+        self._to_record = False  # whether what comes of the fit is recorded
 
     def settings(self): return None  # how often is saved does not matter for what is computed
 
@@ -114,9 +115,7 @@ def save(self:SaveState, learn, tree):
     save.make_ready(self.writer.copies if is_copied else None)
     if is_copied: self.writer.write(partial(self.write, save), self.patience(learn))
     else: self.write(save)
-    if learn.levels or self._to_record: return
-    self.writer.finish()
-    self.writer = BackgroundWriter()  # lets go of the copy
+    if not learn.levels: self.finish()
 
 @patch
 def write(self:SaveState, save):
@@ -135,6 +134,19 @@ def ends_soon(learn): # bool
     if learn.levels != ['fit']: return False
     fit = learn._fit
     return fit.is_over or fit.n_steps is None and fit.epoch + 1 == fit.n_epoch
+
+# %% ../../nbs/loop/09_save_state.ipynb #6d7d0f67
+@patch
+def finish(self:SaveState):
+    "Wait until all is written, but for what a record may make unneeded; an error is raised here"
+    if self._to_record: return
+    self.writer.finish()
+    self.writer = BackgroundWriter()  # lets go of the copy
+
+def finish_saves(learn):
+    "A fit is over, whoever may have ended it: wait until what it saves is written"
+    for cb in learn.cbs:
+        if isinstance(cb, SaveState): cb.finish()
 
 # %% ../../nbs/loop/09_save_state.ipynb #54784e70
 @patch

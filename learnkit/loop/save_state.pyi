@@ -60,6 +60,8 @@ class SaveState(Callback):
         Returns:
             seconds
         """
+    def finish(self) -> None:
+        """Wait until all is written, but for what a record may make unneeded; an error is raised here"""
     def is_time_to_save(self, learn: Learner) -> bool:
         """Whether it is time for a save
 
@@ -75,6 +77,9 @@ def ends_soon(learn: Learner) -> bool:
     Returns:
         bool
     """
+
+def finish_saves(learn: Learner) -> None:
+    """A fit is over, whoever may have ended it: wait until what it saves is written"""
 
 def progress_by_unit(learn: Learner) -> Any:
     """How far a learner is, in each unit

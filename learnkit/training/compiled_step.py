@@ -6,15 +6,15 @@
 __all__ = []
 
 # %% ../../nbs/training/15_compiled_step.ipynb #5ba8c252
-import builtins, copy, inspect
+import builtins, copy, inspect, re
 from contextlib import nullcontext
 from operator import is_
 from types import FunctionType
 from typing import NamedTuple
 import torch
 from fastcore.basics import patch
-from torch import nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from ..base.batches import detach, map_tensors
 from ..base.compiled import uncompiled
 from ..components.callback import Callback
@@ -114,14 +114,24 @@ def fixed_settings(opt): # list of what must be as it was in all steps that a gr
 def trainable(opt): # list of parameters
     return [p for group in opt.param_groups for p in group['params'] if p.requires_grad]
 
-# %% ../../nbs/training/15_compiled_step.ipynb #abebff32
-def divisor_of(loss_func): # function of prediction and targets; None: the number of samples
-    "What the mean of a loss divides by, where that depends on the targets"
-    if loss_func in (F.cross_entropy, F.nll_loss): return divisor
-    if type(loss_func) not in (nn.CrossEntropyLoss, nn.NLLLoss): return None
-    return lambda pred, targ: divisor(pred, targ, loss_func.weight, None, loss_func.ignore_index,
-                                      None, loss_func.reduction)
+# %% ../../nbs/training/15_compiled_step.ipynb #685ee5ff
+class Divisors(TorchFunctionMode):
+    "Hears what the cross entropies in its block divide by, in a way that can be compiled"
+    def __init__(self):
+        super().__init__()
+        self.found = []
 
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in (F.cross_entropy, F.nll_loss): self.found.append(divisor(*args, **kwargs))
+        return func(*args, **kwargs)
+
+    def take(self): # 0-d tensor; None: the mean is over the samples
+        found = list(self.found)
+        self.found.clear()
+        return found[0] if len(found) == 1 else None
+
+# %% ../../nbs/training/15_compiled_step.ipynb #abebff32
 def on_its_own(function): # function that reads no globals
     "The same function, of whose graphs torch keeps count apart from those of its like"
     own = {'__builtins__': builtins}  # torch writes into it, and takes that back
@@ -142,7 +152,7 @@ class StepGraph:
     def __init__(self, learn, with_update, kwargs):
         self.model, self.loss_func, opt = uncompiled(learn.model), learn.loss_func, learn.opt
         self.params, self.made_of = trainable(opt), what_it_is_made_of(learn)
-        self.by_name, self.divisor = are_by_name(self.model, learn.xb), divisor_of(learn.loss_func)
+        self.by_name, self.divisors = are_by_name(self.model, learn.xb), Divisors()
         self.clip = one_of(learn, GradientClip) if with_update else None
         self.settings = self.settings_of(opt)
         self.twin, self.grads = None, None
@@ -162,9 +172,10 @@ class StepGraph:
 def loss_of(self:StepGraph, xb, yb): # (prediction, loss, divisor or None)
     pred = self.model(**xb[0]) if self.by_name else self.model(*xb)
     if self.half_on: pred = as_float32(pred)
-    loss = loss_of(pred) if self.loss_func is None else self.loss_func(pred, *yb)
-    weight = None if self.divisor is None else self.divisor(pred, *yb)
-    return pred, as_float32(loss) if self.half_on else loss, weight
+    if self.loss_func is None: loss = loss_of(pred)
+    else:
+        with self.divisors: loss = self.loss_func(pred, *yb)
+    return pred, as_float32(loss) if self.half_on else loss, self.divisors.take()
 
 @patch
 def make_gradients(self:StepGraph, xb, yb): # Made
@@ -205,9 +216,9 @@ def settings_of(self:StepGraph, opt): # list
 @patch
 def serves(self:StepGraph, learn): # bool
     "Whether nothing that a graph is made of has changed, and the same parameters learn"
-    made_of, opt = what_it_is_made_of(learn), learn.opt
+    made_of, opt, params = what_it_is_made_of(learn), learn.opt, trainable(learn.opt)
     return (all(map(is_, made_of, self.made_of)) and self.settings_of(opt) == self.settings
-            and len(trainable(opt)) == len(self.params))
+            and len(params) == len(self.params) and all(map(is_, params, self.params)))
 
 # %% ../../nbs/training/15_compiled_step.ipynb #940fd19d
 TRACING = {'trace_autograd_ops': True} # of torch._dynamo: without it gradients are in no graph
@@ -219,11 +230,19 @@ def __call__(self:StepGraph, learn): # Made
         for p, grad in zip(self.params, self.grads, strict=True): p.grad = grad
         for group, tensors in zip(learn.opt.param_groups, self.twin.param_groups, strict=True):
             self.write_rates(group, tensors)
+    try: return self.run(learn.xb, learn.yb)
+    except BaseException:
+        if self.twin is not None:
+            for p in self.params: p.grad = None  # nothing was written into it
+        raise
+
+@patch
+def run(self:StepGraph, xb, yb): # Made
     try:
-        if self.is_compiled: return self.function(learn.xb, learn.yb)
+        if self.is_compiled: return self.function(xb, yb)
     except Exception as error:
         if not is_compilers(error): raise  # else more has changed than values
-    with torch._dynamo.config.patch(**TRACING): made = self.function(learn.xb, learn.yb)
+    with torch._dynamo.config.patch(**TRACING): made = self.function(xb, yb)
     self.is_compiled = True
     return made
 
@@ -234,9 +253,13 @@ def write_rates(self:StepGraph, group, tensors): # groups of the optimizer and o
         fill(tensors[name], group[name])
         self.rates[id(tensors), name] = group[name]
 
+def changes_too_often(error): # bool
+    "Whether torch has made so many graphs of the same code that it makes no more"
+    return isinstance(error, torch._dynamo.exc.FailOnRecompileLimitHit)
+
 def is_compilers(error): # bool
     "Whether an exception says that something cannot be compiled"
-    return isinstance(error, torch._dynamo.exc.TorchDynamoException)
+    return isinstance(error, torch._dynamo.exc.TorchDynamoException) or changes_too_often(error)
 
 # %% ../../nbs/training/15_compiled_step.ipynb #7110a38a
 def reuses_memory(mode=None, options=None, **kwargs): # bool
@@ -253,7 +276,7 @@ class CompiledStep(Callback):
     def __init__(self, **kwargs): # of `torch.compile`
         self.kwargs, self.reuses_memory = {'dynamic': False, **kwargs}, reuses_memory(**kwargs)
         self.graph, self.graphs, self.told = None, {}, set()
-        self.in_graphs = []  # callbacks that are part of them
+        self.in_graphs = []  # callbacks that are part of them, and of what kind the weights are
         self.before_fit(None)
 
     def __getstate__(self): # graphs belong to this process, and to the learner of which they are
@@ -297,8 +320,9 @@ def in_graph(self:CompiledStep, learn): # Made; None: the step is made as ever
     if without: self.tell(learn, GRADIENTS_ALONE, f'{without[0]} has got no gradient so far')
     try: made = self.graph(learn)
     except Exception as error:
-        if self.graph.is_compiled or not is_compilers(error): raise
-        self.leave_out(learn, first_line(error))
+        if not is_compilers(error): raise
+        if changes_too_often(error): self.with_update = False  # nor would the gradients stay
+        self.leave_out(learn, compilers_text(error))
         return self.in_graph(learn)
     if self.reuses_memory: made = Made(*map_tensors(torch.clone, tuple(made)))
     if clip := self.graph.clip: clip.norms, clip.is_made = {'grad_norm': made.norm}, True
@@ -308,8 +332,9 @@ def in_graph(self:CompiledStep, learn): # Made; None: the step is made as ever
 def examine(self:CompiledStep, learn):
     "Find out what can be in a graph, and say what cannot"
     self.bound, self.reason = learn._cbs.bound, None
-    callbacks = [one_of(learn, cls) for cls in (GradientClip, MixedPrecision)]
-    if callbacks != self.in_graphs: self.graphs, self.in_graphs = {}, callbacks
+    in_graphs = [*(one_of(learn, cls) for cls in (GradientClip, MixedPrecision)),
+                 *((p.dtype, p.device) for p in opt_params(learn.opt))]
+    if in_graphs != self.in_graphs: self.graphs, self.in_graphs = {}, in_graphs
     why = why_no_gradients(learn)
     self.with_update = why is None
     if why := why or why_no_update(learn): self.leave_out(learn, why)
@@ -353,5 +378,10 @@ def parameters_without_state(learn): # list of names
     return [names.get(id(p), 'a parameter') for p in opt_params(learn.opt)
             if p.requires_grad and p not in learn.opt.state]
 
-def first_line(error): # str
-    return str(error).strip().partition('\n')[0]
+def compilers_text(error): # str
+    text = str(error).strip()
+    cause = re.search(': got (.*)', text)  # of what fails when it is traced
+    if not changes_too_often(error): return cause[1] if cause else text.partition('\n')[0]
+    return ('a number or text in the model, the loss or the batches changes too often, and each '
+            'value needs a graph of its own; TORCH_LOGS=recompiles shows which, a tensor can stand '
+            'for it')

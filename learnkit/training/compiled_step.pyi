@@ -3,6 +3,7 @@
 # pyright: reportPrivateImportUsage=false
 """Forward pass, loss, gradients, bounds and update, compiled together"""
 import torch
+from torch.overrides import TorchFunctionMode
 from typing import Any, NamedTuple
 from ..components.callback import Callback
 from ..loop.learner import Learner
@@ -67,12 +68,21 @@ def trainable(opt: Any) -> Any:
         list of parameters
     """
 
-def divisor_of(loss_func: Any) -> Any:
-    """What the mean of a loss divides by, where that depends on the targets
-
-    Returns:
-        function of prediction and targets; None: the number of samples
-    """
+class Divisors(TorchFunctionMode):
+    """Hears what the cross entropies in its block divide by, in a way that can be compiled"""
+    found: list[Any]
+    def __init__(self) -> None: ...
+    def __torch_function__(
+            self,
+            func: Any,
+            types: Any,
+            args: Any = (),
+            kwargs: Any = None,
+    ) -> Any: ...
+    def take(self) -> Any:
+        """Returns:
+            0-d tensor; None: the mean is over the samples
+        """
 
 def on_its_own(function: Any) -> Any:
     """The same function, of whose graphs torch keeps count apart from those of its like
@@ -99,7 +109,7 @@ class StepGraph:
     params: Any
     made_of: Any
     by_name: Any
-    divisor: Any
+    divisors: Divisors
     clip: Any
     settings: Any
     twin: Any
@@ -149,6 +159,10 @@ class StepGraph:
         Returns:
             Made
         """
+    def run(self, xb: Any, yb: Any) -> Made:
+        """Returns:
+            Made
+        """
     def write_rates(self, group: Any, tensors: Any) -> Any:
         """Returns:
             groups of the optimizer and of its twin
@@ -164,6 +178,13 @@ def what_it_is_made_of(learn: Learner) -> Any:
         tuple of objects
     """
 TRACING: dict[str, Any]
+
+def changes_too_often(error: Any) -> bool:
+    """Whether torch has made so many graphs of the same code that it makes no more
+
+    Returns:
+        bool
+    """
 
 def is_compilers(error: Any) -> bool:
     """Whether an exception says that something cannot be compiled
@@ -239,7 +260,7 @@ def parameters_without_state(learn: Learner) -> Any:
         list of names
     """
 
-def first_line(error: Any) -> str:
+def compilers_text(error: Any) -> str:
     """Returns:
         str
     """

@@ -533,6 +533,36 @@ def test_max_time_ends_the_fit_and_the_next_one_goes_on_exactly(tmp_path):
     assert len(pieces) > 1 and 'valid_loss' in pieces[0].recorder.rows[-1]
     assert outcome(pieces[-1]) == whole
 
+def writers(): return [one for one in threading.enumerate() if one.name == 'learnkit-writer']
+
+@pytest.mark.parametrize('stop', [3, 6, 18])
+def test_when_time_is_up_the_fit_returns_with_its_save_written(tmp_path, stop, monkeypatch):
+    def clock(learn):
+        if learn.updates == stop: learn.time_is_up = True
+    def stopped(folder):
+        return train(cbs=[SaveState('run'), On(order=-300, at_rest=clock)], path=tmp_path / folder,
+                     max_time=1000)
+    stopped('a')
+    assert writers() == [] and list_saves(tmp_path / 'a' / 'run')
+    assert load_tree(list_saves(tmp_path / 'a' / 'run')[0])['learner']['fit']['updates'] == stop
+    def full(self, keep): raise OSError('the disk is full')
+    monkeypatch.setattr('learnkit.files.saves.Save.write', full)
+    with pytest.raises(OSError, match='the disk is full'): stopped('b')
+
+@pytest.mark.parametrize('event', ['after_fit', 'cleanup_fit', 'at_rest'])
+def test_nothing_is_written_after_a_fit_that_fails_at_its_end(tmp_path, event, monkeypatch):
+    "What waits for the end of the fit is written although that does not come"
+    seconds = iter(range(0, 10**6, 60))
+    def go(learn):
+        if event == 'at_rest' and learn.levels: return
+        raise ZeroDivisionError
+    # each rest is a minute after the one before, so that the last epoch has a save of its own
+    clock = On(order=-1, at_rest=lambda learn: setattr(learn._fit, 'seconds', next(seconds)))
+    with pytest.raises(ZeroDivisionError):
+        train(cbs=[SaveState('run'), clock, On(**{event: go})], path=tmp_path)
+    assert writers() == []
+    assert load_tree(list_saves(tmp_path / 'run')[0])['learner']['fit']['updates'] == 18
+
 
 # -- Kills and signals: the training runs in a forked process, so that it can die
 

@@ -278,3 +278,84 @@ def test_shapes_that_differ():
 
 class Mean(nn.Module):
     def forward(self, x): return x.mean(1)
+
+
+@pytest.fixture
+def filled():
+    "Memory that nobody has written to holds NaN"
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+class Branches(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.both = nn.Linear(6, 3), nn.Linear(6, 3), True
+    def forward(self, x): return self.first(x) + self.second(x) if self.both else self.first(x)
+
+class Breaks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 3)
+    def forward(self, x):
+        torch._dynamo.graph_break()
+        return self.layer(x)
+
+def test_what_cannot_be_compiled_leaves_no_gradients(filled):
+    ours, plain = fit_both(model=Breaks)
+    assert level(ours) == 'model'
+    check_equal(ours, plain)
+
+def test_a_parameter_that_is_used_no_more_and_again(filled):
+    ours, plain = fit_both(model=Branches)
+    for both, wanted in ((False, 'gradients'), (True, 'update')):
+        for learn in (ours, plain):
+            learn.model.both = both
+            with learn.no_logging(): learn.fit(1)
+        assert level(ours) == wanted
+        check_equal(ours, plain)
+
+def test_other_layers_learn_as_many_as_before():
+    learns = make(model=Branches), make(compiled=False, model=Branches)
+    for learns_first in (True, False):
+        for learn in learns:
+            for p in learn.model.first.parameters(): p.requires_grad_(learns_first)
+            for p in learn.model.second.parameters(): p.requires_grad_(not learns_first)
+            with learn.no_logging(): learn.fit(2)
+    assert level(learns[0]) == 'update'
+    check_equal(*learns)
+
+def test_weights_of_another_kind():
+    as_double = Callback(before_batch=lambda learn: setattr(learn, 'xb', (learn.xb[0].double(),)))
+    learns = fit_both(opt_func=SGD)
+    for learn in learns:
+        learn.model.double()
+        with learn.no_logging(): learn.fit(1, cbs=as_double)
+    assert level(learns[0]) == 'update'
+    check_equal(*learns)
+
+def without_zeros(pred, targ): return nn.functional.cross_entropy(pred, targ, ignore_index=0)
+
+def weighted(pred, targ):
+    return nn.functional.nll_loss(pred.log_softmax(-1), targ, torch.tensor([1., 2., 3.]))
+
+@pytest.mark.parametrize('loss', [
+    without_zeros, weighted, partial(nn.functional.cross_entropy, ignore_index=0),
+    nn.CrossEntropyLoss(torch.tensor([1., 2., 3.]), label_smoothing=.1)])
+def test_a_loss_of_ones_own_that_counts_its_targets(loss):
+    ours, plain = fit_both(loss=loss)
+    assert level(ours) == 'update'
+    check_equal(ours, plain)
+
+class Fading(nn.CrossEntropyLoss):
+    share = 1.
+    def forward(self, pred, targ): return self.share * super().forward(pred, targ)
+
+def test_a_number_that_changes_more_often_than_there_may_be_graphs():
+    def fade(learn): learn.loss_func.share = 1 / (1 + learn.epochs_done)
+    learns = make(loss=Fading()), make(compiled=False, loss=Fading())
+    for learn in learns:
+        with learn.no_logging():
+            learn.fit(torch._dynamo.config.recompile_limit + 3, cbs=Callback(before_epoch=fade))
+    assert level(learns[0]) == 'model'
+    check_equal(*learns)
