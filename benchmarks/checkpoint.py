@@ -7,7 +7,7 @@ import numpy as np
 from common import ratio, report, torch
 from loop import mnist_cnn
 from learnkit import *
-from learnkit.loop import observed, resume
+from learnkit.loop import observed
 from learnkit.checkpoints.learner import CheckpointedLearner
 from learnkit.files.store import Store
 from torch import nn
@@ -133,7 +133,7 @@ def quiet(cls, folder, data, bs, model, **kwargs):
     return learn
 
 def in_block(make, folder): # (seconds around the fit, processor seconds of the fit)
-    learn, n_epoch = make(Timed, folder, name='run', root=folder)
+    learn, n_epoch = make(Timed, folder, name='run', root=folder, background=False)
     start = clocks()
     with learn.checkpoint(1) as cp: cp.fit(n_epoch)
     return passed(start)[0] - learn.inside[0], learn.inside[1]
@@ -141,7 +141,7 @@ def in_block(make, folder): # (seconds around the fit, processor seconds of the 
 def alone(make, folder):
     learn, n_epoch = make(Learner, folder)
     start = clocks()
-    learn.fit(n_epoch, cbs=SaveState('saves'))
+    learn.fit(n_epoch, cbs=SaveState('saves', background=False))
     return 0., passed(start)[1]
 
 def alone_again(make, folder):
@@ -160,8 +160,9 @@ def commit(make, folder):
         return passed(start)
 
 class Saving:
-    "Notes the processor seconds of saves, which both fits make alike"
-    def __init__(self): self.seconds, self.save = 0., resume.save_next
+    "Notes the processor seconds of saves, which both fits make alike, and wait for"
+    def __init__(self): self.seconds, self.save = 0., SaveState.save
+    def __get__(self, callback, cls=None): return partial(self, callback)
     def __call__(self, *args, **kwargs):
         start = clocks()
         try: return self.save(*args, **kwargs)
@@ -170,7 +171,7 @@ class Saving:
 def overhead(make, rounds): # dict: name -> (seconds around the fit, processor seconds of the fit)
     "The least of a fit in a block, of one that saves as often, and of one commit, in turn"
     seconds = {}
-    saving = resume.save_next = Saving()
+    saving = SaveState.save = Saving()
     for i in range(rounds + 1):
         for contestant in random.Random(i).sample((in_block, alone, alone_again, commit), 4):
             with tempfile.TemporaryDirectory() as folder:
@@ -178,7 +179,7 @@ def overhead(make, rounds): # dict: name -> (seconds around the fit, processor s
                 saving.seconds = 0.
                 around, fit = contestant(make, Path(folder))
             if i: seconds.setdefault(contestant.__name__, []).append((around, fit - saving.seconds))
-    resume.save_next = saving.save
+    SaveState.save = saving.save
     # The least of all rounds: what else the machine does only adds
     return {name: [min(column) for column in zip(*rows, strict=True)]
             for name, rows in seconds.items()}

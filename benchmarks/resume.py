@@ -6,7 +6,7 @@ from unittest import mock
 from common import interleaved, ratio, report, torch
 from torch import nn
 from learnkit import DataLoaders, Learner, Progress, SaveState, set_seed
-from learnkit.loop import fit, observed, resume, state
+from learnkit.loop import fit, observed, save_state, state
 
 N_EPOCH = 4
 
@@ -47,7 +47,7 @@ def unobserved():
         yield
 
 # Where a fit asks for it -> what stands for an answer
-OBSERVING = {(state, 'observed_state'): {}, (resume, 'observed_state'): {},
+OBSERVING = {(state, 'observed_state'): {}, (save_state, 'observed_state'): {},
              (fit, 'noted_provenance'): None, (fit, 'note_changes'): None,
              (observed.Baseline, 'add'): None, (observed.Origin, 'begin_fit'): None}
 
