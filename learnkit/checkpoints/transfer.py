@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from fastcore.basics import patch
 from ..base.text import size_text
+from ..files.durable import entries
 from ..files.errors import DamagedError, LockedError
 from ..files.tree import FORMAT, json_digest
 from ..files.ids import file_name, id_from_file_name, id_text, sort_ids
@@ -145,11 +146,10 @@ def fits_in(names): # sorted list of those that are the folders of fits inside o
 def push_saves(store, remote, record, ours, found, sent):
     "Send the newest saves of what runs, and remove those of what is done"
     folder = store.work(record['id'])
-    here = [each.name for each in sorted(folder.iterdir())] if folder.is_dir() else []
-    for name in here:
+    for name in (each.name for each in entries(folder)):  # others may remove some meanwhile
         target = saves_folder(ours, name)
         if not target or not is_save_needed(record, name): continue
-        for inner in ('', *fits_in(each.name for each in (folder/name).iterdir())):
+        for inner in ('', *fits_in(each.name for each in entries(folder/name))):
             with suppress(FileNotFoundError):  # a newer one has just taken its place: it comes next
                 place = f'{target}/{inner}'.rstrip('/')
                 n = store.send_save(remote, folder/name/inner, place, sent)

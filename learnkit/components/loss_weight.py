@@ -73,26 +73,37 @@ def reduction_of_call(func, args, kwargs): # Reduction, or None
     if place is None: return None
     return Reduction(args[place] if len(args) > place else kwargs.get('reduction', 'mean'))
 
-class LossCalls(TorchFunctionMode):
+# %% ../../nbs/components/03_loss_weight.ipynb #48a48de9
+class Divisors(TorchFunctionMode):
+    "Hears what the cross entropies in its block divide by, in a way that can be compiled"
+    def __init__(self):
+        super().__init__()
+        self.divisors = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        given = func(*args, **(kwargs or {}))
+        if func in (F.cross_entropy, F.nll_loss):
+            self.divisors.append(divisor(*args, **(kwargs or {})))
+        return given
+
+    def divisor(self): # 0-d tensor, or None
+        "What the cross entropy has divided by, if there was one"
+        return self.divisors[0] if len(self.divisors) == 1 else None
+
+class LossCalls(Divisors):
     "Hears the losses of torch that are computed in its block"
     def __init__(self):
         super().__init__()
-        self.divisors, self.reductions = [], []  # of cross entropies; (what a loss gave, how)
+        self.reductions = []  # (what a loss gave, how)
 
     def __enter__(self):
         self.divisors, self.reductions = [], []
         return super().__enter__()
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        given = func(*args, **kwargs)
-        if how := reduction_of_call(func, args, kwargs): self.reductions.append((given, how))
-        if func in (F.cross_entropy, F.nll_loss): self.divisors.append(divisor(*args, **kwargs))
+        given = super().__torch_function__(func, types, args, kwargs)
+        if how := reduction_of_call(func, args, kwargs or {}): self.reductions.append((given, how))
         return given
-
-    def divisor(self): # 0-d tensor, or None
-        "What the cross entropy has divided by, if there was one"
-        return self.divisors[0] if len(self.divisors) == 1 else None
 
 # %% ../../nbs/components/03_loss_weight.ipynb #1827bea2
 def reduction_in_graph(loss): # Reduction, or None: it does not tell

@@ -59,12 +59,10 @@ def reduction_of_call(func: Any, args: Any, kwargs: Any) -> Reduction | None:
         Reduction, or None
     """
 
-class LossCalls(TorchFunctionMode):
-    """Hears the losses of torch that are computed in its block"""
+class Divisors(TorchFunctionMode):
+    """Hears what the cross entropies in its block divide by, in a way that can be compiled"""
     divisors: list[Any]
-    reductions: list[Any]
     def __init__(self) -> None: ...
-    def __enter__(self) -> Any: ...
     def __torch_function__(
             self,
             func: Any,
@@ -78,6 +76,19 @@ class LossCalls(TorchFunctionMode):
         Returns:
             0-d tensor, or None
         """
+
+class LossCalls(Divisors):
+    """Hears the losses of torch that are computed in its block"""
+    reductions: list[Any]
+    def __init__(self) -> None: ...
+    def __enter__(self) -> Any: ...
+    def __torch_function__(
+            self,
+            func: Any,
+            types: Any,
+            args: Any = (),
+            kwargs: Any = None,
+    ) -> Any: ...
 
 def reduction_in_graph(loss: Any) -> Any:
     """How the function of torch that a loss comes from has reduced it

@@ -340,6 +340,10 @@ def opt_params(opt:torch.optim.Optimizer): # iterator of parameters
     "All parameters of an optimizer"
     return (param for group in opt.param_groups for param in group['params'])
 
+def trainable_params(opt:torch.optim.Optimizer): # list of parameters
+    "Those that learn"
+    return [param for param in opt_params(opt) if param.requires_grad]
+
 # %% ../../nbs/components/02_optim.ipynb #843fbd25
 def param_names(opt:torch.optim.Optimizer, names): # list of lists of str
     "What its parameters are called, by group; `names`: id of a parameter -> name"

@@ -259,6 +259,13 @@ def opt_params(opt: torch.optim.Optimizer) -> Any:
         iterator of parameters
     """
 
+def trainable_params(opt: torch.optim.Optimizer) -> Any:
+    """Those that learn
+
+    Returns:
+        list of parameters
+    """
+
 def param_names(opt: torch.optim.Optimizer, names: Any) -> Any:
     """What its parameters are called, by group; `names`: id of a parameter -> name
 

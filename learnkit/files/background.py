@@ -25,16 +25,16 @@ class HostCopies:
 
     def of(self, tensors): # list of contiguous tensors on the cpu, once `wait` has returned
         "Copy tensors over those that were copied before"
-        places, end = {}, 0  # tied weights are copied once
-        for t in tensors:
-            if (key := memory_key(t)) in places: continue
+        keys, places, end = [*map(memory_key, tensors)], {}, 0  # tied weights are copied once
+        for key, t in zip(keys, tensors, strict=True):
+            if key in places: continue
             places[key] = end, t
             end += -(-t.nbytes // ALIGNMENT) * ALIGNMENT
         self.make_room(end, any(t.is_cuda for t in tensors))
         copies = {key: self.copy(t, start) for key, (start, t) in places.items()}
         devices = {t.device for t in tensors if t.is_cuda}
         self.copied = [torch.cuda.current_stream(device).record_event() for device in devices]
-        return [copies[memory_key(t)] for t in tensors]
+        return [copies[key] for key in keys]
 
     def wait(self):
         "Wait until everything is copied"

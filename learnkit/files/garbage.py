@@ -54,12 +54,15 @@ def unreferenced(self:Store, records): # dict: path of a pack -> set of digests
 
 # %% ../../nbs/files/10_garbage.ipynb #4c0358b9
 def is_save_needed(record:dict, name): # bool
-    "Whether the call that some saves in a work folder belong to, or any, is still to be done"
+    "Whether the call that some saves in a work folder belong to is still to be done"
     answers, calls = record.get('answers', []), record.get('calls', [])
     if name.startswith('answer-'):
         return not any(f'answer-{answer["key"]}'.startswith(name) for answer in answers)
     if name.isdecimal(): calls = calls[int(name):][:1]
-    return any(call.get('status') == 'running' for call in [*calls, *answers])
+    return is_any_running([*calls, *answers])
+
+def is_any_running(calls): # bool
+    return any(call.get('status') == 'running' for call in calls)
 
 @patch
 def stale_saves(self:Store, records:dict): # list of Paths
@@ -70,7 +73,9 @@ def stale_saves(self:Store, records:dict): # list of Paths
         record = records.get(id)
         inner = entries(path) if record and not path.is_symlink() else []
         needed = [saves for saves in inner if is_save_needed(record, saves.name)]
-        is_needed = needed or record and is_save_needed(record, 'any')  # its folder comes next
+        # The folder of a call that has just begun comes next
+        calls = [*record.get('calls', []), *record.get('answers', [])] if record else []
+        is_needed = needed or is_any_running(calls)
         stale += [saves for saves in inner if saves not in needed] if is_needed else [path]
     return stale
 

@@ -25,9 +25,14 @@ class Garbage:
     def __str__(self) -> str: ...
 
 def is_save_needed(record: dict, name: Any) -> bool:
-    """Whether the call that some saves in a work folder belong to, or any, is still to be done
+    """Whether the call that some saves in a work folder belong to is still to be done
 
     Returns:
+        bool
+    """
+
+def is_any_running(calls: Any) -> bool:
+    """Returns:
         bool
     """
 

@@ -10,7 +10,7 @@ import json, os, re
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
-from .durable import fsync, write_bytes, write_error
+from .durable import fsync, write, write_bytes, write_error
 from .errors import DamagedError
 from .leases import Lease
 from .regular import open_regular
@@ -80,7 +80,7 @@ class Journal:
             self.lease.check()
             file.truncate(end_of_lines(file))
             file.seek(0, os.SEEK_END)
-            while data: data = data[file.write(data):]
+            write(file, data)
             fsync(file.fileno())
 
 # %% ../../nbs/files/14_journal.ipynb #103103a2
@@ -99,8 +99,8 @@ def keep_sound_lines(path): # int, how many were kept
     "Set a damaged journal aside, and write its lines up to the damage anew"
     journal = Journal(path)
     with journal.lease.held():
-        lines = whole_lines(path.read_bytes())
+        lines = whole_lines(data := path.read_bytes())
         entries, _ = entries_of(lines)
-        write_bytes(path.with_name(f'{path.name}.damaged'), path.read_bytes())
+        write_bytes(path.with_name(f'{path.name}.damaged'), data)
         write_bytes(path, b''.join(line + b'\n' for line in lines[:len(entries)]))
     return len(entries)

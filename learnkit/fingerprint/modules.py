@@ -165,11 +165,11 @@ def describe_behaviour(x, walk):
 
 def replaced_functions(memo): # dict: name -> function
     "Functions of the user's own that were put in the place of torch's; in a moment they stay so"
-    then, found = memo.get('replaced', (None, None))
-    if found is not None and then is not None and then is memo.get('moment'): return found
+    moment, (then, found) = memo.get('moment'), memo.get('replaced', (None, {}))
+    if moment is not None and then is moment: return found
     found = {f'{home.__name__}.{name}': x for home in HOMES for name, x in users_functions(home)
              if x is vars(home)[name]}
-    memo['replaced'] = memo.get('moment'), found
+    memo['replaced'] = moment, found
     return found
 
 HOMES = torch, torch.nn.functional, torch.nn.init, torch.Tensor

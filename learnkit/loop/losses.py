@@ -10,7 +10,7 @@ import functools, operator
 from collections.abc import Mapping
 import torch
 from ..base.batches import kind
-from ..components.optim import opt_params
+from ..components.optim import trainable_params
 from ..components.optimizers import named_optimizers
 
 # %% ../../nbs/loop/02_losses.ipynb #1e8b5a12
@@ -50,7 +50,7 @@ def leading_to_own(pairs, opt): # the same, of tensors without a past
     if not torch.is_grad_enabled(): return pairs
     starts, pending = {}, set()
     for name, (value, weight) in pairs.items():
-        params = [p for p in opt_params(opt.named[name]) if p.requires_grad]
+        params = trainable_params(opt.named[name])
         if params and not (isinstance(value, torch.Tensor) and value.requires_grad):
             raise ValueError(f'the part {name!r} of the loss does not follow from any parameter')
         start = value.detach() if isinstance(value, torch.Tensor) else value

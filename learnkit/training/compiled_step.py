@@ -13,13 +13,11 @@ from types import FunctionType
 from typing import NamedTuple
 import torch
 from fastcore.basics import patch
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 from ..base.batches import detach, map_tensors
 from ..base.compiled import uncompiled
 from ..components.callback import Callback
-from ..components.loss_weight import as_weight, divisor
-from ..components.optim import opt_params
+from ..components.loss_weight import Divisors, as_weight
+from ..components.optim import opt_params, trainable_params
 from ..components.optimizers import is_heard, named_optimizers, needs_closure
 from ..loop.inputs import are_by_name
 from ..loop.losses import loss_of
@@ -111,26 +109,6 @@ def fixed_settings(opt): # list of what must be as it was in all steps that a gr
     return [value for group in opt.param_groups for name, value in group.items()
             if name not in CHANGING and name != 'params']
 
-def trainable(opt): # list of parameters
-    return [p for group in opt.param_groups for p in group['params'] if p.requires_grad]
-
-# %% ../../nbs/training/15_compiled_step.ipynb #685ee5ff
-class Divisors(TorchFunctionMode):
-    "Hears what the cross entropies in its block divide by, in a way that can be compiled"
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func in (F.cross_entropy, F.nll_loss): self.found.append(divisor(*args, **kwargs))
-        return func(*args, **kwargs)
-
-    def take(self): # 0-d tensor; None: the mean is over the samples
-        found = list(self.found)
-        self.found.clear()
-        return found[0] if len(found) == 1 else None
-
 # %% ../../nbs/training/15_compiled_step.ipynb #abebff32
 def on_its_own(function): # function that reads no globals
     "The same function, of whose graphs torch keeps count apart from those of its like"
@@ -151,7 +129,7 @@ class StepGraph:
     "A function that makes the parts of a step in one graph"
     def __init__(self, learn, with_update, kwargs):
         self.model, self.loss_func, opt = uncompiled(learn.model), learn.loss_func, learn.opt
-        self.params, self.made_of = trainable(opt), what_it_is_made_of(learn)
+        self.params, self.made_of = trainable_params(opt), what_it_is_made_of(learn)
         self.by_name, self.divisors = are_by_name(self.model, learn.xb), Divisors()
         self.clip = one_of(learn, GradientClip) if with_update else None
         self.settings = self.settings_of(opt)
@@ -175,7 +153,9 @@ def loss_of(self:StepGraph, xb, yb): # (prediction, loss, divisor or None)
     if self.loss_func is None: loss = loss_of(pred)
     else:
         with self.divisors: loss = self.loss_func(pred, *yb)
-    return pred, as_float32(loss) if self.half_on else loss, self.divisors.take()
+    weight = self.divisors.divisor()
+    self.divisors.divisors.clear()
+    return pred, as_float32(loss) if self.half_on else loss, weight
 
 @patch
 def make_gradients(self:StepGraph, xb, yb): # Made
@@ -216,7 +196,7 @@ def settings_of(self:StepGraph, opt): # list
 @patch
 def serves(self:StepGraph, learn): # bool
     "Whether nothing that a graph is made of has changed, and the same parameters learn"
-    made_of, opt, params = what_it_is_made_of(learn), learn.opt, trainable(learn.opt)
+    made_of, opt, params = what_it_is_made_of(learn), learn.opt, trainable_params(learn.opt)
     return (all(map(is_, made_of, self.made_of)) and self.settings_of(opt) == self.settings
             and len(params) == len(self.params) and all(map(is_, params, self.params)))
 
@@ -374,9 +354,9 @@ def is_of_size(self:CompiledStep, learn): # bool
 def parameters_without_state(learn): # list of names
     "Parameters of which the optimizer has no state yet: it makes that with their first gradient"
     if type(learn.opt) is torch.optim.SGD: return []  # without momentum it has none
-    names = {id(p): name for name, p in learn.model.named_parameters()}
-    return [names.get(id(p), 'a parameter') for p in opt_params(learn.opt)
-            if p.requires_grad and p not in learn.opt.state]
+    found = [p for p in trainable_params(learn.opt) if p not in learn.opt.state]
+    names = {id(p): name for name, p in learn.model.named_parameters()} if found else {}
+    return [names.get(id(p), 'a parameter') for p in found]
 
 def compilers_text(error): # str
     text = str(error).strip()

@@ -3,9 +3,9 @@
 # pyright: reportPrivateImportUsage=false
 """Forward pass, loss, gradients, bounds and update, compiled together"""
 import torch
-from torch.overrides import TorchFunctionMode
 from typing import Any, NamedTuple
 from ..components.callback import Callback
+from ..components.loss_weight import Divisors
 from ..loop.learner import Learner
 __all__ = []
 
@@ -62,27 +62,6 @@ def fixed_settings(opt: Any) -> Any:
     """Returns:
         list of what must be as it was in all steps that a graph makes
     """
-
-def trainable(opt: Any) -> Any:
-    """Returns:
-        list of parameters
-    """
-
-class Divisors(TorchFunctionMode):
-    """Hears what the cross entropies in its block divide by, in a way that can be compiled"""
-    found: list[Any]
-    def __init__(self) -> None: ...
-    def __torch_function__(
-            self,
-            func: Any,
-            types: Any,
-            args: Any = (),
-            kwargs: Any = None,
-    ) -> Any: ...
-    def take(self) -> Any:
-        """Returns:
-            0-d tensor; None: the mean is over the samples
-        """
 
 def on_its_own(function: Any) -> Any:
     """The same function, of whose graphs torch keeps count apart from those of its like

@@ -22,7 +22,7 @@ from ..base.methods import pure, structural, unrecorded
 from ..base.randomness import isolated_rng
 from ..files.tree import tree_digest
 from ..components.loss_weight import LossCalls, as_weight, divisor
-from ..components.optim import opt_params
+from ..components.optim import opt_params, trainable_params
 from ..data.loaders import DataLoaders
 from ..loop.learner import Learner
 from ..loop.loop import Loop, makes_same_steps
@@ -31,7 +31,7 @@ from ..loop.predict import losses_of_samples
 from ..loop.progress import Progress
 from ..loop.reduction import find_reduction
 from ..loop.state import COUNTERS, model_state, unchanged_parts
-from .gradients import GradientAccumulation
+from .gradients import GradientAccumulation, for_members
 from .made_members import check_same_training, factors_of, made_members, twin
 from .members import (
     EnsembleRecorder, MemberLoader, MemberRates, MemberView,
@@ -176,7 +176,7 @@ def backward(self:Ensemble):
         factors = losses.grad
     for name, p in self.named_params.items():
         if (grad := self.at_once.grads.get(name)) is None: continue
-        if factors is not None: grad = grad * factors.reshape(-1, *[1] * (grad.ndim - 1))
+        if factors is not None: grad = grad * for_members(factors, grad)
         if grad.stride() != p.stride():  # fused optimizers read them as the parameter lies
             grad = torch.empty_like(p).copy_(grad)
         p.grad = grad if p.grad is None else p.grad + grad
@@ -273,9 +273,9 @@ def loss_weight_all(self:Ensemble): # number
     return self.loss_weight
 
 @patch
-def trained_params(self:Ensemble): # iterator of parameters
+def trained_params(self:Ensemble): # list of parameters
     "The stacked parameters that learn"
-    return (p for p in opt_params(self.opt) if p.requires_grad)
+    return trainable_params(self.opt)
 
 # %% ../../nbs/training/19_ensemble.ipynb #9d08ae53
 @patch

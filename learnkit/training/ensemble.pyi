@@ -85,7 +85,7 @@ class Ensemble(Learner):
         """The stacked parameters that learn
 
         Returns:
-            iterator of parameters
+            list of parameters
         """
     def check_can_fit(self) -> None:
         """Raise ValueError for what would not act on each member as on itself alone"""

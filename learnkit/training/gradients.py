@@ -225,13 +225,17 @@ class GradientClip(Callback):
         for name, norm in self.norms.items(): learn.track(name, norm, n=1)
 
 # %% ../../nbs/training/11_gradients.ipynb #c9f9b817
+def for_members(numbers, t): # tensor, (members, 1, ...)
+    "One number a member, in the form that multiplies a stack of tensors, (members, ...)"
+    return numbers.to(t).reshape(-1, *[1] * (t.ndim - 1))
+
 @patch
 def clip_each(self:GradientClip, grads): # tensor, (members,): the norms before
     "Bound the gradients of each member of an ensemble"
     norms = torch.stack([grad.flatten(1).norm(dim=1) for grad in grads]).norm(dim=0)
     if self.max_norm is not None:
         factors = (self.max_norm / (norms + 1e-6)).clamp(max=1.)  # as torch has it
-        for grad in grads: grad.mul_(factors.to(grad).reshape(-1, *[1] * (grad.ndim - 1)))
+        for grad in grads: grad.mul_(for_members(factors, grad))
     if self.max_value is not None:
         for grad in grads: grad.clamp_(-self.max_value, self.max_value)
     return norms

@@ -127,3 +127,10 @@ class GradientClip(Callback):
             tensor, (members,): the norms before
         """
     def before_lr_find(self, learn: Learner) -> None: ...
+
+def for_members(numbers: Any, t: Any) -> Any:
+    """One number a member, in the form that multiplies a stack of tensors, (members, ...)
+
+    Returns:
+        tensor, (members, 1, ...)
+    """

@@ -372,6 +372,6 @@ class MemberRates(Callback):
         self.before = [p.detach().clone() for p in learn.trained_params()]
 
     def after_step(self, learn):
-        scale_update(self.before, list(learn.trained_params()), torch.tensor(self.factors))
+        scale_update(self.before, learn.trained_params(), torch.tensor(self.factors))
 
     def cleanup_batch(self, learn): self.before = None

@@ -19,6 +19,7 @@ from ..components.optim import make_opt, opt_of
 from ..components.optimizers import needs_closure, set_mode, take_step
 from ..loop.inputs import are_by_name
 from ..loop.losses import summed
+from .gradients import for_members
 
 # %% ../../nbs/training/17_stacked.ipynb #dfb56716
 TENSORS = '_parameters', '_buffers' # where modules hold them
@@ -246,7 +247,7 @@ def scale_update(before, # values of the parameters before the step
     "Let each member move by its part of a step: updates are proportional to the rate"
     with torch.no_grad():
         for old, p in zip(before, params, strict=True):
-            p.copy_(torch.lerp(old, p, scale.to(p).reshape(-1, *[1] * (p.ndim - 1))))
+            p.copy_(torch.lerp(old, p, for_members(scale, p)))
 
 def moved(opt, params, gradients, scale=None): # list of tensors
     "What parameters are after some steps, and what the optimizer keeps of them"
