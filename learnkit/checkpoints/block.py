@@ -9,7 +9,7 @@ __all__ = []
 import warnings
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from fastcore.basics import patch
 from ..base.snapshots import same_objects
 from ..base.text import caller_stacklevel
@@ -41,6 +41,7 @@ class Block:
         # Whether it is for one call, and loads states only where something is computed
         self.is_lazy = is_lazy
         self.held, self.is_claimed = ExitStack(), False  # what it holds while it computes
+        self.read = cache(ledger.read)  # what is recorded elsewhere, as it was when it was needed
         self.known = known  # what is known to be on disk, see `content_text`
         self.n_versions = n_versions  # likewise, in its history
         self.has_adopted = False  # whether the record has taken over what was asked for
@@ -91,7 +92,7 @@ def claim(self:Block) -> bool:
     if self.is_claimed: return True
     ledger = self.ledger
     self.held.enter_context(ledger.claimed(self.id))
-    self.is_claimed = True
+    self.is_claimed, self.read = True, cache(ledger.read)
     stored, node = ledger.read(self.id), self.node
     if content_text(stored) == self.known:
         if stored: node.drop_versions(stored, self.n_versions)
@@ -113,23 +114,13 @@ def record_start(self:Block, digests):
     ledger, node, parent = self.ledger, self.node, self.node.parent_position
     is_new = parent is None or parent.call == 'best'
     if not is_new:
-        end = state_at(ledger.node, parent)
+        end = self.end_of_parent()
         is_new = self.has_left(end, digests) or bool(end.lacks) and not ledger.lacks
     start = self.stored_state(digests) if is_new else SavedState(digests, None, None)
     node.add_descriptions(self.structure)
     node.set_start(start, digests_of(self.structure))
     if parent is None: node.beginning = beginning(ledger)
-    ledger.starts[self.id] = state_before(ledger.read, node, 0), parent
-
-@patch
-def has_left(self:Block, saved, digests) -> bool:
-    "Whether the object has moved on from a recorded state, or what lies beside it was changed"
-    if saved.digests != digests: return True
-    ledger, extra = self.ledger, self.ledger.host.extra_state()
-    def differs():
-        recorded = ledger.local_store.get(saved.extra, ledger.host.reach.known_tensors())
-        return tree_digest(recorded) != tree_digest(extra)
-    return ledger.on_main(differs)
+    ledger.starts[self.id] = state_before(self.read, node, 0), parent
 
 @patch
 def stored_state(self:Block, digests) -> SavedState:
@@ -147,6 +138,23 @@ def check_parent(self:Block):
         raise RuntimeError(f'checkpoint {id_text(parent.id)}, which checkpoint {id_text(self.id)} '
                            'goes on from, was deleted or computed anew by another process while '
                            'this block was open: run it again')
+
+# %% ../../nbs/checkpoints/08_block.ipynb #0abb1c1b
+@patch
+def end_of_parent(self:Block) -> SavedState:
+    "The state that the checkpoint is to go on from; KeyError if that was deleted"
+    parent = self.node.parent_position
+    return state_at(self.read, parent) or state_at(self.ledger.node, parent)
+
+@patch
+def has_left(self:Block, saved, digests) -> bool:
+    "Whether the object has moved on from a recorded state, or what lies beside it was changed"
+    if saved.digests != digests: return True
+    ledger, extra = self.ledger, self.ledger.host.extra_state()
+    def differs():
+        recorded = ledger.local_store.get(saved.extra, ledger.host.reach.known_tensors())
+        return tree_digest(recorded) != tree_digest(extra)
+    return ledger.on_main(differs)
 
 # %% ../../nbs/checkpoints/08_block.ipynb #e50d1a09
 @patch
@@ -230,8 +238,8 @@ def numbered_call(self:Block, call):
 def state_digests(self:Block) -> dict: # part of the state -> digest
     "Those of the object's state; where it has diverged, of the recorded one"
     if not self.diverged: return self.ledger.state_digests()
-    if not self.node.has_begun: return state_at(self.ledger.node, self.node.parent_position).digests
-    return state_before(self.ledger.read, self.node, len(self.made)).digests
+    if not self.node.has_begun: return self.end_of_parent().digests
+    return state_before(self.read, self.node, len(self.made)).digests
 
 @patch
 def add_made(self:Block, call):
@@ -282,10 +290,10 @@ def catch_up(self:Block):
 def begin_call(self:Block, call, digests, record) -> CallRecord:
     "Bring the object to the state before a call; the record of the call that is about to run"
     ledger, node, k = self.ledger, self.node, len(self.made)
-    if not node.has_begun:
+    if is_first := not node.has_begun:
         self.catch_up()
         self.record_start(digests)
-    saved = state_before(ledger.read, node, k)
+    saved = state_before(self.read, node, k)
     if self.diverged or record and digests != saved.digests or ledger.lacks and saved.is_whole:
         self.go_before_call(k)
         digests = saved.digests
@@ -294,7 +302,7 @@ def begin_call(self:Block, call, digests, record) -> CallRecord:
     running = running_call(call.method, call.text, call.kind, call.arguments.tree,
                            digests_of(call.structure), digests, call.code,
                            ledger.arithmetic_of(call))
-    if self.has_left(saved, digests): running.start = self.stored_state(digests)
+    if not is_first and self.has_left(saved, digests): running.start = self.stored_state(digests)
     elif record: running.start = record.start
     node.add_descriptions(call.structure)
     node.closed = False

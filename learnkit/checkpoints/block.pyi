@@ -18,6 +18,7 @@ class Block:
     is_lazy: Any
     held: ExitStack
     is_claimed: bool
+    read: Any
     known: Any
     n_versions: Any
     has_adopted: bool
@@ -39,12 +40,14 @@ class Block:
         """Claim the id for the rest of the block; False if the record has changed meanwhile"""
     def record_start(self, digests: Any) -> None:
         """Record where the checkpoint begins; its state is stored unless it is its parent's end"""
-    def has_left(self, saved: Any, digests: Any) -> bool:
-        """Whether the object has moved on from a recorded state, or what lies beside it was changed"""
     def stored_state(self, digests: Any) -> SavedState:
         """Store the state that the object is in"""
     def check_parent(self) -> None:
         """Raise RuntimeError where the checkpoint is to begin at another's end that is no longer there"""
+    def end_of_parent(self) -> SavedState:
+        """The state that the checkpoint is to go on from; KeyError if that was deleted"""
+    def has_left(self, saved: Any, digests: Any) -> bool:
+        """Whether the object has moved on from a recorded state, or what lies beside it was changed"""
     def write(self, k: Any = None) -> Any:
         """Write the record; where all else is as it was written, the call alone
 

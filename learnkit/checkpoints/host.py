@@ -22,11 +22,10 @@ PROTOCOL = ('state_dict', 'load_state_dict', 'saving_to')  # what an object give
 def method_kind(cls, name:str): # 'changes', 'structural', 'pure'; None for what passes through
     "How a call of a class's method is recorded"
     if name.startswith(('_', 'plot_', 'show_')) or name in PROTOCOL: return None
-    method = inspect.getattr_static(cls, name, None)
-    if not inspect.isfunction(method): return None
-    if inspect.isgeneratorfunction(inspect.unwrap(method)): return None  # as context managers are
-    kinds = (declared_kind(vars(base)[name]) for base in cls.__mro__ if name in vars(base))
-    kind = next((kind for kind in kinds if kind), 'changes')
+    defined = [vars(base)[name] for base in cls.__mro__ if name in vars(base)]
+    if not defined or not inspect.isfunction(defined[0]): return None
+    if inspect.isgeneratorfunction(inspect.unwrap(defined[0])): return None  # a context manager
+    kind = next(filter(None, map(declared_kind, defined)), 'changes')
     return None if kind == 'unrecorded' else kind
 
 def numbered_methods(cls): # list of names
@@ -80,10 +79,12 @@ class Reach(HostPart):
     "What belongs to an object, and how it was when it came into reach"
     def observe(self, arguments=None, # of a call, by name
                 anew:bool=False, # whether all that is now counts as the beginning
-               ):
+               ): # what was seen; None where nothing is looked at
         "Note how what has come into reach is"
 
-    def as_built(self, arguments=None): # context manager; arguments: of a call, by name
+    def as_built(self, arguments=None, # of a call, by name
+                 seen=None, # what `observe` has seen of them just now
+                ): # context manager
         "Inside the block everything is as it was when it came into reach"
         return nullcontext()
 

@@ -77,18 +77,25 @@ class Display(HostPart):
 
 class Reach(HostPart):
     """What belongs to an object, and how it was when it came into reach"""
-    def observe(self, arguments: Any = None, anew: bool = False) -> None:
+    def observe(self, arguments: Any = None, anew: bool = False) -> Any:
         """Note how what has come into reach is
 
         Args:
             arguments: of a call, by name
             anew: whether all that is now counts as the beginning
-        """
-    def as_built(self, arguments: Any = None) -> Any:
-        """Inside the block everything is as it was when it came into reach
 
         Returns:
-            context manager; arguments: of a call, by name
+            what was seen; None where nothing is looked at
+        """
+    def as_built(self, arguments: Any = None, seen: Any = None) -> Any:
+        """Inside the block everything is as it was when it came into reach
+
+        Args:
+            arguments: of a call, by name
+            seen: what `observe` has seen of them just now
+
+        Returns:
+            context manager
         """
     def ids(self, arguments: Any) -> set:
         """The ids of all that the state of the object, or of arguments of a call, holds"""

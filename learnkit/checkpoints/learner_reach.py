@@ -15,16 +15,16 @@ from .learner_display import given_callbacks
 # %% ../../nbs/checkpoints/09_learner_reach.ipynb #9e551046
 class LearnerReach(Reach):
     "What belongs to a learner, and how it was when it came into reach"
-    def observe(self, arguments=None, anew=False):
+    def observe(self, arguments=None, anew=False): # Snapshot
         "Note how what has come into reach is"
         learn = self.object
         if anew: learn._origin.baseline = Baseline()
         learn._origin.is_recorded = True
-        learn._origin.baseline.take_objects(learn, given_callbacks(arguments or {}))
+        return learn._origin.baseline.take_objects(learn, given_callbacks(arguments or {}))
 
-    def as_built(self, arguments=None): # context manager
+    def as_built(self, arguments=None, seen=None): # context manager
         "Inside the block everything is as it was when it came into reach"
-        return as_built(self.object, given_callbacks(arguments or {}))
+        return as_built(self.object, given_callbacks(arguments or {}), seen)
 
     def ids(self, arguments) -> set:
         "The ids of all that is observed, callbacks among the arguments too"

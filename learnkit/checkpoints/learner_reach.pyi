@@ -3,14 +3,19 @@
 # pyright: reportPrivateImportUsage=false
 """Which objects and tensors belong to a learner, and how they were"""
 from typing import Any
+from ..base.snapshots import Snapshot
 from ..checkpoints.host import Reach
 __all__ = []
 
 class LearnerReach(Reach):
     """What belongs to a learner, and how it was when it came into reach"""
-    def observe(self, arguments: Any = None, anew: Any = False) -> None:
-        """Note how what has come into reach is"""
-    def as_built(self, arguments: Any = None) -> Any:
+    def observe(self, arguments: Any = None, anew: Any = False) -> Snapshot:
+        """Note how what has come into reach is
+
+        Returns:
+            Snapshot
+        """
+    def as_built(self, arguments: Any = None, seen: Any = None) -> Any:
         """Inside the block everything is as it was when it came into reach
 
         Returns:

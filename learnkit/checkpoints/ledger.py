@@ -163,13 +163,13 @@ def describe_arguments(self:Ledger, method:str, args, kwargs): # (dict of values
     "The arguments of a call, and the call as it stands in a script"
     obj = self.host.object  # whose own methods are refused while a block is open
     values = call_arguments(getattr(type(obj), method).__get__(obj), args, kwargs)
-    self.host.reach.observe(values)
+    seen = self.host.reach.observe(values)
     self.begin_moment()
     def described():
         found = fingerprint(values, method, self.options.ignore, self.memo,
                             known=self.host.reach.known_objects())
         return as_json(found), self.call_text(method, args, kwargs)
-    with self.host.reach.as_built(values): arguments, text = self.on_main(described)
+    with self.host.reach.as_built(values, seen): arguments, text = self.on_main(described)
     return values, Fingerprint(*arguments), text
 
 # %% ../../nbs/checkpoints/05_ledger.ipynb #d65323dd

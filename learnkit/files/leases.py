@@ -8,7 +8,7 @@ __all__ = ['LostLeaseError']
 # %% ../../nbs/files/02_leases.ipynb #39a2e1b8
 import json, os, platform, re, secrets, stat, threading, time
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from fastcore.basics import patch
 from .errors import LockedError, as_seen_from_here, holder_text
@@ -35,7 +35,7 @@ class Claim:
     def is_mine(self): return (self.owner, self.thread) == (this_process(), threading.get_ident())
 
     @property
-    def text(self): return json.dumps(asdict(self) | {'owner': str(self.owner)})
+    def text(self): return json.dumps(vars(self) | {'owner': str(self.owner)})
 
 def new_claim(): # Claim, of this thread
     return Claim(this_process(), threading.get_ident(), platform.node(), time.time(),

@@ -6,7 +6,7 @@
 __all__ = ['Store']
 
 # %% ../../nbs/files/08_store.ipynb #7146b67d
-import json, os
+import json, os, stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,10 +53,12 @@ def subfolder(self:Store, name): # Path
 
 def check_subfolder(path):
     "StoreError unless a folder of a store is one, or not there; what is in it gets deleted"
-    if path.is_symlink():
+    try: mode = os.lstat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError): return
+    if stat.S_ISLNK(mode):
         raise StoreError(f'{path} is a link, and a store keeps all it has in its own folder: '
                          'put the folder itself there')
-    if path.exists() and not path.is_dir(): raise StoreError(f'{path} is no folder: move it away')
+    if not stat.S_ISDIR(mode): raise StoreError(f'{path} is no folder: move it away')
 
 # %% ../../nbs/files/08_store.ipynb #6c2337e3
 @patch

@@ -10,7 +10,7 @@ import datetime, decimal, fractions, hashlib, json, math, re, sys, types, uuid
 from collections import OrderedDict, defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import singledispatch
+from functools import cached_property, singledispatch
 from pathlib import PurePath
 from types import MappingProxyType
 import torch
@@ -43,7 +43,7 @@ class Fingerprint:
         "What of the globals and the environment was not compared, as its name is computed"
         return f'not compared: what {", ".join(self.unseen)} reads' if self.unseen else ''
 
-    @property
+    @cached_property
     def digest(self) -> str: # 64 hex digits
         "sha256 of the description"
         return json_digest(self.tree)

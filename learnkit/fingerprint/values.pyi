@@ -4,7 +4,7 @@
 """Any value as plain JSON that is equal wherever the values are"""
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import singledispatch
+from functools import cached_property, singledispatch
 import types
 from typing import Any
 __all__ = [
@@ -40,7 +40,7 @@ class Fingerprint:
         Returns:
             empty where all was seen
         """
-    @property
+    @cached_property
     def digest(self) -> str:
         """sha256 of the description
 

@@ -163,7 +163,7 @@ OF_WORKERS = '_iterator', 'worker_init_fn'  # of a `DataLoader`; what they do is
 @patch
 def is_data(self:LearnerScope, x, path, owner): # bool
     "Whether it is what a dataset gives out, rather than how it does that"
-    if str(type(x).__module__).startswith('learnkit.processes.'): return True  # theirs to take away
+    if is_of_processes(type(x)): return True  # theirs to take away
     if path[0] != 'data': return False
     if is_cache(path): return True
     return path[-1] not in self.learn._origin.baseline.of(owner) and is_large(x)
@@ -174,6 +174,9 @@ def without_loaded(self:LearnerScope, x, found): # dict: name -> value
     before = self.learn._origin.baseline.of(x)
     return {name: None if before.get(name, MISSING) is None and is_large(value) else value
             for name, value in found.items()}
+
+@lru_cache(maxsize=4096)
+def is_of_processes(cls): return str(cls.__module__).startswith('learnkit.processes.') # bool
 
 def is_cache(path): return 'cache' in str(path[-1]).lower() or path[-1] in OF_WORKERS # bool
 
@@ -293,7 +296,8 @@ def hold_there(self:Baseline, swap, held):
 # %% ../../nbs/loop/04_observed.ipynb #ca542b9c
 @patch
 def take_objects(self:Baseline, learn, given=()): # given: as for `add`
-    "Modules and objects that a script has put somewhere are how the learner is put together"
+    """Modules and objects that a script has put somewhere are how the learner is put together;
+    everything in reach, as a `Snapshot`"""
     now = snapshot(learn, given)
     new = {id(x) for x in now.objects.values()} - self.known.keys()
     for path, name in now.changes(self):
@@ -305,6 +309,7 @@ def take_objects(self:Baseline, learn, given=()): # given: as for `add`
         self.known[id(x)] = x, {**self.of(x), name: held}
         self.swaps = *self.swaps, Swap(x, name, before, held, gone)
     self.note(now)
+    return now
 
 def holds_new(held, before, new): # bool; new: ids
     "Whether a slot holds an object, a function or a class that has come into reach just now"
@@ -366,9 +371,11 @@ def whole_origins(held): # list of objects
     return found + inner
 
 @contextmanager
-def as_built(learn, given=()): # callbacks given to a call
+def as_built(learn, given=(), # callbacks given to a call
+             now=None, # Snapshot of this moment
+            ):
     "Inside the block everything in reach is as it was when it came into reach"
-    baseline, now = learn._origin.baseline, snapshot(learn, given)
+    baseline, now = learn._origin.baseline, now or snapshot(learn, given)
     changes = now.changes(baseline)
     baseline.put(now, changes, baseline)
     try: yield

@@ -123,6 +123,9 @@ def looks_at_trials(cb: Any) -> bool:
     """
 OF_WORKERS: tuple[str, ...]
 
+@lru_cache(maxsize=4096)
+def is_of_processes(cls: Any) -> Any: ...
+
 def is_cache(path: Any) -> Any: ...
 
 def data_of_class(cls: Any) -> Any:
@@ -212,7 +215,8 @@ class Baseline:
         """
     def hold_there(self, swap: Any, held: Any) -> None: ...
     def take_objects(self, learn: Learner, given: Any = ()) -> Any:
-        """Modules and objects that a script has put somewhere are how the learner is put together
+        """Modules and objects that a script has put somewhere are how the learner is put together;
+        everything in reach, as a `Snapshot`
 
         Returns:
             given: as for `add`
@@ -278,11 +282,12 @@ def whole_origins(held: Any) -> Any:
         list of objects
     """
 
-def as_built(learn: Learner, given: Any = ()) -> AbstractContextManager[None]:
+def as_built(learn: Learner, given: Any = (), now: Any = None) -> AbstractContextManager[None]:
     """Inside the block everything in reach is as it was when it came into reach
 
-    Returns:
-        callbacks given to a call
+    Args:
+        learn, given: callbacks given to a call
+        now: Snapshot of this moment
     """
 
 def origins(held: Any, kinds: Any = ...) -> Any:
