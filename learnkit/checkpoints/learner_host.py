@@ -224,7 +224,6 @@ def restore(self:LearnerHost, state, extra, structure=None, best=None, schedules
     with nullcontext() if schedules else unchanged_schedules(learn):
         with undone_on_error(learn):
             if structure is not None: put_together(learn, structure)
-            learn.check_state(state)
             before = None if best is None else learn.state_dict()
             learn.load_state_dict(state)
             if best is not None: load_best(learn, best, before)

@@ -10,6 +10,7 @@ import copy, inspect
 from contextlib import contextmanager
 from torch import nn
 from ..base.dtensors import unsharded_class
+from ..base.snapshots import same_objects
 from ..components.callback import is_optional
 from ..components.optim import opt_params
 from ..fingerprint.inspection import is_users_own, name_of
@@ -105,15 +106,16 @@ def stays(cb): # bool
 
 def put_together(learn, objects):
     "Put a learner together as it was; an optimizer that was another one is made anew"
-    is_new = structure_objects(learn)['opt'] != objects['opt']
     baseline = learn._origin.baseline
     baseline.take_objects(learn)  # what a script has put somewhere until now
+    now = structure_objects(learn)
+    if same_objects(now, objects): return
     baseline.undo_swaps(learn, objects['swaps'])
     vars(learn).update(objects['attributes'])
     put_modules_back(objects['modules'])
     baseline.take_objects(learn)
     learn.cbs = [*objects['cbs'], *filter(stays, learn.cbs)]
-    if not is_new: return
+    if now['opt'] == objects['opt']: return
     learn.make_opt()
     for cb in torch_schedulers(learn.cbs): cb.forget()
 

@@ -164,11 +164,12 @@ def one_run(learn, method:str,
 # %% ../../nbs/loop/02_calls.ipynb #036fe982
 def as_run(method:T)->T:
     "Decorator: all fits of a call of the method are one run"
+    signature = inspect.signature(method)
     @functools.wraps(method)
     def call(self, *args, **kwargs):
         __tracebackhide__ = True
         def arguments(): # with defaults
-            bound = inspect.signature(method).bind(self, *args, **kwargs)
+            bound = signature.bind(self, *args, **kwargs)
             bound.apply_defaults()
             return {name: value for name, value in bound.arguments.items() if name != 'self'}
         if self._origin.run is not None: return method(self, *args, **kwargs)
