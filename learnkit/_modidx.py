@@ -985,6 +985,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                    'learnkit/checkpoints/ledger.py'),
                                              'learnkit.checkpoints.ledger.Ledger.restore': ( 'checkpoints/ledger.html#ledger.restore',
                                                                                              'learnkit/checkpoints/ledger.py'),
+                                             'learnkit.checkpoints.ledger.Ledger.seen': ( 'checkpoints/ledger.html#ledger.seen',
+                                                                                          'learnkit/checkpoints/ledger.py'),
                                              'learnkit.checkpoints.ledger.Ledger.show': ( 'checkpoints/ledger.html#ledger.show',
                                                                                           'learnkit/checkpoints/ledger.py'),
                                              'learnkit.checkpoints.ledger.Ledger.state_digests': ( 'checkpoints/ledger.html#ledger.state_digests',

@@ -9,7 +9,7 @@ __all__ = []
 import warnings
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from fastcore.basics import patch
 from ..base.snapshots import same_objects
 from ..base.text import caller_stacklevel
@@ -41,7 +41,6 @@ class Block:
         # Whether it is for one call, and loads states only where something is computed
         self.is_lazy = is_lazy
         self.held, self.is_claimed = ExitStack(), False  # what it holds while it computes
-        self.read = cache(ledger.read)  # what is recorded elsewhere, as it was when it was needed
         self.known = known  # what is known to be on disk, see `content_text`
         self.n_versions = n_versions  # likewise, in its history
         self.has_adopted = False  # whether the record has taken over what was asked for
@@ -79,8 +78,7 @@ def open_block(ledger, id, description='', parent=None, lazy=False,
     if problems or node is None: node = ledger.new_node(id, description, node)
     node = node.described_as(description)
     if node.has_begun:
-        start = state_before(ledger.read, node, 0)
-        ledger.starts[id] = start, ledger.position
+        ledger.starts[id] = state_before(ledger.seen, node, 0), ledger.position
     ledger.structures[id, 0] = ledger.host.structure_objects()
     ledger.block = Block(ledger, node, structure, known, n_versions, lazy)
     return ledger.block
@@ -92,7 +90,8 @@ def claim(self:Block) -> bool:
     if self.is_claimed: return True
     ledger = self.ledger
     self.held.enter_context(ledger.claimed(self.id))
-    self.is_claimed, self.read = True, cache(ledger.read)
+    self.is_claimed = True
+    ledger.seen_nodes.clear()
     stored, node = ledger.read(self.id), self.node
     if content_text(stored) == self.known:
         if stored: node.drop_versions(stored, self.n_versions)
@@ -120,7 +119,7 @@ def record_start(self:Block, digests):
     node.add_descriptions(self.structure)
     node.set_start(start, digests_of(self.structure))
     if parent is None: node.beginning = beginning(ledger)
-    ledger.starts[self.id] = state_before(self.read, node, 0), parent
+    ledger.starts[self.id] = state_before(ledger.seen, node, 0), parent
 
 @patch
 def stored_state(self:Block, digests) -> SavedState:
@@ -144,7 +143,7 @@ def check_parent(self:Block):
 def end_of_parent(self:Block) -> SavedState:
     "The state that the checkpoint is to go on from; KeyError if that was deleted"
     parent = self.node.parent_position
-    return state_at(self.read, parent) or state_at(self.ledger.node, parent)
+    return state_at(self.ledger.seen, parent) or state_at(self.ledger.node, parent)
 
 @patch
 def has_left(self:Block, saved, digests) -> bool:
@@ -239,7 +238,7 @@ def state_digests(self:Block) -> dict: # part of the state -> digest
     "Those of the object's state; where it has diverged, of the recorded one"
     if not self.diverged: return self.ledger.state_digests()
     if not self.node.has_begun: return self.end_of_parent().digests
-    return state_before(self.read, self.node, len(self.made)).digests
+    return state_before(self.ledger.seen, self.node, len(self.made)).digests
 
 @patch
 def add_made(self:Block, call):
@@ -293,7 +292,7 @@ def begin_call(self:Block, call, digests, record) -> CallRecord:
     if is_first := not node.has_begun:
         self.catch_up()
         self.record_start(digests)
-    saved = state_before(self.read, node, k)
+    saved = state_before(ledger.seen, node, k)
     if self.diverged or record and digests != saved.digests or ledger.lacks and saved.is_whole:
         self.go_before_call(k)
         digests = saved.digests
@@ -429,6 +428,7 @@ def break_off(self:Block):
 def release(self:Block):
     "The block is over, with or without an error"
     self.ledger.block = None
+    self.ledger.seen_nodes.clear()
     self.held.close()
     wait_for_uploads(self.ledger)
 

@@ -18,7 +18,6 @@ class Block:
     is_lazy: Any
     held: ExitStack
     is_claimed: bool
-    read: Any
     known: Any
     n_versions: Any
     has_adopted: bool

@@ -48,7 +48,7 @@ def has_same_effect(self:Ledger, record, call) -> bool:
 @patch
 def state_changes(self:Ledger, node, k, parts) -> list: # of str
     "What differs in parts of the state from the one recorded before call `k`"
-    saved = state_before(self.read, node, k).state or {}
+    saved = state_before(self.seen, node, k).state or {}
     return [text for part in parts for text in self.host.display.changes(
         part, self.store.get(saved[part]) if part in saved else None)]
 
@@ -57,7 +57,7 @@ def allowed_differences(self:Ledger, node, k, digests) -> list: # parts of the s
     "Parts of the state that stand elsewhere than recorded before call `k`, and may"
     is_first = k == 0 and node.parent is None
     allowed = self.host.rules.may_differ_at_start if is_first else self.host.rules.may_drift
-    before = state_before(self.read, node, k).digests
+    before = state_before(self.seen, node, k).digests
     return [part for part in differing(before, digests) if part in allowed]
 
 # %% ../../nbs/checkpoints/06_changes.ipynb #14ddd828
@@ -97,7 +97,7 @@ ENDS_OTHERWISE = ' was computed anew since and ends otherwise'
 def parent_differs(self:Ledger, node) -> bool:
     "Whether a checkpoint was recorded from another state than its parent ends with"
     parent = node.parent_position
-    found = parent and state_at(self.node, parent)
+    found = parent and state_at(self.seen, parent)
     if parent is None: return False
     return found is None or json_digest(found.digests) != node.parent_digest
 

@@ -66,6 +66,7 @@ class Ledger:
         self.position = None  # Position of the object; None: at the beginning
         self.is_behind = False  # whether the state there was not loaded yet, see `catch_up`
         self.block = None  # the open one
+        self.seen_nodes = {}  # id -> Node, see `seen`
         self.direct_calls = DirectCalls(host.object)  # refused while a block is open
         self.planning = False  # whether a call that would be computed ends the script
         self.reason = 'nothing was computed yet'  # why the last call was computed
@@ -107,6 +108,12 @@ def node(self:Ledger, id) -> Node:
     if (node := self.read(check_id(id))) is not None: return node
     raise KeyError(f'there is no checkpoint {id_text(id)} in {short_path(self.store.folder)}; '
                    f'have: {ids_text(self.store.ids())}')
+
+@patch
+def seen(self:Ledger, id): # Node, not to be changed; None where there is none
+    "What the open block has read of another checkpoint, which is read once"
+    if id not in self.seen_nodes: self.seen_nodes[id] = self.read(id)
+    return self.seen_nodes[id]
 
 # %% ../../nbs/checkpoints/05_ledger.ipynb #d788051f
 @patch
@@ -442,7 +449,7 @@ def new_node(self:Ledger, id, description, old) -> Node:
     "A checkpoint that goes on from where the object stands"
     name, at = type(self.host.object).__name__, self.position
     if at is None: return new_node(id, description, name, at, old=old)
-    digest, first = json_digest(state_at(self.node, at).digests), self.node(at.id).first
+    digest, first = json_digest(state_at(self.seen, at).digests), self.seen(at.id).first
     return new_node(id, description, name, at, digest, first, old)
 
 # %% ../../nbs/checkpoints/05_ledger.ipynb #78d77230
@@ -466,7 +473,8 @@ def check_finished(self:Ledger, position):
     "Raise RuntimeError unless others can go on from a position"
     if position is None: return
     self.wait_for(position.id)
-    node, text = self.read(position.id), id_text(position.id)
+    self.seen_nodes.clear()  # it may have been another one before
+    node, text = self.seen(position.id), id_text(position.id)
     if node is None and position != self.position: self.node(position.id)  # KeyError
     if node is None:
         raise RuntimeError(f'the learner stands on checkpoint {text}, which was deleted: roll back '

@@ -36,6 +36,7 @@ class Ledger:
     position: Any
     is_behind: bool
     block: Any
+    seen_nodes: dict[Any, Any]
     direct_calls: DirectCalls
     planning: bool
     reason: str
@@ -228,6 +229,12 @@ class Ledger:
         """
     def node(self, id: Any) -> Node:
         """What is recorded under an id; KeyError for one that is not there"""
+    def seen(self, id: Any) -> Any:
+        """What the open block has read of another checkpoint, which is read once
+
+        Returns:
+            Node, not to be changed; None where there is none
+        """
     def structure(self, still: Any = False) -> dict:
         """What the results of calls follow from, as it is now
 
