@@ -10,7 +10,7 @@ import copy
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import fields, is_dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 import numpy as np
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -250,8 +250,7 @@ class BatchList(list):
         if not tensors:
             self.queue.put_all()
             self.append(with_tensors(batch, ()))
-        for t in tensors:
-            self.queue.add(t, lambda there, late=is_sent_late(t): put(there, late))
+        for t in tensors: self.queue.add(t, partial(put, is_used_again=is_sent_late(t)))
 
     def read(self): # list; None when nothing was added
         "What was added"

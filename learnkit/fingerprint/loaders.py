@@ -169,7 +169,8 @@ def reading_data(self:Walk):
 @describe.register(EpochLoader)
 def describe_epoch_loader(dl, walk):
     "A loader of learnkit's"
-    elsewhere = ('epoch', 'tensors', 'dataset', 'loader', 'sampler', 'cache', 'worker_count')
+    elsewhere = ('epoch', 'tensors', 'device', 'dataset', 'loader', 'sampler', 'cache',
+                 'worker_count', *getattr(dl, 'transient', ()))
     settings = {name: value for name, value in vars(dl).items() if name not in elsewhere}
     data = list(dl.tensors) if isinstance(dl, TensorLoader) else getattr(dl, 'dataset', None)
     if isinstance(dl, TensorLoader) and not dl.shuffle: del settings['seed'] # nothing is drawn

@@ -20,7 +20,7 @@ from ..components.callback import (
 from ..components.loss_weight import LossCalls, as_weight, divisor_in_graph
 from ..components.optim import opt_params
 from ..components.optimizers import advice_for_step, mode_of_pass, needs_closure, take_step
-from ..data.loaders import is_table, length, set_epoch
+from ..data.loaders import is_table, length, read_for, set_epoch
 from ..data.resumable import workers_outlive_signals
 from .inputs import called_on, dict_advice, split_batch
 from .losses import loss_of, summed
@@ -274,6 +274,7 @@ def _pass(self:Loop, phase, dl):
     vars(self).update(new)
     try:
         if self.levels[:1] == ['fit']: set_epoch(dl, self.epochs_done)
+        read_for(dl, self.device)
         self.can_update = self.training and has_updates(self)
         if not self.training: self._loss_calls, self._heard = LossCalls(), step_of_loss(self)
         set_modes(self)
