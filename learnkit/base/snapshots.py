@@ -258,7 +258,7 @@ class Scope:
     "What a snapshot looks into"
     def __init__(self,
                  elsewhere=MappingProxyType({}), # name -> tensor that others keep
-                 on_host=False, # whether copies of tensors are kept on the host, whatever the device
+                 on_host=False, # whether tensors are copied to the host, whatever their device
                 ):
         self.elsewhere, self.on_host = {id(t): name for name, t in elsewhere.items()}, on_host
 

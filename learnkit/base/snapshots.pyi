@@ -185,7 +185,7 @@ class Scope:
 
         Args:
             elsewhere: name -> tensor that others keep
-            on_host: whether copies of tensors are kept on the host, whatever the device
+            on_host: whether tensors are copied to the host, whatever their device
         """
     def slots(self, x: Any, path: Any) -> Any: ...
     def children(self, x: Any, path: Any) -> Any: ...

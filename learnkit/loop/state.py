@@ -95,7 +95,8 @@ def live_state(learn): # plain tree of live tensors
             'callbacks': learn.cbs.state_dict(), 'observed': observed_state(learn),
             'rng': rng_state(),
             'data': {'train': generator_states(dls.train), 'valid': generator_states(dls.valid)},
-            'counters': {name: getattr(learn, name) for name in COUNTERS}, 'fit': fit_state(learn)}
+            'counters': {name: int(getattr(learn, name)) for name in COUNTERS},
+            'fit': fit_state(learn)}
 
 def fit_state(learn): # plain tree; None when no fit runs
     "Where the running fit is, with the gradients that are there, by name"

@@ -235,6 +235,7 @@ def before_validate(self:Average, learn):
 def cleanup_validate(self:Average, learn):
     if self._raw is None or len(learn.levels) != self._depth: return
     reshard(learn.model)
+    if self._locations is None: self._locations = locations_of(learn)  # another one was loaded
     self._exchange_back(self._live(self._raw))
 
 # %% ../../nbs/training/12_averaging.ipynb #0c2336dd

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from learnkit import DataLoaders, Learner, TensorLoader
+from learnkit import Callback, CheckpointedLearner, DataLoaders, Learner, TensorLoader
 from learnkit.data import loaders
 from learnkit.data.loaders import read_for
 from learnkit.data.order import Share
@@ -130,14 +130,13 @@ def test_a_pass_beside_leaves_no_copy_behind(gpu):
     learn.lr_find(num_it=3, suggest=())
     assert learn.dls.valid.device_copy is learn.dls.train.device_copy is None
 
-def test_where_the_data_is_makes_no_other_training(gpu, tmp_path):
-    from learnkit import CheckpointedLearner, Callback
+def test_where_the_data_is_makes_no_other_training(gpu, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     steps = []
     def run():
         torch.manual_seed(0)
         dls = DataLoaders.from_tensors(data(), bs=4)
-        learn = CheckpointedLearner(dls, nn.Linear(2, 20), nn.CrossEntropyLoss(), name='x',
-                                    path=tmp_path)
+        learn = CheckpointedLearner(dls, nn.Linear(2, 20), nn.CrossEntropyLoss(), name='x')
         with learn.no_logging(), learn.checkpoint(1, 'a fit') as cp:
             cp.fit(1, cbs=Callback(after_batch=lambda learn: steps.append(1)))
     run()
