@@ -180,6 +180,7 @@ def describe_epoch_loader(dl, walk):
         settings |= changed_functions(dl.loader.dataset.collate_fn, dl.loader.worker_init_fn)
     return loader_as_json(dl, data, settings, walk)
 
+# %% ../../nbs/fingerprint/09_loaders.ipynb #8ed20367
 @describe.register(DataLoader)
 def describe_loader(dl, walk):
     "A loader of torch's"

@@ -145,6 +145,7 @@ def _exit_autocast(self:MixedPrecision, learn):
     region = self._regions.pop(len(learn.levels), None)
     if region is not None: region.__exit__(None, None, None)
 
+# %% ../../nbs/training/10_precision.ipynb #ecd4b6f5
 @patch
 def _rescale_grads(self:MixedPrecision, learn):
     "Scale the gradients that are left again: those of the next batch are added to them"
