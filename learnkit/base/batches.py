@@ -10,7 +10,7 @@ import copy
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import fields, is_dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 import numpy as np
 import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -162,17 +162,18 @@ class HostQueue:
 
     def add(self, tensor, # without a graph
             put:Callable, # called with it on the host, once it is there, in the order of the calls
+            is_kept:bool=True, # whether what is handed on is kept; else its memory is used again
            ):
         "Send a tensor to the host"
         if not is_sent_late(tensor): return self.put_all() or put(tensor.cpu())
-        self.copies.append((*begin_copy(tensor), put))
+        self.copies.append((*begin_copy(tensor), put, is_kept))
         if len(self.copies) > self.depth: self.put_first()
 
     def put_first(self):
         "Wait for the oldest copy and hand it on"
-        copy, arrived, put = self.copies.popleft()
+        copy, arrived, put, is_kept = self.copies.popleft()
         arrived.synchronize()
-        put(copy)
+        put(copy.clone() if is_kept else copy)
 
     def put_all(self):
         "Wait for all copies and hand them on"
@@ -211,7 +212,7 @@ class RowBuffer:
             self.buffer = tensor.new_empty((self.n, *tensor.shape[1:]), device='cpu')
         check_rows(tensor, self.buffer)
         start, self.filled = self.filled, self.filled + len(tensor)
-        self.queue.add(tensor, lambda rows: self.write(rows, start))
+        self.queue.add(tensor, lambda rows: self.write(rows, start), is_kept=False)
 
     def write(self, rows, start):
         "Write rows that are on the host"
@@ -244,13 +245,13 @@ class BatchList(list):
     def add(self, batch):
         "Append a batch, without graphs"
         tensors, arrived = [plain_tensor(t.detach()) for t in tensors_in(batch)], []
-        def put(tensor, is_used_again):
-            arrived.append(tensor.clone() if is_used_again else tensor)
+        def put(tensor):
+            arrived.append(tensor)
             if len(arrived) == len(tensors): self.append(with_tensors(batch, arrived))
         if not tensors:
             self.queue.put_all()
             self.append(with_tensors(batch, ()))
-        for t in tensors: self.queue.add(t, partial(put, is_used_again=is_sent_late(t)))
+        for t in tensors: self.queue.add(t, put)
 
     def read(self): # list; None when nothing was added
         "What was added"

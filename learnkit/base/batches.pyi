@@ -144,12 +144,13 @@ class HostQueue:
     """copies that are under way at once"""
     copies: Any
     def __init__(self) -> None: ...
-    def add(self, tensor: Any, put: Callable) -> Any:
+    def add(self, tensor: Any, put: Callable, is_kept: bool = True) -> Any:
         """Send a tensor to the host
 
         Args:
             tensor: without a graph
             put: called with it on the host, once it is there, in the order of the calls
+            is_kept: whether what is handed on is kept; else its memory is used again
         """
     def put_first(self) -> None:
         """Wait for the oldest copy and hand it on"""

@@ -165,20 +165,21 @@ def writes_to(tensors): # list of int; None where nobody counts them
 @patch
 def tensors_for_learner(self:TensorLoader): # tuple of tensors
     "The tensors, or a copy of them in the memory of a GPU that reads them, if there is room"
-    device = self.learner_device
+    device, owner = self.learner_device, self if self.share is None else self.full_loader
     stays = self.device is not None or not can_be_copied(self.tensors)
     if stays or not is_gpu(device): return self.tensors
     writes = writes_to(self.tensors)
-    if self.device_copy and writes is not None and self.device_copy[:2] == (device, writes):
-        return self.device_copy[2]
-    self.device_copy = None  # its memory comes first
+    if owner.device_copy and writes is not None and owner.device_copy[:2] == (device, writes):
+        return owner.device_copy[2]
+    owner.device_copy = None  # its memory comes first
     if sum(t.nbytes for t in self.tensors) > ROOM * free_memory(device): return self.tensors
-    self.device_copy = device, writes, tuple(t.to(device, copy=True) for t in self.tensors)
-    return self.device_copy[2]
+    owner.device_copy = device, writes, tuple(t.to(device, copy=True) for t in self.tensors)
+    return owner.device_copy[2]
 
 # %% ../../nbs/data/01_loaders.ipynb #12f8493c
 def read_for(dl, device:torch.device):
     "Let a loader of tensors in memory know which device its batches are for"
+    dl = getattr(dl, 'dl', dl)  # of several epochs
     if isinstance(dl, TensorLoader): dl.learner_device = device
 
 # %% ../../nbs/data/01_loaders.ipynb #4bcc9265

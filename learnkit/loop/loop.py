@@ -77,6 +77,7 @@ def _all_batches(self:Loop):
     __tracebackhide__ = True
     self.iter = self.first_batch - 1
     batches = self.dl if self.batches is None else self.batches
+    read_for(self.dl, self.device)
     batches = prefetch_to_device(batches, self.device)
     for self.iter, self.batch in enumerate(batches, self.first_batch):
         self.pred = self.loss = self.loss_parts = self._n_items = self._loss_weight = None
@@ -274,7 +275,6 @@ def _pass(self:Loop, phase, dl):
     vars(self).update(new)
     try:
         if self.levels[:1] == ['fit']: set_epoch(dl, self.epochs_done)
-        read_for(dl, self.device)
         self.can_update = self.training and has_updates(self)
         if not self.training: self._loss_calls, self._heard = LossCalls(), step_of_loss(self)
         set_modes(self)

@@ -13,7 +13,7 @@ import numpy as np
 from fastcore.basics import noop, patch
 from ..base.text import caller_stacklevel, plot_text
 from ..base.methods import pure, result
-from ..data.loaders import length, read_for, set_epoch
+from ..data.loaders import length, set_epoch
 from ..data.resumable import reading_without_trace
 from ..components.callback import Callback, CancelFit
 from ..components.metrics import Mean
@@ -201,7 +201,6 @@ def lr_find(self:Learner,
         self.add_cb(sweep)
         self._fit = FitState(n_steps=num_it, batches_per_epoch=length(self.dls.train))
         if opt is not None: set_lr(self.opt, self.lr)
-        read_for(dl, self.device)
         with self._pass('lr_find', CycledBatches(dl, num_it, self.epochs_done)):
             self._level('lr_find', self._all_batches)
     return make_result(np.array(sweep.lrs), np.array(sweep.losses), suggest)

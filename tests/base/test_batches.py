@@ -204,3 +204,13 @@ def test_a_list_of_batches_that_is_looped_over_is_complete(monkeypatch):
     late, found = LateCopies(monkeypatch), BatchList()
     for i in range(2): found.add(torch.full((1,), i))
     assert [t.item() for t in found] == [0, 1] and late.open == 0
+
+def test_a_metric_of_a_library_waits_for_no_batch(monkeypatch):
+    from learnkit import sklearn_metric
+    def mean_difference(targ, pred): return float((pred - targ).mean())
+    def measure():
+        metric = sklearn_metric(mean_difference, pred='raw')
+        for i in range(5): metric.update(torch.full((3,), 2. * i), torch.full((3,), 1. * i))
+        return metric.compute()
+    at_once, late = measure(), LateCopies(monkeypatch)
+    assert measure() == at_once == 2 and late.open == 0 and late.most > 2

@@ -82,6 +82,16 @@ def test_a_batch_belongs_to_its_reader(gpu):
         for xb, _ in read(loader): xb.zero_()
         assert same(read(loader), read(TensorLoader(data(), 4, shuffle)))
 
+def test_what_one_of_several_processes_reads_is_copied_once(gpu):
+    gpu(1000 * N_BYTES)
+    loader = make()
+    for epoch in range(2):
+        twin = loader.shared(Share(0, 2, pad=False))
+        read_for(twin, GPU)
+        read(twin, epoch)
+        if not epoch: first = loader.device_copy
+    assert first is not None and loader.device_copy is first
+
 def test_data_with_a_device_of_their_own_stay_there(gpu):
     gpu(1000 * N_BYTES)
     loader = make(device='cpu')
