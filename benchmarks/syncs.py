@@ -37,12 +37,12 @@ class Reads(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def learner(n_steps, **kwargs):
+def learner(n_steps, device=DEVICE, **kwargs):
     set_seed(0)
     x, y = torch.randn(n_steps * BATCH + 320, 20), torch.randint(2, (n_steps * BATCH + 320,))
     n = n_steps * BATCH
     dls = DataLoaders.from_tensors((x[:n], y[:n]), valid=(x[n:], y[n:]), bs=BATCH)
-    learn = Learner(dls, mlp(), nn.CrossEntropyLoss(), device=DEVICE, **kwargs)
+    learn = Learner(dls, mlp(), nn.CrossEntropyLoss(), device=device, **kwargs)
     learn.remove_cb(Progress)
     return learn
 
@@ -55,6 +55,25 @@ def reads_a_step(act, **kwargs):
         with Reads() as reads: act(learn)
         counts.append(sum(reads.counts.values()))
     return (counts[1] - counts[0]) / 24
+
+
+class HostReads(TorchDispatchMode):
+    "Counts numbers that are read from tensors on the host: 'meta' has no arithmetic of fp16"
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.__name__.startswith('_local_scalar_dense')
+        return func(*args, **(kwargs or {}))
+
+
+def reads_of_fp16(n_steps=24, **kwargs):
+    "The reads in a step that fp16 makes, beyond those of a fit in float32"
+    counts = []
+    for cbs in ([], [MixedPrecision('fp16', **kwargs)]):
+        learn = learner(n_steps, 'cpu')
+        with HostReads() as reads, learn.no_logging(): learn.fit(1, cbs=cbs)
+        counts.append(reads.count)
+    return round((counts[1] - counts[0]) / n_steps, 1)  # one more is made in an epoch
 
 
 def fit_with(make_cbs): return lambda learn: learn.fit(1, cbs=make_cbs())
@@ -79,4 +98,10 @@ if __name__ == '__main__':
     found = reads_a_step(fit_with(lambda: StopOnNaN()))
     rows.append(('reads of device values in a step, StopOnNaN', f'{found:g}', 'at most 1 in 50',
                  found <= 0.05))
+    found = reads_of_fp16(check_steps=False)
+    rows.append(('reads of device values in a step, fp16 with check_steps=False', f'{found:g}', '0',
+                 found == 0))
+    found = reads_of_fp16()
+    rows.append(('reads of device values in a step, fp16', f'{found:g}',
+                 '1, that of `GradScaler.step`', found == 1))
     report('Waiting for the device', rows)

@@ -15,7 +15,7 @@ from .base.randomness import (
     isolated_rng, rng_state, set_rng_state, set_seed,
 )
 from .base.batches import (
-    batch_size, detach, map_tensors, to_device, to_host,
+    batch_size, detach, map_tensors, prefetch_to_device, to_device, to_host,
 )
 from .base import dtensors as _dtensors
 from .base.methods import (
@@ -303,17 +303,17 @@ from .checkpoints.study import (
 __all__ = [
     'is_main', 'rank', 'rank0_first', 'rank0_only', 'sum_over_ranks', 'world_size',
     'default_device', 'isolated_rng', 'rng_state', 'set_rng_state', 'set_seed', 'batch_size',
-    'detach', 'map_tensors', 'to_device', 'to_host', 'field_values', 'from_field_values', 'pure',
-    'register_result', 'result', 'structural', 'DamagedError', 'LockedError', 'StoreError',
-    'UnstorableError', 'LostLeaseError', 'save_tensors', 'load_tree', 'save_tree', 'tree_digest',
-    'Store', 'Garbage', 'RemoteError', 'DataLoaders', 'DatasetLoader', 'TensorLoader', 'Callback',
-    'Cancel', 'CancelBackward', 'CancelBatch', 'CancelEpoch', 'CancelFit', 'CancelStep',
-    'CancelTrain', 'CancelValidate', 'has_state', 'named_callbacks', 'accuracy', 'binary_accuracy',
-    'error_rate', 'mae', 'Metric', 'metric', 'mse', 'perplexity', 'rmse', 'sklearn_metric',
-    'top_k_accuracy', 'no_decay', 'param_groups', 'spread_lr', 'Fingerprint', 'fingerprint',
-    'UnfingerprintableError', 'Recorder', 'Progress', 'exported_meta', 'SaveState', 'Learner',
-    'combine_scheds', 'sched_const', 'sched_cos', 'sched_exp', 'sched_lin', 'sched_poly',
-    'sched_warmup', 'ParamScheduler', 'TorchScheduler', 'LRFinderResult', 'SaveBest',
+    'detach', 'map_tensors', 'prefetch_to_device', 'to_device', 'to_host', 'field_values',
+    'from_field_values', 'pure', 'register_result', 'result', 'structural', 'DamagedError',
+    'LockedError', 'StoreError', 'UnstorableError', 'LostLeaseError', 'save_tensors', 'load_tree',
+    'save_tree', 'tree_digest', 'Store', 'Garbage', 'RemoteError', 'DataLoaders', 'DatasetLoader',
+    'TensorLoader', 'Callback', 'Cancel', 'CancelBackward', 'CancelBatch', 'CancelEpoch',
+    'CancelFit', 'CancelStep', 'CancelTrain', 'CancelValidate', 'has_state', 'named_callbacks',
+    'accuracy', 'binary_accuracy', 'error_rate', 'mae', 'Metric', 'metric', 'mse', 'perplexity',
+    'rmse', 'sklearn_metric', 'top_k_accuracy', 'no_decay', 'param_groups', 'spread_lr',
+    'Fingerprint', 'fingerprint', 'UnfingerprintableError', 'Recorder', 'Progress', 'exported_meta',
+    'SaveState', 'Learner', 'combine_scheds', 'sched_const', 'sched_cos', 'sched_exp', 'sched_lin',
+    'sched_poly', 'sched_warmup', 'ParamScheduler', 'TorchScheduler', 'LRFinderResult', 'SaveBest',
     'AskToContinue', 'EarlyStopping', 'StopOnNaN', 'ReduceLROnPlateau', 'MixedPrecision',
     'GradientAccumulation', 'GradientClip', 'EMA', 'SWA', 'ShortEpoch', 'StageFuncs',
     'ValidateEvery', 'CutMix', 'MixUp', 'OverfitResult', 'ChannelsLast', 'Ensemble',

@@ -16,6 +16,7 @@ from .base.randomness import set_seed as set_seed
 from .base.batches import batch_size as batch_size
 from .base.batches import detach as detach
 from .base.batches import map_tensors as map_tensors
+from .base.batches import prefetch_to_device as prefetch_to_device
 from .base.batches import to_device as to_device
 from .base.batches import to_host as to_host
 from .base.methods import field_values as field_values
@@ -136,15 +137,15 @@ __version__: str
 __all__ = [
     'is_main', 'rank', 'rank0_first', 'rank0_only', 'sum_over_ranks', 'world_size',
     'default_device', 'isolated_rng', 'rng_state', 'set_rng_state', 'set_seed', 'batch_size',
-    'detach', 'map_tensors', 'to_device', 'to_host', 'field_values', 'from_field_values',
-    'pure', 'register_result', 'result', 'structural', 'DamagedError', 'LockedError',
-    'StoreError', 'UnstorableError', 'LostLeaseError', 'save_tensors', 'load_tree', 'save_tree',
-    'tree_digest', 'Store', 'Garbage', 'RemoteError', 'DataLoaders', 'DatasetLoader',
-    'TensorLoader', 'Callback', 'Cancel', 'CancelBackward', 'CancelBatch', 'CancelEpoch',
-    'CancelFit', 'CancelStep', 'CancelTrain', 'CancelValidate', 'has_state', 'named_callbacks',
-    'accuracy', 'binary_accuracy', 'error_rate', 'mae', 'Metric', 'metric', 'mse', 'perplexity',
-    'rmse', 'sklearn_metric', 'top_k_accuracy', 'no_decay', 'param_groups', 'spread_lr',
-    'Fingerprint', 'fingerprint', 'UnfingerprintableError', 'Recorder', 'Progress',
+    'detach', 'map_tensors', 'prefetch_to_device', 'to_device', 'to_host', 'field_values',
+    'from_field_values', 'pure', 'register_result', 'result', 'structural', 'DamagedError',
+    'LockedError', 'StoreError', 'UnstorableError', 'LostLeaseError', 'save_tensors',
+    'load_tree', 'save_tree', 'tree_digest', 'Store', 'Garbage', 'RemoteError', 'DataLoaders',
+    'DatasetLoader', 'TensorLoader', 'Callback', 'Cancel', 'CancelBackward', 'CancelBatch',
+    'CancelEpoch', 'CancelFit', 'CancelStep', 'CancelTrain', 'CancelValidate', 'has_state',
+    'named_callbacks', 'accuracy', 'binary_accuracy', 'error_rate', 'mae', 'Metric', 'metric',
+    'mse', 'perplexity', 'rmse', 'sklearn_metric', 'top_k_accuracy', 'no_decay', 'param_groups',
+    'spread_lr', 'Fingerprint', 'fingerprint', 'UnfingerprintableError', 'Recorder', 'Progress',
     'exported_meta', 'SaveState', 'Learner', 'combine_scheds', 'sched_const', 'sched_cos',
     'sched_exp', 'sched_lin', 'sched_poly', 'sched_warmup', 'ParamScheduler', 'TorchScheduler',
     'LRFinderResult', 'SaveBest', 'AskToContinue', 'EarlyStopping', 'StopOnNaN',

@@ -2,11 +2,12 @@
 # pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 # pyright: reportPrivateImportUsage=false
 """Nestings of tensors: mapped, moved, counted, concatenated"""
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 import torch
 from typing import Any
 __all__ = [
-    'map_tensors', 'to_device', 'detach', 'to_host', 'batch_size'
+    'map_tensors', 'to_device', 'prefetch_to_device', 'detach', 'to_host', 'batch_size'
 ]
 NO_TENSORS: frozenset[Any]
 
@@ -60,6 +61,45 @@ def to_device(x: Any, device: torch.device | str) -> Any:
         the same nesting
     """
 
+@lru_cache(maxsize=64)
+def copy_stream(device: torch.device) -> Any:
+    """The stream of a GPU on which batches come to it; each stream has memory of its own
+
+    Returns:
+        a stream
+    """
+
+def holds_values(t: Any) -> bool:
+    """Whether a tensor has memory of its own, rather than other tensors inside
+
+    Returns:
+        bool
+    """
+
+def is_on(x: Any, device: Any) -> bool:
+    """Whether a batch is on a device as it is
+
+    Returns:
+        bool
+    """
+
+def copied_aside(batch: Any, device: Any) -> Any:
+    """A batch, moved to a GPU on the stream for copies
+
+    Returns:
+        the same nesting, to be used on the current stream
+    """
+
+def prefetch_to_device(batches: Iterable, device: torch.device | str) -> Any:
+    """Batches on a device; a GPU still computes on one while the next is on its way
+
+    Args:
+        batches: of any nestings
+
+    Returns:
+        iterator of the same batches on the device
+    """
+
 def kind(x: Any) -> str:
     """Dtype and shape of a tensor, what is in a list or dict, the type of anything else
 
@@ -91,23 +131,44 @@ def n_rows(x: Any) -> Any:
 def batch_size(batch: Any) -> int:
     """How many samples: the first dimension of the first tensor, else `len`, else 1"""
 
-def plain_tensor(t: Any) -> Any:
-    """Without what a class of a library holds beside the values, as those of a single image
+def begin_copy(tensor: Any) -> Any:
+    """Let a GPU copy a tensor into page-locked memory, which torch keeps and gives out again
 
     Returns:
-        tensor
+        (tensor on the host, event after which it holds the values)
     """
 
-def holds_values(t: Any) -> bool:
-    """Whether a tensor has memory of its own, rather than other tensors inside
+class HostQueue:
+    """Tensors on their way to the host, while python and the device go on"""
+    depth: int
+    """copies that are under way at once"""
+    copies: Any
+    def __init__(self) -> None: ...
+    def add(self, tensor: Any, put: Callable, is_kept: bool = True) -> Any:
+        """Send a tensor to the host
+
+        Args:
+            tensor: without a graph
+            put: called with it on the host, once it is there, in the order of the calls
+            is_kept: whether what is handed on is kept; else its memory is used again
+        """
+    def put_first(self) -> None:
+        """Wait for the oldest copy and hand it on"""
+    def put_all(self) -> None:
+        """Wait for all copies and hand them on"""
+
+def is_sent_late(tensor: Any) -> bool:
+    """Whether a copy to the host need not be waited for
 
     Returns:
         bool
     """
 
-def plain_on_host(batch: Any) -> Any:
-    """Returns:
-        the same nesting
+def plain_tensor(t: Any) -> Any:
+    """Without what a class of a library holds beside the values, as those of a single image
+
+    Returns:
+        tensor
     """
 
 def check_rows(rows: Any, like: Any) -> Any:
@@ -122,6 +183,7 @@ class RowBuffer:
     n: Any
     filled: int
     buffer: Any
+    queue: HostQueue
     def __init__(self, n: Any = None) -> None:
         """One tensor on the host, to which batches are appended
 
@@ -134,8 +196,10 @@ class RowBuffer:
         Returns:
             (batch, ...), or 0-d: one row
         """
-    def grow(self, n: Any) -> None:
-        """Make room for `n` rows"""
+    def write(self, rows: Any, start: Any) -> None:
+        """Write rows that are on the host"""
+    def grow(self, filled: Any, n: Any) -> None:
+        """Make room for `n` rows, of which some are there"""
     def read(self) -> Any:
         """All rows that were added
 
@@ -143,13 +207,34 @@ class RowBuffer:
             tensor
         """
 
+class BatchList(list):
+    """Batches on the host, one by one: they need not fit together"""
+    queue: HostQueue
+    def __init__(self) -> None: ...
+    def __iter__(self) -> Iterator[Any]: ...
+    def add(self, batch: Any) -> None:
+        """Append a batch, without graphs"""
+    def read(self) -> Any:
+        """What was added
+
+        Returns:
+            list; None when nothing was added
+        """
+
+def with_tensors(x: Any, tensors: Any) -> Any:
+    """A nesting with other tensors in it
+
+    Returns:
+        the same nesting, on the host
+    """
+
 class BatchBuffer:
     """Nested batches of tensors, concatenated sample by sample"""
     n: Any
     form: Any
     template: Any
     rows: list[Any]
-    batches: list[Any]
+    batches: BatchList
     def __init__(self, n: Any = None) -> None:
         """Nested batches of tensors, concatenated sample by sample
 
@@ -175,13 +260,3 @@ def only_tensors(x: Any) -> bool:
     Returns:
         bool
     """
-
-class BatchList(list):
-    """Batches on the host, one by one: they need not fit together"""
-    def add(self, batch: Any) -> None: ...
-    def read(self) -> Any:
-        """What was added
-
-        Returns:
-            list; None when nothing was added
-        """

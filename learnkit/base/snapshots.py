@@ -256,8 +256,11 @@ def is_of_outside(cls): # bool
 
 class Scope:
     "What a snapshot looks into"
-    def __init__(self, elsewhere=MappingProxyType({})): # name -> tensor that others keep
-        self.elsewhere = {id(t): name for name, t in elsewhere.items()}
+    def __init__(self,
+                 elsewhere=MappingProxyType({}), # name -> tensor that others keep
+                 on_host=False, # whether tensors are copied to the host, whatever their device
+                ):
+        self.elsewhere, self.on_host = {id(t): name for name, t in elsewhere.items()}, on_host
 
     def slots(self, x, path): return slots(x) # dict: name -> value
     def children(self, x, path): return {} # name -> value; looked into, but not held
@@ -332,7 +335,7 @@ def hold(self:Snapshot, x, path): # held value
     kind = kind_of_class(type(x))
     if kind == 'plain': return x
     if id(x) in self.scope.elsewhere: return Elsewhere(x, self.scope.elsewhere[id(x)])
-    if kind == 'array': return HeldArray(x, copied(x))
+    if kind == 'array': return HeldArray(x, copied(x, self.scope.on_host))
     if kind == 'container': return self.hold_items(x, path)
     if kind == 'generator': return HeldGenerator(x, generator_state(x))
     if kind == 'moving': return HeldProgress(x, progress(x))
@@ -369,10 +372,11 @@ def progress(x): # what shows that it has moved
 def same_progress(a, b): # bool
     return a.equals(b) if hasattr(a, 'equals') else a == b
 
-def copied(x): # tensor or array
+def copied(x, on_host=False): # tensor or array
     "A copy with the same strides, without a graph"
     if isinstance(x, np.ndarray): return x.copy(order='K')
-    return (local_part(x) if is_dtensor(x) else x).detach().clone()
+    here = (local_part(x) if is_dtensor(x) else x).detach()
+    return here.to('cpu', copy=True) if on_host else here.clone()
 
 # %% ../../nbs/base/09_snapshots.ipynb #3e378357
 @patch
@@ -439,4 +443,5 @@ def write_back(x, copy):
     here = local_part(x) if is_dtensor(x) else x
     if same_arrays(here, copy): return
     with torch.no_grad():
-        here.set_(copy.clone()) if here.shape != copy.shape else here.copy_(copy)
+        if here.shape == copy.shape: here.copy_(copy)
+        else: here.set_(copy.to(here.device, copy=True))

@@ -179,7 +179,14 @@ def is_of_outside(cls: Any) -> bool:
 class Scope:
     """What a snapshot looks into"""
     elsewhere: dict[Any, Any]
-    def __init__(self, elsewhere: Any = ...) -> None: ...
+    on_host: Any
+    def __init__(self, elsewhere: Any = ..., on_host: Any = False) -> None:
+        """What a snapshot looks into
+
+        Args:
+            elsewhere: name -> tensor that others keep
+            on_host: whether tensors are copied to the host, whatever their device
+        """
     def slots(self, x: Any, path: Any) -> Any: ...
     def children(self, x: Any, path: Any) -> Any: ...
     def set(self, x: Any, name: Any, value: Any) -> None: ...
@@ -295,7 +302,7 @@ def same_progress(a: Any, b: Any) -> bool:
         bool
     """
 
-def copied(x: Any) -> Any:
+def copied(x: Any, on_host: Any = False) -> Any:
     """A copy with the same strides, without a graph
 
     Returns:

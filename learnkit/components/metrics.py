@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from fastcore.basics import camel2snake, patch
+from ..base.batches import HostQueue
 from ..base.text import caller_stacklevel
 
 # %% ../../nbs/components/01_metrics.ipynb #60546bb2
@@ -271,20 +272,22 @@ class SklearnMetric:
         self.reset()
 
     def __repr__(self): return f'sklearn_metric({self.name}, pred={self.pred!r})'
-    def reset(self): self.preds, self.targs = [], []
+    def reset(self): self.preds, self.targs, self.queue = [], [], HostQueue()
 
     def update(self, pred, targ):
         pred, targ = sklearn_pred(pred.detach(), self.pred), as_vector(targ.detach())
         if self.pred == 'argmax': check_same_shape(pred, targ, f'{self.name}, after argmax')
-        self.preds.append(pred.cpu())
-        self.targs.append(targ.cpu())
+        self.queue.add(pred, self.preds.append)
+        self.queue.add(targ, self.targs.append)
 
     def sync_over(self, ranks):
         "Take in what the other processes have"
+        self.queue.put_all()
         found = ranks.gather([self.preds, self.targs])
         self.preds, self.targs = [[t for lists in found for t in lists[i]] for i in range(2)]
 
     def compute(self): # what func gives
+        self.queue.put_all()
         pred, targ = torch.cat(self.preds), torch.cat(self.targs)
         if self.pred == 'argmax': pred, targ = pred.flatten(), targ.flatten()
         if is_predicted(pred).all(): return self.func(targ.numpy(), pred.numpy(), **self.kwargs)

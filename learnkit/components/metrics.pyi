@@ -5,6 +5,7 @@
 from collections.abc import Callable
 import torch
 from typing import Any, Protocol, runtime_checkable
+from ..base.batches import HostQueue
 __all__ = [
     'Metric', 'metric', 'accuracy', 'error_rate', 'top_k_accuracy', 'binary_accuracy', 'mse',
     'mae', 'rmse', 'perplexity', 'sklearn_metric'
@@ -300,6 +301,7 @@ class SklearnMetric:
     name: Any
     preds: Any
     targs: Any
+    queue: HostQueue
     def __init__(
             self,
             func: Any,

@@ -19,6 +19,7 @@ from torch.utils.data import (
 from ..base.devices import default_device
 from ..base.guard import top_module
 from ..base.randomness import generator_state, seed_generator
+from ..files.tensors import is_shared
 from .order import (
     Share, checked_weights, epoch_order, epoch_seed, split_samples, weighted_order)
 
@@ -119,20 +120,84 @@ def is_table(x): # bool
 # %% ../../nbs/data/01_loaders.ipynb #1e786c81
 class TensorLoader(EpochLoader):
     "Batches of tensors in memory: one `index_select` a tensor, no Python loop over samples"
+    transient = 'learner_device', 'device_copy'
+    learner_device = device_copy = None  # see `tensors_for_learner`
+
     def __init__(self,
                  tensors, # tensor or array, or a tuple of them: (samples, ...) each
                  bs:int=64, # samples a batch; the last one may be shorter
                  shuffle:bool=False, # whether the order changes with the epoch
                  seed:int=None, # of the order; None means 0
-                 device=None, # keep the data there; None: where it is
+                 device=None, # keep the data there; None: where it is, see `tensors_for_learner`
                  weights=None, # (samples,): an epoch is drawn by them, with replacement
                 ):
         super().__init__(bs, shuffle, seed)
-        self.tensors = as_tensors(tensors, device)
+        self.tensors, self.device = as_tensors(tensors, device), device
         self.draw_by(weights, self.n_samples)
 
     @property
     def n_samples(self): return len(self.tensors[0])
+
+# %% ../../nbs/data/01_loaders.ipynb #94a40f2f
+@patch
+def __getstate__(self:TensorLoader): # dict
+    return {name: value for name, value in vars(self).items() if name not in self.transient}
+
+# %% ../../nbs/data/01_loaders.ipynb #40c328e1
+ROOM = 0.25  # of the free memory of a GPU that a copy of data may take
+
+def is_gpu(device): return device is not None and device.type == 'cuda' # bool
+
+def free_memory(device:torch.device): # int, bytes that new tensors can have on a GPU
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+def can_be_copied(tensors): # bool
+    "Whether all are plain tensors on the host"
+    return all(type(t) is torch.Tensor and t.device.type == 'cpu' and t.layout is torch.strided
+               and not t.requires_grad for t in tensors)
+
+def writes_to(tensors): # list of int; None where nobody counts them
+    "How often torch has written to tensors"
+    uncounted = any(t.is_inference() or is_shared(t) for t in tensors)
+    return None if uncounted else [t._version for t in tensors]
+
+@patch
+def tensors_for_learner(self:TensorLoader): # tuple of tensors
+    "The tensors, or a copy of them in the memory of a GPU that reads them, if there is room"
+    device, owner = self.learner_device, self if self.share is None else self.full_loader
+    stays = self.device is not None or not can_be_copied(self.tensors)
+    if stays or not is_gpu(device): return self.tensors
+    writes = writes_to(self.tensors)
+    if owner.device_copy and writes is not None and owner.device_copy[:2] == (device, writes):
+        return owner.device_copy[2]
+    owner.device_copy = None  # its memory comes first
+    if sum(t.nbytes for t in self.tensors) > ROOM * free_memory(device): return self.tensors
+    owner.device_copy = device, writes, tuple(t.to(device, copy=True) for t in self.tensors)
+    return owner.device_copy[2]
+
+# %% ../../nbs/data/01_loaders.ipynb #12f8493c
+def read_for(dl, device:torch.device):
+    "Let a loader of tensors in memory know which device its batches are for"
+    dl = getattr(dl, 'dl', dl)  # of several epochs
+    if isinstance(dl, TensorLoader): dl.learner_device = device
+
+# %% ../../nbs/data/01_loaders.ipynb #4bcc9265
+def select_rows(t, idx): return t.index_select(0, idx) # tensor
+
+def select_pinned(t, idx): # tensor
+    "Rows of a tensor in page-locked memory, from which a GPU takes them while python goes on"
+    rows = torch.empty((len(idx), *t.shape[1:]), dtype=t.dtype, pin_memory=True)
+    return torch.index_select(t, 0, idx, out=rows)
+
+def copy_pinned(t): # tensor
+    return torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t)
+
+@patch
+def way_to_copy(self:TensorLoader, tensors, usual): # function
+    "How a batch is copied: into page-locked memory if it is to go on to a GPU"
+    if not is_gpu(self.learner_device) or not can_be_copied(tensors): return usual
+    return select_pinned if usual is select_rows else copy_pinned
 
 # %% ../../nbs/data/01_loaders.ipynb #a6a5d244
 @patch
@@ -143,16 +208,17 @@ def batches(self:TensorLoader,
     "The batches of an epoch from `start` on; those before it are not computed"
     first = range(len(self))[start:].start * self.bs
     if first >= self.n_samples: return
+    tensors = self.tensors_for_learner()
     if self.shuffle:
-        order = self.order_of(self.n_samples, epoch).to(self.tensors[0].device)
-        for idx in order[first:].split(self.bs):
+        order, select = self.order_of(self.n_samples, epoch), self.way_to_copy(tensors, select_rows)
+        for idx in order.to(tensors[0].device)[first:].split(self.bs):
             if self.share and not len(idx := self.share.samples_of(idx)): continue
-            yield tuple([t.index_select(0, idx) for t in self.tensors])
+            yield tuple([select(t, idx) for t in tensors])
     else:
-        for rows in zip(*[t[first:].split(self.bs) for t in self.tensors], strict=True):
+        copy = self.way_to_copy(tensors, torch.clone)  # changing a batch must not change the data
+        for rows in zip(*[t[first:].split(self.bs) for t in tensors], strict=True):
             if self.share: rows = tuple(map(self.share.samples_of, rows))
-            if not len(rows[0]): continue
-            yield tuple([t.clone() for t in rows])  # changing a batch must not change the data
+            if len(rows[0]): yield tuple([copy(t) for t in rows])
 
 # %% ../../nbs/data/01_loaders.ipynb #99816e80
 def loader_objects(dl, *more): # list of objects
@@ -412,7 +478,7 @@ def from_tensors(cls:DataLoaders,
                  valid=None, # the same, to validate on
                  valid_pct:float=0., # or the part of the samples to set aside for that
                  bs:int=64, # samples a batch
-                 device=None, # keep the data there; None: where it is
+                 device=None, # keep the data there; None: a GPU that reads them, if there is room
                  seed:int=None, # of order and split; None means 0
                  valid_bs:int=None, # None: bs
                  weights=None, # (samples,): an epoch of training is drawn by them

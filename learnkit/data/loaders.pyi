@@ -5,6 +5,7 @@
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
+import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from typing import Any, Never
 from ..data.order import Share
@@ -103,7 +104,13 @@ def is_table(x: Any) -> bool:
 
 class TensorLoader(EpochLoader):
     """Batches of tensors in memory: one `index_select` a tensor, no Python loop over samples"""
+    transient: tuple[str, ...]
+    learner_device: Any
+    """see `tensors_for_learner`"""
+    device_copy: Any
+    """see `tensors_for_learner`"""
     tensors: Any
+    device: Any
     def __init__(
             self,
             tensors: Any,
@@ -120,11 +127,27 @@ class TensorLoader(EpochLoader):
             bs: samples a batch; the last one may be shorter
             shuffle: whether the order changes with the epoch
             seed: of the order; None means 0
-            device: keep the data there; None: where it is
+            device: keep the data there; None: where it is, see `tensors_for_learner`
             weights: (samples,): an epoch is drawn by them, with replacement
         """
     @property
     def n_samples(self) -> Any: ...
+    def __getstate__(self) -> dict:
+        """Returns:
+            dict
+        """
+    def tensors_for_learner(self) -> Any:
+        """The tensors, or a copy of them in the memory of a GPU that reads them, if there is room
+
+        Returns:
+            tuple of tensors
+        """
+    def way_to_copy(self, tensors: Any, usual: Any) -> Any:
+        """How a batch is copied: into page-locked memory if it is to go on to a GPU
+
+        Returns:
+            function
+        """
     def batches(self, epoch: int, start: int = 0) -> Iterator[Any]:
         """The batches of an epoch from `start` on; those before it are not computed
 
@@ -135,6 +158,45 @@ class TensorLoader(EpochLoader):
         Returns:
             iterator of tuples of tensors
         """
+ROOM: float
+
+def is_gpu(device: Any) -> Any: ...
+
+def free_memory(device: torch.device) -> Any:
+    """Returns:
+        int, bytes that new tensors can have on a GPU
+    """
+
+def can_be_copied(tensors: Any) -> bool:
+    """Whether all are plain tensors on the host
+
+    Returns:
+        bool
+    """
+
+def writes_to(tensors: Any) -> Any:
+    """How often torch has written to tensors
+
+    Returns:
+        list of int; None where nobody counts them
+    """
+
+def read_for(dl: Any, device: torch.device) -> None:
+    """Let a loader of tensors in memory know which device its batches are for"""
+
+def select_rows(t: Any, idx: Any) -> Any: ...
+
+def select_pinned(t: Any, idx: Any) -> Any:
+    """Rows of a tensor in page-locked memory, from which a GPU takes them while python goes on
+
+    Returns:
+        tensor
+    """
+
+def copy_pinned(t: Any) -> Any:
+    """Returns:
+        tensor
+    """
 
 def loader_objects(dl: Any, *more: Any) -> Any:
     """A loader, its samplers, and theirs, as far as they have attributes; `more` names further parts
@@ -366,7 +428,7 @@ class DataLoaders:
             valid: the same, to validate on
             valid_pct: or the part of the samples to set aside for that
             bs: samples a batch
-            device: keep the data there; None: where it is
+            device: keep the data there; None: a GPU that reads them, if there is room
             seed: of order and split; None means 0
             valid_bs: None: bs
             weights: (samples,): an epoch of training is drawn by them

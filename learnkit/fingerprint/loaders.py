@@ -169,7 +169,8 @@ def reading_data(self:Walk):
 @describe.register(EpochLoader)
 def describe_epoch_loader(dl, walk):
     "A loader of learnkit's"
-    elsewhere = ('epoch', 'tensors', 'dataset', 'loader', 'sampler', 'cache', 'worker_count')
+    elsewhere = ('epoch', 'tensors', 'device', 'dataset', 'loader', 'sampler', 'cache',
+                 'worker_count', *getattr(dl, 'transient', ()))
     settings = {name: value for name, value in vars(dl).items() if name not in elsewhere}
     data = list(dl.tensors) if isinstance(dl, TensorLoader) else getattr(dl, 'dataset', None)
     if isinstance(dl, TensorLoader) and not dl.shuffle: del settings['seed'] # nothing is drawn
@@ -179,6 +180,7 @@ def describe_epoch_loader(dl, walk):
         settings |= changed_functions(dl.loader.dataset.collate_fn, dl.loader.worker_init_fn)
     return loader_as_json(dl, data, settings, walk)
 
+# %% ../../nbs/fingerprint/09_loaders.ipynb #8ed20367
 @describe.register(DataLoader)
 def describe_loader(dl, walk):
     "A loader of torch's"

@@ -534,8 +534,12 @@ class Learner(Loop):
     def to_bf16(self: _Self) -> _Self:
         """Compute in bfloat16 where that is safe"""
     @structural
-    def to_fp16(self: _Self) -> _Self:
-        """Compute in float16 where that is safe, with scaled losses"""
+    def to_fp16(self: _Self, check_steps: bool = True) -> _Self:
+        """Compute in float16 where that is safe, with scaled losses
+
+        Args:
+            check_steps: as in `MixedPrecision`
+        """
     @structural
     def to_fp32(self: _Self) -> _Self:
         """Compute in full precision"""

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import Tensor, nn
-from ..base.batches import kind, tensors_in, to_device
+from ..base.batches import kind, prefetch_to_device, tensors_in
 from ..base.guard import Guarded
 from ..base.methods import unrecorded
 from ..base.randomness import isolated_rng
@@ -20,7 +20,7 @@ from ..components.callback import (
 from ..components.loss_weight import LossCalls, as_weight, divisor_in_graph
 from ..components.optim import opt_params
 from ..components.optimizers import advice_for_step, mode_of_pass, needs_closure, take_step
-from ..data.loaders import is_table, length, set_epoch
+from ..data.loaders import is_table, length, read_for, set_epoch
 from ..data.resumable import workers_outlive_signals
 from .inputs import called_on, dict_advice, split_batch
 from .losses import loss_of, summed
@@ -77,8 +77,9 @@ def _all_batches(self:Loop):
     __tracebackhide__ = True
     self.iter = self.first_batch - 1
     batches = self.dl if self.batches is None else self.batches
-    for self.iter, batch in enumerate(batches, self.first_batch):
-        self.batch = to_device(batch, self.device)
+    read_for(self.dl, self.device)
+    batches = prefetch_to_device(batches, self.device)
+    for self.iter, self.batch in enumerate(batches, self.first_batch):
         self.pred = self.loss = self.loss_parts = self._n_items = self._loss_weight = None
         self._level('batch', self._one_batch)
         if self.phase == 'train': self._count_batch()

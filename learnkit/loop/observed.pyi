@@ -45,12 +45,19 @@ class LearnerScope(Scope):
     learn: Any
     exact: Any
     functions: Any
-    def __init__(self, learn: Learner, exact: Any = False, functions: Any = True) -> None:
+    def __init__(
+            self,
+            learn: Learner,
+            exact: Any = False,
+            functions: Any = True,
+            on_host: Any = False,
+    ) -> None:
         """What is looked into from a learner
 
         Args:
             learn, exact: optimizers whole, for a state in memory
             functions: whether functions are looked into
+            on_host: see `Scope`
         """
     def slots(self, x: Any, path: Any) -> Any:
         """Returns:

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 from ..base.batches import kind, map_tensors
 from ..base.compiled import plain_name
-from ..base.dtensors import distribute_like, full_tensor, is_dtensor, unsharded_class
+from ..base.dtensors import (
+    distribute_like, full_tensor, is_dtensor, local_part, unsharded_class)
 from ..base.randomness import isolated_rng, rng_state, set_rng_state
-from ..base.snapshots import Snapshot, write_back
+from ..base.snapshots import Snapshot, copied, write_back
 from ..components.callback import is_optional, named_callbacks
 from ..components.optim import check_opt_state, load_opt_state, opt_params, opt_state
 from ..components.optimizers import set_mode, still_shared
@@ -94,7 +95,8 @@ def live_state(learn): # plain tree of live tensors
             'callbacks': learn.cbs.state_dict(), 'observed': observed_state(learn),
             'rng': rng_state(),
             'data': {'train': generator_states(dls.train), 'valid': generator_states(dls.valid)},
-            'counters': {name: getattr(learn, name) for name in COUNTERS}, 'fit': fit_state(learn)}
+            'counters': {name: int(getattr(learn, name)) for name in COUNTERS},
+            'fit': fit_state(learn)}
 
 def fit_state(learn): # plain tree; None when no fit runs
     "Where the running fit is, with the gradients that are there, by name"
@@ -213,11 +215,11 @@ def loads_by_itself(module): # bool
             or bool(module._load_state_dict_pre_hooks or module._load_state_dict_post_hooks))
 
 def copied_tree(tree, recorder=None): # the same nesting
-    "A copy; what nobody writes to any more of a history stays the same tensors"
+    "A copy on the host; what nobody writes to any more of a history stays the same tensors"
     same = {}
     def copied(t):
         is_part = recorder is not None and recorder.digest(t) is not None
-        return same.setdefault(id(t), t) if is_part else t.detach().clone()
+        return same.setdefault(id(t), t) if is_part else t.detach().to('cpu', copy=True)
     return copy.deepcopy(map_tensors(copied, tree), same)
 
 # %% ../../nbs/loop/05_state.ipynb #46173c15
@@ -281,7 +283,7 @@ def unchanged_learner(learn):
     inner = [(cb, dict(vars(cb))) for cb in learn.cbs.inner.values()]
     states = [(part, copied_tree(part.state_dict(), learn.recorder)) for part in
               (*learn.cbs.stateful().values(), *([learn.scaler] if learn.scaler else []))]
-    before = Snapshot(roots(learn), LearnerScope(learn, exact=True))
+    before = Snapshot(roots(learn), LearnerScope(learn, exact=True, on_host=True))
     with isolated_rng(), unchanged_modules(learn):
         learn._fit, learn._origin = copy.copy(learn._fit), copy.copy(learn._origin)
         try: yield
@@ -323,7 +325,7 @@ def unchanged_modules(learn):
             *(opt_params(learn.opt) if learn.opt else [])]
     # An expanded tensor is not written to
     tensors = {id(t): t for t in held if 0 not in t.stride()}.values()
-    saved = [(t, t.detach().clone(), t.grad) for t in tensors]
+    saved = [(t, copied(t, on_host=True), t.grad) for t in tensors]
     slots = [(slot, dict(slot)) for m in modules for slot in (m._parameters, m._buffers)]
     modes = [(m, m.training) for m in modules]
     extras = [(m, copy.deepcopy(m.get_extra_state())) for m in modules
@@ -336,6 +338,6 @@ def unchanged_modules(learn):
             slot.update(before)
         for module, mode in modes: module.training = mode
         for tensor, value, grad in saved:
-            with torch.no_grad(): tensor.copy_(value)
+            with torch.no_grad(): local_part(tensor).copy_(value)
             tensor.grad = grad
         for module, extra in extras: module.set_extra_state(extra)

@@ -124,7 +124,7 @@ def loads_by_itself(module: Any) -> bool:
     """
 
 def copied_tree(tree: Any, recorder: Any = None) -> Any:
-    """A copy; what nobody writes to any more of a history stays the same tensors
+    """A copy on the host; what nobody writes to any more of a history stays the same tensors
 
     Returns:
         the same nesting

@@ -94,7 +94,8 @@ class Average(Callback):
         check_whole(type(self).__name__, 'every', every)
         self.every, self.evaluate = every, evaluate
         self.drop_weights()
-        self._locations, self._copied_names, self._raw, self._depth = None, None, None, 0
+        self._locations, self._copied_names, self._depth = None, None, 0
+        self._raw = self._lent = None  # in an evaluation: the weights, and averages in their place
         self._write_counts = {}
 
     def state_dict(self):
@@ -172,6 +173,34 @@ def model(self:Average, learn) -> nn.Module:
     copy_into(averaged, {name: tensors[name] for name in averaged})
     return model
 
+# %% ../../nbs/training/12_averaging.ipynb #a46578cb
+def can_exchange(tensor, value): # bool
+    "Whether an average and a parameter can take each other's place without a loss of bits"
+    return isinstance(tensor, nn.Parameter) and value.dtype == tensor.dtype
+
+@patch
+def _exchange(self:Average, live):
+    "Put the average into the model, and the weights to where it was, tensor by tensor"
+    self._raw, self._lent = {}, {}
+    for name, tensor in live.items():
+        value, (tensors, key) = self.average[name], self._locations[name]
+        self._raw[name] = tensor.clone()
+        tensor.copy_(value)
+        if not can_exchange(tensors[key], value): continue
+        value.copy_(self._raw[name])
+        self._raw[name], self.average[name], self._lent[name] = value, tensor, tensor
+
+@patch
+def _exchange_back(self:Average, live):
+    "Put the weights back into the model, and the average to where it was"
+    for name, tensor in live.items():
+        raw, lent = self._raw[name], self._lent.get(name)
+        is_lent = lent is not None and self.average and self.average.get(name) is lent
+        kept = tensor.clone() if is_lent else None  # else another average was loaded meanwhile
+        tensor.copy_(raw)
+        if is_lent: self.average[name] = raw.copy_(kept)
+    self._raw = self._lent = None
+
 # %% ../../nbs/training/12_averaging.ipynb #df5ab401
 def averages(learn): # list of Averages, those of the last fit too
     return [cb for cb in dict.fromkeys((*learn.cbs, *learn.fit_cbs)) if isinstance(cb, Average)]
@@ -198,17 +227,16 @@ def before_validate(self:Average, learn):
     if not self.evaluate or self.average is None or self._raw is not None: return
     reshard(learn.model)
     self._match(learn)
-    live = self._live(self.average)
-    self._raw, self._depth = {name: t.clone() for name, t in live.items()}, len(learn.levels)
-    copy_into(self.average, live)
+    self._depth = len(learn.levels)
+    self._exchange(self._live(self.average))
     if learn.ranks: learn.cbs.distributed.broadcast_buffers(learn)  # each has averaged its own
 
 @patch
 def cleanup_validate(self:Average, learn):
     if self._raw is None or len(learn.levels) != self._depth: return
     reshard(learn.model)
-    copy_into(self._raw, self._live(self._raw))
-    self._raw = None
+    if self._locations is None: self._locations = locations_of(learn)  # another one was loaded
+    self._exchange_back(self._live(self._raw))
 
 # %% ../../nbs/training/12_averaging.ipynb #0c2336dd
 @patch

@@ -103,6 +103,13 @@ class Average(Callback):
     def before_step(self, learn: Learner) -> None:
         """What was frozen and learns from this update on has been its own average until now"""
 
+def can_exchange(tensor: Any, value: Any) -> bool:
+    """Whether an average and a parameter can take each other's place without a loss of bits
+
+    Returns:
+        bool
+    """
+
 def averages(learn: Learner) -> Any:
     """Returns:
         list of Averages, those of the last fit too

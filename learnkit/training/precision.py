@@ -17,8 +17,9 @@ from ..base.dtensors import split_by_dtensor
 from ..base.methods import structural
 from ..components.callback import Callback, CancelStep, PHASES
 from ..components.optim import opt_params
-from ..components.optimizers import has_gradients, needs_closure
+from ..components.optimizers import has_gradients, named_optimizers, needs_closure
 from ..loop.learner import Learner
+from ..loop.loop import overrides
 
 # %% ../../nbs/training/10_precision.ipynb #a24eb2c3
 def half_dtype(dtype): # torch.bfloat16, torch.float16 or None
@@ -78,15 +79,18 @@ class MixedPrecision(Callback):
 
     def __init__(self,
                  dtype=None, # 'bf16', 'fp16' or the torch type; None: bf16 where the device has it
+                 check_steps:bool=True, # of fp16: wait in each step to hear whether it overflowed;
+                                        # False: the device skips it, and it counts as made
                 ):
-        self.dtype = half_dtype(dtype)
+        self.dtype, self.check_steps = half_dtype(dtype), check_steps
         self._regions = {}  # depth in the loop -> region of autocast
         self._grads_unscaled = False  # whether gradients were divided by the scale
         self._warned = False  # in this fit, of a scale that cannot fall any more
 
     def settings(self): # `to_bf16()` and all ways to write it are the same training
         is_bf16 = self.dtype_on(default_device()) is torch.bfloat16
-        return {'class': type(self).__name__, 'dtype': 'bf16' if is_bf16 else 'fp16'}
+        unchecked = {} if is_bf16 or self.check_steps else {'check_steps': False}
+        return {'class': type(self).__name__, 'dtype': 'bf16' if is_bf16 else 'fp16', **unchecked}
 
     def dtype_on(self, device): return self.dtype or best_half_dtype(device)
     def uses_scaler(self, learn): return self.dtype_on(learn.device) is torch.float16
@@ -97,10 +101,10 @@ class MixedPrecision(Callback):
         if not self.uses_scaler(learn): return
         check_optimizer(learn, self)
         check_weights(learn)
+        if not self.check_steps: check_skips_by_itself(learn)
         if learn.scaler is None: learn.scaler = torch.amp.GradScaler(learn.device.type)
 
-    before_lr_find = before_fit
-
+    def before_lr_find(self, learn): self.before_fit(learn)
     def before_validate(self, learn): self._check(learn)
 
     def _check(self, learn):
@@ -134,13 +138,14 @@ def after_batch(self:MixedPrecision, learn): self._exit_autocast(learn)  # predi
 @patch
 def cleanup_batch(self:MixedPrecision, learn):
     self._exit_autocast(learn)
-    if learn.training: self._rescale_grads(learn)
+    if learn.training: self._end_step(learn)
 
 @patch
 def _exit_autocast(self:MixedPrecision, learn):
     region = self._regions.pop(len(learn.levels), None)
     if region is not None: region.__exit__(None, None, None)
 
+# %% ../../nbs/training/10_precision.ipynb #ecd4b6f5
 @patch
 def _rescale_grads(self:MixedPrecision, learn):
     "Scale the gradients that are left again: those of the next batch are added to them"
@@ -148,6 +153,17 @@ def _rescale_grads(self:MixedPrecision, learn):
         grads = [p.grad for p in opt_params(learn.opt) if p.grad is not None]
         for part, in split_by_dtensor(grads): torch._foreach_mul_(part, learn.scaler.get_scale())
     self._grads_unscaled = False
+
+@patch
+def _end_step(self:MixedPrecision, learn):
+    self._rescale_grads(learn)
+    for opt in single_optimizers(learn.opt):
+        for name in ('grad_scale', 'found_inf'): vars(opt).pop(name, None)
+
+def single_optimizers(opt): # list of optimizers
+    "Those that are stepped, one by one"
+    if opt is None: return []
+    return [*named_optimizers(opt).values()] or [opt]
 
 # %% ../../nbs/training/10_precision.ipynb #32298bc3
 SMALLEST_SCALE = 2. ** -16 # of the loss
@@ -164,7 +180,9 @@ def before_step(self:MixedPrecision, learn):
     learn.scaler.unscale_(learn.opt)
     learn.scaler.update()  # at once: nothing is pending should somebody prevent the step
     after = learn.scaler.scale(one)
-    self._grads_unscaled = bool((after >= before) & (after > 0))  # the one wait for the device
+    is_finite = (after >= before) & (after > 0)
+    if not self.check_steps: return self._let_device_skip(learn, is_finite, after)
+    self._grads_unscaled = bool(is_finite)  # the one wait for the device
     if self._grads_unscaled: return
     if after < SMALLEST_SCALE: self._keep_smallest_scale(learn)
     learn.steps_skipped += 1
@@ -183,18 +201,48 @@ def _keep_smallest_scale(self:MixedPrecision, learn):
                   stacklevel=caller_stacklevel())
 
 @patch
-def cleanup_train(self:MixedPrecision, learn): self._rescale_grads(learn)
+def cleanup_train(self:MixedPrecision, learn): self._end_step(learn)
+
+# %% ../../nbs/training/10_precision.ipynb #d03dffcc
+def check_skips_by_itself(learn:Learner):
+    "Raise ValueError unless the optimizer leaves an update out where the device says so"
+    if overrides(learn, 'step'):
+        raise ValueError('MixedPrecision(check_steps=False): a step of your own would take '
+                         'gradients that have overflowed; leave check_steps at True')
+    for opt in single_optimizers(learn.opt):
+        # Torch makes momenta of sgd in the first step, and leaves them unset where it is skipped
+        is_sgd = isinstance(opt, torch.optim.SGD)
+        has_momentum = is_sgd and any(group['momentum'] for group in opt.param_groups)
+        if has_momentum or not getattr(opt, '_step_supports_amp_scaling', False):
+            raise ValueError(f'MixedPrecision(check_steps=False): {type(opt).__name__} cannot skip '
+                             'an update on the device. AdamW, Adam and SGD without momentum can, '
+                             'with fused=True; with others leave check_steps at True')
+
+@patch
+def _let_device_skip(self:MixedPrecision, learn, is_finite, scale): # tensors, 0-d
+    "Tell the optimizers on the device whether gradients have overflowed"
+    self._grads_unscaled, skipped = True, ~is_finite
+    for opt in single_optimizers(learn.opt): opt.grad_scale, opt.found_inf = None, skipped.float()
+    learn.scaler.update(scale.clamp(min=SMALLEST_SCALE))
+    learn.steps_skipped = learn.steps_skipped + skipped.long()
+
+@patch
+def after_train(self:MixedPrecision, learn): learn.steps_skipped = int(learn.steps_skipped)
+
+@patch
+def cleanup_fit(self:MixedPrecision, learn): learn.steps_skipped = int(learn.steps_skipped)
 
 # %% ../../nbs/training/10_precision.ipynb #bcc44299
 def set_precision(learn:Learner,
                   name, # 'bf16', 'fp16'; None: full precision
+                  **kwargs, # of `MixedPrecision`
                  ): # the learner
     "Replace whatever `MixedPrecision` the learner has"
     if learn.levels:
         raise RuntimeError(f'the precision cannot change while {learn.levels[0]} is running')
     learn.cbs = [cb for cb in learn.cbs if not isinstance(cb, MixedPrecision)]
     if name != 'fp16': learn.scaler = None
-    if name is not None: learn.add_cb(MixedPrecision(name))
+    if name is not None: learn.add_cb(MixedPrecision(name, **kwargs))
     return learn
 
 # %% ../../nbs/training/10_precision.ipynb #e9da781f
@@ -207,9 +255,11 @@ def to_bf16(self:Learner) -> Self:
 # %% ../../nbs/training/10_precision.ipynb #98a7afce
 @patch
 @structural
-def to_fp16(self:Learner) -> Self:
+def to_fp16(self:Learner,
+            check_steps:bool=True, # as in `MixedPrecision`
+           ) -> Self:
     "Compute in float16 where that is safe, with scaled losses"
-    return set_precision(self, 'fp16')
+    return set_precision(self, 'fp16', check_steps=check_steps)
 
 # %% ../../nbs/training/10_precision.ipynb #3ab4ddd1
 @patch

@@ -52,11 +52,13 @@ def check_weights(learn: Learner) -> None:
 class MixedPrecision(Callback):
     """Computes model and loss in 16 bits where that is safe, and scales the loss for fp16"""
     dtype: Any
-    def __init__(self, dtype: Any = None) -> None:
+    check_steps: bool
+    def __init__(self, dtype: Any = None, check_steps: bool = True) -> None:
         """Computes model and loss in 16 bits where that is safe, and scales the loss for fp16
 
         Args:
             dtype: 'bf16', 'fp16' or the torch type; None: bf16 where the device has it
+            check_steps: of fp16: wait in each step to hear whether it overflowed;
         """
     def settings(self) -> Any:
         """Returns:
@@ -65,6 +67,7 @@ class MixedPrecision(Callback):
     def dtype_on(self, device: Any) -> Any: ...
     def uses_scaler(self, learn: Learner) -> Any: ...
     def before_fit(self, learn: Learner) -> None: ...
+    def before_lr_find(self, learn: Learner) -> None: ...
     def before_validate(self, learn: Learner) -> None: ...
     def before_batch(self, learn: Learner) -> None: ...
     def after_pred(self, learn: Learner) -> None: ...
@@ -73,16 +76,28 @@ class MixedPrecision(Callback):
     def after_batch(self, learn: Learner) -> None: ...
     def cleanup_batch(self, learn: Learner) -> None: ...
     def before_backward(self, learn: Learner) -> None: ...
-    def before_step(self, learn: Learner) -> None: ...
+    def before_step(self, learn: Learner) -> Any: ...
     def cleanup_train(self, learn: Learner) -> None: ...
-    def before_lr_find(self, learn: Learner) -> None: ...
+    def after_train(self, learn: Learner) -> None: ...
+    def cleanup_fit(self, learn: Learner) -> None: ...
+
+def single_optimizers(opt: Any) -> Any:
+    """Those that are stepped, one by one
+
+    Returns:
+        list of optimizers
+    """
 SMALLEST_SCALE: float
 
-def set_precision(learn: Learner, name: Any) -> Any:
+def check_skips_by_itself(learn: Learner) -> None:
+    """Raise ValueError unless the optimizer leaves an update out where the device says so"""
+
+def set_precision(learn: Learner, name: Any, **kwargs: Any) -> Any:
     """Replace whatever `MixedPrecision` the learner has
 
     Args:
         name: 'bf16', 'fp16'; None: full precision
+        kwargs: of `MixedPrecision`
 
     Returns:
         the learner

@@ -377,3 +377,86 @@ def test_frozen_weights_are_not_stepped():
     for param in learn.model.parameters(): param.requires_grad_(False)
     learn.fit(1)
     assert learn.steps_done == 0 and learn.steps_skipped == 0
+
+
+# Updates that the device leaves out
+
+def unchecked(n_epoch=4, scale=2.**22, cbs=(), check_steps=False, **kwargs):
+    learn = make_learner(**kwargs).to_fp16(check_steps=check_steps)
+    learn.scaler = torch.amp.GradScaler('cpu', init_scale=scale)
+    learn.fit(n_epoch, cbs=cbs)
+    return learn
+
+SKIPPING = [None, partial(torch.optim.Adam, fused=True), partial(torch.optim.SGD, fused=True)]
+
+@pytest.mark.parametrize('scale', [2.**10, 2.**22, 2.**60])
+@pytest.mark.parametrize('opt_func', SKIPPING)
+@pytest.mark.parametrize('clip', [None, 0.1])
+def test_the_device_skips_what_the_host_would(scale, opt_func, clip):
+    cbs = lambda: [GradientClip(clip)] if clip else []
+    checked = unchecked(scale=scale, cbs=cbs(), check_steps=True, opt_func=opt_func)
+    learn = unchecked(scale=scale, cbs=cbs(), opt_func=opt_func)
+    assert learn.steps_skipped == checked.steps_skipped and type(learn.steps_skipped) is int
+    assert learn.steps_done == 24 == checked.steps_done + checked.steps_skipped
+    assert torch.equal(weights(learn), weights(checked))
+    assert learn.scaler.state_dict() == checked.scaler.state_dict()
+    assert not {'found_inf', 'grad_scale'} & vars(learn.opt).keys()
+
+def test_gradients_of_a_cancelled_step_join_the_next_there_too():
+    def every_second(learn):
+        if learn.iter % 2 == 0: raise CancelStep
+    found = [unchecked(1, 2.**10, Callback(before_step=every_second), checks)
+             for checks in (True, False)]
+    assert torch.equal(*map(weights, found)) and found[1].steps_done == 3
+    assert not {'found_inf', 'grad_scale'} & vars(found[1].opt).keys()
+
+def test_the_scale_does_not_fall_to_nothing_there_either():
+    learn = unchecked(30, 2.**-14, n=4)
+    learn.scaler.load_state_dict({**learn.scaler.state_dict(), 'scale': 2.**-16})
+    for p in learn.model.parameters(): p.data.fill_(float('inf'))
+    learn.fit(2)
+    assert learn.scaler.get_scale() == 2.**-16
+
+def test_a_state_has_the_number_of_skipped_updates():
+    seen = []
+    def look(learn):
+        if learn.iter == 2: seen.append(learn.state_dict()['counters'])
+    learn = unchecked(1, 2.**60, Callback(after_batch=look, phases=('train',)))
+    assert seen[0] == {'epochs_done': 0, 'steps_done': 3, 'steps_skipped': 3}
+    assert learn.steps_skipped == 6
+
+class Cut(Callback):
+    def settings(self): return None
+    def after_batch(self, learn):
+        if learn.training and learn.steps_done == 8: raise MemoryError
+
+def test_an_unchecked_training_that_is_cut_ends_with_the_same_bits(tmp_path):
+    def start(folder, *cbs, **kwargs):
+        learn = make_learner(path=tmp_path).to_fp16(check_steps=False)
+        learn.scaler = torch.amp.GradScaler('cpu', init_scale=2.**26)
+        try: learn.fit_one_cycle(2, 1e-2, cbs=[SaveState(folder, every='1 step'), *cbs], **kwargs)
+        except MemoryError: assert cbs
+        return learn
+    whole, cut = start('whole'), start('cut', Cut())
+    ended = start('cut', resume='latest')
+    assert cut.steps_done == 8 and ended.steps_done == 12 and whole.steps_skipped > 0
+    assert tree_digest(ended.state_dict()['model']) == tree_digest(whole.state_dict()['model'])
+    assert ended.steps_skipped == whole.steps_skipped
+
+@pytest.mark.parametrize('opt_func', [partial(torch.optim.AdamW, fused=False), torch.optim.RMSprop,
+                                      partial(torch.optim.SGD, momentum=0.9, fused=True)])
+def test_optimizers_that_cannot_skip_are_refused_by_name(opt_func):
+    name = getattr(opt_func, 'func', opt_func).__name__
+    with pytest.raises(ValueError, match=f'{name} cannot skip.*leave check_steps at True'):
+        unchecked(opt_func=opt_func)
+
+def test_a_step_of_ones_own_is_refused_where_the_device_would_skip():
+    learn = make_learner().to_fp16(check_steps=False)
+    with pytest.raises(ValueError, match='a step of your own'):
+        learn.fit(1, cbs=Callback(step=lambda learn: learn.opt.step()))
+
+def test_whether_steps_are_checked_makes_another_training_of_fp16_alone():
+    assert MixedPrecision('fp16', check_steps=False).settings()['check_steps'] is False
+    for dtype in ('bf16', 'fp16'):
+        assert 'check_steps' not in MixedPrecision(dtype, check_steps=True).settings()
+    assert 'check_steps' not in MixedPrecision('bf16', check_steps=False).settings()
