@@ -187,7 +187,9 @@ def describe_callback(cb, walk):
     init = types.MethodType(type(cb).__init__, cb)
     arguments = call_arguments(init, args, kwargs)
     if is_learnkits(type(cb)): # as it understands them itself
-        arguments |= {k: value for k, value in cb.settings().items() if k in arguments}
+        said = cb.settings()
+        if cb.distributes: arguments = {name: arguments[name] for name in said if name in arguments}
+        arguments |= {name: value for name, value in said.items() if name in arguments}
     with walk.within(outside='given', callback=type(cb).__name__):
         described = walk.describe_named(arguments)
     params = inspect.signature(init).parameters

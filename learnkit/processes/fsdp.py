@@ -14,7 +14,7 @@ from torch.distributed import _composable_state
 from ..base.batches import map_tensors
 from ..base.dtensors import (
     FSDP_ATTRIBUTES, distribute_like, full_tensor,
-    is_dtensor, is_fsdp_hook, reshard, unsharded_class)
+    is_dtensor, is_fsdp_hook, is_sharded, reshard, unsharded_class)
 from ..components.optimizers import named_optimizers
 from .group import broadcast_tensors
 
@@ -89,6 +89,7 @@ class ShardedModel:
     "A model that `fully_shard` has cut, and what makes it the model that it was"
     def __init__(self, model, undo_sync_bn=None):
         self.model, self.undo_sync_bn = model, undo_sync_bn
+        self.dtype = None  # in which blocks are put together; None: that of the parameters
         self.params = params_by_name(model)
         self.strides = {name: param.stride() for name, param in self.params.items()}
 
@@ -150,3 +151,30 @@ def forget_fsdp(module):
             for key in list(held):
                 if getattr(key, '__name__', key) == 'fully_shard': del held[key]
             if not held: delattr(module, name)
+
+# %% ../../nbs/processes/06_fsdp.ipynb #b74c81a2
+@patch
+def compute_in(self:ShardedModel, dtype): # None: the type of the parameters
+    "Put blocks together in a type from now on; gradients are summed in float32"
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+    if dtype is self.dtype: return
+    policy = MixedPrecisionPolicy(*(dtype, torch.float32) if dtype else ())
+    for module in filter(is_sharded, self.model.modules()): set_policy(module, policy)
+    self.dtype = dtype
+
+def set_policy(module, policy): # `MixedPrecisionPolicy`
+    "Give one to a module that `fully_shard` has cut; torch takes it there alone"
+    module.reshard()
+    state = module._get_fsdp_state()
+    state._mp_policy = policy
+    for group in groups_of_params(state):
+        group.mp_policy = policy
+        group._init_mp_dtypes()
+        for param in group.fsdp_params:
+            param.all_gather_outputs = []  # memory of the old type
+            vars(param).pop('_unsharded_param', None)
+
+def groups_of_params(state): # list
+    "What a module's blocks are put together by; torch called it otherwise before 2.12"
+    if hasattr(state, '_fsdp_param_groups'): return state._fsdp_param_groups
+    return [group for group in [state._fsdp_param_group] if group]

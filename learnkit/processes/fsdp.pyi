@@ -44,6 +44,7 @@ class ShardedModel:
     """A model that `fully_shard` has cut, and what makes it the model that it was"""
     model: Any
     undo_sync_bn: Any
+    dtype: Any
     params: dict
     strides: dict[Any, Any]
     def __init__(self, model: Any, undo_sync_bn: Any = None) -> None: ...
@@ -63,6 +64,12 @@ class ShardedModel:
         """
     def unshard(self, opt: Any = None) -> None:
         """Give the model its own parameters back, with the values that they have now"""
+    def compute_in(self, dtype: Any) -> Any:
+        """Put blocks together in a type from now on; gradients are summed in float32
+
+        Returns:
+            None: the type of the parameters
+        """
 
 def with_strides(t: Any, strides: Any) -> Any:
     """A copy of a tensor in another memory layout
@@ -80,3 +87,17 @@ def full_like(t: Any, param: Any) -> Any:
 
 def forget_fsdp(module: Any) -> None:
     """Take away what `fully_shard` has added to a module; torch itself has no way back"""
+
+def set_policy(module: Any, policy: Any) -> Any:
+    """Give one to a module that `fully_shard` has cut; torch takes it there alone
+
+    Returns:
+        `MixedPrecisionPolicy`
+    """
+
+def groups_of_params(state: Any) -> list:
+    """What a module's blocks are put together by; torch called it otherwise before 2.12
+
+    Returns:
+        list
+    """

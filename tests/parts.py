@@ -1,0 +1,85 @@
+"What processes of tests/processes/test_parts.py run: models in parts, saved while they train"
+import errno, os, random, signal, threading
+import torch
+from learnkit import *
+from learnkit.files.tree import tree_digest
+from ranks import Beside, learner, saved_in_parts, tensors
+from everywhere import Everywhere
+
+STEPS = ('write', 'fsync', 'link', 'rename', 'unlink', 'mkdir', 'rmdir')  # what a file is made by
+
+
+def at_each_step(function):
+    "Call a function before each step of an operation on files, in whichever thread"
+    store = Everywhere('files')
+    for name in STEPS:
+        def step(*args, original=getattr(store, name)):
+            function()
+            return original(*args)
+        setattr(store, name, step)
+
+
+def killed_at_step(folder, numbers):
+    "Processes end before the nth step of their writing; `numbers`: rank -> n"
+    done = []
+    def step():
+        done.append(1)
+        if len(done) == numbers.get(rank()): os.kill(os.getpid(), signal.SIGKILL)
+    at_each_step(step)
+    saved_in_parts(folder)
+    return len(done)
+
+
+def killed_by_the_clock(folder, seed):
+    "One process or both end at a random moment; that of some is when all is done"
+    chosen = random.Random(seed)
+    delay, victims = chosen.uniform(0.05, 1.2), chosen.choice([(0,), (1,), (0, 1)])
+    at_each_step(lambda: threading.Event().wait(0.002))  # a slow disk: most of the time is writing
+    if rank() in victims:
+        timer = threading.Timer(delay, os.kill, (os.getpid(), signal.SIGKILL))
+        timer.daemon = True
+        timer.start()
+    return saved_in_parts(folder)
+
+
+def in_the_background(folder, background=True):
+    "For each save: how many updates were made when its shards were written, and their digest"
+    store, trained, after, updates = Everywhere('files'), threading.Event(), [], []
+    original = store.Shards.write_own
+    def write_own(self, rank):
+        if not after: trained.wait(20 if background else 0)
+        digest, = (found := original(self, rank)).values()
+        after.append((updates[-1], digest))
+        return found
+    def note(learn):
+        updates.append(learn.updates)
+        if learn.updates == 4: trained.set()
+    store.Shards.write_own = write_own
+    fit_in_parts(folder, SaveState('run', '3 steps', background=background),
+                 Beside(after_step=note))
+    return after
+
+
+def fit_in_parts(folder, *cbs, gather_up_to=0, n_epoch=1, **options):
+    learn = learner(path=folder)
+    learn.cbs += [Distributed(strategy='fsdp', gather_up_to=gather_up_to, **options), *cbs]
+    learn.fit(n_epoch, resume='latest')
+    return learn
+
+
+def disk_is_full(folder, who, at):
+    "What each process hears when the shards of one, or the save of process 0, cannot be written"
+    store, failed = Everywhere('files'), []
+    name, place = ('write_own', store.Shards) if at == 'shards' else ('write', store.Save)
+    original = getattr(place, name)
+    def fail(*args):
+        if rank() == who and not failed:
+            failed.append(1)
+            raise OSError(errno.ENOSPC, 'No space left on device')
+        return original(*args)
+    setattr(place, name, fail)
+    try: fit_in_parts(folder, SaveState('run', '2 steps'))
+    except OSError as error: heard = str(error)
+    left = sorted(os.listdir(os.path.join(folder, 'run')))
+    learn = fit_in_parts(folder, SaveState('run', '2 steps'))  # and on
+    return heard, left, tree_digest(learn.state_dict()['model'])
