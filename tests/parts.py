@@ -1,9 +1,10 @@
 "What processes of tests/processes/test_parts.py run: models in parts, saved while they train"
 import errno, os, random, signal, threading
 import torch
+from torch import nn
 from learnkit import *
 from learnkit.files.tree import tree_digest
-from ranks import Beside, learner, saved_in_parts, tensors
+from ranks import Beside, learner, net, saved_in_parts, tensors, weights
 from everywhere import Everywhere
 
 STEPS = ('write', 'fsync', 'link', 'rename', 'unlink', 'mkdir', 'rmdir')  # what a file is made by
@@ -83,3 +84,40 @@ def disk_is_full(folder, who, at):
     left = sorted(os.listdir(os.path.join(folder, 'run')))
     learn = fit_in_parts(folder, SaveState('run', '2 steps'))  # and on
     return heard, left, tree_digest(learn.state_dict()['model'])
+
+
+class Typed(nn.Linear):
+    "Notes in which type its weight is while it computes"
+    seen = []
+    def forward(self, x):
+        self.seen.append(str(self.weight.dtype))
+        return super().forward(x)
+
+
+def precisions(strategy='fsdp', norm='layer', **options):
+    "A learner whose precision changes between fits: types of weights, and numbers"
+    Typed.seen = []
+    set_seed(0)
+    norms = {'layer': nn.LayerNorm(8), 'batch': nn.BatchNorm1d(8), 'group': nn.GroupNorm(2, 8)}
+    model = nn.Sequential(Typed(4, 8), norms[norm], nn.ReLU(), nn.Linear(8, 2))
+    learn, found = learner(model=model, cbs=Distributed(strategy=strategy, **options)), []
+    for change in (learn.to_fp32, learn.to_bf16, learn.to_fp32, learn.to_bf16):
+        change()
+        Typed.seen.clear()
+        learn.fit(1, cbs=GradientAccumulation(16))
+        found.append((sorted(set(Typed.seen)), learn.validate(), weights(learn).dtype,
+                      learn.get_preds()[0].tolist()))
+    return [[*rest, str(dtype)] for *rest, dtype in [(a, b, d, c) for a, b, c, d in found]]
+
+
+def with_policy(folder, *dtypes):
+    "A recorded fit whose parts are put together in some types"
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+    policy = {'mp_policy': MixedPrecisionPolicy(*dtypes)} if dtypes else {}
+    set_seed(0)
+    dls = DataLoaders.from_tensors(tensors(45), tensors(13, 1), bs=8, device='cpu')
+    learn = CheckpointedLearner(dls, net(), nn.CrossEntropyLoss(), device='cpu', name='a',
+                                root=folder, cbs=Distributed(strategy='fsdp', **policy))
+    learn.remove_cb(Progress)
+    with learn.checkpoint(1) as cp: cp.fit(1)
+    return learn.recorder.steps.loss.tolist()

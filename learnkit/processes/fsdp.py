@@ -6,37 +6,17 @@
 __all__ = []
 
 # %% ../../nbs/processes/06_fsdp.ipynb #0b0fed75
-from collections import Counter
 import torch
 from fastcore.basics import patch
 from torch import nn
 from torch.distributed import _composable_state
 from ..base.batches import map_tensors
+from ..base.blocks import outermost_blocks, params_by_name
 from ..base.dtensors import (
     FSDP_ATTRIBUTES, distribute_like, full_tensor,
     is_dtensor, is_fsdp_hook, is_sharded, reshard, unsharded_class)
 from ..components.optimizers import named_optimizers
 from .group import broadcast_tensors
-
-# %% ../../nbs/processes/06_fsdp.ipynb #0d515250
-def params_by_name(model) -> dict:
-    "All parameters; one with several names is there several times"
-    return dict(model.named_parameters(remove_duplicate=False))
-
-def container_items(module): # iterator of modules
-    "What the outermost containers in a module hold"
-    for child in module.children():
-        is_item = isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
-        if is_item and not isinstance(child, (nn.ModuleList, nn.ModuleDict)): yield child
-        else: yield from container_items(child)
-
-def outermost_blocks(model) -> list: # modules
-    "The items of the outermost containers, without those that share parameters with others"
-    uses = Counter(map(id, params_by_name(model).values()))
-    def shares_none(block):
-        inside = Counter(map(id, params_by_name(block).values()))
-        return inside and all(uses[key] == n for key, n in inside.items())
-    return list(filter(shares_none, container_items(model)))
 
 # %% ../../nbs/processes/06_fsdp.ipynb #5ffc63b5
 def init_meta_params(model, device):

@@ -2,26 +2,8 @@
 # pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 # pyright: reportPrivateImportUsage=false
 """Each process keeps a part of each parameter"""
-from collections.abc import Iterator
 from typing import Any
 __all__ = []
-
-def params_by_name(model: Any) -> dict:
-    """All parameters; one with several names is there several times"""
-
-def container_items(module: Any) -> Iterator[Any]:
-    """What the outermost containers in a module hold
-
-    Returns:
-        iterator of modules
-    """
-
-def outermost_blocks(model: Any) -> list:
-    """The items of the outermost containers, without those that share parameters with others
-
-    Returns:
-        modules
-    """
 
 def init_meta_params(model: Any, device: Any) -> None:
     """Make the weights of modules on the meta device"""

@@ -2,9 +2,11 @@
 import random
 import pytest
 import parts, ranks
+import torch
 from learnkit.processes import launch as launching
 from learnkit.processes.launch import launch, time_limit
 from preloaded import wait_briefly
+from test_distributed import alike
 
 
 def slow(*values): return pytest.param(*values, marks=pytest.mark.slow)
@@ -66,3 +68,29 @@ def test_all_processes_hear_of_a_write_that_failed_in_one_and_can_go_on(tmp_path
     for text in (heard, other): assert 'No space left on device' in text
     assert f'(in process {who})' in (heard, other)[1 - who] or at == 'save'
     assert digest == same and not [name for name in left if name.endswith('.safetensors')]
+
+
+@pytest.mark.parametrize('norm, options', [('layer', {}), slow('batch', {}), ('group', {'no_sync': True})])
+def test_a_precision_that_changes_between_fits_is_that_of_parts_too(norm, options):
+    one = parts.precisions('ddp', norm)
+    def several(): return parts.precisions('fsdp', norm, **options)
+    for found in launch(several, n=2):
+        assert [types for types, *_ in found] == [['torch.float32'], ['torch.bfloat16']] * 2
+        for (_, valid, preds, dtype), (_, alone, expected, _) in zip(found, one, strict=True):
+            assert dtype == 'torch.float32'
+            alike(valid['loss'], alone['loss'], 0.02)
+            alike(preds, expected, 0.02)
+        alike(found[0], one[0], 1e-5)
+
+
+def test_a_policy_counts_for_what_is_recorded_and_a_single_process_says_that_it_has_none(
+    tmp_path, capfd):
+    full, half, none = (), (torch.bfloat16, torch.float32), (None,)
+    first = launch(parts.with_policy, tmp_path, *full, n=2)
+    assert launch(parts.with_policy, tmp_path, *none, n=2) == first  # it changes nothing
+    with pytest.raises(RuntimeError, match='(?s)StaleCheckpoint.*mp_policy.*bfloat16'):
+        launch(parts.with_policy, tmp_path, *half, n=2)
+    assert launch(parts.with_policy, tmp_path / '2', *half, n=2) != first
+    capfd.readouterr()
+    alike(parts.with_policy(tmp_path / '1', *half), first[0], 1e-5)
+    assert capfd.readouterr().out.count('mp_policy is left out on a single process') == 1
