@@ -14,10 +14,14 @@ def at_each_step(function):
     "Call a function before each step of an operation on files, in whichever thread"
     store = Everywhere('files')
     for name in STEPS:
-        def step(*args, original=getattr(store, name)):
-            function()
-            return original(*args)
-        setattr(store, name, step)
+        setattr(store, name, preceded(function, getattr(store, name)))
+
+
+def preceded(function, original):
+    def both(*args):
+        function()
+        return original(*args)
+    return both
 
 
 def killed_at_step(folder, numbers):
@@ -99,7 +103,7 @@ def precisions(strategy='fsdp', norm='layer', **options):
     Typed.seen = []
     set_seed(0)
     norms = {'layer': nn.LayerNorm(8), 'batch': nn.BatchNorm1d(8), 'group': nn.GroupNorm(2, 8)}
-    model = nn.Sequential(Typed(4, 8), norms[norm], nn.ReLU(), nn.Linear(8, 2))
+    model = nn.Sequential(nn.Sequential(Typed(4, 8), norms[norm]), nn.ReLU(), nn.Linear(8, 2))
     learn, found = learner(model=model, cbs=Distributed(strategy=strategy, **options)), []
     for change in (learn.to_fp32, learn.to_bf16, learn.to_fp32, learn.to_bf16):
         change()
@@ -121,3 +125,19 @@ def with_policy(folder, *dtypes):
     learn.remove_cb(Progress)
     with learn.checkpoint(1) as cp: cp.fit(1)
     return learn.recorder.steps.loss.tolist()
+
+
+def recomputed(strategy, how, on):
+    "Digests of a fit, with activations that are computed again or not"
+    def block(): return nn.Sequential(nn.Linear(4, 16), nn.LayerNorm(16), nn.GELU(),
+                                      nn.Dropout(0.2), nn.Linear(16, 4))
+    set_seed(0)
+    model = nn.Sequential(*[nn.Sequential(block(), block()) for _ in range(2)], nn.Linear(4, 2))
+    options = {'blocks': lambda m: [b for two in m[:2] for b in two]} if how == 'coarser' else {}
+    finer = (lambda m: [b for two in m[:2] for b in two]) if how == 'finer' else None
+    cbs = [Distributed(strategy=strategy, **(options if strategy == 'fsdp' else {}))]
+    if how == 'bf16': cbs += [MixedPrecision('bf16'), GradientAccumulation(2)]
+    learn = learner(model=model, cbs=cbs)
+    learn.fit(2, cbs=[ActivationCheckpointing(finer)] if on else [])
+    assert not any('forward' in vars(m) for m in learn.model.modules())
+    return {name: tree_digest(part) for name, part in learn.state_dict().items() if name != 'fit'}

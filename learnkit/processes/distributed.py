@@ -82,8 +82,8 @@ class Distributed(Callback):
         self._found = WeakKeyDictionary()  # sampler -> whether its loader is split
 
     def settings(self): # else the numbers are the same on any number of processes
-        policy = policy_settings(self.options.get('mp_policy'))
-        return policy and {'class': type(self).__name__, 'mp_policy': policy}
+        policy = policy_text(self.options.get('mp_policy'))
+        return {'class': type(self).__name__, 'mp_policy': policy} if policy else None
 
 # %% ../../nbs/processes/07_distributed.ipynb #c4ec57a1
 OWN_OPTIONS = {'module', 'device_ids', 'output_device', 'find_unused_parameters'}
@@ -106,10 +106,11 @@ def names_of_options(strategy) -> list:
     else: from torch.distributed.fsdp import fully_shard as function
     return [name for name in inspect.signature(function).parameters if name not in OWN_OPTIONS]
 
-def policy_settings(policy): # dict: name -> text; None where it changes nothing
-    "What a `MixedPrecisionPolicy` says"
-    if policy is None or policy == type(policy)(): return None
-    return {name: str(value).removeprefix('torch.') for name, value in vars(policy).items()}
+def policy_text(policy): # str; None without a policy
+    "What a `MixedPrecisionPolicy` says that is not its default"
+    if policy is None: return None
+    given = vars(policy).items() - vars(type(policy)()).items()
+    return ', '.join(f'{name}={value}'.replace('torch.', '') for name, value in sorted(given))
 
 # %% ../../nbs/processes/07_distributed.ipynb #ac463cd2
 @patch

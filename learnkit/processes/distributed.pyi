@@ -114,11 +114,11 @@ def check_strategy(
 def names_of_options(strategy: Any) -> list:
     """The arguments that torch's own function for a strategy takes, without those given here"""
 
-def policy_settings(policy: Any) -> Any:
-    """What a `MixedPrecisionPolicy` says
+def policy_text(policy: Any) -> Any:
+    """What a `MixedPrecisionPolicy` says that is not its default
 
     Returns:
-        dict: name -> text; None where it changes nothing
+        str; None without a policy
     """
 
 def padded(t: Any, shape: Any, value: Any) -> Any:

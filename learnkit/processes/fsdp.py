@@ -146,6 +146,7 @@ def set_policy(module, policy): # `MixedPrecisionPolicy`
     "Give one to a module that `fully_shard` has cut; torch takes it there alone"
     module.reshard()
     state = module._get_fsdp_state()
+    if any(map(has_batch_norm, groups_of_params(state))): policy = type(policy)()
     state._mp_policy = policy
     for group in groups_of_params(state):
         group.mp_policy = policy
@@ -158,3 +159,8 @@ def groups_of_params(state): # list
     "What a module's blocks are put together by; torch called it otherwise before 2.12"
     if hasattr(state, '_fsdp_param_groups'): return state._fsdp_param_groups
     return [group for group in [state._fsdp_param_group] if group]
+
+def has_batch_norm(group): # bool
+    "Whether there is a norm whose weights have to be of the type of its averages"
+    modules = [param._module_info.module for param in group.fsdp_params]
+    return any(getattr(module, 'track_running_stats', False) for module in modules)

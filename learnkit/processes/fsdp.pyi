@@ -83,3 +83,10 @@ def groups_of_params(state: Any) -> list:
     Returns:
         list
     """
+
+def has_batch_norm(group: Any) -> bool:
+    """Whether there is a norm whose weights have to be of the type of its averages
+
+    Returns:
+        bool
+    """

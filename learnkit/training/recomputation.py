@@ -9,11 +9,9 @@ __all__ = ['ActivationCheckpointing']
 from contextlib import contextmanager
 from types import MethodType
 import torch
-from fastcore.basics import patch
 from torch.utils.checkpoint import checkpoint
 from ..base.blocks import outermost_blocks
 from ..components.callback import Callback
-from ..loop.learner import Learner
 
 # %% ../../nbs/training/16_recomputation.ipynb #3efcb25e
 class Buffers:
@@ -69,15 +67,15 @@ class Recomputed:
 # %% ../../nbs/training/16_recomputation.ipynb #bf726421
 def chosen_blocks(model, blocks): # list of modules
     "What `blocks` gives; by default the outermost blocks that consist of several modules"
-    if blocks is None: found = [block for block in outermost_blocks(model) if any(block.children())]
-    else: found = list(blocks(model))
+    found = list((blocks or outermost_blocks)(model))
+    if blocks is None: found = [block for block in found if any(block.children())]
     if not found:
-        raise ValueError(f'ActivationCheckpointing: {type(model).__name__} has no blocks of several '
-                         'modules in a Sequential, ModuleList or ModuleDict: give a function, as '
-                         'blocks=lambda model: model.layers')
+        raise ValueError(f'ActivationCheckpointing: {type(model).__name__} has no blocks of '
+                         'several modules in a Sequential, ModuleList or ModuleDict: give a '
+                         'function, as blocks=lambda model: model.layers')
     if any(block is model for block in found):
-        raise ValueError('ActivationCheckpointing: the whole model as one block would save nothing, '
-                         'as the backward pass needs all of it at once; give parts of it')
+        raise ValueError('ActivationCheckpointing: the whole model as one block saves nothing, as '
+                         'the backward pass needs all of it at once; give parts of it')
     return found
 
 # %% ../../nbs/training/16_recomputation.ipynb #6eb802f7

@@ -36,7 +36,8 @@ def ends_alike(folder, undisturbed):
 
 
 def test_a_training_goes_on_while_its_shards_are_written_and_they_are_as_they_were(tmp_path):
-    found = [launch(parts.in_the_background, tmp_path / str(how), how, n=2) for how in (True, False)]
+    found = [launch(parts.in_the_background, tmp_path / str(how), how, n=2)
+             for how in (True, False)]
     for thread, waited in zip(*found, strict=True):
         (updates, digest), (updates_waited, as_it_was) = thread[0], waited[0]
         assert updates >= 4 and updates_waited == 3 and digest == as_it_was
@@ -48,7 +49,8 @@ SOME = [{0: 20}, {1: 14}, {0: 33, 1: 17}]
 @pytest.mark.parametrize('numbers', [*SOME, *(
     slow({rank: n}) for rank in (0, 1) for n in range(5, 60, 3 + rank)), *(
     slow({0: n, 1: random.Random(n).randrange(4, 40)}) for n in range(4, 70, 6))], ids=str)
-def test_a_process_that_is_killed_while_it_writes_leaves_a_whole_save(tmp_path, numbers, undisturbed):
+def test_a_process_that_is_killed_while_it_writes_leaves_a_whole_save(
+    tmp_path, numbers, undisturbed):
     with pytest.raises(RuntimeError, match='killed_at_step failed'):
         launch(parts.killed_at_step, tmp_path / 'run', numbers, n=2)
     ends_alike(tmp_path / 'run', undisturbed)
@@ -70,17 +72,20 @@ def test_all_processes_hear_of_a_write_that_failed_in_one_and_can_go_on(tmp_path
     assert digest == same and not [name for name in left if name.endswith('.safetensors')]
 
 
-@pytest.mark.parametrize('norm, options', [('layer', {}), slow('batch', {}), ('group', {'no_sync': True})])
+@pytest.mark.parametrize('norm, options', [('layer', {}), slow('batch', {}),
+                                           ('group', {'no_sync': True})])
 def test_a_precision_that_changes_between_fits_is_that_of_parts_too(norm, options):
     one = parts.precisions('ddp', norm)
     def several(): return parts.precisions('fsdp', norm, **options)
     for found in launch(several, n=2):
-        assert [types for types, *_ in found] == [['torch.float32'], ['torch.bfloat16']] * 2
+        half = 'torch.float32' if norm == 'batch' else 'torch.bfloat16'
+        assert [types for types, *_ in found] == [['torch.float32'], [half]] * 2
         for (_, valid, preds, dtype), (_, alone, expected, _) in zip(found, one, strict=True):
             assert dtype == 'torch.float32'
+            if norm == 'batch': continue  # each process has the statistics of its samples
             alike(valid['loss'], alone['loss'], 0.02)
             alike(preds, expected, 0.02)
-        alike(found[0], one[0], 1e-5)
+            alike(found[0], one[0], 1e-5)
 
 
 def test_a_policy_counts_for_what_is_recorded_and_a_single_process_says_that_it_has_none(
@@ -88,7 +93,7 @@ def test_a_policy_counts_for_what_is_recorded_and_a_single_process_says_that_it_
     full, half, none = (), (torch.bfloat16, torch.float32), (None,)
     first = launch(parts.with_policy, tmp_path, *full, n=2)
     assert launch(parts.with_policy, tmp_path, *none, n=2) == first  # it changes nothing
-    with pytest.raises(RuntimeError, match='(?s)StaleCheckpoint.*mp_policy.*bfloat16'):
+    with pytest.raises(RuntimeError, match='StaleCheckpoint.*now Distributed.*dtype=bfloat16'):
         launch(parts.with_policy, tmp_path, *half, n=2)
     assert launch(parts.with_policy, tmp_path / '2', *half, n=2) != first
     capfd.readouterr()
