@@ -6055,6 +6055,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'learnkit/processes/fsdp.py'),
                                          'learnkit.processes.fsdp.ShardedModel.unshard': ( 'processes/fsdp.html#shardedmodel.unshard',
                                                                                            'learnkit/processes/fsdp.py'),
+                                         'learnkit.processes.fsdp.check_all_read': ( 'processes/fsdp.html#check_all_read',
+                                                                                     'learnkit/processes/fsdp.py'),
                                          'learnkit.processes.fsdp.forget_fsdp': ( 'processes/fsdp.html#forget_fsdp',
                                                                                   'learnkit/processes/fsdp.py'),
                                          'learnkit.processes.fsdp.full_like': ( 'processes/fsdp.html#full_like',

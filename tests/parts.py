@@ -141,3 +141,49 @@ def recomputed(strategy, how, on):
     learn.fit(2, cbs=[ActivationCheckpointing(finer)] if on else [])
     assert not any('forward' in vars(m) for m in learn.model.modules())
     return {name: tree_digest(part) for name, part in learn.state_dict().items() if name != 'fit'}
+
+
+class Wide(nn.Module):
+    "A block of two layers, of which the first can be cut by its outputs, the second by its inputs"
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
+    def forward(self, x): return x + self.down(self.up(x).relu())
+
+
+def wide():
+    set_seed(0)
+    return nn.Sequential(Wide(), Wide(), nn.Linear(4, 2))
+
+
+def in_mesh(kind, folder=None):
+    "How a model that is cut in some way trains, and what of it lies on the disk"
+    from functools import partial
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from learnkit.processes.group import join_group
+    model, cbs, opt_func = wide(), [], None
+    if kind != 'one': join_group()
+    if kind == 'hsdp': # copies of parts
+        mesh = init_device_mesh('cpu', (2, 2), mesh_dim_names=('replicate', 'shard'))
+        cbs = [Distributed(strategy='fsdp', mesh=mesh, gather_up_to=0)]
+    if kind == 'by hand': # as by another library
+        for block in (*model[:2], model): fully_shard(block)
+        cbs = [Distributed(strategy='fsdp', gather_up_to=0)]
+    if kind == 'tensor parallel': # both processes have all samples
+        cut_for_tensors(model, init_device_mesh('cpu', (2,)))
+        opt_func = partial(torch.optim.AdamW, foreach=False)  # of plain tensors and of parts
+    if kind == 'both':
+        mesh = init_device_mesh('cpu', (2, 2), mesh_dim_names=('dp', 'tp'))
+        cut_for_tensors(model, mesh['tp'])
+        cbs = [Distributed(strategy='fsdp', mesh=mesh['dp'])]
+    learn = learner(model=model, cbs=cbs, path=folder or '.', opt_func=opt_func)
+    learn.fit(2, cbs=SaveState('run') if folder else [], resume='latest' if folder else None)
+    return learn.recorder.steps.loss.tolist(), learn.validate(), weights(learn).tolist()
+
+
+def cut_for_tensors(model, mesh):
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel, RowwiseParallel, parallelize_module)
+    for block in model[:2]:
+        parallelize_module(block, mesh, {'up': ColwiseParallel(), 'down': RowwiseParallel()})

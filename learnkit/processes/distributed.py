@@ -46,7 +46,7 @@ from .ddp import (
     average_gradients, check_can_share, exchange_gradients,
     loss_params, loss_tensors, sync_batch_norms)
 from .weights import BatchWeights
-from .fsdp import ShardedModel, move_to_device
+from .fsdp import ShardedModel, check_all_read, move_to_device
 
 # %% ../../nbs/processes/07_distributed.ipynb #9e1dd462
 class Distributed(Callback):
@@ -280,6 +280,7 @@ def _begin(self:Distributed, learn): # Ranks; None for a single process
     self._watch.handled = sys.exception()  # one that is being handled while all this goes on
     if self._synced_model is not learn.model:
         self.shard(learn)
+        check_all_read(learn.model, self.ranks)
         in_model = *learn.model.parameters(), *learn.model.buffers()
         broadcast_tensors([*in_model, *loss_tensors(learn.loss_func)], self.ranks)
         self._synced_model = learn.model

@@ -164,3 +164,15 @@ def has_batch_norm(group): # bool
     "Whether there is a norm whose weights have to be of the type of its averages"
     modules = [param._module_info.module for param in group.fsdp_params]
     return any(getattr(module, 'track_running_stats', False) for module in modules)
+
+# %% ../../nbs/processes/06_fsdp.ipynb #0309ed66
+def check_all_read(model, ranks):
+    "Raise ValueError for a model that needs the same samples on several processes"
+    cut = [p for p in model.parameters() if is_dtensor(p)]
+    groups = [group for module in model.modules() if is_sharded(module)
+              for group in groups_of_params(module._get_fsdp_state())]
+    if cut and {group.mesh_info.mesh.size() for group in groups} != {ranks.size}:
+        raise ValueError(f'{unsharded_class(model).__name__} has parameters that are cut over some '
+                         f'of the {ranks.size} processes, as for tensor parallelism: those need '
+                         'the same samples, and Distributed gives each its own. Leave Distributed '
+                         'out where all need the same')

@@ -90,3 +90,6 @@ def has_batch_norm(group: Any) -> bool:
     Returns:
         bool
     """
+
+def check_all_read(model: Any, ranks: Any) -> None:
+    """Raise ValueError for a model that needs the same samples on several processes"""

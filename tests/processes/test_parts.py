@@ -99,3 +99,17 @@ def test_a_policy_counts_for_what_is_recorded_and_a_single_process_says_that_it_
     capfd.readouterr()
     alike(parts.with_policy(tmp_path / '1', *half), first[0], 1e-5)
     assert capfd.readouterr().out.count('mp_policy is left out on a single process') == 1
+
+
+@pytest.mark.parametrize('kind, n', [('hsdp', 4), ('by hand', 2), ('tensor parallel', 2)])
+def test_models_that_are_cut_otherwise_train_and_go_on_from_saves(tmp_path, kind, n):
+    one = parts.in_mesh('one')
+    for _ in range(2):  # the second time all is there
+        for found in launch(parts.in_mesh, kind, tmp_path, n=n): alike(found, one, 1e-4)
+    sizes = [path.stat().st_size for path in (tmp_path / 'run').glob('*2.parts/*/*')]
+    assert sum(size > 500 for size in sizes) == (0 if kind == 'tensor parallel' else 2)
+
+
+def test_a_model_whose_processes_need_the_same_samples_is_refused():
+    with pytest.raises(RuntimeError, match='as for tensor parallelism'):
+        launch(parts.in_mesh, 'both', n=4)

@@ -135,6 +135,11 @@ def test_it_counts_for_nothing_that_is_recorded(tmp_path):
     assert run() == run(ActivationCheckpointing(blocks=lambda model: model[:2]))
 
 
+def test_an_ensemble_refuses_it():
+    ens = Ensemble(lambda seed: made(), range(2))
+    with pytest.raises(ValueError, match='leave it out'): ens.fit(1, cbs=ActivationCheckpointing())
+
+
 @pytest.mark.parametrize('step', [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiled_models_compute_again_too(step):
     runs = []
@@ -146,8 +151,12 @@ def test_compiled_models_compute_again_too(step):
     assert torch.tensor(runs[0]).allclose(torch.tensor(runs[1]), rtol=1e-4)
 
 
-@pytest.mark.parametrize('strategy', ['ddp', 'fsdp'])
-@pytest.mark.parametrize('how', ['same', 'coarser', 'finer', 'bf16'])
+FAST = ('ddp', 'same'), ('fsdp', 'bf16')
+
+
+@pytest.mark.parametrize('strategy, how', [*FAST, *(
+    pytest.param(strategy, how, marks=pytest.mark.slow) for strategy in ('ddp', 'fsdp')
+    for how in ('same', 'coarser', 'finer', 'bf16') if (strategy, how) not in FAST)])
 def test_on_several_processes_too(strategy, how):
     def several(*args): return parts.recomputed(strategy, how, *args)
     assert launch(several, True, n=2) == launch(several, False, n=2)
