@@ -130,6 +130,7 @@ def write(self:SaveState, save, shards=None):
     save.write(1 if self._is_first else self.keep, shards)
     self._is_first = False
 
+# %% ../../nbs/loop/09_save_state.ipynb #6de13b58
 @patch
 def patience(self:SaveState, learn): # seconds
     "How long a save may wait for the next one, or for a record that makes it unneeded"
