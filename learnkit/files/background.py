@@ -89,9 +89,11 @@ class BackgroundWriter:
 
     def __reduce__(self): return type(self), ()  # what is being written belongs to this process
 
-    def write(self, function:Callable[[], object], patience:float=0., together:bool=False):
-        """Have a function called soon; with patience, only if nothing else comes meanwhile;
-        `together`: by all processes, which then hear of an error where all of them wait for it"""
+    def write(self, function:Callable[[], object],
+              patience:float=0., # seconds in which what comes next takes its place
+              together:bool=False, # all processes write: `check` is silent, they wait together
+             ):
+        "Have a thread call a function"
         self.clear()
         self.writing, self.together = Writing(function, patience), together
 

@@ -67,8 +67,11 @@ class BackgroundWriter:
             patience: float = 0.,
             together: bool = False,
     ) -> None:
-        """Have a function called soon; with patience, only if nothing else comes meanwhile;
-        `together`: by all processes, which then hear of an error where all of them wait for it
+        """Have a thread call a function
+
+        Args:
+            patience: seconds in which what comes next takes its place
+            together: all processes write: `check` is silent, they wait together
         """
     def clear(self) -> None:
         """Nothing is left to be written: what has patience is dropped, all else is waited for"""
