@@ -5,7 +5,9 @@ from unittest import mock
 from common import report, torch
 from torch import nn
 from learnkit import (
-    Callback, CheckpointedLearner, DataLoaders, Learner, Progress, SaveState, set_seed)
+    Callback, CheckpointedLearner, DataLoaders, Distributed, Learner, Progress, SaveState, launch,
+    set_seed)
+from learnkit.base.dtensors import local_part
 from learnkit.files import durable, tensors
 
 N_EPOCH, WIDTH = 6, 4472  # 20 million weights, 240 MB with the two moments of AdamW
@@ -68,6 +70,25 @@ def waiting_seconds(background): # for a save between two epochs
     return in_folder(measure)
 
 
+def waiting_in_parts(folder, background, width=2236): # (seconds for a save, copied share of a part)
+    "One of two processes, each with half of 60 MB"
+    learn = learner(folder, width=width)
+    learn.add_cb(Distributed(strategy='fsdp', gather_up_to=0))
+    saves = Waiting('run', background=background)
+    shares = [0.]
+    def note(learn):
+        part = sum(local_part(p).nbytes for p in learn.model.parameters())
+        shares.append(saves.writer.shards.memory.nbytes / (3 * part))
+    learn.fit(N_EPOCH, cbs=[saves, Callback(after_epoch=note)])
+    seconds = statistics.median([t for t, is_between in saves.seconds if is_between][1:-1])
+    return seconds, max(shares)
+
+
+def in_parts(background): # the longer wait of two processes, the larger copy
+    def measure(folder): return launch(waiting_in_parts, folder, background, n=2)
+    return tuple(map(max, zip(*in_folder(measure), strict=True)))
+
+
 def copied_share(): # of the bytes of a state
     def measure(folder):
         saves = SaveState('run')
@@ -104,12 +125,19 @@ if __name__ == '__main__':
     share, copied = (thread - none) / (sync - none), copied_share()
     of_plain, of_call = states_written(plain), states_written(recorded) - 1 / 3  # its beginning
     waits = waiting_seconds(True) / waiting_seconds(False)
+    parts = [(in_parts(True), in_parts(False)) for _ in range(3)]
+    of_parts = statistics.median(thread[0] / sync[0] for thread, sync in parts)
+    copied_parts = max(thread[1] for thread, _ in parts)
     report('Saves', [
         ('what a training waits for a save of 240 MB, of what it waits if it writes it itself',
          f'{waits:.3f}x', 'at most 0.15x', waits <= 0.15),
         ('what it is slowed down by such saves in all, the thread beside it included',
          f'{share:.3f}x', 'at most 0.15x', share <= 0.15),
         ('memory of the copy, over the state', f'{copied:.2f}x', 'at most 1.05x', copied <= 1.05),
+        ('the same wait with two processes, of which each saves half of 60 MB', f'{of_parts:.3f}x',
+         'at most 0.5x', of_parts <= 0.5),
+        ('memory of the copy, over the part', f'{copied_parts:.2f}x', 'at most 1.05x',
+         copied_parts <= 1.05),
         ('states that a fit of one epoch writes, with SaveState', f'{of_plain:.2f}',
          'at most 1.05', of_plain <= 1.05),
         ('states that it writes as a recorded call', f'{of_call:.2f}', 'at most 1.05',

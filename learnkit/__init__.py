@@ -26,6 +26,7 @@ from .base import signals as _signals
 from .base import guard as _guard
 from .base import snapshots as _snapshots
 from .base import packing as _packing
+from .base import blocks as _blocks
 from .files.errors import (
     DamagedError, LockedError, StoreError, UnstorableError,
 )
@@ -184,6 +185,9 @@ from .training.trials import (
 from .training.compiling import (
     ChannelsLast,
 )
+from .training.recomputation import (
+    ActivationCheckpointing,
+)
 from .training import stacked as _stacked
 from .training import made_members as _made_members
 from .training import members as _members
@@ -316,11 +320,11 @@ __all__ = [
     'sched_poly', 'sched_warmup', 'ParamScheduler', 'TorchScheduler', 'LRFinderResult', 'SaveBest',
     'AskToContinue', 'EarlyStopping', 'StopOnNaN', 'ReduceLROnPlateau', 'MixedPrecision',
     'GradientAccumulation', 'GradientClip', 'EMA', 'SWA', 'ShortEpoch', 'StageFuncs',
-    'ValidateEvery', 'CutMix', 'MixUp', 'OverfitResult', 'ChannelsLast', 'Ensemble',
-    'Interpretation', 'ProfileResult', 'SummaryResult', 'ActivationStats', 'GradientStats',
-    'Logger', 'CSVLogger', 'JSONLogger', 'TensorBoardLogger', 'MLflowLogger', 'TrackioLogger',
-    'WandbLogger', 'launch', 'Ranks', 'Distributed', 'BEGINNING', 'StaleCheckpoint', 'SharedStore',
-    'Transfer', 'Checkpointed', 'CheckpointedEnsemble', 'CheckpointedLearner', 'checkpoints_table',
-    'tree_text', 'plot_tree', 'explain_text', 'report_html', 'write_report', 'verify',
-    'VerifyResult', 'Best', 'Study',
+    'ValidateEvery', 'CutMix', 'MixUp', 'OverfitResult', 'ChannelsLast', 'ActivationCheckpointing',
+    'Ensemble', 'Interpretation', 'ProfileResult', 'SummaryResult', 'ActivationStats',
+    'GradientStats', 'Logger', 'CSVLogger', 'JSONLogger', 'TensorBoardLogger', 'MLflowLogger',
+    'TrackioLogger', 'WandbLogger', 'launch', 'Ranks', 'Distributed', 'BEGINNING',
+    'StaleCheckpoint', 'SharedStore', 'Transfer', 'Checkpointed', 'CheckpointedEnsemble',
+    'CheckpointedLearner', 'checkpoints_table', 'tree_text', 'plot_tree', 'explain_text',
+    'report_html', 'write_report', 'verify', 'VerifyResult', 'Best', 'Study',
 ]

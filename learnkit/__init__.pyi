@@ -100,6 +100,7 @@ from .training.mix import CutMix as CutMix
 from .training.mix import MixUp as MixUp
 from .training.trials import OverfitResult as OverfitResult
 from .training.compiling import ChannelsLast as ChannelsLast
+from .training.recomputation import ActivationCheckpointing as ActivationCheckpointing
 from .training.ensemble import Ensemble as Ensemble
 from .insight.interpretation import Interpretation as Interpretation
 from .insight.profile import ProfileResult as ProfileResult
@@ -151,8 +152,8 @@ __all__ = [
     'LRFinderResult', 'SaveBest', 'AskToContinue', 'EarlyStopping', 'StopOnNaN',
     'ReduceLROnPlateau', 'MixedPrecision', 'GradientAccumulation', 'GradientClip', 'EMA', 'SWA',
     'ShortEpoch', 'StageFuncs', 'ValidateEvery', 'CutMix', 'MixUp', 'OverfitResult',
-    'ChannelsLast', 'Ensemble', 'Interpretation', 'ProfileResult', 'SummaryResult',
-    'ActivationStats', 'GradientStats', 'Logger', 'CSVLogger', 'JSONLogger',
+    'ChannelsLast', 'ActivationCheckpointing', 'Ensemble', 'Interpretation', 'ProfileResult',
+    'SummaryResult', 'ActivationStats', 'GradientStats', 'Logger', 'CSVLogger', 'JSONLogger',
     'TensorBoardLogger', 'MLflowLogger', 'TrackioLogger', 'WandbLogger', 'launch', 'Ranks',
     'Distributed', 'BEGINNING', 'StaleCheckpoint', 'SharedStore', 'Transfer', 'Checkpointed',
     'CheckpointedEnsemble', 'CheckpointedLearner', 'checkpoints_table', 'tree_text',

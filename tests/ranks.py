@@ -635,19 +635,19 @@ def normed(strategy):
 def breaks_off(folder, how, rank_of):
     "A fit of a model in parts whose third save goes wrong in one process"
     import errno
-    from torch.distributed.checkpoint import HuggingFaceStorageWriter as Writer
     from everywhere import Everywhere
     store = Everywhere('files')
-    calls, write, tree = [], Writer.write_data, store.save_tree
+    calls, Shards = [], store.Shards
+    write, tree = Shards.write_own, store.write_tree
     def third(function, args, kwargs):
         calls.append(1)
         if rank() == rank_of and len(calls) == 3:
             if how == 'kill': os.kill(os.getpid(), signal.SIGKILL)
             raise OSError(errno.ENOSPC, 'No space left on device')
         return function(*args, **kwargs)
-    Writer.write_data = lambda *args, **kwargs: third(write, args, kwargs)
+    Shards.write_own = lambda *args, **kwargs: third(write, args, kwargs)
     if how == 'kill after':
-        store.save_tree, Writer.write_data, how = (
+        store.write_tree, Shards.write_own, how = (
             lambda *args, **kwargs: third(tree, args, kwargs)), write, 'kill'
     return saved(folder, **PARTS)
 

@@ -58,13 +58,15 @@ def rank0_only(f:T)->T: # function that returns None on the other ranks
     return only
 
 # %% ../../nbs/base/00_ranks.ipynb #6a01583a
-@lru_cache(maxsize=1)
-def groups_of(world): # dict: timeout -> group, of all processes of the group `world`
+@lru_cache(maxsize=2)
+def groups_of(world, for_thread): # dict: timeout -> group, of all processes of the group `world`
     return {}
 
-def host_group(timeout:timedelta=None): # of `torch.distributed`; None: any
+def host_group(timeout:timedelta=None, # None: any
+               for_thread:bool=False, # one that a single thread uses while others use theirs
+              ): # of `torch.distributed`
     "The group of all processes for what is on the host"
-    groups = groups_of(dist.group.WORLD)
+    groups = groups_of(dist.group.WORLD, for_thread)
     if timeout is None and groups: return next(iter(groups.values()))
     if timeout not in groups:
         groups[timeout] = dist.new_group(backend='gloo', timeout=timeout)
@@ -88,22 +90,40 @@ def rank0_first()->Iterator[None]:
         if group and main: dist.barrier(group=host_group())
 
 # %% ../../nbs/base/00_ranks.ipynb #c1c42d27
+def outcome_of(function): # (dict that all are sent, error or None)
+    "What calling a function comes to"
+    try: return {'value': function()}, None
+    except Exception as error: return {'error': type(error).__name__, 'text': str(error)}, error
+
+def raise_sent(outcome, errors):
+    "Raise the error that another process has sent, if there is one; of its class if that is given"
+    known = {cls.__name__: cls for cls in errors}
+    if 'error' in outcome: raise known.get(outcome['error'], RuntimeError)(outcome['text'])
+
 def on_main(ranks, # the processes that call this together; None: a single one
             function, # returns plain values
             errors=(KeyError, ValueError, TypeError), # that are of the same class everywhere
            ): # what it returns, on all processes
     "Call a function on process 0; an error there is one everywhere"
     if ranks is None: return function()
-    outcome = error = None
-    if ranks.rank == 0:
-        try: outcome = {'value': function()}
-        except Exception as raised:
-            error, outcome = raised, {'error': type(raised).__name__, 'text': str(raised)}
+    outcome, error = outcome_of(function) if ranks.rank == 0 else (None, None)
     received = ranks.broadcast(outcome)
     if error is not None: raise error
-    known = {cls.__name__: cls for cls in errors}
-    if 'error' in received: raise known.get(received['error'], RuntimeError)(received['text'])
+    raise_sent(received, errors)
     return (outcome or received)['value']
+
+def on_each(ranks, # the processes that call this together
+            function, # returns plain values
+            errors=(KeyError, ValueError, TypeError), # that are of the same class everywhere
+           ): # list: what it returns on each process
+    "Call a function on all processes; an error in one is one everywhere"
+    outcome, error = outcome_of(function)
+    received = ranks.gather(outcome)
+    if error is not None: raise error
+    for number, each in enumerate(received):
+        if 'error' in each: each['text'] += f' (in process {number})'
+        raise_sent(each, errors)
+    return [each['value'] for each in received]
 
 # %% ../../nbs/base/00_ranks.ipynb #f802d65f
 def sum_over_ranks(t:torch.Tensor)->torch.Tensor: # on the same device; `t` for a single process

@@ -51,17 +51,21 @@ def rank0_only(f: T) -> T:
         function that returns None on the other ranks
     """
 
-@lru_cache(maxsize=1)
-def groups_of(world: Any) -> Any:
+@lru_cache(maxsize=2)
+def groups_of(world: Any, for_thread: Any) -> Any:
     """Returns:
         dict: timeout -> group, of all processes of the group `world`
     """
 
-def host_group(timeout: timedelta | None = None) -> Any:
+def host_group(timeout: timedelta | None = None, for_thread: bool = False) -> Any:
     """The group of all processes for what is on the host
 
+    Args:
+        timeout: None: any
+        for_thread: one that a single thread uses while others use theirs
+
     Returns:
-        of `torch.distributed`; None: any
+        of `torch.distributed`
     """
 
 def leave_host_group(world: Any, group: Any) -> None:
@@ -71,6 +75,16 @@ def leave_host_group(world: Any, group: Any) -> None:
 
 def rank0_first() -> AbstractContextManager[None]:
     """Run the block on rank 0, then on the others, which wait for it"""
+
+def outcome_of(function: Any) -> Any:
+    """What calling a function comes to
+
+    Returns:
+        (dict that all are sent, error or None)
+    """
+
+def raise_sent(outcome: Any, errors: Any) -> None:
+    """Raise the error that another process has sent, if there is one; of its class if that is given"""
 
 def on_main(ranks: Any, function: Any, errors: Any = ...) -> Any:
     """Call a function on process 0; an error there is one everywhere
@@ -82,6 +96,18 @@ def on_main(ranks: Any, function: Any, errors: Any = ...) -> Any:
 
     Returns:
         what it returns, on all processes
+    """
+
+def on_each(ranks: Any, function: Any, errors: Any = ...) -> Any:
+    """Call a function on all processes; an error in one is one everywhere
+
+    Args:
+        ranks: the processes that call this together
+        function: returns plain values
+        errors: that are of the same class everywhere
+
+    Returns:
+        list: what it returns on each process
     """
 
 def sum_over_ranks(t: torch.Tensor) -> torch.Tensor:

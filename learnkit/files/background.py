@@ -83,14 +83,19 @@ class Writing:
 # %% ../../nbs/files/04_background.ipynb #a7e68f54
 class BackgroundWriter:
     "Writes in a thread, one thing at a time"
-    def __init__(self): self.copies, self.writing = HostCopies(), None
+    def __init__(self):
+        self.copies, self.shards = HostCopies(), HostCopies()  # of a state, of its shards
+        self.writing, self.together = None, False
 
     def __reduce__(self): return type(self), ()  # what is being written belongs to this process
 
-    def write(self, function:Callable[[], object], patience:float=0.):
-        "Have a function called soon; with patience, only if nothing else comes meanwhile"
+    def write(self, function:Callable[[], object],
+              patience:float=0., # seconds in which what comes next takes its place
+              together:bool=False, # all processes write: `check` is silent, they wait together
+             ):
+        "Have a thread call a function"
         self.clear()
-        self.writing = Writing(function, patience)
+        self.writing, self.together = Writing(function, patience), together
 
     def clear(self):
         "Nothing is left to be written: what has patience is dropped, all else is waited for"
@@ -106,4 +111,5 @@ class BackgroundWriter:
 
     def check(self):
         "Raise the error of what was being written, if there is one by now"
-        if self.writing is not None and self.writing.error is not None: self.finish()
+        if self.writing is None or self.together: return
+        if self.writing.error is not None: self.finish()

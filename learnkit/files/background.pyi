@@ -57,10 +57,22 @@ class Writing:
 class BackgroundWriter:
     """Writes in a thread, one thing at a time"""
     copies: HostCopies
+    shards: HostCopies
     writing: Writing | None
+    together: bool
     def __init__(self) -> None: ...
-    def write(self, function: Callable[[], object], patience: float = 0.) -> None:
-        """Have a function called soon; with patience, only if nothing else comes meanwhile"""
+    def write(
+            self,
+            function: Callable[[], object],
+            patience: float = 0.,
+            together: bool = False,
+    ) -> None:
+        """Have a thread call a function
+
+        Args:
+            patience: seconds in which what comes next takes its place
+            together: all processes write: `check` is silent, they wait together
+        """
     def clear(self) -> None:
         """Nothing is left to be written: what has patience is dropped, all else is waited for"""
     def finish(self) -> None:

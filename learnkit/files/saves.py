@@ -41,7 +41,6 @@ class Save:
                  store=None, # `Store` that may hold such tensors
                 ):
         self.folder, self.store = Path(folder), store
-        self.shards = {'parts': tree['parts']} if type(tree) is dict and 'parts' in tree else {}
         tree, self.large = (tree, {}) if known is None else split_off(tree, known)
         packer = Packer()
         self.root, self.found = packer.pack(tree), packer.found  # all of the tree is checked
@@ -61,8 +60,10 @@ class Save:
 @patch
 def write(self:Save,
           keep:int=2, # how many saves remain, the new one included
+          shards:dict=None, # as from `Shards.write`, which is done
          ): # Path of the new file
     "Write it, then remove what is too old"
+    if shards is not None: self.root['parts'] = Packer().pack(shards)
     if self.copies is not None: self.copies.wait()
     if self.store is not None: self.store.check_claims()  # a late write would go over others'
     for path in self.folder.glob('.learnkit-*'):
@@ -76,7 +77,7 @@ def write(self:Save,
         raise FileExistsError(error.errno, text, str(path)) from error
     for old in [path, *older][keep:]: unlink(old)
     remove_unneeded_sidecars(self.folder, [path, *older][:keep])
-    remove_shards(path, self.shards)
+    remove_shards(path, self.root)
     for shards in self.folder.glob('save-*.parts'):
         if not shards.with_suffix('.safetensors').exists(): remove_path(shards)
     if self.store is not None: self.store.tell_saved(self.folder)

@@ -24,7 +24,6 @@ class Save:
     """A tree on its way to be the next of the numbered saves"""
     folder: Path
     store: Any
-    shards: dict[str, Any] | dict[Any, Any]
     large: Any
     root: Any
     found: Any
@@ -44,11 +43,12 @@ class Save:
         Args:
             copies: `HostCopies`, for tensors that do not stay as they are until then
         """
-    def write(self, keep: int = 2) -> Any:
+    def write(self, keep: int = 2, shards: dict | None = None) -> Any:
         """Write it, then remove what is too old
 
         Args:
             keep: how many saves remain, the new one included
+            shards: as from `Shards.write`, which is done
 
         Returns:
             Path of the new file

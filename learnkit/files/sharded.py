@@ -6,13 +6,16 @@
 __all__ = []
 
 # %% ../../nbs/files/04_sharded.ipynb #785196b0
-import math, os, re, secrets, time, warnings
+import json, math, os, re, secrets, time, warnings
 from contextlib import contextmanager
 from pathlib import Path
 import torch
+from fastcore.basics import patch
 from ..base.dtensors import is_dtensor
+from ..base.ranks import on_each
 from .errors import DamagedError
-from .durable import file_digest, make_folder, remove_path, sync_folder
+from .durable import file_digest, make_folder, remove_path
+from .tensors import host_tensor, save_named
 from .tree import set_at, unique_name
 
 # %% ../../nbs/files/04_sharded.ipynb #abc9aaea
@@ -39,20 +42,9 @@ def check_seen_by_all(folder, ranks):
         raise ValueError(f'process {blind[0]} does not see {folder}, which process 0 has made: the '
                          'parts of a model have to lie on a disk that all machines see')
 
-# %% ../../nbs/files/04_sharded.ipynb #84dc625b
-@contextmanager
-def unwrap_failure(folder):
-    "Raise the exception of the process that failed in place of torch's, which lists all processes"
-    from torch.distributed.checkpoint import CheckpointException  # which is no Exception
-    try: yield
-    except CheckpointException as error:
-        number, (cause, _) = next(iter(error.failures.items()))
-        cause.add_note(f'(in process {number}, at its parts in {folder})')
-        raise cause from None
-
+# %% ../../nbs/files/04_sharded.ipynb #d7d2c47c
 def shards_folder(path): return path.with_suffix('.parts')
 
-# %% ../../nbs/files/04_sharded.ipynb #d7d2c47c
 def named_shards(path, shards): # (Path of their folder, dict: name of a file -> digest)
     "The shards that a file names; DamagedError for any that are not in a folder beside it"
     folder, files = shards.get('folder'), shards.get('files')
@@ -71,38 +63,80 @@ def new_shards_folder(path, ranks): # Path, the same in all processes
     check_seen_by_all(folder, ranks)
     return folder
 
-def write_shards(folder, tensors:dict, ranks):
-    "Have each process write its shards of DTensors; a failure leaves no folder"
-    import torch.distributed.checkpoint as dcp
-    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    try:
-        with unwrap_failure(folder):
-            dcp.save(tensors, storage_writer=writer, process_group=ranks.group)
-    except BaseException:
-        if ranks.rank == 0: remove_path(folder)
-        raise
-    if ranks.rank == 0: sync_folder(folder)
+def writes_shard(t): # bool
+    "Whether this process is the one, of those that hold a shard of a DTensor, that writes it"
+    place = t.device_mesh.get_coordinate()
+    return place is not None and not any(
+        i for i, placement in zip(place, t.placements, strict=True) if placement.is_replicate())
+
+def own_shards(tensors:dict): # list of (name, local tensor); dict: name -> where it begins
+    "What this process writes of DTensors, and the place of each in the full tensor"
+    from torch.distributed.checkpoint.default_planner import create_default_local_save_plan
+    mine = {name: t for name, t in tensors.items() if writes_shard(t)}
+    plan = create_default_local_save_plan(mine, False)  # without asking other processes
+    offsets = {item.index.fqn: list(item.tensor_data.chunk.offsets) for item in plan.items}
+    return [(name, mine[name].to_local()) for name in offsets], offsets
+
+# %% ../../nbs/files/04_sharded.ipynb #203381ae
+class Shards:
+    "The DTensors of a tree, on their way to files beside its own; all processes make one"
+    def __init__(self,
+                 tree, # dicts and lists; other containers hold no DTensors
+                 path, # file that the tree will be written to
+                 ranks, # `Ranks`
+                ):
+        self.tree, found = extract_dtensors(tree)  # None where they were
+        self.names, tensors = {}, {}  # name -> path in the tree; name -> DTensor
+        for keys, t in found.items():
+            name = unique_name('/'.join(map(str, keys)), self.names)
+            self.names[name], tensors[name] = list(keys), t
+        self.folder = new_shards_folder(path, ranks)
+        self.items, self.offsets = own_shards(tensors)
+        self.copies = None
+
+    def make_ready(self, copies): # copies: `HostCopies`
+        "Copy what this process writes, which may change from now on"
+        self.copies = copies
+        kept = copies.of([t for _, t in self.items])
+        self.items = [(name, t) for (name, _), t in zip(self.items, kept, strict=True)]
+
+    def write(self,
+              ranks, # `Ranks` that nobody else uses meanwhile
+             ): # tree that `load_shards` takes
+        "Have each process write its shards; where one fails all do, and no folder remains"
+        try: files = on_each(ranks, lambda: self.write_own(ranks.rank), (OSError,))
+        except BaseException:
+            if ranks.rank == 0: remove_path(self.folder)
+            raise
+        digests = {name: digest for each in files for name, digest in each.items()}
+        return {'folder': self.folder.name, 'files': digests, 'tensors': self.names}
+
+# %% ../../nbs/files/04_sharded.ipynb #b94cc203
+@patch
+def write_own(self:Shards, rank): # dict: name of the file -> digest
+    "Write what this process holds, in a form that `torch.distributed.checkpoint` reads"
+    if self.copies is not None: self.copies.wait()
+    path = self.folder/f'shard-{rank:05}.safetensors'
+    places = {name: {'saved_offsets': place} for name, place in self.offsets.items()}
+    metadata = {'DCP_SHARDING_INFO': json.dumps(places), 'DCP_VERSION': '1.0', 'format': 'pt'}
+    save_named(path, [(name, host_tensor(t)) for name, t in self.items], metadata)
+    return {path.name: file_digest(path)}
+
+# %% ../../nbs/files/04_sharded.ipynb #b4246c07
+@contextmanager
+def unwrap_failure(folder):
+    "Raise the exception of the process that failed in place of torch's, which lists all processes"
+    from torch.distributed.checkpoint import CheckpointException  # which is no Exception
+    try: yield
+    except CheckpointException as error:
+        number, (cause, _) = next(iter(error.failures.items()))
+        cause.add_note(f'(in process {number}, at its parts in {folder})')
+        raise cause from None
 
 def file_digests(folder, names, ranks): # dict: name -> digest; None for a file that is not there
     "The digests of some of the files, others in each process"
     first, step = (0, 1) if ranks is None else (ranks.rank, ranks.size)
     return {name: file_digest(folder/name) for name in sorted(names)[first::step]}
-
-# %% ../../nbs/files/04_sharded.ipynb #203381ae
-def save_shards(tree, # dicts and lists; other containers hold no DTensors
-                path, # file that the tree will be written to
-                ranks, # `Ranks`: all processes call this
-               ): # (the tree without them, a tree that `load_shards` takes)
-    "Write the DTensors of a tree to files beside `path`, each process its shards"
-    without, found = extract_dtensors(tree)
-    paths = {}  # name -> path in the tree
-    for keys in found: paths[unique_name('/'.join(map(str, keys)), paths)] = keys
-    folder = new_shards_folder(path, ranks)
-    write_shards(folder, {name: found[keys] for name, keys in paths.items()}, ranks)
-    some = file_digests(folder, [file.name for file in folder.iterdir()], ranks)
-    digests = {name: digest for each in ranks.gather(some) for name, digest in each.items()}
-    paths = {name: list(keys) for name, keys in paths.items()}
-    return without, {'folder': folder.name, 'files': digests, 'tensors': paths}
 
 # %% ../../nbs/files/04_sharded.ipynb #f65637d9
 def saved_tensors(reader, folder, files, path): # dict: name -> what torch says of a tensor
@@ -137,12 +171,12 @@ def empty_tensor(saved, # what torch's reader says of a tensor
 
 # %% ../../nbs/files/04_sharded.ipynb #0b1104bf
 def load_shards(tree, # with None for each DTensor; it is filled in
-                shards:dict, # as from `save_shards`
+                shards:dict, # as from `Shards.write`
                 path, # file that the tree was read from
                 ranks=None, # `Ranks`: all processes call this
                 like=None, # DTensor, as which the tensors are distributed; None: they are plain
                ):
-    "Read what `save_shards` has written; DamagedError, in all processes, if it is not as it was"
+    "Read what `Shards` has written; DamagedError, in all processes, if it is not as it was"
     import torch.distributed.checkpoint as dcp
     folder, files = named_shards(path, shards)
     check_shards(folder, files, path, ranks)

@@ -17,9 +17,6 @@ PATIENCE: int
 def check_seen_by_all(folder: Any, ranks: Any) -> None:
     """Raise ValueError, in all processes, unless all see a folder that process 0 has made"""
 
-def unwrap_failure(folder: Any) -> AbstractContextManager[None]:
-    """Raise the exception of the process that failed in place of torch's, which lists all processes"""
-
 def shards_folder(path: Any) -> Any: ...
 
 def named_shards(path: Any, shards: Any) -> Any:
@@ -38,26 +35,66 @@ def new_shards_folder(path: Any, ranks: Any) -> Any:
         Path, the same in all processes
     """
 
-def write_shards(folder: Any, tensors: dict, ranks: Any) -> None:
-    """Have each process write its shards of DTensors; a failure leaves no folder"""
+def writes_shard(t: Any) -> bool:
+    """Whether this process is the one, of those that hold a shard of a DTensor, that writes it
+
+    Returns:
+        bool
+    """
+
+def own_shards(tensors: dict) -> Any:
+    """What this process writes of DTensors, and the place of each in the full tensor
+
+    Returns:
+        list of (name, local tensor); dict: name -> where it begins
+    """
+
+class Shards:
+    """The DTensors of a tree, on their way to files beside its own; all processes make one"""
+    tree: Any
+    names: dict[Any, Any]
+    folder: Any
+    items: Any
+    offsets: Any
+    copies: Any
+    def __init__(self, tree: Any, path: Any, ranks: Any) -> None:
+        """The DTensors of a tree, on their way to files beside its own; all processes make one
+
+        Args:
+            tree: dicts and lists; other containers hold no DTensors
+            path: file that the tree will be written to
+            ranks: `Ranks`
+        """
+    def make_ready(self, copies: Any) -> Any:
+        """Copy what this process writes, which may change from now on
+
+        Returns:
+            copies: `HostCopies`
+        """
+    def write(self, ranks: Any) -> Any:
+        """Have each process write its shards; where one fails all do, and no folder remains
+
+        Args:
+            ranks: `Ranks` that nobody else uses meanwhile
+
+        Returns:
+            tree that `load_shards` takes
+        """
+    def write_own(self, rank: Any) -> Any:
+        """Write what this process holds, in a form that `torch.distributed.checkpoint` reads
+
+        Returns:
+            dict: name of the file -> digest
+        """
+
+def unwrap_failure(folder: Any) -> AbstractContextManager[None]:
+    """Raise the exception of the process that failed in place of torch's, which lists all processes"""
 
 def file_digests(folder: Any, names: Any, ranks: Any) -> Any:
     """The digests of some of the files, others in each process
 
     Returns:
         dict: name -> digest; None for a file that is not there
-    """
-
-def save_shards(tree: Any, path: Any, ranks: Any) -> Any:
-    """Write the DTensors of a tree to files beside `path`, each process its shards
-
-    Args:
-        tree: dicts and lists; other containers hold no DTensors
-        path: file that the tree will be written to
-        ranks: `Ranks`: all processes call this
-
-    Returns:
-        (the tree without them, a tree that `load_shards` takes)
     """
 
 def saved_tensors(reader: Any, folder: Any, files: Any, path: Any) -> Any:
@@ -82,11 +119,11 @@ def empty_tensor(saved: Any, like: Any) -> Any:
     """
 
 def load_shards(tree: Any, shards: dict, path: Any, ranks: Any = None, like: Any = None) -> None:
-    """Read what `save_shards` has written; DamagedError, in all processes, if it is not as it was
+    """Read what `Shards` has written; DamagedError, in all processes, if it is not as it was
 
     Args:
         tree: with None for each DTensor; it is filled in
-        shards: as from `save_shards`
+        shards: as from `Shards.write`
         path: file that the tree was read from
         ranks: `Ranks`: all processes call this
         like: DTensor, as which the tensors are distributed; None: they are plain

@@ -186,15 +186,16 @@ def describe_callback(cb, walk):
     if not is_compared(cb): return {**found, 'with': {}, 'given': []}
     init = types.MethodType(type(cb).__init__, cb)
     arguments = call_arguments(init, args, kwargs)
-    if is_learnkits(type(cb)): # as it understands them itself
-        arguments |= {k: value for k, value in cb.settings().items() if k in arguments}
+    if is_ours := is_learnkits(type(cb)): # as it understands them itself
+        said = {name: value for name, value in cb.settings().items() if name in arguments}
+        arguments = said if cb.distributes else {**arguments, **said}
     with walk.within(outside='given', callback=type(cb).__name__):
         described = walk.describe_named(arguments)
     params = inspect.signature(init).parameters
     at_default = [name for name, param in params.items() if name in described and
                   (described[name] == {'$tuple': []} or is_default(param, described[name], walk))]
     given = [name for name in described if name not in at_default]
-    described |= describe_set_since(cb, described, walk)
+    if not (is_ours and cb.distributes): described |= describe_set_since(cb, described, walk)
     return {**found, 'with': described, 'given': given}
 
 def describe_set_since(cb, described, walk): # dict: name -> JSON value

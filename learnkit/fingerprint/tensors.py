@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
+from ..base.dtensors import is_dtensor
 from ..base.randomness import generator_state
 from ..files.tensors import checksum, host_tensor, is_shared, memory_of
 from ..files.tree import json_digest
@@ -45,6 +46,7 @@ def dtype_name(dtype): return str(dtype).removeprefix('torch.')
 def why_unreadable(t): # str; None where they can be read
     "Why the values of a tensor cannot be read"
     if t.is_meta: return 'on the meta device has no values'
+    if is_dtensor(t): return 'of which each process holds a part: use full_tensor()'
     if t.is_nested: return 'that is nested: use to_padded_tensor() or unbind()'
     if t.layout != torch.strided: return f'of layout {t.layout}: use to_dense()'
     if t.is_quantized: return 'that is quantized: use dequantize()'

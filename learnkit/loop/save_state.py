@@ -12,9 +12,9 @@ from functools import partial
 from fastcore.basics import patch
 from ..base.batches import map_tensors
 from ..base.dtensors import is_sharded, local_part
-from ..base.ranks import is_main
+from ..base.ranks import is_main, on_main
 from ..base.text import as_seconds, caller_stacklevel
-from ..files.errors import UnstorableError
+from ..files.errors import StoreError, UnstorableError
 from ..files.background import SOON, BackgroundWriter
 from ..files.durable import make_folder
 from ..files.sharded import check_seen_by_all
@@ -91,7 +91,7 @@ def at_rest(self:SaveState, learn):
     if not self.is_time_to_save(learn): return
     if self._structure is not None: self._structure.check(learn)
     tree = tree_for_file(learn, per_process=True, path=partial(self.path_of_next, learn))
-    if is_main(): self.save(learn, tree)
+    self.save(learn, tree)
     self._time_was_up = learn.time_is_up
     self._record_time(learn)
 
@@ -109,20 +109,28 @@ def path_of_next(self:SaveState, learn): # Path
 @patch
 def save(self:SaveState, learn, tree):
     "Write a save, or hand it to the thread that does"
-    save = Save(tree, learn.path/self.saves_to, partial(known_digest, learn), store_of(learn))
-    is_copied = self.background and 'parts' not in tree  # shards are written by now
-    self.writer.clear()
-    save.make_ready(self.writer.copies if is_copied else None)
-    if is_copied: self.writer.write(partial(self.write, save), self.patience(learn))
+    shards = tree.pop('parts', None)  # of which each process has some
+    if shards is not None: return self.save_shards(learn, tree, shards)
+    if not is_main(): return
+    save = self.ready_save(learn, tree)
+    if self.background: self.writer.write(partial(self.write, save), self.patience(learn))
     else: self.write(save)
     if not learn.levels: self.finish()
 
 @patch
-def write(self:SaveState, save):
+def ready_save(self:SaveState, learn, tree): # Save
+    save = Save(tree, learn.path/self.saves_to, partial(known_digest, learn), store_of(learn))
+    self.writer.clear()
+    save.make_ready(self.writer.copies if self.background else None)
+    return save
+
+@patch
+def write(self:SaveState, save, shards=None):
     "Write a save; those of an earlier fit go as soon as this one has its first"
-    save.write(1 if self._is_first else self.keep)
+    save.write(1 if self._is_first else self.keep, shards)
     self._is_first = False
 
+# %% ../../nbs/loop/09_save_state.ipynb #6de13b58
 @patch
 def patience(self:SaveState, learn): # seconds
     "How long a save may wait for the next one, or for a record that makes it unneeded"
@@ -134,6 +142,25 @@ def ends_soon(learn): # bool
     if learn.levels != ['fit']: return False
     fit = learn._fit
     return fit.is_over or fit.n_steps is None and fit.epoch + 1 == fit.n_epoch
+
+# %% ../../nbs/loop/09_save_state.ipynb #4ea12b27
+@patch
+def save_shards(self:SaveState, learn, tree, shards):
+    "Have each process write its shards and process 0 the save, or hand that to threads"
+    save = self.ready_save(learn, tree) if is_main() else None
+    ranks = learn.ranks.for_thread() if self.background else learn.ranks
+    write = partial(self.write_together, save, shards, ranks)
+    if self.background:
+        shards.make_ready(self.writer.shards)
+        self.writer.write(write, together=True)
+    else: write()
+    if not learn.levels: self.finish()
+
+@patch
+def write_together(self:SaveState, save, shards, ranks):
+    "Write shards, then the save that names them; an error in one process is one in all"
+    named = shards.write(ranks)
+    on_main(ranks, lambda: self.write(save, named), (OSError, StoreError))
 
 # %% ../../nbs/loop/09_save_state.ipynb #6d7d0f67
 @patch

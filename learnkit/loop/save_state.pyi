@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 from typing import Any
 from ..components.callback import Callback
 from ..files.background import BackgroundWriter
+from ..files.saves import Save
 from ..loop.learner import Learner
 __all__ = [
     'SaveState'
@@ -50,9 +51,13 @@ class SaveState(Callback):
         Returns:
             Path
         """
-    def save(self, learn: Learner, tree: Any) -> None:
+    def save(self, learn: Learner, tree: Any) -> Any:
         """Write a save, or hand it to the thread that does"""
-    def write(self, save: Any) -> None:
+    def ready_save(self, learn: Learner, tree: Any) -> Save:
+        """Returns:
+            Save
+        """
+    def write(self, save: Any, shards: Any = None) -> None:
         """Write a save; those of an earlier fit go as soon as this one has its first"""
     def patience(self, learn: Learner) -> Any:
         """How long a save may wait for the next one, or for a record that makes it unneeded
@@ -60,6 +65,10 @@ class SaveState(Callback):
         Returns:
             seconds
         """
+    def save_shards(self, learn: Learner, tree: Any, shards: Any) -> None:
+        """Have each process write its shards and process 0 the save, or hand that to threads"""
+    def write_together(self, save: Any, shards: Any, ranks: Any) -> None:
+        """Write shards, then the save that names them; an error in one process is one in all"""
     def finish(self) -> None:
         """Wait until all is written, but for what a record may make unneeded; an error is raised here"""
     def is_time_to_save(self, learn: Learner) -> bool:

@@ -15,7 +15,7 @@ from ..base.ranks import is_main, on_main
 from ..components.optimizers import mode_of_pass, named_optimizers
 from ..files.errors import DamagedError
 from ..files.sidecars import load_save
-from ..files.sharded import load_shards, remove_shards, save_shards
+from ..files.sharded import Shards, load_shards, remove_shards
 from ..files.tensors import open_safetensors, save_tensors
 from ..files.written import tree_seal
 from ..files.tree import save_tree, set_at, tree_digest, value_at
@@ -138,7 +138,7 @@ def tree_for_file(learn,
                   per_process:bool=False, # called on all processes, with what each has alone
                   path=None, # function: the file, beside which shards may be written
                   trainable_only:bool=False, # of parameters that do not learn the digests alone
-                 ): # plain tree
+                 ): # tree, plain but for `Shards` that are still to be written, as its 'parts'
     "What goes into a file: the state, and beside it what is no part of it"
     state, beside = live_state(learn), {'times': learn.recorder.times_state()}
     if seen := beside_state(learn.cbs): beside['seen'] = seen
@@ -146,7 +146,8 @@ def tree_for_file(learn,
     if mark := run_mark(learn): beside['log'] = mark
     sharded = path is not None and learn.ranks and is_sharded(learn.model)
     if sharded and n_bytes(state) > learn.cbs.distributed.gather_up_to:
-        state, beside['parts'] = save_shards(state, path(), learn.ranks)
+        beside['parts'] = Shards(state, path(), learn.ranks)
+        state = beside['parts'].tree
     else: state = gathered(state)
     if per_process and learn.ranks:
         state['ranks'] = local_differences(state, learn.ranks, local_buffers(learn))
@@ -184,7 +185,8 @@ def write_learner(learn, name, overwrite:bool, trainable_only:bool): # Path
     path = save_path(learn, name)
     if is_main(): path.parent.mkdir(parents=True, exist_ok=True)
     tree = tree_for_file(learn, path=lambda: path, trainable_only=trainable_only)
-    if 'parts' not in tree: learn._origin.written[str(path)] = True # parts lie elsewhere
+    if 'parts' in tree: tree['parts'] = tree['parts'].write(learn.ranks)
+    else: learn._origin.written[str(path)] = True # parts lie elsewhere
     if not is_main(): return path  # process 0 writes
     save_tree(tree, path, overwrite=overwrite)
     remove_shards(path, tree)

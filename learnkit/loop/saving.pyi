@@ -112,7 +112,7 @@ def tree_for_file(
         trainable_only: of parameters that do not learn the digests alone
 
     Returns:
-        plain tree
+        tree, plain but for `Shards` that are still to be written, as its 'parts'
     """
 
 def check_holds_learner(tree: Any, path: Any) -> None:

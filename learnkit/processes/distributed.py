@@ -34,6 +34,7 @@ from ..loop.predict import Collect, OwnBatches
 from ..loop.reduction import check_is_mean
 from ..loop.state import live_state, n_bytes
 from ..training.lr_find import CycledBatches
+from ..training.precision import MixedPrecision
 from ..training.trials import RepeatedBatches
 from .group import Ranks, broadcast_tensors, join_group
 from .failure import FailureWatch
@@ -45,7 +46,7 @@ from .ddp import (
     average_gradients, check_can_share, exchange_gradients,
     loss_params, loss_tensors, sync_batch_norms)
 from .weights import BatchWeights
-from .fsdp import ShardedModel, move_to_device
+from .fsdp import ShardedModel, check_all_read, move_to_device
 
 # %% ../../nbs/processes/07_distributed.ipynb #9e1dd462
 class Distributed(Callback):
@@ -80,7 +81,9 @@ class Distributed(Callback):
         self._loader_rng = LoaderRng()
         self._found = WeakKeyDictionary()  # sampler -> whether its loader is split
 
-    def settings(self): return None  # the numbers are the same on any number of processes
+    def settings(self): # else the numbers are the same on any number of processes
+        policy = policy_text(self.options.get('mp_policy'))
+        return {'class': type(self).__name__, 'mp_policy': policy} if policy else None
 
 # %% ../../nbs/processes/07_distributed.ipynb #c4ec57a1
 OWN_OPTIONS = {'module', 'device_ids', 'output_device', 'find_unused_parameters'}
@@ -102,6 +105,12 @@ def names_of_options(strategy) -> list:
     if strategy == 'ddp': function = DistributedDataParallel
     else: from torch.distributed.fsdp import fully_shard as function
     return [name for name in inspect.signature(function).parameters if name not in OWN_OPTIONS]
+
+def policy_text(policy): # str; None without a policy
+    "What a `MixedPrecisionPolicy` says that is not its default"
+    if policy is None: return None
+    given = vars(policy).items() - vars(type(policy)()).items()
+    return ', '.join(f'{name}={value}'.replace('torch.', '') for name, value in sorted(given))
 
 # %% ../../nbs/processes/07_distributed.ipynb #ac463cd2
 @patch
@@ -135,7 +144,9 @@ def handle_failure(self:Distributed):
 def shard(self:Distributed, learn):
     "Leave each process a part of each parameter, and of what the optimizer keeps of it"
     if not self.places_model or is_sharded(learn.model): return
-    if self.join() is None: return move_to_device(learn.model, learn.device, learn.opt)
+    if self.join() is None:
+        if self.settings(): show_message(learn, 'mp_policy is left out on a single process')
+        return move_to_device(learn.model, learn.device, learn.opt)
     undo = sync_batch_norms(learn.model, learn.device) if self.sync_bn else None
     self._sharded = ShardedModel(learn.model, undo)
     self._sharded.shard(self.ranks, learn.device, learn.opt, self.blocks, **self.options)
@@ -154,6 +165,13 @@ def unshard(self:Distributed, learn):
     learn._origin.state = map_tensors(lambda t: full_tensor(t).cpu(), learn._origin.state)
     self._sharded.unshard(learn.opt)
     self._sharded = None
+
+@patch
+def agree_on_precision(self:Distributed, learn):
+    "Put blocks together in bfloat16 where the learner computes in it, unless told otherwise"
+    if self.options.get('mp_policy'): return
+    found = [cb.dtype_on(learn.device) for cb in learn.cbs if isinstance(cb, MixedPrecision)]
+    self._sharded.compute_in(torch.bfloat16 if torch.bfloat16 in found else None)
 
 # %% ../../nbs/processes/07_distributed.ipynb #d69c6a45
 @patch
@@ -262,9 +280,11 @@ def _begin(self:Distributed, learn): # Ranks; None for a single process
     self._watch.handled = sys.exception()  # one that is being handled while all this goes on
     if self._synced_model is not learn.model:
         self.shard(learn)
+        check_all_read(learn.model, self.ranks)
         in_model = *learn.model.parameters(), *learn.model.buffers()
         broadcast_tensors([*in_model, *loss_tensors(learn.loss_func)], self.ranks)
         self._synced_model = learn.model
+    if self._sharded: self.agree_on_precision(learn)
     return self.ranks
 
 @patch

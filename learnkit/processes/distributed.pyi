@@ -46,7 +46,10 @@ class Distributed(Callback):
             device_id: device the group is bound to; see `init_process_group`
             options: of `DistributedDataParallel`, or for 'fsdp' of `fully_shard`
         """
-    def settings(self) -> Any: ...
+    def settings(self) -> Any:
+        """Returns:
+            else the numbers are the same on any number of processes
+        """
     def join(self) -> Any:
         """Join the other processes; the group of processes stays when this callback goes
 
@@ -61,6 +64,8 @@ class Distributed(Callback):
         """Leave each process a part of each parameter, and of what the optimizer keeps of it"""
     def unshard(self, learn: Learner) -> Any:
         """Give the model its own parameters back; one that is too large stays as it is"""
+    def agree_on_precision(self, learn: Learner) -> None:
+        """Put blocks together in bfloat16 where the learner computes in it, unless told otherwise"""
     def after_create(self, learn: Learner) -> None: ...
     def before_fit(self, learn: Learner) -> None: ...
     def before_train(self, learn: Learner) -> None: ...
@@ -108,6 +113,13 @@ def check_strategy(
 
 def names_of_options(strategy: Any) -> list:
     """The arguments that torch's own function for a strategy takes, without those given here"""
+
+def policy_text(policy: Any) -> Any:
+    """What a `MixedPrecisionPolicy` says that is not its default
+
+    Returns:
+        str; None without a policy
+    """
 
 def padded(t: Any, shape: Any, value: Any) -> Any:
     """A tensor with further dimensions filled up

@@ -6,37 +6,17 @@
 __all__ = []
 
 # %% ../../nbs/processes/06_fsdp.ipynb #0b0fed75
-from collections import Counter
 import torch
 from fastcore.basics import patch
 from torch import nn
 from torch.distributed import _composable_state
 from ..base.batches import map_tensors
+from ..base.blocks import outermost_blocks, params_by_name
 from ..base.dtensors import (
     FSDP_ATTRIBUTES, distribute_like, full_tensor,
-    is_dtensor, is_fsdp_hook, reshard, unsharded_class)
+    is_dtensor, is_fsdp_hook, is_sharded, reshard, unsharded_class)
 from ..components.optimizers import named_optimizers
 from .group import broadcast_tensors
-
-# %% ../../nbs/processes/06_fsdp.ipynb #0d515250
-def params_by_name(model) -> dict:
-    "All parameters; one with several names is there several times"
-    return dict(model.named_parameters(remove_duplicate=False))
-
-def container_items(module): # iterator of modules
-    "What the outermost containers in a module hold"
-    for child in module.children():
-        is_item = isinstance(module, (nn.Sequential, nn.ModuleList, nn.ModuleDict))
-        if is_item and not isinstance(child, (nn.ModuleList, nn.ModuleDict)): yield child
-        else: yield from container_items(child)
-
-def outermost_blocks(model) -> list: # modules
-    "The items of the outermost containers, without those that share parameters with others"
-    uses = Counter(map(id, params_by_name(model).values()))
-    def shares_none(block):
-        inside = Counter(map(id, params_by_name(block).values()))
-        return inside and all(uses[key] == n for key, n in inside.items())
-    return list(filter(shares_none, container_items(model)))
 
 # %% ../../nbs/processes/06_fsdp.ipynb #5ffc63b5
 def init_meta_params(model, device):
@@ -89,6 +69,7 @@ class ShardedModel:
     "A model that `fully_shard` has cut, and what makes it the model that it was"
     def __init__(self, model, undo_sync_bn=None):
         self.model, self.undo_sync_bn = model, undo_sync_bn
+        self.dtype = None  # in which blocks are put together; None: that of the parameters
         self.params = params_by_name(model)
         self.strides = {name: param.stride() for name, param in self.params.items()}
 
@@ -150,3 +131,48 @@ def forget_fsdp(module):
             for key in list(held):
                 if getattr(key, '__name__', key) == 'fully_shard': del held[key]
             if not held: delattr(module, name)
+
+# %% ../../nbs/processes/06_fsdp.ipynb #b74c81a2
+@patch
+def compute_in(self:ShardedModel, dtype): # None: the type of the parameters
+    "Put blocks together in a type from now on; gradients are summed in float32"
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+    if dtype is self.dtype: return
+    policy = MixedPrecisionPolicy(*(dtype, torch.float32) if dtype else ())
+    for module in filter(is_sharded, self.model.modules()): set_policy(module, policy)
+    self.dtype = dtype
+
+def set_policy(module, policy): # `MixedPrecisionPolicy`
+    "Give one to a module that `fully_shard` has cut; torch takes it there alone"
+    module.reshard()
+    state = module._get_fsdp_state()
+    if any(map(has_batch_norm, groups_of_params(state))): policy = type(policy)()
+    state._mp_policy = policy
+    for group in groups_of_params(state):
+        group.mp_policy = policy
+        group._init_mp_dtypes()
+        for param in group.fsdp_params:
+            param.all_gather_outputs = []  # memory of the old type
+            vars(param).pop('_unsharded_param', None)
+
+def groups_of_params(state): # list
+    "What a module's blocks are put together by; torch called it otherwise before 2.12"
+    if hasattr(state, '_fsdp_param_groups'): return state._fsdp_param_groups
+    return [group for group in [state._fsdp_param_group] if group]
+
+def has_batch_norm(group): # bool
+    "Whether there is a norm whose weights have to be of the type of its averages"
+    modules = [param._module_info.module for param in group.fsdp_params]
+    return any(getattr(module, 'track_running_stats', False) for module in modules)
+
+# %% ../../nbs/processes/06_fsdp.ipynb #0309ed66
+def check_all_read(model, ranks):
+    "Raise ValueError for a model that needs the same samples on several processes"
+    cut = [p for p in model.parameters() if is_dtensor(p)]
+    groups = [group for module in model.modules() if is_sharded(module)
+              for group in groups_of_params(module._get_fsdp_state())]
+    if cut and {group.mesh_info.mesh.size() for group in groups} != {ranks.size}:
+        raise ValueError(f'{unsharded_class(model).__name__} has parameters that are cut over some '
+                         f'of the {ranks.size} processes, as for tensor parallelism: those need '
+                         'the same samples, and Distributed gives each its own. Leave Distributed '
+                         'out where all need the same')

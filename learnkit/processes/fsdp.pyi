@@ -2,26 +2,8 @@
 # pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 # pyright: reportPrivateImportUsage=false
 """Each process keeps a part of each parameter"""
-from collections.abc import Iterator
 from typing import Any
 __all__ = []
-
-def params_by_name(model: Any) -> dict:
-    """All parameters; one with several names is there several times"""
-
-def container_items(module: Any) -> Iterator[Any]:
-    """What the outermost containers in a module hold
-
-    Returns:
-        iterator of modules
-    """
-
-def outermost_blocks(model: Any) -> list:
-    """The items of the outermost containers, without those that share parameters with others
-
-    Returns:
-        modules
-    """
 
 def init_meta_params(model: Any, device: Any) -> None:
     """Make the weights of modules on the meta device"""
@@ -44,6 +26,7 @@ class ShardedModel:
     """A model that `fully_shard` has cut, and what makes it the model that it was"""
     model: Any
     undo_sync_bn: Any
+    dtype: Any
     params: dict
     strides: dict[Any, Any]
     def __init__(self, model: Any, undo_sync_bn: Any = None) -> None: ...
@@ -63,6 +46,12 @@ class ShardedModel:
         """
     def unshard(self, opt: Any = None) -> None:
         """Give the model its own parameters back, with the values that they have now"""
+    def compute_in(self, dtype: Any) -> Any:
+        """Put blocks together in a type from now on; gradients are summed in float32
+
+        Returns:
+            None: the type of the parameters
+        """
 
 def with_strides(t: Any, strides: Any) -> Any:
     """A copy of a tensor in another memory layout
@@ -80,3 +69,27 @@ def full_like(t: Any, param: Any) -> Any:
 
 def forget_fsdp(module: Any) -> None:
     """Take away what `fully_shard` has added to a module; torch itself has no way back"""
+
+def set_policy(module: Any, policy: Any) -> Any:
+    """Give one to a module that `fully_shard` has cut; torch takes it there alone
+
+    Returns:
+        `MixedPrecisionPolicy`
+    """
+
+def groups_of_params(state: Any) -> list:
+    """What a module's blocks are put together by; torch called it otherwise before 2.12
+
+    Returns:
+        list
+    """
+
+def has_batch_norm(group: Any) -> bool:
+    """Whether there is a norm whose weights have to be of the type of its averages
+
+    Returns:
+        bool
+    """
+
+def check_all_read(model: Any, ranks: Any) -> None:
+    """Raise ValueError for a model that needs the same samples on several processes"""

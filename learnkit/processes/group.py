@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from fastcore.basics import patch
 from torch import nn
-from ..base.ranks import in_group, ranks_from_env
+from ..base.ranks import host_group, in_group, ranks_from_env
 from ..base.devices import default_device
 from ..base.dtensors import is_dtensor
 from ..files.tree import from_bytes, to_bytes
@@ -119,6 +119,11 @@ def new_store(self:Ranks): # of `torch.distributed`
     "A store of keys and values that this call alone uses"
     name = f'learnkit {self.group.group_name} {next(numbers_of(self.group))}'
     return dist.PrefixStore(name, dist.distributed_c10d._get_default_store())
+
+@patch
+def for_thread(self:Ranks): # Ranks
+    "The same processes in a group of their own, for a thread that exchanges values meanwhile"
+    return Ranks(host_group(for_thread=True))
 
 # %% ../../nbs/processes/01_group.ipynb #b3e5ce09
 CHUNK = 2**26  # bytes that travel together

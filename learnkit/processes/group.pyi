@@ -74,6 +74,12 @@ class Ranks:
         Returns:
             of `torch.distributed`
         """
+    def for_thread(self) -> Ranks:
+        """The same processes in a group of their own, for a thread that exchanges values meanwhile
+
+        Returns:
+            Ranks
+        """
 
 @lru_cache(maxsize=8)
 def numbers_of(group: Any) -> Any:

@@ -37,6 +37,7 @@ from .members import (
     EnsembleRecorder, MemberLoader, MemberRates, MemberView,
     items_and_mark, mean_metrics, member_dls)
 from .precision import MixedPrecision
+from .recomputation import ActivationCheckpointing
 from .stacked import (
     Stack, gradients_at_once, losses_by_size, member_losses,
     outputs_by_size, stacked_opt)
@@ -293,6 +294,9 @@ def check_can_fit(self:Ensemble):
         if isinstance(cb, MixedPrecision) and cb.uses_scaler(self):
             raise ValueError(f'Ensemble: {cb} scales the loss of all members by one number: use '
                              'to_bf16')
+        if isinstance(cb, ActivationCheckpointing):
+            raise ValueError(f'Ensemble: {cb} computes a block again with the weights of its '
+                             'modules, and members have theirs elsewhere: leave it out')
 
 @patch
 @structural

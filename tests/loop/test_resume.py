@@ -545,7 +545,7 @@ def test_when_time_is_up_the_fit_returns_with_its_save_written(tmp_path, stop, m
     stopped('a')
     assert writers() == [] and list_saves(tmp_path / 'a' / 'run')
     assert load_tree(list_saves(tmp_path / 'a' / 'run')[0])['learner']['fit']['updates'] == stop
-    def full(self, keep): raise OSError('the disk is full')
+    def full(self, *args): raise OSError('the disk is full')
     monkeypatch.setattr('learnkit.files.saves.Save.write', full)
     with pytest.raises(OSError, match='the disk is full'): stopped('b')
 

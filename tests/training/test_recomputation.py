@@ -1,0 +1,162 @@
+"Activation checkpointing: the numbers are the same to the bit, and nothing is left of it"
+import copy
+import pytest
+import torch
+import parts
+from torch import nn
+from learnkit import *
+from learnkit.files.tree import tree_digest
+from learnkit.processes import launch as launching
+from learnkit.processes.launch import launch, time_limit
+from preloaded import wait_briefly
+
+
+@pytest.fixture(autouse=True)
+def copies_within_two_minutes(monkeypatch, request):
+    monkeypatch.setattr(launching, 'n_threads', lambda: 1)
+    wait_briefly(monkeypatch.setattr)
+    with time_limit(120, request.function): yield
+
+
+class Running(nn.Module):
+    "Computes with a buffer that it moves, and with one that it replaces"
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.2))
+        self.register_buffer('mean', torch.zeros(8))
+        self.register_buffer('n', torch.tensor(0.))
+        self.register_buffer('mask', torch.ones(8))
+    def forward(self, x):
+        out = self.inner(x - self.mean) * self.mask / (1 + self.n)
+        self.mean.lerp_(x.detach().mean(0), 0.1)
+        self.n = self.n + 0.1
+        return out
+
+
+class Named(nn.Module):
+    "A block that is called by name, with what is no tensor too, and returns two things"
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.2))
+    def forward(self, *, x, scale, add=None): return self.inner(x) * scale + add, scale
+
+
+class ByName(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Linear(8, 8), nn.Linear(8, 1)
+        self.blocks = nn.ModuleList(Named() for _ in range(3))
+    def forward(self, x):
+        first = x = self.embed(x)
+        for i, block in enumerate(self.blocks): x, _ = block(x=x, scale=1. + i, add=first)
+        return self.head(x)
+
+
+def dropout(): return nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Dropout(0.3))
+def norms(): return nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.GELU(), nn.Dropout(0.1))
+def nested(): return nn.Sequential(dropout(), nn.Sequential(norms(), nn.Tanh()))
+def stack(block): return nn.Sequential(*[block() for _ in range(3)], nn.Linear(8, 1))
+
+
+MODELS = {'dropout': lambda: stack(dropout), 'norms': lambda: stack(norms),
+          'nested': lambda: stack(nested), 'buffers': lambda: stack(Running), 'by name': ByName}
+
+
+def made(model='norms', cls=Learner, **kwargs):
+    set_seed(0)
+    x = torch.randn(70, 8)
+    dls = DataLoaders.from_tensors((x, x[:, :1].sin()), valid_pct=0.2, bs=16, device='cpu')
+    set_seed(1)
+    learn = cls(dls, MODELS[model](), nn.MSELoss(), lr=1e-2, device='cpu', **kwargs)
+    learn.remove_cb(Progress)
+    return learn
+
+
+def fitted(learn, cbs):
+    set_seed(2)
+    learn.fit(2, cbs=copy.deepcopy(cbs))
+    return learn
+
+
+def digests(learn):
+    return {name: tree_digest(part) for name, part in learn.state_dict().items()
+            if name in ('model', 'opt', 'rng')}
+
+
+def untouched(learn): return not any('forward' in vars(m) for m in learn.model.modules())
+
+
+@pytest.mark.parametrize('model', MODELS)
+@pytest.mark.parametrize('cbs', [[], [MixedPrecision('bf16')], [GradientAccumulation(2), EMA(0.9)],
+                                 [MixedPrecision('fp16'), GradientClip(0.1)]], ids=str)
+def test_the_numbers_are_the_same_to_the_bit(model, cbs):
+    plain, learn = fitted(made(model), cbs), fitted(made(model), [*cbs, ActivationCheckpointing()])
+    assert digests(learn) == digests(plain) and untouched(learn)
+    found = plain.lr_find(num_it=9, suggest=()).losses.tolist()
+    with learn.added_cbs(ActivationCheckpointing()):
+        assert learn.lr_find(num_it=9, suggest=()).losses.tolist() == found and untouched(learn)
+
+
+def test_a_batch_norm_that_counts_twice_would_be_seen(monkeypatch):
+    from learnkit.training import recomputation
+    from torch.utils.checkpoint import noop_context_fn
+    monkeypatch.setattr(recomputation.Buffers, 'contexts', lambda self: noop_context_fn())
+    plain, learn = (digests(fitted(made(), cbs)) for cbs in ([], [ActivationCheckpointing()]))
+    assert plain['opt'] == learn['opt'] and plain['model'] != learn['model']
+
+
+def test_it_stays_for_the_fit_and_copies_of_the_model_have_none_of_it():
+    learn, seen = made('nested'), []
+    names = list(learn.model.state_dict())
+    def look(learn):
+        other = copy.deepcopy(learn.model)
+        seen.append([list(learn.model.state_dict()) == names, type(learn.model[0]),
+                     sum(hasattr(m.forward, 'bare_forward') for m in learn.model),
+                     other[0](torch.ones(2, 8)).shape, other[0].forward.__self__ is other[0]])
+        raise ZeroDivisionError('on purpose')
+    with pytest.raises(ZeroDivisionError):
+        learn.fit(1, cbs=[ActivationCheckpointing(), Callback(after_step=look)])
+    assert seen == [[True, nn.Sequential, 3, (2, 8), True]] and untouched(learn)
+
+
+def test_a_forward_function_of_ones_own_comes_back():
+    learn = made()
+    def forward(x): return x * 2
+    learn.model[1].forward = forward
+    learn.fit(1, cbs=ActivationCheckpointing())
+    assert learn.model[1].forward is forward
+
+
+def test_it_counts_for_nothing_that_is_recorded(tmp_path):
+    def run(*cbs):
+        learn = made(cls=CheckpointedLearner, name='a', root=tmp_path)
+        with learn.checkpoint(1) as cp: cp.fit(1, cbs=cbs)
+        return learn.recorder.steps.loss.tolist()
+    assert run() == run(ActivationCheckpointing(blocks=lambda model: model[:2]))
+
+
+def test_an_ensemble_refuses_it():
+    ens = Ensemble(lambda seed: made(), range(2))
+    with pytest.raises(ValueError, match='leave it out'): ens.fit(1, cbs=ActivationCheckpointing())
+
+
+@pytest.mark.parametrize('step', [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_compiled_models_compute_again_too(step):
+    runs = []
+    for cbs in ([], [ActivationCheckpointing()]):
+        torch._dynamo.reset()
+        learn = made('norms').compile(step=step, backend='aot_eager')
+        learn.fit(2, cbs=cbs)
+        runs.append(learn.recorder.steps.loss.tolist())
+    assert torch.tensor(runs[0]).allclose(torch.tensor(runs[1]), rtol=1e-4)
+
+
+FAST = ('ddp', 'same'), ('fsdp', 'bf16')
+
+
+@pytest.mark.parametrize('strategy, how', [*FAST, *(
+    pytest.param(strategy, how, marks=pytest.mark.slow) for strategy in ('ddp', 'fsdp')
+    for how in ('same', 'coarser', 'finer', 'bf16') if (strategy, how) not in FAST)])
+def test_on_several_processes_too(strategy, how):
+    def several(*args): return parts.recomputed(strategy, how, *args)
+    assert launch(several, True, n=2) == launch(several, False, n=2)
