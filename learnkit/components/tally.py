@@ -69,7 +69,7 @@ class MeanPass:
 
     def compute(self, ranks=None): # number, or list of them
         self.check()
-        n = len(self.parts) if ranks is None else max(ranks.gather(len(self.parts)))
+        n = len(self.parts) if ranks is None else int(ranks.max(len(self.parts)))
         parts = self.parts or [Mean() for _ in range(n)]
         return [self.finished(part, ranks) for part in parts] or self.finished(self.mean, ranks)
 
@@ -92,7 +92,7 @@ class StatefulPass:
         self.has_batches = True
 
     def compute(self, ranks=None):
-        if ranks is not None: self.has_batches = any(ranks.gather(self.has_batches))
+        if ranks is not None: self.has_batches = bool(ranks.max(self.has_batches))
         if ranks is not None and hasattr(self.m, 'sync_over'): self.m.sync_over(ranks)
         return self.m.compute() if self.has_batches else float('nan')
 

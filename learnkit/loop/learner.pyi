@@ -445,7 +445,7 @@ class Learner(Loop):
             sync_bn: batch norm over the samples of all; accelerators only
             find_unused: look for parameters that a batch does not use; costs time
             strategy: 'fsdp': each process keeps a part of each parameter
-            options: of `Distributed`: timeout, blocks, no_sync, bucket_cap_mb, ...
+            options: of `Distributed`: timeout, comm_hook, blocks, bucket_cap_mb, ...
 
         Returns:
             the learner

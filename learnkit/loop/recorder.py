@@ -195,16 +195,14 @@ def mean_over_ranks(loss, weights, # of each step on this process, arrays (steps
                     ranks, # `Ranks`
                    ): # (losses, weights) over all, arrays (steps,)
     "The mean loss of each step; this process's alone where the others have made other steps"
-    if len(set(ranks.gather(len(loss)))) > 1: return loss, weights
-    found = [weighted_mean(ranks.all(torch.from_numpy(np.stack([loss, weights])[:, i:i + AT_ONCE])))
-             for i in range(0, len(loss), AT_ONCE)]
-    return tuple(np.concatenate(parts) for parts in zip(*found, strict=True)) or (loss, weights)
-
-def weighted_mean(found): # ((2, steps) tensors of losses and weights, one of each process)
-    "As `mean_over_ranks`"
-    losses, weights = torch.stack(found, 1).numpy()
+    n = len(loss)
+    if ranks.max(n) != -ranks.max(-n): return loss, weights
+    if not n: return loss, weights
     with np.errstate(invalid='ignore'):
-        return np.where(weights > 0, losses * weights, 0).sum(0) / weights.sum(0), weights.sum(0)
+        here = torch.from_numpy(np.stack([np.where(weights > 0, loss * weights, 0), weights]))
+        total, weights = np.concatenate([ranks.sum(here[:, i:i + AT_ONCE]).numpy()
+                                         for i in range(0, n, AT_ONCE)], 1)
+        return total / weights, weights
 
 # %% ../../nbs/loop/00_recorder.ipynb #d90052a4
 STEPS = 'run', 'epoch', 'step', 'lr', 'mom', 'loss'

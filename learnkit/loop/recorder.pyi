@@ -281,13 +281,6 @@ def mean_over_ranks(loss: Any, weights: Any, ranks: Any) -> Any:
     Returns:
         (losses, weights) over all, arrays (steps,)
     """
-
-def weighted_mean(found: Any) -> Any:
-    """As `mean_over_ranks`
-
-    Returns:
-        ((2, steps) tensors of losses and weights, one of each process)
-    """
 STEPS: tuple[str, ...]
 OPEN: tuple[str, ...]
 

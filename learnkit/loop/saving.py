@@ -76,11 +76,10 @@ def differing(main, here, path=()): # iterator of paths, tuples
 def local_differences(state:dict, ranks, buffers): # list of lists of [path, value]; main process
     "What each process but the first has otherwise than process 0, which alone is given it"
     local = local_values(state, buffers)
-    main, *others = ranks.gather(leaf_digests(local))
-    found = [[[list(path), ranks.send_to_main(value_at(local, path), sender)]
-              for path in differing(main, other)] if ranks.rank in (0, sender) else []
-             for sender, other in enumerate(others, 1)]
-    return found
+    here = leaf_digests(local)
+    paths = differing(ranks.broadcast(here), here)
+    found = ranks.gather_on_main([[list(path), value_at(local, path)] for path in paths])
+    return found[1:]
 
 # %% ../../nbs/loop/06_saving.ipynb #011f97db
 def localized(state:dict, ranks): # dict
@@ -99,9 +98,10 @@ def localized(state:dict, ranks): # dict
 def local_buffers(learn): # dict: part of a state -> names
     "The buffers that each process has for itself"
     options, parts = learn.cbs.distributed.options, {'loss_func': learn.loss_func}
-    # DDP gives all processes the buffers of process 0, at each batch, unless it is told not to
+    # All processes get the buffers of process 0 before they are read, unless DDP is told not to
     with_ddp = not (is_sharded(learn.model) or named_optimizers(learn.opt))
-    if not (with_ddp and options.get('broadcast_buffers', True)): parts['model'] = learn.model
+    said = [options.get(name) for name in ('forward_sync_buffers', 'broadcast_buffers')]
+    if not with_ddp or False in said: parts['model'] = learn.model
     return {part: [name for name, _ in module.named_buffers()]
             for part, module in parts.items() if isinstance(module, nn.Module)}
 
@@ -150,6 +150,7 @@ def tree_for_file(learn,
         state = beside['parts'].tree
     else: state = gathered(state)
     if per_process and learn.ranks:
+        learn.cbs.distributed.prepare_save(learn)
         state['ranks'] = local_differences(state, learn.ranks, local_buffers(learn))
     return {'learner': state, **beside}
 

@@ -12,6 +12,8 @@ import torch.distributed as dist
 from fastcore.basics import patch
 
 # %% ../../nbs/processes/03_agreement.ipynb #d2ba272d
+LOOKS = 10_000  # at the store in a second, of all processes that wait
+
 class StopVote:
     "Whether all processes wish to stop after the same batch"
     def __init__(self, ranks):
@@ -28,10 +30,10 @@ class StopVote:
         return False
 
     def all_vote(self, number) -> bool:
-        self.store.set(f'open {self.rank}', str(number))
-        self.store.set('open', '')
-        if self.store.add(f'votes {number}', 1) == self.size: self.decide(number, 'all')
-        while not self.store.check([f'outcome {number}']): time.sleep(0.02)
+        votes = self.store.add(f'votes {number}', 1)
+        if votes == 1: self.store.append('open', f'{number} ')
+        if votes == self.size: self.decide(number, 'all')
+        while not self.store.check([f'outcome {number}']): time.sleep(max(0.02, self.size / LOOKS))
         return self.store.get(f'outcome {number}') == b'all'
 
     def decide(self, number, outcome): self.store.compare_set(f'outcome {number}', '', outcome)
@@ -39,9 +41,8 @@ class StopVote:
     def poll(self):
         "Say of each vote that waits whether this process has gone on without one"
         if not self.store.check(['open']): return
-        for key in (f'open {rank}' for rank in range(self.size)):
-            if self.store.check([key]) and (number := int(self.store.get(key))) <= self.passed:
-                self.decide(number, 'some')
+        for number in map(int, self.store.get('open').split()):
+            if number <= self.passed: self.decide(number, 'some')
 
 # %% ../../nbs/processes/03_agreement.ipynb #4fc66604
 INTERVAL = 0.25  # seconds between two exchanges

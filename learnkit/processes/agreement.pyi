@@ -4,6 +4,7 @@
 """All processes see a signal after the same batch, and read the same clock"""
 from typing import Any
 __all__ = []
+LOOKS: int
 
 class StopVote:
     """Whether all processes wish to stop after the same batch"""

@@ -7,11 +7,25 @@ __all__ = []
 
 # %% ../../nbs/processes/05_ddp.ipynb #4279417d
 from types import MethodType
+import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
 from ..base.dtensors import is_dtensor, is_sharded
+from ..base.ranks import sum_over_ranks
 from ..components.optimizers import named_optimizers, needs_closure
+from .group import change_together, in_pieces
+
+# %% ../../nbs/processes/05_ddp.ipynb #a1676b32
+def syncs_buffers(model, options) -> bool:
+    "Whether all processes are to have the buffers of process 0 in each batch"
+    if said := [options[name] for name in BUFFER_OPTIONS if options.get(name) is not None]:
+        return said[0]
+    return not all(isinstance(part, _NormBase) and part.training
+                   for part in model.modules() if part._buffers)
+
+BUFFER_OPTIONS = 'forward_sync_buffers', 'broadcast_buffers'  # what torch calls it, and called it
 
 # %% ../../nbs/processes/05_ddp.ipynb #ddf04fb1
 class BareForward(nn.Module):
@@ -20,7 +34,7 @@ class BareForward(nn.Module):
         super().__init__()
         self.model, self.bare_forward = model, forward
 
-    def forward(self, *args, **kwargs): return self.bare_forward(*args, **kwargs)
+    def __call__(self, *args, **kwargs): return self.bare_forward(*args, **kwargs)
 
 class DDPForward:
     "A forward function whose gradients are exchanged in training"
@@ -29,9 +43,12 @@ class DDPForward:
 
     def __call__(self, *args, **kwargs):
         if not self.learn.training: return self.bare_forward(*args, **kwargs)
+        if self.ddp.require_backward_grad_sync != self.learn.sync_grads: self.set_sync()
+        return self.ddp.forward(*args, **kwargs)
+
+    def set_sync(self):
         if self.ddp.static_graph and not self.learn.sync_grads: raise ValueError(STATIC_TEXT)
         self.ddp.require_backward_grad_sync = self.learn.sync_grads
-        return self.ddp(*args, **kwargs)
 
     def __deepcopy__(self, memo): # a copy of the model exchanges nothing
         return MethodType(type(self.model).forward, memo[id(self.model)])
@@ -39,13 +56,16 @@ class DDPForward:
 STATIC_TEXT = ('Distributed(static_graph=True): with accumulated gradients there are batches '
                'without an exchange, which torch cannot do with it: leave one of the two out')
 
-def exchange_gradients(learn, find_unused:bool=False, **options): # function that undoes it
+# %% ../../nbs/processes/05_ddp.ipynb #5193b4a6
+def exchange_gradients(learn, find_unused:bool=False, **options): # (DDP, function that undoes it)
     "Let the gradients of a learner's model be averaged over the processes"
     model, compiled = learn.model, learn.compiled
     bare_forward = model.forward if compiled is None else compiled
     module = BareForward(model, bare_forward) if compiled is None else compiled
     devices = [learn.device] if learn.device.type == 'cuda' else None
-    ddp = DistributedDataParallel(module, devices, find_unused_parameters=find_unused, **options)
+    ddp = DistributedDataParallel(module, devices, find_unused_parameters=find_unused,
+                                  **{'gradient_as_bucket_view': True, **options})
+    if not syncs_buffers(model, options): ddp.broadcast_buffers = False
     ddp_forward = DDPForward(learn, ddp, bare_forward, model)
     if compiled is None: model.forward = ddp_forward
     else: learn.compiled = ddp_forward
@@ -53,7 +73,94 @@ def exchange_gradients(learn, find_unused:bool=False, **options): # function tha
         if compiled is not None: learn.compiled = compiled
         elif isinstance(bare_forward, MethodType): vars(model).pop('forward', None)
         else: model.forward = bare_forward
-    return undo
+        own_gradients(model)
+    return ddp, undo
+
+def own_gradients(model):
+    "Let no gradient that is left hold the buckets, of which it is a part"
+    for p in model.parameters():
+        if p.grad is not None and is_in_bucket(p.grad): p.grad = p.grad.clone()
+
+def is_in_bucket(grad) -> bool: return grad.untyped_storage().nbytes() > grad.nbytes
+
+# %% ../../nbs/processes/05_ddp.ipynb #c8d80577
+def check_comm_hook(comm_hook):
+    "Raise ValueError for what is no comm hook"
+    hook = comm_hook[1] if is_pair(comm_hook) else comm_hook
+    if comm_hook is None or hook in ('fp16', 'bf16') or callable(hook): return
+    raise ValueError(f"Distributed(comm_hook={comm_hook!r}): must be 'fp16', 'bf16', a function "
+                     '(state, bucket) -> future, or a pair of a function that makes the state, '
+                     'and such a function')
+
+def is_pair(x) -> bool: return isinstance(x, tuple) and len(x) == 2 and callable(x[0])
+
+def register_hook(ddp, comm_hook): # the state, if there is one
+    "Let a hook exchange the buckets of a `DistributedDataParallel`"
+    from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+    by_name = {'fp16': default_hooks.fp16_compress_hook, 'bf16': default_hooks.bf16_compress_hook}
+    make_state, hook = comm_hook if is_pair(comm_hook) else (None, comm_hook)
+    state = None if make_state is None else make_state()
+    ddp.register_comm_hook(state, by_name.get(hook, hook) if isinstance(hook, str) else hook)
+    return state
+
+# %% ../../nbs/processes/05_ddp.ipynb #4a6b9c93
+class CarriedSum:
+    "The sum of a number over the processes, by way of the first bucket of gradients"
+    def __init__(self, ddp):
+        self.group, self.size = ddp.process_group, dist.get_world_size(ddp.process_group)
+        self.here = self.total = None
+        self.sent = self.grads = self.two = torch.empty(0)  # what is sent, and views of its parts
+        ddp.register_comm_hook(self, exchange_bucket)
+
+    def begin(self, here:float): # function that gives the sum
+        "To be called before the gradients are computed"
+        self.here, self.total = here, None
+        return self.wait
+
+    def wait(self) -> float:
+        "The sum; all processes call this at the same time"
+        if self.total is None:
+            self.total = sum_over_ranks(torch.tensor(self.here, dtype=torch.float64)).item()
+        return self.total
+
+    def put_together(self, grads) -> bool: # whether they are not sparse, nor too many to be copied
+        if self.here is None or grads.is_sparse or grads.nbytes > MOST: return False
+        if self.grads.shape != grads.shape:
+            self.sent = grads.new_empty(len(grads) + 2)
+            self.grads, self.two = self.sent[:-2], self.sent.numpy()[-2:]
+        torch.mul(grads, 1 / self.size, out=self.grads)
+        self.two[:] = divmod(self.here, STEP)
+        return True
+
+    def take_apart(self, grads):
+        high, low = self.two.tolist()
+        self.total = high * STEP + low
+        grads.copy_(self.grads)
+
+STEP = 4096  # a whole number of up to 2**36 is two of up to 2**24, which float32 has
+MOST = 2**22  # bytes of a bucket that takes numbers along
+
+# %% ../../nbs/processes/05_ddp.ipynb #93879b80
+def exchange_bucket(carried:CarriedSum, bucket) -> torch.futures.Future[torch.Tensor]:
+    "As torch does without a hook; the numbers go behind the gradients of the first bucket"
+    grads = bucket.buffer()
+    carries = bucket.index() == 0 and carried.put_together(grads)
+    if not carries: grads *= 1 / carried.size  # the bits that torch has without a hook
+    work = carried.group.allreduce([carried.sent if carries else grads])
+    def received(_):
+        if carries: carried.take_apart(grads)
+        return grads
+    if not bucket.is_last(): return work.get_future().then(received)
+    work.wait()  # nothing is left to be computed in the meantime
+    done = torch.futures.Future()
+    done.set_result(received(work))
+    return done
+
+def can_carry(learn, options) -> bool:
+    "Whether the gradients of a model can take a number along"
+    params = [p for p in learn.model.parameters() if p.requires_grad]
+    return (options.get('mixed_precision') is None and learn.device.type == 'cpu'
+            and {p.dtype for p in params} <= {torch.float32, torch.float64})
 
 # %% ../../nbs/processes/05_ddp.ipynb #f2020740
 def loss_params(loss_func) -> list:
@@ -67,9 +174,11 @@ def loss_tensors(loss_func) -> list:
 
 def average_gradients(params):
     "Average gradients over the processes in place, but not those of FSDP2, which are so already"
-    for grad in [p.grad for p in params if p.grad is not None and not is_dtensor(p)]:
-        dist.all_reduce(grad)
-        grad /= dist.get_world_size()
+    grads = [p.grad for p in params if p.grad is not None and not is_dtensor(p)]
+    def average(t):
+        dist.all_reduce(t)
+        t /= dist.get_world_size()
+    for alike in in_pieces(grads): change_together(alike, average)
 
 # %% ../../nbs/processes/05_ddp.ipynb #b8a35ca7
 def check_can_share(learn):

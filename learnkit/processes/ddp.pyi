@@ -3,16 +3,21 @@
 # pyright: reportPrivateImportUsage=false
 """torch's DistributedDataParallel, without a wrapper around the model"""
 from torch import nn
+import torch
 from typing import Any
 from ..loop.learner import Learner
 __all__ = []
+
+def syncs_buffers(model: Any, options: Any) -> bool:
+    """Whether all processes are to have the buffers of process 0 in each batch"""
+BUFFER_OPTIONS: tuple[str, ...]
 
 class BareForward(nn.Module):
     """A model whose call is its bare forward function"""
     model: Any
     bare_forward: Any
     def __init__(self, model: Any, forward: Any) -> None: ...
-    def forward(self, *args: Any, **kwargs: Any) -> Any: ...
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 class DDPForward:
     """A forward function whose gradients are exchanged in training"""
@@ -22,6 +27,7 @@ class DDPForward:
     model: Any
     def __init__(self, learn: Learner, ddp: Any, bare_forward: Any, model: Any) -> None: ...
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+    def set_sync(self) -> None: ...
     def __deepcopy__(self, memo: Any) -> Any:
         """Returns:
             a copy of the model exchanges nothing
@@ -32,8 +38,57 @@ def exchange_gradients(learn: Learner, find_unused: bool = False, **options: Any
     """Let the gradients of a learner's model be averaged over the processes
 
     Returns:
-        function that undoes it
+        (DDP, function that undoes it)
     """
+
+def own_gradients(model: Any) -> None:
+    """Let no gradient that is left hold the buckets, of which it is a part"""
+
+def is_in_bucket(grad: Any) -> bool: ...
+
+def check_comm_hook(comm_hook: Any) -> None:
+    """Raise ValueError for what is no comm hook"""
+
+def is_pair(x: Any) -> bool: ...
+
+def register_hook(ddp: Any, comm_hook: Any) -> Any:
+    """Let a hook exchange the buckets of a `DistributedDataParallel`
+
+    Returns:
+        the state, if there is one
+    """
+
+class CarriedSum:
+    """The sum of a number over the processes, by way of the first bucket of gradients"""
+    group: Any
+    size: Any
+    here: float | None
+    total: Any
+    sent: Any
+    grads: Any
+    two: Any
+    def __init__(self, ddp: Any) -> None: ...
+    def begin(self, here: float) -> Any:
+        """To be called before the gradients are computed
+
+        Returns:
+            function that gives the sum
+        """
+    def wait(self) -> float:
+        """The sum; all processes call this at the same time"""
+    def put_together(self, grads: Any) -> bool:
+        """Returns:
+            whether they are not sparse, nor too many to be copied
+        """
+    def take_apart(self, grads: Any) -> None: ...
+STEP: int
+MOST: int
+
+def exchange_bucket(carried: CarriedSum, bucket: Any) -> torch.futures.Future[torch.Tensor]:
+    """As torch does without a hook; the numbers go behind the gradients of the first bucket"""
+
+def can_carry(learn: Learner, options: Any) -> bool:
+    """Whether the gradients of a model can take a number along"""
 
 def loss_params(loss_func: Any) -> list:
     """The parameters of a loss, if it has any"""

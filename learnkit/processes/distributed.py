@@ -25,7 +25,7 @@ from ..base.text import as_seconds
 from ..files.tree import tree_digest
 from ..data.order import Share, epoch_seed
 from ..data.loaders import EpochLoader, length
-from ..components.callback import Callback, CancelFit, PHASES
+from ..components.callback import Callback, CancelFit, PHASES, plain_setting
 from ..components.optim import opt_params
 from ..components.optimizers import named_optimizers
 from ..loop.progress import show_message
@@ -43,8 +43,8 @@ from .shares import (
     LoaderRng, LockstepLoader, SplitLoader, batch_numbers, gather_batches,
     is_split, is_split_by_hand, sharded_as_said, shared_loader)
 from .ddp import (
-    average_gradients, check_can_share, exchange_gradients,
-    loss_params, loss_tensors, sync_batch_norms)
+    average_gradients, can_carry, check_can_share, check_comm_hook, exchange_gradients,
+    loss_params, loss_tensors, register_hook, sync_batch_norms)
 from .weights import BatchWeights
 from .fsdp import ShardedModel, check_all_read, move_to_device
 
@@ -57,6 +57,7 @@ class Distributed(Callback):
                  sync_bn:bool=False, # batch norm over the samples of all; accelerators only
                  find_unused:bool=False, # 'ddp': look for parameters that a batch leaves out; slow
                  strategy:str='ddp', # 'fsdp': each process keeps a part of each parameter
+                 comm_hook=None, # 'ddp': how buckets travel: 'fp16', 'bf16', or a hook of torch
                  blocks=None, # 'fsdp': model -> modules that are put together one at a time
                  gather_up_to:int=2**31, # 'fsdp': bytes of a state that is saved in one piece
                  no_sync:bool=False, # 'fsdp': exchange only the sums of accumulated gradients,
@@ -65,7 +66,9 @@ class Distributed(Callback):
                  device_id=None, # device the group is bound to; see `init_process_group`
                  **options, # of `DistributedDataParallel`, or for 'fsdp' of `fully_shard`
                 ):
-        check_strategy(strategy, options, find_unused, blocks, no_sync)
+        check_strategy(strategy, options, find_unused, blocks, no_sync, comm_hook)
+        check_comm_hook(comm_hook)
+        self.comm_hook, self._hook_state = comm_hook, None
         self.sync_bn, self.find_unused, self.blocks = sync_bn, find_unused, blocks
         self.gather_up_to, self.no_sync, self.options = gather_up_to, no_sync, options
         self.timeout = None if timeout is None else timedelta(seconds=as_seconds(timeout))
@@ -77,24 +80,31 @@ class Distributed(Callback):
         self._sharded = None  # a `ShardedModel`
         self._block_cbs = None  # of all fits in a `with` block: they may keep parts of a model
         self._undo, self._shares, self._weights = [], {}, BatchWeights()
+        self._loss = None, []  # a loss function, and its parameters
+        self._syncs_buffers, self._buffers_differ = True, False  # DDP in each batch; processes
         self._agreement, self._stops = None, False  # of a fit; whether to end an lr_find
         self._loader_rng = LoaderRng()
         self._found = WeakKeyDictionary()  # sampler -> whether its loader is split
 
     def settings(self): # else the numbers are the same on any number of processes
-        policy = policy_text(self.options.get('mp_policy'))
-        return {'class': type(self).__name__, 'mp_policy': policy} if policy else None
+        found = {'mp_policy': policy_text(self.options.get('mp_policy')),
+                 'comm_hook': self.comm_hook and plain_setting(self.comm_hook),
+                 'sync_bn': self.sync_bn}
+        found = {name: value for name, value in found.items() if value}
+        return {'class': 'Distributed', **found} if found else None
 
 # %% ../../nbs/processes/07_distributed.ipynb #c4ec57a1
 OWN_OPTIONS = {'module', 'device_ids', 'output_device', 'find_unused_parameters'}
 
-def check_strategy(strategy, options, find_unused=False, blocks=None, no_sync=False):
+def check_strategy(strategy, options, find_unused=False, blocks=None, no_sync=False,
+                   comm_hook=None):
     "Raise for a strategy that is none, and for arguments that it does not take"
     if strategy not in ('ddp', 'fsdp'):
         raise ValueError(f"Distributed(strategy={strategy!r}): must be 'ddp' or 'fsdp'")
     known = names_of_options(strategy)
     wrong = [name for name in options if name not in known]
-    if strategy == 'fsdp': wrong += ['find_unused'] * find_unused
+    if strategy == 'fsdp': wrong += [*['find_unused'] * find_unused,
+                                     *['comm_hook'] * (comm_hook is not None)]
     else: wrong += [*['blocks'] * (blocks is not None), *['no_sync'] * no_sync]
     if wrong:
         raise TypeError(f'Distributed({wrong[0]}=...) is not for strategy={strategy!r}, which '
@@ -121,7 +131,7 @@ def join(self:Distributed): # Ranks; None for a single process
     if not in_group() and ranks_from_env()['size'] > 1: join_group(self.timeout, self.device_id)
     if in_group() and dist.get_world_size() > 1:
         self.ranks = Ranks(host_group(self.timeout))
-        self.ranks.gather(None)  # all are here
+        dist.barrier(group=self.ranks.group)  # all are here
         self._watch = FailureWatch(self.ranks)
         atexit.register(self.leave)  # threads that still run then would abort the process
     return self.ranks
@@ -193,6 +203,8 @@ def before_fit(self:Distributed, learn):
 @patch
 def before_train(self:Distributed, learn):
     if not self.ranks: return
+    if self._buffers_differ: broadcast_tensors(learn.model.buffers(), self.ranks)
+    self._buffers_differ = not self._syncs_buffers
     self._begin_pass(learn, pad=True)
     if self.no_sync and learn.n_iter is None:
         raise ValueError('Distributed(no_sync=True) needs a training loader with a length: the '
@@ -228,6 +240,8 @@ def after_fit(self:Distributed, learn):
 def cleanup_fit(self:Distributed, learn):
     while self._undo: self._undo.pop()()
     self._agreement, self._stops = None, False
+    self._hook_state, self._weights = None, BatchWeights()
+    self._syncs_buffers, self._buffers_differ = True, False
     self._end(learn)
 
 @patch
@@ -270,7 +284,9 @@ def before_step(self:Distributed, learn):
     # Gradients of the model were exchanged, but not by DDP for a last group that is incomplete,
     # and not by FSDP2 for parameters that it was to ignore
     by_ddp = is_complete and not is_sharded(learn.model) and not named_optimizers(learn.opt)
-    average_gradients(loss_params(learn.loss_func) if by_ddp else opt_params(learn.opt))
+    if learn.loss_func is not self._loss[0]:
+        self._loss = learn.loss_func, loss_params(learn.loss_func)
+    average_gradients(self._loss[1] if by_ddp else opt_params(learn.opt))
 
 # %% ../../nbs/processes/07_distributed.ipynb #225c845c
 @patch
@@ -296,9 +312,10 @@ def _end(self:Distributed, learn):
 @patch
 def seed_each_rank(self:Distributed):
     "Let processes that were seeded alike draw different random numbers"
-    digests = self.ranks.gather(tree_digest(rng_state()))
-    if self.ranks.rank and digests[self.ranks.rank] == digests[0]:
-        set_seed(epoch_seed(int(digests[0][:8], 16), self.ranks.rank))
+    here = tree_digest(rng_state())
+    main = self.ranks.broadcast(here)
+    if self.ranks.rank and here == main:
+        set_seed(epoch_seed(int(main[:8], 16), self.ranks.rank))
 
 @patch
 def broadcast_buffers(self:Distributed, learn):
@@ -306,6 +323,7 @@ def broadcast_buffers(self:Distributed, learn):
     loss_func = learn.loss_func
     in_loss = loss_func.buffers() if isinstance(loss_func, nn.Module) else ()
     broadcast_tensors([*learn.model.buffers(), *in_loss], self.ranks)
+    self._buffers_differ = False
 
 # %% ../../nbs/processes/07_distributed.ipynb #f95ac058
 @patch
@@ -364,8 +382,22 @@ def _exchange_gradients(self:Distributed, learn):
     if self.sync_bn: self._undo.append(sync_batch_norms(learn.model, learn.device))
     # Parts of a model that have optimizers of their own are called without the whole, unseen by DDP
     if named_optimizers(learn.opt): return
-    if any(p.requires_grad for p in learn.model.parameters()):
-        self._undo.append(exchange_gradients(learn, self.find_unused, **self.options))
+    if not any(p.requires_grad for p in learn.model.parameters()): return
+    ddp, undo = exchange_gradients(learn, self.find_unused, **self.options)
+    self._undo.append(undo)
+    self._syncs_buffers = ddp.broadcast_buffers
+    if self.comm_hook is not None: self._hook_state = register_hook(ddp, self.comm_hook)
+    elif can_carry(learn, self.options): self._weights = BatchWeights(ddp)
+
+@patch
+def prepare_save(self:Distributed, learn):
+    "Let processes differ by nothing that is not kept; ValueError where it cannot be"
+    if self._buffers_differ: broadcast_tensors(learn.model.buffers(), self.ranks)
+    if self._hook_state is None: return
+    name = type(self._hook_state).__name__
+    raise ValueError(f'Distributed(comm_hook=...): {name} changes in a fit and cannot be kept, so '
+                     'no fit can go on from a save in its middle: save after the fit, or take a '
+                     'hook without a state')
 
 @patch
 def _gather_predictions(self:Distributed, collect, dl):
@@ -406,7 +438,7 @@ def distributed(self:Learner,
                 sync_bn:bool=False, # batch norm over the samples of all; accelerators only
                 find_unused:bool=False, # look for parameters that a batch does not use; costs time
                 strategy:str='ddp', # 'fsdp': each process keeps a part of each parameter
-                **options, # of `Distributed`: timeout, blocks, no_sync, bucket_cap_mb, ...
+                **options, # of `Distributed`: timeout, comm_hook, blocks, bucket_cap_mb, ...
                ): # the learner
     "In the `with` block all processes that a launcher has started train together"
     together = Distributed(sync_bn, find_unused, strategy, **options)

@@ -12,6 +12,7 @@ __all__ = [
 
 class Distributed(Callback):
     """Trains on all processes that a launcher has started; on a single one it does nothing"""
+    comm_hook: Any
     sync_bn: bool
     find_unused: bool
     blocks: Any
@@ -26,6 +27,7 @@ class Distributed(Callback):
             sync_bn: bool = False,
             find_unused: bool = False,
             strategy: str = 'ddp',
+            comm_hook: Any = None,
             blocks: Any = None,
             gather_up_to: int = 2**31,
             no_sync: bool = False,
@@ -39,6 +41,7 @@ class Distributed(Callback):
             sync_bn: batch norm over the samples of all; accelerators only
             find_unused: 'ddp': look for parameters that a batch leaves out; slow
             strategy: 'fsdp': each process keeps a part of each parameter
+            comm_hook: 'ddp': how buckets travel: 'fp16', 'bf16', or a hook of torch
             blocks: 'fsdp': model -> modules that are put together one at a time
             gather_up_to: 'fsdp': bytes of a state that is saved in one piece
             no_sync: 'fsdp': exchange only the sums of accumulated gradients,
@@ -91,6 +94,8 @@ class Distributed(Callback):
         """Let processes that were seeded alike draw different random numbers"""
     def broadcast_buffers(self, learn: Learner) -> None:
         """Let the statistics of norms, and those that a loss keeps, be those of process 0"""
+    def prepare_save(self, learn: Learner) -> None:
+        """Let processes differ by nothing that is not kept; ValueError where it cannot be"""
     def agree(self, learn: Learner, signum: Any, seconds: Any) -> Any:
         """The signal that has come to any process, and the clock of process 0, as of the last exchange
 
@@ -108,6 +113,7 @@ def check_strategy(
         find_unused: Any = False,
         blocks: Any = None,
         no_sync: Any = False,
+        comm_hook: Any = None,
 ) -> None:
     """Raise for a strategy that is none, and for arguments that it does not take"""
 

@@ -66,14 +66,10 @@ class Ranks:
         return tensors
 
     def sum(self, t) -> torch.Tensor:
-        "The sum over the processes: always in the same order, so that it is the same on each"
-        return torch.stack(self.all(t)).sum(0)
-
-    def mean(self, value:float, weight:float) -> float:
-        "The weighted mean over the processes; nan where no weight is above 0"
-        pairs = [t.tolist() for t in self.all(torch.tensor([value, weight], dtype=torch.float64))]
-        counted = [(v, w) for v, w in pairs if w]
-        return sum(v * w for v, w in counted) / sum(w for _, w in counted) if counted else math.nan
+        "The sum over the processes, with the same bits on each"
+        total = t.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=self.group)
+        return total
 
     def gather(self, tree) -> list: # trees, one of each process
         "Plain values, tensors and arrays of all processes"
@@ -90,6 +86,21 @@ class Ranks:
         data = torch.frombuffer(bytearray(data or bytes(int(size))), dtype=torch.uint8)
         dist.broadcast(data, 0, group=self.group)
         return from_bytes(data.numpy())
+
+# %% ../../nbs/processes/01_group.ipynb #4dc05770
+@patch
+def max(self:Ranks, number:float) -> float:
+    "The largest number of all processes"
+    largest = torch.tensor(float(number), dtype=torch.float64)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
+    return largest.item()
+
+@patch
+def mean(self:Ranks, value:float, weight:float) -> float:
+    "The weighted mean over the processes; nan where no weight is above 0"
+    pairs = [t.tolist() for t in self.all(torch.tensor([value, weight], dtype=torch.float64))]
+    counted = [(v, w) for v, w in pairs if w]
+    return sum(v * w for v, w in counted) / sum(w for _, w in counted) if counted else math.nan
 
 # %% ../../nbs/processes/01_group.ipynb #3170129f
 @patch
@@ -130,23 +141,24 @@ CHUNK = 2**26  # bytes that travel together
 
 def broadcast_tensors(tensors, ranks):
     "Let parameters or buffers be what they are in process 0; those that FSDP2 has cut stay"
+    for alike in in_pieces(t for t in tensors if not (t.is_meta or is_dtensor(t))):
+        group = ranks.group if alike[0].device.type == 'cpu' else None
+        change_together(alike, lambda values, group=group: dist.broadcast(values, 0, group=group))
+
+def in_pieces(tensors): # iterator of lists
+    "Tensors of one device and type, about `CHUNK` bytes of them at a time"
     kinds = {}
-    for t in tensors:
-        if not (t.is_meta or is_dtensor(t)): kinds.setdefault((t.device, t.dtype), []).append(t)
-    for (device, _), alike in kinds.items():
-        group = ranks.group if device.type == 'cpu' else None
-        for chunk in chunks(alike): broadcast_flat(chunk, group)
+    for t in tensors: kinds.setdefault((t.device, t.dtype), []).append(t)
+    for alike in kinds.values():
+        ends = itertools.accumulate(t.numel() * t.element_size() for t in alike)
+        numbered = zip((end // CHUNK for end in ends), alike, strict=True)
+        for _, group in itertools.groupby(numbered, lambda pair: pair[0]):
+            yield [t for _, t in group]
 
-def chunks(tensors): # iterator of lists
-    "Tensors in groups of about `CHUNK` bytes"
-    ends = itertools.accumulate(t.numel() * t.element_size() for t in tensors)
-    numbered = zip((end // CHUNK for end in ends), tensors, strict=True)
-    for _, group in itertools.groupby(numbered, lambda pair: pair[0]): yield [t for _, t in group]
-
-def broadcast_flat(tensors, group):
-    "Broadcast tensors of one kind in one piece"
+def change_together(tensors, change): # function of a flat tensor, which it changes
+    "Change tensors of one kind in one piece"
     values = torch.cat([t.detach().reshape(-1) for t in tensors])
-    dist.broadcast(values, 0, group=group)
+    change(values)
     parts = values.split([t.numel() for t in tensors])
     with torch.no_grad():
         for t, part in zip(tensors, parts, strict=True): t.copy_(part.view(t.shape))

@@ -41,9 +41,7 @@ class Ranks:
             tensors, one of each process
         """
     def sum(self, t: Any) -> torch.Tensor:
-        """The sum over the processes: always in the same order, so that it is the same on each"""
-    def mean(self, value: float, weight: float) -> float:
-        """The weighted mean over the processes; nan where no weight is above 0"""
+        """The sum over the processes, with the same bits on each"""
     def gather(self, tree: Any) -> list:
         """Plain values, tensors and arrays of all processes
 
@@ -56,6 +54,10 @@ class Ranks:
         Returns:
             tree
         """
+    def max(self, number: float) -> float:
+        """The largest number of all processes"""
+    def mean(self, value: float, weight: float) -> float:
+        """The weighted mean over the processes; nan where no weight is above 0"""
     def send_to_main(self, tree: Any, sender: int) -> Any:
         """What one process has, to process 0
 
@@ -91,12 +93,16 @@ CHUNK: int
 def broadcast_tensors(tensors: Any, ranks: Any) -> None:
     """Let parameters or buffers be what they are in process 0; those that FSDP2 has cut stay"""
 
-def chunks(tensors: Any) -> Iterator[Any]:
-    """Tensors in groups of about `CHUNK` bytes
+def in_pieces(tensors: Any) -> Iterator[Any]:
+    """Tensors of one device and type, about `CHUNK` bytes of them at a time
 
     Returns:
         iterator of lists
     """
 
-def broadcast_flat(tensors: Any, group: Any) -> None:
-    """Broadcast tensors of one kind in one piece"""
+def change_together(tensors: Any, change: Any) -> Any:
+    """Change tensors of one kind in one piece
+
+    Returns:
+        function of a flat tensor, which it changes
+    """

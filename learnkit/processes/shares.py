@@ -168,15 +168,14 @@ def is_stream(dl) -> bool: return isinstance(dl.dataset, IterableDataset)
 
 def differs(ranks, tree) -> bool:
     "Whether a plain value is not the same on all processes"
-    first, *others = ranks.gather(tree)
-    return any(other != first for other in others)
+    return bool(ranks.max(ranks.broadcast(tree) != tree))
 
 def is_split_by_hand(dl, ranks, tell): # bool; None: it will be seen when it is read
     "Whether what the processes would read first differs; `tell` is called with a text if so"
     if (beginning := beginning_of(dl, ranks)) is None: return None
     if not differs(ranks, beginning): return False
     repeats = beginning_of(dl, ranks)[-1] == beginning[-1]
-    if all(ranks.gather(repeats)):
+    if not ranks.max(not repeats):
         tell(f'{SPLIT} already')
         return True
     tell('its batches do not repeat, so whether each process has other samples cannot be seen: '

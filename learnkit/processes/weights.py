@@ -13,16 +13,17 @@ from ..base.ranks import begin_sum, sum_over_ranks
 from ..components.loss_weight import above_zero, as_weight, is_zero, known_equal
 from ..components.optimizers import has_gradients
 from ..training.gradients import gradients, zero_loss
-from .ddp import loss_params
+from .ddp import CarriedSum, loss_params
 
 # %% ../../nbs/processes/05_weights.ipynb #2c818be3
 class BatchWeights:
     "What a batch weighs here, and on all processes"
-    def __init__(self):
+    def __init__(self, ddp=None): # whose gradients take a number along; None: nobody's
+        self.ddp, self.carried = ddp, None
         # Of the data, here and on all: 0 where a batch comes again as a filler, None: unknown
         self.rows = 1, 1
         self.here = self.sum = None  # numbers; on an accelerator tensors, which nobody reads
-        self.exchange = None  # that is under way
+        self.exchange = None  # that is under way: a function that gives the sum
         self.is_exchanged = False  # whether the rows alone do not tell
         self.by_rows = False  # whether gradients are over the rows until the sum is there
 
@@ -47,12 +48,17 @@ class BatchWeights:
 def weigh(self:BatchWeights, learn, ranks):
     if not self.rows[0]: learn.n_items = 0
     if learn.iter == learn.first_batch:
-        self.is_exchanged = self.rows[1] is None or any(
-            ranks.gather(bool(self.rows[0]) and has_own_weight(learn)))
+        self.is_exchanged = self.rows[1] is None or bool(
+            ranks.max(bool(self.rows[0]) and has_own_weight(learn)))
     self.by_rows, self.exchange, (self.here, self.sum) = False, None, self.rows
     if not self.is_exchanged: return
+    self.by_rows = self.rows[1] is not None and can_wait(learn)
+    if self.by_rows and self.ddp is not None:
+        self.here = float(learn.loss_weight)
+        self.exchange = self.carry(self.here)
+        return
     here = torch.as_tensor(learn.loss_weight, dtype=torch.float64, device=learn.device)
-    self.here, self.by_rows = as_weight(here), self.rows[1] is not None and can_wait(learn)
+    self.here = as_weight(here)
     if self.by_rows: self.exchange = begin_sum(here)
     else: self.sum = as_weight(sum_over_ranks(here))
 
@@ -71,3 +77,8 @@ def can_wait(learn): # bool
     "Whether gradients may be multiplied after the backward pass: there are no others among them"
     if learn.device.type != 'cpu' or learn.opt is None or is_sharded(learn.model): return False
     return not has_gradients(learn.opt)
+
+@patch
+def carry(self:BatchWeights, here): # function that gives the sum
+    if self.carried is None: self.carried = CarriedSum(self.ddp)
+    return self.carried.begin(here)

@@ -4,17 +4,20 @@
 """What the parts of a batch weigh against each other"""
 from typing import Any
 from ..loop.learner import Learner
+from ..processes.ddp import CarriedSum
 __all__ = []
 
 class BatchWeights:
     """What a batch weighs here, and on all processes"""
+    ddp: Any
+    carried: CarriedSum | None
     rows: tuple[int, ...]
     here: Any
     sum: Any
     exchange: Any
     is_exchanged: bool
     by_rows: bool
-    def __init__(self) -> None: ...
+    def __init__(self, ddp: Any = None) -> None: ...
     @property
     def together(self) -> Any:
         """What the batch weighs on all processes; waits for them
@@ -31,6 +34,10 @@ class BatchWeights:
     def weigh(self, learn: Learner, ranks: Any) -> None: ...
     def correct_gradients(self, learn: Learner) -> None:
         """Let gradients that are over the rows of all processes be over what counts"""
+    def carry(self, here: Any) -> Any:
+        """Returns:
+            function that gives the sum
+        """
 
 def has_own_weight(learn: Learner) -> bool:
     """Whether the loss weighs something else than the rows of the batch

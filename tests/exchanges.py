@@ -1,0 +1,68 @@
+"What processes of tests/processes/test_ddp.py run"
+from functools import partial
+import torch
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+from collectives import network
+from ranks import learner, of_text, seen, tensors
+from learnkit import *
+from learnkit.files.tree import tree_digest
+from learnkit.processes.distributed import Distributed
+
+POWER = partial(PowerSGDState, None, start_powerSGD_iter=3), powerSGD_hook
+
+
+def hooked(comm_hook):
+    learn = learner()
+    with learn.distributed(comm_hook=comm_hook): learn.fit(2)
+    return seen(learn)
+
+
+def power(folder):
+    "How a save in the middle of a fit ends, and what two fits and a save after them give"
+    learn = learner(path=folder, cbs=Distributed(comm_hook=POWER))
+    learn.fit(2)
+    learn.fit(1)
+    learn.save('after')
+    try: learn.fit(2, cbs=SaveState('run'))
+    except ValueError as error: return seen(learn)['weights'], str(error)
+
+
+def of_parts(**options):
+    "Texts of unequal length, whose weights go along with the first of several buckets"
+    return seen(of_text(Distributed(**options)))
+
+
+def normed(folder, **options):
+    "Digests of what a fit ends with, of a save in its middle, and how many states it holds"
+    set_seed(0)
+    x, y = tensors(48)
+    dls = DataLoaders.from_tensors((torch.cat([x, x], 1), y), bs=8, device='cpu')
+    learn, saved = learner(dls, network(), path=folder, cbs=Distributed(**options)), []
+    def save(learn):
+        if (learn.epoch, learn.iter) == (1, 2): saved.append(learn.saved_tree(together=True))
+    learn.fit(3, cbs=Callback(after_batch=save))
+    tree = saved[0]['learner']
+    return (tree_digest(learn.state_dict()['model']), tree_digest(tree['model']),
+            [path for one in tree.get('ranks', ()) for path, _ in one if path[0] == 'model'])
+
+
+def twice():
+    "Whether a backward pass of one's own in a training step exchanges gradients too"
+    alike = []
+    def again(learn):
+        learn.zero_grad()
+        nn.functional.cross_entropy(learn.model(learn.xb[0]), learn.yb[0]).backward()
+        first, second = learn.ranks.all(torch.cat([p.grad.flatten()
+                                                   for p in learn.model.parameters()]))
+        alike.append(bool(first.any()) and first.equal(second))
+    learner(cbs=[Distributed(), Callback(after_backward=again)]).fit(1)
+    return alike
+
+
+def left():
+    "Whether gradients that a fit leaves lie in buckets"
+    def skip(learn): raise CancelStep
+    learn = learner(cbs=[Distributed(), Callback(before_step=skip)])
+    learn.fit(1)
+    return [p.grad.untyped_storage().nbytes() == p.grad.nbytes for p in learn.model.parameters()]
