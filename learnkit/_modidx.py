@@ -3933,6 +3933,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                         'learnkit/fingerprint/objects.py'),
                                               'learnkit.fingerprint.objects.describe_weak': ( 'fingerprint/objects.html#describe_weak',
                                                                                               'learnkit/fingerprint/objects.py'),
+                                              'learnkit.fingerprint.objects.holds_code': ( 'fingerprint/objects.html#holds_code',
+                                                                                           'learnkit/fingerprint/objects.py'),
                                               'learnkit.fingerprint.objects.is_default': ( 'fingerprint/objects.html#is_default',
                                                                                            'learnkit/fingerprint/objects.py'),
                                               'learnkit.fingerprint.objects.non_default_names': ( 'fingerprint/objects.html#non_default_names',

@@ -187,7 +187,8 @@ def describe_callback(cb, walk):
     init = types.MethodType(type(cb).__init__, cb)
     arguments = call_arguments(init, args, kwargs)
     if is_ours := is_learnkits(type(cb)): # as it understands them itself
-        said = {name: value for name, value in cb.settings().items() if name in arguments}
+        said = {name: arguments[name] if holds_code(arguments[name]) else value
+                for name, value in cb.settings().items() if name in arguments}
         arguments = said if cb.distributes else {**arguments, **said}
     with walk.within(outside='given', callback=type(cb).__name__):
         described = walk.describe_named(arguments)
@@ -197,6 +198,10 @@ def describe_callback(cb, walk):
     given = [name for name in described if name not in at_default]
     if not (is_ours and cb.distributes): described |= describe_set_since(cb, described, walk)
     return {**found, 'with': described, 'given': given}
+
+def holds_code(x): # bool
+    "Whether it is a function or class, or a sequence with some"
+    return callable(x) or isinstance(x, (list, tuple)) and any(map(holds_code, x))
 
 def describe_set_since(cb, described, walk): # dict: name -> JSON value
     "What was set on a callback after its constructor; of learnkit's own what it has arguments for"

@@ -5,6 +5,7 @@ import torch
 import torchmetrics
 from learnkit.components.metrics import accuracy, metric, rmse
 from learnkit.fingerprint.values import fingerprint
+from learnkit.processes.distributed import Distributed
 from learnkit.training.save_best import SaveBest
 from fingerprint_helpers import (
     digest, error, Focal, Hook, hook_a, hook_b, Named, same, Says, Sides, text, tree)
@@ -45,6 +46,18 @@ def test_what_a_callback_went_through_does_not_count():
     before = digest(cb)
     cb.best = 3.
     assert digest(cb) == before
+
+
+def test_functions_given_to_learnkits_own_callbacks_count_with_their_code():
+    def hook_with(factor):
+        def hook(state, bucket): return factor
+        return hook
+    one, other = hook_with(1), hook_with(2)
+    assert same(Distributed(comm_hook=one), Distributed(comm_hook=hook_with(1)))
+    assert not same(Distributed(comm_hook=one), Distributed(comm_hook=other))
+    assert not same(Distributed(comm_hook=(dict, one)), Distributed(comm_hook=(dict, other)))
+    assert same(Distributed(), Distributed(bucket_cap_mb=1))
+    assert not same(Distributed(), Distributed(sync_bn=True))
 
 
 def test_metrics():
