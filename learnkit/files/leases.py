@@ -9,6 +9,7 @@ __all__ = ['LostLeaseError']
 import json, os, platform, re, secrets, stat, threading, time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from fastcore.basics import patch
 from .errors import LockedError, as_seen_from_here, holder_text
@@ -190,14 +191,32 @@ def enter(self:Lease, path, claim): # None
     self.claim, self.took_over, self.depth = claim, False, 1
 
 # %% ../../nbs/files/02_leases.ipynb #bcfc1f81
-def beating(path): # threading.Event that ends it
-    "Touch a file every few seconds, in a thread"
-    ended = threading.Event()
-    def beat():
-        while not ended.wait(BEAT):
-            with suppress(OSError): os.utime(path)
-    threading.Thread(target=beat, daemon=True, name='learnkit-lease').start()
-    return ended
+class Heart:
+    "Touches files every few seconds, in one thread, which ends when there are none"
+    def __init__(self): self.paths, self.lock, self.is_beating = set(), threading.Lock(), False
+
+    def add(self, path):
+        with self.lock:
+            self.paths.add(path)
+            if self.is_beating: return
+            threading.Thread(target=self.beat, daemon=True, name='learnkit-lease').start()
+            self.is_beating = True
+
+    def discard(self, path):
+        with self.lock: self.paths.discard(path)
+
+    def beat(self):
+        while True:
+            time.sleep(BEAT)
+            with self.lock: paths = [*self.paths]
+            for path in paths:
+                with suppress(OSError): os.utime(path)
+            with self.lock:
+                self.is_beating = bool(self.paths)
+                if not self.is_beating: return
+
+@lru_cache(maxsize=1)
+def heart_of(pid): return Heart() # a process that was forked off has one of its own
 
 # %% ../../nbs/files/02_leases.ipynb #ddd96d5d
 @patch
@@ -214,7 +233,9 @@ def acquire(self:Lease,
     except BaseException:
         self.withdraw()
         raise
-    if beats and self.path: self.heart = beating(self.path)
+    if not beats or not self.path: return
+    self.heart = heart_of(os.getpid())
+    self.heart.add(self.path)
 
 # %% ../../nbs/files/02_leases.ipynb #3de4d45f
 @patch
@@ -243,7 +264,7 @@ def release(self:Lease) -> None:
     if not self.is_held: return
     self.depth -= 1
     if self.depth or self.path is None: return
-    if self.heart: self.heart.set()
+    if self.heart: self.heart.discard(self.path)
     is_ours, path, file = self.is_ours(), self.path, self.file
     self.path = self.file = self.heart = None  # from the next line on it may be another thread's
     if file: file.close()

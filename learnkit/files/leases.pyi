@@ -4,7 +4,9 @@
 """One owner at a time for a name, on this machine or any other that sees the folder"""
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+import threading
 from typing import Any, TypeVar
 from ..files.errors import LockedError
 from ..files.owners import Owner
@@ -184,12 +186,18 @@ def make_in_place(path: Any, claim: Any, file: Any) -> Any:
         as `make_claimed`
     """
 
-def beating(path: Any) -> Any:
-    """Touch a file every few seconds, in a thread
+class Heart:
+    """Touches files every few seconds, in one thread, which ends when there are none"""
+    paths: Any
+    lock: threading.Lock
+    is_beating: bool
+    def __init__(self) -> None: ...
+    def add(self, path: Any) -> None: ...
+    def discard(self, path: Any) -> None: ...
+    def beat(self) -> None: ...
 
-    Returns:
-        threading.Event that ends it
-    """
+@lru_cache(maxsize=1)
+def heart_of(pid: Any) -> Any: ...
 
 def ended_leases(folder: Any) -> Any:
     """The files of owners that are proven to have ended

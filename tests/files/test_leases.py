@@ -6,7 +6,7 @@ import pytest
 from everywhere import Everywhere
 from files_helpers import ended, filled, forked, script
 from learnkit.files.errors import LockedError
-from learnkit.files.leases import Lease, LostLeaseError
+from learnkit.files.leases import Heart, Lease, LostLeaseError
 from learnkit.files.store import Store
 
 store = Everywhere('files')
@@ -111,6 +111,8 @@ def test_two_hosts_whose_clocks_differ(tmp_path, monkeypatch):
     "The times that files and claims name are never compared with a clock"
     monkeypatch.setattr(store, 'PATIENCE', .3)
     monkeypatch.setattr(store, 'BEAT', .02)
+    heart = Heart()
+    monkeypatch.setattr(store, 'heart_of', lambda pid: heart)
     a, b = Lease(tmp_path / 'locks', 'run'), Lease(tmp_path / 'locks', 'run')
     for behind in (-300., 300.):
         with host(monkeypatch, 'a'): a.acquire()
@@ -118,7 +120,7 @@ def test_two_hosts_whose_clocks_differ(tmp_path, monkeypatch):
             with pytest.raises(LockedError, match='on a since'): b.acquire(wait=.6)
         with host(monkeypatch, 'a'):
             a.check()
-            a.heart.set()  # it stands still
+            a.heart.discard(a.path)  # it stands still
             time.sleep(.05)
         with host(monkeypatch, 'b', behind):
             b.acquire(wait=5.)
@@ -139,7 +141,8 @@ def test_a_late_write_is_refused(tmp_path, monkeypatch):
     with host(monkeypatch, 'a'):
         claim = run.claim('a')
         claim.__enter__()
-        run.claimed['a', None].heart.set()
+        lease = run.claimed['a', None]
+        lease.heart.discard(lease.path)
     with host(monkeypatch, 'b'), other.claim('a'), other.writing(): other.write({'id': 'a', 'n': 2})
     with host(monkeypatch, 'a'):
         with run.writing(), pytest.raises(LostLeaseError, match="'a' of .*was removed, moved"):
@@ -308,3 +311,28 @@ def test_temporary_files_of_others(tmp_path, monkeypatch):
         assert store.is_left_over(elsewhere) is expected
     for name in ('.learnkit-1-notes', 'note.txt', '.learnkit-', f'.learnkit-{me}', '.learnkit--'):
         assert not store.is_left_over(tmp_path / name)
+
+
+def test_one_thread_beats_for_all(tmp_path, monkeypatch):
+    "It touches what is held, nothing else, and ends when nothing is held"
+    monkeypatch.setattr(store, 'BEAT', .02)
+    heart = Heart()
+    monkeypatch.setattr(store, 'heart_of', lambda pid: heart)
+    leases = [Lease(tmp_path / 'locks', name) for name in 'abc']
+    def beating(): return [t for t in threading.enumerate() if t.name == 'learnkit-lease'
+                           and t._target.__self__ is heart]
+    def times(): return [lease.path.stat().st_mtime_ns for lease in leases if lease.path]
+    for lease in leases: lease.acquire()
+    before = times()
+    assert len(beating()) == 1
+    time.sleep(.2)
+    assert all(now > then for now, then in zip(times(), before, strict=True))
+    leases.pop().release()
+    assert len(heart.paths) == 2 and len(beating()) == 1
+    for lease in leases: lease.release()
+    deadline = time.monotonic() + 5
+    while beating() and time.monotonic() < deadline: time.sleep(.02)
+    assert not beating() and not heart.paths
+    leases[0].acquire()  # and begins again
+    assert len(beating()) == 1
+    leases[0].release()
