@@ -199,10 +199,6 @@ def describe_callback(cb, walk):
     if not (is_ours and cb.distributes): described |= describe_set_since(cb, described, walk)
     return {**found, 'with': described, 'given': given}
 
-def holds_code(x): # bool
-    "Whether it is a function or class, or a sequence with some"
-    return callable(x) or isinstance(x, (list, tuple)) and any(map(holds_code, x))
-
 def describe_set_since(cb, described, walk): # dict: name -> JSON value
     "What was set on a callback after its constructor; of learnkit's own what it has arguments for"
     changed = {} if cb.as_made is None else cb.as_made.set_since(cb)
@@ -212,6 +208,11 @@ def describe_set_since(cb, described, walk): # dict: name -> JSON value
     nodes = {name: walk.describe_changing(Variable(cb, name, name, value), walk.describe_at)
              for name, value in changed.items() if not walk.is_ignored(name)}
     return {name: node for name, node in nodes.items() if node is not MISSING}
+
+# %% ../../nbs/fingerprint/07_objects.ipynb #fbba294f
+def holds_code(x): # bool
+    "Whether it is a function or class, or a sequence with some"
+    return callable(x) or isinstance(x, (list, tuple)) and any(map(holds_code, x))
 
 @describe.register(Metric)
 def describe_metric(x, walk):

@@ -96,18 +96,18 @@ def describe_enum(x: Any, walk: Any) -> Any:
 
 def describe_callback(cb: Any, walk: Any) -> Any: ...
 
-def holds_code(x: Any) -> bool:
-    """Whether it is a function or class, or a sequence with some
-
-    Returns:
-        bool
-    """
-
 def describe_set_since(cb: Any, described: Any, walk: Any) -> Any:
     """What was set on a callback after its constructor; of learnkit's own what it has arguments for
 
     Returns:
         dict: name -> JSON value
+    """
+
+def holds_code(x: Any) -> bool:
+    """Whether it is a function or class, or a sequence with some
+
+    Returns:
+        bool
     """
 
 def describe_metric(x: Any, walk: Any) -> Any: ...

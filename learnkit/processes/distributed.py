@@ -86,12 +86,14 @@ class Distributed(Callback):
         self._loader_rng = LoaderRng()
         self._found = WeakKeyDictionary()  # sampler -> whether its loader is split
 
-    def settings(self): # else the numbers are the same on any number of processes
-        found = {'mp_policy': policy_text(self.options.get('mp_policy')),
-                 'comm_hook': self.comm_hook and plain_setting(self.comm_hook),
-                 'sync_bn': self.sync_bn}
-        found = {name: value for name, value in found.items() if value}
-        return {'class': 'Distributed', **found} if found else None
+# %% ../../nbs/processes/07_distributed.ipynb #aaf17e67
+@patch
+def settings(self:Distributed): # else the numbers are the same on any number of processes
+    found = {'mp_policy': policy_text(self.options.get('mp_policy')),
+             'comm_hook': self.comm_hook and plain_setting(self.comm_hook),
+             'sync_bn': self.sync_bn}
+    found = {name: value for name, value in found.items() if value}
+    return {'class': 'Distributed', **found} if found else None
 
 # %% ../../nbs/processes/07_distributed.ipynb #c4ec57a1
 OWN_OPTIONS = {'module', 'device_ids', 'output_device', 'find_unused_parameters'}
