@@ -255,14 +255,26 @@ def before_step(self:Average, learn):
 def _add(self:Average, learn, weight):
     "average = (1 - weight) * average + weight * weights"
     if self._locations is None: self._match(learn)  # the average was loaded
+    copied, averaged = self.pairs(self._live(self.average))
+    for old, new in copied: old.copy_(new)
+    lists = [old for old, _ in averaged], [new.to(old.dtype) for old, new in averaged]
+    for olds, news in split_by_dtensor(*lists): torch._foreach_lerp_(olds, news, weight)
+
+@patch
+def tensors(self:Average, learn): # dict: name -> tensor itself
+    if self._locations is None: self._match(learn)  # the average was loaded
+    return {name: tensors[key] for name, (tensors, key) in self._locations.items()}
+
+@patch
+def pairs(self:Average,
+          tensors:dict, # name -> tensor
+         ): # two lists of pairs
+    "An average and its tensor, of what is copied, and of what is averaged"
     if self._copied_names is None: self._copied_names = names_to_copy(self._locations)
-    live, averaged, weights = self._live(self.average), [], []
+    copied, averaged = [], []
     for name, value in self.average.items():
-        if name in self._copied_names: value.copy_(live[name])
-        else:
-            averaged.append(value)
-            weights.append(live[name].to(value.dtype))
-    for old, new in split_by_dtensor(averaged, weights): torch._foreach_lerp_(old, new, weight)
+        (copied if name in self._copied_names else averaged).append((value, tensors[name]))
+    return copied, averaged
 
 # %% ../../nbs/training/12_averaging.ipynb #6e0f8e69
 class EMA(Average):
@@ -277,16 +289,23 @@ class EMA(Average):
             raise ValueError(f'EMA(decay={decay!r}): must be at least 0 and below 1')
         super().__init__(every, evaluate)
         self.decay, self.warmup, self.is_warm = decay, warmup, False
+        self.is_made = False  # whether a compiled step has changed the average already
 
     def before_fit(self, learn):
         super().before_fit(learn)
+        self.is_made = False
         if self.average is None: self._start(learn)
 
     def after_step(self, learn):
         if self.average is None: self._start(learn)  # added during a fit
         self.count += 1
         n, remainder = divmod(self.count, self.every)
-        if not remainder: self._add(learn, 1 - min(self.decay, self.longest_decay(n)))
+        if not remainder and not self.is_made: self._add(learn, self.weight_of_now(n))
+        self.is_made = False
+
+    def weight_of_now(self, n): # float
+        "What the weights of now count at the n-th change"
+        return 1 - min(self.decay, self.longest_decay(n))
 
     def longest_decay(self, n): # float
         "What the decay may be at the n-th change: 0.37 at the first, 0.8 at the tenth"

@@ -102,6 +102,19 @@ class Average(Callback):
     def cleanup_validate(self, learn: Learner) -> None: ...
     def before_step(self, learn: Learner) -> None:
         """What was frozen and learns from this update on has been its own average until now"""
+    def tensors(self, learn: Learner) -> Any:
+        """Returns:
+            dict: name -> tensor itself
+        """
+    def pairs(self, tensors: dict) -> Any:
+        """An average and its tensor, of what is copied, and of what is averaged
+
+        Args:
+            tensors: name -> tensor
+
+        Returns:
+            two lists of pairs
+        """
 
 def can_exchange(tensor: Any, value: Any) -> bool:
     """Whether an average and a parameter can take each other's place without a loss of bits
@@ -123,6 +136,7 @@ class EMA(Average):
     decay: float
     warmup: bool | None
     is_warm: bool
+    is_made: bool
     def __init__(
             self,
             decay: float = 0.999,
@@ -140,6 +154,12 @@ class EMA(Average):
         """
     def before_fit(self, learn: Learner) -> None: ...
     def after_step(self, learn: Learner) -> None: ...
+    def weight_of_now(self, n: Any) -> float:
+        """What the weights of now count at the n-th change
+
+        Returns:
+            float
+        """
     def longest_decay(self, n: Any) -> float:
         """What the decay may be at the n-th change: 0.37 at the first, 0.8 at the tenth
 

@@ -15,7 +15,8 @@ import torch
 from fastcore.basics import patch
 from ..base.batches import detach, map_tensors
 from ..base.compiled import uncompiled
-from ..components.callback import Callback
+from ..base.guard import is_learnkits
+from ..components.callback import Callback, is_compared
 from ..components.loss_weight import Divisors, as_weight
 from ..components.optim import opt_params, trainable_params
 from ..components.optimizers import is_heard, named_optimizers, needs_closure
@@ -23,7 +24,7 @@ from ..loop.inputs import are_by_name
 from ..loop.losses import loss_of
 from ..loop.loop import Loop
 from ..loop.progress import show_message
-from .averaging import Average
+from .averaging import EMA, Average
 from .gradients import GradientClip, clip_gradients
 from .precision import MixedPrecision, as_float32
 from .scheduled_fits import ParamScheduler
@@ -124,15 +125,56 @@ class Made(NamedTuple):
     norm: torch.Tensor = None # of the gradients, before they were bounded
     grads: list = None # of the parameters, where no update was made
 
+# %% ../../nbs/training/15_compiled_step.ipynb #9d2f8324
+def acts_before(learn, cb): # str; None
+    "Who may change weights between an update and the callback, in `after_step`"
+    for method in learn._cbs.bound['train']['after_step']:
+        owner = getattr(method, '__self__', None)
+        if owner is cb: return None
+        is_known = isinstance(owner, Callback) and type(owner) is not Callback and (
+            is_learnkits(type(owner)) or not is_compared(owner))
+        if not is_known: return f'{getattr(method, "__name__", method)} in after_step'
+    return None
+
+def why_no_average(learn, cb): # str; None: the average can be in the graph of an update
+    if type(cb) is not EMA: return f'{type(cb).__name__} averages in its own way'
+    if cb.every > 1: return f'{cb!r} leaves updates out'
+    who = acts_before(learn, cb)
+    return who and f'{who} takes part before it'
+
+class GraphAverage:
+    "An average that changes in the graph of an update"
+    def __init__(self, learn, cb): # cb: EMA
+        self.cb, self.pairs = cb, cb.pairs(cb.tensors(learn))
+        device = self.pairs[1][0][0].device
+        self.weight = torch.zeros((), dtype=torch.float64, device=device)
+
+    def serves(self, learn): # bool, whether all tensors are still the same
+        now, made = self.cb.pairs(self.cb.tensors(learn)), self.pairs
+        return all(len(a) == len(b) and all(x is y for p, q in zip(a, b, strict=True)
+                                            for x, y in zip(p, q, strict=True))
+                   for a, b in zip(now, made, strict=True))
+
+    def begin(self):
+        "An update comes"
+        self.weight.fill_(self.cb.weight_of_now(self.cb.count + 1))
+        self.cb.is_made = True
+
+    def change(self): # in the graph
+        copied, averaged = self.pairs
+        for old, new in copied: old.copy_(new)
+        for old, new in averaged: old.lerp_(new.to(old.dtype), self.weight.to(old.dtype))
+
 # %% ../../nbs/training/15_compiled_step.ipynb #f556b58d
 class StepGraph:
     "A function that makes the parts of a step in one graph"
-    def __init__(self, learn, with_update, kwargs):
+    def __init__(self, learn, with_update, averages, kwargs): # averages: EMAs
         self.model, self.loss_func, opt = uncompiled(learn.model), learn.loss_func, learn.opt
         self.params, self.made_of = trainable_params(opt), what_it_is_made_of(learn)
         self.by_name, self.divisors = are_by_name(self.model, learn.xb), Divisors()
         self.clip = one_of(learn, GradientClip) if with_update else None
         self.settings = self.settings_of(opt)
+        self.averages = [GraphAverage(learn, cb) for cb in averages]
         self.twin, self.grads = None, None
         if with_update: self.twin, self.grads = twin_of(opt), [*map(torch.empty_like, self.params)]
         is_half = one_of(learn, MixedPrecision) is not None
@@ -178,6 +220,7 @@ def make_update(self:StepGraph, xb, yb): # Made
         if (clip := self.clip) is not None:
             norm = clip_gradients(self.params, clip.max_norm, clip.max_value)
         inspect.unwrap(type(self.twin).step)(self.twin)
+        for average in self.averages: average.change()
     return Made(detach(pred), loss.detach(), weight, norm)
 
 # %% ../../nbs/training/15_compiled_step.ipynb #5a1eca21
@@ -198,7 +241,8 @@ def serves(self:StepGraph, learn): # bool
     "Whether nothing that a graph is made of has changed, and the same parameters learn"
     made_of, opt, params = what_it_is_made_of(learn), learn.opt, trainable_params(learn.opt)
     return (all(map(is_, made_of, self.made_of)) and self.settings_of(opt) == self.settings
-            and len(params) == len(self.params) and all(map(is_, params, self.params)))
+            and len(params) == len(self.params) and all(map(is_, params, self.params))
+            and all(average.serves(learn) for average in self.averages))
 
 # %% ../../nbs/training/15_compiled_step.ipynb #940fd19d
 TRACING = {'trace_autograd_ops': True} # of torch._dynamo: without it gradients are in no graph
@@ -210,8 +254,10 @@ def __call__(self:StepGraph, learn): # Made
         for p, grad in zip(self.params, self.grads, strict=True): p.grad = grad
         for group, tensors in zip(learn.opt.param_groups, self.twin.param_groups, strict=True):
             self.write_rates(group, tensors)
+        for average in self.averages: average.begin()
     try: return self.run(learn.xb, learn.yb)
     except BaseException:
+        for average in self.averages: average.cb.is_made = False
         if self.twin is not None:
             for p in self.params: p.grad = None  # nothing was written into it
         raise
@@ -233,6 +279,7 @@ def write_rates(self:StepGraph, group, tensors): # groups of the optimizer and o
         fill(tensors[name], group[name])
         self.rates[id(tensors), name] = group[name]
 
+# %% ../../nbs/training/15_compiled_step.ipynb #11af8340
 def changes_too_often(error): # bool
     "Whether torch has made so many graphs of the same code that it makes no more"
     return isinstance(error, torch._dynamo.exc.FailOnRecompileLimitHit)
@@ -308,11 +355,13 @@ def in_graph(self:CompiledStep, learn): # Made; None: the step is made as ever
     if clip := self.graph.clip: clip.norms, clip.is_made = {'grad_norm': made.norm}, True
     return made
 
+# %% ../../nbs/training/15_compiled_step.ipynb #2e195f20
 @patch
 def examine(self:CompiledStep, learn):
     "Find out what can be in a graph, and say what cannot"
     self.bound, self.reason = learn._cbs.bound, None
     in_graphs = [*(one_of(learn, cls) for cls in (GradientClip, MixedPrecision)),
+                 *self.averages_in_graph(learn),
                  *((p.dtype, p.device) for p in opt_params(learn.opt))]
     if in_graphs != self.in_graphs: self.graphs, self.in_graphs = {}, in_graphs
     why = why_no_gradients(learn)
@@ -323,8 +372,16 @@ def examine(self:CompiledStep, learn):
 def graph_for(self:CompiledStep, learn, with_update): # StepGraph
     "The one that there is, if it serves for the learner as it is now"
     if (graph := self.graphs.get(with_update)) is None or not graph.serves(learn):
-        self.graphs[with_update] = graph = StepGraph(learn, with_update, self.kwargs)
+        averages = [cb for cb in self.in_graphs if with_update and isinstance(cb, EMA)]
+        self.graphs[with_update] = graph = StepGraph(learn, with_update, averages, self.kwargs)
     return graph
+
+@patch
+def averages_in_graph(self:CompiledStep, learn): # list of EMAs
+    "Those that can be in the graph of an update; of others is said why not"
+    whys = {cb: why_no_average(learn, cb) for cb in learn.cbs if isinstance(cb, Average)}
+    for why in filter(None, whys.values()): self.tell(learn, 'the average is made as ever', why)
+    return [cb for cb, why in whys.items() if why is None]
 
 # %% ../../nbs/training/15_compiled_step.ipynb #0f7a7248
 GRADIENTS_ALONE = 'prediction, loss and gradients are one graph, and the update is made as ever'

@@ -81,6 +81,35 @@ class Made(NamedTuple):
     grads: list | None = ...
     """of the parameters, where no update was made"""
 
+def acts_before(learn: Learner, cb: Any) -> Any:
+    """Who may change weights between an update and the callback, in `after_step`
+
+    Returns:
+        str; None
+    """
+
+def why_no_average(learn: Learner, cb: Any) -> Any:
+    """Returns:
+        str; None: the average can be in the graph of an update
+    """
+
+class GraphAverage:
+    """An average that changes in the graph of an update"""
+    cb: Any
+    pairs: Any
+    weight: Any
+    def __init__(self, learn: Learner, cb: Any) -> None: ...
+    def serves(self, learn: Learner) -> Any:
+        """Returns:
+            bool, whether all tensors are still the same
+        """
+    def begin(self) -> None:
+        """An update comes"""
+    def change(self) -> Any:
+        """Returns:
+            in the graph
+        """
+
 class StepGraph:
     """A function that makes the parts of a step in one graph"""
     model: Any
@@ -91,13 +120,14 @@ class StepGraph:
     divisors: Divisors
     clip: Any
     settings: Any
+    averages: list[Any]
     twin: Any
     grads: list[Any] | None
     half_on: Any
     function: Any
     is_compiled: bool
     rates: dict[Any, Any]
-    def __init__(self, learn: Learner, with_update: Any, kwargs: Any) -> None: ...
+    def __init__(self, learn: Learner, with_update: Any, averages: Any, kwargs: Any) -> None: ...
     def compilable(self, make: Any) -> Any:
         """Returns:
             function of inputs and targets
@@ -218,6 +248,12 @@ class CompiledStep(Callback):
 
         Returns:
             StepGraph
+        """
+    def averages_in_graph(self, learn: Learner) -> Any:
+        """Those that can be in the graph of an update; of others is said why not
+
+        Returns:
+            list of EMAs
         """
     def leave_out(self, learn: Learner, why: Any) -> None:
         """Leave the update out of the graph, and if it is out already, the gradients"""

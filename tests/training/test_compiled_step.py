@@ -213,20 +213,56 @@ def test_a_fit_that_was_broken_off_ends_with_the_same_bits(tmp_path, steps, back
         learn = make(compiled=False, path=tmp_path, model=dropping)
         learn.compile(step=True, backend=backend)
         save = SaveState('run', '1 step')
-        with learn.no_logging(): learn.fit_one_cycle(3, 1e-2, cbs=[save, *cbs], resume=resume)
+        with learn.no_logging():
+            learn.fit_one_cycle(3, 1e-2, cbs=[save, EMA(.9), *cbs], resume=resume)
         return learn
     whole = train()
     for path in (tmp_path / 'run').iterdir(): path.unlink()
     with pytest.raises(ZeroDivisionError):
         train(Callback(after_batch=lambda learn: 1 / (learn.steps_done < steps), observer=True))
     again = train(resume='latest')
-    assert level(again) == 'update'
-    for a, b in zip(whole.model.state_dict().values(), again.model.state_dict().values(),
-                    strict=True):
-        assert torch.equal(a, b)
+    assert level(again) == 'update' and step_of(again).graph.averages
+    for which in ('model', 'ema_model'):
+        ours, theirs = (getattr(learn, which).state_dict().values() for learn in (whole, again))
+        for a, b in zip(ours, theirs, strict=True): assert torch.equal(a, b)
     assert [*whole.recorder.steps.loss] == [*again.recorder.steps.loss]
 
 def dropping(): return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(.3), nn.Linear(8, 3))
+
+
+def test_an_average_in_the_graph(monkeypatch):
+    "It is that of ordinary steps, also with what an evaluation sees, and with another one beside"
+    made = []
+    add = EMA._add
+    monkeypatch.setattr(EMA, '_add', lambda self, *args: made.append(self) or add(self, *args))
+    learns = []
+    for compiled in (True, False):
+        averages = EMA(.8), EMA(.5, every=2, evaluate=False)
+        made.clear()
+        learns.append((learn := make(compiled), averages))
+        learn.fit(3, cbs=[*averages])
+        learn.model[0].weight.data.mul_(.9)  # as loading does, in place
+        learn.fit(2, cbs=[*averages])
+        times = [made.count(cb) for cb in averages]
+        # In a graph: all but the first update, and the last batch of each epoch
+        assert times == ([1 + 5, 12] if compiled else [25, 12])
+    (ours, found), (plain, wanted) = learns
+    check_equal(ours, plain)
+    for cb, other in zip(found, wanted, strict=True):
+        assert cb.count == other.count == 25
+        for name, value in cb.average.items():
+            assert torch.allclose(value.double(), other.average[name].double(), atol=2e-5), name
+
+
+def test_weights_that_change_after_an_update_are_averaged_as_they_are(capsys):
+    def bound(learn): learn.model[0].weight.data.clamp_(-.1, .1)
+    found = []
+    for compiled in (True, False):
+        ema = EMA(.5)
+        make(compiled).fit(2, cbs=[Callback(after_step=bound), ema])
+        found.append(ema.average['0.weight'])
+    assert torch.allclose(*found, atol=2e-5)
+    assert 'the average is made as ever: bound in after_step takes part' in capsys.readouterr().out
 
 
 def test_a_record_of_compiled_steps(tmp_path):
