@@ -131,7 +131,12 @@ def looks_at_trials(cb: Any) -> bool:
 OF_WORKERS: tuple[str, ...]
 
 @lru_cache(maxsize=4096)
-def is_of_processes(cls: Any) -> Any: ...
+def is_of_fit(cls: Any) -> bool:
+    """Whether what puts such objects into a model for a fit takes them away again
+
+    Returns:
+        bool
+    """
 
 def is_cache(path: Any) -> Any: ...
 
