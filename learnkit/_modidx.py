@@ -2676,6 +2676,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'learnkit.data.loaders.free_memory': ('data/loaders.html#free_memory', 'learnkit/data/loaders.py'),
                                        'learnkit.data.loaders.generators': ('data/loaders.html#generators', 'learnkit/data/loaders.py'),
                                        'learnkit.data.loaders.is_array': ('data/loaders.html#is_array', 'learnkit/data/loaders.py'),
+                                       'learnkit.data.loaders.is_copy_of': ('data/loaders.html#is_copy_of', 'learnkit/data/loaders.py'),
                                        'learnkit.data.loaders.is_gpu': ('data/loaders.html#is_gpu', 'learnkit/data/loaders.py'),
                                        'learnkit.data.loaders.is_table': ('data/loaders.html#is_table', 'learnkit/data/loaders.py'),
                                        'learnkit.data.loaders.length': ('data/loaders.html#length', 'learnkit/data/loaders.py'),

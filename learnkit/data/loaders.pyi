@@ -175,10 +175,17 @@ def can_be_copied(tensors: Any) -> bool:
     """
 
 def writes_to(tensors: Any) -> Any:
-    """How often torch has written to tensors
+    """How often torch has written to tensors, and where their memory is
 
     Returns:
-        list of int; None where nobody counts them
+        list of (int, int); None where nobody counts them
+    """
+
+def is_copy_of(copy: Any, tensors: Any, device: Any) -> Any:
+    """Whether a copy is one of these tensors as they are, on the device
+
+    Returns:
+        bool; copy: as in `tensors_for_learner`, or None
     """
 
 def read_for(dl: Any, device: torch.device) -> None:

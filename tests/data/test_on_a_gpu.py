@@ -57,7 +57,7 @@ def test_a_quarter_of_the_free_memory_is_enough(gpu):
     gpu(4 * N_BYTES)
     read(loader)
     first = loader.device_copy
-    assert all(torch.equal(a, b) for a, b in zip(first[2], loader.tensors,
+    assert all(torch.equal(a, b) for a, b in zip(first[-1], loader.tensors,
                                                                 strict=True))
     gpu(0)  # which it takes itself by now
     read(loader)
@@ -74,6 +74,17 @@ def test_what_is_written_to_the_data_is_seen_in_the_next_epoch(gpu, shuffle):
     plain.tensors[1][3] = 99
     assert sum(xb.sum() for xb, _ in read(written)) == 2
     assert 99 in torch.cat([yb for _, yb in read(plain)])
+
+@pytest.mark.parametrize('how', ['other tensors', 'other memory'])
+def test_other_data_of_a_loader_are_seen_in_the_next_epoch(gpu, how):
+    gpu(1000 * N_BYTES)
+    loader = make()
+    read(loader)
+    other = tuple(torch.full_like(t, 7) for t in loader.tensors)
+    if how == 'other tensors': loader.tensors = other
+    else:
+        for t, new in zip(loader.tensors, other, strict=True): t.data = new
+    assert all(t.eq(7).all() for batch in read(loader) for t in batch)
 
 def test_a_batch_belongs_to_its_reader(gpu):
     gpu(1000 * N_BYTES)
