@@ -80,8 +80,13 @@ class Ledger:
         self.dropped = 0  # bytes that were dropped and not freed yet
         self.root = self.describe(host.root(), reads=False)  # before anything is trained
 
-    # What was seen of modules and of memory belongs to this process
-    def __getstate__(self): return {**vars(self), 'memo': {}, 'known_digests': self.no_digests()}
+    # What was seen of modules, of memory and of other checkpoints belongs to this process
+    def __getstate__(self):
+        if self.block is not None:
+            raise TypeError(f'the learner cannot be copied or pickled inside the block of checkpoint '
+                            f'{id_text(self.block.id)}, which this process is recording: let the '
+                            'block end first, or copy learn.model')
+        return {**vars(self), 'memo': {}, 'seen_nodes': {}, 'known_digests': self.no_digests()}
 
     @property
     def store(self): # Store or SharedStore
