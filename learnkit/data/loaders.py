@@ -182,10 +182,14 @@ def tensors_for_learner(self:TensorLoader): # tuple of tensors
     return copies
 
 # %% ../../nbs/data/01_loaders.ipynb #12f8493c
+@contextmanager
 def read_for(dl, device:torch.device):
-    "Let a loader of tensors in memory know which device its batches are for"
+    "Inside the block a loader of tensors in memory knows which device its batches are for"
     dl = getattr(dl, 'dl', dl)  # of several epochs
-    if isinstance(dl, TensorLoader): dl.learner_device = device
+    if not isinstance(dl, TensorLoader): return (yield)
+    before, dl.learner_device = dl.learner_device, device
+    try: yield
+    finally: dl.learner_device = before
 
 # %% ../../nbs/data/01_loaders.ipynb #4bcc9265
 def select_rows(t, idx): return t.index_select(0, idx) # tensor

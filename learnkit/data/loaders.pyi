@@ -188,8 +188,8 @@ def is_copy_of(copy: Any, tensors: Any, device: Any) -> Any:
         bool; copy: as in `tensors_for_learner`, or None
     """
 
-def read_for(dl: Any, device: torch.device) -> None:
-    """Let a loader of tensors in memory know which device its batches are for"""
+def read_for(dl: Any, device: torch.device) -> AbstractContextManager[None]:
+    """Inside the block a loader of tensors in memory knows which device its batches are for"""
 
 def select_rows(t: Any, idx: Any) -> Any: ...
 

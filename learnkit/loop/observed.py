@@ -176,11 +176,6 @@ def without_loaded(self:LearnerScope, x, found): # dict: name -> value
     return {name: None if before.get(name, MISSING) is None and is_large(value) else value
             for name, value in found.items()}
 
-@lru_cache(maxsize=4096)
-def is_of_fit(cls): # bool
-    "Whether what puts such objects into a model for a fit takes them away again"
-    return str(cls.__module__).startswith(('learnkit.processes.', 'learnkit.training.recomputation'))
-
 def is_cache(path): return 'cache' in str(path[-1]).lower() or path[-1] in OF_WORKERS # bool
 
 # %% ../../nbs/loop/04_observed.ipynb #fab2dd41
@@ -202,6 +197,13 @@ def own_names(cls): # set of str
     return {'ledger', *vars(PassState()), *(
         name for base in cls.__mro__ if is_learnkits(base)
         for name in (*assigned_names(base), *vars(base), *get_annotations(base)))}
+
+OF_FITS = 'learnkit.processes.', 'learnkit.training.recomputation'
+
+@lru_cache(maxsize=4096)
+def is_of_fit(cls): # bool
+    "Whether what puts such objects into a model for a fit takes them away again"
+    return str(cls.__module__).startswith(OF_FITS)
 
 # %% ../../nbs/loop/04_observed.ipynb #44e165be
 def snapshot(learn, given=()): # Snapshot

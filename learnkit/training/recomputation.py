@@ -6,7 +6,7 @@
 __all__ = ['ActivationCheckpointing']
 
 # %% ../../nbs/training/16_recomputation.ipynb #d929765f
-import random
+import copy, random
 from contextlib import contextmanager
 from functools import partial
 from itertools import compress
@@ -118,7 +118,9 @@ class Again:
 # %% ../../nbs/training/16_recomputation.ipynb #bf12f28b
 class Recomputed:
     "A forward function of which the input alone is kept, where gradients are asked for"
-    def __init__(self, block): self.block, self.bare_forward = block, block.forward
+    def __init__(self, block):
+        self.block, self.bare_forward = block, block.forward
+        self.is_replaced = 'forward' in vars(block)  # by whoever put a function of his own there
 
     def __call__(self, *args, **kwargs):
         if not torch.is_grad_enabled(): return self.bare_forward(*args, **kwargs)
@@ -131,10 +133,11 @@ class Recomputed:
         return checkpoint(run, *args, *kwargs.values(), **options)
 
     def undo(self):
-        if isinstance(self.bare_forward, MethodType): vars(self.block).pop('forward', None)
-        else: self.block.forward = self.bare_forward
+        if self.is_replaced: self.block.forward = self.bare_forward
+        else: vars(self.block).pop('forward', None)
 
     def __deepcopy__(self, memo): # a copy of the model keeps what it computes
+        if self.is_replaced: return copy.deepcopy(self.bare_forward, memo)
         block = memo[id(self.block)]
         return MethodType(type(block).forward, block)
 

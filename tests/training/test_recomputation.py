@@ -77,7 +77,8 @@ def stack(block): return nn.Sequential(*[block() for _ in range(3)], nn.Linear(8
 
 
 MODELS = {'dropout': lambda: stack(dropout), 'norms': lambda: stack(norms),
-          'nested': lambda: stack(nested), 'buffers': lambda: stack(Running), 'by name': ByName, 'draws': lambda: stack(Drawing)}
+          'nested': lambda: stack(nested), 'buffers': lambda: stack(Running), 'by name': ByName,
+          'draws': lambda: stack(Drawing)}
 
 
 def made(model='norms', cls=Learner, **kwargs):
@@ -140,9 +141,12 @@ def test_it_stays_for_the_fit_and_copies_of_the_model_have_none_of_it():
 def test_a_forward_function_of_ones_own_comes_back():
     learn = made()
     def forward(x): return x * 2
-    learn.model[1].forward = forward
-    learn.fit(1, cbs=ActivationCheckpointing())
-    assert learn.model[1].forward is forward
+    other, copies = norms(), []
+    learn.model[0].forward, learn.model[1].forward = other.forward, forward
+    def look(learn): copies.append(copy.deepcopy(learn.model))
+    learn.fit(1, cbs=[ActivationCheckpointing(), Callback(after_step=look)])
+    assert learn.model[1].forward is forward and learn.model[0].forward.__self__ is other
+    assert copies[0][1].forward is forward and copies[0][0].forward.__func__ is type(other).forward
 
 
 def test_it_counts_for_nothing_that_is_recorded(tmp_path):
