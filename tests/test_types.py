@@ -1,5 +1,6 @@
 "What editors and type checkers see: everything public, and nothing that is not there"
 import ast, inspect, json, os, re, subprocess, sys
+from functools import cached_property
 from pathlib import Path
 import jedi
 import pytest
@@ -88,11 +89,11 @@ def test_methods_are_those_of_the_class(name):
     cls = getattr(learnkit, name)
     said = {node.name: node for node in stub_of(cls).body if isinstance(node, ast.FunctionDef)}
     there = {key: value for key, value in vars(cls).items() if key[0] != '_' and (
-        callable(getattr(cls, key)) or isinstance(value, property))}
+        callable(getattr(cls, key)) or isinstance(value, (property, cached_property)))}
     hooks = {*callback.EVENTS, *callback.STEPS} if cls is learnkit.Callback else set()
     assert {key for key in said if key[0] != '_'} - hooks == there.keys()
     for key, value in there.items():
-        if isinstance(value, property): continue
+        if isinstance(value, (property, cached_property)): continue
         names = list(inspect.signature(getattr(cls, key)).parameters)
         assert stub_parameters(said[key])[-len(names):] == names, key
 

@@ -80,9 +80,6 @@ class Ledger:
         self.dropped = 0  # bytes that were dropped and not freed yet
         self.root = self.describe(host.root(), reads=False)  # before anything is trained
 
-    # What was seen of modules and of memory belongs to this process
-    def __getstate__(self): return {**vars(self), 'memo': {}, 'known_digests': self.no_digests()}
-
     @property
     def store(self): # Store or SharedStore
         "Where the record lies"
@@ -95,6 +92,16 @@ class Ledger:
         return on_main(self.host.ranks, function)
 
     def show(self, text): self.host.display.show(text)
+
+# %% ../../nbs/checkpoints/05_ledger.ipynb #5b09a8de
+# What was seen of modules, of memory and of other checkpoints belongs to this process
+@patch
+def __getstate__(self:Ledger): # dict
+    if self.block is not None:
+        raise TypeError('the learner cannot be copied or pickled inside the block of checkpoint '
+                        f'{id_text(self.block.id)}, which this process is recording: let the '
+                        'block end first, or copy learn.model')
+    return {**vars(self), 'memo': {}, 'seen_nodes': {}, 'known_digests': self.no_digests()}
 
 # %% ../../nbs/checkpoints/05_ledger.ipynb #e24c7e7f
 @patch

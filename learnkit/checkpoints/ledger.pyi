@@ -50,7 +50,6 @@ class Ledger:
     dropped: int
     root: Any
     def __init__(self, host: Host, store: Any, options: Options) -> None: ...
-    def __getstate__(self) -> Any: ...
     @property
     def store(self) -> Any:
         """Where the record lies
@@ -223,6 +222,10 @@ class Ledger:
         """How many calls of its checkpoint lie before a position"""
     def go_to_beginning(self) -> None:
         """Bring the object to where the first checkpoint on its way began; without one it stays there"""
+    def __getstate__(self) -> dict:
+        """Returns:
+            dict
+        """
     def read(self, id: Any) -> Any:
         """Returns:
             Node; None where there is none

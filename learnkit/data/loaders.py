@@ -6,7 +6,7 @@
 __all__ = ['TensorLoader', 'DatasetLoader', 'DataLoaders']
 
 # %% ../../nbs/data/01_loaders.ipynb #490db50f
-import copy, random
+import copy, operator, random
 from collections.abc import Iterable
 from contextlib import contextmanager
 from operator import index
@@ -157,10 +157,16 @@ def can_be_copied(tensors): # bool
     return all(type(t) is torch.Tensor and t.device.type == 'cpu' and t.layout is torch.strided
                and not t.requires_grad for t in tensors)
 
-def writes_to(tensors): # list of int; None where nobody counts them
-    "How often torch has written to tensors"
+def writes_to(tensors): # list of (int, int); None where nobody counts them
+    "How often torch has written to tensors, and where their memory is"
     uncounted = any(t.is_inference() or is_shared(t) for t in tensors)
-    return None if uncounted else [t._version for t in tensors]
+    return None if uncounted else [(t._version, t.data_ptr()) for t in tensors]
+
+def is_copy_of(copy, tensors, device): # bool; copy: as in `tensors_for_learner`, or None
+    "Whether a copy is one of these tensors as they are, on the device"
+    if copy is None or copy[0] != device: return False
+    same = len(copy[1]) == len(tensors) and all(map(operator.is_, copy[1], tensors))
+    return same and copy[2] is not None and copy[2] == writes_to(tensors)
 
 @patch
 def tensors_for_learner(self:TensorLoader): # tuple of tensors
@@ -168,19 +174,22 @@ def tensors_for_learner(self:TensorLoader): # tuple of tensors
     device, owner = self.learner_device, self if self.share is None else self.full_loader
     stays = self.device is not None or not can_be_copied(self.tensors)
     if stays or not is_gpu(device): return self.tensors
-    writes = writes_to(self.tensors)
-    if owner.device_copy and writes is not None and owner.device_copy[:2] == (device, writes):
-        return owner.device_copy[2]
+    if is_copy_of(owner.device_copy, self.tensors, device): return owner.device_copy[-1]
     owner.device_copy = None  # its memory comes first
     if sum(t.nbytes for t in self.tensors) > ROOM * free_memory(device): return self.tensors
-    owner.device_copy = device, writes, tuple(t.to(device, copy=True) for t in self.tensors)
-    return owner.device_copy[2]
+    copies = tuple(t.to(device, copy=True) for t in self.tensors)
+    owner.device_copy = device, self.tensors, writes_to(self.tensors), copies
+    return copies
 
 # %% ../../nbs/data/01_loaders.ipynb #12f8493c
+@contextmanager
 def read_for(dl, device:torch.device):
-    "Let a loader of tensors in memory know which device its batches are for"
+    "Inside the block a loader of tensors in memory knows which device its batches are for"
     dl = getattr(dl, 'dl', dl)  # of several epochs
-    if isinstance(dl, TensorLoader): dl.learner_device = device
+    if not isinstance(dl, TensorLoader): return (yield)
+    before, dl.learner_device = dl.learner_device, device
+    try: yield
+    finally: dl.learner_device = before
 
 # %% ../../nbs/data/01_loaders.ipynb #4bcc9265
 def select_rows(t, idx): return t.index_select(0, idx) # tensor

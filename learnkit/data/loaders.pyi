@@ -175,14 +175,21 @@ def can_be_copied(tensors: Any) -> bool:
     """
 
 def writes_to(tensors: Any) -> Any:
-    """How often torch has written to tensors
+    """How often torch has written to tensors, and where their memory is
 
     Returns:
-        list of int; None where nobody counts them
+        list of (int, int); None where nobody counts them
     """
 
-def read_for(dl: Any, device: torch.device) -> None:
-    """Let a loader of tensors in memory know which device its batches are for"""
+def is_copy_of(copy: Any, tensors: Any, device: Any) -> Any:
+    """Whether a copy is one of these tensors as they are, on the device
+
+    Returns:
+        bool; copy: as in `tensors_for_learner`, or None
+    """
+
+def read_for(dl: Any, device: torch.device) -> AbstractContextManager[None]:
+    """Inside the block a loader of tensors in memory knows which device its batches are for"""
 
 def select_rows(t: Any, idx: Any) -> Any: ...
 

@@ -77,13 +77,13 @@ def _all_batches(self:Loop):
     __tracebackhide__ = True
     self.iter = self.first_batch - 1
     batches = self.dl if self.batches is None else self.batches
-    read_for(self.dl, self.device)
-    batches = prefetch_to_device(batches, self.device)
-    for self.iter, self.batch in enumerate(batches, self.first_batch):
-        self.pred = self.loss = self.loss_parts = self._n_items = self._loss_weight = None
-        self._level('batch', self._one_batch)
-        if self.phase == 'train': self._count_batch()
-        if self.iter + 1 == self.limit or self.phase == 'train' and self._fit.is_over: break
+    with read_for(self.dl, self.device):
+        batches = prefetch_to_device(batches, self.device)
+        for self.iter, self.batch in enumerate(batches, self.first_batch):
+            self.pred = self.loss = self.loss_parts = self._n_items = self._loss_weight = None
+            self._level('batch', self._one_batch)
+            if self.phase == 'train': self._count_batch()
+            if self.iter + 1 == self.limit or self.phase == 'train' and self._fit.is_over: break
     if self.iter < 0: self._check_no_batches()
 
 # %% ../../nbs/loop/03_loop.ipynb #7d629d87

@@ -164,7 +164,7 @@ OF_WORKERS = '_iterator', 'worker_init_fn'  # of a `DataLoader`; what they do is
 @patch
 def is_data(self:LearnerScope, x, path, owner): # bool
     "Whether it is what a dataset gives out, rather than how it does that"
-    if is_of_processes(type(x)): return True  # theirs to take away
+    if is_of_fit(type(x)): return True
     if path[0] != 'data': return False
     if is_cache(path): return True
     return path[-1] not in self.learn._origin.baseline.of(owner) and is_large(x)
@@ -175,9 +175,6 @@ def without_loaded(self:LearnerScope, x, found): # dict: name -> value
     before = self.learn._origin.baseline.of(x)
     return {name: None if before.get(name, MISSING) is None and is_large(value) else value
             for name, value in found.items()}
-
-@lru_cache(maxsize=4096)
-def is_of_processes(cls): return str(cls.__module__).startswith('learnkit.processes.') # bool
 
 def is_cache(path): return 'cache' in str(path[-1]).lower() or path[-1] in OF_WORKERS # bool
 
@@ -200,6 +197,13 @@ def own_names(cls): # set of str
     return {'ledger', *vars(PassState()), *(
         name for base in cls.__mro__ if is_learnkits(base)
         for name in (*assigned_names(base), *vars(base), *get_annotations(base)))}
+
+OF_FITS = 'learnkit.processes.', 'learnkit.training.recomputation'
+
+@lru_cache(maxsize=4096)
+def is_of_fit(cls): # bool
+    "Whether what puts such objects into a model for a fit takes them away again"
+    return str(cls.__module__).startswith(OF_FITS)
 
 # %% ../../nbs/loop/04_observed.ipynb #44e165be
 def snapshot(learn, given=()): # Snapshot

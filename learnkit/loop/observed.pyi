@@ -130,9 +130,6 @@ def looks_at_trials(cb: Any) -> bool:
     """
 OF_WORKERS: tuple[str, ...]
 
-@lru_cache(maxsize=4096)
-def is_of_processes(cls: Any) -> Any: ...
-
 def is_cache(path: Any) -> Any: ...
 
 def data_of_class(cls: Any) -> Any:
@@ -155,6 +152,15 @@ def own_names(cls: Any) -> Any:
 
     Returns:
         set of str
+    """
+OF_FITS: tuple[str, ...]
+
+@lru_cache(maxsize=4096)
+def is_of_fit(cls: Any) -> bool:
+    """Whether what puts such objects into a model for a fit takes them away again
+
+    Returns:
+        bool
     """
 
 def snapshot(learn: Learner, given: Any = ()) -> Snapshot:

@@ -188,18 +188,26 @@ def _exchange(self:Average, live):
         tensor.copy_(value)
         if not can_exchange(tensors[key], value): continue
         value.copy_(self._raw[name])
-        self._raw[name], self.average[name], self._lent[name] = value, tensor, tensor
+        self._raw[name], self.average[name] = value, tensor
+        self._lent[name] = tensor, tensors[key], write_count(tensors[key])
 
 @patch
 def _exchange_back(self:Average, live):
     "Put the weights back into the model, and the average to where it was"
+    written = None
     for name, tensor in live.items():
-        raw, lent = self._raw[name], self._lent.get(name)
+        raw, (lent, param, count) = self._raw[name], self._lent.get(name, (None, None, 0))
         is_lent = lent is not None and self.average and self.average.get(name) is lent
+        if is_lent and write_count(param) != count: written = name
         kept = tensor.clone() if is_lent else None  # else another average was loaded meanwhile
         tensor.copy_(raw)
         if is_lent: self.average[name] = raw.copy_(kept)
     self._raw = self._lent = None
+    if written is None: return
+    self.drop_weights()
+    raise RuntimeError(f'{self}: something has written to {written!r} in an evaluation, which was '
+                       'the average there. The weights are what they were, the average is lost: '
+                       'write to weights after the evaluation, as in after_epoch')
 
 # %% ../../nbs/training/12_averaging.ipynb #df5ab401
 def averages(learn): # list of Averages, those of the last fit too

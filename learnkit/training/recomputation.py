@@ -6,44 +6,121 @@
 __all__ = ['ActivationCheckpointing']
 
 # %% ../../nbs/training/16_recomputation.ipynb #d929765f
+import copy, random
 from contextlib import contextmanager
+from functools import partial
+from itertools import compress
 from types import MethodType
+import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 from ..base.blocks import outermost_blocks
-from ..components.callback import Callback
+from ..base.randomness import generator_state, makes_generators, set_generator_state
+from ..base.snapshots import MISSING, TORCH_SLOTS
+from ..components.callback import Callback, write_count
 
 # %% ../../nbs/training/16_recomputation.ipynb #3efcb25e
-class Buffers:
-    "The buffers of a block as they were before a forward pass that has changed them"
-    def __init__(self, block): self.block, self.before = block, []
+class Slots:
+    "A dict of a module, buffers or attributes, as it was before a forward pass"
+    def __init__(self, live:dict, left_out=frozenset(), is_written=False):
+        self.live, self.is_written, self.left_out = live, is_written, left_out
+        self.values = self.now()
+        self.tensors = {name: (write_count(t), t.detach().clone())
+                        for name, t in self.values.items() if isinstance(t, torch.Tensor)}
+
+    def now(self): return {name: self.live[name] for name in self.live.keys() - self.left_out}
+
+    def keep_changed(self): # whether there is any
+        "Keep what is another now, or was written to; the tensors as copies without a graph"
+        now, values, tensors = self.now(), self.values, self.tensors
+        def changed(name):
+            t = now.get(name, MISSING)
+            return t is not values.get(name, MISSING) or name in tensors and (
+                self.is_written or write_count(t) != tensors[name][0])
+        def before(name):
+            if name not in tensors: return values.get(name, MISSING)
+            return tensors[name][1].requires_grad_(values[name].requires_grad)
+        self.values = {name: before(name) for name in now.keys() | values.keys() if changed(name)}
+        self.tensors = {}
+        return bool(self.values)
+
+    def exchange(self, values): # dict: name -> what was there, or MISSING
+        "Put values there"
+        there = {name: self.live.get(name, MISSING) for name in values}
+        for name, x in values.items():
+            if x is MISSING: self.live.pop(name, None)
+            else: self.live[name] = x
+        return there
+
+# %% ../../nbs/training/16_recomputation.ipynb #2ea3efb5
+def slots_of(block): # list of Slots
+    "What a forward pass may change in the modules of a block"
+    buffers = [Slots(module._buffers, is_written=getattr(module, 'track_running_stats', False))
+               for module in block.modules() if module._buffers]
+    return buffers + [Slots(vars(module), TORCH_SLOTS) for module in block.modules()]
+
+class Generators:
+    "Random numbers: those of python and numpy, and the generators that a block has"
+    def __init__(self, block):
+        self.own = [x for module in block.modules() for x in vars(module).values()
+                    if makes_generators(type(x))]
+
+    def now(self): # list of (function that sets it, state)
+        own = [(partial(set_generator_state, x), generator_state(x)) for x in self.own]
+        return [(random.setstate, random.getstate()),
+                (np.random.set_state, np.random.get_state(legacy=False)), *own]
+
+def same_state(a, b): # bool
+    "Whether two states of generators are alike, in the forms that their libraries give"
+    if isinstance(a, dict): return all(same_state(x, b[name]) for name, x in a.items())
+    if isinstance(a, np.ndarray): return a.tobytes() == b.tobytes()
+    return a.equal(b) if isinstance(a, torch.Tensor) else a == b
+
+# %% ../../nbs/training/16_recomputation.ipynb #d24882dc
+class Before:
+    "What a block held before a forward pass that has changed it"
+    def __init__(self, block): self.block, self.slots, self.states = block, [], []
 
     @contextmanager
     def noted(self):
-        "In the block a forward pass may change them"
-        found = [(module, name, t, t._version, t.clone()) for module in self.block.modules()
-                 for name, t in module._buffers.items() if t is not None]
+        "In the block a forward pass may change it"
+        slots, generators = slots_of(self.block), Generators(self.block)
+        states = generators.now()
         yield
-        for module, name, t, version, copy in found:
-            writes = getattr(module, 'track_running_stats', False)
-            if writes or module._buffers[name] is not t or t._version != version:
-                self.before.append((module, name, copy))
+        self.slots = [one for one in slots if one.keep_changed()]
+        drawn = [not same_state(state, now) for (_, state), (_, now)
+                 in zip(states, generators.now(), strict=True)]
+        self.generators, self.states = generators, [*compress(states, drawn)]
 
     @contextmanager
     def given_back(self):
-        "In the block they are what they were, and what is written to them is lost"
-        now = [(module, name, module._buffers[name]) for module, name, _ in self.before]
-        for module, name, copy in self.before: module._buffers[name] = copy.clone()
+        "In the block it is what it was, and what is written to it is lost"
+        states = self.generators.now() if self.states else []
+        there = [(one, one.exchange({name: x.detach().clone().requires_grad_(x.requires_grad)
+                                     if isinstance(x, torch.Tensor) else x
+                                     for name, x in one.values.items()})) for one in self.slots]
+        for set_state, state in self.states: set_state(state)
         try: yield
         finally:
-            for module, name, t in now: module._buffers[name] = t
+            for one, values in there: one.exchange(values)
+            for set_state, state in states: set_state(state)
 
-    def contexts(self): return self.noted(), self.given_back() # for `checkpoint`
+    def contexts(self): return self.noted(), Again(self.given_back)  # for `checkpoint`
+
+class Again:
+    "A context that can be entered again: each backward pass over one forward pass does"
+    def __init__(self, make): self.make, self.open = make, []
+    def __enter__(self):
+        self.open.append(self.make())
+        return self.open[-1].__enter__()
+    def __exit__(self, *error): return self.open.pop().__exit__(*error)
 
 # %% ../../nbs/training/16_recomputation.ipynb #bf12f28b
 class Recomputed:
     "A forward function of which the input alone is kept, where gradients are asked for"
-    def __init__(self, block): self.block, self.bare_forward = block, block.forward
+    def __init__(self, block):
+        self.block, self.bare_forward = block, block.forward
+        self.is_replaced = 'forward' in vars(block)  # by whoever put a function of his own there
 
     def __call__(self, *args, **kwargs):
         if not torch.is_grad_enabled(): return self.bare_forward(*args, **kwargs)
@@ -52,15 +129,15 @@ class Recomputed:
             n = len(values) - len(names)
             return self.bare_forward(*values[:n], **dict(zip(names, values[n:], strict=True)))
         options = {'use_reentrant': False}
-        if next(self.block.buffers(), None) is not None and not torch.compiler.is_compiling():
-            options['context_fn'] = Buffers(self.block).contexts
+        if not torch.compiler.is_compiling(): options['context_fn'] = Before(self.block).contexts
         return checkpoint(run, *args, *kwargs.values(), **options)
 
     def undo(self):
-        if isinstance(self.bare_forward, MethodType): vars(self.block).pop('forward', None)
-        else: self.block.forward = self.bare_forward
+        if self.is_replaced: self.block.forward = self.bare_forward
+        else: vars(self.block).pop('forward', None)
 
     def __deepcopy__(self, memo): # a copy of the model keeps what it computes
+        if self.is_replaced: return copy.deepcopy(self.bare_forward, memo)
         block = memo[id(self.block)]
         return MethodType(type(block).forward, block)
 
@@ -92,6 +169,7 @@ class ActivationCheckpointing(Callback):
 
     def before_fit(self, learn):
         for block in chosen_blocks(learn.model, self.blocks):
+            if isinstance(block.forward, Recomputed): continue  # another callback has chosen it
             self._recomputed.append(Recomputed(block))
             block.forward = self._recomputed[-1]
 

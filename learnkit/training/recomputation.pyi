@@ -10,21 +10,77 @@ __all__ = [
     'ActivationCheckpointing'
 ]
 
-class Buffers:
-    """The buffers of a block as they were before a forward pass that has changed them"""
+class Slots:
+    """A dict of a module, buffers or attributes, as it was before a forward pass"""
+    live: dict
+    is_written: Any
+    left_out: Any
+    values: Any
+    tensors: dict[Any, Any]
+    def __init__(self, live: dict, left_out: Any = ..., is_written: Any = False) -> None: ...
+    def now(self) -> Any: ...
+    def keep_changed(self) -> Any:
+        """Keep what is another now, or was written to; the tensors as copies without a graph
+
+        Returns:
+            whether there is any
+        """
+    def exchange(self, values: Any) -> Any:
+        """Put values there
+
+        Returns:
+            dict: name -> what was there, or MISSING
+        """
+
+def slots_of(block: Any) -> Any:
+    """What a forward pass may change in the modules of a block
+
+    Returns:
+        list of Slots
+    """
+
+class Generators:
+    """Random numbers: those of python and numpy, and the generators that a block has"""
+    own: list[Any]
+    def __init__(self, block: Any) -> None: ...
+    def now(self) -> Any:
+        """Returns:
+            list of (function that sets it, state)
+        """
+
+def same_state(a: Any, b: Any) -> bool:
+    """Whether two states of generators are alike, in the forms that their libraries give
+
+    Returns:
+        bool
+    """
+
+class Before:
+    """What a block held before a forward pass that has changed it"""
     block: Any
-    before: list[Any]
+    slots: list[Any]
+    states: list[Any]
+    generators: Any
     def __init__(self, block: Any) -> None: ...
     def noted(self) -> AbstractContextManager[None]:
-        """In the block a forward pass may change them"""
+        """In the block a forward pass may change it"""
     def given_back(self) -> AbstractContextManager[None]:
-        """In the block they are what they were, and what is written to them is lost"""
+        """In the block it is what it was, and what is written to it is lost"""
     def contexts(self) -> Any: ...
+
+class Again:
+    """A context that can be entered again: each backward pass over one forward pass does"""
+    make: Any
+    open: list[Any]
+    def __init__(self, make: Any) -> None: ...
+    def __enter__(self) -> Any: ...
+    def __exit__(self, *error: Any) -> Any: ...
 
 class Recomputed:
     """A forward function of which the input alone is kept, where gradients are asked for"""
     block: Any
     bare_forward: Any
+    is_replaced: Any
     def __init__(self, block: Any) -> None: ...
     def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
     def undo(self) -> None: ...

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from learnkit import Callback, CheckpointedLearner, DataLoaders, Learner, TensorLoader
 from learnkit.data import loaders
-from learnkit.data.loaders import read_for
 from learnkit.data.order import Share
 
 GPU = torch.device('cpu')
@@ -27,7 +26,7 @@ def data(n=10): return torch.arange(n * 2.).reshape(n, 2), torch.arange(n)
 
 def make(shuffle=True, **kwargs):
     loader = TensorLoader(data(), 4, shuffle, **kwargs)
-    read_for(loader, GPU)
+    loader.learner_device = GPU
     return loader
 
 def read(loader, epoch=0, start=0): return list(loader.batches(epoch, start))
@@ -46,7 +45,7 @@ def test_batches_are_the_same_wherever_the_data_is(gpu, shuffle, start, share, f
     plain, on_gpu = TensorLoader(data(), 4, shuffle), make(shuffle)
     gpu(free)
     if share: plain, on_gpu = plain.shared(share), on_gpu.shared(share)
-    read_for(on_gpu, GPU)
+    on_gpu.learner_device = GPU
     for epoch in range(2): assert same(read(on_gpu, epoch, start), read(plain, epoch, start))
 
 def test_a_quarter_of_the_free_memory_is_enough(gpu):
@@ -57,7 +56,7 @@ def test_a_quarter_of_the_free_memory_is_enough(gpu):
     gpu(4 * N_BYTES)
     read(loader)
     first = loader.device_copy
-    assert all(torch.equal(a, b) for a, b in zip(first[2], loader.tensors,
+    assert all(torch.equal(a, b) for a, b in zip(first[-1], loader.tensors,
                                                                 strict=True))
     gpu(0)  # which it takes itself by now
     read(loader)
@@ -68,12 +67,23 @@ def test_what_is_written_to_the_data_is_seen_in_the_next_epoch(gpu, shuffle):
     gpu(1000 * N_BYTES)
     array = np.zeros((10, 2), 'float32')
     written, plain = TensorLoader((array, torch.zeros(10)), 4, shuffle), make(shuffle)
-    read_for(written, GPU)
+    written.learner_device = GPU
     read(written), read(plain)
     array[3] = 1
     plain.tensors[1][3] = 99
     assert sum(xb.sum() for xb, _ in read(written)) == 2
     assert 99 in torch.cat([yb for _, yb in read(plain)])
+
+@pytest.mark.parametrize('how', ['other tensors', 'other memory'])
+def test_other_data_of_a_loader_are_seen_in_the_next_epoch(gpu, how):
+    gpu(1000 * N_BYTES)
+    loader = make()
+    read(loader)
+    other = tuple(torch.full_like(t, 7) for t in loader.tensors)
+    if how == 'other tensors': loader.tensors = other
+    else:
+        for t, new in zip(loader.tensors, other, strict=True): t.data = new
+    assert all(t.eq(7).all() for batch in read(loader) for t in batch)
 
 def test_a_batch_belongs_to_its_reader(gpu):
     gpu(1000 * N_BYTES)
@@ -87,7 +97,7 @@ def test_what_one_of_several_processes_reads_is_copied_once(gpu):
     loader = make()
     for epoch in range(2):
         twin = loader.shared(Share(0, 2, pad=False))
-        read_for(twin, GPU)
+        twin.learner_device = GPU
         read(twin, epoch)
         if not epoch: first = loader.device_copy
     assert first is not None and loader.device_copy is first
@@ -103,7 +113,7 @@ def test_data_with_a_device_of_their_own_stay_there(gpu):
 def test_other_than_plain_tensors_are_left_where_they_are(gpu, x):
     gpu(1000 * N_BYTES)
     loader = TensorLoader(x, 2, shuffle=True)
-    read_for(loader, GPU)
+    loader.learner_device = GPU
     read(loader)
     assert loader.device_copy is None
 
@@ -131,6 +141,8 @@ def test_a_learner_says_for_which_device_it_reads(gpu):
             one.lr_find(num_it=3, suggest=())
             one.fit(2)
     assert learn.dls.train.device_copy and learn.dls.valid.device_copy
+    # Whoever reads by hand finds the data where they were
+    assert learn.dls.train.learner_device is learn.dls.valid.learner_device is None
     assert torch.equal(plain.model.weight, learn.model.weight)
 
 def test_a_pass_beside_leaves_no_copy_behind(gpu):

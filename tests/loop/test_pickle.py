@@ -1,5 +1,5 @@
 "A trained learner can be sent to another process, and trains on there as here"
-import io, pickle
+import copy, io, pickle
 import joblib
 import pytest
 import torch
@@ -89,3 +89,13 @@ def test_of_a_recorded_learner_too(tmp_path):
     with learn.checkpoint(2) as cp: cp.fit(1)
     assert tree_digest(other.state_dict()) == tree_digest(learn.state_dict())
     other.rollback(1)
+
+
+@pytest.mark.parametrize('copied', [copy.deepcopy, pickle.dumps])
+def test_in_an_open_block_it_is_refused(tmp_path, copied):
+    learn = make(CheckpointedLearner, root=tmp_path, name='run')
+    with learn.checkpoint(1) as cp:
+        with pytest.raises(TypeError, match='inside the block of checkpoint 1, which'):
+            copied(learn)
+        cp.fit(1)
+    copied(learn)

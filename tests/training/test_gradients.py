@@ -423,6 +423,17 @@ def test_evaluating_inside_a_training_batch_changes_nothing(event):
     nested.fit(2, cbs=Callback(phases=('train',), **{event: lambda learn: learn.validate()}))
     assert tree_digest(plain.state_dict()) == tree_digest(nested.state_dict())
 
+def test_writing_to_the_weights_in_an_evaluation_is_an_error_that_leaves_them():
+    learn, plain, ema = make_learner(), make_learner(), EMA(0.5)
+    def write(learn):
+        if learn.phase == 'valid': nn.init.zeros_(learn.model[0].bias)
+    with pytest.raises(RuntimeError, match="written to '0.bias' in an evaluation"):
+        learn.fit(1, cbs=[ema, Callback(after_batch=write)])
+    plain.fit(1, cbs=EMA(0.5))
+    assert tree_digest(learn.model.state_dict()) == tree_digest(plain.model.state_dict())
+    assert ema.average is None
+    learn.fit(1, cbs=ema)
+
 def test_evaluating_inside_an_evaluation_sees_the_average():
     learn, seen = make_learner(cbs=EMA(0.9)), []
     def again(learn):

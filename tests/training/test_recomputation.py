@@ -1,5 +1,6 @@
 "Activation checkpointing: the numbers are the same to the bit, and nothing is left of it"
-import copy
+import copy, random
+import numpy as np
 import pytest
 import torch
 import parts
@@ -55,11 +56,29 @@ class ByName(nn.Module):
 def dropout(): return nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Dropout(0.3))
 def norms(): return nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.GELU(), nn.Dropout(0.1))
 def nested(): return nn.Sequential(dropout(), nn.Sequential(norms(), nn.Tanh()))
+class Drawing(nn.Module):
+    "Draws from everywhere, counts, and keeps a tensor that is no buffer and a result"
+    def __init__(self):
+        super().__init__()
+        self.inner, self.n = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.2)), 0
+        self.own, self.numpys = torch.Generator().manual_seed(1), np.random.default_rng(1)
+        self.mean = torch.zeros(8)
+        self.register_buffer('later', None, persistent=False)
+    def forward(self, x):
+        if self.later is None: self.later = torch.ones(8)
+        factor = random.random() * np.random.rand() * self.numpys.random()
+        self.n, self.mean = self.n + 1, self.mean * 0.9 + x.detach().mean(0)
+        self.later = self.later * 0.9
+        self.loss = (self.inner(x) * torch.rand(8, generator=self.own) * factor).pow(2)
+        return self.loss / self.n + self.mean * self.later * x
+
+
 def stack(block): return nn.Sequential(*[block() for _ in range(3)], nn.Linear(8, 1))
 
 
 MODELS = {'dropout': lambda: stack(dropout), 'norms': lambda: stack(norms),
-          'nested': lambda: stack(nested), 'buffers': lambda: stack(Running), 'by name': ByName}
+          'nested': lambda: stack(nested), 'buffers': lambda: stack(Running), 'by name': ByName,
+          'draws': lambda: stack(Drawing)}
 
 
 def made(model='norms', cls=Learner, **kwargs):
@@ -100,7 +119,7 @@ def test_the_numbers_are_the_same_to_the_bit(model, cbs):
 def test_a_batch_norm_that_counts_twice_would_be_seen(monkeypatch):
     from learnkit.training import recomputation
     from torch.utils.checkpoint import noop_context_fn
-    monkeypatch.setattr(recomputation.Buffers, 'contexts', lambda self: noop_context_fn())
+    monkeypatch.setattr(recomputation.Before, 'contexts', lambda self: noop_context_fn())
     plain, learn = (digests(fitted(made(), cbs)) for cbs in ([], [ActivationCheckpointing()]))
     assert plain['opt'] == learn['opt'] and plain['model'] != learn['model']
 
@@ -122,9 +141,12 @@ def test_it_stays_for_the_fit_and_copies_of_the_model_have_none_of_it():
 def test_a_forward_function_of_ones_own_comes_back():
     learn = made()
     def forward(x): return x * 2
-    learn.model[1].forward = forward
-    learn.fit(1, cbs=ActivationCheckpointing())
-    assert learn.model[1].forward is forward
+    other, copies = norms(), []
+    learn.model[0].forward, learn.model[1].forward = other.forward, forward
+    def look(learn): copies.append(copy.deepcopy(learn.model))
+    learn.fit(1, cbs=[ActivationCheckpointing(), Callback(after_step=look)])
+    assert learn.model[1].forward is forward and learn.model[0].forward.__self__ is other
+    assert copies[0][1].forward is forward and copies[0][0].forward.__func__ is type(other).forward
 
 
 def test_it_counts_for_nothing_that_is_recorded(tmp_path):
@@ -133,6 +155,44 @@ def test_it_counts_for_nothing_that_is_recorded(tmp_path):
         with learn.checkpoint(1) as cp: cp.fit(1, cbs=cbs)
         return learn.recorder.steps.loss.tolist()
     assert run() == run(ActivationCheckpointing(blocks=lambda model: model[:2]))
+
+
+class TwoPasses(Callback):
+    "Two backward passes over one forward pass, as those of several losses"
+    def backward(self, learn):
+        (learn.loss / 2).backward(retain_graph=True)
+        (learn.loss / 2).backward()
+
+
+class Penalty(Callback):
+    "A loss of gradients"
+    def backward(self, learn):
+        params = [*learn.model.parameters()]
+        grads = torch.autograd.grad(learn.loss, params, create_graph=True)
+        (learn.loss + sum(grad.pow(2).sum() for grad in grads)).backward()
+
+
+@pytest.mark.parametrize('backward', [TwoPasses, Penalty])
+@pytest.mark.parametrize('model', ['norms', 'buffers', 'draws'])
+def test_a_forward_pass_can_be_computed_again_several_times(model, backward):
+    plain, learn = (fitted(made(model), cbs)
+                    for cbs in ([backward()], [backward(), ActivationCheckpointing()]))
+    assert digests(learn) == digests(plain) and untouched(learn)
+
+
+def test_two_of_them_take_themselves_away():
+    learn = made()
+    def some(model): return [model[0], model[1], model[0]]
+    learn.fit(1, cbs=[ActivationCheckpointing(), ActivationCheckpointing(some)])
+    assert untouched(learn)
+
+
+def test_a_callback_can_save_in_the_fit(tmp_path):
+    def save(learn): learn.save(tmp_path/'a')
+    learn = fitted(made(), [ActivationCheckpointing(), Callback(after_train=save)])
+    other = made()
+    other.load(tmp_path/'a')
+    assert digests(other)['model'] == digests(learn)['model']
 
 
 def test_an_ensemble_refuses_it():
