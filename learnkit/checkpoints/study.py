@@ -6,10 +6,11 @@
 __all__ = ['Best', 'Study']
 
 # %% ../../nbs/checkpoints/20_study.ipynb #64aee754
-import copy, math, multiprocessing, os, re, secrets, traceback
+import copy, math, multiprocessing, os, re, secrets, time, traceback
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 import torch
 from fastcore.basics import patch
 from ..base.methods import unrecorded
@@ -196,13 +197,16 @@ def lease(self:Study, number=None): # Lease
 @patch
 def ask(self:Study, n_trials): # (optuna.Trial, its Lease, which is held); None
     "A trial whose process has ended, else the next one, unless there are enough of them"
-    with self.lease().held():
-        if broken_off := self.broken_off(): return broken_off
-        if self.is_over or len(self.done()) >= n_trials or self.is_nothing_left(): return None
-        trial = self.study.ask()
-        lease = self.lease(trial.number)
-        lease.acquire()  # for a moment somebody may look whether it is held
-        return trial, lease
+    while True:
+        with self.lease().held():
+            if broken_off := self.broken_off(): return broken_off
+            if self.is_over or len(self.done()) >= n_trials or self.is_nothing_left(): return None
+            if not self.is_choosing():
+                trial = self.study.ask()
+                lease = self.lease(trial.number)
+                lease.acquire()  # for a moment somebody may look whether it is held
+                return self.as_given(trial), lease
+        time.sleep(0.02)
 
 @patch
 def running(self:Study): # list of optuna.trial.FrozenTrial
@@ -215,7 +219,7 @@ def broken_off(self:Study): # as `ask`
         lease = self.lease(trial.number)
         try: lease.acquire(wait=0)
         except LockedError: continue  # somebody is at it
-        return self.optuna.trial.Trial(self.study, trial._trial_id), lease
+        return self.as_given(self.optuna.trial.Trial(self.study, trial._trial_id)), lease
 
 @patch
 def wait_for_others(self:Study): # bool
@@ -225,6 +229,30 @@ def wait_for_others(self:Study): # bool
     for trial in self.running():
         with self.lease(trial.number).held(on_wait=show): return True
     return False
+
+# %% ../../nbs/checkpoints/20_study.ipynb #33d72e5a
+@patch
+def tries_all(self:Study): # bool
+    return isinstance(self.study.sampler, self.optuna.samplers.BruteForceSampler)
+
+@patch
+def is_choosing(self:Study): # bool
+    "Whether somebody may still take the last that is left to be tried"
+    return self.tries_all() and any(not trial.params for trial in self.running())
+
+@patch
+def as_given(self:Study, trial): # optuna.Trial
+    "A trial as a job has it: where all is tried once, one process at a time chooses"
+    if not self.tries_all(): return trial
+    def alone(suggest):
+        @wraps(suggest)
+        def suggest_alone(*args, **kwargs):
+            with self.lease().held(): return suggest(*args, **kwargs)
+        return suggest_alone
+    base = self.optuna.trial.Trial
+    names = 'suggest_categorical', 'suggest_float', 'suggest_int'
+    cls = type('Trial', (base,), {name: alone(getattr(base, name)) for name in names})
+    return cls(self.study, trial._trial_id)
 
 # %% ../../nbs/checkpoints/20_study.ipynb #450e4387
 @patch
@@ -238,7 +266,7 @@ def is_nothing_left(self:Study): # bool
         begun = {each['grid_id'] for each in attrs
                  if sampler._same_search_space(each['search_space'])}
         return len(begun) >= sampler._n_min_trials
-    if isinstance(sampler, samplers.BruteForceSampler):
+    if self.tries_all():
         last = next((one for one in reversed(trials) if one.state.is_finished()), None)
         self.is_exhausted = False
         if last: sampler.after_trial(self.study, last, last.state, last.values)

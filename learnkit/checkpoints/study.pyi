@@ -126,6 +126,22 @@ class Study:
         Returns:
             bool
         """
+    def tries_all(self) -> bool:
+        """Returns:
+            bool
+        """
+    def is_choosing(self) -> bool:
+        """Whether somebody may still take the last that is left to be tried
+
+        Returns:
+            bool
+        """
+    def as_given(self, trial: Any) -> Any:
+        """A trial as a job has it: where all is tried once, one process at a time chooses
+
+        Returns:
+            optuna.Trial
+        """
     def is_nothing_left(self) -> bool:
         """Whether the sampler has nothing to try that nobody has begun; it would choose something twice
 

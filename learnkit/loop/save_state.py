@@ -65,10 +65,12 @@ class SaveState(Callback):
         check_resumable(learn.dls.train)
         folder, point = learn.path/self.saves_to, learn.cbs.inner[ResumePoint]
         in_parts = learn.ranks and is_sharded(learn.model)
-        # An error now, not after an epoch; a record has written beside it already
-        if is_main() and (in_parts or point.store is None): make_folder(folder)
+        # An error now, not after an epoch; a record has written the state, and beside the folder
+        is_recorded = point.store is not None
+        if is_main() and (in_parts or not is_recorded): make_folder(folder)
         if in_parts: check_seen_by_all(folder, learn.ranks)
-        check_storable({'learner': map_tensors(local_part, live_state(learn))})
+        if not is_recorded:
+            check_storable({'learner': map_tensors(local_part, live_state(learn))})
         self._is_first, self._time_was_up = point.saved is None, False
         self._is_checked, self._to_record = False, point.autosave is not None
         self._structure = None  # as it is when callbacks have begun
