@@ -194,6 +194,7 @@ def lease(self:Study, number=None): # Lease
         name, what = f'{name}@{self.version}@{number}', f'{what}, trial {number}'
     return Lease(self.ledger.local_store.folder/'locks', name, what)
 
+# %% ../../nbs/checkpoints/20_study.ipynb #a1178722
 @patch
 def ask(self:Study, n_trials): # (optuna.Trial, its Lease, which is held); None
     "A trial whose process has ended, else the next one, unless there are enough of them"
