@@ -80,7 +80,6 @@ class Distributed(Callback):
         self._sharded = None  # a `ShardedModel`
         self._block_cbs = None  # of all fits in a `with` block: they may keep parts of a model
         self._undo, self._shares, self._weights = [], {}, BatchWeights()
-        self._loss = None, []  # a loss function, and its parameters
         self._syncs_buffers, self._buffers_differ = True, False  # DDP in each batch; processes
         self._agreement, self._stops = None, False  # of a fit; whether to end an lr_find
         self._loader_rng = LoaderRng()
@@ -155,10 +154,11 @@ def handle_failure(self:Distributed):
 @patch
 def shard(self:Distributed, learn):
     "Leave each process a part of each parameter, and of what the optimizer keeps of it"
+    alone, said = self.join() is None, self.settings() or {}
+    for name in ('comm_hook', 'mp_policy') if alone else ():
+        if name in said: show_message(learn, f'{name} is left out on a single process')
     if not self.places_model or is_sharded(learn.model): return
-    if self.join() is None:
-        if self.settings(): show_message(learn, 'mp_policy is left out on a single process')
-        return move_to_device(learn.model, learn.device, learn.opt)
+    if alone: return move_to_device(learn.model, learn.device, learn.opt)
     undo = sync_batch_norms(learn.model, learn.device) if self.sync_bn else None
     self._sharded = ShardedModel(learn.model, undo)
     self._sharded.shard(self.ranks, learn.device, learn.opt, self.blocks, **self.options)
@@ -286,9 +286,7 @@ def before_step(self:Distributed, learn):
     # Gradients of the model were exchanged, but not by DDP for a last group that is incomplete,
     # and not by FSDP2 for parameters that it was to ignore
     by_ddp = is_complete and not is_sharded(learn.model) and not named_optimizers(learn.opt)
-    if learn.loss_func is not self._loss[0]:
-        self._loss = learn.loss_func, loss_params(learn.loss_func)
-    average_gradients(self._loss[1] if by_ddp else opt_params(learn.opt))
+    average_gradients(loss_params(learn.loss_func) if by_ddp else opt_params(learn.opt))
 
 # %% ../../nbs/processes/07_distributed.ipynb #225c845c
 @patch

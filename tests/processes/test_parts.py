@@ -3,6 +3,8 @@ import random
 import pytest
 import parts, ranks
 import torch
+from torch import nn
+from learnkit import DataLoaders, Distributed, Learner, Progress
 from learnkit.processes import launch as launching
 from learnkit.processes.launch import launch, time_limit
 from preloaded import wait_briefly
@@ -99,6 +101,17 @@ def test_a_policy_counts_for_what_is_recorded_and_a_single_process_says_that_it_
     capfd.readouterr()
     alike(parts.with_policy(tmp_path / '1', *half), first[0], 1e-5)
     assert capfd.readouterr().out.count('mp_policy is left out on a single process') == 1
+
+
+@pytest.mark.parametrize('kwargs, told', [
+    ({'strategy': 'fsdp', 'sync_bn': True}, ''),
+    ({'comm_hook': 'fp16'}, 'comm_hook is left out on a single process\n')])
+def test_a_single_process_says_only_what_it_leaves_out(kwargs, told, capfd):
+    dls = DataLoaders.from_tensors((torch.ones(2, 1), torch.ones(2, 1)))
+    learn = Learner(dls, nn.Linear(1, 1), nn.MSELoss(), device='cpu', cbs=Distributed(**kwargs))
+    learn.remove_cb(Progress)
+    for _ in range(2): learn.fit(1)
+    assert capfd.readouterr().out == told
 
 
 @pytest.mark.parametrize('kind, n', [('hsdp', 4), ('by hand', 2), ('tensor parallel', 2)])
