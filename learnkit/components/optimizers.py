@@ -81,6 +81,11 @@ def optimizers_in(opt): # list of optimizers
 def named_optimizers(opt): # dict: name -> optimizer; empty for a single one
     return opt.named if isinstance(opt, Optimizers) else {}
 
+def single_optimizers(opt): # list of optimizers
+    "Those that are stepped, one by one"
+    if opt is None: return []
+    return [*named_optimizers(opt).values()] or [opt]
+
 def live_state_of(opt): # dict: name of an attribute -> value; of several each has its own
     "What an optimizer keeps and changes"
     if isinstance(opt, Optimizers): return {}
@@ -108,10 +113,9 @@ def rate_by_name(lr, names): # dict: name -> rate
 @contextmanager
 def still_shared(opt):
     "What optimizers share with those inside of them before the block they share after it"
-    outers = [*named_optimizers(opt).values()] or [opt]
-    pairs = [(outer, inner, name) for outer in outers for inner in optimizers_in(outer)[1:]
-             for name in ('state', 'param_groups') if name in vars(inner)
-             and is_same(getattr(outer, name), getattr(inner, name))]
+    pairs = [(outer, inner, name) for outer in single_optimizers(opt)
+             for inner in optimizers_in(outer)[1:] for name in ('state', 'param_groups')
+             if name in vars(inner) and is_same(getattr(outer, name), getattr(inner, name))]
     yield
     for outer, inner, name in pairs: setattr(inner, name, getattr(outer, name))
 

@@ -59,6 +59,13 @@ def named_optimizers(opt: Any) -> Any:
         dict: name -> optimizer; empty for a single one
     """
 
+def single_optimizers(opt: Any) -> Any:
+    """Those that are stepped, one by one
+
+    Returns:
+        list of optimizers
+    """
+
 def live_state_of(opt: Any) -> Any:
     """What an optimizer keeps and changes
 

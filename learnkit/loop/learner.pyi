@@ -344,8 +344,6 @@ class Learner(Loop):
         Returns:
             plain tree: model, opt, scaler, callbacks, rng, data, counters, fit
         """
-    def check_state(self, state: dict) -> None:
-        """Raise ValueError when `state` is that of another model, optimizer or set of callbacks"""
     def load_state_dict(self, state: dict) -> None:
         """Go back to `state`: all of it, or, with an error, none; `fit(resume=)` goes on with its fit
 

@@ -18,8 +18,7 @@ from .predict import OwnBatches, losses_of_samples, measure, predictions
 from .save_state import autosaving, without_saving
 from .saving import export_weights, read_learner, tree_for_file, write_learner
 from .state import (
-    check_learner_state, gathered,
-    live_state, load_state, names_of_params, reset_state, unchanged_learner)
+    gathered, live_state, load_state, names_of_params, reset_state, unchanged_learner)
 
 # %% ../../nbs/loop/12_methods.ipynb #e3c51b43
 @patch
@@ -78,12 +77,6 @@ def state_dict(self:Learner,
               ) -> dict: # plain tree: model, opt, scaler, callbacks, rng, data, counters, fit
     "Everything training goes on from; what is spread over processes is put together on the host"
     return gathered(live_state(self), copy)
-
-@patch
-@unrecorded
-def check_state(self:Learner, state:dict) -> None:
-    "Raise ValueError when `state` is that of another model, optimizer or set of callbacks"
-    check_learner_state(self, state)
 
 @patch
 @unrecorded

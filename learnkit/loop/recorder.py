@@ -196,8 +196,7 @@ def mean_over_ranks(loss, weights, # of each step on this process, arrays (steps
                    ): # (losses, weights) over all, arrays (steps,)
     "The mean loss of each step; this process's alone where the others have made other steps"
     n = len(loss)
-    if ranks.max(n) != -ranks.max(-n): return loss, weights
-    if not n: return loss, weights
+    if ranks.max(n) != -ranks.max(-n) or not n: return loss, weights
     with np.errstate(invalid='ignore'):
         here = torch.from_numpy(np.stack([np.where(weights > 0, loss * weights, 0), weights]))
         total, weights = np.concatenate([ranks.sum(here[:, i:i + AT_ONCE]).numpy()

@@ -95,13 +95,17 @@ def localized(state:dict, ranks): # dict
     return state
 
 # %% ../../nbs/loop/06_saving.ipynb #10aae890
+def said_of_buffers(options): # list of bool; empty where nothing is said
+    "Whether DDP is told to give all processes the buffers of process 0, by both names of that"
+    names = 'forward_sync_buffers', 'broadcast_buffers'
+    return [options[name] for name in names if options.get(name) is not None]
+
 def local_buffers(learn): # dict: part of a state -> names
     "The buffers that each process has for itself"
     options, parts = learn.cbs.distributed.options, {'loss_func': learn.loss_func}
     # All processes get the buffers of process 0 before they are read, unless DDP is told not to
     with_ddp = not (is_sharded(learn.model) or named_optimizers(learn.opt))
-    said = [options.get(name) for name in ('forward_sync_buffers', 'broadcast_buffers')]
-    if not with_ddp or False in said: parts['model'] = learn.model
+    if not with_ddp or False in said_of_buffers(options): parts['model'] = learn.model
     return {part: [name for name, _ in module.named_buffers()]
             for part, module in parts.items() if isinstance(module, nn.Module)}
 

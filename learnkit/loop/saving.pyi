@@ -68,6 +68,13 @@ def localized(state: dict, ranks: Any) -> dict:
         dict
     """
 
+def said_of_buffers(options: Any) -> Any:
+    """Whether DDP is told to give all processes the buffers of process 0, by both names of that
+
+    Returns:
+        list of bool; empty where nothing is said
+    """
+
 def local_buffers(learn: Learner) -> Any:
     """The buffers that each process has for itself
 

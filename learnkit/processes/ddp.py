@@ -15,17 +15,15 @@ from torch.nn.parallel import DistributedDataParallel
 from ..base.dtensors import is_dtensor, is_sharded
 from ..base.ranks import sum_over_ranks
 from ..components.optimizers import named_optimizers, needs_closure
+from ..loop.saving import said_of_buffers
 from .group import change_together, in_pieces
 
 # %% ../../nbs/processes/05_ddp.ipynb #a1676b32
 def syncs_buffers(model, options) -> bool:
     "Whether all processes are to have the buffers of process 0 in each batch"
-    if said := [options[name] for name in BUFFER_OPTIONS if options.get(name) is not None]:
-        return said[0]
+    if said := said_of_buffers(options): return said[0]
     return not all(isinstance(part, _NormBase) and part.training
                    for part in model.modules() if part._buffers)
-
-BUFFER_OPTIONS = 'forward_sync_buffers', 'broadcast_buffers'  # what torch calls it, and called it
 
 # %% ../../nbs/processes/05_ddp.ipynb #ddf04fb1
 class BareForward(nn.Module):

@@ -10,7 +10,6 @@ __all__ = []
 
 def syncs_buffers(model: Any, options: Any) -> bool:
     """Whether all processes are to have the buffers of process 0 in each batch"""
-BUFFER_OPTIONS: tuple[str, ...]
 
 class BareForward(nn.Module):
     """A model whose call is its bare forward function"""

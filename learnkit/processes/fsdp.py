@@ -15,7 +15,7 @@ from ..base.blocks import outermost_blocks, params_by_name
 from ..base.dtensors import (
     FSDP_ATTRIBUTES, distribute_like, full_tensor,
     is_dtensor, is_fsdp_hook, is_sharded, reshard, unsharded_class)
-from ..components.optimizers import named_optimizers
+from ..components.optimizers import single_optimizers
 from .group import broadcast_tensors
 
 # %% ../../nbs/processes/06_fsdp.ipynb #5ffc63b5
@@ -53,7 +53,7 @@ def swap_params(opt, before:dict, after:dict, # name -> parameter
     for group in opt.param_groups: group['params'] = [new.get(p, p) for p in group['params']]
     def converted(t, param): return convert(t, param) if t.shape == param.shape else t
     for old, param in new.items():
-        for state in [one.state for one in (named_optimizers(opt) or {'': opt}).values()]:
+        for state in [one.state for one in single_optimizers(opt)]:
             if old not in state: continue
             state[param] = map_tensors(lambda t, p=param: converted(t, p), state.pop(old))
 

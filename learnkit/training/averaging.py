@@ -78,13 +78,6 @@ def cast_like(value, tensor): # tensor
     if fits and is_dtensor(value) == is_dtensor(tensor): return value
     return as_average(tensor).copy_(distribute_like(value, tensor))
 
-# %% ../../nbs/training/12_averaging.ipynb #6e6d55e7
-def copy_into(values:dict, # name -> tensor
-              tensors:dict, # name -> tensor, the same names
-             ):
-    "Write values into tensors"
-    for name, tensor in tensors.items(): tensor.copy_(values[name])
-
 # %% ../../nbs/training/12_averaging.ipynb #7c356427
 class Average(Callback):
     "Keeps an average of the weights, which evaluations see"
@@ -170,7 +163,7 @@ def model(self:Average, learn) -> nn.Module:
     shared = {name for name in self.shared if not name.startswith(OF_LOSS)}
     if tensors.keys() != {*averaged, *shared}:
         raise ValueError(f'{self} holds the average of another model than the learner has now')
-    copy_into(averaged, {name: tensors[name] for name in averaged})
+    for name, value in averaged.items(): tensors[name].copy_(value)
     return model
 
 # %% ../../nbs/training/12_averaging.ipynb #a46578cb

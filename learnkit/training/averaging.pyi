@@ -75,14 +75,6 @@ def cast_like(value: Any, tensor: Any) -> Any:
         tensor
     """
 
-def copy_into(values: dict, tensors: dict) -> None:
-    """Write values into tensors
-
-    Args:
-        values: name -> tensor
-        tensors: name -> tensor, the same names
-    """
-
 class Average(Callback):
     """Keeps an average of the weights, which evaluations see"""
     every: Any

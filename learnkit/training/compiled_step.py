@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from ..base.batches import detach, map_tensors
 from ..base.compiled import uncompiled
 from ..base.guard import is_learnkits
+from ..base.snapshots import same_objects
 from ..components.callback import Callback, is_compared
 from ..components.loss_weight import Divisors, as_weight
 from ..components.optim import opt_params, trainable_params
@@ -37,14 +38,19 @@ def may_come_late(learn, cb): # bool
     is_same = getattr(cb, 'makes_same_steps', False)
     return type(cb) is GradientClip or is_same or learn._cbs.is_inner(cb)
 
+def who_hears(learn, name): # iterator of (callback, or None for a function; what to call it)
+    "Who takes part in an event or part of a step, in the order of the calls"
+    for method in learn._cbs.bound['train'][name]:
+        owner = getattr(method, '__self__', None)
+        is_callback = isinstance(owner, Callback)
+        text = repr(owner) if is_callback else getattr(method, '__name__', method)
+        yield owner if is_callback else None, f'{text} in {name}'
+
 def taking_part(learn, names): # str; None: nobody but the learner
     "Who takes part in a step at some of its events and parts"
     for name in names:
-        for method in learn._cbs.bound['train'][name]:
-            owner = getattr(method, '__self__', None)
-            if not isinstance(owner, Callback):
-                return f'{getattr(method, "__name__", method)} in {name}'
-            if not may_come_late(learn, owner): return f'{owner!r} in {name}'
+        for owner, text in who_hears(learn, name):
+            if owner is None or not may_come_late(learn, owner): return text
     own = [name for name in names if getattr(type(learn), name, None) is not vars(Loop).get(name)]
     return f'{own[0]} of {type(learn).__name__}' if own else None
 
@@ -128,12 +134,10 @@ class Made(NamedTuple):
 # %% ../../nbs/training/15_compiled_step.ipynb #9d2f8324
 def acts_before(learn, cb): # str; None
     "Who may change weights between an update and the callback, in `after_step`"
-    for method in learn._cbs.bound['train']['after_step']:
-        owner = getattr(method, '__self__', None)
+    for owner, text in who_hears(learn, 'after_step'):
         if owner is cb: return None
-        is_known = isinstance(owner, Callback) and type(owner) is not Callback and (
-            is_learnkits(type(owner)) or not is_compared(owner))
-        if not is_known: return f'{getattr(method, "__name__", method)} in after_step'
+        is_known = owner is not None and type(owner) is not Callback
+        if not is_known or is_compared(owner) and not is_learnkits(type(owner)): return text
     return None
 
 def why_no_average(learn, cb): # str; None: the average can be in the graph of an update
@@ -150,10 +154,7 @@ class GraphAverage:
         self.weight = torch.zeros((), dtype=torch.float64, device=device)
 
     def serves(self, learn): # bool, whether all tensors are still the same
-        now, made = self.cb.pairs(self.cb.tensors(learn)), self.pairs
-        return all(len(a) == len(b) and all(x is y for p, q in zip(a, b, strict=True)
-                                            for x, y in zip(p, q, strict=True))
-                   for a, b in zip(now, made, strict=True))
+        return same_objects(self.cb.pairs(self.cb.tensors(learn)), self.pairs)
 
     def begin(self):
         "An update comes"

@@ -2,6 +2,7 @@
 # pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 # pyright: reportPrivateImportUsage=false
 """Forward pass, loss, gradients, bounds and update, compiled together"""
+from collections.abc import Iterator
 import torch
 from typing import Any, NamedTuple
 from ..components.callback import Callback
@@ -14,6 +15,13 @@ def may_come_late(learn: Learner, cb: Any) -> bool:
 
     Returns:
         bool
+    """
+
+def who_hears(learn: Learner, name: Any) -> Iterator[Any]:
+    """Who takes part in an event or part of a step, in the order of the calls
+
+    Returns:
+        iterator of (callback, or None for a function; what to call it)
     """
 
 def taking_part(learn: Learner, names: Any) -> Any:

@@ -17,7 +17,7 @@ from ..base.dtensors import split_by_dtensor
 from ..base.methods import structural
 from ..components.callback import Callback, CancelStep, PHASES
 from ..components.optim import opt_params
-from ..components.optimizers import has_gradients, named_optimizers, needs_closure
+from ..components.optimizers import has_gradients, needs_closure, single_optimizers
 from ..loop.learner import Learner
 from ..loop.loop import overrides
 
@@ -159,11 +159,6 @@ def _end_step(self:MixedPrecision, learn):
     self._rescale_grads(learn)
     for opt in single_optimizers(learn.opt):
         for name in ('grad_scale', 'found_inf'): vars(opt).pop(name, None)
-
-def single_optimizers(opt): # list of optimizers
-    "Those that are stepped, one by one"
-    if opt is None: return []
-    return [*named_optimizers(opt).values()] or [opt]
 
 # %% ../../nbs/training/10_precision.ipynb #32298bc3
 SMALLEST_SCALE = 2. ** -16 # of the loss

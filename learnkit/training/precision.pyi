@@ -80,13 +80,6 @@ class MixedPrecision(Callback):
     def cleanup_train(self, learn: Learner) -> None: ...
     def after_train(self, learn: Learner) -> None: ...
     def cleanup_fit(self, learn: Learner) -> None: ...
-
-def single_optimizers(opt: Any) -> Any:
-    """Those that are stepped, one by one
-
-    Returns:
-        list of optimizers
-    """
 SMALLEST_SCALE: float
 
 def check_skips_by_itself(learn: Learner) -> None:

@@ -263,6 +263,11 @@ def test_weights_that_change_after_an_update_are_averaged_as_they_are(capsys):
         found.append(ema.average['0.weight'])
     assert torch.allclose(*found, atol=2e-5)
     assert 'the average is made as ever: bound in after_step takes part' in capsys.readouterr().out
+    make().fit(1, cbs=[Bound(), EMA()])
+    assert 'the average is made as ever: Bound() in after_step takes' in capsys.readouterr().out
+
+class Bound(Callback):
+    def after_step(self, learn): learn.model[0].weight.data.clamp_(-.1, .1)
 
 
 def test_a_record_of_compiled_steps(tmp_path):
