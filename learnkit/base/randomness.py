@@ -136,6 +136,20 @@ def seed_generator(rng, seed:int):
         rng.bit_generator.state = type(rng.bit_generator)(seed).state
     else: rng.seed(seed)
 
+# %% ../../nbs/base/02_randomness.ipynb #283e4668
+def as_bytes(state): # the same nesting of dicts and lists
+    "A state of generators with bytes in place of arrays and tensors, to be compared"
+    if isinstance(state, dict): return {key: as_bytes(x) for key, x in state.items()}
+    if isinstance(state, list): return list(map(as_bytes, state))
+    if isinstance(state, torch.Tensor): state = state.numpy()
+    return state.tobytes() if isinstance(state, np.ndarray) else state
+
+def rng_mark(rngs=()): # list
+    "What every draw changes, from the generators of this process and from `rngs`"
+    return [random.getstate(), as_bytes(np.random.get_state(legacy=False)),
+            as_bytes(torch.get_rng_state()), as_bytes(accelerator_rng_state()),
+            *(as_bytes(generator_state(rng)) for rng in rngs)]
+
 # %% ../../nbs/base/02_randomness.ipynb #1733efa3
 @contextmanager
 def isolated_rng(seed:int=None, # for the generators inside; None: they go on from where they are

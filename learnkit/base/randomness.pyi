@@ -113,6 +113,20 @@ def set_generator_state(rng: Any, state: Any) -> Any:
 def seed_generator(rng: Any, seed: int) -> None:
     """Have a generator object start from `seed`"""
 
+def as_bytes(state: Any) -> Any:
+    """A state of generators with bytes in place of arrays and tensors, to be compared
+
+    Returns:
+        the same nesting of dicts and lists
+    """
+
+def rng_mark(rngs: Any = ()) -> list:
+    """What every draw changes, from the generators of this process and from `rngs`
+
+    Returns:
+        list
+    """
+
 def isolated_rng(seed: int | None = None) -> AbstractContextManager[None]:
     """Restore every random generator when the block ends, by an exception too
 

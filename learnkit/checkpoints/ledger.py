@@ -172,38 +172,41 @@ class Call:
     code: dict # name -> digest, of the user's own that it refers to
     text: str # as in a script
 
+    @property
+    def of_object(self): # dict: name -> Fingerprint
+        "What any other call would follow from, too"
+        return {name: found for name, found in self.structure.items() if name not in AROUND_CALL}
+
+AROUND_CALL = 'method', 'files' # what a call follows from that others do not
+
+# %% ../../nbs/checkpoints/05_ledger.ipynb #4fa0a941
 @patch
-def describe_arguments(self:Ledger, method:str, args, kwargs): # (dict of values, Fingerprint, text)
-    "The arguments of a call, and the call as it stands in a script"
-    obj = self.host.object  # whose own methods are refused while a block is open
+def describe_call(self:Ledger, method:str, args, kwargs) -> Call:
+    "A call with all that its result follows from, besides the state"
+    obj, (args, kwargs) = self.host.object, self.host.instantiated(method, args, kwargs)
+    # Of the class: the object's own methods are refused while a block is open
     values = call_arguments(getattr(type(obj), method).__get__(obj), args, kwargs)
     seen = self.host.reach.observe(values)
     self.begin_moment()
+    with self.host.reach.as_built(values, seen):
+        arguments, text = self.describe_arguments(method, args, kwargs, values)
+        structure = self.describe(self.host.structure())
+    structure |= self.describe(self.around_call(method, values))
+    found = [fingerprint(type(obj), reads=False), arguments, *structure.values(),
+             *self.root.values()]
+    code = {name: digest for one in found for name, digest in one.code.items()}
+    return Call(method, args, kwargs, method_kind(type(obj), method), values, arguments, structure,
+                code, text)
+
+@patch
+def describe_arguments(self:Ledger, method, args, kwargs, values): # (Fingerprint, text)
+    "The arguments of a call, and the call as it stands in a script"
     def described():
         found = fingerprint(values, method, self.options.ignore, self.memo,
                             known=self.host.reach.known_objects())
         return as_json(found), self.call_text(method, args, kwargs)
-    with self.host.reach.as_built(values, seen): arguments, text = self.on_main(described)
-    return values, Fingerprint(*arguments), text
-
-# %% ../../nbs/checkpoints/05_ledger.ipynb #d65323dd
-@patch
-def describe_call(self:Ledger, method:str, args, kwargs) -> Call:
-    "A call with all that its result follows from, besides the state"
-    args, kwargs = self.host.instantiated(method, args, kwargs)
-    described = self.describe_arguments(method, args, kwargs)
-    return self.whole_call(method, args, kwargs, *described, self.structure(still=True))
-
-@patch
-def whole_call(self:Ledger, method:str, args, kwargs, values, arguments, text, structure) -> Call:
-    "A call of which arguments and structure are described"
-    cls = type(self.host.object)
-    structure = structure | self.describe(self.around_call(method, values))
-    found = [fingerprint(cls, reads=False), arguments,
-             *structure.values(), *self.root.values()]
-    code = {name: digest for one in found for name, digest in one.code.items()}
-    return Call(method, args, kwargs, method_kind(cls, method), values, arguments, structure, code,
-                text)
+    arguments, text = self.on_main(described)
+    return Fingerprint(*arguments), text
 
 # %% ../../nbs/checkpoints/05_ledger.ipynb #86d52d02
 @patch
@@ -211,8 +214,8 @@ def around_call(self:Ledger, method, values) -> dict: # name -> value
     "What a call follows from that others do not: its code, and files that it reads"
     code = MethodCode(type(self.host.object), method)
     files = self.host.files.read_by(method, values)
-    return {name: x for name, x, is_used in (
-        ('method', code, code.functions), ('files', files, files)) if is_used}
+    found = zip(AROUND_CALL, (code, files), (code.functions, files), strict=True)
+    return {name: x for name, x, is_used in found if is_used}
 
 # %% ../../nbs/checkpoints/05_ledger.ipynb #a0582d00
 @patch

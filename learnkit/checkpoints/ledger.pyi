@@ -268,25 +268,14 @@ class Ledger:
         Args:
             name, value, known: as from `known_objects`
         """
-    def describe_arguments(self, method: str, args: Any, kwargs: Any) -> Any:
+    def describe_call(self, method: str, args: Any, kwargs: Any) -> Call:
+        """A call with all that its result follows from, besides the state"""
+    def describe_arguments(self, method: Any, args: Any, kwargs: Any, values: Any) -> Any:
         """The arguments of a call, and the call as it stands in a script
 
         Returns:
-            (dict of values, Fingerprint, text)
+            (Fingerprint, text)
         """
-    def describe_call(self, method: str, args: Any, kwargs: Any) -> Call:
-        """A call with all that its result follows from, besides the state"""
-    def whole_call(
-            self,
-            method: str,
-            args: Any,
-            kwargs: Any,
-            values: Any,
-            arguments: Any,
-            text: Any,
-            structure: Any,
-    ) -> Call:
-        """A call of which arguments and structure are described"""
     def around_call(self, method: Any, values: Any) -> dict:
         """What a call follows from that others do not: its code, and files that it reads
 
@@ -450,6 +439,14 @@ class Call:
     """name -> digest, of the user's own that it refers to"""
     text: str
     """as in a script"""
+    @property
+    def of_object(self) -> Any:
+        """What any other call would follow from, too
+
+        Returns:
+            dict: name -> Fingerprint
+        """
+AROUND_CALL: tuple[str, ...]
 
 def roots_in(found: Any) -> Any:
     """All that is named by what `put_state` and the like return

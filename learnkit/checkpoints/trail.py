@@ -6,13 +6,15 @@
 __all__ = []
 
 # %% ../../nbs/checkpoints/19_trail.ipynb #78fad0f1
+from dataclasses import dataclass
 from functools import partial
 from fastcore.basics import patch
-from ..base.randomness import rng_state
+from ..base.randomness import rng_mark
 from ..files.ids import check_id
-from ..files.tree import json_digest, tree_digest
-from .record import Position, position_text
+from ..files.tree import json_digest
+from .record import CallRecord, Position, position_text
 from .host import method_kind
+from .ledger import digests_of
 from .uploads import fetch_missing
 from .recording import opened
 
@@ -35,7 +37,7 @@ class Trail:
         self.ledger, self.prefix = ledger, prefix
         self.start, self.objects = ledger.position, ledger.host.structure_objects()
         self.structural = {}  # id -> structural calls on the way there: (method, args, kwargs)
-        self.walked = {}  # name -> (id, steps) of calls that need not be compared again
+        self.walked = {}  # name -> `Walked`, of calls that were made or compared
         self.begin()
 
     def begin(self):
@@ -45,11 +47,11 @@ class Trail:
         self.ids, self.made, self.steps, self.calls = [], 0, 0, []
         self.note_random()
 
-    def note_random(self): self.random = tree_digest(rng_state())
+    def note_random(self): self.drawn = rng_mark()
 
     def check_random(self, method):
         "Raise RuntimeError if random generators have moved since the last call"
-        if tree_digest(rng_state()) == self.random: return
+        if rng_mark() == self.drawn: return
         raise RuntimeError(
             f'random numbers were drawn, or a seed was set, before cp.{method}: trials share '
             'calls, so that would count in some of them and not in others. Draw from a generator '
@@ -60,47 +62,65 @@ class Trail:
 @patch
 def step(self:Trail, method, args, kwargs): # what the call returns
     "Make a call that changes the object, or find it made"
-    ledger = self.ledger
-    args, kwargs = ledger.host.instantiated(method, args, kwargs)
-    described = ledger.describe_arguments(method, args, kwargs)
-    name = node_name(ledger.position, method, described[1].digest)
-    if name in self.walked: result, id = self.walk(name, method, args, kwargs)
-    else: result, id = self.record(name, method, args, kwargs, described)
-    if method_kind(type(ledger.host.object), method) == 'structural':
-        self.calls = [*self.calls, (method, args, kwargs)]
+    call = self.ledger.describe_call(method, args, kwargs)
+    name = node_name(self.ledger.position, method, call.arguments.digest)
+    if self.was_compared(name, call): result, id = self.walk(name, call)
+    else: result, id = self.record(name, call)
+    if call.kind == 'structural': self.calls = [*self.calls, (method, call.args, call.kwargs)]
     self.structural[id] = self.calls
     self.ids.append(id)
     return result
 
 @patch
-def record(self:Trail, name, method, args, kwargs, described): # (what the call returns, id)
+def record(self:Trail, name, call): # (what the call returns, id)
     "Make a call in a block of its own, where it is compared with what is recorded"
     __tracebackhide__ = True
     ledger, kept = self.ledger, dict(self.ledger.structures)
-    id, structure = known_id(ledger.store.ids(), self.prefix, name), ledger.structure(still=True)
-    asked = ledger.whole_call(method, args, kwargs, *described, structure)
+    id = known_id(ledger.store.ids(), self.prefix, name)
     try:
-        with opened(ledger, id, asked.text, lazy=True, structure=structure) as block:
-            result = block.described_call(asked)
+        with opened(ledger, id, call.text, lazy=True, structure=call.of_object) as block:
+            result = block.described_call(call)
     finally: ledger.structures = kept  # they would keep the optimizers of all trails alive
-    call = block.node.call(0)
-    steps = call.report.get('steps', 0)
-    self.steps += steps
-    if not ledger.is_behind: self.made += steps
-    if call.returns_host and not call.callbacks: self.walked[name] = id, steps
+    record = block.node.call(0)
+    self.steps += steps_of(record)
+    if not ledger.is_behind: self.made += steps_of(record)
+    given = [one for one in ledger.host.stateful_arguments(call.values) if one.callback is not None]
+    if (result is None or record.returns_host) and not (given or record.seals):
+        self.walked[name] = Walked(id, follows_from(call), record)
     return result, id
 
+def steps_of(record): return record.report.get('steps', 0) # int
+
 # %% ../../nbs/checkpoints/19_trail.ipynb #df96f1a0
+@dataclass(frozen=True)
+class Walked:
+    "A call that this object has made or compared, and which gives nothing but the object"
+    id: object # of its checkpoint
+    follows_from: tuple # as from `follows_from`
+    record: CallRecord
+
+def follows_from(call): # plain values
+    "What a call that is asked for follows from, besides the state"
+    return digests_of(call.structure), call.code
+
 @patch
-def walk(self:Trail, name, method, args, kwargs): # (what the call returns, id)
-    "A call that this object has made or compared before, and which returns the learner itself"
-    ledger, (id, steps) = self.ledger, self.walked[name]
-    if method_kind(type(ledger.host.object), method) == 'structural':
-        ledger.make_call(method, args, kwargs)
+def was_compared(self:Trail, name, call): # bool
+    "Whether a call is asked for as it was before, and is recorded as it was"
+    if (known := self.walked.get(name)) is None or known.follows_from != follows_from(call):
+        return False
+    node = self.ledger.read(known.id)
+    return node is not None and node.n_calls == 1 and node.call(0).json == known.record.json
+
+@patch
+def walk(self:Trail, name, call): # (what the call returns, id)
+    "A call that need not be compared again"
+    ledger, known = self.ledger, self.walked[name]
+    if call.kind == 'structural':
+        ledger.make_call(call.method, call.args, call.kwargs)
         ledger.host.reach.observe()
-    ledger.position, ledger.is_behind = Position(id), True
-    self.steps += steps
-    return ledger.host.object, id
+    ledger.position, ledger.is_behind = Position(known.id), True
+    self.steps += steps_of(known.record)
+    return ledger.host.object if known.record.returns_host else None, known.id
 
 # %% ../../nbs/checkpoints/19_trail.ipynb #b134c117
 @patch

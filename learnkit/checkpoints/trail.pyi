@@ -2,7 +2,9 @@
 # pyright: reportIncompatibleMethodOverride=false, reportIncompatibleVariableOverride=false
 # pyright: reportPrivateImportUsage=false
 """Calls that go on from each other, each a checkpoint of its own"""
+from dataclasses import dataclass
 from typing import Any
+from ..checkpoints.record import CallRecord
 __all__ = []
 NAME_LENGTH: int
 
@@ -32,7 +34,7 @@ class Trail:
     made: int
     steps: int
     calls: Any
-    random: str
+    drawn: Any
     def __init__(self, ledger: Any, prefix: Any) -> None: ...
     def begin(self) -> None:
         """Stand at the start again; its state is loaded when it is needed"""
@@ -45,14 +47,20 @@ class Trail:
         Returns:
             what the call returns
         """
-    def record(self, name: Any, method: Any, args: Any, kwargs: Any, described: Any) -> Any:
+    def record(self, name: Any, call: Any) -> Any:
         """Make a call in a block of its own, where it is compared with what is recorded
 
         Returns:
             (what the call returns, id)
         """
-    def walk(self, name: Any, method: Any, args: Any, kwargs: Any) -> Any:
-        """A call that this object has made or compared before, and which returns the learner itself
+    def was_compared(self, name: Any, call: Any) -> bool:
+        """Whether a call is asked for as it was before, and is recorded as it was
+
+        Returns:
+            bool
+        """
+    def walk(self, name: Any, call: Any) -> Any:
+        """A call that need not be compared again
 
         Returns:
             (what the call returns, id)
@@ -69,6 +77,24 @@ class Trail:
         """Go on from another checkpoint"""
     def end(self) -> None:
         """Bring the object back to the start"""
+
+def steps_of(record: Any) -> Any: ...
+
+@dataclass(frozen=True)
+class Walked:
+    """A call that this object has made or compared, and which gives nothing but the object"""
+    id: Any
+    """of its checkpoint"""
+    follows_from: tuple
+    """as from `follows_from`"""
+    record: CallRecord
+
+def follows_from(call: Any) -> Any:
+    """What a call that is asked for follows from, besides the state
+
+    Returns:
+        plain values
+    """
 OWN: tuple[str, ...]
 
 class TrailProxy:

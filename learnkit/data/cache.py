@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/data/03_cache.ipynb #e38b0a4c
-import errno, json, math, os, random, secrets, struct, tempfile, threading, warnings, weakref
+import errno, json, math, os, secrets, struct, tempfile, threading, warnings, weakref
 from contextlib import suppress
 from functools import singledispatch
 from importlib import import_module
@@ -16,7 +16,7 @@ import torch
 from fastcore.basics import patch
 from torch.utils.data import get_worker_info
 from ..base.guard import top_module
-from ..base.randomness import generator_state
+from ..base.randomness import makes_generators, rng_mark
 from ..base.snapshots import Scope, Snapshot
 from ..base.text import caller_stacklevel, size_text
 from ..files.errors import UnstorableError
@@ -25,7 +25,7 @@ from ..files.durable import (
 from ..files.tensors import (
     DTYPES, checksum, host_tensor, tensor_bytes, why_unstorable)
 from ..files.tree import (
-    FoundTensor, Packer, Parts, Unpacker, fill_in_names, is_permuted, tree_digest)
+    FoundTensor, Packer, Parts, Unpacker, fill_in_names, is_permuted)
 from .resumable import is_large
 
 # %% ../../nbs/data/03_cache.ipynb #b6befd51
@@ -211,17 +211,6 @@ def remove_own(folder, pid:int):
     if os.getpid() == pid: remove_quietly(folder)
 
 # %% ../../nbs/data/03_cache.ipynb #21d285b1
-def states_of(rngs): # list
-    "What a draw changes, from the generators of this process or from `rngs`"
-    return [random.getstate(), as_bytes(np.random.get_state(legacy=False)),
-            as_bytes(torch.get_rng_state().numpy()),
-            tree_digest(list(map(generator_state, rngs))) if rngs else None]
-
-def as_bytes(state): # the same nesting of dicts
-    "A state with bytes in place of arrays, to be compared"
-    if isinstance(state, dict): return {key: as_bytes(x) for key, x in state.items()}
-    return state.tobytes() if isinstance(state, np.ndarray) else state
-
 MEND = ('the cache would keep what fell the first time: give what draws as augment=, a function '
         'that is called with each sample each time, and let the dataset give samples without it')
 
@@ -242,10 +231,10 @@ def read_to_keep(name, # of the dataset, for errors
                  check:bool, # whether the first one is read again
                 ): # dict: number -> bytes
     "Samples of a dataset; TypeError where they are drawn at random, or cannot be kept"
-    before = states_of(rngs)
+    before = rng_mark(rngs)
     found = {i: kept_bytes(name, i, x) for i, x in zip(samples, read(samples), strict=True)}
     again = kept_bytes(name, samples[0], *read(samples[:1])) if check else found[samples[0]]
-    if states_of(rngs) != before:
+    if rng_mark(rngs) != before:
         raise TypeError(f'cache: reading sample {samples[0]}{" and more" * (len(samples) > 1)} of '
                         f'{name} draws random numbers; {MEND}')
     if again != found[samples[0]]:
@@ -268,7 +257,7 @@ def dataset_key(ds): # 64 hex digits
 class SettingsScope(Scope):
     "What samples may follow from, without large data, generators, and what is kept"
     def is_data(self, x, path, owner):
-        return is_large(x) or generator_state(x) is not None or 'cache' in str(path[-1]).lower()
+        return is_large(x) or makes_generators(type(x)) or 'cache' in str(path[-1]).lower()
 
 # %% ../../nbs/data/03_cache.ipynb #c2e0c71e
 class SampleCache:

@@ -136,20 +136,6 @@ def remove_quietly(folder: Any) -> None:
 
 def remove_own(folder: Any, pid: int) -> None:
     """Remove a folder in memory, in the process that has made it"""
-
-def states_of(rngs: Any) -> list:
-    """What a draw changes, from the generators of this process or from `rngs`
-
-    Returns:
-        list
-    """
-
-def as_bytes(state: Any) -> Any:
-    """A state with bytes in place of arrays, to be compared
-
-    Returns:
-        the same nesting of dicts
-    """
 MEND: str
 
 def check_cacheable(ds: Any) -> None:

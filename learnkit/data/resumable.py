@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from ..base.guard import top_module
 from ..base.randomness import (
-    generator_state, rng_state, set_generator_state, set_rng_state)
+    generator_state, rng_mark, rng_state, set_generator_state, set_rng_state)
 from ..base.batches import tensors_in
 from ..files.tensors import checksum, is_shared, tensor_digest
 from ..files.tree import tree_digest
@@ -193,15 +193,15 @@ def skip_batches(dl, start:int, last=None): # iterator; None when skipping gives
     batches = iter(dl)
     if not start: return batches
     indices = batches._next_index()  # a sampler draws its order when it is first asked
-    before = tree_digest(rng_state())
+    before = rng_mark()
     for _ in range(start - 1): indices = batches._next_index()
     if draws_since(before): return None
     if last is None or batch_digest(batches._dataset_fetcher.fetch(indices)) == last: return batches
     return batches if draws_since(before) else None
 
-def draws_since(before): # bool; before: a digest of `rng_state`
+def draws_since(before): # bool; before: as from `rng_mark`
     "Whether batches draw from generators that a model may draw from in between"
-    return tree_digest(rng_state()) != before
+    return rng_mark() != before
 
 # %% ../../nbs/data/02_resumable.ipynb #868be762
 def replay_batches(dl, start:int, last=None): # iterator
@@ -211,7 +211,7 @@ def replay_batches(dl, start:int, last=None): # iterator
         if (batch := next(batches, dl)) is dl:
             raise ValueError(f'{describe(dl)} ended after {number} batches; {start} were read '
                              'before the interruption, so the data is not the same')
-        if number == 0: before = tree_digest(rng_state())
+        if number == 0: before = rng_mark()
     if start and None is not last != batch_digest(batch) and not draws_since(before):
         raise ValueError(f'{describe(dl)} does not repeat itself: batch {start - 1} is not the one '
                          'that was read before the interruption. Let its order and its samples '

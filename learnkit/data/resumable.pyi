@@ -156,7 +156,7 @@ def draws_since(before: Any) -> Any:
     """Whether batches draw from generators that a model may draw from in between
 
     Returns:
-        bool; before: a digest of `rng_state`
+        bool; before: as from `rng_mark`
     """
 
 def replay_batches(dl: Any, start: int, last: Any = None) -> Any:

@@ -9,6 +9,7 @@ __all__ = []
 import dis, enum, functools, inspect, sys, sysconfig, types
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import is_
 from pathlib import Path
 from torch import nn
 from ..base.methods import full_name
@@ -166,18 +167,28 @@ def wrapped_functions(member): # list
 def users_functions(holder): # list of (name, function)
     "The user's own functions in the body of a class, or in a module"
     if is_user_module(getattr(holder, '__module__', holder.__name__)): return users_among(holder)
-    members = vars(holder)
-    _, is_open, found = known_users_among(holder, *members, *map(id, members.values()))
-    return users_among(holder) if is_open else found
+    return members_of(holder).users()
 
 def users_among(holder): # list of (name, function)
     return [(name, func) for name, func in functions_in(holder) if is_user_function(func)]
 
+class Members:
+    "What a class or a module held when it was last looked at, and the user's own functions in it"
+    def __init__(self, holder): self.holder, self.seen = holder, ((), (), None)
+
+    def users(self): # list of (name, function)
+        members, (names, values, found) = vars(self.holder), self.seen
+        if found is not None and names == (*members,) and all(map(is_, values, members.values())):
+            return found
+        names, values = (*members,), (*members.values(),)
+        found = users_among(self.holder)
+        # What is registered there later changes nothing that it holds
+        is_open = functools.singledispatchmethod in map(type, values)
+        self.seen = names, values, None if is_open else found
+        return found
+
 @lru_cache(maxsize=512)
-def known_users_among(holder, *_): # (all that it holds, whether that can be added to, the list)
-    "As an id stands for one object as long as that lives, what was held is kept"
-    held = [*vars(holder).values()]
-    return held, functools.singledispatchmethod in map(type, held), users_among(holder)
+def members_of(holder): return Members(holder)
 
 # %% ../../nbs/fingerprint/00_inspection.ipynb #e4be87ba
 def attributes(x): # dict: name -> value

@@ -158,13 +158,18 @@ def users_among(holder: Any) -> Any:
         list of (name, function)
     """
 
-@lru_cache(maxsize=512)
-def known_users_among(holder: Any, *_: Any) -> Any:
-    """As an id stands for one object as long as that lives, what was held is kept
+class Members:
+    """What a class or a module held when it was last looked at, and the user's own functions in it"""
+    holder: Any
+    seen: tuple[Any, ...]
+    def __init__(self, holder: Any) -> None: ...
+    def users(self) -> Any:
+        """Returns:
+            list of (name, function)
+        """
 
-    Returns:
-        (all that it holds, whether that can be added to, the list)
-    """
+@lru_cache(maxsize=512)
+def members_of(holder: Any) -> Any: ...
 
 def attributes(x: Any) -> Any:
     """What an object holds, without what it has computed from that or only wraps

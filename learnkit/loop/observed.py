@@ -456,6 +456,7 @@ def refusal(x, text, error,
 # %% ../../nbs/loop/04_observed.ipynb #3fe72873
 def check_observed(learn, saved:dict):
     "Raise ValueError when a state has attributes of objects that this learner does not have"
+    if not saved: return
     now = snapshot(learn)
     for text, entry in saved.items():
         if tuple(entry['path']) not in now.objects:
@@ -473,6 +474,7 @@ def forget_changes(learn, given=()): # given: as for `observed_state`
 
 def load_observed(learn, saved:dict, given=()): # given: as for `observed_state`
     "Give what `observed_state` has found to objects that are as in the baseline"
+    if not saved: return
     now = snapshot(learn, given)
     unpacking = Unpacking(now.objects.__getitem__, state_tensors(learn))
     for entry in saved.values():

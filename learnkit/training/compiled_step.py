@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../../nbs/training/15_compiled_step.ipynb #5ba8c252
 import builtins, copy, inspect, re
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from operator import is_
 from types import FunctionType
 from typing import NamedTuple
@@ -305,6 +305,7 @@ class CompiledStep(Callback):
         self.kwargs, self.reuses_memory = {'dynamic': False, **kwargs}, reuses_memory(**kwargs)
         self.graph, self.graphs, self.told = None, {}, set()
         self.in_graphs = []  # callbacks that are part of them, and of what kind the weights are
+        self.in_cpp = not {'backend', 'mode', 'options'} & kwargs.keys()  # see `compiler_args`
         self.before_fit(None)
 
     def __getstate__(self): # graphs belong to this process, and to the learner of which they are
@@ -318,8 +319,10 @@ class CompiledStep(Callback):
 
     def get_pred(self, learn):
         self.made = self.in_graph(learn)
-        if self.made is None: return learn.get_pred()
-        learn.pred = self.made.pred
+        if self.made is not None: learn.pred = self.made.pred
+        elif self.reason is not None: learn.get_pred()
+        else:
+            with not_compiled(learn): learn.get_pred()
 
     def get_loss(self, learn):
         if self.made is None: return learn.get_loss()
@@ -349,6 +352,9 @@ def in_graph(self:CompiledStep, learn): # Made; None: the step is made as ever
     try: made = self.graph(learn)
     except Exception as error:
         if not is_compilers(error): raise
+        if self.in_cpp and isinstance(error, torch._dynamo.exc.BackendCompilerFailed):
+            self.in_cpp, self.graphs = False, {}  # Python can call some that C++ cannot
+            return self.in_graph(learn)
         if changes_too_often(error): self.with_update = False  # nor would the gradients stay
         self.leave_out(learn, compilers_text(error))
         return self.in_graph(learn)
@@ -374,8 +380,15 @@ def graph_for(self:CompiledStep, learn, with_update): # StepGraph
     "The one that there is, if it serves for the learner as it is now"
     if (graph := self.graphs.get(with_update)) is None or not graph.serves(learn):
         averages = [cb for cb in self.in_graphs if with_update and isinstance(cb, EMA)]
-        self.graphs[with_update] = graph = StepGraph(learn, with_update, averages, self.kwargs)
+        kwargs = self.compiler_args(learn)
+        self.graphs[with_update] = graph = StepGraph(learn, with_update, averages, kwargs)
     return graph
+
+@patch
+def compiler_args(self:CompiledStep, learn): # dict, of `torch.compile`
+    "On a CPU kernels are called from C++, at less cost, unless who compiles says something else"
+    in_cpp = self.in_cpp and learn.device.type == 'cpu'
+    return {**self.kwargs, 'options': {'cpp_wrapper': True}} if in_cpp else self.kwargs
 
 @patch
 def averages_in_graph(self:CompiledStep, learn): # list of EMAs
@@ -408,6 +421,13 @@ def is_of_size(self:CompiledStep, learn): # bool
     if self.kwargs['dynamic']: return True
     bs = getattr(learn.dl, 'bs', None) or getattr(learn.dl, 'batch_size', None)
     return bs is None or learn.n_items == bs
+
+@contextmanager
+def not_compiled(learn):
+    "In the block the model is as it is, so that a batch that is in no graph needs none of its own"
+    before, learn.compiled = learn.compiled, None
+    try: yield
+    finally: learn.compiled = before
 
 def parameters_without_state(learn): # list of names
     "Parameters of which the optimizer has no state yet: it makes that with their first gradient"

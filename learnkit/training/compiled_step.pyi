@@ -3,6 +3,7 @@
 # pyright: reportPrivateImportUsage=false
 """Forward pass, loss, gradients, bounds and update, compiled together"""
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 import torch
 from typing import Any, NamedTuple
 from ..components.callback import Callback
@@ -227,6 +228,7 @@ class CompiledStep(Callback):
     graphs: dict[Any, Any]
     told: Any
     in_graphs: list[Any]
+    in_cpp: bool
     made: Any
     bound: Any
     with_update: Any
@@ -238,7 +240,7 @@ class CompiledStep(Callback):
         """
     def settings(self) -> Any: ...
     def before_fit(self, learn: Learner) -> None: ...
-    def get_pred(self, learn: Learner) -> Any: ...
+    def get_pred(self, learn: Learner) -> None: ...
     def get_loss(self, learn: Learner) -> Any: ...
     def backward(self, learn: Learner) -> Any: ...
     def step(self, learn: Learner) -> None: ...
@@ -256,6 +258,12 @@ class CompiledStep(Callback):
 
         Returns:
             StepGraph
+        """
+    def compiler_args(self, learn: Learner) -> Any:
+        """On a CPU kernels are called from C++, at less cost, unless who compiles says something else
+
+        Returns:
+            dict, of `torch.compile`
         """
     def averages_in_graph(self, learn: Learner) -> Any:
         """Those that can be in the graph of an update; of others is said why not
@@ -275,6 +283,9 @@ class CompiledStep(Callback):
         """
 GRADIENTS_ALONE: str
 MODEL_ALONE: str
+
+def not_compiled(learn: Learner) -> AbstractContextManager[None]:
+    """In the block the model is as it is, so that a batch that is in no graph needs none of its own"""
 
 def parameters_without_state(learn: Learner) -> Any:
     """Parameters of which the optimizer has no state yet: it makes that with their first gradient

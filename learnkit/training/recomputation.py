@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 from ..base.blocks import outermost_blocks
-from ..base.randomness import generator_state, makes_generators, set_generator_state
+from ..base.randomness import (
+    as_bytes, generator_state, makes_generators, set_generator_state)
 from ..base.snapshots import MISSING, TORCH_SLOTS
 from ..components.callback import Callback, write_count
 
@@ -70,12 +71,6 @@ class Generators:
         return [(random.setstate, random.getstate()),
                 (np.random.set_state, np.random.get_state(legacy=False)), *own]
 
-def same_state(a, b): # bool
-    "Whether two states of generators are alike, in the forms that their libraries give"
-    if isinstance(a, dict): return all(same_state(x, b[name]) for name, x in a.items())
-    if isinstance(a, np.ndarray): return a.tobytes() == b.tobytes()
-    return a.equal(b) if isinstance(a, torch.Tensor) else a == b
-
 # %% ../../nbs/training/16_recomputation.ipynb #d24882dc
 class Before:
     "What a block held before a forward pass that has changed it"
@@ -88,7 +83,7 @@ class Before:
         states = generators.now()
         yield
         self.slots = [one for one in slots if one.keep_changed()]
-        drawn = [not same_state(state, now) for (_, state), (_, now)
+        drawn = [as_bytes(state) != as_bytes(now) for (_, state), (_, now)
                  in zip(states, generators.now(), strict=True)]
         self.generators, self.states = generators, [*compress(states, drawn)]
 

@@ -48,13 +48,6 @@ class Generators:
             list of (function that sets it, state)
         """
 
-def same_state(a: Any, b: Any) -> bool:
-    """Whether two states of generators are alike, in the forms that their libraries give
-
-    Returns:
-        bool
-    """
-
 class Before:
     """What a block held before a forward pass that has changed it"""
     block: Any

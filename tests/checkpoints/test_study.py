@@ -11,6 +11,7 @@ from learnkit.checkpoints.learner import CheckpointedLearner
 from learnkit.checkpoints.ledger import Ledger
 from learnkit.checkpoints.lineage import delete_checkpoint
 from learnkit.checkpoints.record import StaleCheckpoint
+from learnkit.checkpoints import trail
 from learnkit.checkpoints.stages import names, stage_tree, walk
 from learnkit.files.errors import DamagedError
 from learnkit.files.journal import Journal
@@ -106,6 +107,56 @@ def test_a_hit_loads_no_state(tmp_path, monkeypatch):
     study.run(job, n_trials=27)
     assert trained(tmp_path) == before and len(restored) <= 3
     assert study.steps == {'in_trials': 27 * 3 * STEPS, 'trained': STEPS * (3 + 9 + 27)}
+
+
+SCALE = [1.]
+
+
+def scaled(out, target): return SCALE[0] * nn.functional.cross_entropy(out, target)
+
+
+def two_rates(cp, trial):
+    cp.fit(1, 1e-2)
+    cp.fit(1, trial.suggest_categorical('lr', RATES))
+    return cp.validate()['loss']
+
+
+def test_what_a_study_has_compared_is_not_opened_again(tmp_path, monkeypatch):
+    opened, ids = trail.opened, []
+    monkeypatch.setattr(trail, 'opened', lambda ledger, id, *a, **k: ids.append(id) or opened(
+        ledger, id, *a, **k))
+    study = make(tmp_path).study('s', sampler=optuna.samplers.GridSampler({'lr': RATES}, seed=0))
+    study.run(two_rates, 3)
+    assert len(ids) == len(set(ids)) == 1 + 3 and trained(tmp_path) == 4 * STEPS
+    assert study.steps == {'in_trials': 6 * STEPS, 'trained': 4 * STEPS}
+
+
+def test_what_is_shared_is_compared_in_each_trial(tmp_path):
+    "A value that the job itself has changed, and which a call that was made before reads"
+    learn = make(tmp_path)
+    learn.loss_func = scaled
+    study = learn.study('s', sampler=optuna.samplers.GridSampler({'lr': RATES}, seed=0))
+    def changes(cp, trial):
+        SCALE[0] = 1. + trial.number
+        return two_rates(cp, trial)
+    try:
+        with pytest.raises(StaleCheckpoint, match='SCALE'): study.run(changes, 2)
+    finally: SCALE[0] = 1.
+    assert trained(tmp_path) == 2 * STEPS
+
+
+def test_what_is_shared_may_be_deleted_meanwhile(tmp_path):
+    study = make(tmp_path).study('s', sampler=optuna.samplers.GridSampler({'lr': RATES}, seed=0))
+    def deletes(cp, trial):
+        if trial.number == 1:
+            with isolated_rng(): other = make(tmp_path)
+            other.delete_checkpoint(study.study.trials[0].user_attrs['ids'][1], force=True)
+        return two_rates(cp, trial)
+    study.run(deletes, 3)
+    assert trained(tmp_path) == 5 * STEPS  # the shared call once more
+    for _, row in study.trials.iterrows():
+        (tmp_path / 'alone').mkdir(exist_ok=True)
+        assert row.value == alone(tmp_path, [1e-2, row.lr])
 
 
 def test_the_learner_is_where_it_was(tmp_path):

@@ -400,3 +400,32 @@ def test_a_number_that_changes_more_often_than_there_may_be_graphs():
             learn.fit(torch._dynamo.config.recompile_limit + 3, cbs=Callback(before_epoch=fade))
     assert level(learns[0]) == 'model'
     check_equal(*learns)
+
+
+def test_nothing_is_compiled_for_the_first_update_and_for_the_last_batch():
+    aot_eager, made_in = torch._dynamo.lookup_backend(BACKEND), set()
+    def noting(graph, inputs):
+        made_in.add((learn.epoch, learn.iter))
+        return aot_eager(graph, inputs)
+    x, y = torch.randn(70, 6), torch.randint(0, 3, (70,))
+    set_seed(0)
+    learn = Learner(DataLoaders.from_tensors((x, y), bs=16), net(), nn.CrossEntropyLoss(),
+                    device='cpu').compile(step=True, backend=noting)
+    compiled = learn.compiled
+    with learn.no_logging(): learn.fit(3)
+    assert made_in == {(0, 1)} and level(learn) == 'update' and learn.compiled is compiled
+
+
+@pytest.mark.slow
+def test_what_cannot_be_called_from_cpp_is_called_from_python(monkeypatch):
+    from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
+    def fails(*args, **kwargs): raise NotImplementedError('there is no such function in C++')
+    monkeypatch.setattr(torch.compiler.config, 'force_disable_caches', True)
+    for is_broken in (False, True):
+        torch._dynamo.reset()
+        if is_broken: monkeypatch.setattr(CppWrapperCpu, 'generate', fails)
+        ours, plain = make(compiled=False).compile(step=True), make(compiled=False)
+        for learn in (ours, plain):
+            with learn.no_logging(): learn.fit(2)
+        assert level(ours) == 'update' and step_of(ours).in_cpp is not is_broken
+        check_equal(ours, plain)
