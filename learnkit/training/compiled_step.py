@@ -295,6 +295,38 @@ def reuses_memory(mode=None, options=None, **kwargs): # bool
     with_graphs = mode in ('reduce-overhead', 'max-autotune')
     return with_graphs or bool((options or {}).get('triton.cudagraphs'))
 
+def calls_from_cpp(kwargs, device): # bool; kwargs: of `torch.compile`
+    "Whether kernels are called from C++, at less cost: on a CPU, if nobody says something else"
+    return device.type == 'cpu' and not {'backend', 'mode', 'options'} & kwargs.keys()
+
+# %% ../../nbs/training/15_compiled_step.ipynb #3fb81066
+def is_of_size(learn): # bool
+    "Whether a batch has as many samples as its loader gives, so that one graph serves for all"
+    bs = getattr(learn.dl, 'bs', None) or getattr(learn.dl, 'batch_size', None)
+    return bs is None or learn.n_items == bs
+
+@contextmanager
+def not_compiled(learn):
+    "In the block the model is as it is, so that a batch that is in no graph needs none of its own"
+    before, learn.compiled = learn.compiled, None
+    try: yield
+    finally: learn.compiled = before
+
+def parameters_without_state(learn): # list of names
+    "Parameters of which the optimizer has no state yet: it makes that with their first gradient"
+    if type(learn.opt) is torch.optim.SGD: return []  # without momentum it has none
+    found = [p for p in trainable_params(learn.opt) if p not in learn.opt.state]
+    names = {id(p): name for name, p in learn.model.named_parameters()} if found else {}
+    return [names.get(id(p), 'a parameter') for p in found]
+
+def compilers_text(error): # str
+    text = str(error).strip()
+    cause = re.search(': got (.*)', text)  # of what fails when it is traced
+    if not changes_too_often(error): return cause[1] if cause else text.partition('\n')[0]
+    return ('a number or text in the model, the loss or the batches changes too often, and each '
+            'value needs a graph of its own; TORCH_LOGS=recompiles shows which, a tensor can stand '
+            'for it')
+
 # %% ../../nbs/training/15_compiled_step.ipynb #55213ec1
 class CompiledStep(Callback):
     "Makes training steps in a graph, as far as torch and the other callbacks let it"
@@ -305,7 +337,7 @@ class CompiledStep(Callback):
         self.kwargs, self.reuses_memory = {'dynamic': False, **kwargs}, reuses_memory(**kwargs)
         self.graph, self.graphs, self.told = None, {}, set()
         self.in_graphs = []  # callbacks that are part of them, and of what kind the weights are
-        self.in_cpp = not {'backend', 'mode', 'options'} & kwargs.keys()  # see `compiler_args`
+        self.in_cpp = True  # until the compiler fails with that; see `calls_from_cpp`
         self.before_fit(None)
 
     def __getstate__(self): # graphs belong to this process, and to the learner of which they are
@@ -317,34 +349,41 @@ class CompiledStep(Callback):
         self.made = self.bound = None
         self.with_update, self.reason = True, None  # reason: why no gradients are in a graph
 
-    def get_pred(self, learn):
-        self.made = self.in_graph(learn)
-        if self.made is not None: learn.pred = self.made.pred
-        elif self.reason is not None: learn.get_pred()
-        else:
-            with not_compiled(learn): learn.get_pred()
+# %% ../../nbs/training/15_compiled_step.ipynb #ea6f995c
+@patch
+def get_pred(self:CompiledStep, learn):
+    self.made = self.in_graph(learn)
+    if self.made is not None: learn.pred = self.made.pred
+    elif self.reason is not None: learn.get_pred()
+    else:
+        with not_compiled(learn): learn.get_pred()
 
-    def get_loss(self, learn):
-        if self.made is None: return learn.get_loss()
-        learn.loss = self.made.loss
-        if self.made.weight is not None: learn._loss_weight = as_weight(self.made.weight)
+@patch
+def get_loss(self:CompiledStep, learn):
+    if self.made is None: return learn.get_loss()
+    learn.loss = self.made.loss
+    if self.made.weight is not None: learn._loss_weight = as_weight(self.made.weight)
 
-    def backward(self, learn):
-        if self.made is None: return learn.backward()
-        for p, grad in zip(self.graph.params, self.made.grads or (), strict=False):
-            p.grad = grad if p.grad is None or grad is None else p.grad + grad
+@patch
+def backward(self:CompiledStep, learn):
+    if self.made is None: return learn.backward()
+    for p, grad in zip(self.graph.params, self.made.grads or (), strict=False):
+        p.grad = grad if p.grad is None or grad is None else p.grad + grad
 
-    def step(self, learn):
-        if self.made is None or self.made.grads is not None: learn.step()
+@patch
+def step(self:CompiledStep, learn):
+    if self.made is None or self.made.grads is not None: learn.step()
 
-    def zero_grad(self, learn): learn.zero_grad()
+@patch
+def zero_grad(self:CompiledStep, learn): learn.zero_grad()
 
 # %% ../../nbs/training/15_compiled_step.ipynb #7368cda9
 @patch
 def in_graph(self:CompiledStep, learn): # Made; None: the step is made as ever
     "Make the parts of a step in a graph, if this batch and those who take part allow it"
     if self.bound is not learn._cbs.bound: self.examine(learn)
-    if self.reason is not None or not self.is_of_size(learn): return None
+    if self.reason is not None: return None
+    if not (self.kwargs['dynamic'] or is_of_size(learn)): return None
     without = parameters_without_state(learn) if self.with_update else []
     if without and not learn.opt.state: return None  # the first update makes it
     self.graph = self.graph_for(learn, self.with_update and not without)
@@ -380,15 +419,10 @@ def graph_for(self:CompiledStep, learn, with_update): # StepGraph
     "The one that there is, if it serves for the learner as it is now"
     if (graph := self.graphs.get(with_update)) is None or not graph.serves(learn):
         averages = [cb for cb in self.in_graphs if with_update and isinstance(cb, EMA)]
-        kwargs = self.compiler_args(learn)
+        in_cpp = self.in_cpp and calls_from_cpp(self.kwargs, learn.device)
+        kwargs = {**self.kwargs, 'options': {'cpp_wrapper': True}} if in_cpp else self.kwargs
         self.graphs[with_update] = graph = StepGraph(learn, with_update, averages, kwargs)
     return graph
-
-@patch
-def compiler_args(self:CompiledStep, learn): # dict, of `torch.compile`
-    "On a CPU kernels are called from C++, at less cost, unless who compiles says something else"
-    in_cpp = self.in_cpp and learn.device.type == 'cpu'
-    return {**self.kwargs, 'options': {'cpp_wrapper': True}} if in_cpp else self.kwargs
 
 @patch
 def averages_in_graph(self:CompiledStep, learn): # list of EMAs
@@ -413,33 +447,3 @@ def tell(self:CompiledStep, learn, text, why):
     "Show, once for each reason, a line on what is in no graph"
     if why not in self.told: show_message(learn, f'compile(step=True): {text}: {why}')
     self.told.add(why)
-
-# %% ../../nbs/training/15_compiled_step.ipynb #3c8f4451
-@patch
-def is_of_size(self:CompiledStep, learn): # bool
-    "Whether a batch has as many samples as its loader gives, so that one graph serves for all"
-    if self.kwargs['dynamic']: return True
-    bs = getattr(learn.dl, 'bs', None) or getattr(learn.dl, 'batch_size', None)
-    return bs is None or learn.n_items == bs
-
-@contextmanager
-def not_compiled(learn):
-    "In the block the model is as it is, so that a batch that is in no graph needs none of its own"
-    before, learn.compiled = learn.compiled, None
-    try: yield
-    finally: learn.compiled = before
-
-def parameters_without_state(learn): # list of names
-    "Parameters of which the optimizer has no state yet: it makes that with their first gradient"
-    if type(learn.opt) is torch.optim.SGD: return []  # without momentum it has none
-    found = [p for p in trainable_params(learn.opt) if p not in learn.opt.state]
-    names = {id(p): name for name, p in learn.model.named_parameters()} if found else {}
-    return [names.get(id(p), 'a parameter') for p in found]
-
-def compilers_text(error): # str
-    text = str(error).strip()
-    cause = re.search(': got (.*)', text)  # of what fails when it is traced
-    if not changes_too_often(error): return cause[1] if cause else text.partition('\n')[0]
-    return ('a number or text in the model, the loss or the batches changes too often, and each '
-            'value needs a graph of its own; TORCH_LOGS=recompiles shows which, a tensor can stand '
-            'for it')

@@ -218,6 +218,35 @@ def reuses_memory(mode: Any = None, options: Any = None, **kwargs: Any) -> bool:
         bool
     """
 
+def calls_from_cpp(kwargs: Any, device: Any) -> Any:
+    """Whether kernels are called from C++, at less cost: on a CPU, if nobody says something else
+
+    Returns:
+        bool; kwargs: of `torch.compile`
+    """
+
+def is_of_size(learn: Learner) -> bool:
+    """Whether a batch has as many samples as its loader gives, so that one graph serves for all
+
+    Returns:
+        bool
+    """
+
+def not_compiled(learn: Learner) -> AbstractContextManager[None]:
+    """In the block the model is as it is, so that a batch that is in no graph needs none of its own"""
+
+def parameters_without_state(learn: Learner) -> Any:
+    """Parameters of which the optimizer has no state yet: it makes that with their first gradient
+
+    Returns:
+        list of names
+    """
+
+def compilers_text(error: Any) -> str:
+    """Returns:
+        str
+    """
+
 class CompiledStep(Callback):
     """Makes training steps in a graph, as far as torch and the other callbacks let it"""
     makes_same_steps: bool
@@ -259,12 +288,6 @@ class CompiledStep(Callback):
         Returns:
             StepGraph
         """
-    def compiler_args(self, learn: Learner) -> Any:
-        """On a CPU kernels are called from C++, at less cost, unless who compiles says something else
-
-        Returns:
-            dict, of `torch.compile`
-        """
     def averages_in_graph(self, learn: Learner) -> Any:
         """Those that can be in the graph of an update; of others is said why not
 
@@ -275,26 +298,5 @@ class CompiledStep(Callback):
         """Leave the update out of the graph, and if it is out already, the gradients"""
     def tell(self, learn: Learner, text: Any, why: Any) -> None:
         """Show, once for each reason, a line on what is in no graph"""
-    def is_of_size(self, learn: Learner) -> bool:
-        """Whether a batch has as many samples as its loader gives, so that one graph serves for all
-
-        Returns:
-            bool
-        """
 GRADIENTS_ALONE: str
 MODEL_ALONE: str
-
-def not_compiled(learn: Learner) -> AbstractContextManager[None]:
-    """In the block the model is as it is, so that a batch that is in no graph needs none of its own"""
-
-def parameters_without_state(learn: Learner) -> Any:
-    """Parameters of which the optimizer has no state yet: it makes that with their first gradient
-
-    Returns:
-        list of names
-    """
-
-def compilers_text(error: Any) -> str:
-    """Returns:
-        str
-    """
