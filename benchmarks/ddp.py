@@ -39,23 +39,23 @@ class BareLoop:
         self.history.append((loss.detach(), len(xb), group['lr'], group['momentum']))
 
 
-class InTurn(Callback):
-    "Between two steps of a fit, a step of each bare loop: all meet the same noise"
-    order = -200 # first before a batch
-    def __init__(self, loops):
-        self.loops, self.seconds = loops, {name: [] for name in (*loops, 'fit')}
-    def before_train(self, learn):
-        self.start = None
-        for loop in self.loops.values(): loop.begin()
-    def before_batch(self, learn):
-        if self.start: self.note('fit', self.start)
-        for name in random.Random(learn.iter).sample([*self.loops], len(self.loops)):
+class InTurn:
+    "After each update of a fit, a step of each bare loop: all meet the same noise"
+    def __init__(self, loops, n): # n: updates an epoch
+        self.loops, self.seconds, self.n = loops, {name: [] for name in (*loops, 'fit')}, n
+        self.number = 0
+
+    def __call__(self, *_): # by the optimizer
+        begins, self.number = self.number % self.n == 0, self.number + 1
+        if begins:
+            for loop in self.loops.values(): loop.begin()
+        else: self.note('fit', self.start)  # an epoch begins with more than a step
+        for name in random.Random(self.number).sample([*self.loops], len(self.loops)):
             start = time.perf_counter()
             self.loops[name].step()
-            self.note(name, start)
+            if not begins: self.note(name, start)
         self.start = time.perf_counter()
-    def after_batch(self, learn): # the last one of an epoch has no next one
-        if learn.training and learn.iter + 1 == learn.n_iter: self.note('fit', self.start)
+
     def note(self, name, start): self.seconds[name].append(time.perf_counter() - start)
 
 
@@ -74,8 +74,9 @@ def both(name, rounds):
     rank, size = short.ranks.rank, short.ranks.size
     part = [t.view(-1, size, BS // size, *t.shape[1:])[:, rank].flatten(0, 1) for t in data]
     in_turn = InTurn({loop: BareLoop(copy.deepcopy(model), TensorLoader(part, BS // size, True))
-                      for loop in ('bare', 'again')})
-    learn = learner(data, [Distributed(), in_turn])
+                      for loop in ('bare', 'again')}, STEPS[name])
+    learn = learner(data, Distributed())
+    learn.opt.register_step_post_hook(in_turn)
     for _ in range(rounds): learn.fit(1)
     once = []
     for _ in range(10):

@@ -66,3 +66,20 @@ def left():
     learn = learner(cbs=[Distributed(), Callback(before_step=skip)])
     learn.fit(1)
     return [p.grad.untyped_storage().nbytes() == p.grad.nbytes for p in learn.model.parameters()]
+
+
+def masked(learn): # the labels of some samples, whichever process has them
+    learn.yb = (learn.yb[0].masked_fill(learn.xb[0][:, 0] > 0.8, -100),)
+
+
+def labelled(case, together=None):
+    "Whether what batches weigh was exchanged, and what a fit ends with"
+    (x, y), classes, noted = tensors(45), torch.tensor([1., 2.]), set()
+    def note(learn): noted.add(together._weights.is_exchanged)
+    if case == 'left out': y[:3] = -100
+    cbs = [together, Callback(after_batch=note, observer=True)] if together else []
+    if case == 'changed': cbs.append(Callback(before_batch=masked))
+    learn = learner(DataLoaders.from_tensors((x, y), bs=8, device='cpu'), cbs=cbs,
+                    loss_func=nn.CrossEntropyLoss(classes if case == 'weighted' else None))
+    learn.fit(2)
+    return noted, seen(learn)

@@ -7,11 +7,16 @@ __all__ = []
 
 # %% ../../nbs/processes/05_weights.ipynb #264f2973
 import torch
+import torch.nn.functional as F
 from fastcore.basics import patch
+from torch import nn
 from ..base.dtensors import is_sharded
+from ..base.guard import is_learnkits
 from ..base.ranks import begin_sum, sum_over_ranks
+from ..components.callback import Callback, is_optional
 from ..components.loss_weight import above_zero, as_weight, is_zero, known_equal
 from ..components.optimizers import has_gradients
+from ..data.loaders import TensorLoader
 from ..training.gradients import gradients, zero_loss
 from .ddp import CarriedSum, loss_params
 
@@ -43,15 +48,47 @@ class BatchWeights:
         factor = ranks.size * self.here / above_zero(together)
         return learn.loss if known_equal(factor, 1) else learn.loss * factor
 
+# %% ../../nbs/processes/05_weights.ipynb #3873e750
+def has_own_weight(learn): # bool
+    "Whether the loss weighs something else than the rows of the batch"
+    return learn._n_items is not None or learn._loss_weight is not None
+
+def left_out(loss_func): # int, the label that a cross entropy leaves out; None for another loss
+    if loss_func in (F.cross_entropy, F.nll_loss): return IGNORED
+    is_known = type(loss_func) in (nn.CrossEntropyLoss, nn.NLLLoss) and loss_func.weight is None
+    return loss_func.ignore_index if is_known else None
+
+IGNORED = nn.CrossEntropyLoss().ignore_index
+
+def counts_all_labels(learn): # bool
+    "Whether it is seen before a pass that each loss in it will be the mean over the rows"
+    label, dl = left_out(learn.loss_func), learn.dl
+    if label is None or learn._n_items is not None or not isinstance(dl, TensorLoader): return False
+    labels = dl.tensors[-1]
+    if len(learn.yb) != 1 or labels.ndim != 1 or not is_learnkits(type(learn)): return False
+    is_known = all(map(changes_no_labels, learn.cbs))
+    return is_known and not bool((labels == label).any())
+
+def changes_no_labels(cb): # bool
+    return is_optional(cb) or is_learnkits(type(cb)) and type(cb) is not Callback
+
+def check_counts_all(learn):
+    "Raise RuntimeError where a loss is not the mean over the rows, as all processes take it to be"
+    weight = learn._loss_weight
+    if not isinstance(weight, float) or weight == len(learn.yb[0]): return
+    raise RuntimeError(f'the loss counts {weight:g} of {len(learn.yb[0])} labels, and of the '
+                       'labels of the data all count: a callback that changes them must not be '
+                       'external or an observer')
+
 # %% ../../nbs/processes/05_weights.ipynb #69d26088
 @patch
 def weigh(self:BatchWeights, learn, ranks):
     if not self.rows[0]: learn.n_items = 0
     if learn.iter == learn.first_batch:
-        self.is_exchanged = self.rows[1] is None or bool(
-            ranks.max(bool(self.rows[0]) and has_own_weight(learn)))
+        self.is_exchanged = self.rows[1] is None or bool(ranks.max(
+            bool(self.rows[0]) and has_own_weight(learn) and not counts_all_labels(learn)))
     self.by_rows, self.exchange, (self.here, self.sum) = False, None, self.rows
-    if not self.is_exchanged: return
+    if not self.is_exchanged: return check_counts_all(learn)
     self.by_rows = self.rows[1] is not None and can_wait(learn)
     if self.by_rows and self.ddp is not None:
         self.here = float(learn.loss_weight)
@@ -68,10 +105,6 @@ def correct_gradients(self:BatchWeights, learn):
     if not self.by_rows: return
     factor = self.rows[1] / above_zero(self.together)
     if not known_equal(factor, 1): torch._foreach_mul_(gradients(learn.opt), factor)
-
-def has_own_weight(learn): # bool
-    "Whether the loss weighs something else than the rows of the batch"
-    return learn._n_items is not None or learn._loss_weight is not None
 
 def can_wait(learn): # bool
     "Whether gradients may be multiplied after the backward pass: there are no others among them"

@@ -31,7 +31,7 @@ class BatchWeights:
         Returns:
             tensor, 0-d
         """
-    def weigh(self, learn: Learner, ranks: Any) -> None: ...
+    def weigh(self, learn: Learner, ranks: Any) -> Any: ...
     def correct_gradients(self, learn: Learner) -> None:
         """Let gradients that are over the rows of all processes be over what counts"""
     def carry(self, here: Any) -> Any:
@@ -45,6 +45,27 @@ def has_own_weight(learn: Learner) -> bool:
     Returns:
         bool
     """
+
+def left_out(loss_func: Any) -> Any:
+    """Returns:
+        int, the label that a cross entropy leaves out; None for another loss
+    """
+IGNORED: Any
+
+def counts_all_labels(learn: Learner) -> bool:
+    """Whether it is seen before a pass that each loss in it will be the mean over the rows
+
+    Returns:
+        bool
+    """
+
+def changes_no_labels(cb: Any) -> bool:
+    """Returns:
+        bool
+    """
+
+def check_counts_all(learn: Learner) -> None:
+    """Raise RuntimeError where a loss is not the mean over the rows, as all processes take it to be"""
 
 def can_wait(learn: Learner) -> bool:
     """Whether gradients may be multiplied after the backward pass: there are no others among them

@@ -1,6 +1,7 @@
 "Exchanged gradients: how often, of what, and options of torch's DistributedDataParallel"
 import collectives, exchanges, pytest, ranks, shards
 from learnkit.processes import launch as launching
+from learnkit.processes.distributed import Distributed
 from learnkit.processes.launch import launch
 from test_distributed import alike
 
@@ -65,3 +66,12 @@ def test_a_static_graph_and_accumulated_gradients_exclude_each_other():
     with pytest.raises(RuntimeError, match='static_graph=True.*leave one of the two out'):
         launch(shards.static, 2, n=2)
     assert launch(shards.static, 1, n=2) == [12, 12]
+
+
+@pytest.mark.parametrize('case', ('all count', 'left out', 'changed', 'weighted'))
+def test_what_labels_in_memory_weigh_is_known_if_all_count(case):
+    _, one = exchanges.labelled(case)
+    def together(): return exchanges.labelled(case, Distributed())
+    for noted, found in launch(together, n=2):
+        assert noted == {case != 'all count'}
+        alike(one, found, 1e-4)
