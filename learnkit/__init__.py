@@ -66,6 +66,7 @@ from .files.remote import (
     RemoteError,
 )
 from .files import moving as _moving
+from .data import gpu_copies as _gpu_copies
 from .data import order as _order
 from .data.loaders import (
     DataLoaders, DatasetLoader, TensorLoader,

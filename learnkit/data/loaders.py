@@ -6,7 +6,7 @@
 __all__ = ['TensorLoader', 'DatasetLoader', 'DataLoaders']
 
 # %% ../../nbs/data/01_loaders.ipynb #490db50f
-import copy, operator, random
+import copy, random
 from collections.abc import Iterable
 from contextlib import contextmanager
 from operator import index
@@ -19,7 +19,8 @@ from torch.utils.data import (
 from ..base.devices import default_device
 from ..base.guard import top_module
 from ..base.randomness import generator_state, seed_generator
-from ..files.tensors import is_shared
+from .gpu_copies import (
+    ROOM, DeviceCopy, can_be_copied, copy_pinned, free_memory, is_gpu, select_pinned, select_rows)
 from .order import (
     Share, checked_weights, epoch_order, epoch_seed, split_samples, weighted_order)
 
@@ -144,42 +145,18 @@ def __getstate__(self:TensorLoader): # dict
     return {name: value for name, value in vars(self).items() if name not in self.transient}
 
 # %% ../../nbs/data/01_loaders.ipynb #40c328e1
-ROOM = 0.25  # of the free memory of a GPU that a copy of data may take
-
-def is_gpu(device): return device is not None and device.type == 'cuda' # bool
-
-def free_memory(device:torch.device): # int, bytes that new tensors can have on a GPU
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-
-def can_be_copied(tensors): # bool
-    "Whether all are plain tensors on the host"
-    return all(type(t) is torch.Tensor and t.device.type == 'cpu' and t.layout is torch.strided
-               and not t.requires_grad for t in tensors)
-
-def writes_to(tensors): # list of (int, int); None where nobody counts them
-    "How often torch has written to tensors, and where their memory is"
-    uncounted = any(t.is_inference() or is_shared(t) for t in tensors)
-    return None if uncounted else [(t._version, t.data_ptr()) for t in tensors]
-
-def is_copy_of(copy, tensors, device): # bool; copy: as in `tensors_for_learner`, or None
-    "Whether a copy is one of these tensors as they are, on the device"
-    if copy is None or copy[0] != device: return False
-    same = len(copy[1]) == len(tensors) and all(map(operator.is_, copy[1], tensors))
-    return same and copy[2] is not None and copy[2] == writes_to(tensors)
-
 @patch
 def tensors_for_learner(self:TensorLoader): # tuple of tensors
     "The tensors, or a copy of them in the memory of a GPU that reads them, if there is room"
     device, owner = self.learner_device, self if self.share is None else self.full_loader
     stays = self.device is not None or not can_be_copied(self.tensors)
     if stays or not is_gpu(device): return self.tensors
-    if is_copy_of(owner.device_copy, self.tensors, device): return owner.device_copy[-1]
-    owner.device_copy = None  # its memory comes first
+    there = owner.device_copy
+    if there is not None and there.is_of(self.tensors, device): return there.copies
+    owner.device_copy = there = None  # its memory comes first
     if sum(t.nbytes for t in self.tensors) > ROOM * free_memory(device): return self.tensors
-    copies = tuple(t.to(device, copy=True) for t in self.tensors)
-    owner.device_copy = device, self.tensors, writes_to(self.tensors), copies
-    return copies
+    owner.device_copy = DeviceCopy(self.tensors, device)
+    return owner.device_copy.copies
 
 # %% ../../nbs/data/01_loaders.ipynb #12f8493c
 @contextmanager
@@ -192,16 +169,6 @@ def read_for(dl, device:torch.device):
     finally: dl.learner_device = before
 
 # %% ../../nbs/data/01_loaders.ipynb #4bcc9265
-def select_rows(t, idx): return t.index_select(0, idx) # tensor
-
-def select_pinned(t, idx): # tensor
-    "Rows of a tensor in page-locked memory, from which a GPU takes them while python goes on"
-    rows = torch.empty((len(idx), *t.shape[1:]), dtype=t.dtype, pin_memory=True)
-    return torch.index_select(t, 0, idx, out=rows)
-
-def copy_pinned(t): # tensor
-    return torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t)
-
 @patch
 def way_to_copy(self:TensorLoader, tensors, usual): # function
     "How a batch is copied: into page-locked memory if it is to go on to a GPU"

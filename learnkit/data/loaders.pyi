@@ -158,52 +158,9 @@ class TensorLoader(EpochLoader):
         Returns:
             iterator of tuples of tensors
         """
-ROOM: float
-
-def is_gpu(device: Any) -> Any: ...
-
-def free_memory(device: torch.device) -> Any:
-    """Returns:
-        int, bytes that new tensors can have on a GPU
-    """
-
-def can_be_copied(tensors: Any) -> bool:
-    """Whether all are plain tensors on the host
-
-    Returns:
-        bool
-    """
-
-def writes_to(tensors: Any) -> Any:
-    """How often torch has written to tensors, and where their memory is
-
-    Returns:
-        list of (int, int); None where nobody counts them
-    """
-
-def is_copy_of(copy: Any, tensors: Any, device: Any) -> Any:
-    """Whether a copy is one of these tensors as they are, on the device
-
-    Returns:
-        bool; copy: as in `tensors_for_learner`, or None
-    """
 
 def read_for(dl: Any, device: torch.device) -> AbstractContextManager[None]:
     """Inside the block a loader of tensors in memory knows which device its batches are for"""
-
-def select_rows(t: Any, idx: Any) -> Any: ...
-
-def select_pinned(t: Any, idx: Any) -> Any:
-    """Rows of a tensor in page-locked memory, from which a GPU takes them while python goes on
-
-    Returns:
-        tensor
-    """
-
-def copy_pinned(t: Any) -> Any:
-    """Returns:
-        tensor
-    """
 
 def loader_objects(dl: Any, *more: Any) -> Any:
     """A loader, its samplers, and theirs, as far as they have attributes; `more` names further parts

@@ -56,7 +56,7 @@ def test_a_quarter_of_the_free_memory_is_enough(gpu):
     gpu(4 * N_BYTES)
     read(loader)
     first = loader.device_copy
-    assert all(torch.equal(a, b) for a, b in zip(first[-1], loader.tensors,
+    assert all(torch.equal(a, b) for a, b in zip(first.copies, loader.tensors,
                                                                 strict=True))
     gpu(0)  # which it takes itself by now
     read(loader)
