@@ -239,8 +239,9 @@ def instantiated(self:Host, method:str, args, kwargs): # (args, kwargs)
 
 @patch
 def stateful_arguments(self:Host, arguments:dict) -> list:
-    """Arguments that a call changes: objects with `state_dict` and `load_state_dict`, and with
-    `is_optional`, whether they may come and go: such are the last, and may be given None"""
+    """Arguments that a call changes: objects with `state_dict` and `load_state_dict`, with
+    `callback`, the argument, or None for what is the object's own, and with `is_optional`, whether
+    they may come and go: such are the last, and may be given None"""
     return []
 
 @patch

@@ -292,8 +292,9 @@ class Host:
             (args, kwargs)
         """
     def stateful_arguments(self, arguments: dict) -> list:
-        """Arguments that a call changes: objects with `state_dict` and `load_state_dict`, and with
-        `is_optional`, whether they may come and go: such are the last, and may be given None
+        """Arguments that a call changes: objects with `state_dict` and `load_state_dict`, with
+        `callback`, the argument, or None for what is the object's own, and with `is_optional`, whether
+        they may come and go: such are the last, and may be given None
         """
     def call(self, method: str, args: Any, kwargs: Any) -> Any:
         """Call a method of the object
