@@ -298,7 +298,8 @@ def test_a_folder_may_be_removed_at_any_time(tmp_path, quiet, num_workers, where
         found = [next(batches)]
         shutil.rmtree(kept.cache.folder)
         assert equal([*found, *batches], list(plain))
-    assert equal(list(kept), list(plain)) and kept.cache.n_kept == 22
+    for _ in range(3): assert equal(list(kept), list(plain))  # a worker may come late
+    assert kept.cache.n_kept == 22
 
 def test_many_files_are_not_open_at_a_time(tmp_path, quiet, monkeypatch):
     monkeypatch.setattr(page, 'MOST_OPEN', 3)
