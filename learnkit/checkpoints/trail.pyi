@@ -53,6 +53,18 @@ class Trail:
         Returns:
             (what the call returns, id)
         """
+    def gives_to(self, call: Any) -> bool:
+        """Whether callbacks of a call get from its record what they have seen
+
+        Returns:
+            bool
+        """
+    def follows_from(self, call: Any) -> Any:
+        """What a call that is asked for here follows from, and its digits
+
+        Returns:
+            plain values
+        """
     def was_compared(self, name: Any, call: Any) -> bool:
         """Whether a call is asked for as it was before, and is recorded as it was
 
@@ -86,15 +98,8 @@ class Walked:
     id: Any
     """of its checkpoint"""
     follows_from: tuple
-    """as from `follows_from`"""
+    """as from `Trail.follows_from`"""
     record: CallRecord
-
-def follows_from(call: Any) -> Any:
-    """What a call that is asked for follows from, besides the state
-
-    Returns:
-        plain values
-    """
 OWN: tuple[str, ...]
 
 class TrailProxy:
