@@ -12,7 +12,8 @@ from fastcore.basics import patch
 from ..base.randomness import rng_mark
 from ..files.ids import check_id
 from ..files.tree import json_digest
-from .record import CallRecord, Position, position_text, state_at
+from .record import (
+    CallRecord, Position, differing, position_text, state_at)
 from .host import method_kind
 from .ledger import digests_of
 from .uploads import fetch_missing
@@ -58,10 +59,25 @@ class Trail:
             'of your own, as random.Random(trial.number); a seed belongs into a method of the '
             'learner')
 
+    def check_unchanged(self, method):
+        "Raise RuntimeError if the object was changed since the last call, other than by calls"
+        if self.ledger.is_behind or not (names := changed_parts(self.ledger)): return
+        raise RuntimeError(
+            f'the learner was changed before cp.{method}: {", ".join(names)}. Trials share calls, '
+            'so that would count in some of them and not in others. Change it in a call, such as '
+            'cp.setup(...) or a method of your own')
+
+def changed_parts(ledger): # list of names
+    "What of the object is not as it is recorded where it stands"
+    if (recorded := state_at(ledger.read, ledger.position)) is None: return []
+    differ = differing(recorded.digests, ledger.state_digests())
+    return sorted({*differ} - {*ledger.host.rules.may_drift})
+
 # %% ../../nbs/checkpoints/19_trail.ipynb #01e4b70c
 @patch
 def step(self:Trail, method, args, kwargs): # what the call returns
     "Make a call that changes the object, or find it made"
+    self.check_unchanged(method)
     call = self.ledger.describe_call(method, args, kwargs)
     name = node_name(self.ledger.position, method, call.arguments.digest)
     if self.was_compared(name, call): result, id = self.walk(name, call)
@@ -136,6 +152,7 @@ def walk(self:Trail, name, call): # (what the call returns, id)
 def ask(self:Trail, method, args, kwargs): # the answer
     "Ask a pure method, where the trail stands"
     __tracebackhide__ = True
+    self.check_unchanged(method)
     ledger = self.ledger
     call = ledger.describe_call(method, args, kwargs)
     node = ledger.node(ledger.position.id)

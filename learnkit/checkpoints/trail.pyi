@@ -41,6 +41,8 @@ class Trail:
     def note_random(self) -> None: ...
     def check_random(self, method: Any) -> None:
         """Raise RuntimeError if random generators have moved since the last call"""
+    def check_unchanged(self, method: Any) -> None:
+        """Raise RuntimeError if the object was changed since the last call, other than by calls"""
     def step(self, method: Any, args: Any, kwargs: Any) -> Any:
         """Make a call that changes the object, or find it made
 
@@ -89,6 +91,13 @@ class Trail:
         """Go on from another checkpoint"""
     def end(self) -> None:
         """Bring the object back to the start"""
+
+def changed_parts(ledger: Any) -> Any:
+    """What of the object is not as it is recorded where it stands
+
+    Returns:
+        list of names
+    """
 
 def steps_of(record: Any) -> Any: ...
 

@@ -421,6 +421,30 @@ def test_what_a_job_draws_itself_is_refused(tmp_path, draw):
         make(tmp_path).study('s').run(job, 1)
 
 
+def zeroes(cp):
+    with torch.no_grad(): cp.model[0].weight.zero_()
+
+
+def decays(cp): cp.opt.param_groups[0]['weight_decay'] = 0.5
+
+
+@pytest.mark.parametrize('change, name', [(zeroes, 'model'), (decays, 'opt')])
+@pytest.mark.parametrize('number', [0, 1])
+@pytest.mark.parametrize('method', ['fit', 'freeze', 'validate'])
+def test_what_a_job_changes_itself_is_refused(tmp_path, change, name, number, method):
+    "Before calls that were made already, too; a look changes nothing"
+    def job(cp, trial):
+        cp.fit(1, 1e-2)
+        cp.model.eval()(torch.ones(1, 4))
+        if trial.number == number: change(cp)
+        getattr(cp, method)(**{'n_epoch': 1} if method == 'fit' else {})
+        return cp.validate()['loss'] + trial.suggest_categorical('x', [0, 1])
+    study = make(tmp_path, on_change='rerun').study('s')
+    with pytest.raises(RuntimeError, match=f'was changed before cp.{method}: {name}. Trials share'):
+        study.run(job, 2)
+    assert len(study.trials) == number + 1 and study.trials.state.iloc[number] == 'running'
+
+
 def test_draws_before_a_study_count_in_no_trial(tmp_path):
     learn = make(tmp_path)
     with learn.checkpoint('base') as cp: cp.fit(1, 1e-2)
