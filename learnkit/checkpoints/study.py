@@ -22,14 +22,14 @@ from ..files.journal import Journal
 from ..files.leases import Lease
 from ..files.records import read_limited
 from ..files.tree import json_digest
-from .record import StaleCheckpoint, differing, position_text, state_at
+from .record import StaleCheckpoint, position_text
 from .ledger import digests_of
 from .uploads import wait_for_uploads
 from .recording import recording
 from .checkpointed import Checkpointed
 from .lineage import number_text
 from .stages import plot_stages
-from .trail import NAME_LENGTH, Trail, TrailProxy
+from .trail import NAME_LENGTH, Trail, TrailProxy, changed_parts
 
 # %% ../../nbs/checkpoints/20_study.ipynb #b9ab585b
 def import_optuna(): # module
@@ -418,11 +418,9 @@ def check_start(self:Study):
 def check_unchanged(self:Study):
     "Raise RuntimeError for a learner that is not as it was recorded where the study begins"
     ledger = self.ledger
-    recorded = state_at(ledger.node, ledger.position).digests
-    differ = set(differing(recorded, ledger.state_digests())) - {*ledger.host.rules.may_drift}
-    if not differ: return
+    if not (names := changed_parts(ledger)): return
     raise RuntimeError(f'the learner was changed since checkpoint {id_text(ledger.position.id)}: '
-                       f'{", ".join(sorted(differ))}. A study begins with what is recorded: roll '
+                       f'{", ".join(names)}. A study begins with what is recorded: roll '
                        'back, or make it a checkpoint first, `with learn.checkpoint(id): pass`')
 
 # %% ../../nbs/checkpoints/20_study.ipynb #acea69fe

@@ -12,7 +12,8 @@ from fastcore.basics import patch
 from ..base.randomness import rng_mark
 from ..files.ids import check_id
 from ..files.tree import json_digest
-from .record import CallRecord, Position, position_text
+from .record import (
+    CallRecord, Position, differing, position_text, state_at)
 from .host import method_kind
 from .ledger import digests_of
 from .uploads import fetch_missing
@@ -58,10 +59,25 @@ class Trail:
             'of your own, as random.Random(trial.number); a seed belongs into a method of the '
             'learner')
 
+    def check_unchanged(self, method):
+        "Raise RuntimeError if the object was changed since the last call, other than by calls"
+        if self.ledger.is_behind or not (names := changed_parts(self.ledger)): return
+        raise RuntimeError(
+            f'the learner was changed before cp.{method}: {", ".join(names)}. Trials share calls, '
+            'so that would count in some of them and not in others. Change it in a call, such as '
+            'cp.setup(...) or a method of your own')
+
+def changed_parts(ledger): # list of names
+    "What of the object is not as it is recorded where it stands"
+    if (recorded := state_at(ledger.read, ledger.position)) is None: return []
+    differ = differing(recorded.digests, ledger.state_digests())
+    return sorted({*differ} - {*ledger.host.rules.may_drift})
+
 # %% ../../nbs/checkpoints/19_trail.ipynb #01e4b70c
 @patch
 def step(self:Trail, method, args, kwargs): # what the call returns
     "Make a call that changes the object, or find it made"
+    self.check_unchanged(method)
     call = self.ledger.describe_call(method, args, kwargs)
     name = node_name(self.ledger.position, method, call.arguments.digest)
     if self.was_compared(name, call): result, id = self.walk(name, call)
@@ -75,7 +91,7 @@ def step(self:Trail, method, args, kwargs): # what the call returns
 def record(self:Trail, name, call): # (what the call returns, id)
     "Make a call in a block of its own, where it is compared with what is recorded"
     __tracebackhide__ = True
-    ledger, kept = self.ledger, dict(self.ledger.structures)
+    ledger, kept, asked = self.ledger, dict(self.ledger.structures), self.follows_from(call)
     id = known_id(ledger.store.ids(), self.prefix, name)
     try:
         with opened(ledger, id, call.text, lazy=True, structure=call.of_object) as block:
@@ -84,10 +100,15 @@ def record(self:Trail, name, call): # (what the call returns, id)
     record = block.node.call(0)
     self.steps += steps_of(record)
     if not ledger.is_behind: self.made += steps_of(record)
-    given = [one for one in ledger.host.stateful_arguments(call.values) if one.callback is not None]
-    if (result is None or record.returns_host) and not (given or record.seals):
-        self.walked[name] = Walked(id, follows_from(call), record)
+    if (result is None or record.returns_host) and not (record.seals or self.gives_to(call)):
+        self.walked[name] = Walked(id, asked, record)
     return result, id
+
+@patch
+def gives_to(self:Trail, call): # bool
+    "Whether callbacks of a call get from its record what they have seen"
+    given = self.ledger.host.stateful_arguments(call.values)
+    return any(one.callback is not None for one in given)
 
 def steps_of(record): return record.report.get('steps', 0) # int
 
@@ -96,18 +117,22 @@ def steps_of(record): return record.report.get('steps', 0) # int
 class Walked:
     "A call that this object has made or compared, and which gives nothing but the object"
     id: object # of its checkpoint
-    follows_from: tuple # as from `follows_from`
+    follows_from: tuple # as from `Trail.follows_from`
     record: CallRecord
 
-def follows_from(call): # plain values
-    "What a call that is asked for follows from, besides the state"
-    return digests_of(call.structure), call.code
+@patch
+def follows_from(self:Trail, call): # plain values
+    "What a call that is asked for here follows from, and its digits"
+    ledger = self.ledger
+    state = ledger.position and state_at(ledger.read, ledger.position)
+    return (state and state.digests, digests_of(call.structure), call.code,
+            ledger.arithmetic_of(call))
 
 @patch
 def was_compared(self:Trail, name, call): # bool
     "Whether a call is asked for as it was before, and is recorded as it was"
-    if (known := self.walked.get(name)) is None or known.follows_from != follows_from(call):
-        return False
+    if (known := self.walked.get(name)) is None or self.gives_to(call): return False
+    if known.follows_from != self.follows_from(call): return False
     node = self.ledger.read(known.id)
     return node is not None and node.n_calls == 1 and node.call(0).json == known.record.json
 
@@ -127,6 +152,7 @@ def walk(self:Trail, name, call): # (what the call returns, id)
 def ask(self:Trail, method, args, kwargs): # the answer
     "Ask a pure method, where the trail stands"
     __tracebackhide__ = True
+    self.check_unchanged(method)
     ledger = self.ledger
     call = ledger.describe_call(method, args, kwargs)
     node = ledger.node(ledger.position.id)

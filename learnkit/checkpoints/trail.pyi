@@ -41,6 +41,8 @@ class Trail:
     def note_random(self) -> None: ...
     def check_random(self, method: Any) -> None:
         """Raise RuntimeError if random generators have moved since the last call"""
+    def check_unchanged(self, method: Any) -> None:
+        """Raise RuntimeError if the object was changed since the last call, other than by calls"""
     def step(self, method: Any, args: Any, kwargs: Any) -> Any:
         """Make a call that changes the object, or find it made
 
@@ -52,6 +54,18 @@ class Trail:
 
         Returns:
             (what the call returns, id)
+        """
+    def gives_to(self, call: Any) -> bool:
+        """Whether callbacks of a call get from its record what they have seen
+
+        Returns:
+            bool
+        """
+    def follows_from(self, call: Any) -> Any:
+        """What a call that is asked for here follows from, and its digits
+
+        Returns:
+            plain values
         """
     def was_compared(self, name: Any, call: Any) -> bool:
         """Whether a call is asked for as it was before, and is recorded as it was
@@ -78,6 +92,13 @@ class Trail:
     def end(self) -> None:
         """Bring the object back to the start"""
 
+def changed_parts(ledger: Any) -> Any:
+    """What of the object is not as it is recorded where it stands
+
+    Returns:
+        list of names
+    """
+
 def steps_of(record: Any) -> Any: ...
 
 @dataclass(frozen=True)
@@ -86,15 +107,8 @@ class Walked:
     id: Any
     """of its checkpoint"""
     follows_from: tuple
-    """as from `follows_from`"""
+    """as from `Trail.follows_from`"""
     record: CallRecord
-
-def follows_from(call: Any) -> Any:
-    """What a call that is asked for follows from, besides the state
-
-    Returns:
-        plain values
-    """
 OWN: tuple[str, ...]
 
 class TrailProxy:

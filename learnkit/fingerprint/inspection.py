@@ -167,7 +167,8 @@ def wrapped_functions(member): # list
 def users_functions(holder): # list of (name, function)
     "The user's own functions in the body of a class, or in a module"
     if is_user_module(getattr(holder, '__module__', holder.__name__)): return users_among(holder)
-    return members_of(holder).users()
+    known = members_of(holder)  # or of another class, where classes say that they are equal
+    return (known if known.holder is holder else Members(holder)).users()
 
 def users_among(holder): # list of (name, function)
     return [(name, func) for name, func in functions_in(holder) if is_user_function(func)]

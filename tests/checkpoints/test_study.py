@@ -145,6 +145,61 @@ def test_what_is_shared_is_compared_in_each_trial(tmp_path):
     assert trained(tmp_path) == 2 * STEPS
 
 
+class ReadsEpochs(CheckpointedLearner):
+    "Its own method reads a value that no other call follows from"
+    def longer(self): self.fit(EPOCHS[0], 1e-2)
+
+
+def test_what_follows_a_call_that_is_made_anew_goes_on_from_it(tmp_path):
+    "Each trial has the weights of a plain training with the values that it was made with"
+    def calls(learn, lr):
+        learn.longer()
+        learn.fit(1, 1e-2)
+        learn.fit(1, lr)
+        return learn.validate()['loss']
+    def changes(cp, trial):
+        EPOCHS[0] = 1 + (trial.number > 0)
+        return calls(cp, trial.suggest_categorical('lr', RATES))
+    kwargs = dict(name='run', root=tmp_path, on_change='rerun')
+    study = make(tmp_path, ReadsEpochs, **kwargs).study(
+        's', sampler=optuna.samplers.GridSampler({'lr': RATES}, seed=0))
+    class Plain(Learner): longer = ReadsEpochs.longer
+    (tmp_path / 'alone').mkdir()
+    try:
+        study.run(changes, 3)
+        for _, row in study.trials.iterrows():
+            EPOCHS[0] = 1 + (row.trial > 0)
+            assert row.value == calls(make(tmp_path / 'alone', Plain), row.lr)
+    finally: EPOCHS[0] = 1
+
+
+def test_other_arithmetic_is_told_in_each_trial(tmp_path):
+    cudnn = torch.backends.cudnn
+    def switches(cp, trial):
+        cudnn.benchmark = trial.number > 0
+        return two_rates(cp, trial)
+    before = cudnn.benchmark
+    study = make(tmp_path, code='strict').study(
+        's', sampler=optuna.samplers.GridSampler({'lr': RATES}, seed=0))
+    try:
+        with pytest.raises(StaleCheckpoint, match='benchmark False -> True'): study.run(switches, 3)
+    finally: cudnn.benchmark = before
+    assert trained(tmp_path) == 2 * STEPS
+
+
+def test_a_callback_that_only_looks_may_come_later(tmp_path):
+    "It has seen what the record of its call says, and nothing of the trial before"
+    stats, seen = ActivationStats(), []
+    def looks(cp, trial):
+        cp.fit(1, 1e-2, cbs=stats if trial.number else [])
+        seen.append(len(stats.df))
+        cp.fit(1, trial.suggest_categorical('lr', RATES), cbs=stats)
+        return len(stats.df)
+    study = make(tmp_path).study('s', sampler=optuna.samplers.GridSampler({'lr': RATES}, seed=0))
+    study.run(looks, 3)
+    assert seen == [0] * 3 and study.trials.value.nunique() == 1
+
+
 def test_what_is_shared_may_be_deleted_meanwhile(tmp_path):
     study = make(tmp_path).study('s', sampler=optuna.samplers.GridSampler({'lr': RATES}, seed=0))
     def deletes(cp, trial):
@@ -364,6 +419,30 @@ def test_what_a_job_draws_itself_is_refused(tmp_path, draw):
         cp.fit(1, trial.suggest_categorical('lr', RATES))
     with pytest.raises(RuntimeError, match='random numbers were drawn, or a seed was set'):
         make(tmp_path).study('s').run(job, 1)
+
+
+def zeroes(cp):
+    with torch.no_grad(): cp.model[0].weight.zero_()
+
+
+def decays(cp): cp.opt.param_groups[0]['weight_decay'] = 0.5
+
+
+@pytest.mark.parametrize('change, name', [(zeroes, 'model'), (decays, 'opt')])
+@pytest.mark.parametrize('number', [0, 1])
+@pytest.mark.parametrize('method', ['fit', 'freeze', 'validate'])
+def test_what_a_job_changes_itself_is_refused(tmp_path, change, name, number, method):
+    "Before calls that were made already, too; a look changes nothing"
+    def job(cp, trial):
+        cp.fit(1, 1e-2)
+        cp.model.eval()(torch.ones(1, 4))
+        if trial.number == number: change(cp)
+        getattr(cp, method)(**{'n_epoch': 1} if method == 'fit' else {})
+        return cp.validate()['loss'] + trial.suggest_categorical('x', [0, 1])
+    study = make(tmp_path, on_change='rerun').study('s')
+    with pytest.raises(RuntimeError, match=f'was changed before cp.{method}: {name}. Trials share'):
+        study.run(job, 2)
+    assert len(study.trials) == number + 1 and study.trials.state.iloc[number] == 'running'
 
 
 def test_draws_before_a_study_count_in_no_trial(tmp_path):

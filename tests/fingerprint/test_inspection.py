@@ -92,3 +92,16 @@ def test_what_is_put_into_torch_is_found_whenever_it_is_put_there(monkeypatch):
             assert replaced_functions({}) == {'torch.relu': func}
         monkeypatch.undo()
         assert replaced_functions({}) == {}
+
+
+def test_classes_of_a_library_that_say_they_are_equal():
+    "Each is looked at for itself"
+    def users(self): pass
+    class AllAlike(type):
+        def __eq__(cls, other): return True
+        def __hash__(cls): return 1
+    empty, holds = (AllAlike('Library', (), {'__module__': 'torch.nn', **body})
+                    for body in ({}, {'users': users}))
+    assert users_functions(empty) == []
+    assert [name for name, _ in users_functions(holds)] == ['users']
+    assert users_functions(empty) == []
