@@ -80,18 +80,19 @@ def step(self:Trail, method, args, kwargs): # what the call returns
     self.check_unchanged(method)
     call = self.ledger.describe_call(method, args, kwargs)
     name = node_name(self.ledger.position, method, call.arguments.digest)
-    if self.was_compared(name, call): result, id = self.walk(name, call)
-    else: result, id = self.record(name, call)
+    asked = self.follows_from(call)
+    if self.was_compared(name, call, asked): result, id = self.walk(name, call)
+    else: result, id = self.record(name, call, asked)
     if call.kind == 'structural': self.calls = [*self.calls, (method, call.args, call.kwargs)]
     self.structural[id] = self.calls
     self.ids.append(id)
     return result
 
 @patch
-def record(self:Trail, name, call): # (what the call returns, id)
+def record(self:Trail, name, call, asked): # (what the call returns, id)
     "Make a call in a block of its own, where it is compared with what is recorded"
     __tracebackhide__ = True
-    ledger, kept, asked = self.ledger, dict(self.ledger.structures), self.follows_from(call)
+    ledger, kept = self.ledger, dict(self.ledger.structures)
     id = known_id(ledger.store.ids(), self.prefix, name)
     try:
         with opened(ledger, id, call.text, lazy=True, structure=call.of_object) as block:
@@ -129,10 +130,10 @@ def follows_from(self:Trail, call): # plain values
             ledger.arithmetic_of(call))
 
 @patch
-def was_compared(self:Trail, name, call): # bool
+def was_compared(self:Trail, name, call, asked): # bool; asked: as from `follows_from`
     "Whether a call is asked for as it was before, and is recorded as it was"
-    if (known := self.walked.get(name)) is None or self.gives_to(call): return False
-    if known.follows_from != self.follows_from(call): return False
+    known = self.walked.get(name)
+    if known is None or known.follows_from != asked or self.gives_to(call): return False
     node = self.ledger.read(known.id)
     return node is not None and node.n_calls == 1 and node.call(0).json == known.record.json
 

@@ -49,7 +49,7 @@ class Trail:
         Returns:
             what the call returns
         """
-    def record(self, name: Any, call: Any) -> Any:
+    def record(self, name: Any, call: Any, asked: Any) -> Any:
         """Make a call in a block of its own, where it is compared with what is recorded
 
         Returns:
@@ -67,11 +67,11 @@ class Trail:
         Returns:
             plain values
         """
-    def was_compared(self, name: Any, call: Any) -> bool:
+    def was_compared(self, name: Any, call: Any, asked: Any) -> Any:
         """Whether a call is asked for as it was before, and is recorded as it was
 
         Returns:
-            bool
+            bool; asked: as from `follows_from`
         """
     def walk(self, name: Any, call: Any) -> Any:
         """A call that need not be compared again

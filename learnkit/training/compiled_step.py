@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/training/15_compiled_step.ipynb #5ba8c252
-import builtins, copy, inspect, re
+import builtins, copy, inspect, logging, re
 from contextlib import contextmanager, nullcontext
 from operator import is_
 from types import FunctionType
@@ -131,6 +131,21 @@ class Made(NamedTuple):
     norm: torch.Tensor = None # of the gradients, before they were bounded
     grads: list = None # of the parameters, where no update was made
 
+# %% ../../nbs/training/15_compiled_step.ipynb #a2a71672
+class NeedsPython(logging.Filter):
+    "Ends a compilation in which C++ would call a kernel by way of Python, which is slower"
+    def filter(self, record):
+        if 'c-shim' in record.msg: raise NotImplementedError(record.getMessage())
+        return True
+
+@contextmanager
+def in_cpp_alone():
+    "In the block what is compiled to be called from C++ is so as a whole, or fails"
+    log, needs_python = logging.getLogger('torch._inductor.ir'), NeedsPython()
+    log.addFilter(needs_python)
+    try: yield
+    finally: log.removeFilter(needs_python)
+
 # %% ../../nbs/training/15_compiled_step.ipynb #9d2f8324
 def acts_before(learn, cb): # str; None
     "Who may change weights between an update and the callback, in `after_step`"
@@ -219,7 +234,7 @@ def make_update(self:StepGraph, xb, yb): # Made
         grads, norm = torch.autograd.grad(loss, self.params), None
         torch._foreach_copy_(self.grads, grads)
         if (clip := self.clip) is not None:
-            norm = clip_gradients(self.params, clip.max_norm, clip.max_value)
+            norm = clip_gradients(self.params, clip.max_norm, clip.max_value, foreach=False)
         inspect.unwrap(type(self.twin).step)(self.twin)
         for average in self.averages: average.change()
     return Made(detach(pred), loss.detach(), weight, norm)
@@ -269,7 +284,7 @@ def run(self:StepGraph, xb, yb): # Made
         if self.is_compiled: return self.function(xb, yb)
     except Exception as error:
         if not is_compilers(error): raise  # else more has changed than values
-    with torch._dynamo.config.patch(**TRACING): made = self.function(xb, yb)
+    with torch._dynamo.config.patch(**TRACING), in_cpp_alone(): made = self.function(xb, yb)
     self.is_compiled = True
     return made
 

@@ -4,6 +4,7 @@
 """Forward pass, loss, gradients, bounds and update, compiled together"""
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+import logging
 import torch
 from typing import Any, NamedTuple
 from ..components.callback import Callback
@@ -89,6 +90,13 @@ class Made(NamedTuple):
     """of the gradients, before they were bounded"""
     grads: list | None = ...
     """of the parameters, where no update was made"""
+
+class NeedsPython(logging.Filter):
+    """Ends a compilation in which C++ would call a kernel by way of Python, which is slower"""
+    def filter(self, record: Any) -> Any: ...
+
+def in_cpp_alone() -> AbstractContextManager[None]:
+    """In the block what is compiled to be called from C++ is so as a whole, or fails"""
 
 def acts_before(learn: Learner, cb: Any) -> Any:
     """Who may change weights between an update and the callback, in `after_step`

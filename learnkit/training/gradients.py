@@ -163,16 +163,21 @@ def check_bound(name:str, # of the argument
         raise ValueError(f'GradientClip({name}={value!r}): must be a number above 0')
 
 # %% ../../nbs/training/11_gradients.ipynb #d673bbda
-def total_norm(grads): # tensor, 0-d
+def total_norm(grads,
+               foreach=None, # False: tensor by tensor, as a compiler puts them together itself
+              ): # tensor, 0-d
     "The norm of all gradients together"
-    norms = [full_tensor(get_total_norm(some)) for some, in split_by_dtensor(grads)]
+    norms = [full_tensor(get_total_norm(some, foreach=foreach))
+             for some, in split_by_dtensor(grads)]
     return norms[0] if len(norms) == 1 else torch.stack(norms).norm()
 
 # %% ../../nbs/training/11_gradients.ipynb #a2c0c210
-def clip_gradients(params, max_norm, max_value): # tensor, 0-d: the norm before
+def clip_gradients(params, max_norm, max_value,
+                   foreach=None, # as for `total_norm`
+                  ): # tensor, 0-d: the norm before
     "Bound the gradients of parameters"
     params = [p for p in params if p.grad is not None]
-    norm = total_norm([p.grad for p in params])
+    norm = total_norm([p.grad for p in params], foreach)
     for some, in split_by_dtensor(params):
         if max_norm is not None: clip_grads_with_norm_(some, max_norm, norm)
         if max_value is not None: clip_grad_value_(some, max_value)

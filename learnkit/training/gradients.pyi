@@ -75,15 +75,21 @@ def check_bound(name: str, value: Any) -> None:
         value: number, or None
     """
 
-def total_norm(grads: Any) -> Any:
+def total_norm(grads: Any, foreach: Any = None) -> Any:
     """The norm of all gradients together
+
+    Args:
+        foreach: False: tensor by tensor, as a compiler puts them together itself
 
     Returns:
         tensor, 0-d
     """
 
-def clip_gradients(params: Any, max_norm: Any, max_value: Any) -> Any:
+def clip_gradients(params: Any, max_norm: Any, max_value: Any, foreach: Any = None) -> Any:
     """Bound the gradients of parameters
+
+    Args:
+        foreach: as for `total_norm`
 
     Returns:
         tensor, 0-d: the norm before

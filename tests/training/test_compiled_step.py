@@ -420,12 +420,29 @@ def test_nothing_is_compiled_for_the_first_update_and_for_the_last_batch():
 def test_what_cannot_be_called_from_cpp_is_called_from_python(monkeypatch):
     from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
     def fails(*args, **kwargs): raise NotImplementedError('there is no such function in C++')
-    monkeypatch.setattr(torch.compiler.config, 'force_disable_caches', True)
     for is_broken in (False, True):
         torch._dynamo.reset()
         if is_broken: monkeypatch.setattr(CppWrapperCpu, 'generate', fails)
         ours, plain = make(compiled=False).compile(step=True), make(compiled=False)
         for learn in (ours, plain):
-            with learn.no_logging(): learn.fit(2)
+            with learn.no_logging(), torch.compiler.config.patch(force_disable_caches=True):
+                learn.fit(2)
         assert level(ours) == 'update' and step_of(ours).in_cpp is not is_broken
         check_equal(ours, plain)
+
+
+class Bags(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bags, self.layer = nn.EmbeddingBag(9, 4), nn.Linear(4, 3)
+    def forward(self, x): return self.layer(self.bags((x * 3).long().clamp(0, 8)))
+
+
+@pytest.mark.slow
+def test_what_cpp_would_leave_to_python_is_called_from_there(caplog):
+    ours, plain = make(compiled=False, model=Bags).compile(step=True), make(False, model=Bags)
+    for learn in (ours, plain):
+        with learn.no_logging(): learn.fit(2, cbs=GradientClip(.5))
+    assert level(ours) == 'update' and not step_of(ours).in_cpp
+    assert 'c-shim' not in caplog.text
+    check_equal(ours, plain)
