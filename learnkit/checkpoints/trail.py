@@ -33,8 +33,9 @@ def known_id(ids, prefix, name): # id
 # %% ../../nbs/checkpoints/19_trail.ipynb #cd4cc4cf
 class Trail:
     "Where calls have led to from a checkpoint on"
-    def __init__(self, ledger, prefix):
+    def __init__(self, ledger, prefix, on_record=lambda: None):
         self.ledger, self.prefix = ledger, prefix
+        self.on_record = on_record  # function; called before a call that may have to be made
         self.start, self.objects = ledger.position, ledger.host.structure_objects()
         self.structural = {}  # id -> structural calls on the way there: (method, args, kwargs)
         self.walked = {}  # name -> `Walked`, of calls that were made or compared
@@ -75,6 +76,7 @@ def step(self:Trail, method, args, kwargs): # what the call returns
 def record(self:Trail, name, call): # (what the call returns, id)
     "Make a call in a block of its own, where it is compared with what is recorded"
     __tracebackhide__ = True
+    self.on_record()
     ledger, kept = self.ledger, dict(self.ledger.structures)
     id = known_id(ledger.store.ids(), self.prefix, name)
     try:
