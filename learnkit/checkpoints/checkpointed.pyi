@@ -137,7 +137,7 @@ class Checkpointed:
             remote: at the address of the learner's `remote`, too
         """
     def push(self, url: str | None = None) -> Transfer:
-        """Send all checkpoints of the run that are not there; nothing is deleted there
+        """Send what of checkpoints and studies is not there; nothing is deleted there
 
         Args:
             url: of the folder for this run; None: the learner's `remote`
@@ -146,7 +146,7 @@ class Checkpointed:
             what has travelled
         """
     def pull(self, url: str | None = None) -> Transfer:
-        """Fetch all checkpoints that are not here; the learner stays where it is
+        """Fetch what of checkpoints and studies is not here; the learner stays where it is
 
         Args:
             url: of the folder that the run was pushed to; None: the learner's `remote`

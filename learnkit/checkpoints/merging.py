@@ -112,8 +112,12 @@ def first_difference(record, other): # JSON values
 
 def id_beside(record, other, taken): # id
     "An id for a record that is kept beside another of the same id"
-    digest = json_digest([repr(record['id']), first_difference(record, other)])
-    base = str(record['id']).lstrip('-')[:40]
+    difference = first_difference(record, other)
+    return name_beside(record['id'], json_digest([repr(record['id']), difference]), taken)
+
+def name_beside(id, digest, taken): # id
+    "A name made of an old one and of what is different"
+    base = str(id).lstrip('-')[:40]
     names = (check_id(f'{base}_{digest[:n]}') for n in range(8, 24))
     return next(id for id in names if not taken(id))
 

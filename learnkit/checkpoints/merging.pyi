@@ -104,6 +104,13 @@ def id_beside(record: Any, other: Any, taken: Any) -> Any:
         id
     """
 
+def name_beside(id: Any, digest: Any, taken: Any) -> Any:
+    """A name made of an old one and of what is different
+
+    Returns:
+        id
+    """
+
 def origin(record: Any) -> Any:
     """The id that a record has in the remote folder
 

@@ -23,7 +23,7 @@ from .transfer import Transfer, pull_run, push_run
 def push(self:Checkpointed,
          url:str=None, # of the folder for this run; None: the learner's `remote`
         ) -> Transfer: # what has travelled
-    "Send all checkpoints of the run that are not there; nothing is deleted there"
+    "Send what of checkpoints and studies is not there; nothing is deleted there"
     remote = address_of(self.ledger, url, 'push')
     return moved(self.ledger, lambda: push_run(self.ledger.local_store, remote))
 
@@ -32,7 +32,7 @@ def push(self:Checkpointed,
 def pull(self:Checkpointed,
          url:str=None, # of the folder that the run was pushed to; None: the learner's `remote`
         ) -> Transfer: # what has travelled
-    "Fetch all checkpoints that are not here; the learner stays where it is"
+    "Fetch what of checkpoints and studies is not here; the learner stays where it is"
     self.ledger.check_idle('pull')
     remote = address_of(self.ledger, url, 'pull')
     return moved(self.ledger, lambda: pull_run(self.ledger.local_store, remote))
@@ -67,6 +67,7 @@ class RemoteView(Store):
 
     def fetch_tensors(self, remote, digests): return []
     def fetch_save(self, remote, target, folder): return 0
+    def fetch_study(self, remote, study, found): pass
     def holds(self, root): return not self.is_filled or super().holds(root) # bool
 
 # %% ../../nbs/checkpoints/19_remote.ipynb #72186414

@@ -11,12 +11,11 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
 from ..files.errors import DamagedError, StoreError
-from ..files.regular import open_regular
 from ..files.durable import is_left_over
 from ..files.ids import file_name, id_from_file_name, id_text, ids_text
 from ..files.records import RECORD_PARSERS, read_limited, referenced_digests, sealed_digest
 from ..files.tree import FORMAT
-from ..files.journal import entries_of, whole_lines
+from ..files.journal import entries_of, read_journal, whole_lines
 from ..files.store import SUBFOLDERS, Store, check_subfolder
 from ..files.garbage import is_save_needed
 from ..files.checks import (
@@ -450,9 +449,6 @@ def add_studies(folder, run, lost, found):
             gone = [id for id in dict.fromkeys(ids) if not is_kept(folder, run, id)]
             if gone: found.problems.append(lost_trial(name, gone))
 
-def read_journal(path): # bytes
-    with open_regular(path) as file: return file.readall()
-
 def damaged_journal(folder, path, lines, n): # Problem
     why = f'line {n} of {len(lines)} is not as it was written'
     depends = [f'study {id_from_file_name(path.stem)!r}, from there on']
@@ -469,14 +465,14 @@ def trials_of(entries): # list of (what people call it, ids of its checkpoints)
         if op == 4:
             trials.append((entry['study_id'], counts[entry['study_id']], []))
             counts[entry['study_id']] += 1
-        if op == 8: trials[entry['trial_id']][2].extend(entry['user_attr'].get('ids', []))
+        if op == 8 and (ids := entry['user_attr'].get('ids')): trials[entry['trial_id']][2][:] = ids
     return [(f'trial {n} of study {studies[study]!r}', ids) for study, n, ids in trials if ids]
 
 # %% ../../nbs/checkpoints/17_run_checks.ipynb #42122ec6
 def is_kept(folder, run, id): # bool
-    "Whether a checkpoint is there, or was deleted by somebody"
+    "Whether a checkpoint is there, or is known to be not"
     if id in run or os.path.lexists(folder/'nodes'/f'{file_name(id)}.json'): return True
-    return (folder/'studies/deleted'/file_name(id)).exists()
+    return (folder/'studies/absent'/file_name(id)).exists()
 
 def lost_trial(name, ids): # Problem
     return Problem('lost', name, f'no longer there: checkpoint {ids_text(ids, 3)}',

@@ -230,11 +230,6 @@ def add_left_over(folder: Any, run: Any, found: Any) -> None:
 def add_studies(folder: Any, run: Any, lost: Any, found: Any) -> None:
     """Check the journals of studies, and that what their trials have made is there"""
 
-def read_journal(path: Any) -> bytes:
-    """Returns:
-        bytes
-    """
-
 def damaged_journal(folder: Any, path: Any, lines: Any, n: Any) -> Problem:
     """Returns:
         Problem
@@ -248,7 +243,7 @@ def trials_of(entries: Any) -> Any:
     """
 
 def is_kept(folder: Any, run: Any, id: Any) -> bool:
-    """Whether a checkpoint is there, or was deleted by somebody
+    """Whether a checkpoint is there, or is known to be not
 
     Returns:
         bool

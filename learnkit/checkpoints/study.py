@@ -18,13 +18,13 @@ from ..base.text import one_line
 from ..files.durable import make_folder, write_bytes
 from ..files.errors import LockedError, StoreError, holder_text
 from ..files.ids import check_id, file_name, id_text
-from ..files.journal import Journal
 from ..files.leases import Lease
 from ..files.records import read_limited
 from ..files.tree import json_digest
 from .record import StaleCheckpoint, position_text
 from .ledger import digests_of
-from .uploads import wait_for_uploads
+from .study_journals import open_journal
+from .uploads import fetch_study, send_study, wait_for_uploads
 from .recording import recording
 from .checkpointed import Checkpointed
 from .lineage import number_text
@@ -46,13 +46,6 @@ def quiet(optuna):
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try: yield
     finally: optuna.logging.set_verbosity(before)
-
-def journal(optuna, store, name): # storage
-    "The trials of a study, in a file beside the run"
-    with store.writing(): make_folder(folder := store.subfolder('studies'))
-    advice = ('Put back a copy, or learnkit verify --repair keeps the lines before it: what later '
-              'trials have trained stays, and they are chosen anew')
-    return optuna.storages.JournalStorage(Journal(folder/f'{file_name(name)}.journal', advice))
 
 def check_study_name(name): # str
     if type(name) is not str or len(check_id(name)) > 63 - NAME_LENGTH:
@@ -105,13 +98,17 @@ class Study:
         self.ledger, self.name, self.optuna = ledger, check_study_name(name), import_optuna()
         check_parts(self.optuna, sampler, pruner, storage)
         self.run_id = None if storage is None else run_id(ledger.local_store)  # None: not shared
-        storage = storage or journal(self.optuna, ledger.local_store, name)
+        self.journal = None  # where `storage` keeps the trials
+        if storage is None:
+            fetch_study(ledger, name)
+            self.journal = open_journal(ledger.local_store, name)
+            storage = self.optuna.storages.JournalStorage(self.journal)
         self.options = {'storage': storage, 'direction': direction, 'sampler': sampler,
                         'pruner': pruner}
         self.is_over = self.is_exhausted = False  # as somebody has said, as the sampler has
         self.open_newest()
 
-    def __fingerprint__(self): return 'study', self.name  # jobs may look at earlier trials
+    def __fingerprint__(self): return 'study', self.begun_as  # jobs may look at earlier trials
 
     def __repr__(self):
         return f'{type(self).__name__}({self.name!r}, {self.options["direction"]!r})'
@@ -121,11 +118,12 @@ class Study:
 def open_newest(self:Study):
     "The study, or the newest of those that were begun anew"
     storage = self.options['storage']
-    try: have, self.version = {*self.optuna.get_all_study_names(storage)}, 0
+    try: have, self.version = self.optuna.get_all_study_names(storage), 0
     except StoreError: raise
     except Exception as error:  # of whatever library is behind a url
         raise ValueError(f'storage={re.sub("//.*@", "//...@", repr(storage))} cannot be used: '
                          f'{one_line(str(error))}') from error
+    self.begun_as = have[0] if self.journal and have else self.name  # where it is kept beside one
     while self.version_name(self.version + 1) in have: self.version += 1  # see `begin_anew`
     self.study = self.open(self.version_name(self.version))
 
@@ -134,13 +132,16 @@ def note_exhausted(self:Study): self.is_exhausted = True
 
 @patch
 def version_name(self:Study, n): # str
-    return f'{self.name}/{n + 1}' if n else self.name
+    return f'{self.begun_as}/{n + 1}' if n else self.begun_as
 
 @patch
 def open(self:Study, name): # optuna.Study
-    with quiet(self.optuna):
-        found = self.optuna.create_study(study_name=name, load_if_exists=True, **self.options)
-    direction = self.options['direction']
+    optuna, direction = self.optuna, self.options['direction']
+    with quiet(optuna):
+        if name in optuna.get_all_study_names(self.options['storage']):  # who looks writes nothing
+            parts = {key: x for key, x in self.options.items() if key != 'direction'}
+            found = optuna.load_study(study_name=name, **parts)
+        else: found = optuna.create_study(study_name=name, load_if_exists=True, **self.options)
     if found.direction.name.lower() != direction:
         raise ValueError(f'study {self.name!r} was made to {found.direction.name.lower()}, not '
                          f'to {direction}: give direction={found.direction.name.lower()!r}, or '
@@ -355,7 +356,7 @@ BEGINNING_ID = 'start-of-studies'  # where trials begin that go on from no other
 @patch
 def work(self:Study, job, n_trials):
     "Make trials in this process until there are enough"
-    trail = Trail(self.ledger, self.name)
+    trail = Trail(self.ledger, self.begun_as, on_record=self.send)
     if self.done(): self.study.sampler.reseed_rng()  # else it would choose the first ones again
     try:
         with naming_missing_packages(self.optuna, self.study.sampler):
@@ -364,6 +365,11 @@ def work(self:Study, job, n_trials):
                 try: self.make(job, trial, trail)
                 finally: lease.release()
     finally: trail.end()
+
+@patch
+def send(self:Study):
+    "Send the trials to where the calls are sent"
+    if self.journal: send_study(self.ledger, self.journal.path)
 
 # %% ../../nbs/checkpoints/20_study.ipynb #a0cc4aac
 @patch
@@ -381,6 +387,7 @@ def make(self:Study, job, trial, trail):
     trial.set_user_attr('ids', [position and position.id, *trail.ids])
     trial.set_user_attr('steps', trail.steps)
     self.study.tell(trial, value if state is states.COMPLETE else None, state)
+    self.send()
     self.ledger.show(self.line_of(trial.number, trail, value))
 
 def is_value(x): # bool
@@ -452,6 +459,8 @@ def run(self:Study,
         wait_for_uploads(ledger)  # a copy of a process has none of its threads
         run_copies(workers, self.work, job, n_trials)
     while self.wait_for_others(): self.work(job, n_trials)
+    self.send()
+    wait_for_uploads(ledger)
 
 # %% ../../nbs/checkpoints/20_study.ipynb #71ba2cfe
 def run_copies(n, work, *args):

@@ -19,13 +19,6 @@ def import_optuna() -> Any:
 def quiet(optuna: Any) -> AbstractContextManager[None]:
     """Inside, optuna logs warnings only"""
 
-def journal(optuna: Any, store: Any, name: Any) -> Any:
-    """The trials of a study, in a file beside the run
-
-    Returns:
-        storage
-    """
-
 def check_study_name(name: Any) -> str:
     """Returns:
         str
@@ -61,9 +54,11 @@ class Study:
     name: Any
     optuna: Any
     run_id: Any
+    journal: Any
     options: dict[str, Any]
     is_over: bool
     is_exhausted: bool
+    begun_as: Any
     study: Any
     version: int
     def __init__(
@@ -162,6 +157,8 @@ class Study:
         """Ask for the trials that the version before has made, in a study that has just been begun"""
     def work(self, job: Any, n_trials: Any) -> None:
         """Make trials in this process until there are enough"""
+    def send(self) -> None:
+        """Send the trials to where the calls are sent"""
     def make(self, job: Any, trial: Any, trail: Any) -> None:
         """One trial, and what came of it"""
     def line_of(self, number: Any, trail: Any, value: Any) -> str:

@@ -34,8 +34,9 @@ def known_id(ids, prefix, name): # id
 # %% ../../nbs/checkpoints/19_trail.ipynb #cd4cc4cf
 class Trail:
     "Where calls have led to from a checkpoint on"
-    def __init__(self, ledger, prefix):
+    def __init__(self, ledger, prefix, on_record=lambda: None):
         self.ledger, self.prefix = ledger, prefix
+        self.on_record = on_record  # function; called before a call that may have to be made
         self.start, self.objects = ledger.position, ledger.host.structure_objects()
         self.structural = {}  # id -> structural calls on the way there: (method, args, kwargs)
         self.walked = {}  # name -> `Walked`, of calls that were made or compared
@@ -50,22 +51,25 @@ class Trail:
 
     def note_random(self): self.drawn = rng_mark()
 
-    def check_random(self, method):
-        "Raise RuntimeError if random generators have moved since the last call"
-        if rng_mark() == self.drawn: return
-        raise RuntimeError(
-            f'random numbers were drawn, or a seed was set, before cp.{method}: trials share '
-            'calls, so that would count in some of them and not in others. Draw from a generator '
-            'of your own, as random.Random(trial.number); a seed belongs into a method of the '
-            'learner')
+# %% ../../nbs/checkpoints/19_trail.ipynb #d2cd1acf
+@patch
+def check_random(self:Trail, method):
+    "Raise RuntimeError if random generators have moved since the last call"
+    if rng_mark() == self.drawn: return
+    raise RuntimeError(
+        f'random numbers were drawn, or a seed was set, before cp.{method}: trials share '
+        'calls, so that would count in some of them and not in others. Draw from a generator '
+        'of your own, as random.Random(trial.number); a seed belongs into a method of the '
+        'learner')
 
-    def check_unchanged(self, method):
-        "Raise RuntimeError if the object was changed since the last call, other than by calls"
-        if self.ledger.is_behind or not (names := changed_parts(self.ledger)): return
-        raise RuntimeError(
-            f'the learner was changed before cp.{method}: {", ".join(names)}. Trials share calls, '
-            'so that would count in some of them and not in others. Change it in a call, such as '
-            'cp.setup(...) or a method of your own')
+@patch
+def check_unchanged(self:Trail, method):
+    "Raise RuntimeError if the object was changed since the last call, other than by calls"
+    if self.ledger.is_behind or not (names := changed_parts(self.ledger)): return
+    raise RuntimeError(
+        f'the learner was changed before cp.{method}: {", ".join(names)}. Trials share calls, '
+        'so that would count in some of them and not in others. Change it in a call, such as '
+        'cp.setup(...) or a method of your own')
 
 def changed_parts(ledger): # list of names
     "What of the object is not as it is recorded where it stands"
@@ -92,6 +96,7 @@ def step(self:Trail, method, args, kwargs): # what the call returns
 def record(self:Trail, name, call, asked): # (what the call returns, id)
     "Make a call in a block of its own, where it is compared with what is recorded"
     __tracebackhide__ = True
+    self.on_record()
     ledger, kept = self.ledger, dict(self.ledger.structures)
     id = known_id(ledger.store.ids(), self.prefix, name)
     try:

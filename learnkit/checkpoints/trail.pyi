@@ -26,6 +26,7 @@ class Trail:
     """Where calls have led to from a checkpoint on"""
     ledger: Any
     prefix: Any
+    on_record: Any
     start: Any
     objects: Any
     structural: dict[Any, Any]
@@ -35,7 +36,7 @@ class Trail:
     steps: int
     calls: Any
     drawn: Any
-    def __init__(self, ledger: Any, prefix: Any) -> None: ...
+    def __init__(self, ledger: Any, prefix: Any, on_record: Any = ...) -> None: ...
     def begin(self) -> None:
         """Stand at the start again; its state is loaded when it is needed"""
     def note_random(self) -> None: ...

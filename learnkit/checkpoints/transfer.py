@@ -13,7 +13,7 @@ from ..base.text import size_text
 from ..files.durable import entries
 from ..files.errors import DamagedError, LockedError
 from ..files.tree import FORMAT, json_digest
-from ..files.ids import file_name, id_from_file_name, id_text, sort_ids
+from ..files.ids import file_name, id_from_file_name, id_text, ids_text, sort_ids
 from ..files.records import (
     MAX_TEXT, RECORD_PARSERS, checked_text, referenced_digests, sealed_digest)
 from ..files.garbage import is_save_needed
@@ -22,6 +22,7 @@ from .merging import (
     answers_of, check_record, id_beside, includes, is_parent, may_be,
     is_begun, merged, origin, outgoing, question, stored, stored_of,
     with_ids, without_begun, without_running)
+from .study_journals import journals_of, name_of, push_journal
 
 # %% ../../nbs/checkpoints/07_transfer.ipynb #673356a2
 @dataclass
@@ -35,32 +36,41 @@ class Transfer:
     saves: int = 0 # of calls that are not done
     beside: dict = field(default_factory=dict) # id that was recorded otherwise -> id it has here
     left: dict = field(default_factory=dict) # id -> why it was left as it was
+    studies: list = field(default_factory=list) # names of those with new trials
+    studies_beside: dict = field(default_factory=dict) # name it has here -> study it was made as
 
     @property
     def is_worth_telling(self): # bool
-        return bool(self.checkpoints or self.saves or self.beside or self.left)
+        found = self.checkpoints, self.saves, self.studies, self.beside_lines, self.left
+        return any(map(bool, found))
 
     def add(self, sizes):
         "Files of tensors have travelled"
         self.objects += len(sizes)
         self.bytes += sum(sizes)
 
-    @property
-    def beside_lines(self): # list of str
-        is_push = self.way == 'pushed to'
-        other = 'a pull brings the other one' if is_push else 'the other one is here'
-        return [f'checkpoint {id_text(id)} is recorded otherwise at {self.name}: both are kept, '
-                f'{other} as {id_text(new)}' for id, new in self.beside.items()]
-
     def __str__(self):
         ids = ', '.join(map(id_text, self.checkpoints[:20]))
         more = ', ...' if len(self.checkpoints) > 20 else ''
-        lines = [f'{self.way} {self.name}: checkpoint {ids}{more}; {self.objects} '
-                 f'file{"s" * (self.objects != 1)} of tensors, {size_text(self.bytes)}']
-        if not (self.checkpoints or self.saves): lines = [f'{self.way} {self.name}: nothing new']
+        parts = [f'checkpoint {ids}{more}; {self.objects} file{"s" * (self.objects != 1)} of '
+                 f'tensors, {size_text(self.bytes)}'] * bool(self.checkpoints or self.saves)
+        parts += [f'study {ids_text(self.studies)}'] * bool(self.studies)
+        lines = [f'{self.way} {self.name}: {"; ".join(parts) or "nothing new"}']
         lines += [f'checkpoint {id_text(id)} was left as it is: {why}'
                   for id, why in self.left.items()]
         return '\n'.join([*lines, *self.beside_lines])
+
+# %% ../../nbs/checkpoints/07_transfer.ipynb #fea2ce78
+@patch(as_prop=True)
+def beside_lines(self:Transfer): # list of str
+    is_push = self.way == 'pushed to'
+    other = 'a pull brings the other one' if is_push else 'the other one is here'
+    pairs = [(f'checkpoint {id_text(id)} is recorded otherwise', new)
+             for id, new in self.beside.items()]
+    pairs += [(f'study {study!r} has gone on otherwise', new)
+              for new, study in self.studies_beside.items()]
+    return [f'{what} at {self.name}: both are kept, {other} as {id_text(new)}'
+            for what, new in pairs]
 
 # %% ../../nbs/checkpoints/07_transfer.ipynb #4bd1efe8
 def records_folder(id): return f'records/{file_name(id)}' # str
@@ -173,31 +183,21 @@ def remove_if_empty(remote, folder):
     with suppress(Exception): remote.fs.rmdir(remote.at(folder))  # a bucket has no folders
 
 # %% ../../nbs/checkpoints/07_transfer.ipynb #088a2c23
-def push_run(store, remote, ids=None): # Transfer; ids: None for all
-    "Send what is not there"
-    store.check_current()
-    remote.make_run()
-    remote.clear_up('objects')
-    remote.known.clear()  # what has been lost there is sent again
-    found = Transfer('pushed to', remote.name)
-    ids = store.ids() if ids is None else ids
-    parent_of = {id: (store.read(id, False) or {}).get('parent') for id in ids}
-    move_each(parent_of, lambda id: push_checkpoint(store, remote, id, found))
-    return found
-
-def move_each(parent_of, move): # parent_of: dict id -> id; move: function of an id
-    "Parents first; what is damaged stays, with all that goes on from it, and is told at the end"
+def move_each(parent_of, move, studies, move_study): # parent_of: dict id -> id; move: of an id
+    "Parents first, studies last; what is damaged stays, with what goes on from it, and is told"
     failed = {}
     for id in above_first(parent_of):
         if parent_of[id] in failed: failed[id] = None
         else:
             try: move(id)
             except DamagedError as error: failed[id] = str(error)
-    if not failed: return
     texts = [f'checkpoint {id_text(id)}: {why}' for id, why in failed.items() if why]
     if rest := [id_text(id) for id, why in failed.items() if not why]:
         texts.append(f'checkpoint {", ".join(rest)} goes on from it')
-    raise DamagedError('; '.join(texts) + '. All else has been moved')
+    for study in studies:
+        try: move_study(study)
+        except DamagedError as error: texts.append(f'study {study!r}: {error}')
+    if texts: raise DamagedError('; '.join(texts) + '. All else has been moved')
 
 def above_first(parent_of): # list of the keys; parent_of: dict id -> id
     "In such an order that each comes after its parent, where that is among them"
@@ -209,6 +209,23 @@ def above_first(parent_of): # list of the keys; parent_of: dict id -> id
             id = parent_of[id]
         found |= dict.fromkeys(reversed(way))
     return list(found)
+
+# %% ../../nbs/checkpoints/07_transfer.ipynb #9e27261a
+def push_run(store, remote, ids=None): # Transfer; ids: None for all
+    "Send what is not there"
+    store.check_current()
+    remote.make_run()
+    remote.clear_up('objects')
+    remote.known.clear()  # what has been lost there is sent again
+    found = Transfer('pushed to', remote.name)
+    journals = {}
+    if ids is None:  # journals first, so that all they name is among the ids
+        journals = {name_of(path): (path, data) for path, data in journals_of(store).items()}
+        ids = store.ids()
+    parent_of = {id: (store.read(id, False) or {}).get('parent') for id in ids}
+    def push_study(name): push_journal(store, remote, *journals[name], found)
+    move_each(parent_of, lambda id: push_checkpoint(store, remote, id, found), journals, push_study)
+    return found
 
 # %% ../../nbs/checkpoints/07_transfer.ipynb #783397d0
 @dataclass
@@ -227,6 +244,7 @@ def pull_run(store, remote, ids=None, seen=None): # Transfer; ids: None for all
     if seen is None: check_run(remote)
     store.check_current()
     seen, found = seen or Seen(), Transfer('pulled from', remote.name)
+    studies = remote.studies() if ids is None else []
     ids = remote.ids() if ids is None else ids
     records, here = records_there(remote, ids, seen.records), store.ids()
     seen.records |= records
@@ -234,7 +252,7 @@ def pull_run(store, remote, ids=None, seen=None): # Transfer; ids: None for all
                  if id in ids or not seen.is_here(id, here)}
     def move(id):
         for record in records[id]: take(store, remote, record, seen, found)
-    move_each(parent_of, move)
+    move_each(parent_of, move, studies, lambda study: store.fetch_study(remote, study, found))
     return found
 
 def check_run(remote):

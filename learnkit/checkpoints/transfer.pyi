@@ -27,6 +27,10 @@ class Transfer:
     """id that was recorded otherwise -> id it has here"""
     left: dict = ...
     """id -> why it was left as it was"""
+    studies: list = ...
+    """names of those with new trials"""
+    studies_beside: dict = ...
+    """name it has here -> study it was made as"""
     @property
     def is_worth_telling(self) -> bool:
         """Returns:
@@ -34,12 +38,12 @@ class Transfer:
         """
     def add(self, sizes: Any) -> None:
         """Files of tensors have travelled"""
+    def __str__(self) -> str: ...
     @property
     def beside_lines(self) -> Any:
         """Returns:
             list of str
         """
-    def __str__(self) -> str: ...
 
 def records_folder(id: Any) -> str: ...
 
@@ -85,18 +89,11 @@ def remove_saves(remote: Any, target: Any) -> None:
 
 def remove_if_empty(remote: Any, folder: Any) -> None: ...
 
-def push_run(store: Any, remote: Any, ids: Any = None) -> Any:
-    """Send what is not there
+def move_each(parent_of: Any, move: Any, studies: Any, move_study: Any) -> Any:
+    """Parents first, studies last; what is damaged stays, with what goes on from it, and is told
 
     Returns:
-        Transfer; ids: None for all
-    """
-
-def move_each(parent_of: Any, move: Any) -> Any:
-    """Parents first; what is damaged stays, with all that goes on from it, and is told at the end
-
-    Returns:
-        parent_of: dict id -> id; move: function of an id
+        parent_of: dict id -> id; move: of an id
     """
 
 def above_first(parent_of: Any) -> Any:
@@ -104,6 +101,13 @@ def above_first(parent_of: Any) -> Any:
 
     Returns:
         list of the keys; parent_of: dict id -> id
+    """
+
+def push_run(store: Any, remote: Any, ids: Any = None) -> Any:
+    """Send what is not there
+
+    Returns:
+        Transfer; ids: None for all
     """
 
 @dataclass

@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/checkpoints/07_uploads.ipynb #069d2047
 import atexit, threading, warnings, weakref
+from pathlib import Path
 from fastcore.basics import patch
 from ..base.ranks import is_main
 from ..base.text import caller_stacklevel
@@ -15,6 +16,7 @@ from ..files.ids import id_text
 from ..files.store import Store
 from ..files.remote import Remote, RemoteError
 from .record import ancestors
+from .study_journals import name_of, push_journal, read_whole
 from .transfer import (
     Seen, Transfer, delete_there, pull_run, push_checkpoint)
 
@@ -26,10 +28,11 @@ class Uploads:
         self.begin()
 
     def begin(self):
-        self.waiting, self.there, self.sent = {}, set(), {}  # ids; ids that are there; saves
+        self.waiting = {}  # ids, and paths of journals
+        self.there, self.sent = set(), {}  # ids that are there; saves, and bytes of journals
         self.changed, self.thread, self.seen = threading.Condition(), None, Seen()
-        self.failed, self.beside = {}, {}  # id -> error; id -> that of another record of it
-        self.has_begun, self.told = False, set()  # told: what has failed, until it does no more
+        self.failed, self.beside = {}, []  # what waited -> error; lines about what is otherwise
+        self.has_begun, self.told = False, set()  # told: those, what fails until it does no more
 
     def __repr__(self): return f'{type(self).__name__}({self.store!r}, {self.remote!r})'
     def __getstate__(self): return self.store, self.remote, self.pauses
@@ -41,10 +44,10 @@ class Uploads:
     def is_idle(self): # bool; a copy of this process has no thread
         return self.thread is None or not self.thread.is_alive()
 
-    def add(self, id):
-        "Something of a checkpoint was written"
+    def add(self, what): # id, or the Path of a journal
+        "Something of a checkpoint, or of a study, was written"
         with self.changed:
-            self.waiting |= {**self.failed, id: None}
+            self.waiting |= {**self.failed, what: None}
             self.failed = {}
             if self.is_idle():
                 self.thread = threading.Thread(target=self.work, name='learnkit-uploads')
@@ -54,38 +57,52 @@ class Uploads:
 @patch
 def work(self:Uploads):
     "Send until nothing waits"
-    while (id := self.next()) is not None:
-        try: self.send(Store(self.store.folder), id)
-        except Exception as error: self.note_failed(id, error)
+    while (what := self.next()) is not None:
+        try: self.send(Store(self.store.folder), what)
+        except Exception as error: self.note_failed(what, error)
         else: self.remote.pauses = self.pauses
 
 @patch
-def next(self:Uploads): # id; None: nothing waits, and the thread ends
+def next(self:Uploads): # id or Path; None: nothing waits, and the thread ends
     with self.changed:
-        for id in self.waiting:
-            del self.waiting[id]
-            return id
+        for what in self.waiting:
+            del self.waiting[what]
+            return what
         self.thread = None
         self.changed.notify_all()
 
 @patch
-def send(self:Uploads, store, id):
-    "Send a checkpoint, after those that it goes on from"
+def note_failed(self:Uploads, what, error):
+    "It is tried again with the next; as long as nothing gets through, only once each time"
+    self.remote.pauses = ()
+    with self.changed: self.failed[what] = error
+
+# %% ../../nbs/checkpoints/07_uploads.ipynb #410ed19f
+@patch
+def send(self:Uploads, store, what):
+    "Send a checkpoint or a journal, after what it goes on from"
     if not self.has_begun: self.remote.make_run()
     self.has_begun = True
     found = Transfer('pushed to', self.remote.name)
+    if isinstance(what, Path): self.send_journal(store, what, found)
+    else: self.send_checkpoint(store, what, found)
+    with self.changed: self.beside += found.beside_lines
+
+@patch
+def send_checkpoint(self:Uploads, store, id, found):
     def parent_of(id): return (store.read(id, False) or {}).get('parent')
     for each in reversed(ancestors(parent_of, id)):
         if each != id and each in self.there: continue
         push_checkpoint(store, self.remote, each, found, self.sent)
         self.there.add(each)
-    with self.changed: self.beside |= found.beside
 
 @patch
-def note_failed(self:Uploads, id, error):
-    "It is tried again with the next; as long as nothing gets through, only once each time"
-    self.remote.pauses = ()
-    with self.changed: self.failed[id] = error
+def send_journal(self:Uploads, store, path, found):
+    def send(id):
+        if id not in self.there or id in self.waiting: self.send_checkpoint(store, id, found)
+    if self.sent.get(path) == len(data := read_whole(path)): return
+    push_journal(store, self.remote, path, data, found, send)
+    self.sent[path] = len(data)
 
 # %% ../../nbs/checkpoints/07_uploads.ipynb #e7555009
 PATIENCE = 5.  # seconds of waiting without a word
@@ -105,18 +122,27 @@ def wait(self:Uploads,
              'which waits for it unless it is interrupted once more')
         raise
     self.warn_of_failed()
-    beside, self.beside = self.beside, {}
-    for line in Transfer('pushed to', self.remote.name, beside=beside).beside_lines: show(line)
+    lines, self.beside = [each for each in self.beside if each not in self.told], []
+    for line in dict.fromkeys(lines): show(line)
+    self.told |= {*lines}
 
+# %% ../../nbs/checkpoints/07_uploads.ipynb #025dce87
 @patch
 def warn_of_failed(self:Uploads):
     "Warn of what could not be sent"
     failed = dict(self.failed)
     if not failed: return self.told.discard('send')
-    error, ids = next(iter(failed.values())), ', '.join(map(id_text, failed))
+    error = next(iter(failed.values()))
     why = str(error) if isinstance(error, (StoreError, OSError)) else repr(error)
-    self.warn('send', f'checkpoint {ids} is recorded here, but not at {self.remote.name}: {why}. '
-              'It is tried again with the next call; learn.push() sends what is missing')
+    self.warn('send', f'{names_text(failed)} is recorded here, but not at {self.remote.name}: '
+              f'{why}. It is tried again with the next call; learn.push() sends what is missing')
+
+def names_text(failed): # str, of ids and paths of journals
+    studies = [name_of(each) for each in failed if isinstance(each, Path)]
+    ids = [each for each in failed if not isinstance(each, Path)]
+    parts = {'checkpoint': ids, 'study': studies}
+    return ', '.join(f'{kind} {", ".join(map(id_text, some))}'
+                     for kind, some in parts.items() if some)
 
 @patch
 def warn(self:Uploads, what, text):
@@ -126,20 +152,35 @@ def warn(self:Uploads, what, text):
 
 # %% ../../nbs/checkpoints/07_uploads.ipynb #0b82a6bb
 @patch
-def fetch(self:Uploads, id): # Transfer; None if nothing could be fetched
+def fetch(self:Uploads, id): # as `fetch_by`
     "Fetch what is recorded of a checkpoint, and of those that it goes on from"
+    return self.fetch_by(f'checkpoint {id_text(id)}',
+                         lambda store: pull_run(store, self.remote, [id], self.seen))
+
+@patch
+def fetch_study(self:Uploads, name): # as `fetch_by`
+    "Fetch the trials of a study"
+    def pull(store):
+        found = Transfer('pulled from', self.remote.name)
+        store.fetch_study(self.remote, name, found)
+        return found
+    return self.fetch_by(f'study {name!r}', pull)
+
+@patch
+def fetch_by(self:Uploads, what, pull): # Transfer; None if nothing could be fetched
+    "Fetch something by a function of a store"
     try:
         if not self.has_begun and not self.remote.has_run(): return None
-        found = pull_run(Store(self.store.folder, self.store.name), self.remote, [id], self.seen)
+        found = pull(Store(self.store.folder, self.store.name))
     except (RemoteError, DamagedError) as error:
         if isinstance(error, RemoteError) and not self.has_begun: raise
-        self.warn('fetch', f'checkpoint {id_text(id)} was not fetched from {self.remote.name}: '
-                  f'{error}')
+        self.warn('fetch', f'{what} was not fetched from {self.remote.name}: {error}')
         return None
     self.has_begun = True
     self.told.discard('fetch')
     return found
 
+# %% ../../nbs/checkpoints/07_uploads.ipynb #dbe9129d
 @patch
 def delete(self:Uploads, id): # bool
     "Delete a checkpoint there; whether it was"
@@ -163,15 +204,26 @@ def warn_at_exit(uploads):
 # %% ../../nbs/checkpoints/07_uploads.ipynb #bc51f956
 def fetch_recorded(ledger, id):
     "Fetch what is recorded elsewhere of a checkpoint that is about to be entered, and tell of it"
-    if ledger.remote is None: return
-    def fetched(): # str
-        found = ledger.remote.fetch(id)
-        return str(found) if found is not None and found.is_worth_telling else ''
-    if text := ledger.on_main(fetched): ledger.show(text)
+    fetch_and_tell(ledger, lambda: ledger.remote.fetch(id))
 
 def fetch_missing(ledger, id):
     "Fetch a checkpoint that is asked for, if it is elsewhere and not here"
     if ledger.remote is not None and ledger.read(id) is None: fetch_recorded(ledger, id)
+
+def fetch_study(ledger, name):
+    "Fetch the trials of a study that is about to be opened, and tell of it"
+    fetch_and_tell(ledger, lambda: ledger.remote.fetch_study(name))
+
+def fetch_and_tell(ledger, fetch):
+    if ledger.remote is None: return
+    def fetched(): # str
+        found = fetch()
+        return str(found) if found is not None and found.is_worth_telling else ''
+    if text := ledger.on_main(fetched): ledger.show(text)
+
+def send_study(ledger, path):
+    "Send a journal in the background"
+    if ledger.remote is not None and is_main(): ledger.remote.add(path)
 
 def wait_for_uploads(ledger):
     "Wait until all is sent; the other processes, which may have failed, are not asked"

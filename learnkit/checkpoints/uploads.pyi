@@ -19,7 +19,7 @@ class Uploads:
     thread: threading.Thread | None
     seen: Seen
     failed: dict[Any, Any]
-    beside: dict[Any, Any]
+    beside: list[Any]
     has_begun: bool
     told: Any
     def __init__(self, store: Any, remote: Any) -> None: ...
@@ -31,18 +31,24 @@ class Uploads:
         """Returns:
             bool; a copy of this process has no thread
         """
-    def add(self, id: Any) -> None:
-        """Something of a checkpoint was written"""
+    def add(self, what: Any) -> Any:
+        """Something of a checkpoint, or of a study, was written
+
+        Returns:
+            id, or the Path of a journal
+        """
     def work(self) -> None:
         """Send until nothing waits"""
     def next(self) -> Any:
         """Returns:
-            id; None: nothing waits, and the thread ends
+            id or Path; None: nothing waits, and the thread ends
         """
-    def send(self, store: Any, id: Any) -> None:
-        """Send a checkpoint, after those that it goes on from"""
-    def note_failed(self, id: Any, error: Any) -> None:
+    def note_failed(self, what: Any, error: Any) -> None:
         """It is tried again with the next; as long as nothing gets through, only once each time"""
+    def send(self, store: Any, what: Any) -> None:
+        """Send a checkpoint or a journal, after what it goes on from"""
+    def send_checkpoint(self, store: Any, id: Any, found: Any) -> None: ...
+    def send_journal(self, store: Any, path: Any, found: Any) -> None: ...
     def wait(self, show: Any = ...) -> None:
         """Wait until nothing is left to send; tell of what was recorded otherwise, or not sent
 
@@ -57,6 +63,18 @@ class Uploads:
         """Fetch what is recorded of a checkpoint, and of those that it goes on from
 
         Returns:
+            as `fetch_by`
+        """
+    def fetch_study(self, name: Any) -> Any:
+        """Fetch the trials of a study
+
+        Returns:
+            as `fetch_by`
+        """
+    def fetch_by(self, what: Any, pull: Any) -> Any:
+        """Fetch something by a function of a store
+
+        Returns:
             Transfer; None if nothing could be fetched
         """
     def delete(self, id: Any) -> bool:
@@ -66,6 +84,11 @@ class Uploads:
             bool
         """
 PATIENCE: float
+
+def names_text(failed: Any) -> Any:
+    """Returns:
+        str, of ids and paths of journals
+    """
 
 def uploads(store: Any, url: Any) -> Any:
     """What sends a store to an address from now on
@@ -82,6 +105,14 @@ def fetch_recorded(ledger: Any, id: Any) -> None:
 
 def fetch_missing(ledger: Any, id: Any) -> None:
     """Fetch a checkpoint that is asked for, if it is elsewhere and not here"""
+
+def fetch_study(ledger: Any, name: Any) -> None:
+    """Fetch the trials of a study that is about to be opened, and tell of it"""
+
+def fetch_and_tell(ledger: Any, fetch: Any) -> None: ...
+
+def send_study(ledger: Any, path: Any) -> None:
+    """Send a journal in the background"""
 
 def wait_for_uploads(ledger: Any) -> None:
     """Wait until all is sent; the other processes, which may have failed, are not asked"""

@@ -11,7 +11,7 @@ from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from .durable import fsync, write, write_bytes, write_error
-from .errors import DamagedError
+from .errors import DamagedError, StoreError
 from .leases import Lease
 from .regular import open_regular
 
@@ -35,6 +35,10 @@ def whole_lines(data:bytes): # list of bytes
     "The lines that were written to their end"
     return data.split(b'\n')[:-1]
 
+def read_journal(path): # bytes
+    "All of a file, with what a killed process has left behind the last line"
+    with open_regular(path) as file: return file.readall()
+
 def entries_of(lines): # (list of dicts, number of the first line that is damaged; None)
     "What the lines say, as far as they are sound"
     found = []
@@ -49,7 +53,7 @@ class Journal:
     def __init__(self, path, advice=''): # advice: what gives back a damaged one
         self.path, self.advice = Path(path), advice
         self.lease = Lease(self.path.parents[1]/'locks', f'journal@{self.path.stem}', self.path)
-        self.starts = [0]  # where each line begins that was read, and the one after them
+        self.starts, self.first = [0], b''  # where lines that were read begin and end; the first
         with suppress(FileExistsError):
             if not self.path.exists(): write_bytes(self.path, b'', overwrite=False)
 
@@ -59,12 +63,14 @@ class Journal:
         "The entries from a number on"
         n = min(log_number_from, len(self.starts) - 1)
         with open_regular(self.path) as file:
+            if file.read(len(self.first)) != self.first: raise replaced(self.path)
             file.seek(self.starts[n])
             lines = whole_lines(file.readall())
         entries, damaged = entries_of(lines)
         if damaged:
             raise DamagedError(f'{self.path} is damaged: line {n + damaged} is not as it was '
                                f'written. {self.advice}')
+        if n == 0 and lines: self.first = lines[0] + b'\n'
         del self.starts[n + 1:]
         for line in lines: self.starts.append(self.starts[-1] + len(line) + 1)
         return entries[log_number_from - n:]
@@ -84,6 +90,10 @@ class Journal:
             fsync(file.fileno())
 
 # %% ../../nbs/files/14_journal.ipynb #103103a2
+def replaced(path): # StoreError
+    return StoreError(f'{path} is another one than it was when it was opened, as a pull has '
+                      'brought it or somebody has put it there: open the study again')
+
 def end_of_lines(file): # int
     "Where the last whole line ends; behind it is what somebody was killed at"
     end = file.seek(0, os.SEEK_END)

@@ -4,6 +4,7 @@
 """Entries that several processes append to a file, each with its digest"""
 from pathlib import Path
 from typing import Any
+from ..files.errors import StoreError
 from ..files.leases import Lease
 __all__ = []
 SEALED_LINE: Any
@@ -29,6 +30,13 @@ def whole_lines(data: bytes) -> Any:
         list of bytes
     """
 
+def read_journal(path: Any) -> bytes:
+    """All of a file, with what a killed process has left behind the last line
+
+    Returns:
+        bytes
+    """
+
 def entries_of(lines: Any) -> Any:
     """What the lines say, as far as they are sound
 
@@ -42,6 +50,7 @@ class Journal:
     advice: Any
     lease: Lease
     starts: list[int]
+    first: bytes
     def __init__(self, path: Any, advice: Any = '') -> None: ...
     def __repr__(self) -> str: ...
     def read_logs(self, log_number_from: int) -> Any:
@@ -53,6 +62,11 @@ class Journal:
     def append_logs(self, logs: list) -> None:
         """Write entries to the end"""
     def write(self, data: bytes) -> None: ...
+
+def replaced(path: Any) -> StoreError:
+    """Returns:
+        StoreError
+    """
 
 def end_of_lines(file: Any) -> int:
     """Where the last whole line ends; behind it is what somebody was killed at

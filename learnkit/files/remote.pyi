@@ -60,6 +60,22 @@ class Remote:
         Returns:
             seconds since 1970; None where the place keeps no times
         """
+    def studies(self) -> Any:
+        """The studies of which something is there
+
+        Returns:
+            list of str
+        """
+    def journals(self, study: Any) -> Any:
+        """Returns:
+            dict: name of a file -> its bytes
+        """
+    def journal(self, study: Any, name: Any, size: Any) -> bytes:
+        """A journal that is there; DamagedError unless it is what its name says
+
+        Returns:
+            bytes
+        """
     def record_files(self, id: Any) -> Any:
         """The records of an id
 

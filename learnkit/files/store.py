@@ -8,13 +8,13 @@ __all__ = ['Store']
 # %% ../../nbs/files/08_store.ipynb #7146b67d
 import json, os, stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 from fastcore.basics import patch
 from .errors import DamagedError, LockedError, StoreError
 from .durable import (
-    is_left_over, make_folder, remove_path, sync_folder, unlink, write_bytes)
+    create, is_left_over, make_folder, remove_path, sync_folder, unlink, write_bytes)
 from .leases import Lease
 from .regular import open_regular
 from .tree import FORMAT
@@ -353,7 +353,7 @@ def delete(self:Store, id)->None:
     path = self.record_path(id)
     if not path.exists(): raise KeyError(f'there is no checkpoint {id_text(id)} in {self.folder}')
     self.check_claim(id)
-    self.note_deleted(id)
+    self.note_absent([id])
     remove_path(self.answers_folder(id))
     unlink(path)
     sync_folder(path.parent)
@@ -361,8 +361,10 @@ def delete(self:Store, id)->None:
 
 # %% ../../nbs/files/08_store.ipynb #0c478e3a
 @patch
-def note_deleted(self:Store, id):
-    "A trial of a study may name the checkpoint; then it is known that it was not lost"
+def note_absent(self:Store, ids):
+    "Trials of a study may name checkpoints that are not here; then it is known that none was lost"
     if not (studies := self.subfolder('studies')).exists(): return
-    make_folder(studies/'deleted')
-    write_bytes(studies/'deleted'/file_name(id), b'')
+    make_folder(folder := studies/'absent')
+    for id in ids:
+        with suppress(FileExistsError): create(folder/file_name(check_id(id))).close()
+    sync_folder(folder)

@@ -34,6 +34,24 @@ class Store:
             name: of the run, to notice `digits` where `Digits` was made
         """
     def __repr__(self) -> str: ...
+    def fetch_study(self, remote: Any, study: Any, found: Any) -> Any:
+        """Fetch the journals of a study that say more than those here, or otherwise
+
+        Returns:
+            found: Transfer
+        """
+    def journals_of_study(self, study: Any) -> Any:
+        """The journal of a study, and those that are kept beside it
+
+        Returns:
+            dict: Path -> bytes
+        """
+    def take_journal(self, study: Any, data: Any, found: Any) -> Any:
+        """Take over a journal, unless one that is here says all of it
+
+        Returns:
+            bool: False if what is here has changed
+        """
     def unreferenced(self, records: Any) -> Any:
         """Tensors that no record names, and those that an earlier pack holds as well
 
@@ -351,8 +369,8 @@ class Store:
         """The same, as a running call was saved to a folder"""
     def delete(self, id: Any) -> None:
         """Delete a checkpoint, and then the saves of its running call; `gc` frees its tensors"""
-    def note_deleted(self, id: Any) -> None:
-        """A trial of a study may name the checkpoint; then it is known that it was not lost"""
+    def note_absent(self, ids: Any) -> None:
+        """Trials of a study may name checkpoints that are not here; then it is known that none was lost"""
 SUBFOLDERS: tuple[str, ...]
 
 def check_subfolder(path: Any) -> None:

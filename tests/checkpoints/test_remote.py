@@ -731,7 +731,7 @@ def studied(root, url, seed=0, n=5, workers=1):
     return study
 
 
-def values(study): return study.trials[['value', 'lr', 'n', 'steps', 'id']].to_dict('records')
+def values(study): return study.trials[['value', 'lr', 'n', 'steps']].to_dict('records')
 
 
 def test_two_machines_one_study(tmp_path):
@@ -743,6 +743,7 @@ def test_two_machines_one_study(tmp_path):
     assert Fits.n == 0 and values(again) == values(first)
     alone = studied(tmp_path / 'alone', None, seed=1)
     all_of_it = Fits.n
+    shutil.rmtree(tmp_path / 'bucket/run/studies')  # else it would go on with those trials
     other = studied(tmp_path / 'c', url, seed=1)
     assert values(other) == values(alone) and Fits.n < all_of_it
 
@@ -772,22 +773,3 @@ def test_a_study_on_two_machines_at_once(tmp_path, workers):
         assert all(ends(here.read(id)) == ends(store.read(id)) for id in here.ids())
     studied(tmp_path / 'all', url, 0, 6)
     if workers == 1: assert Fits.n == 0
-
-
-def test_a_study_on_a_machine_that_is_lost(tmp_path):
-    "Its calls are there as each is done, and the save inside of one"
-    url = f'file://{tmp_path}/bucket/run'
-    def child():
-        def lost(cp, trial):
-            if trial.number == 2:
-                cp._trail.ledger.remote.wait()
-                os._exit(77)
-            return job(cp, trial)
-        optuna = pytest.importorskip('optuna')
-        learn = make(tmp_path / 'first', remote=url)
-        learn.study('rates', sampler=optuna.samplers.RandomSampler(seed=0)).run(lost, 5)
-    assert forked(child) == 77
-    shutil.rmtree(tmp_path / 'first')
-    alone, n = studied(tmp_path / 'alone', None), Fits.n
-    study = studied(tmp_path / 'second', url)
-    assert values(study) == values(alone) and Fits.n < n
