@@ -82,9 +82,9 @@ def is_unlocked(path): # bool; False where nothing here can tell
 def write_error(error:OSError, path): # OSError of the same class
     "An error of the system, naming the file that was to be written and what is in the way"
     text = error.strerror or str(error)
-    if error.errno in (errno.ENOSPC, getattr(errno, 'EDQUOT', None)):
-        text += f', {shutil.disk_usage(path.parent).free / 2**20:.1f} MiB are free'
     if not path.parent.is_dir(): text = f'there is no folder {path.parent}'
+    elif error.errno in (errno.ENOSPC, getattr(errno, 'EDQUOT', None)):
+        text += f', {shutil.disk_usage(path.parent).free / 2**20:.1f} MiB are free'
     return OSError(error.errno or errno.EIO, text, str(path))
 
 # %% ../../nbs/files/01_durable.ipynb #0a24c7ac
