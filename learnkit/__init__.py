@@ -66,8 +66,8 @@ from .files.remote import (
     RemoteError,
 )
 from .files import moving as _moving
-from .data import gpu_copies as _gpu_copies
 from .data import order as _order
+from .data import gpu_copies as _gpu_copies
 from .data.loaders import (
     DataLoaders, DatasetLoader, TensorLoader,
 )
