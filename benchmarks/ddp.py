@@ -40,16 +40,16 @@ class BareLoop:
 
 
 class InTurn:
-    "After each update of a fit, a step of each bare loop: all meet the same noise"
-    def __init__(self, loops, n): # n: updates an epoch
+    "Before each batch of a fit, a step of each bare loop: all meet the same noise"
+    def __init__(self, loops, n): # n: batches an epoch
         self.loops, self.seconds, self.n = loops, {name: [] for name in (*loops, 'fit')}, n
         self.number = 0
 
-    def __call__(self, *_): # by the optimizer
+    def __call__(self):
         begins, self.number = self.number % self.n == 0, self.number + 1
         if begins:
             for loop in self.loops.values(): loop.begin()
-        else: self.note('fit', self.start)  # an epoch begins with more than a step
+        else: self.note('fit', self.start)  # an epoch begins and ends with more than a step
         for name in random.Random(self.number).sample([*self.loops], len(self.loops)):
             start = time.perf_counter()
             self.loops[name].step()
@@ -57,6 +57,15 @@ class InTurn:
         self.start = time.perf_counter()
 
     def note(self, name, start): self.seconds[name].append(time.perf_counter() - start)
+
+
+def read_in_turn(batches): # function
+    "How a loader gives its batches, as one that has been told takes turns with loops"
+    def read(self, *args, **kwargs):
+        for batch in batches(self, *args, **kwargs):
+            if 'in_turn' in vars(self): self.in_turn()
+            yield batch
+    return read
 
 
 def both(name, rounds):
@@ -76,7 +85,9 @@ def both(name, rounds):
     in_turn = InTurn({loop: BareLoop(copy.deepcopy(model), TensorLoader(part, BS // size, True))
                       for loop in ('bare', 'again')}, STEPS[name])
     learn = learner(data, Distributed())
-    learn.opt.register_step_post_hook(in_turn)
+    # Callbacks and hooks of the optimizer would cost something themselves
+    TensorLoader.batches = read_in_turn(TensorLoader.batches)
+    learn.dls.train.in_turn = in_turn
     for _ in range(rounds): learn.fit(1)
     once = []
     for _ in range(10):
