@@ -11,3 +11,7 @@ def thinned(*lists): # list of parameters
         marks = pytest.mark.slow if sum(numbers) % every else ()
         found.append(pytest.param(*values, marks=marks))
     return found
+
+
+THOROUGH = pytest.mark.parametrize('thorough', [False, pytest.param(True, marks=pytest.mark.slow)],
+                                   ids=['', 'thorough'])

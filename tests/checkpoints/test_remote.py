@@ -7,8 +7,8 @@ import torch
 from checkpoint_runs import digest, make, script
 from counting import Fits
 from files_helpers import dying_at, failing_at, forked
-from flaky import Flaky, nothing, planned
-from grids import thinned
+from flaky import Flaky, nothing, planned, undisturbed
+from grids import THOROUGH, thinned
 from learnkit import Callback
 from learnkit.checkpoints.lineage import Lineage
 from learnkit.checkpoints.merging import stored
@@ -20,15 +20,10 @@ from learnkit.files.saves import save_next
 from learnkit.files.store import Store
 from learnkit.loop.progress import Progress
 
-THOROUGH = pytest.mark.parametrize('thorough', [False, pytest.param(True, marks=pytest.mark.slow)],
-                                   ids=['', 'thorough'])
-
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
-    "Nothing fails unless a test says so, and nobody waits"
-    monkeypatch.setattr('learnkit.files.remote.PAUSES', (0.001,) * 3)
-    planned(nothing)
+    undisturbed(monkeypatch)
 
 
 @pytest.fixture(scope='module')

@@ -7,7 +7,8 @@ import pytest
 from checkpoint_runs import make
 from counting import Fits
 from files_helpers import dying_at, failing_at, forked
-from flaky import nothing, planned
+from flaky import nothing, planned, undisturbed
+from grids import THOROUGH
 from learnkit.checkpoints.study_journals import named_ids, read_whole, sound_entries
 from learnkit.checkpoints.trail import Trail
 from learnkit.checkpoints.transfer import pull_run, push_run
@@ -22,15 +23,10 @@ optuna = pytest.importorskip('optuna')
 SPACE = {'lr': [0.1, 0.03, 0.3], 'n': [1, 2]}
 STEPS = 3  # of an epoch
 
-THOROUGH = pytest.mark.parametrize('thorough', [False, pytest.param(True, marks=pytest.mark.slow)],
-                                   ids=['', 'thorough'])
-
 
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
-    "Nothing fails unless a test says so, and nobody waits"
-    monkeypatch.setattr('learnkit.files.remote.PAUSES', (0.001,) * 3)
-    planned(nothing)
+    undisturbed(monkeypatch)
 
 
 def job(cp, trial):

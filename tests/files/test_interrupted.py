@@ -7,7 +7,7 @@ from everywhere import Everywhere
 from files_helpers import (
     damage, dying_at, failing_at, files, filled, forked, NEW, OLD, packs, prepared, record,
     sound, state)
-from grids import thinned
+from grids import THOROUGH, thinned
 from learnkit.files.errors import DamagedError
 from learnkit.files.garbage import Garbage
 from learnkit.files.saves import load_newest
@@ -30,9 +30,6 @@ def deaths(work, tmp_path, thorough):
     yield from ((n, 'middle') for n, name in enumerate(called, 1) if name == 'write')
     yield from ((n, 'after') for n in (steps if thorough else steps[-1:]))
 
-
-THOROUGH = pytest.mark.parametrize('thorough', [False, pytest.param(True, marks=pytest.mark.slow)],
-                                   ids=['', 'thorough'])
 
 
 def save_new(run): record(run, 'new', NEW)
