@@ -6742,6 +6742,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                              'learnkit/training/compiled_step.py'),
                                                  'learnkit.training.compiled_step.CompiledStep.in_graph': ( 'training/compiled_step.html#compiledstep.in_graph',
                                                                                                             'learnkit/training/compiled_step.py'),
+                                                 'learnkit.training.compiled_step.CompiledStep.is_in_cpp': ( 'training/compiled_step.html#compiledstep.is_in_cpp',
+                                                                                                             'learnkit/training/compiled_step.py'),
                                                  'learnkit.training.compiled_step.CompiledStep.leave_out': ( 'training/compiled_step.html#compiledstep.leave_out',
                                                                                                              'learnkit/training/compiled_step.py'),
                                                  'learnkit.training.compiled_step.CompiledStep.settings': ( 'training/compiled_step.html#compiledstep.settings',

@@ -30,6 +30,7 @@ class BatchWeights:
         self.here = self.sum = None  # numbers; on an accelerator tensors, which nobody reads
         self.exchange = None  # that is under way: a function that gives the sum
         self.is_exchanged = False  # whether the rows alone do not tell
+        self.counts_all = False  # whether they do, as all labels here are seen to count
         self.by_rows = False  # whether gradients are over the rows until the sum is there
 
     @property
@@ -63,11 +64,12 @@ IGNORED = nn.CrossEntropyLoss().ignore_index
 def counts_all_labels(learn): # bool
     "Whether it is seen before a pass that each loss in it will be the mean over the rows"
     label, dl = left_out(learn.loss_func), learn.dl
-    if label is None or learn._n_items is not None or not isinstance(dl, TensorLoader): return False
-    labels = dl.tensors[-1]
-    if len(learn.yb) != 1 or labels.ndim != 1 or not is_learnkits(type(learn)): return False
-    is_known = all(map(changes_no_labels, learn.cbs))
-    return is_known and not bool((labels == label).any())
+    if label is None or learn._n_items is not None: return False
+    # A subclass of either may change what the loss gets
+    if type(dl) is not TensorLoader or not is_learnkits(type(learn)): return False
+    *inputs, labels = dl.tensors
+    if len(learn.yb) != 1 or len(inputs) != len(learn.xb) or labels.ndim != 1: return False
+    return all(map(changes_no_labels, learn.cbs)) and not bool((labels == label).any())
 
 def changes_no_labels(cb): # bool
     return is_optional(cb) or is_learnkits(type(cb)) and type(cb) is not Callback
@@ -85,10 +87,11 @@ def check_counts_all(learn):
 def weigh(self:BatchWeights, learn, ranks):
     if not self.rows[0]: learn.n_items = 0
     if learn.iter == learn.first_batch:
-        self.is_exchanged = self.rows[1] is None or bool(ranks.max(
-            bool(self.rows[0]) and has_own_weight(learn) and not counts_all_labels(learn)))
+        is_own = bool(self.rows[0]) and has_own_weight(learn)
+        self.counts_all = is_own and counts_all_labels(learn)
+        self.is_exchanged = self.rows[1] is None or bool(ranks.max(is_own and not self.counts_all))
     self.by_rows, self.exchange, (self.here, self.sum) = False, None, self.rows
-    if not self.is_exchanged: return check_counts_all(learn)
+    if not self.is_exchanged: return check_counts_all(learn) if self.counts_all else None
     self.by_rows = self.rows[1] is not None and can_wait(learn)
     if self.by_rows and self.ddp is not None:
         self.here = float(learn.loss_weight)

@@ -16,6 +16,7 @@ class BatchWeights:
     sum: Any
     exchange: Any
     is_exchanged: bool
+    counts_all: bool
     by_rows: bool
     def __init__(self, ddp: Any = None) -> None: ...
     @property

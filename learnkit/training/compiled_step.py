@@ -406,7 +406,8 @@ def in_graph(self:CompiledStep, learn): # Made; None: the step is made as ever
     try: made = self.graph(learn)
     except Exception as error:
         if not is_compilers(error): raise
-        if self.in_cpp and isinstance(error, torch._dynamo.exc.BackendCompilerFailed):
+        failed = isinstance(error, torch._dynamo.exc.BackendCompilerFailed)
+        if failed and self.is_in_cpp(learn):
             self.in_cpp, self.graphs = False, {}  # Python can call some that C++ cannot
             return self.in_graph(learn)
         if changes_too_often(error): self.with_update = False  # nor would the gradients stay
@@ -430,12 +431,16 @@ def examine(self:CompiledStep, learn):
     if why := why or why_no_update(learn): self.leave_out(learn, why)
 
 @patch
+def is_in_cpp(self:CompiledStep, learn): # bool
+    return self.in_cpp and calls_from_cpp(self.kwargs, learn.device)
+
+@patch
 def graph_for(self:CompiledStep, learn, with_update): # StepGraph
     "The one that there is, if it serves for the learner as it is now"
     if (graph := self.graphs.get(with_update)) is None or not graph.serves(learn):
         averages = [cb for cb in self.in_graphs if with_update and isinstance(cb, EMA)]
-        in_cpp = self.in_cpp and calls_from_cpp(self.kwargs, learn.device)
-        kwargs = {**self.kwargs, 'options': {'cpp_wrapper': True}} if in_cpp else self.kwargs
+        own = {'options': {'cpp_wrapper': True}} if self.is_in_cpp(learn) else {}
+        kwargs = {**self.kwargs, **own}
         self.graphs[with_update] = graph = StepGraph(learn, with_update, averages, kwargs)
     return graph
 

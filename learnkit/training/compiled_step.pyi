@@ -290,6 +290,10 @@ class CompiledStep(Callback):
         """
     def examine(self, learn: Learner) -> None:
         """Find out what can be in a graph, and say what cannot"""
+    def is_in_cpp(self, learn: Learner) -> bool:
+        """Returns:
+            bool
+        """
     def graph_for(self, learn: Learner, with_update: Any) -> StepGraph:
         """The one that there is, if it serves for the learner as it is now
 

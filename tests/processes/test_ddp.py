@@ -68,7 +68,7 @@ def test_a_static_graph_and_accumulated_gradients_exclude_each_other():
     assert launch(shards.static, 1, n=2) == [12, 12]
 
 
-@pytest.mark.parametrize('case', ('all count', 'left out', 'changed', 'weighted'))
+@pytest.mark.parametrize('case', ('all count', 'left out', 'changed', 'weighted', 'own loader'))
 def test_what_labels_in_memory_weigh_is_known_if_all_count(case):
     _, one = exchanges.labelled(case)
     def together(): return exchanges.labelled(case, Distributed())
