@@ -1,8 +1,12 @@
 "What processes of tests/processes/test_ddp.py run"
+from contextlib import nullcontext
 from functools import partial
+from unittest.mock import patch
 import torch
 from torch import nn
+from torch.autograd.profiler import profile
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+from torch.nn.parallel import DistributedDataParallel
 from collectives import network
 from ranks import learner, of_text, seen, tensors
 from learnkit import *
@@ -58,6 +62,19 @@ def twice():
         alike.append(bool(first.any()) and first.equal(second))
     learner(cbs=[Distributed(), Callback(after_backward=again)]).fit(1)
     return alike
+
+
+def heard(how):
+    "What a fit ends with, and whether the forward function of DDP itself was called"
+    learn, called = learner(cbs=Distributed()), []
+    if how == 'compiled inside': learn.model[0].compile(backend='eager')
+    whole = DistributedDataParallel.forward
+    def forward(self, *args, **kwargs):
+        called.append(True)
+        return whole(self, *args, **kwargs)
+    with (patch.object(DistributedDataParallel, 'forward', forward),
+          profile() if how == 'profiled' else nullcontext()): learn.fit(2)
+    return seen(learn)['weights'], bool(called)
 
 
 def left():

@@ -22,6 +22,10 @@ def plain_name(name:str): # str
     "The name of a layer or tensor, as it is in a model that is not compiled"
     return '.'.join(part for part in name.split('.') if part != WRAPPED)
 
+def is_compiled(module:nn.Module): # bool
+    "Whether `torch.compile` has wrapped a module, or its method `compile` was called"
+    return WRAPPED in module._modules or module._compiled_call_impl is not None
+
 # %% ../../nbs/base/02_compiled.ipynb #98d7dfce
 @contextmanager
 def without_compiler():

@@ -22,6 +22,13 @@ def plain_name(name: str) -> str:
         str
     """
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether `torch.compile` has wrapped a module, or its method `compile` was called
+
+    Returns:
+        bool
+    """
+
 def without_compiler() -> AbstractContextManager[None]:
     """Methods of optimizers do not load the compiler of torch inside the block"""
 DISABLED: str

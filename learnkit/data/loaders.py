@@ -75,6 +75,11 @@ def shared(self:EpochLoader, share:Share): # loader
     return twin
 
 @patch
+def parts_of(self:EpochLoader, rows): # tuple of tensors, one a batch
+    "What is read of each batch of rows, here"
+    return rows.split(self.bs) if self.share is None else self.share.split(rows, self.bs)
+
+@patch
 def batch_weights(self:EpochLoader, number:int): # (int, int)
     "How many samples of batch `number` count here, and on all processes"
     n = min(self.bs, self.n_samples - number * self.bs)
@@ -187,14 +192,12 @@ def batches(self:TensorLoader,
     tensors = self.tensors_for_learner()
     if self.shuffle:
         order, select = self.order_of(self.n_samples, epoch), self.way_to_copy(tensors, select_rows)
-        for idx in order.to(tensors[0].device)[first:].split(self.bs):
-            if self.share and not len(idx := self.share.samples_of(idx)): continue
-            yield tuple([select(t, idx) for t in tensors])
+        for idx in self.parts_of(order.to(tensors[0].device)[first:]):
+            if idx.shape[0]: yield tuple([select(t, idx) for t in tensors])
     else:
         copy = self.way_to_copy(tensors, torch.clone)  # changing a batch must not change the data
-        for rows in zip(*[t[first:].split(self.bs) for t in tensors], strict=True):
-            if self.share: rows = tuple(map(self.share.samples_of, rows))
-            if len(rows[0]): yield tuple([copy(t) for t in rows])
+        for rows in zip(*[self.parts_of(t[first:]) for t in tensors], strict=True):
+            if rows[0].shape[0]: yield tuple([copy(t) for t in rows])
 
 # %% ../../nbs/data/01_loaders.ipynb #99816e80
 def loader_objects(dl, *more): # list of objects

@@ -62,6 +62,12 @@ class EpochLoader:
         Returns:
             loader
         """
+    def parts_of(self, rows: Any) -> Any:
+        """What is read of each batch of rows, here
+
+        Returns:
+            tuple of tensors, one a batch
+        """
     def batch_weights(self, number: int) -> Any:
         """How many samples of batch `number` count here, and on all processes
 

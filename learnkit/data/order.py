@@ -114,7 +114,19 @@ class Share:
         "Which of the `n` samples of a batch are this process's; sizes differ by one at most"
         return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
 
+    def read_of(self, n:int): # slice
+        "Which of them this process reads: its own, or one that counts for nothing"
+        own = self.slice_of(n)
+        return slice(0, 1) if self.pad and own.start == own.stop else own
+
     def samples_of(self, batch): # the same kind of sequence, maybe empty
-        "This process's samples of a batch"
-        samples = batch[self.slice_of(len(batch))]
-        return batch[:1] if self.pad and not len(samples) else samples
+        "What this process reads of a batch"
+        return batch[self.read_of(len(batch))]
+
+    def split(self, rows, bs:int): # tuple of tensors, one a batch, maybe empty
+        "What this process reads of each batch of `bs` rows"
+        def sizes(n): # of what is before, read, behind
+            read = self.read_of(n)
+            return [read.start, read.stop - read.start, n - read.stop]
+        n_whole, rest = divmod(len(rows), bs)
+        return rows.split(sizes(bs) * n_whole + (sizes(rest) if rest else []))[1::3]

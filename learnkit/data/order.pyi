@@ -98,9 +98,21 @@ class Share:
         Returns:
             slice
         """
+    def read_of(self, n: int) -> slice:
+        """Which of them this process reads: its own, or one that counts for nothing
+
+        Returns:
+            slice
+        """
     def samples_of(self, batch: Any) -> Any:
-        """This process's samples of a batch
+        """What this process reads of a batch
 
         Returns:
             the same kind of sequence, maybe empty
+        """
+    def split(self, rows: Any, bs: int) -> Any:
+        """What this process reads of each batch of `bs` rows
+
+        Returns:
+            tuple of tensors, one a batch, maybe empty
         """

@@ -12,6 +12,7 @@ import torch
 from fastcore.basics import patch
 from torch.linalg import vector_norm
 from ..base.batches import tensors_in
+from ..base.compiled import is_compiled
 from ..base.dtensors import local_part, unsharded_class
 from ..base.ranks import is_main
 from ..base.text import plot_text
@@ -82,13 +83,12 @@ def check_hist(hist): # (int, float, float), or None
     raise ValueError(f'ActivationStats(hist={hist!r}): give (bins, lowest, highest value), such as '
                      '(40, 0, 10), or None')
 
-def is_compiled(module): # bool
-    by_script = isinstance(module, torch.jit.ScriptModule)
-    return by_script or '_orig_mod' in module._modules or module._compiled_call_impl is not None
+def hears_no_hooks(module): # bool
+    return is_compiled(module) or isinstance(module, torch.jit.ScriptModule)
 
 def check_not_compiled(learn):
     "Raise RuntimeError where hooks would not be called"
-    if learn.compiled is None and not any(map(is_compiled, learn.model.modules())): return
+    if learn.compiled is None and not any(map(hears_no_hooks, learn.model.modules())): return
     raise RuntimeError('ActivationStats cannot look into a compiled model: train some steps '
                        'without, learn.compile(on=False), or leave ActivationStats out')
 

@@ -61,7 +61,7 @@ def check_hist(hist: Any) -> Any:
         (int, float, float), or None
     """
 
-def is_compiled(module: Any) -> bool:
+def hears_no_hooks(module: Any) -> bool:
     """Returns:
         bool
     """

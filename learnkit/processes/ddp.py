@@ -10,8 +10,10 @@ from types import MethodType
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.autograd import profiler
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parallel import DistributedDataParallel
+from ..base.compiled import is_compiled
 from ..base.dtensors import is_dtensor, is_sharded
 from ..base.ranks import sum_over_ranks
 from ..components.optimizers import named_optimizers, needs_closure
@@ -38,11 +40,17 @@ class DDPForward:
     "A forward function whose gradients are exchanged in training"
     def __init__(self, learn, ddp, bare_forward, model):
         self.learn, self.ddp, self.bare_forward, self.model = learn, ddp, bare_forward, model
+        self.is_compiled = learn.compiled is not None or any(map(is_compiled, model.modules()))
 
     def __call__(self, *args, **kwargs):
         if not self.learn.training: return self.bare_forward(*args, **kwargs)
         if self.ddp.require_backward_grad_sync != self.learn.sync_grads: self.set_sync()
-        return self.ddp.forward(*args, **kwargs)
+        if self.is_observed(): return self.ddp.forward(*args, **kwargs)
+        # What that does, without what only a profiler or a compiler hears
+        args, kwargs = self.ddp._pre_forward(*args, **kwargs)
+        return self.ddp._post_forward(self.bare_forward(*args, **kwargs))
+
+    def is_observed(self): return self.is_compiled or profiler._is_profiler_enabled # bool
 
     def set_sync(self):
         if self.ddp.static_graph and not self.learn.sync_grads: raise ValueError(STATIC_TEXT)
@@ -163,7 +171,9 @@ def can_carry(learn, options) -> bool:
 # %% ../../nbs/processes/05_ddp.ipynb #f2020740
 def loss_params(loss_func) -> list:
     "The parameters of a loss, if it has any"
-    return list(loss_func.parameters()) if isinstance(loss_func, nn.Module) else []
+    if not isinstance(loss_func, nn.Module): return []
+    may_have = loss_func._parameters or loss_func._modules
+    return list(loss_func.parameters()) if may_have else []
 
 def loss_tensors(loss_func) -> list:
     "The parameters and buffers of a loss, if it has any"

@@ -80,6 +80,7 @@ class Distributed(Callback):
         self._sharded = None  # a `ShardedModel`
         self._block_cbs = None  # of all fits in a `with` block: they may keep parts of a model
         self._undo, self._shares, self._weights = [], {}, BatchWeights()
+        self._has_ddp = False  # in a fit
         self._syncs_buffers, self._buffers_differ = True, False  # DDP in each batch; processes
         self._agreement, self._stops = None, False  # of a fit; whether to end an lr_find
         self._loader_rng = LoaderRng()
@@ -243,7 +244,7 @@ def cleanup_fit(self:Distributed, learn):
     while self._undo: self._undo.pop()()
     self._agreement, self._stops = None, False
     self._hook_state, self._weights = None, BatchWeights()
-    self._syncs_buffers, self._buffers_differ = True, False
+    self._has_ddp, self._syncs_buffers, self._buffers_differ = False, True, False
     self._end(learn)
 
 @patch
@@ -283,10 +284,11 @@ def loss_weight_all(self:Distributed): # number or 0-d tensor
 def before_step(self:Distributed, learn):
     is_complete = learn.sync_grads
     if not self.ranks or not is_complete and learn.levels[-1] == 'batch': return
-    # Gradients of the model were exchanged, but not by DDP for a last group that is incomplete,
-    # and not by FSDP2 for parameters that it was to ignore
-    by_ddp = is_complete and not is_sharded(learn.model) and not named_optimizers(learn.opt)
-    average_gradients(loss_params(learn.loss_func) if by_ddp else opt_params(learn.opt))
+    # DDP has averaged the model's gradients, but not those of a last group that is incomplete;
+    # FSDP2 has, but not those of parameters that it was to ignore
+    by_ddp = is_complete and self._has_ddp
+    left = loss_params(learn.loss_func) if by_ddp else opt_params(learn.opt)
+    if left: average_gradients(left)
 
 # %% ../../nbs/processes/07_distributed.ipynb #225c845c
 @patch
@@ -385,7 +387,7 @@ def _exchange_gradients(self:Distributed, learn):
     if not any(p.requires_grad for p in learn.model.parameters()): return
     ddp, undo = exchange_gradients(learn, self.find_unused, **self.options)
     self._undo.append(undo)
-    self._syncs_buffers = ddp.broadcast_buffers
+    self._has_ddp, self._syncs_buffers = True, ddp.broadcast_buffers
     if self.comm_hook is not None: self._hook_state = register_hook(ddp, self.comm_hook)
     elif can_carry(learn, self.options): self._weights = BatchWeights(ddp)
 

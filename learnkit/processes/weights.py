@@ -77,7 +77,7 @@ def changes_no_labels(cb): # bool
 def check_counts_all(learn):
     "Raise RuntimeError where a loss is not the mean over the rows, as all processes take it to be"
     weight = learn._loss_weight
-    if not isinstance(weight, float) or weight == len(learn.yb[0]): return
+    if not isinstance(weight, float) or weight == learn.yb[0].shape[0]: return
     raise RuntimeError(f'the loss counts {weight:g} of {len(learn.yb[0])} labels, and of the '
                        'labels of the data all count: a callback that changes them must not be '
                        'external or an observer')

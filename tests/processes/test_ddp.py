@@ -1,4 +1,5 @@
 "Exchanged gradients: how often, of what, and options of torch's DistributedDataParallel"
+from functools import partial
 import collectives, exchanges, pytest, ranks, shards
 from learnkit.processes import launch as launching
 from learnkit.processes.distributed import Distributed
@@ -51,6 +52,13 @@ def test_statistics_of_norms_need_no_exchange_in_each_batch(tmp_path):
 
 def test_a_backward_pass_of_ones_own_exchanges_gradients_too():
     assert launch(exchanges.twice, n=2) == [[True] * 6] * 2
+
+
+@pytest.mark.parametrize('how', ('profiled', 'compiled inside'))
+def test_where_somebody_hears_of_it_the_whole_of_ddp_runs(how):
+    (plain, seen), _ = launch(partial(exchanges.heard, None), n=2)
+    (found, told), _ = launch(partial(exchanges.heard, how), n=2)
+    assert plain == found and (seen, told) == (False, True)
 
 
 def test_gradients_that_are_left_hold_no_buckets():
