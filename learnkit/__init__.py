@@ -27,6 +27,7 @@ from .base import guard as _guard
 from .base import snapshots as _snapshots
 from .base import packing as _packing
 from .base import blocks as _blocks
+from .base import host_copies as _host_copies
 from .files.errors import (
     DamagedError, LockedError, StoreError, UnstorableError,
 )

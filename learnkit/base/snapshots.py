@@ -115,7 +115,15 @@ def same_arrays(a, b): # bool
     if kind(a) != kind(b): return False
     if a.layout != torch.strided: return same_arrays(a.to_dense(), b.to_dense())
     if a.stride() != b.stride() and a.numel() > 1: return False
-    return torch.equal(flat_bytes(a), flat_bytes(b))
+    return same_bits(a, b)
+
+def same_bits(a, b): # bool
+    "Whether two tensors of one dtype and shape are alike, whatever their strides"
+    a, b = flat_bytes(a), flat_bytes(b)
+    # torch compares eight bytes at a time seven times as fast
+    if all(t.numel() % 8 == t.storage_offset() % 8 == 0 for t in (a, b)):
+        a, b = a.view(torch.int64), b.view(torch.int64)
+    return torch.equal(a, b)
 
 def flat_bytes(t): # uint8 tensor
     "The bits of a tensor, in the order of its items"
@@ -123,6 +131,7 @@ def flat_bytes(t): # uint8 tensor
     if t.numel() < 2: t = t.clone(memory_format=torch.contiguous_format)  # it may have any stride
     return t.view(torch.uint8)
 
+# %% ../../nbs/base/09_snapshots.ipynb #88dee730
 def same_trees(a, b): # bool
     "Whether two nestings of dicts, sequences, tensors and plain values are equal"
     if isinstance(a, torch.Tensor): return isinstance(b, torch.Tensor) and same_arrays(a, b)
@@ -258,9 +267,10 @@ class Scope:
     "What a snapshot looks into"
     def __init__(self,
                  elsewhere=MappingProxyType({}), # name -> tensor that others keep
-                 on_host=False, # whether tensors are copied to the host, whatever their device
+                 copy=None, # how a tensor is copied, without a graph; None: on its device
                 ):
-        self.elsewhere, self.on_host = {id(t): name for name, t in elsewhere.items()}, on_host
+        self.elsewhere = {id(t): name for name, t in elsewhere.items()}
+        self.copy = copy or (lambda t: t.detach().clone())
 
     def slots(self, x, path): return slots(x) # dict: name -> value
     def children(self, x, path): return {} # name -> value; looked into, but not held
@@ -335,7 +345,7 @@ def hold(self:Snapshot, x, path): # held value
     kind = kind_of_class(type(x))
     if kind == 'plain': return x
     if id(x) in self.scope.elsewhere: return Elsewhere(x, self.scope.elsewhere[id(x)])
-    if kind == 'array': return HeldArray(x, copied(x, self.scope.on_host))
+    if kind == 'array': return HeldArray(x, copied(x, self.scope.copy))
     if kind == 'container': return self.hold_items(x, path)
     if kind == 'generator': return HeldGenerator(x, generator_state(x))
     if kind == 'moving': return HeldProgress(x, progress(x))
@@ -372,11 +382,9 @@ def progress(x): # what shows that it has moved
 def same_progress(a, b): # bool
     return a.equals(b) if hasattr(a, 'equals') else a == b
 
-def copied(x, on_host=False): # tensor or array
-    "A copy with the same strides, without a graph"
-    if isinstance(x, np.ndarray): return x.copy(order='K')
-    here = (local_part(x) if is_dtensor(x) else x).detach()
-    return here.to('cpu', copy=True) if on_host else here.clone()
+def copied(x, copy): # tensor or array
+    "A copy with the same strides; of a DTensor this process's part"
+    return x.copy(order='K') if isinstance(x, np.ndarray) else copy(local_part(x))
 
 # %% ../../nbs/base/09_snapshots.ipynb #3e378357
 @patch

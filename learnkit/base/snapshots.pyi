@@ -83,6 +83,13 @@ def same_arrays(a: Any, b: Any) -> bool:
         bool
     """
 
+def same_bits(a: Any, b: Any) -> bool:
+    """Whether two tensors of one dtype and shape are alike, whatever their strides
+
+    Returns:
+        bool
+    """
+
 def flat_bytes(t: Any) -> Any:
     """The bits of a tensor, in the order of its items
 
@@ -179,13 +186,13 @@ def is_of_outside(cls: Any) -> bool:
 class Scope:
     """What a snapshot looks into"""
     elsewhere: dict[Any, Any]
-    on_host: Any
-    def __init__(self, elsewhere: Any = ..., on_host: Any = False) -> None:
+    copy: Any
+    def __init__(self, elsewhere: Any = ..., copy: Any = None) -> None:
         """What a snapshot looks into
 
         Args:
             elsewhere: name -> tensor that others keep
-            on_host: whether tensors are copied to the host, whatever their device
+            copy: how a tensor is copied, without a graph; None: on its device
         """
     def slots(self, x: Any, path: Any) -> Any: ...
     def children(self, x: Any, path: Any) -> Any: ...
@@ -302,8 +309,8 @@ def same_progress(a: Any, b: Any) -> bool:
         bool
     """
 
-def copied(x: Any, on_host: Any = False) -> Any:
-    """A copy with the same strides, without a graph
+def copied(x: Any, copy: Any) -> Any:
+    """A copy with the same strides; of a DTensor this process's part
 
     Returns:
         tensor or array

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from numbers import Integral
 from fastcore.basics import patch
 from torch import nn
+from ..base.host_copies import host_copies
 from ..base.ranks import is_main
 from ..base.text import as_seconds, caller_stacklevel
 from ..data.loaders import length
@@ -26,7 +27,7 @@ from .provenance import note_changes
 from .resume import (
     ResumePoint, describe_call, find_saved, is_saved, noted_provenance, store_of, take_over)
 from .save_state import finish_saves
-from .state import live_state, on_host
+from .state import live_state
 
 # %% ../../nbs/loop/11_fit.ipynb #d54a3329
 def check_plan(n_epoch, n_steps, resume_data='exact'):
@@ -101,7 +102,7 @@ def fit(self:Learner,
     if point.autosave: cbs, resume = point.autosave(cbs, resume)
     if self._origin.state is None:
         self._origin.begin(self)
-        self._origin.state = on_host(live_state(self))
+        self._origin.state = host_copies(live_state(self), self.ranks)
     with interruptible(self), self.added_cbs(cbs), other_loaders(self, dls):
         if self.dls.train is None: raise ValueError('there is no training data: dls.train is None')
         self._origin.baseline.add(self)  # what was given to this fit

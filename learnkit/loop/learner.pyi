@@ -352,8 +352,12 @@ class Learner(Loop):
         """
     def reset(self) -> None:
         """Go back to the state before the first fit; an optimizer of another kind than then starts anew"""
-    def no_trace(self) -> AbstractContextManager[None]:
-        """Whatever happens inside, the learner is afterwards as it was before"""
+    def no_trace(self, together: bool = False) -> AbstractContextManager[None]:
+        """Whatever happens inside, the learner is afterwards as it was before
+
+        Args:
+            together: whether all processes call this: a machine has one copy then
+        """
     def save(self, name: Any, overwrite: bool = True, trainable_only: bool = False) -> Path:
         """Write the learner's state to a file
 

@@ -93,9 +93,11 @@ def reset(self:Learner) -> None:
 
 @patch
 @contextmanager
-def no_trace(self:Learner):
+def no_trace(self:Learner,
+             together:bool=False, # whether all processes call this: a machine has one copy then
+            ):
     "Whatever happens inside, the learner is afterwards as it was before"
-    with unchanged_learner(self), without_saving(self): yield
+    with unchanged_learner(self, self.ranks if together else None), without_saving(self): yield
 
 # %% ../../nbs/loop/12_methods.ipynb #830b47a6
 @patch

@@ -69,8 +69,8 @@ class LearnerScope(Scope):
     "What is looked into from a learner"
     def __init__(self, learn, exact=False, # optimizers whole, for a state in memory
                  functions=True, # whether functions are looked into
-                 on_host=False): # see `Scope`
-        super().__init__({**state_tensors(learn), **generators_of_data(learn)}, on_host)
+                 copy=None): # see `Scope`
+        super().__init__({**state_tensors(learn), **generators_of_data(learn)}, copy)
         self.learn, self.exact, self.functions = learn, exact, functions
 
     def slots(self, x, path): # dict: name -> value

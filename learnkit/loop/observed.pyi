@@ -50,14 +50,14 @@ class LearnerScope(Scope):
             learn: Learner,
             exact: Any = False,
             functions: Any = True,
-            on_host: Any = False,
+            copy: Any = None,
     ) -> None:
         """What is looked into from a learner
 
         Args:
             learn, exact: optimizers whole, for a state in memory
             functions: whether functions are looked into
-            on_host: see `Scope`
+            copy: see `Scope`
         """
     def slots(self, x: Any, path: Any) -> Any:
         """Returns:

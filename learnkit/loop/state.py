@@ -15,6 +15,7 @@ from ..base.batches import kind, map_tensors
 from ..base.compiled import plain_name
 from ..base.dtensors import (
     distribute_like, full_tensor, is_dtensor, local_part, unsharded_class)
+from ..base.host_copies import host_copier, host_copy
 from ..base.randomness import isolated_rng, rng_state, set_rng_state
 from ..base.snapshots import Snapshot, copied, write_back
 from ..components.callback import is_optional, named_callbacks
@@ -119,10 +120,6 @@ def gathered(state, copy:bool=False): # the same nesting, of plain tensors
         return tensor.detach().clone() if copy else tensor
     return map_tensors(plain, state)
 
-def on_host(state): # the same nesting
-    "A copy on the host; of a DTensor each process keeps its part"
-    return map_tensors(lambda tensor: tensor.detach().to('cpu', copy=True), state)
-
 def n_bytes(state): # int
     "The size of the tensors in a state; of DTensors, on all processes together"
     sizes = []
@@ -214,12 +211,12 @@ def loads_by_itself(module): # bool
             or not cls._load_from_state_dict.__module__.startswith('torch.')
             or bool(module._load_state_dict_pre_hooks or module._load_state_dict_post_hooks))
 
-def copied_tree(tree, recorder=None): # the same nesting
+def copied_tree(tree, recorder=None, copy_of=host_copy): # the same nesting
     "A copy on the host; what nobody writes to any more of a history stays the same tensors"
     same = {}
     def copied(t):
         is_part = recorder is not None and recorder.digest(t) is not None
-        return same.setdefault(id(t), t) if is_part else t.detach().to('cpu', copy=True)
+        return same.setdefault(id(t), t) if is_part else copy_of(t)
     return copy.deepcopy(map_tensors(copied, tree), same)
 
 # %% ../../nbs/loop/05_state.ipynb #46173c15
@@ -276,15 +273,17 @@ def known_tensors(learn): # dict: digest -> tensor
 
 # %% ../../nbs/loop/05_state.ipynb #d20dd119
 @contextmanager
-def unchanged_learner(learn):
+def unchanged_learner(learn, ranks=None): # ranks: processes that all call this; None: one
     "Whatever happens inside, the learner is afterwards as it was before"
     attributes, items = dict(vars(learn)), list(learn.cbs)
     seen = beside_state(items)
     inner = [(cb, dict(vars(cb))) for cb in learn.cbs.inner.values()]
-    states = [(part, copied_tree(part.state_dict(), learn.recorder)) for part in
-              (*learn.cbs.stateful().values(), *([learn.scaler] if learn.scaler else []))]
-    before = Snapshot(roots(learn), LearnerScope(learn, exact=True, on_host=True))
-    with isolated_rng(), unchanged_modules(learn):
+    parts = [*learn.cbs.stateful().values(), *([learn.scaler] if learn.scaler else [])]
+    states, kept = [part.state_dict() for part in parts], learn.opt and dict(learn.opt.state)
+    copy_of = host_copier([states, kept, module_tensors(learn)], ranks)
+    states = [copied_tree(state, learn.recorder, copy_of) for state in states]
+    before = Snapshot(roots(learn), LearnerScope(learn, exact=True, copy=copy_of))
+    with isolated_rng(), unchanged_modules(learn, copy_of):
         learn._fit, learn._origin = copy.copy(learn._fit), copy.copy(learn._origin)
         try: yield
         finally:
@@ -292,7 +291,7 @@ def unchanged_learner(learn):
             vars(learn).update(attributes)
             learn.cbs[:] = items
             for cb, held in inner: vars(cb).update(held)
-            for part, state in states: part.load_state_dict(state)
+            for part, state in zip(parts, states, strict=True): part.load_state_dict(state)
             load_beside(items, seen)
             before.put_back()
 
@@ -316,16 +315,20 @@ def unchanged_parts(learn, names=None, # of `roots`; None: all
         for tensor, value in buffers: write_back(tensor, value)
 
 # %% ../../nbs/loop/05_state.ipynb #aeed2f77
-@contextmanager
-def unchanged_modules(learn):
-    "Model and loss get back their tensors, values, gradients, modes and extra states"
+def module_tensors(learn): # list of tensors
+    "Parameters and buffers of model and loss, and what else the optimizer learns"
     roots = [root for root in (learn.model, learn.loss_func) if isinstance(root, nn.Module)]
-    modules = [module for root in roots for module in root.modules()]
     held = [*(t for root in roots for t in (*root.parameters(), *root.buffers())),
             *(opt_params(learn.opt) if learn.opt else [])]
     # An expanded tensor is not written to
-    tensors = {id(t): t for t in held if 0 not in t.stride()}.values()
-    saved = [(t, copied(t, on_host=True), t.grad) for t in tensors]
+    return [*{id(t): t for t in held if 0 not in t.stride()}.values()]
+
+@contextmanager
+def unchanged_modules(learn, copy_of):
+    "Model and loss get back their tensors, values, gradients, modes and extra states"
+    tensors, roots = module_tensors(learn), (learn.model, learn.loss_func)
+    modules = [m for root in roots if isinstance(root, nn.Module) for m in root.modules()]
+    saved = [(t, copied(t, copy_of), t.grad) for t in tensors]
     slots = [(slot, dict(slot)) for m in modules for slot in (m._parameters, m._buffers)]
     modes = [(m, m.training) for m in modules]
     extras = [(m, copy.deepcopy(m.get_extra_state())) for m in modules

@@ -83,13 +83,6 @@ def gathered(state: Any, copy: bool = False) -> Any:
         the same nesting, of plain tensors
     """
 
-def on_host(state: Any) -> Any:
-    """A copy on the host; of a DTensor each process keeps its part
-
-    Returns:
-        the same nesting
-    """
-
 def n_bytes(state: Any) -> int:
     """The size of the tensors in a state; of DTensors, on all processes together
 
@@ -123,7 +116,7 @@ def loads_by_itself(module: Any) -> bool:
         bool
     """
 
-def copied_tree(tree: Any, recorder: Any = None) -> Any:
+def copied_tree(tree: Any, recorder: Any = None, copy_of: Any = ...) -> Any:
     """A copy on the host; what nobody writes to any more of a history stays the same tensors
 
     Returns:
@@ -180,8 +173,12 @@ def known_tensors(learn: Learner) -> Any:
         dict: digest -> tensor
     """
 
-def unchanged_learner(learn: Learner) -> AbstractContextManager[None]:
-    """Whatever happens inside, the learner is afterwards as it was before"""
+def unchanged_learner(learn: Learner, ranks: Any = None) -> AbstractContextManager[None]:
+    """Whatever happens inside, the learner is afterwards as it was before
+
+    Returns:
+        ranks: processes that all call this; None: one
+    """
 
 def unchanged_by_a_pass(learn: Learner) -> Any:
     """What evaluating changes in model, loss, metrics and data is afterwards as it was before
@@ -204,5 +201,12 @@ def unchanged_parts(
         whether what functions keep counts
     """
 
-def unchanged_modules(learn: Learner) -> AbstractContextManager[None]:
+def module_tensors(learn: Learner) -> Any:
+    """Parameters and buffers of model and loss, and what else the optimizer learns
+
+    Returns:
+        list of tensors
+    """
+
+def unchanged_modules(learn: Learner, copy_of: Any) -> AbstractContextManager[None]:
     """Model and loss get back their tensors, values, gradients, modes and extra states"""

@@ -18,11 +18,12 @@ from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
+from ..base.host_copies import host_copies
 from ..base.randomness import isolated_rng
 from ..data.loaders import DataLoaders
 from ..data.order import epoch_seed
 from ..loop.learner import Learner
-from ..loop.state import model_state, on_host
+from ..loop.state import model_state
 from .inputs import (
     ArrayDict, make_loader, make_loaders, read_inputs, samples_of, without_zero_weights)
 from .parts import (
@@ -328,7 +329,7 @@ def __getstate__(self:LearnerEstimator): # dict
     learn = self.learner_
     model = learn.model if learn.device.type == 'cpu' else copy.deepcopy(learn.model).cpu()
     held = {name: part for name, part in learn.state_dict().items() if name != 'model'}
-    return state | {'learner_': (model, on_host(held), list(learn.recorder.times))}
+    return state | {'learner_': (model, host_copies(held), list(learn.recorder.times))}
 
 @patch
 def __setstate__(self:LearnerEstimator, state):

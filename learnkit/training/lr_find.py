@@ -197,7 +197,8 @@ def lr_find(self:Learner,
     check_swept(self.opt, opt)
     rates = start_lr * (end_lr / start_lr) ** (np.arange(num_it) / (num_it - 1))
     sweep = RateSweep(rates, stop_div, opt)
-    with interruptible(self), reading_without_trace(self.dls.train) as dl, self.no_trace():
+    with (interruptible(self), reading_without_trace(self.dls.train) as dl,
+          self.no_trace(together=True)):
         self.add_cb(sweep)
         self._fit = FitState(n_steps=num_it, batches_per_epoch=length(self.dls.train))
         if opt is not None: set_lr(self.opt, self.lr)

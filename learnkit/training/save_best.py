@@ -12,6 +12,7 @@ from fastcore.basics import patch
 from ..base.text import caller_stacklevel
 from ..base.batches import map_tensors
 from ..base.dtensors import distribute_like, full_tensor
+from ..base.host_copies import host_copies
 from ..base.ranks import is_main, rank0_first
 from ..components.callback import Callback, named_callbacks
 from ..components.optim import copy_like
@@ -231,7 +232,7 @@ def keep(self:SaveBest, learn, row, models):
     # The weights that were evaluated are the best ones, also in the middle of an epoch
     with mode_of_pass(learn.opt, training=False, within=in_training(learn)):
         file_name, tree = None, live_snapshot(learn, self.trainable_only)
-        if self.path is None: tree = map_tensors(lambda t: t.detach().to('cpu', copy=True), tree)
+        if self.path is None: tree = host_copies(tree, learn.ranks)
         else:
             file_name, tree = self.name_of_file(best), map_tensors(full_tensor, tree)
             if is_main(): write_best(save_path(learn, file_name), best, tree)

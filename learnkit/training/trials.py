@@ -64,7 +64,7 @@ def trial_fit(learn, cbs): # gives the `DataLoaders` to fit with
     "A fit inside has all that belongs to it, and leaves no trace"
     with (interruptible(learn), reading_without_trace(learn.dls.train) as train,
           reading_without_trace(learn.dls.valid) as valid,
-          learn.no_trace(), learn.added_cbs(cbs), restored_attributes(learn.cbs)):
+          learn.no_trace(together=True), learn.added_cbs(cbs), restored_attributes(learn.cbs)):
         learn.recorder, learn.on_interrupt = learn.recorder.new(), 'raise'
         others = [cb for cb in silent_cbs(learn.cbs) if not isinstance(cb, Recorder)]
         learn.cbs[:] = [learn.recorder, *others]
@@ -146,7 +146,8 @@ def overfit(self:Learner,
     check_whole('overfit', 'n_steps', n_steps)
     if not has_updates(self): raise ValueError('overfit: no parameter is trainable')
     losses = StepLosses()
-    with interruptible(self), reading_without_trace(self.dls.train) as dl, self.no_trace():
+    with (interruptible(self), reading_without_trace(self.dls.train) as dl,
+          self.no_trace(together=True)):
         set_epoch(dl, self.epochs_done)
         few = RepeatedBatches(itertools.islice(dl, batches), n_steps)
         others = [cb for cb in silent_cbs(self.cbs)
