@@ -110,9 +110,9 @@ def set_rng_state(state:dict, # from `rng_state`
 # %% ../../nbs/base/02_randomness.ipynb #e28558ff
 @lru_cache(maxsize=4096)
 def makes_generators(cls): # bool
-    "Whether the objects of a class are random generators"
-    return issubclass(cls, (torch.Generator, np.random.RandomState, random.Random,
-                            np.random.Generator))
+    "Whether the objects of a class are random generators; `SystemRandom` has no state"
+    kinds = torch.Generator, np.random.RandomState, random.Random, np.random.Generator
+    return issubclass(cls, kinds) and not issubclass(cls, random.SystemRandom)
 
 def generator_state(rng): # plain tree; None for anything that is no generator
     "The state of a generator object"

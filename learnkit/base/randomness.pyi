@@ -90,7 +90,7 @@ def set_rng_state(state: dict) -> None:
 
 @lru_cache(maxsize=4096)
 def makes_generators(cls: Any) -> bool:
-    """Whether the objects of a class are random generators
+    """Whether the objects of a class are random generators; `SystemRandom` has no state
 
     Returns:
         bool

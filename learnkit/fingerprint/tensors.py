@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 from ..base.dtensors import is_dtensor
-from ..base.randomness import generator_state
+from ..base.randomness import generator_state, makes_generators
 from ..files.tensors import checksum, host_tensor, is_shared, memory_of
 from ..files.tree import json_digest
 from .inspection import name_of
@@ -199,6 +199,7 @@ def seed_of(x): # dict: 'seed' -> int; empty where it cannot be known
 @describe.register(random.Random)
 def describe_generator(x, walk):
     found = {'$generator': name_of(type(x))}
+    if not makes_generators(type(x)): return found  # it has no state
     walk.around.get('generators', []).append(x)
     if walk.around.get('loader') or walk.is_read: return {**found, **seed_of(x)}
     return {**found, 'digest': json_digest(walk.describe_at('state', generator_state(x)))}

@@ -4,7 +4,10 @@ from contextlib import ExitStack
 import numpy as np
 import pytest
 import torch
+from torch import nn
+from counting import Fits
 from files_helpers import state
+from learnkit import *
 from learnkit.base.randomness import isolated_rng, rng_state, set_rng_state, set_seed
 from learnkit.files.tree import load_tree, save_tree, tree_digest
 
@@ -142,3 +145,23 @@ def test_state_of_another_accelerator(fake):
     set_rng_state({**rng_state(), 'accelerator': {'kind': 'mps', 'states': [torch.ones(2)]}})
     set_rng_state({**rng_state(), 'accelerator': None})
     assert all(map(torch.equal, fake.states, before)) and fake.seeded == []
+
+
+def test_what_draws_from_the_system_has_no_state(tmp_path):
+    "As `secrets` has none: a learner that holds such a thing trains, is saved and recorded"
+    class Noise(Callback):
+        def __init__(self): self.rng = random.SystemRandom()
+        def before_batch(self, learn): self.rng.random()
+    x = torch.randn(16, 4)
+    def make(cls, **kwargs):
+        dls = DataLoaders.from_tensors((x, x[:, :1]), bs=8)
+        return cls(dls, nn.Linear(4, 1), nn.functional.mse_loss, cbs=Noise(), **kwargs)
+    learn = make(Learner)
+    with learn.no_logging():
+        learn.fit(1, cbs=SaveState(tmp_path / 'saves'))
+        learn.lr_find(num_it=3)
+    for made in (2, 0):
+        learn, Fits.n = make(CheckpointedLearner, name='noisy', root=tmp_path, seed=0), 0
+        learn.add_cb(Fits())
+        with learn.no_logging(), learn.checkpoint(1) as cp: cp.fit(1)
+        assert Fits.n == made
