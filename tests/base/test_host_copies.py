@@ -6,7 +6,7 @@ from torch import nn
 from learnkit import *
 from learnkit.base import host_copies as page
 from learnkit.base.batches import map_tensors
-from learnkit.base.host_copies import host_copies
+from learnkit.base.host_copies import host_copier, host_copies
 from learnkit.base.ranks import host_group
 from learnkit.base.snapshots import same_trees
 from learnkit.processes import launch as launching
@@ -83,6 +83,19 @@ def test_of_other_trees_each_has_its_own():
         group.gather(None)
         return [int(t.unique()) for t in kept]
     assert launch(keep, n=2) == [[0], [1, 1]]
+
+
+def test_a_tensor_of_which_nothing_was_said_is_copied_as_it_is():
+    def keep():
+        group, known = joined(), torch.ones(5000)
+        copy_of = host_copier([known, {'again': known}, torch.ones(2).to_sparse()], group)
+        other, copies = torch.full((3,), group.rank), [copy_of(known), copy_of(known)]
+        group.gather(None)
+        alone = [copy_of(known.data), copy_of(other)]
+        known.zero_()
+        return (copies[0] is copies[1], is_shared(copies[0]), *map(is_shared, alone),
+                copies[0].sum().item(), alone[0].sum().item(), alone[1].equal(other))
+    assert launch(keep, n=2) == [(True, True, False, False, 5000, 5000, True)] * 2
 
 
 def test_who_writes_to_a_copy_is_alone_to_see_it():
