@@ -79,7 +79,7 @@ def heard(how):
 
 
 class Centring(nn.Module):
-    "A model that each batch changes a buffer of, whose output is a dict, and that may leave out a part"
+    "A model with a buffer that each batch changes, a dict as output, and maybe a part left out"
     def __init__(self, leaves_out):
         super().__init__()
         self.first, self.second, self.third = nn.Linear(4, 8), nn.Linear(8, 2), nn.Linear(8, 2)
@@ -90,7 +90,8 @@ class Centring(nn.Module):
         if self.n_calls == self.fails_at: raise ZeroDivisionError('on purpose')
         if self.training: self.centre.mul_(0.9).add_(x.mean(0), alpha=0.1)
         hidden = self.first(x - self.centre).relu()
-        logits = self.second(hidden) if self.leaves_out else self.second(hidden) + self.third(hidden)
+        logits = self.second(hidden)
+        if not self.leaves_out: logits = logits + self.third(hidden)
         return {'logits': logits * scale, 'hidden': hidden}
 
 

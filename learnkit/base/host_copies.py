@@ -65,12 +65,11 @@ def write_copies(tensors): # (memory, places, where others find it); see `read_c
             return memory, places, where
     except OSError: return NOT_THERE
 
-NOT_THERE = None, (), 'nowhere'
-
 MARK = 32  # characters
 
 def moved(place, by:int): return [place[0] + by, *place[1:]]
 
+# %% ../../nbs/base/12_host_copies.ipynb #2ec33857
 def read_copies(where): # (memory, places); (None, ()) where there is none
     "What `write_copies` has written; who writes to this memory is alone to see it"
     path, _, mark = where.partition(' ')
@@ -85,6 +84,8 @@ def read_copies(where): # (memory, places); (None, ()) where there is none
 def open_at_once(path, flags): # a file descriptor
     "Open a file, which may have become a pipe that nobody writes to"
     return os.open(path, flags | os.O_NONBLOCK)
+
+NOT_THERE = None, (), 'nowhere'
 
 # %% ../../nbs/base/12_host_copies.ipynb #827964ea
 def machine(): # text; None: there is no such memory

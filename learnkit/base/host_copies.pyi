@@ -38,7 +38,6 @@ def write_copies(tensors: Any) -> Any:
     Returns:
         (memory, places, where others find it); see `read_copies`
     """
-NOT_THERE: tuple[Any, ...]
 MARK: int
 
 def moved(place: Any, by: int) -> Any: ...
@@ -56,6 +55,7 @@ def open_at_once(path: Any, flags: Any) -> Any:
     Returns:
         a file descriptor
     """
+NOT_THERE: tuple[Any, ...]
 
 def machine() -> Any:
     """The same in processes that can open each other's files in memory
