@@ -85,6 +85,11 @@ def test_an_optimizer_that_became_several_learns_from_all_processes():
     alike(one, first, 1e-4)
 
 
+def test_a_last_group_of_batches_that_is_incomplete_is_averaged_too():
+    (first, n), (second, _) = launch(exchanges.incomplete, n=2)
+    assert first == second and n == 4
+
+
 def test_gradients_that_are_left_hold_no_buckets():
     assert launch(exchanges.left, n=2) == [[True] * 4] * 2
 
