@@ -124,8 +124,8 @@ def looks(seconds): # a second
     "How often this process asks the store while nothing happens"
     join_group()
     stores, made = [], Ranks.new_store
-    def counted(self):
-        made(self)  # which counts them
+    def counted(self, *args):
+        made(self, *args)  # which counts them
         stores.append(Stored(f'counted {len(stores)}', dist.distributed_c10d._get_default_store()))
         return stores[-1]
     Ranks.new_store = counted

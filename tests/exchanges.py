@@ -11,6 +11,7 @@ from collectives import network
 from ranks import learner, of_text, seen, tensors
 from learnkit import *
 from learnkit.files.tree import tree_digest
+from learnkit.processes.ddp import DDPForward
 from learnkit.processes.distributed import Distributed
 
 POWER = partial(PowerSGDState, None, start_powerSGD_iter=3), powerSGD_hook
@@ -75,6 +76,77 @@ def heard(how):
     with (patch.object(DistributedDataParallel, 'forward', forward),
           profile() if how == 'profiled' else nullcontext()): learn.fit(2)
     return seen(learn)['weights'], bool(called)
+
+
+class Centring(nn.Module):
+    "A model with a buffer that each batch changes, a dict as output, and maybe a part left out"
+    def __init__(self, leaves_out):
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(4, 8), nn.Linear(8, 2), nn.Linear(8, 2)
+        self.register_buffer('centre', torch.zeros(4))
+        self.leaves_out, self.n_calls, self.fails_at = leaves_out, 0, None
+    def forward(self, x, scale=1.):
+        self.n_calls += 1
+        if self.n_calls == self.fails_at: raise ZeroDivisionError('on purpose')
+        if self.training: self.centre.mul_(0.9).add_(x.mean(0), alpha=0.1)
+        hidden = self.first(x - self.centre).relu()
+        logits = self.second(hidden)
+        if not self.leaves_out: logits = logits + self.third(hidden)
+        return {'logits': logits * scale, 'hidden': hidden}
+
+
+class CallsTwice(Learner):
+    def get_pred(self):
+        x, = self.xb
+        self.pred = self.model(x)['logits'] + self.model(x.flip(0), scale=0.5)['logits'].flip(0)
+
+
+class CallsOnce(Learner):
+    def get_pred(self): self.pred = self.model(self.xb[0], scale=2.)['logits']
+
+
+def both_ways(kind=CallsOnce, leaves_out=False, fails_at=None, cbs=(), **options):
+    "What a fit ends with by the forward function of DDP itself, and as it is called else"
+    found = []
+    for whole in (True, False):
+        set_seed(0)
+        model = Centring(leaves_out)
+        learn = kind(DataLoaders.from_tensors(tensors(45), bs=8, device='cpu'), model,
+                     nn.CrossEntropyLoss(), device='cpu', lr=1e-2)
+        learn.remove_cb(Progress)
+        with patch.object(DDPForward, 'is_observed', lambda self, whole=whole: whole):
+            model.fails_at = fails_at
+            for _ in range(2):
+                try: learn.fit(2, cbs=[Distributed(**options), *cbs])
+                except ZeroDivisionError: pass
+        state = learn.state_dict()
+        found.append([tree_digest(state[part]) for part in ('model', 'opt', 'counters')])
+    return found
+
+
+def changed_optimizers():
+    "Weights after a fit with one optimizer, and one with several"
+    learn = learner(cbs=Distributed())
+    learn.fit(1)
+    learn.splitter = lambda model: {'a': list(model[0].parameters()),
+                                    'b': list(model[4].parameters())}
+    learn.setup(opt_func={'a': torch.optim.SGD, 'b': torch.optim.AdamW})
+    learn.fit(1)
+    return seen(learn)['weights']
+
+
+class Stream:
+    "Batches of which nobody knows the number; each process has others"
+    def __iter__(self):
+        x, y = tensors(48, seed=rank())
+        return iter(zip(x.split(8), y.split(8), strict=True))
+
+
+def incomplete():
+    "Weights after groups of batches of which the last one ends with the data"
+    learn = learner(DataLoaders(Stream()), cbs=[Distributed(), GradientAccumulation(4)])
+    learn.fit(2)
+    return seen(learn)['weights'], learn.updates
 
 
 def left():

@@ -6,7 +6,8 @@
 __all__ = []
 
 # %% ../../nbs/base/12_host_copies.ipynb #c1d09667
-import json, math, mmap, os, secrets
+import json, math, mmap, os, secrets, time, weakref
+from contextlib import ExitStack
 from itertools import zip_longest
 import torch
 from torch import nn
@@ -40,49 +41,60 @@ ALIGNED = 64  # bytes
 def aligned(n:int): return -(-n // ALIGNED) * ALIGNED
 
 # %% ../../nbs/base/12_host_copies.ipynb #854c342f
-def write_copies(tensors): # (file descriptor, mark); None where there is no such memory
-    "Copies of tensors, in memory that other processes can open"
+def write_copies(tensors): # (memory, places, where others find it); see `read_copies`
+    "Copies of tensors, in memory that other processes can open as long as this one holds it"
     places, end = [], 0
     for t in tensors:
         places.append(place_at(end, t))
         if places[-1]: end = aligned(end + t.nbytes)
-    mark, text = secrets.token_bytes(MARK), json.dumps(places).encode()
+    mark, text = secrets.token_hex(MARK // 2).encode(), json.dumps(places).encode()
     head = mark + len(text).to_bytes(8, 'little') + text
     begin = aligned(len(head))
-    try: file = os.memfd_create('learnkit copies')
-    except OSError: return None
     try:
-        os.posix_fallocate(file, 0, begin + end)  # without it a lack of memory would be a signal
-        memory = mmap.mmap(file, begin + end)
-        memory[:len(head)] = head
-        for t, place in zip(tensors, places, strict=True):
-            if place: tensor_at(memory, moved(place, begin)).copy_(t.detach())
-        return file, mark
-    except OSError:
-        os.close(file)
-        return None
+        with ExitStack() as opened:
+            opened.callback(os.close, file := os.memfd_create('learnkit copies'))
+            os.posix_fallocate(file, 0, begin + end)  # else a lack of memory would be a signal
+            shared = mmap.mmap(file, begin + end)
+            shared[:len(head)] = head
+            for t, place in zip(tensors, places, strict=True):
+                if place: tensor_at(shared, moved(place, begin)).copy_(t.detach())
+            where = f'/proc/{os.getpid()}/fd/{file} {mark.decode()}'
+            memory, places = read_copies(where)
+            if memory is None: return NOT_THERE
+            weakref.finalize(memory, opened.pop_all().close).atexit = False
+            return memory, places, where
+    except OSError: return NOT_THERE
 
-MARK = 16  # bytes
+MARK = 32  # characters
 
 def moved(place, by:int): return [place[0] + by, *place[1:]]
 
-def read_copies(path, mark:bytes): # (memory, places); None where it cannot be had
+# %% ../../nbs/base/12_host_copies.ipynb #2ec33857
+def read_copies(where): # (memory, places); (None, ()) where there is none
     "What `write_copies` has written; who writes to this memory is alone to see it"
+    path, _, mark = where.partition(' ')
     try:
-        with open(path, 'rb') as file: memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    except (OSError, ValueError): return None
-    if memory[:MARK] != mark: return None
+        with open(path, 'rb', opener=open_at_once) as file:
+            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    except (OSError, ValueError): return NOT_THERE[:2]
+    if memory[:MARK] != mark.encode(): return NOT_THERE[:2]
     n = MARK + 8 + int.from_bytes(memory[MARK:MARK + 8], 'little')
     return memory, [place and moved(place, aligned(n)) for place in json.loads(memory[MARK + 8:n])]
 
+def open_at_once(path, flags): # a file descriptor
+    "Open a file, which may have become a pipe that nobody writes to"
+    return os.open(path, flags | os.O_NONBLOCK)
+
+NOT_THERE = None, (), 'nowhere'
+
 # %% ../../nbs/base/12_host_copies.ipynb #827964ea
-def machine(): # text
+def machine(): # text; None: there is no such memory
     "The same in processes that can open each other's files in memory"
-    if not hasattr(os, 'memfd_create'): return secrets.token_hex()
+    if not hasattr(os, 'memfd_create'): return None
     try:
         with open('/proc/sys/kernel/random/boot_id') as file: kernel = file.read().strip()
         return f'{kernel} {os.stat("/proc/self/ns/pid").st_ino}'
-    except OSError: return secrets.token_hex()
+    except OSError: return None
 
 def taken(t, memory, place, is_own:bool): # tensor
     "The copy of a tensor in memory, if it is one; else a copy of its own"
@@ -91,28 +103,41 @@ def taken(t, memory, place, is_own:bool): # tensor
     if is_own or same_bits(here, there): return there
     return here if t.device.type != 'cpu' else host_copy(t)
 
+def offer_copies(tensors, store, key): # (memory, places)
+    "Write copies, and say where they are"
+    memory, places, where = write_copies(tensors)
+    store.set(key, where)
+    return memory, places
+
+def find_copies(store, key, writer): # (memory, places)
+    "What process `writer` has written, or writes as yet"
+    while not store.check([key]):
+        if not os.path.exists(f'/proc/{writer}/exe'): return NOT_THERE[:2]  # it has ended
+        time.sleep(0.002)
+    return read_copies(store.get(key).decode())
+
+# %% ../../nbs/base/12_host_copies.ipynb #f5730908
 def copied_together(tensors, ranks): # list of tensors
-    said = ranks.gather([machine(), sum(t.nbytes for t in tensors if can_be_shared(t))])
-    machines, sizes = zip(*said, strict=True)
-    if max(sizes) < LEAST or len(set(machines)) == ranks.size: return [*map(host_copy, tensors)]
-    here = machines[ranks.rank]
-    first, n = machines.index(here), machines.count(here)
-    written = write_copies(tensors) if first == ranks.rank and n > 1 else None
+    here, size = machine(), sum(t.nbytes for t in tensors if can_be_shared(t))
+    if here is None or size < LEAST: return [*map(host_copy, tensors)]
+    store, process = ranks.new_store(f'copies of {len(tensors)}'), str(os.getpid())
+    key = f'copies on {here}'
     try:
-        where = written and [f'/proc/{os.getpid()}/fd/{written[0]}', written[1]]
-        where = ranks.gather(where)[first]
-        memory, places = where and read_copies(*where) or (None, [])
-        ranks.gather(None)  # all have opened it
-    finally:
-        if written: os.close(written[0])
-    return [taken(t, memory, place, bool(written))
+        writer = store.compare_set(f'writer on {here}', '', process).decode()
+        is_own = writer == process
+        memory, places = (offer_copies(tensors, store, key) if is_own else
+                          find_copies(store, key, writer))
+    except BaseException:
+        store.compare_set(key, '', NOT_THERE[2])  # this process may be the one that others wait for
+        raise
+    return [taken(t, memory, place, is_own)
             for t, place in zip_longest(tensors, places[:len(tensors)])]
 
 LEAST = 2**20  # bytes for which it is worth the messages
 
 # %% ../../nbs/base/12_host_copies.ipynb #b56b652a
 def host_copies(tree, # nesting of tensors
-                ranks=None, # the processes that call this together; None: a single one
+                ranks=None, # the processes that may have the same; None: a single one
                ): # the same nesting
     "Copies on the host; what processes of a machine have alike is there once"
     if ranks is None: return map_tensors(host_copy, tree)
@@ -122,7 +147,6 @@ def host_copies(tree, # nesting of tensors
 def host_copier(tree, ranks=None): # function: tensor -> its copy on the host
     "How tensors are copied one by one; those in `tree` are already, as by `host_copies`"
     if ranks is None: return host_copy
-    tensors = [t for t in tensors_in(tree) if can_be_shared(t)]
-    copies = host_copies(tensors, ranks)
-    made = {id(t): (t, copy) for t, copy in zip(tensors, copies, strict=True)}
-    return lambda t: made[id(t)][1] if id(t) in made else host_copy(t)
+    tensors = {id(t): t for t in tensors_in(tree) if can_be_shared(t)}
+    copies = dict(zip(tensors, host_copies([*tensors.values()], ranks), strict=True))
+    return lambda t: copies[id(t)] if tensors.get(id(t)) is t else host_copy(t)

@@ -33,27 +33,35 @@ ALIGNED: int
 def aligned(n: int) -> Any: ...
 
 def write_copies(tensors: Any) -> Any:
-    """Copies of tensors, in memory that other processes can open
+    """Copies of tensors, in memory that other processes can open as long as this one holds it
 
     Returns:
-        (file descriptor, mark); None where there is no such memory
+        (memory, places, where others find it); see `read_copies`
     """
 MARK: int
 
 def moved(place: Any, by: int) -> Any: ...
 
-def read_copies(path: Any, mark: bytes) -> Any:
+def read_copies(where: Any) -> Any:
     """What `write_copies` has written; who writes to this memory is alone to see it
 
     Returns:
-        (memory, places); None where it cannot be had
+        (memory, places); (None, ()) where there is none
     """
+
+def open_at_once(path: Any, flags: Any) -> Any:
+    """Open a file, which may have become a pipe that nobody writes to
+
+    Returns:
+        a file descriptor
+    """
+NOT_THERE: tuple[Any, ...]
 
 def machine() -> Any:
     """The same in processes that can open each other's files in memory
 
     Returns:
-        text
+        text; None: there is no such memory
     """
 
 def taken(t: Any, memory: Any, place: Any, is_own: bool) -> Any:
@@ -61,6 +69,20 @@ def taken(t: Any, memory: Any, place: Any, is_own: bool) -> Any:
 
     Returns:
         tensor
+    """
+
+def offer_copies(tensors: Any, store: Any, key: Any) -> Any:
+    """Write copies, and say where they are
+
+    Returns:
+        (memory, places)
+    """
+
+def find_copies(store: Any, key: Any, writer: Any) -> Any:
+    """What process `writer` has written, or writes as yet
+
+    Returns:
+        (memory, places)
     """
 
 def copied_together(tensors: Any, ranks: Any) -> Any:
@@ -74,7 +96,7 @@ def host_copies(tree: Any, ranks: Any = None) -> Any:
 
     Args:
         tree: nesting of tensors
-        ranks: the processes that call this together; None: a single one
+        ranks: the processes that may have the same; None: a single one
 
     Returns:
         the same nesting

@@ -7,6 +7,7 @@ __all__ = ['Ranks']
 
 # %% ../../nbs/processes/01_group.ipynb #82b2aa33
 import atexit, itertools, math, os, re
+from collections import defaultdict
 from functools import lru_cache
 import torch
 import torch.distributed as dist
@@ -122,13 +123,15 @@ def gather_on_main(self:Ranks, tree) -> list: # trees, one of each process; on t
 
 # %% ../../nbs/processes/01_group.ipynb #a1598b30
 @lru_cache(maxsize=8)
-def numbers_of(group): # of what the processes of a group have done together: the same on all
-    return itertools.count()
+def numbers_of(group): # dict: purpose -> count of the stores that a process has made for it
+    return defaultdict(itertools.count)
 
 @patch
-def new_store(self:Ranks): # of `torch.distributed`
-    "A store of keys and values that this call alone uses"
-    name = f'learnkit {self.group.group_name} {next(numbers_of(self.group))}'
+def new_store(self:Ranks,
+              purpose:str='together', # those for another are counted by themselves
+             ): # of `torch.distributed`
+    "A store of keys and values that only this call uses, the one of this number on each process"
+    name = f'learnkit {self.group.group_name} {purpose} {next(numbers_of(self.group)[purpose])}'
     return dist.PrefixStore(name, dist.distributed_c10d._get_default_store())
 
 @patch

@@ -70,8 +70,11 @@ class Ranks:
         Returns:
             trees, one of each process; on the others none
         """
-    def new_store(self) -> Any:
-        """A store of keys and values that this call alone uses
+    def new_store(self, purpose: str = 'together') -> Any:
+        """A store of keys and values that only this call uses, the one of this number on each process
+
+        Args:
+            purpose: those for another are counted by themselves
 
         Returns:
             of `torch.distributed`
@@ -86,7 +89,7 @@ class Ranks:
 @lru_cache(maxsize=8)
 def numbers_of(group: Any) -> Any:
     """Returns:
-        of what the processes of a group have done together: the same on all
+        dict: purpose -> count of the stores that a process has made for it
     """
 CHUNK: int
 

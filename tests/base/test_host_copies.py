@@ -1,11 +1,12 @@
 "Copies on the host that processes of a machine share: what is shared, what is not, and who sees it"
-import errno, os
+import errno, gc, os, subprocess, sys
+from functools import partial
 import pytest, ranks, torch
 from torch import nn
 from learnkit import *
 from learnkit.base import host_copies as page
 from learnkit.base.batches import map_tensors
-from learnkit.base.host_copies import host_copies
+from learnkit.base.host_copies import host_copier, host_copies
 from learnkit.base.ranks import host_group
 from learnkit.base.snapshots import same_trees
 from learnkit.processes import launch as launching
@@ -30,11 +31,18 @@ def joined():
     return Ranks(host_group())
 
 
-def is_shared(t):
-    "Whether a tensor lies in memory that others have as well"
-    with open('/proc/self/maps') as file: lines = [line for line in file if 'learnkit co' in line]
-    spans = [[int(end, 16) for end in line.split()[0].split('-')] for line in lines]
-    return any(first <= t.data_ptr() < end for first, end in spans)
+def memories(): # (first, end, number of the file)
+    with open('/proc/self/maps') as file:
+        found = [line.split() for line in file if 'learnkit co' in line]
+    return [(*(int(end, 16) for end in line[0].split('-')), line[4]) for line in found]
+
+
+def memory_of(t):
+    "The number of the file in memory in which a tensor lies; '' where it is in none"
+    return ''.join(file for first, end, file in memories() if first <= t.data_ptr() < end)
+
+
+def is_shared(t): return memory_of(t) != ''
 
 
 def of_all_kinds():
@@ -51,7 +59,7 @@ def never_shared(number):
     return [one.to_sparse(), one.to(torch.cfloat).conj(), torch._neg_view(one), one[:0],
             one + number, torch.zeros(2 + number), [0 * one, -0. * one][number],
             one.to((torch.half, torch.bfloat16)[number]),
-            torch.ones(2, 3) if number else torch.ones(3, 2).T] + [one] * number
+            torch.ones(2, 3) if number else torch.ones(3, 2).T]
 
 
 def test_what_is_alike_is_shared_whatever_it_is():
@@ -63,15 +71,38 @@ def test_what_is_alike_is_shared_whatever_it_is():
         shared = {name: {is_shared(t) for t in tensors if t.layout is torch.strided}
                   for name, tensors in kept.items()}
         return same_trees(kept, own), shared
-    first, second = launch(keep, n=2)
-    assert second == (True, {'alike': {True}, 'never': {False}})
-    assert first == (True, {'alike': {True}, 'never': {False, True}})  # nobody has taken some
+    taken, written = sorted(launch(keep, n=2), key=lambda found: len(found[1]['never']))
+    assert taken == (True, {'alike': {True}, 'never': {False}})
+    assert written == (True, {'alike': {True}, 'never': {False, True}})  # nobody has taken some
+
+
+def test_of_other_trees_each_has_its_own():
+    def keep():
+        group = joined()
+        kept = host_copies([torch.full((5000,), group.rank)] * (1 + group.rank), group)
+        group.gather(None)
+        return [int(t.unique()) for t in kept]
+    assert launch(keep, n=2) == [[0], [1, 1]]
+
+
+def test_a_tensor_of_which_nothing_was_said_is_copied_as_it_is():
+    def keep():
+        group, known = joined(), torch.ones(5000)
+        copy_of = host_copier([known, {'again': known}, torch.ones(2).to_sparse()], group)
+        other, copies = torch.full((3,), group.rank), [copy_of(known), copy_of(known)]
+        group.gather(None)
+        alone = [copy_of(known.data), copy_of(other)]
+        known.zero_()
+        return (copies[0] is copies[1], is_shared(copies[0]), *map(is_shared, alone),
+                copies[0].sum().item(), alone[0].sum().item(), alone[1].equal(other))
+    assert launch(keep, n=2) == [(True, True, False, False, 5000, 5000, True)] * 2
 
 
 def test_who_writes_to_a_copy_is_alone_to_see_it():
     def keep():
         group = joined()
         (kept,) = host_copies([torch.zeros(5000)], group)
+        group.gather(None)
         kept[group.rank] = 1
         kept[4000:] = group.rank
         group.gather(None)
@@ -79,14 +110,14 @@ def test_who_writes_to_a_copy_is_alone_to_see_it():
     assert launch(keep, n=2) == [([0], [0.]), ([1], [1.])]
 
 
-@pytest.mark.parametrize('what', ('no memory', 'no such call', 'other machines', 'not to be opened',
-                                  'too small'))
+@pytest.mark.parametrize('what', ('no memory', 'no such call', 'no numbers of processes',
+                                  'not to be opened', 'too small'))
 def test_without_shared_memory_each_has_its_own(what, monkeypatch):
     def no_memory(*args): raise OSError(errno.ENOSPC, 'no memory')
     match what:
         case 'no memory': monkeypatch.setattr(os, 'posix_fallocate', no_memory)
         case 'no such call': monkeypatch.delattr(os, 'memfd_create')
-        case 'other machines': monkeypatch.setattr(page, 'machine', lambda: str(os.getpid()))
+        case 'no numbers of processes': monkeypatch.setattr(page, 'machine', lambda: None)
         case 'not to be opened': monkeypatch.setattr(os, 'getpid', lambda: 1)
         case 'too small': monkeypatch.setattr(page, 'LEAST', 2**20)
     def keep():
@@ -95,14 +126,91 @@ def test_without_shared_memory_each_has_its_own(what, monkeypatch):
     assert launch(keep, n=2) == [([1.], False)] * 2
 
 
-def test_no_file_stays_open():
+def test_processes_of_several_machines_share_with_those_of_their_own(monkeypatch):
+    monkeypatch.setattr(page, 'machine', lambda: f'machine {rank() // 2}')
     def keep():
-        group, n = joined(), []
+        (kept,) = host_copies([torch.ones(5000)], group := joined())
+        group.gather(None)
+        return memory_of(kept), kept.sum().item()
+    (first, total), second, third = launch(keep, n=3)
+    assert first and (first, total) == second and third[0] != first and total == third[1] == 5000
+
+
+def n_open(): return len(os.listdir('/proc/self/fd'))
+
+
+def test_no_file_or_memory_stays_when_the_copies_go():
+    def keep():
+        group = joined()
+        before, shared = n_open(), []
         for _ in range(3):
-            kept = host_copies([torch.ones(5000)], group)
-            n.append(len(os.listdir('/proc/self/fd')))
-        return n[0] == n[2], is_shared(kept[0])
-    assert launch(keep, n=3) == [(True, True)] * 3
+            kept = host_copies([torch.ones(5000), torch.ones(3)], group)
+            group.gather(None)  # all have found it
+            shared += map(is_shared, kept)
+            with_copies = n_open()
+            part = kept.pop()
+            del kept
+            rest = part.tolist()
+            del part
+            gc.collect()
+        return n_open() - before, with_copies - before, memories(), rest, all(shared)
+    found = launch(keep, n=3)
+    assert [each[0] for each in found] == [0] * 3
+    assert sorted(each[1] for each in found) == [1, 1, 2]  # whose memory it is holds it open
+    assert [each[2:] for each in found] == [([], [1.] * 3, True)] * 3
+
+
+@pytest.mark.parametrize('where', ('as it begins', 'while it writes'))
+def test_who_is_broken_off_holds_nobody_up(where, monkeypatch):
+    def keep():
+        group, before = joined(), n_open()
+        def broken(*args): raise KeyboardInterrupt
+        if group.rank == 0:
+            if where == 'as it begins': monkeypatch.setattr(page, 'offer_copies', broken)
+            else: monkeypatch.setattr(page, 'tensor_at', broken)
+        else: group.gather(None)  # come later
+        try: kept = host_copies([torch.ones(5000)], group)
+        except KeyboardInterrupt: kept = None
+        if group.rank == 0: group.gather(None)
+        gc.collect()
+        return kept and (kept[0].sum().item(), is_shared(kept[0])), n_open() - before
+    assert launch(keep, n=2, timeout=60) == [(None, 0), ((5000, False), 0)]
+
+
+def test_who_has_ended_while_it_wrote_is_not_waited_for():
+    with subprocess.Popen([sys.executable, '-c', '']) as process:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        store = torch.distributed.HashStore()
+        assert page.find_copies(store, 'copies', process.pid) == (None, ())  # nobody has asked how
+    assert page.find_copies(store, 'copies', process.pid) == (None, ())
+
+
+def test_a_file_that_another_has_by_now_is_not_taken(tmp_path):
+    os.mkfifo(tmp_path / 'pipe')
+    (tmp_path / 'empty').touch()
+    (tmp_path / 'other').write_bytes(b'?' * 100)
+    for name in ('pipe', 'empty', 'other', 'none'):
+        assert page.read_copies(f'{tmp_path / name} {"0" * page.MARK}') == (None, ())
+
+
+def uneven(case):
+    "Copies that one process alone makes, before all make some"
+    learn = ranks.learner()
+    if case == 'trains alone' and rank() == 0: learn.fit(1)
+    with learn.distributed():
+        if case == 'saves alone' and rank() == 1: learn.add_cb(SaveBest(restore=False))
+        if case == 'saves more': learn.add_cb(SaveBest(restore=False, min_delta=100. * rank()))
+        learn.fit(3)
+        kept = SaveBest(restore=False)
+        learn.fit(1, cbs=kept)
+        best = kept.snapshot['model']['0.weight']
+        return best.equal(learn.model[0].weight), len(learn.recorder.df)
+
+
+@pytest.mark.parametrize('case', ('trains alone', 'saves alone', 'saves more'))
+def test_processes_whose_copies_differ_in_number_do_not_wait_for_each_other(case):
+    n_before = int(case == 'trains alone')
+    assert launch(partial(uneven, case), n=2, timeout=100) == [(True, 4 + n_before), (True, 4)]
 
 
 def test_the_best_model_and_the_start_are_there_once():
@@ -119,18 +227,18 @@ def test_the_best_model_and_the_start_are_there_once():
         again = bool(learn.model[0].weight.equal(kept)) or learn.rank == 0
         learn.reset()
         at_start = bool(start.equal(ranks.weights(learn)))
-        return is_shared(kept), is_shared(first), at_best, again, at_start
-    assert launch(fitted, n=2) == [(True,) * 5] * 2
+        return memory_of(kept), memory_of(first), at_best, again, at_start
+    first, second = launch(fitted, n=2)
+    assert first == second and first[0] and first[1] and first[2:] == (True,) * 3
 
 
 def test_a_start_that_processes_drew_for_themselves_is_not_shared():
     def fitted():
-        rank = joined().rank
-        learn = ranks.learner(cbs=Distributed(), seed=rank)
+        learn = ranks.learner(cbs=Distributed(), seed=joined().rank)
         start = ranks.weights(learn)
         learn.fit(1)
-        shared = is_shared(learn._origin.state['model']['0.weight'])
+        memory = memory_of(learn._origin.state['model']['0.weight'])
         learn.reset()
-        return shared, bool(start.equal(ranks.weights(learn)))
-    assert [found[1] for found in launch(fitted, n=2)] == [True, True]
-    assert launch(fitted, n=2)[1][0] is False
+        return memory, bool(start.equal(ranks.weights(learn)))
+    (first, at_start), (second, too) = launch(fitted, n=2)
+    assert first != second and at_start and too

@@ -8,6 +8,7 @@ ODD = {
     'one item of a column': lambda: torch.ones(1, 2)[:, 0],
     'no item of every second': lambda: torch.ones(4)[::2][:0],
     'one row of a column': lambda: torch.ones(1, 4, 3)[:, :1, 1],
+    'eight bytes from the third on': lambda: torch.arange(12, dtype=torch.uint8)[3:11],
     'conjugate': lambda: torch.ones(3, dtype=torch.cfloat).conj(),
     'negated': lambda: torch._neg_view(torch.ones(3))}
 

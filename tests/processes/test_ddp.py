@@ -1,6 +1,7 @@
 "Exchanged gradients: how often, of what, and options of torch's DistributedDataParallel"
 from functools import partial
 import collectives, exchanges, pytest, ranks, shards
+from learnkit import GradientAccumulation
 from learnkit.processes import launch as launching
 from learnkit.processes.distributed import Distributed
 from learnkit.processes.launch import launch
@@ -59,6 +60,34 @@ def test_where_somebody_hears_of_it_the_whole_of_ddp_runs(how):
     (plain, seen), _ = launch(partial(exchanges.heard, None), n=2)
     (found, told), _ = launch(partial(exchanges.heard, how), n=2)
     assert plain == found and (seen, told) == (False, True)
+
+
+WAYS = {'once': {}, 'twice': {'kind': exchanges.CallsTwice},
+        'a part left out': {'leaves_out': True, 'find_unused': True},
+        'looked for, not found': {'find_unused': True}, 'static': {'static_graph': True},
+        'static, a part left out': {'leaves_out': True, 'static_graph': True},
+        'groups of batches': {'cbs': [GradientAccumulation(4)], 'leaves_out': True,
+                              'find_unused': True},
+        'buffers of its own': {'broadcast_buffers': False}, 'hook': {'comm_hook': 'fp16'},
+        'small buckets': {'bucket_cap_mb': 1e-4}, 'fails': {'fails_at': 5},
+        'fails, a part left out': {'fails_at': 5, 'leaves_out': True, 'find_unused': True}}
+
+def test_the_model_is_called_as_by_ddp_itself():
+    def found(): return {name: exchanges.both_ways(**options) for name, options in WAYS.items()}
+    for by_name in launch(found, n=2):
+        assert {name for name, (whole, parts) in by_name.items() if whole != parts} == set()
+
+
+def test_an_optimizer_that_became_several_learns_from_all_processes():
+    one = exchanges.changed_optimizers()
+    first, second = launch(exchanges.changed_optimizers, n=2)
+    assert first == second
+    alike(one, first, 1e-4)
+
+
+def test_a_last_group_of_batches_that_is_incomplete_is_averaged_too():
+    (first, n), (second, _) = launch(exchanges.incomplete, n=2)
+    assert first == second and n == 4
 
 
 def test_gradients_that_are_left_hold_no_buckets():

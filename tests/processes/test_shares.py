@@ -5,6 +5,7 @@ import pytest
 import torch
 import shards
 from torch.utils.data import DataLoader, DistributedSampler
+from learnkit.data.loaders import TensorLoader
 from learnkit.data.order import Share
 from learnkit.processes import launch as launching
 from learnkit.processes.launch import launch, time_limit
@@ -103,3 +104,15 @@ def test_batches_of_unequal_sizes_weigh_by_their_samples():
         assert of_steps == pytest.approx(losses, rel=1e-5)
         for a, b in zip(found, params, strict=True):
             torch.testing.assert_close(torch.tensor(a), torch.tensor(b), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize('shuffle', (False, True))
+def test_each_process_reads_its_part_of_each_batch_and_no_empty_one(shuffle):
+    whole = TensorLoader((torch.arange(9), torch.arange(9) * 2), 4, shuffle)
+    for pad, start, size in ((pad, start, size) for pad in (False, True)
+                             for start in range(4) for size in (1, 2, 3, 5)):
+        batches = [x.tolist() for x, _ in whole.batches(2, start)]
+        for share in [Share(rank, size, pad) for rank in range(size)]:
+            read = [x.tolist() for x, y in whole.shared(share).batches(2, start)
+                    if y.equal(2 * x)]
+            assert read == [part for batch in batches if (part := share.samples_of(batch))]
