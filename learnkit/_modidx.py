@@ -7144,6 +7144,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'learnkit/training/made_members.py'),
                                                 'learnkit.training.made_members.own_learner': ( 'training/made_members.html#own_learner',
                                                                                                 'learnkit/training/made_members.py'),
+                                                'learnkit.training.made_members.takes_seed': ( 'training/made_members.html#takes_seed',
+                                                                                               'learnkit/training/made_members.py'),
                                                 'learnkit.training.made_members.twin': ( 'training/made_members.html#twin',
                                                                                          'learnkit/training/made_members.py'),
                                                 'learnkit.training.made_members.with_new_weights': ( 'training/made_members.html#with_new_weights',
