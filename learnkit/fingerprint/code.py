@@ -16,9 +16,9 @@ from ..base.guard import top_module
 from ..files.tree import json_digest
 from ..components.metrics import Metric
 from .values import json_text
-from learnkit.fingerprint.by_name import (
-    dotted, imported_modules, last_name, modules_behind, place_read, places_by_name,
-    read_by_name)
+from .by_name import (
+    dotted, imported_modules, last_name,
+    modules_behind, place_read, places_by_name, read_by_name)
 from .inspection import (
     bases_of, find_variable, is_user_function, is_user_module,
     methods, name_of, names_read, nested_code, users_functions)
