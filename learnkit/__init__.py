@@ -264,6 +264,7 @@ from .checkpoints import retention as _retention
 from .checkpoints import answers as _answers
 from .checkpoints import merging as _merging
 from .checkpoints import renewal as _renewal
+from .checkpoints import study_draws as _study_draws
 from .checkpoints import study_journals as _study_journals
 from .checkpoints.transfer import (
     Transfer,

@@ -410,7 +410,8 @@ def record_bookmark(self:Block):
     differ = differing(node.start.digests, digests)
     allowed = ledger.allowed_differences(node, 0, digests)
     if wrong := [part for part in differ if part not in allowed]:
-        text = f'the learner was changed before it: {", ".join(wrong)}'
+        changes = ledger.state_changes(node, 0, wrong)
+        text = f'the learner was changed before it: {", ".join(changes)}'
         ledger.report_change(node, 0, [text])
         begin_anew(self, 0, text)
         self.record_bookmark()

@@ -170,7 +170,7 @@ def report_change(self:Ledger, node, k, problems, # list of str
                               f'{ways_on(node, option, problems)}')
     self.reason = f'{text}, and {option} is rerun'
     if self.planning: raise PlanEnds(f'{text}; it would be computed anew from there')
-    self.show(f'{text}; computing anew from there')
+    self.show(f'{text}; computing anew from there, in {self.store.folder}')
 
 @patch
 def dependents_text(self:Ledger, node, k) -> str:

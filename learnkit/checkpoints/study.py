@@ -23,6 +23,7 @@ from ..files.records import read_limited
 from ..files.tree import json_digest
 from .record import StaleCheckpoint, position_text
 from .ledger import digests_of
+from .study_draws import drawing_by_trial
 from .study_journals import open_journal
 from .uploads import fetch_study, send_study, wait_for_uploads
 from .recording import recording
@@ -105,6 +106,7 @@ class Study:
             storage = self.optuna.storages.JournalStorage(self.journal)
         self.options = {'storage': storage, 'direction': direction, 'sampler': sampler,
                         'pruner': pruner}
+        self.sampler = None
         self.is_over = self.is_exhausted = False  # as somebody has said, as the sampler has
         self.open_newest()
 
@@ -147,7 +149,9 @@ def open(self:Study, name): # optuna.Study
                          f'to {direction}: give direction={found.direction.name.lower()!r}, or '
                          'another name')
     if self.run_id: self.check_run(found)
-    self.options['sampler'] = found.sampler  # one for all, as it knows what it has chosen
+    if self.sampler is None:
+        self.sampler = found.sampler
+        self.options['sampler'] = found.sampler = drawing_by_trial(optuna, self.sampler)
     found.stop = self.note_exhausted  # samplers call it when they have nothing left to try
     return found
 
@@ -235,7 +239,7 @@ def wait_for_others(self:Study): # bool
 # %% ../../nbs/checkpoints/20_study.ipynb #33d72e5a
 @patch
 def tries_all(self:Study): # bool
-    return isinstance(self.study.sampler, self.optuna.samplers.BruteForceSampler)
+    return isinstance(self.sampler, self.optuna.samplers.BruteForceSampler)
 
 @patch
 def is_choosing(self:Study): # bool
@@ -260,7 +264,7 @@ def as_given(self:Study, trial): # optuna.Trial
 @patch
 def is_nothing_left(self:Study): # bool
     "Whether the sampler has nothing to try that nobody has begun; it would choose something twice"
-    samplers, sampler = self.optuna.samplers, self.study.sampler
+    samplers, sampler = self.optuna.samplers, self.sampler
     trials = self.study.get_trials(deepcopy=False)
     if len(self.done()) < len(trials): return False  # somebody has asked for more
     if isinstance(sampler, samplers.GridSampler):
@@ -357,9 +361,8 @@ BEGINNING_ID = 'start-of-studies'  # where trials begin that go on from no other
 def work(self:Study, job, n_trials):
     "Make trials in this process until there are enough"
     trail = Trail(self.ledger, self.begun_as, on_record=self.send)
-    if self.done(): self.study.sampler.reseed_rng()  # else it would choose the first ones again
     try:
-        with naming_missing_packages(self.optuna, self.study.sampler):
+        with naming_missing_packages(self.optuna, self.sampler):
             while asked := self.ask(n_trials):
                 trial, lease = asked
                 try: self.make(job, trial, trail)
@@ -501,7 +504,6 @@ def reopen(self:Study):
     storage = self.options['storage']
     self.options['storage'] = storage if type(storage) is str else copy.copy(storage)
     self.study = self.open(self.study.study_name)
-    self.study.sampler.reseed_rng()  # else all copies would choose the same
 
 # %% ../../nbs/checkpoints/20_study.ipynb #7044ed7f
 COLUMNS = ['trial', 'state', 'value', 'steps', 'id']

@@ -56,6 +56,7 @@ class Study:
     run_id: Any
     journal: Any
     options: dict[str, Any]
+    sampler: Any
     is_over: bool
     is_exhausted: bool
     begun_as: Any

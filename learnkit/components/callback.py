@@ -9,7 +9,7 @@ __all__ = ['Cancel', 'CancelFit', 'CancelEpoch', 'CancelTrain', 'CancelValidate'
 # %% ../../nbs/components/00_callback.ipynb #646a4fa1
 import difflib, functools, random, re
 from collections.abc import Iterable, Mapping, MutableSequence, Sequence
-from types import FunctionType, MappingProxyType
+from types import MappingProxyType
 import numpy as np
 import torch
 from fastcore.basics import patch
@@ -201,11 +201,16 @@ def plain_setting(x): # plain values as they are, anything else as the name of i
     if isinstance(x, slice): return [plain_setting(x.start), plain_setting(x.stop)]
     return getattr(x, '__qualname__', type(x).__qualname__)
 
+# %% ../../nbs/components/00_callback.ipynb #e1385e51
+# A function, method or object with its address, of which the name is kept
+ADDRESS = re.compile(r'<(?:function |bound method )?(?:[\w<>]+\.)*([\w<>]+)(?: object| of .*?)?'
+                     r' at 0x[0-9a-f]+>+')
+
 # %% ../../nbs/components/00_callback.ipynb #9a89f9e5
 @patch
 def __repr__(self:Callback) -> str:
     args, kwargs = self.init_args
-    def text(x): return x.__name__ if isinstance(x, (FunctionType, type)) else repr(x)
+    def text(x): return x.__name__ if isinstance(x, type) else ADDRESS.sub(r'\1', repr(x))
     given = [*map(text, args), *(f'{name}={text(value)}' for name, value in kwargs.items())]
     return f'{type(self).__name__}({", ".join(given)})'
 

@@ -215,6 +215,7 @@ def plain_setting(x: Any) -> Any:
     Returns:
         plain values as they are, anything else as the name of its type
     """
+ADDRESS: Any
 
 def is_compared(cb: Any) -> bool:
     """Whether what is computed may follow from a callback"""

@@ -58,6 +58,16 @@ def dotted(node): # str; None for anything else
     begin = dotted(node.value)
     return None if begin is None else f'{begin}.{node.attr}'
 
+def place_read(node): # str; None for anything else
+    "As `dotted`, also through keys that are written out: `cfg['net'].width` is `cfg.[net.width`"
+    if isinstance(node, ast.Attribute):
+        begin = place_read(node.value)
+        return None if begin is None else f'{begin}.{node.attr}'
+    if not isinstance(node, ast.Subscript): return dotted(node)
+    key = node.slice.value if isinstance(node.slice, ast.Constant) else None
+    begin = place_read(node.value) if type(key) is str and '.' not in key else None
+    return None if begin is None else f'{begin}.[{key}'
+
 def last_name(node): return getattr(node, 'attr', getattr(node, 'id', ''))
 
 # %% ../../nbs/fingerprint/02_by_name.ipynb #7eec99d9

@@ -40,6 +40,13 @@ def dotted(node: Any) -> Any:
         str; None for anything else
     """
 
+def place_read(node: Any) -> Any:
+    """As `dotted`, also through keys that are written out: `cfg['net'].width` is `cfg.[net.width`
+
+    Returns:
+        str; None for anything else
+    """
+
 def last_name(node: Any) -> Any: ...
 
 def value_of(func: Any, node: Any) -> Any:

@@ -17,7 +17,8 @@ from ..files.tree import json_digest
 from ..components.metrics import Metric
 from .values import json_text
 from .by_name import (
-    dotted, imported_modules, last_name, modules_behind, places_by_name, read_by_name)
+    dotted, imported_modules, last_name,
+    modules_behind, place_read, places_by_name, read_by_name)
 from .inspection import (
     bases_of, find_variable, is_user_function, is_user_module,
     methods, name_of, names_read, nested_code, users_functions)
@@ -167,8 +168,9 @@ def class_body(cls): # JSON value
 # %% ../../nbs/fingerprint/02_code.ipynb #1d3fa3e1
 def uses_in(node): # iterator of (dotted name, 'stored', 'filled' or 'read')
     "The names in a syntax tree, with what is done to them"
-    if (name := dotted(node)) is not None:
-        yield name, 'read' if isinstance(node.ctx, ast.Load) else 'stored'
+    is_read = isinstance(getattr(node, 'ctx', None), ast.Load)
+    if (name := place_read(node) if is_read else dotted(node)) is not None:
+        yield name, 'read' if is_read else 'stored'
         return
     changed, use = what_is_changed(node)
     for child in ast.iter_child_nodes(node):

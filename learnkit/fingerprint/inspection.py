@@ -79,20 +79,25 @@ class Variable:
     @property
     def place(self): return id(self.holder), self.name
 
-def find_variable(func, path:str): # Variable; None where there is none
+def find_variable(func, path:str): # Variable; None where there is none; a key stands after `[`
     "What a dotted name in a function stands for, followed as far as it can be"
     first, *attributes = path.split('.')
     cells, outer = closure_cells(func), closure_read(func)
     holder = cells.get(first, func.__globals__)
     value = (outer if first in cells else func.__globals__).get(first, MISSING)
     label = first
-    for name in attributes:
-        owner, inner = attribute_of(value, name)
+    for step in attributes:
+        name = step.removeprefix('[')
+        owner, inner = attribute_of(value, name) if name == step else item_of(value, name)
         if inner is MISSING: break
         holder, first, label, value = owner, name, f'{label}.{name}', inner
     return None if value is MISSING else Variable(holder, first, label, value)
 
 # %% ../../nbs/fingerprint/00_inspection.ipynb #b6ac6598
+def item_of(x, key): # (what holds it, value); MISSING where `x` has to be seen as a whole
+    "What a plain dict holds under a key; None where nothing is yet"
+    return x, x.get(key) if type(x) is dict else MISSING
+
 def attribute_of(x, name): # (what holds it, value); MISSING where `x` has to be seen as a whole
     "A plain attribute of a module, class or object"
     if isinstance(x, types.ModuleType):

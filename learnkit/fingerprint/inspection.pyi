@@ -73,7 +73,14 @@ def find_variable(func: Any, path: str) -> Any:
     """What a dotted name in a function stands for, followed as far as it can be
 
     Returns:
-        Variable; None where there is none
+        Variable; None where there is none; a key stands after `[`
+    """
+
+def item_of(x: Any, key: Any) -> Any:
+    """What a plain dict holds under a key; None where nothing is yet
+
+    Returns:
+        (what holds it, value); MISSING where `x` has to be seen as a whole
     """
 
 def attribute_of(x: Any, name: Any) -> Any:

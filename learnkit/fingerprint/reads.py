@@ -6,11 +6,11 @@
 __all__ = []
 
 # %% ../../nbs/fingerprint/03_reads.ipynb #a87a1d80
-import io, logging, os, socket, subprocess, types
+import functools, io, logging, os, socket, subprocess, types
 from collections import deque
 from fastcore.basics import patch
 from ..base.guard import top_module
-from ..base.randomness import generator_state
+from ..base.randomness import generator_state, makes_generators
 from ..base.snapshots import ACTING, MISSING
 from ..files.tree import tree_digest
 from .inspection import (
@@ -218,3 +218,39 @@ def own_methods(cls): # dict: name -> list of functions
         for name, func in functions_in(base) if of_user else users_functions(base):
             found.setdefault(name, []).append(func)
     return found
+
+# %% ../../nbs/fingerprint/03_reads.ipynb #741fd9f9
+def generators_read(x): # dict: label -> Variable
+    "The random generators that the user's functions behind a function or a class read"
+    found, todo, met = {}, [Variable(None, '', '', x)], set()
+    while todo:
+        variable = todo.pop()
+        if makes_generators(type(variable.value)): found.setdefault(variable.label, variable)
+        elif id(variable.value) not in met:
+            met.add(id(variable.value))
+            todo += variables_behind(variable)
+    return found
+
+def variables_behind(variable): # list of Variable
+    "What a function, a class, an object of the user's or a small container leads to"
+    x, label = variable.value, variable.label
+    if isinstance(x, types.FunctionType): return variables_of_function(x)
+    if isinstance(x, type):
+        return [one for base in bases_of(x) if is_user_module(base.__module__)
+                for one, _ in variables_of(base)]
+    if isinstance(x, types.MethodType): inner = {'__self__': x.__self__, '__func__': x.__func__}
+    elif isinstance(x, functools.partial): inner = {'func': x.func, **x.keywords}
+    elif isinstance(x, (dict, list, tuple)) and len(x) <= MANY:
+        inner = x if isinstance(x, dict) else dict(enumerate(x))
+    elif is_user_module(type(x).__module__): inner = {**getattr(x, '__dict__', {}), '': type(x)}
+    else: return []
+    return [Variable(x, name, f'{label}.{name}', value) for name, value in inner.items()]
+
+def variables_of_function(func): # list of Variable
+    "What the user's own function reads of globals, and its defaults"
+    if not is_user_function(func): return []
+    read = [variable for variable, _ in variables_used(func) if not is_outer(func, variable)]
+    return read + [Variable(func, name, f'{func.__name__}({name})', value)
+                   for name, value in defaults(func).items()]
+
+MANY = 100 # functions in a table of them; more are data

@@ -83,3 +83,25 @@ def own_methods(cls: Any) -> Any:
     Returns:
         dict: name -> list of functions
     """
+
+def generators_read(x: Any) -> Any:
+    """The random generators that the user's functions behind a function or a class read
+
+    Returns:
+        dict: label -> Variable
+    """
+
+def variables_behind(variable: Any) -> Any:
+    """What a function, a class, an object of the user's or a small container leads to
+
+    Returns:
+        list of Variable
+    """
+
+def variables_of_function(func: Any) -> Any:
+    """What the user's own function reads of globals, and its defaults
+
+    Returns:
+        list of Variable
+    """
+MANY: int

@@ -26,6 +26,7 @@ from ..base.packing import NotPlainError, Unpacking, described, pack
 from ..files.errors import UnstorableError
 from ..files.tree import check_storable
 from ..fingerprint.inspection import is_user_module
+from ..fingerprint.reads import generators_read
 from ..data.resumable import FEW, DataMark, generators, is_large, is_stateful
 from ..components.callback import (
     Callback, has_state, is_compared, is_optional, named_callbacks)
@@ -75,8 +76,9 @@ class LearnerScope(Scope):
 
     def slots(self, x, path): # dict: name -> value
         if x is self.learn: return {**added_attributes(x), 'frozen_by_freeze': x.frozen_by_freeze}
-        if isinstance(x, type): return data_of_class(x)
+        if isinstance(x, type): return data_of_class(x) | self.generators_of(x)
         found = super().slots(x, path)
+        if isinstance(x, FunctionType): return found | self.generators_of(x)
         if path[0] == 'data': found = self.without_loaded(x, found)
         if isinstance(x, torch.optim.Optimizer): return found | self.opt_slots(x)
         if isinstance(x, nn.Module): return self.module_slots(x, path, found)
@@ -130,6 +132,7 @@ def is_users(self:LearnerScope, x): # bool
 
 @patch
 def set(self:LearnerScope, x, name, value):
+    if name.startswith(GLOBAL): return set_generator(x, name.removeprefix(GLOBAL), value)
     if name != OWN: return Scope.set(self, x, name, value)
     with still_shared(self.learn.opt): x.load_state_dict(value)
 
@@ -177,6 +180,23 @@ def without_loaded(self:LearnerScope, x, found): # dict: name -> value
             for name, value in found.items()}
 
 def is_cache(path): return 'cache' in str(path[-1]).lower() or path[-1] in OF_WORKERS # bool
+
+# %% ../../nbs/loop/04_observed.ipynb #9f83141f
+GLOBAL = 'global '
+
+@patch
+def generators_of(self:LearnerScope, x): # dict: name of a slot -> generator
+    "The generators that a function or class reads, as far as they were there at the beginning"
+    found = {GLOBAL + label: rng.value for label, rng in generators_read(x).items()}
+    known, before = self.learn._origin.baseline.known, self.learn._origin.baseline.of(x)
+    return {name: rng for name, rng in found.items() if id(x) not in known or name in before}
+
+def set_generator(x, label, rng):
+    "Let a generator stand where a function or class reads it; it has its state already"
+    variable = generators_read(x).get(label)
+    if variable is None or variable.value is rng or rng is MISSING: return
+    if isinstance(variable.holder, dict): variable.holder[variable.name] = rng
+    elif not isinstance(variable.holder, FunctionType): setattr(variable.holder, variable.name, rng)
 
 # %% ../../nbs/loop/04_observed.ipynb #fab2dd41
 def data_of_class(cls): # dict: name -> value

@@ -109,6 +109,12 @@ class LearnerScope(Scope):
         Returns:
             dict: name -> value
         """
+    def generators_of(self, x: Any) -> Any:
+        """The generators that a function or class reads, as far as they were there at the beginning
+
+        Returns:
+            dict: name of a slot -> generator
+        """
 
 def arguments_last(found: Any, cls: Any) -> Any:
     """What a callback calls something goes before what its constructor was given; that is left out
@@ -131,6 +137,10 @@ def looks_at_trials(cb: Any) -> bool:
 OF_WORKERS: tuple[str, ...]
 
 def is_cache(path: Any) -> Any: ...
+GLOBAL: str
+
+def set_generator(x: Any, label: Any, rng: Any) -> None:
+    """Let a generator stand where a function or class reads it; it has its state already"""
 
 def data_of_class(cls: Any) -> Any:
     """What a class keeps for all its objects, without what it defines

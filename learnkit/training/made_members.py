@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/training/18_made_members.ipynb #0fffc8d5
-import copy
+import copy, inspect
 from functools import partial
 from types import FunctionType
 import torch
@@ -43,11 +43,22 @@ def with_new_weights(model, seed): # nn.Module
 # %% ../../nbs/training/18_made_members.ipynb #f81dee18
 def learner_of(make, seed): # Learner
     "What a function makes of a seed"
+    name = getattr(make, '__name__', make)
+    if not takes_seed(make):
+        raise TypeError(f'Ensemble: {name} is called with the seed of a member, and takes none: '
+                        f'let it be {name}(seed)')
     set_seed(seed)
     learn = make(seed)
     if type(learn) is Learner: return learn
-    raise TypeError(f'Ensemble: {getattr(make, "__name__", make)}({seed}) made a '
+    raise TypeError(f'Ensemble: {name}({seed}) made a '
                     f'{type(learn).__name__}; it has to make a plain Learner')
+
+def takes_seed(make): # bool
+    "Whether a function can be called with one argument, as far as python knows"
+    try: inspect.signature(make).bind(0)
+    except TypeError: return False
+    except ValueError: pass  # of some written in C nothing is known
+    return True
 
 def check_plain(learn):
     "Raise for a learner that is more than its data, model, loss and optimizer, or has trained"

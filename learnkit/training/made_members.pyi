@@ -27,6 +27,13 @@ def learner_of(make: Any, seed: Any) -> Learner:
         Learner
     """
 
+def takes_seed(make: Any) -> bool:
+    """Whether a function can be called with one argument, as far as python knows
+
+    Returns:
+        bool
+    """
+
 def check_plain(learn: Learner) -> None:
     """Raise for a learner that is more than its data, model, loss and optimizer, or has trained"""
 

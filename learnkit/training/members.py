@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/training/18_members.ipynb #fbfa83e5
-import itertools
+import copy, itertools
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 import numpy as np
@@ -179,7 +179,9 @@ def map_members(x, rows, i): # the same nesting
 # %% ../../nbs/training/18_members.ipynb #c436f153
 class MemberMetric:
     "The mean over the members of a metric, by its name; `EnsembleRecorder` computes it"
-    def __init__(self, name, m): self.name, self.higher_is_better = name, higher_is_better(m)
+    def __init__(self, name, m):
+        self.name, self.higher_is_better = name, higher_is_better(m)
+        self.metric = copy.deepcopy(m)  # what the figures follow from, without what it gathers
     def reset(self): pass
     def update(self, pred, *yb): pass
     def compute(self): return float('nan')

@@ -54,8 +54,7 @@ def fit(folder, cb, **kwargs):
     return learn
 
 
-@pytest.mark.parametrize('cls, name', [(Global, 'N'), (Appends, 'LOG'), (Reads, 'SEEN'),
-                                       (Draws, 'RNG')])
+@pytest.mark.parametrize('cls, name', [(Global, 'N'), (Appends, 'LOG'), (Reads, 'SEEN')])
 def test_a_global_that_a_call_changes_is_told_once_and_refused_if_strict(tmp_path, capsys, cls,
                                                                          name):
     fit(tmp_path, cls())
@@ -67,7 +66,7 @@ def test_a_global_that_a_call_changes_is_told_once_and_refused_if_strict(tmp_pat
             fit(tmp_path / 'strict', cls(), code='strict')
 
 
-@pytest.mark.parametrize('cls', [Own, OfClass])
+@pytest.mark.parametrize('cls', [Own, OfClass, Draws])
 def test_what_the_state_holds_is_not_told(tmp_path, capsys, cls):
     fit(tmp_path, cls(), code='strict')
     assert 'no state holds' not in capsys.readouterr().out

@@ -313,6 +313,36 @@ def test_a_fork_from_another_trial(tmp_path):
     assert all(lineage[lineage[ends[i]]] == ends[0] for i in (1, 2))
 
 
+@pytest.mark.parametrize('sampler', [
+    lambda: optuna.samplers.TPESampler(seed=3, n_startup_trials=2),
+    lambda: optuna.samplers.TPESampler(seed=3, n_startup_trials=2, multivariate=True),
+    lambda: optuna.samplers.RandomSampler(seed=3),
+    lambda: optuna.samplers.NSGAIISampler(seed=3, population_size=2),
+    lambda: optuna.samplers.GridSampler({'a': [1e-3, 1e-2], 'b': [1e-3, 1e-2, 1e-1]}, seed=3)],
+    ids=['tpe', 'multivariate', 'random', 'genetic', 'grid'])
+def test_broken_off_and_asked_for_more_it_tries_what_one_run_tries(tmp_path, sampler):
+    power_cut = None
+    def job(cp, trial):
+        a = trial.suggest_float('a', 1e-3, 1e-1, log=True)
+        if power_cut == (trial.number, 'a'): raise OSError('power')
+        b = trial.suggest_float('b', 1e-3, 1e-1)
+        if power_cut == (trial.number, 'b'): raise OSError('power')
+        return (a - 0.01) ** 2 + b
+    def tried(folder, n, at=None):
+        nonlocal power_cut
+        power_cut = at
+        study = make(folder, ignore=('power_cut',)).study('s', sampler=sampler())
+        study.run(job, n_trials=n)
+        return [trial.params for trial in study.done()]
+    for name in ('whole', 'parts'): (tmp_path / name).mkdir()
+    whole = tried(tmp_path / 'whole', 5)
+    assert tried(tmp_path / 'parts', 1) == whole[:1]
+    tried(tmp_path / 'parts', 3)
+    for at in ((3, 'a'), (4, 'b')):
+        with pytest.raises(OSError, match='power'): tried(tmp_path / 'parts', 5, at)
+    assert tried(tmp_path / 'parts', 5) == whole
+
+
 def code(body):
     space = {'__name__': __name__}
     path = Path(f'/tests-of-studies/{random.random()}.py')

@@ -1,5 +1,5 @@
 "Each member of an ensemble against its own run"
-import copy
+import copy, sys
 from functools import partial
 import numpy as np
 import pytest
@@ -611,3 +611,29 @@ def test_recorded_calls(tmp_path, name):
     again.fit(1)
     for a, b in zip(ens.members, again.members, strict=True): check_same(a, b, atol=0)
     with pytest.raises(StaleCheckpoint): recorded(tmp_path, **after())
+
+
+FACTOR = 1.
+def scaled_accuracy(pred, targ): return accuracy(pred, targ) * FACTOR
+
+
+class Gathers:
+    higher_is_better = True
+    def __init__(self, k): self.k, self.seen = k, []
+    def reset(self): self.seen = []
+    def update(self, pred, targ): self.seen.append(float(accuracy(pred, targ)))
+    def compute(self): return self.k * sum(self.seen) / len(self.seen)
+
+
+def test_metrics_of_a_recorded_ensemble_count(tmp_path, monkeypatch):
+    def run(k=1):
+        ens = CheckpointedEnsemble(partial(made, metrics=[scaled_accuracy, Gathers(k)]),
+                                   seeds=range(2), name='ens', root=tmp_path)
+        with ens.no_logging(), ens.checkpoint(1) as cp:
+            cp.fit(1)
+            return cp.validate()
+    found = run()
+    assert all((found[name] == again).all() for name, again in run().items())  # fetched
+    with pytest.raises(StaleCheckpoint, match='k 1 -> 2'): run(2)
+    monkeypatch.setattr(sys.modules[__name__], 'FACTOR', 2.)
+    with pytest.raises(StaleCheckpoint, match='FACTOR 1.0 -> 2.0'): run()
