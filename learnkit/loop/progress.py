@@ -37,8 +37,9 @@ def cell_text(name:str, # column
     "A value as it stands in the table"
     if value is None or name == 'time' and np.isnan(value): return ''
     if name == 'time': return f'{int(value) // 60:02d}:{int(value) % 60:02d}'
-    if isinstance(value, float): return f'{value:.2e}' if name == 'lr' else decimal_text(value)
-    return str(value)
+    if not isinstance(value, float): return str(value)
+    is_rate = name == 'lr' or name.startswith('lr_')  # of one of several optimizers
+    return f'{value:.2e}' if is_rate else decimal_text(value)
 
 # %% ../../nbs/loop/01_progress.ipynb #27e75af1
 FIRST, LAST = ('run', 'epoch', 'step', 'train_loss', 'valid_loss'), ('lr', 'time')  # columns
