@@ -284,14 +284,19 @@ class SampleCache:
 
 # %% ../../nbs/data/03_cache.ipynb #f4add08f
 @patch
-def opened(self:SampleCache): # SampleFiles
+def opened(self:SampleCache,
+           tries:int=9, # how often the folder may be removed meanwhile
+          ): # SampleFiles
     "The files, opened by this process"
     # Memory may have gone with the process that has made it, if this is a copy
     is_gone = self.folder is None or self.root is None and not self.folder.exists()
     if is_gone and get_worker_info() is None: self.place()
     if self.files is None or not self.files.is_there():
         make_folder(self.folder)
-        self.files = SampleFiles(self.folder, self.n)
+        try: self.files = SampleFiles(self.folder, self.n)
+        except FileNotFoundError:
+            if not tries: raise
+            return self.opened(tries - 1)
     return self.files
 
 @patch

@@ -192,8 +192,11 @@ class SampleCache:
     @property
     def n_kept(self) -> Any: ...
     def __repr__(self) -> str: ...
-    def opened(self) -> SampleFiles:
+    def opened(self, tries: int = 9) -> SampleFiles:
         """The files, opened by this process
+
+        Args:
+            tries: how often the folder may be removed meanwhile
 
         Returns:
             SampleFiles

@@ -301,6 +301,16 @@ def test_a_folder_may_be_removed_at_any_time(tmp_path, quiet, num_workers, where
     for _ in range(3): assert equal(list(kept), list(plain))  # a worker may come late
     assert kept.cache.n_kept == 22
 
+def test_a_folder_that_goes_while_it_is_opened_is_made_again(tmp_path, quiet, monkeypatch):
+    open_index, removed = page.open_index, []
+    def remove_first(path, n):
+        if len(removed) < 2: removed.append(shutil.rmtree(path.parent))
+        return open_index(path, n)
+    monkeypatch.setattr(page, 'open_index', remove_first)
+    kept = train_loader(Files(tmp_path), tmp_path/'kept')
+    assert equal(list(kept), list(train_loader(Files(tmp_path)))) and len(removed) == 2
+    assert kept.cache.n_kept == 22
+
 def test_many_files_are_not_open_at_a_time(tmp_path, quiet, monkeypatch):
     monkeypatch.setattr(page, 'MOST_OPEN', 3)
     ds = Files(tmp_path)
