@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/data/01_gpu_copies.ipynb #a0cfafa4
 import operator
+from functools import partial
 import torch
 from ..files.tensors import is_shared
 
@@ -42,12 +43,14 @@ class DeviceCopy:
         return device == self.device and same and is_unwritten
 
 # %% ../../nbs/data/01_gpu_copies.ipynb #4f3845d0
-def select_rows(t, idx): return t.index_select(0, idx) # tensor
-
 def select_pinned(t, idx): # tensor
     "Rows of a tensor in page-locked memory"
     rows = torch.empty((len(idx), *t.shape[1:]), dtype=t.dtype, pin_memory=True)
     return torch.index_select(t, 0, idx, out=rows)
+
+def selectors(tensors, is_pinned:bool): # list of functions: indices -> rows
+    "How rows of tensors are copied, into page-locked memory or not"
+    return [partial(select_pinned, t) if is_pinned else partial(t.index_select, 0) for t in tensors]
 
 def copy_pinned(t): # tensor
     return torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t)

@@ -42,13 +42,18 @@ class DeviceCopy:
             bool
         """
 
-def select_rows(t: Any, idx: Any) -> Any: ...
-
 def select_pinned(t: Any, idx: Any) -> Any:
     """Rows of a tensor in page-locked memory
 
     Returns:
         tensor
+    """
+
+def selectors(tensors: Any, is_pinned: bool) -> Any:
+    """How rows of tensors are copied, into page-locked memory or not
+
+    Returns:
+        list of functions: indices -> rows
     """
 
 def copy_pinned(t: Any) -> Any:

@@ -20,7 +20,8 @@ from ..base.devices import default_device
 from ..base.guard import top_module
 from ..base.randomness import generator_state, seed_generator
 from .gpu_copies import (
-    ROOM, DeviceCopy, can_be_copied, copy_pinned, free_memory, is_gpu, select_pinned, select_rows)
+    ROOM, DeviceCopy, can_be_copied,
+    copy_pinned, free_memory, is_gpu, selectors)
 from .order import (
     Share, checked_weights, epoch_order, epoch_seed, split_samples, weighted_order)
 
@@ -75,9 +76,10 @@ def shared(self:EpochLoader, share:Share): # loader
     return twin
 
 @patch
-def parts_of(self:EpochLoader, rows): # tuple of tensors, one a batch
-    "What is read of each batch of rows, here"
-    return rows.split(self.bs) if self.share is None else self.share.split(rows, self.bs)
+def parts_of(self:EpochLoader, rows): # sequence of tensors, one a batch
+    "What is read here of each batch of rows, as far as there is anything"
+    if self.share is None: return rows.split(self.bs)
+    return [part for part in self.share.split(rows, self.bs) if len(part)]
 
 @patch
 def batch_weights(self:EpochLoader, number:int): # (int, int)
@@ -154,8 +156,8 @@ def __getstate__(self:TensorLoader): # dict
 def tensors_for_learner(self:TensorLoader): # tuple of tensors
     "The tensors, or a copy of them in the memory of a GPU that reads them, if there is room"
     device, owner = self.learner_device, self if self.share is None else self.full_loader
-    stays = self.device is not None or not can_be_copied(self.tensors)
-    if stays or not is_gpu(device): return self.tensors
+    if not is_gpu(device) or self.device is not None or not can_be_copied(self.tensors):
+        return self.tensors
     there = owner.device_copy
     if there is not None and there.is_of(self.tensors, device): return there.copies
     owner.device_copy = there = None  # its memory comes first
@@ -175,10 +177,9 @@ def read_for(dl, device:torch.device):
 
 # %% ../../nbs/data/01_loaders.ipynb #4bcc9265
 @patch
-def way_to_copy(self:TensorLoader, tensors, usual): # function
-    "How a batch is copied: into page-locked memory if it is to go on to a GPU"
-    if not is_gpu(self.learner_device) or not can_be_copied(tensors): return usual
-    return select_pinned if usual is select_rows else copy_pinned
+def is_pinned(self:TensorLoader, tensors): # bool
+    "Whether a batch is copied into page-locked memory, as it is to go on to a GPU"
+    return is_gpu(self.learner_device) and can_be_copied(tensors)
 
 # %% ../../nbs/data/01_loaders.ipynb #a6a5d244
 @patch
@@ -191,13 +192,13 @@ def batches(self:TensorLoader,
     if first >= self.n_samples: return
     tensors = self.tensors_for_learner()
     if self.shuffle:
-        order, select = self.order_of(self.n_samples, epoch), self.way_to_copy(tensors, select_rows)
-        for idx in self.parts_of(order.to(tensors[0].device)[first:]):
-            if idx.shape[0]: yield tuple([select(t, idx) for t in tensors])
-    else:
-        copy = self.way_to_copy(tensors, torch.clone)  # changing a batch must not change the data
-        for rows in zip(*[self.parts_of(t[first:]) for t in tensors], strict=True):
-            if rows[0].shape[0]: yield tuple([copy(t) for t in rows])
+        order = self.order_of(self.n_samples, epoch).to(tensors[0].device)
+        parts = self.parts_of(order[first:] if first else order)
+        columns = [map(select, parts) for select in selectors(tensors, self.is_pinned(tensors))]
+    else:  # copies: changing a batch must not change the data
+        copy = copy_pinned if self.is_pinned(tensors) else torch.clone
+        columns = [map(copy, self.parts_of(t[first:])) for t in tensors]
+    yield from zip(*columns, strict=True)
 
 # %% ../../nbs/data/01_loaders.ipynb #99816e80
 def loader_objects(dl, *more): # list of objects

@@ -63,10 +63,10 @@ class EpochLoader:
             loader
         """
     def parts_of(self, rows: Any) -> Any:
-        """What is read of each batch of rows, here
+        """What is read here of each batch of rows, as far as there is anything
 
         Returns:
-            tuple of tensors, one a batch
+            sequence of tensors, one a batch
         """
     def batch_weights(self, number: int) -> Any:
         """How many samples of batch `number` count here, and on all processes
@@ -148,11 +148,11 @@ class TensorLoader(EpochLoader):
         Returns:
             tuple of tensors
         """
-    def way_to_copy(self, tensors: Any, usual: Any) -> Any:
-        """How a batch is copied: into page-locked memory if it is to go on to a GPU
+    def is_pinned(self, tensors: Any) -> bool:
+        """Whether a batch is copied into page-locked memory, as it is to go on to a GPU
 
         Returns:
-            function
+            bool
         """
     def batches(self, epoch: int, start: int = 0) -> Iterator[Any]:
         """The batches of an epoch from `start` on; those before it are not computed
