@@ -27,13 +27,13 @@ from .base import guard as _guard
 from .base import snapshots as _snapshots
 from .base import packing as _packing
 from .base import blocks as _blocks
-from .base import host_copies as _host_copies
 from .files.errors import (
     DamagedError, LockedError, StoreError, UnstorableError,
 )
 from .files import owners as _owners
 from .files import regular as _regular
 from .files import durable as _durable
+from .files import host_copies as _host_copies
 from .files.leases import (
     LostLeaseError,
 )

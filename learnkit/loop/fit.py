@@ -11,12 +11,12 @@ from contextlib import contextmanager
 from numbers import Integral
 from fastcore.basics import patch
 from torch import nn
-from ..base.host_copies import host_copies
 from ..base.ranks import is_main
 from ..base.text import as_seconds, caller_stacklevel
 from ..data.loaders import length
 from ..components.callback import Callback
 from ..components.optim import check_has_lr, opt_params, set_lr
+from ..files.host_copies import host_copies
 from .calls import as_run, join_run
 from .interrupts import Interrupts, interruptible, returns_after
 from .learner import Learner, as_dataloaders

@@ -15,7 +15,6 @@ from ..base.batches import kind, map_tensors
 from ..base.compiled import plain_name
 from ..base.dtensors import (
     distribute_like, full_tensor, is_dtensor, local_part, unsharded_class)
-from ..base.host_copies import host_copier, host_copy
 from ..base.randomness import isolated_rng, rng_state, set_rng_state
 from ..base.snapshots import Snapshot, copied, write_back
 from ..components.callback import is_optional, named_callbacks
@@ -23,6 +22,7 @@ from ..components.optim import check_opt_state, load_opt_state, opt_params, opt_
 from ..components.optimizers import set_mode, still_shared
 from ..data.resumable import (
     generator_states, is_stateful, set_generator_states)
+from ..files.host_copies import host_copier, host_copy
 from .observed import (
     LearnerScope, check_observed, forget_changes,
     load_observed, observed_state, roots, state_tensors)

@@ -18,10 +18,10 @@ from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted
 from torch import nn
-from ..base.host_copies import host_copies
 from ..base.randomness import isolated_rng
 from ..data.loaders import DataLoaders
 from ..data.order import epoch_seed
+from ..files.host_copies import host_copies
 from ..loop.learner import Learner
 from ..loop.state import model_state
 from .inputs import (

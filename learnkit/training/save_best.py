@@ -12,12 +12,12 @@ from fastcore.basics import patch
 from ..base.text import caller_stacklevel
 from ..base.batches import map_tensors
 from ..base.dtensors import distribute_like, full_tensor
-from ..base.host_copies import host_copies
 from ..base.ranks import is_main, rank0_first
 from ..components.callback import Callback, named_callbacks
 from ..components.optim import copy_like
 from ..components.optimizers import mode_of_pass, optimizers_in
 from ..files.errors import StoreError
+from ..files.host_copies import host_copies
 from ..files.tree import load_tree, save_tree
 from ..loop.loop import in_training
 from ..loop.resume import is_saved

@@ -55,9 +55,10 @@ def open_at_once(path: Any, flags: Any) -> Any:
     Returns:
         a file descriptor
     """
-NOT_THERE: tuple[Any, ...]
+NO_COPIES: tuple[Any, ...]
+NOWHERE: str
 
-def machine() -> Any:
+def space_of_files() -> Any:
     """The same in processes that can open each other's files in memory
 
     Returns:
@@ -79,7 +80,7 @@ def offer_copies(tensors: Any, store: Any, key: Any) -> Any:
     """
 
 def find_copies(store: Any, key: Any, writer: Any) -> Any:
-    """What process `writer` has written, or writes as yet
+    """What a process has written, or writes as yet; `writer`: its `Owner`, as text
 
     Returns:
         (memory, places)

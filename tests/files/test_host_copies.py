@@ -4,11 +4,12 @@ from functools import partial
 import pytest, ranks, torch
 from torch import nn
 from learnkit import *
-from learnkit.base import host_copies as page
 from learnkit.base.batches import map_tensors
-from learnkit.base.host_copies import host_copier, host_copies
 from learnkit.base.ranks import host_group
 from learnkit.base.snapshots import same_trees
+from learnkit.files import host_copies as page
+from learnkit.files.host_copies import host_copier, host_copies
+from learnkit.files.owners import process_of
 from learnkit.processes import launch as launching
 from learnkit.processes.distributed import Distributed
 from learnkit.processes.group import Ranks, join_group
@@ -117,7 +118,7 @@ def test_without_shared_memory_each_has_its_own(what, monkeypatch):
     match what:
         case 'no memory': monkeypatch.setattr(os, 'posix_fallocate', no_memory)
         case 'no such call': monkeypatch.delattr(os, 'memfd_create')
-        case 'no numbers of processes': monkeypatch.setattr(page, 'machine', lambda: None)
+        case 'no numbers of processes': monkeypatch.setattr(page, 'space_of_files', lambda: None)
         case 'not to be opened': monkeypatch.setattr(os, 'getpid', lambda: 1)
         case 'too small': monkeypatch.setattr(page, 'LEAST', 2**20)
     def keep():
@@ -127,7 +128,7 @@ def test_without_shared_memory_each_has_its_own(what, monkeypatch):
 
 
 def test_processes_of_several_machines_share_with_those_of_their_own(monkeypatch):
-    monkeypatch.setattr(page, 'machine', lambda: f'machine {rank() // 2}')
+    monkeypatch.setattr(page, 'space_of_files', lambda: f'machine {rank() // 2}')
     def keep():
         (kept,) = host_copies([torch.ones(5000)], group := joined())
         group.gather(None)
@@ -180,9 +181,9 @@ def test_who_is_broken_off_holds_nobody_up(where, monkeypatch):
 def test_who_has_ended_while_it_wrote_is_not_waited_for():
     with subprocess.Popen([sys.executable, '-c', '']) as process:
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        store = torch.distributed.HashStore()
-        assert page.find_copies(store, 'copies', process.pid) == (None, ())  # nobody has asked how
-    assert page.find_copies(store, 'copies', process.pid) == (None, ())
+        store, writer = torch.distributed.HashStore(), str(process_of(process.pid))
+        assert page.find_copies(store, 'copies', writer) == (None, ())  # nobody has asked how
+    assert page.find_copies(store, 'copies', writer) == (None, ())
 
 
 def test_a_file_that_another_has_by_now_is_not_taken(tmp_path):
