@@ -6,9 +6,8 @@
 __all__ = []
 
 # %% ../../nbs/checkpoints/07_study_draws.ipynb #6f32912e
-import hashlib
 from ..base.randomness import generator_state, makes_generators, seed_generator
-from ..files.tree import tree_digest
+from ..files.tree import text_digest, tree_digest
 
 # %% ../../nbs/checkpoints/07_study_draws.ipynb #d9ccefb1
 def generators_of_sampler(optuna, sampler): # list of random generators
@@ -37,8 +36,8 @@ class TrialDraws:
              ):
         "Let what is drawn next follow from the seeds, the trial and the name alone"
         for i, (rng, seed) in enumerate(zip(self.generators, self.seeds, strict=True)):
-            digest = hashlib.sha256(f'{seed} {i} {number} {name}'.encode()).digest()
-            seed_generator(rng, int.from_bytes(digest[:4]))
+            digest = text_digest(f'{seed} {i} {number} {name}')
+            seed_generator(rng, int(digest[:8], 16))
 
 # %% ../../nbs/checkpoints/07_study_draws.ipynb #c126d852
 def drawing_by_trial(optuna, sampler): # optuna.samplers.BaseSampler
